@@ -1,0 +1,7 @@
+"""minilm: how a language model becomes an assistant, with nothing between you and the mathematics."""
+
+from minilm import ops
+from minilm.tensor import Tensor, no_grad, primitive
+
+__all__ = ["Tensor", "no_grad", "ops", "primitive"]
+__version__ = "0.1.0"

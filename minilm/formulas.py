@@ -1,0 +1,52 @@
+"""The fused primitives of layers.py written plainly, as definitions.
+
+No hand-written gradient here: these are compositions of the elementary operations, slow
+and obvious. The tests hold layers.py (and, on a GPU, the kernels) to them, value and
+gradient.
+"""
+
+import numpy as np
+
+from minilm import ops
+from minilm.backend import array_module
+from minilm.layers import attention_mask
+
+
+def rms_norm(x, weight, eps=1e-6):
+    return x / ops.sqrt(ops.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def swiglu(gate_up):
+    width = gate_up.shape[-1] // 2
+    gate, up = gate_up[..., :width], gate_up[..., width:]
+    return gate * ops.sigmoid(gate) * up
+
+
+def rope(x, cos, sin, pairing="half"):
+    half = x.shape[-1] // 2
+    if pairing == "half":
+        a, b = x[..., :half], x[..., half:]
+        return ops.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    a, b = x[..., 0::2], x[..., 1::2]
+    pairs = [ops.reshape(y, shape=y.shape + (1,)) for y in (a * cos - b * sin, b * cos + a * sin)]
+    return ops.reshape(ops.concatenate(pairs, axis=-1), shape=x.shape)
+
+
+def attention(q, k, v, causal=True, key_mask=None):
+    """Every key/value head repeated for the query heads that share it; one softmax."""
+    (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
+    share = np.repeat(np.arange(G), H // G)
+    scores = q @ ops.swapaxes(k[:, share], -1, -2) / K ** 0.5
+    allowed = attention_mask(T, S, causal, key_mask, array_module(q.data))
+    if allowed is None:
+        return ops.softmax(scores) @ v[:, share]
+    weights = ops.softmax(ops.where(allowed, scores, -1e30))
+    return ops.where(allowed.any(axis=-1, keepdims=True), weights @ v[:, share], 0.0)
+
+
+def token_log_probs(hidden, unembedding, targets):
+    return ops.gather(ops.log_softmax(hidden @ unembedding.T), targets)
+
+
+def sequence_log_probs(log_probs, mask):
+    return ops.sum(log_probs * mask, axis=-1)

@@ -1,0 +1,146 @@
+"""Sampling from a language model, one token at a time, with a cache of keys and values."""
+
+import dataclasses
+
+import numpy as np
+
+from minilm.backend import array_module, to_numpy
+from minilm.tensor import no_grad
+
+
+class Cache:
+    """The keys and values of every position so far: two arrays (L,B,G,S,K), filled from the left."""
+
+    def __init__(self, config, batch, capacity, xp=np, dtype=np.float32):
+        shape = (config.layers, batch, config.kv_heads, capacity, config.head_width)
+        self.keys, self.values = xp.empty(shape, dtype), xp.empty(shape, dtype)
+        self.length = 0
+
+    def extend(self, layer, k, v):
+        """Append k, v (B,G,T,K) of one layer; return all of that layer's, (B,G,length+T,K)."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length:end] = k
+        self.values[layer, :, :, self.length:end] = v
+        if layer == len(self.keys) - 1:
+            self.length = end
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def keep(self, rows):
+        """Drop the batch rows that are not listed."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+@dataclasses.dataclass
+class Samples:
+    """What was drawn for B prompts, R tokens at most, padded on the right.
+
+    tokens     (B,R) integers; the EOS, where one was drawn, is the last real token
+    mask       (B,R) 1 on what was drawn, EOS included, 0 on padding
+    log_probs  (B,R) of each token under the distribution it was drawn from (temperature,
+               top-k and top-p applied; 0 on padding). Greedy decoding is not a draw from the
+               model: there they are the model's own log-probs at temperature 1.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    log_probs: np.ndarray
+
+    def responses(self):
+        """A list of token lists, without padding."""
+        return [row[m > 0].tolist() for row, m in zip(self.tokens, self.mask)]
+
+
+def distribution(logits, temperature=1.0, top_k=None, top_p=None):
+    """log-probs (B,V) of the distribution to draw from, -inf on what is cut off.
+
+    The logits are divided by the temperature; then only the top_k most likely tokens are
+    kept; of these the smallest set whose probability reaches top_p (Holtzman et al. 2020,
+    arXiv:1904.09751; the token that crosses the line is kept); then renormalised.
+    """
+    xp = array_module(logits)
+    z = logits / temperature
+    if top_k is not None and top_k < z.shape[-1]:
+        kth = xp.partition(z, -top_k, axis=-1)[:, -top_k, None]
+        z = xp.where(z >= kth, z, -xp.inf)
+    z = _log_softmax(z)
+    if top_p is not None and top_p < 1:
+        order = xp.argsort(-z, axis=-1)
+        p = xp.exp(xp.take_along_axis(z, order, axis=-1))
+        before = p.cumsum(axis=-1) - p
+        keep = xp.empty(z.shape, bool)
+        xp.put_along_axis(keep, order, before < top_p, axis=-1)
+        z = _log_softmax(xp.where(keep, z, -xp.inf))
+    return z
+
+
+def _log_softmax(z):
+    xp = array_module(z)
+    z = z - z.max(axis=-1, keepdims=True)
+    return z - xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
+
+
+def draw(log_probs, uniforms):
+    """Inverse-CDF sampling: the first token whose cumulative probability exceeds u (B,) -> (B,)"""
+    xp = array_module(log_probs)
+    cumulative = xp.exp(log_probs.astype("float64")).cumsum(axis=-1)
+    # Scaled by the total, which rounding leaves a little off 1: u < 1 always finds a token.
+    return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(axis=-1)
+
+
+def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=None, top_p=None):
+    """Draw a response to each prompt, until EOS or max_new_tokens.
+
+    prompts      list of B token lists, of any lengths (at least 1)
+    rng          numpy Generator. One uniform number per row and position is drawn up front, so
+                 a row's response does not depend on when the others stop, nor on the device
+    eos          token id that ends a response; None never ends
+    temperature  0 is greedy decoding
+    Returns Samples. Raises ValueError for an empty prompt, one that does not fit the context
+    with its response, or settings out of range.
+    """
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"temperature {temperature} must be at least 0, top_k {top_k} at least 1, "
+                         f"top_p {top_p} in (0, 1]")
+    if not prompts or min(map(len, prompts)) == 0:
+        raise ValueError("every prompt needs at least one token (a BOS, say)")
+    c, xp = model.config, array_module(model.unembedding.data)
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > c.context:
+        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context "
+                         f"of {c.context}; shorten one of them")
+    B = len(prompts)
+    uniforms = xp.asarray(rng.random((B, max_new_tokens)))
+    # Padded on the left, so that every row's next token goes into the same column of the cache.
+    padded, real = np.zeros((B, longest), np.int64), np.zeros((B, longest + max_new_tokens), bool)
+    for i, prompt in enumerate(prompts):
+        padded[i, longest - len(prompt):] = prompt
+        real[i, longest - len(prompt):] = True
+    tokens, mask = np.zeros((B, max_new_tokens), np.int64), np.zeros((B, max_new_tokens))
+    log_probs = np.zeros((B, max_new_tokens), model.dtype)
+
+    with no_grad():
+        cache = Cache(c, B, longest + max_new_tokens, xp, model.dtype)
+        rows = np.arange(B)                 # those still going
+        real, step_tokens = xp.asarray(real), xp.asarray(padded)
+        for t in range(max_new_tokens):
+            hidden = model.hidden(step_tokens, key_mask=real[rows, :longest + t], cache=cache)
+            logits = hidden.data[:, -1] @ model.unembedding.data.T
+            if temperature == 0:
+                scores = _log_softmax(logits)
+                drawn = scores.argmax(axis=-1)
+            else:
+                scores = distribution(logits, temperature, top_k, top_p)
+                drawn = draw(scores, uniforms[rows, t])
+            tokens[rows, t] = to_numpy(drawn)
+            mask[rows, t] = 1
+            log_probs[rows, t] = to_numpy(scores[xp.arange(len(rows)), drawn])
+            real[rows, longest + t] = True
+            going = np.ones(len(rows), bool) if eos is None else to_numpy(drawn) != eos
+            if not going.any():
+                break
+            if not going.all():
+                cache.keep(going)
+                rows, drawn = rows[going], drawn[going]
+            step_tokens = drawn[:, None]
+    used = t + 1 if max_new_tokens else 0
+    return Samples(tokens[:, :used], mask[:, :used], log_probs[:, :used])

@@ -1,0 +1,118 @@
+"""Finite differences: does a hand-written gradient agree with the function it is of?
+
+    >>> import numpy as np
+    >>> from minilm import Tensor, ops
+    >>> from minilm.gradcheck import gradcheck
+    >>> x = Tensor(np.random.default_rng(0).normal(size=(3, 4)), requires_grad=True)
+    >>> gradcheck(ops.tanh, x) < 1e-8
+    True
+
+Inputs should be of order 1. Tiny weights hide wrong gradients: an error of 100% in a
+term that is small next to the others passes any tolerance.
+"""
+
+import numpy as np
+
+from minilm import ops
+from minilm.tensor import Tensor
+
+# Below this, an error is compared with the floor and not with the gradient itself.
+FLOOR = 1e-3
+
+
+class GradientError(AssertionError):
+    """The analytic gradient differs from finite differences, or is missing."""
+
+
+def gradcheck(function, *tensors, tolerance=1e-6, step=6e-6, directions=None, rng=None):
+    """Compare backward with central differences, for every Tensor that requires a gradient.
+
+    function    of Tensors, to a Tensor of any shape; must return the same value each time
+    tensors     its arguments, float64; those with requires_grad are checked
+    tolerance   on max|a - n| / max(max|n|, 1e-3), per Tensor
+    step        of the difference, relative to max(1, |x|). The error is of order step^2 from
+                curvature plus 1e-16/step from rounding: about 1e-10 for a well-scaled function
+    directions  None checks every element (two evaluations each); an integer checks that many
+                random directions over all Tensors at once, for functions of many parameters
+    rng         numpy Generator, for the cotangent and the directions
+
+    Returns the largest relative error. Raises GradientError with the worst element and both
+    values, TypeError if a Tensor is not float64, ValueError if none requires a gradient.
+    """
+    rng = rng or np.random.default_rng(0)
+    checked = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+    if not checked:
+        raise ValueError("gradcheck: no Tensor has requires_grad=True, so there is nothing to check")
+    for t in checked:
+        if t.dtype != np.float64:
+            raise TypeError(f"gradcheck needs float64 (a difference of float32 is noise); got {t.dtype}")
+
+    output = function(*tensors)
+    cotangent = rng.normal(size=output.shape) if output.size > 1 else np.ones(output.shape)
+
+    def value():
+        return float((function(*tensors).data * cotangent).sum())
+
+    kept = [t.grad for t in checked]
+    for t in checked:
+        t.grad = None
+    ops.sum(output * cotangent).backward()
+    analytic = [t.grad for t in checked]
+    for t, before in zip(checked, kept):
+        t.grad = before
+    missing = [i for i, a in enumerate(analytic) if a is None]
+    if missing:
+        raise GradientError(f"gradcheck: no gradient reached Tensor {missing[0]} "
+                            f"(shape {checked[missing[0]].shape})")
+    if directions is None:
+        return max(_every_element(i, t, a, value, step, tolerance)
+                   for i, (t, a) in enumerate(zip(checked, analytic)))
+    return max(_one_direction(i, checked, analytic, value, step, tolerance, rng)
+               for i in range(directions))
+
+
+def relative_error(actual, expected):
+    """max|actual - expected| / max(max|expected|, 1e-3), and the index of the worst element."""
+    if not np.size(expected):
+        return 0.0, ()
+    difference = np.abs(actual - expected)
+    worst = np.unravel_index(np.argmax(difference), np.shape(difference))
+    return float(difference[worst] / max(np.abs(expected).max(), FLOOR)), tuple(int(i) for i in worst)
+
+
+def _every_element(which, tensor, analytic, value, step, tolerance):
+    numeric = np.empty_like(tensor.data)
+    for index in np.ndindex(tensor.shape):
+        x = tensor.data[index]
+        h = step * max(1.0, abs(x))
+        tensor.data[index] = x + h
+        above = value()
+        tensor.data[index] = x - h
+        numeric[index] = (above - value()) / (2 * h)
+        tensor.data[index] = x
+    error, worst = relative_error(analytic, numeric)
+    if not error <= tolerance:       # also when it is NaN
+        raise GradientError(f"Tensor {which}, shape {tensor.shape}: relative error {error:.2e} "
+                            f"(tolerance {tolerance:.0e}), worst at {worst}: "
+                            f"backward {analytic[worst]:.10g}, differences {numeric[worst]:.10g}")
+    return error
+
+
+def _one_direction(which, tensors, analytic, value, step, tolerance, rng):
+    arrows = [rng.normal(size=t.shape) for t in tensors]
+    length = np.sqrt(sum((a * a).sum() for a in arrows))
+    before = [t.data.copy() for t in tensors]
+    values = []
+    for sign in (1, -1):
+        for t, x, a in zip(tensors, before, arrows):
+            t.data[...] = x + sign * step * a / length
+        values.append(value())
+    for t, x in zip(tensors, before):
+        t.data[...] = x
+    numeric = (values[0] - values[1]) / (2 * step)
+    exact = sum((g * a).sum() for g, a in zip(analytic, arrows)) / length
+    error, _ = relative_error(np.float64(exact), np.float64(numeric))
+    if not error <= tolerance:
+        raise GradientError(f"direction {which}: relative error {error:.2e} (tolerance {tolerance:.0e}): "
+                            f"backward {exact:.10g}, differences {numeric:.10g}")
+    return error

@@ -1,0 +1,233 @@
+"""Reverse-mode automatic differentiation.
+
+A primitive is a function of arrays that returns its output and its vector-Jacobian
+product: `vjp(dy)` takes the gradient of the loss with respect to the output and returns
+the gradient with respect to each input. `@primitive` lets it take Tensors, and records
+which Tensors it was called on. `backward` walks those records from the last to the first.
+That is the whole idea:
+
+    @primitive
+    def exp(x):
+        y = np.exp(x)
+        def vjp(dy):
+            return dy * y
+        return y, vjp
+"""
+
+import contextlib
+import functools
+import itertools
+import threading
+
+import numpy as np
+
+from minilm.backend import array_module, is_cupy
+
+_order = itertools.count()         # a primitive called later has a larger number
+_thread = threading.local()        # no_grad holds in the thread that entered it
+
+
+class Tensor:
+    """An array, and where it came from.
+
+    data           the array, float32 or float64 (integers and lists become float64)
+    grad           an array of the same shape once backward has reached this leaf, else None.
+                   Only leaves (Tensors made by hand with requires_grad=True) keep theirs.
+    requires_grad  whether backward should reach it
+
+    Raises TypeError for any other dtype, and for a Tensor in place of an array.
+    """
+
+    __slots__ = ("data", "grad", "requires_grad", "node")
+    __array_ufunc__ = None         # so that `array * tensor` is tensor.__rmul__(array)
+
+    def __init__(self, data, requires_grad=False):
+        if isinstance(data, Tensor):
+            raise TypeError("Tensor of a Tensor; pass its .data for a copy outside the graph")
+        if not is_cupy(data):
+            data = np.asarray(data)
+        if data.dtype.kind in "iub":
+            data = data.astype(np.float64)
+        if data.dtype not in (np.float32, np.float64):
+            raise TypeError(f"a Tensor holds float32 or float64, not {data.dtype}")
+        self.data = data
+        self.grad = None
+        self.requires_grad = requires_grad
+        self.node = None
+
+    shape = property(lambda self: self.data.shape)
+    ndim = property(lambda self: self.data.ndim)
+    size = property(lambda self: self.data.size)
+    dtype = property(lambda self: self.data.dtype)
+
+    def item(self):
+        """The value of a Tensor of one element, as a Python float."""
+        return float(self.data.item())
+
+    def __len__(self):
+        return len(self.data)
+
+    def __float__(self):
+        return self.item()
+
+    def __repr__(self):
+        source = f", from {self.node.name}" if self.node else ""
+        return f"Tensor({self.data!r}{source})"
+
+    def backward(self, gradient=None):
+        """Add d(self)/d(leaf) to `.grad` of every leaf that self was computed from.
+
+        gradient: the cotangent, an array of self's shape; needed unless self has one element.
+        The graph is freed on the way: what a primitive kept for its vjp goes as soon as that
+        vjp has run. A second backward through any part of it raises RuntimeError.
+        """
+        if not self.requires_grad:
+            raise RuntimeError("backward: nothing here requires a gradient (computed under "
+                               "no_grad, or from Tensors without requires_grad)")
+        xp = array_module(self.data)
+        if gradient is None:
+            if self.size != 1:
+                raise ValueError(f"backward on shape {self.shape} needs its cotangent: "
+                                 "pass backward(gradient) of that shape, or reduce to a scalar")
+            gradient = xp.ones_like(self.data)
+        gradient = xp.asarray(gradient, dtype=self.dtype)
+        if gradient.shape != self.shape:
+            raise ValueError(f"backward on shape {self.shape}: the cotangent has shape {gradient.shape}")
+
+        tape = graph(self)
+        gradients = {id(self): gradient}
+        if self.node is None:
+            _accumulate(self, gradient)
+        while tape:
+            tensor = tape.pop()
+            node, dy = tensor.node, gradients.pop(id(tensor))
+            for parent, dx in zip(node.inputs, node.pull_back(dy)):
+                if not (isinstance(parent, Tensor) and parent.requires_grad):
+                    continue
+                if dx is None or dx.shape != parent.shape or dx.dtype != parent.dtype:
+                    raise RuntimeError(f"{node.name}: gradient for an input of shape {parent.shape}, "
+                                       f"{parent.dtype} came back as {_describe(dx)}")
+                if parent.node is None:
+                    _accumulate(parent, dx)
+                elif id(parent) in gradients:
+                    gradients[id(parent)] = gradients[id(parent)] + dx
+                else:
+                    gradients[id(parent)] = dx
+            node.free()
+
+
+class Node:
+    """One call of a primitive: its inputs, in the order of its arguments, and its vjp."""
+
+    __slots__ = ("name", "inputs", "vjp", "order")
+
+    def __init__(self, name, inputs, vjp):
+        self.name, self.inputs, self.vjp, self.order = name, inputs, vjp, next(_order)
+
+    def pull_back(self, dy):
+        """One gradient per argument; None for those that have none."""
+        dx = self.vjp(dy)
+        dx = dx if isinstance(dx, tuple) else (dx,)
+        return dx + (None,) * (len(self.inputs) - len(dx))
+
+    def free(self):
+        self.inputs, self.vjp = (), None
+
+
+def graph(tensor):
+    """Every Tensor with a history that `tensor` depends on, itself included, oldest first."""
+    found, stack = {}, [tensor]
+    while stack:
+        t = stack.pop()
+        if t.node is None or id(t) in found:
+            continue
+        if t.node.vjp is None:
+            raise RuntimeError(f"backward through {t.node.name} a second time: the graph was freed by "
+                               "the first; compute the forward again")
+        found[id(t)] = t
+        stack += [p for p in t.node.inputs if isinstance(p, Tensor) and p.requires_grad]
+    return sorted(found.values(), key=lambda t: t.node.order)
+
+
+def _accumulate(leaf, gradient):
+    # A copy the first time: one array may be the gradient of several Tensors.
+    if leaf.grad is None:
+        leaf.grad = array_module(gradient).array(gradient)
+    else:
+        leaf.grad += gradient
+
+
+def primitive(function):
+    """Turn `function(*arrays, **options) -> (output, vjp)` into a function of Tensors.
+
+    Positional arguments may be Tensors, arrays or scalars; options never are Tensors.
+    vjp returns one array per positional argument from the first on (a tuple, or a single
+    array for the first alone); trailing arguments that have no gradient may be left out.
+    The result is always a Tensor. Errors name the primitive and the shapes it was given.
+    """
+    name = function.__name__
+
+    @functools.wraps(function)
+    def apply(*inputs, **options):
+        if any(isinstance(option, Tensor) for option in options.values()):
+            raise TypeError(f"{name}: a Tensor was passed by keyword; pass it by position")
+        arrays = [_array(x) for x in inputs]
+        dtypes = {a.dtype.name for a in arrays if getattr(a, "dtype", np.dtype(int)).kind == "f"}
+        if len(dtypes) > 1:
+            raise TypeError(f"{name}: mixed dtypes {', '.join(sorted(dtypes))}; convert one side "
+                            f"({_call(name, arrays)})")
+        try:
+            array_module(*arrays)
+            output, vjp = function(*arrays, **options)
+        except (IndexError, TypeError, ValueError) as error:
+            kind = next(k for k in (IndexError, TypeError, ValueError) if isinstance(error, k))
+            raise kind(f"{_call(name, arrays)}: {error}") from error
+        result = Tensor(output)
+        if grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            result.requires_grad = True
+            result.node = Node(name, inputs, vjp)
+        return result
+
+    return apply
+
+
+def _array(x):
+    if isinstance(x, Tensor):
+        return x.data
+    # np.float64(2) would turn float32 arithmetic into float64; the Python scalar does not.
+    return x.item() if isinstance(x, np.generic) else x
+
+
+def _describe(x):
+    return f"{x.shape}, {x.dtype}" if hasattr(x, "shape") else repr(x)
+
+
+def _call(name, arrays):
+    return f"{name}({', '.join(str(a.shape) if hasattr(a, 'shape') else repr(a) for a in arrays)})"
+
+
+def grad_enabled():
+    """Whether primitives called in this thread are being recorded."""
+    return getattr(_thread, "grad_enabled", True)
+
+
+@contextlib.contextmanager
+def no_grad():
+    """Within it, nothing is recorded and nothing is kept for a backward."""
+    before, _thread.grad_enabled = grad_enabled(), False
+    try:
+        yield
+    finally:
+        _thread.grad_enabled = before
+
+
+def first_nonfinite(tensor):
+    """Which primitive first produced a NaN or an infinity on the way to `tensor`.
+
+    Returns "name, shape (..)" of the oldest one in the graph, or None. Call it before
+    backward, which frees the graph.
+    """
+    for t in graph(tensor):
+        if not array_module(t.data).isfinite(t.data).all():
+            return f"the output of {t.node.name}, shape {t.shape}"
+    return None

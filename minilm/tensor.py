@@ -172,16 +172,16 @@ def primitive(function):
         if any(isinstance(option, Tensor) for option in options.values()):
             raise TypeError(f"{name}: a Tensor was passed by keyword; pass it by position")
         arrays = [_array(x) for x in inputs]
-        dtypes = {a.dtype.name for a in arrays if getattr(a, "dtype", np.dtype(int)).kind == "f"}
-        if len(dtypes) > 1:
-            raise TypeError(f"{name}: mixed dtypes {', '.join(sorted(dtypes))}; convert one side "
-                            f"({_call(name, arrays)})")
+        dtypes = {x.dtype for x in inputs if isinstance(x, Tensor)}
         try:
             array_module(*arrays)
             output, vjp = function(*arrays, **options)
         except (IndexError, TypeError, ValueError) as error:
             kind = next(k for k in (IndexError, TypeError, ValueError) if isinstance(error, k))
             raise kind(f"{_call(name, arrays)}: {error}") from error
+        if len(dtypes | {output.dtype}) > 1 and dtypes:
+            raise TypeError(f"{_call(name, arrays)}: mixed dtypes "
+                            f"{' and '.join(sorted(map(str, dtypes | {output.dtype})))}; convert one side")
         result = Tensor(output)
         if grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             result.requires_grad = True

@@ -1,0 +1,54 @@
+"""How far has the policy moved? Three estimators of a KL divergence, and what their gradients are.
+
+For a whole response y drawn from pi, with x = log pi(y) - log pi_ref(y):
+
+    k1 = x                   E[k1] = KL(pi || pi_ref)     a single sample may be negative
+    k2 = x^2 / 2             biased: E[k2] is not the KL, close to it when pi is close to pi_ref
+    k3 = exp(-x) - 1 + x     E[k3] = KL(pi || pi_ref)     never negative; infinite variance is possible
+
+(Schulman 2020, "Approximating KL divergence".) Their values and their gradients are two things.
+Differentiated as a loss at samples that are held fixed, in expectation under pi:
+
+    grad k1 = grad log pi                -> E = 0: no pull at all
+    grad k2 = x grad log pi              -> grad KL(pi || pi_ref): the one that is wanted
+    grad k3 = (1 - exp(-x)) grad log pi  -> grad KL(pi_ref || pi): the other direction
+
+k1 inside the reward, without gradient, as policy_gradient.py has it, gives grad KL(pi || pi_ref)
+too. All of this holds for whole responses; per token and then summed, k2 and k3 give neither
+gradient, because the earlier tokens' choice of context is not differentiated.
+k3 is the exponential of a log-ratio: it overflows where the policy has left the reference far
+behind (x < -700 in float64), and is the one function here that may.
+Tests: tests/test_kl.py.
+"""
+
+import numpy as np
+
+from minilm import ops
+
+
+def k1(policy, reference):
+    """Log-probs of whole responses, each (B,); policy a Tensor or an array, reference an array."""
+    return ops.subtract(policy, reference)
+
+
+def k2(policy, reference):
+    x = ops.subtract(policy, reference)
+    return x * x * 0.5
+
+
+def k3(policy, reference):
+    x = ops.subtract(policy, reference)
+    return ops.exp(-x) - 1.0 + x
+
+
+def kl_metrics(policy, reference, mask):
+    """Estimates from log-probs (B,T) of samples drawn from the policy (plain arrays).
+
+    kl_sequence  mean over responses of the summed k1, in nats per response
+    kl_token     the same sum divided by the number of tokens, in nats per token (TRL's `kl`)
+    Either may come out negative from few samples; the divergence itself never is.
+    """
+    selected = np.asarray(mask).astype(bool)
+    x = np.where(selected, policy - reference, 0.0)
+    return {"kl_sequence": float(x.sum(axis=-1).mean()),
+            "kl_token": float(x.sum() / max(1, selected.sum()))}

@@ -1,0 +1,52 @@
+"""Supervised finetuning: cross-entropy on the tokens of the demonstrated response.
+
+    L = - sum_t m_t log pi(y_t | y_<t) / M,       M = sum_t m_t over the accumulation window
+
+    dL / d log pi_t = - m_t / M
+
+Every response token weighs the same, however it is split into sequences and micro-batches:
+with gradient accumulation M is the sum of the masks of all micro-batches and is passed as
+`total`. Normalising each micro-batch by its own M (as several libraries did) makes tokens
+of short micro-batches count more. The mask is 1 on response tokens and their EOS, 0 on
+prompt and padding. Pretraining is the same loss with a mask of ones on all real tokens.
+Tests: tests/test_sft.py.
+"""
+
+import numpy as np
+
+from minilm.backend import array_module
+from minilm.tensor import primitive
+
+
+@primitive
+def sft_loss(log_probs, mask, total=None):
+    """Mean negative log-prob of the tokens that the mask selects: a scalar.
+
+    log_probs (B,T); mask (B,T), 0 or 1; total: the mask's sum over the whole accumulation
+    window, by default this mask's. A log-prob outside the mask may be NaN.
+    Raises ValueError if nothing is selected.
+    """
+    xp = array_module(log_probs)
+    selected = xp.asarray(mask).astype(bool)
+    if selected.shape != log_probs.shape:
+        raise ValueError("log_probs and mask must have the same shape (B,T)")
+    total = float(selected.sum() if total is None else total)
+    if total <= 0:
+        raise ValueError("the response mask selects no token: there is nothing to learn from "
+                         "(an empty response, or a response cut off with its prompt?)")
+    def vjp(dloss):
+        return -dloss * selected.astype(log_probs.dtype) / total
+    return -xp.where(selected, log_probs, 0).sum() / total, vjp
+
+
+def sft_metrics(log_probs, mask, predictions=None, targets=None, entropies=None):
+    """Floats under TRL's names, over selected tokens only: `loss`, `num_tokens`,
+    `mean_token_accuracy` (if predictions and targets (B,T) are given), `entropy` (if given,
+    per token in nats)."""
+    selected = np.asarray(mask).astype(bool)
+    metrics = {"loss": float(-log_probs[selected].mean()), "num_tokens": float(selected.sum())}
+    if predictions is not None:
+        metrics["mean_token_accuracy"] = float((predictions == targets)[selected].mean())
+    if entropies is not None:
+        metrics["entropy"] = float(entropies[selected].mean())
+    return metrics

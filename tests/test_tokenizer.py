@@ -1,0 +1,297 @@
+"""The tokenizer: it loses nothing, invents no special token, and learns what a naive trainer learns."""
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilm.tokenizer import FORMAT, SPECIALS, Tokenizer, learn_merges, replace_pair, split
+
+TEXT = """The cat sat on the mat; the other cat, she said, didn't.
+    3 + 14 = 17, and 1999 is a year.\tFin.
+
+Café naïve, 猫が好き, emoji 👩‍🚀, snake_case.
+"""
+
+
+def naive_merges(word_counts):
+    """Every (pair, count) until no pair is left, and the words then: all pairs recounted at every step."""
+    words = {word: list(word.encode()) for word in word_counts}
+    steps = []
+    while True:
+        counts = Counter()
+        for word, ids in words.items():
+            for pair in zip(ids, ids[1:]):
+                counts[pair] += word_counts[word]
+        if not counts:
+            return steps, words
+        best = sorted(counts, key=lambda pair: (-counts[pair], pair))[0]
+        new_id = 256 + len(steps)
+        steps.append((best, counts[best]))
+        for word, ids in words.items():
+            i, joined = 0, []
+            while i < len(ids):
+                match = tuple(ids[i:i + 2]) == best
+                joined.append(new_id if match else ids[i])
+                i += 2 if match else 1
+            words[word] = joined
+
+
+# Of the naive trainer, so that a broken learn_merges fails its own tests and not all of them.
+TRAINED = Tokenizer([pair for pair, _ in naive_merges(Counter(split(TEXT)))[0]][:80])
+
+any_text = st.text()
+# Arbitrary Unicode seldom holds what the rules for cutting are about, so these characters are dealt more often.
+awkward_text = st.text(st.sampled_from("ab1 2\n\r\t_.'<>é\u0301猫٣²\u00a0\u3000\u2028\x1c\x00"), max_size=40)
+texts = any_text | awkward_text
+# Two letters make repeated pairs ("aaa") and ties.
+small_corpora = st.lists(st.text("ab ", max_size=12), max_size=6)
+
+
+# --- cutting text into words ---
+
+@given(texts)
+def test_words_joined_are_the_text(text):
+    assert "".join(split(text)) == text
+
+
+@pytest.mark.parametrize("text, words", [
+    ("a cat, 42", ["a", " cat", ",", " 4", "2"]),
+    ("3x3=9", ["3", "x", "3", "=", "9"]),
+    ("two  spaces", ["two", " ", " spaces"]),
+    ("end   ", ["end", "   "]),
+    ("a \n  b", ["a", " ", "\n", " ", " b"]),
+    ("a\n\nb\r\n", ["a", "\n", "\n", "b", "\r", "\n"]),
+    ("\t\tx", ["\t", "\t", "x"]),
+    (" ... (yes)", [" ...", " (", "yes", ")"]),
+    ("snake_case", ["snake", "_", "case"]),
+    ("don't", ["don", "'", "t"]),
+    ("", []),
+])
+def test_words_are_cut_where_documented(text, words):
+    assert split(text) == words
+
+
+@given(texts)
+def test_a_digit_is_a_word_with_at_most_a_space_before_it(text):
+    for word in split(text):
+        if re.search(r"\d", word):
+            assert re.fullmatch(r" ?\d", word)
+
+
+@given(texts)
+def test_a_newline_is_a_word_alone(text):
+    for word in split(text):
+        assert word in ("\n", "\r") or not set(word) & {"\n", "\r"}
+
+
+# --- encode and decode ---
+
+@given(texts)
+def test_decode_undoes_encode(text):
+    for tokenizer in (Tokenizer(), TRAINED):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(texts)
+def test_encode_gives_the_same_ids_from_a_warm_cache_as_from_a_cold_one(text):
+    cold = Tokenizer(TRAINED.merges)
+    assert cold.encode(text) == cold.encode(text) == TRAINED.encode(text)
+
+
+def test_changing_the_ids_that_encode_returned_does_not_change_the_next_call():
+    first = TRAINED.encode("cat")
+    expected = list(first)
+    first.append(0)
+    assert TRAINED.encode("cat") == expected
+
+
+def test_without_merges_the_ids_are_the_bytes():
+    assert Tokenizer().encode("é1\n") == list("é1\n".encode())
+
+
+@given(texts, texts)
+def test_a_prompt_that_ends_in_a_newline_is_a_prefix_of_prompt_and_response(prompt, response):
+    prompt += "\n"
+    assert TRAINED.encode(prompt + response) == TRAINED.encode(prompt) + TRAINED.encode(response)
+
+
+def test_merges_never_hold_a_newline_or_a_second_digit():
+    tokenizer = Tokenizer.train("12 12 12\n\n\n\n7\n 7\r\n\r\n" * 5, 400)
+    assert tokenizer.tokens[256:] == [b" 1", b" 7"]
+    assert tokenizer.encode("\n\n") == [10, 10]
+
+
+@given(st.lists(st.sampled_from(SPECIALS) | awkward_text).map("".join))
+def test_encode_never_emits_a_special_token(text):
+    tokenizer = Tokenizer.train(["<pad><bos><eos>" * 9], 400)
+    ids = tokenizer.encode(text)
+    assert not set(ids) & set(tokenizer.specials.values())
+    assert tokenizer.decode(ids) == text
+
+
+def test_encode_adds_no_bos():
+    assert Tokenizer().encode("") == []
+    assert Tokenizer().encode("a") == [97]
+
+
+def test_decode_leaves_specials_out_or_names_them():
+    t = TRAINED
+    ids = [t.bos, *t.encode("cat"), t.eos, t.pad, t.pad]
+    assert t.decode(ids) == "cat"
+    assert t.decode(ids, specials=True) == "<bos>cat<eos><pad><pad>"
+
+
+def test_decode_takes_an_array():
+    assert TRAINED.decode(np.array(TRAINED.encode(TEXT), dtype=np.int32)) == TEXT
+
+
+@given(st.lists(st.integers(0, TRAINED.vocab_size - 1)))
+def test_decode_accepts_whatever_ids_a_model_samples(ids):
+    TRAINED.decode(ids).encode("utf-8")
+
+
+def test_decode_replaces_bytes_that_are_not_utf8():
+    assert Tokenizer().decode([97, 0xC3, 98]) == "a\ufffdb"
+
+
+@pytest.mark.parametrize("bad", [-1, TRAINED.vocab_size, 10**9])
+def test_decode_names_the_id_outside_the_vocabulary(bad):
+    with pytest.raises(ValueError, match=rf"id {bad} .* vocabulary of {TRAINED.vocab_size}"):
+        TRAINED.decode([97, bad])
+
+
+@pytest.mark.parametrize("use", [split, TRAINED.encode, lambda text: Tokenizer.train([text], 300)])
+def test_a_lone_surrogate_is_a_clear_error(use):
+    with pytest.raises(ValueError, match=r"'\\ud800', at index 3 of the text, is a lone surrogate"):
+        use("ab \ud800c")
+
+
+# --- ids ---
+
+def test_ids_are_bytes_then_merges_then_specials():
+    t = Tokenizer.train(TEXT, 300, specials=(*SPECIALS, "<user>"))
+    assert t.vocab_size == 300 and len(t.tokens) == 296
+    assert t.tokens[:256] == [bytes([i]) for i in range(256)]
+    assert list(t.merges.values()) == list(range(256, 296))
+    assert t.specials == {"<pad>": 296, "<bos>": 297, "<eos>": 298, "<user>": 299}
+    assert (t.pad, t.bos, t.eos) == (296, 297, 298)
+
+
+def test_pad_and_eos_are_different_ids():
+    assert len({TRAINED.pad, TRAINED.bos, TRAINED.eos}) == 3
+
+
+# --- training ---
+
+@given(small_corpora | st.lists(texts, max_size=4))
+def test_incremental_counts_equal_a_naive_recount(corpus):
+    word_counts = Counter(word for text in corpus for word in split(text))
+    steps, _ = naive_merges(word_counts)
+    assert list(learn_merges(word_counts)) == steps
+
+
+@given(small_corpora, st.integers(0, 12))
+def test_encode_cuts_a_training_word_as_training_left_it(corpus, n_merges):
+    word_counts = Counter(word for text in corpus for word in split(text))
+    tokenizer = Tokenizer.train(corpus, 256 + len(SPECIALS) + n_merges)
+    for word in word_counts:
+        ids = list(word.encode())
+        for pair, new_id in tokenizer.merges.items():
+            ids = replace_pair(ids, pair, new_id)
+        assert tokenizer.encode(word) == ids
+    if len(tokenizer.merges) < n_merges:   # ran out of pairs
+        steps, words = naive_merges(word_counts)
+        assert list(tokenizer.merges) == [pair for pair, _ in steps]
+        assert all(tokenizer.encode(word) == ids for word, ids in words.items())
+
+
+def test_ties_go_to_the_smallest_pair_of_ids():
+    assert [pair for pair, _ in learn_merges({"zy": 2, "ba": 2, "bc": 2})] == [(98, 97), (98, 99), (122, 121)]
+
+
+def test_overlapping_pairs_are_merged_from_the_left():
+    assert replace_pair([1, 1, 1, 2, 1, 1], (1, 1), 9) == [9, 1, 2, 9]
+    assert list(learn_merges({"aaa": 1})) == [((97, 97), 2), ((256, 97), 1)]
+
+
+@given(st.permutations(TEXT.split("\n")))
+def test_training_does_not_depend_on_the_order_of_the_texts(lines):
+    assert Tokenizer.train(lines, 300).to_json() == Tokenizer.train(TEXT.split("\n"), 300).to_json()
+
+
+def test_a_text_and_an_iterable_of_it_train_the_same():
+    assert Tokenizer.train(TEXT, 300).to_json() == Tokenizer.train(iter([TEXT]), 300).to_json()
+
+
+def test_training_stops_early_when_the_texts_run_out_of_pairs():
+    tokenizer = Tokenizer.train("ab ab", 1000)
+    assert tokenizer.tokens[256:] == [b"ab", b" ab"]
+    assert tokenizer.vocab_size == 256 + 2 + 3
+    assert Tokenizer.train([], 1000).vocab_size == 256 + 3
+
+
+def test_a_vocabulary_without_room_for_bytes_and_specials_is_an_error():
+    assert Tokenizer.train(TEXT, 259).merges == {}
+    with pytest.raises(ValueError, match="vocab_size 258 is less than 256 bytes and 3 special"):
+        Tokenizer.train(TEXT, 258)
+
+
+# --- saving ---
+
+@given(small_corpora, texts, st.lists(st.text(min_size=1).filter(lambda name: name not in SPECIALS), unique=True))
+def test_a_tokenizer_read_back_encodes_and_decodes_the_same(corpus, text, names):
+    saved = Tokenizer.train(corpus, 300, specials=(*names, *SPECIALS))
+    read = Tokenizer.from_json(saved.to_json())
+    assert read.to_json() == saved.to_json()
+    assert (read.pad, read.bos, read.eos, read.specials) == (saved.pad, saved.bos, saved.eos, saved.specials)
+    ids = [read.bos, *read.encode(text), read.eos]
+    assert ids == [saved.bos, *saved.encode(text), saved.eos]
+    assert read.decode(ids, specials=True) == saved.decode(ids, specials=True) == f"<bos>{text}<eos>"
+
+
+def saved_with(**changes):
+    return json.dumps(json.loads(Tokenizer([(97, 98)]).to_json()) | changes)
+
+
+@pytest.mark.parametrize("text, complaint", [
+    ("<merges>", "JSON, and this is not"),
+    pytest.param("[" * 100_000, "JSON, and this is not", id="nested too deeply"),
+    ("[]", "format"),
+    ("{}", "format 'minilm-tokenizer-1', not None"),
+    (saved_with(format="minilm-tokenizer-2"), "not 'minilm-tokenizer-2'"),
+    (saved_with(specials="<pad>"), "list of specials, not '<pad>'"),
+    (saved_with(specials=[*SPECIALS, 1]), "must have distinct names"),
+    (saved_with(specials=["<pad>", "<bos>"]), "lack ['<eos>']"),
+    (saved_with(specials=[*SPECIALS, "<eos>"]), "distinct"),
+    (saved_with(specials=[*SPECIALS, ""]), "empty"),
+    (saved_with(specials=[*SPECIALS, "\ud800"]), "lone surrogate"),
+    (saved_with(merges=None), "list of merges, not None"),
+    (saved_with(merges=[7]), "merge 0 must be a pair of ids, not 7"),
+    (saved_with(merges=[[1, 2, 3]]), "merge 0 must be a pair of ids"),
+    (saved_with(merges=[[97, 98], [97, 98.0]]), "merge 1 must be a pair of ids"),
+    (saved_with(merges=[[97, True]]), "merge 0 must be a pair of ids"),
+    (saved_with(merges=[[97, 98], [97, 257]]), "merge 1, (97, 257), can only join ids from 0 to 256"),
+    (saved_with(merges=[[-1, 98]]), "can only join ids from 0 to 255"),
+    (saved_with(merges=[[97, 98], [97, 98]]), "merge 1, (97, 98), comes twice"),
+    (json.dumps({"format": FORMAT, "specials": list(SPECIALS)}), "list of merges, not None"),
+])
+def test_from_json_says_what_is_wrong(text, complaint):
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        Tokenizer.from_json(text)
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.integers(-2, 300) | st.floats() | st.text(max_size=3),
+                           lambda inner: st.lists(inner, max_size=3), max_leaves=6)
+
+
+@given(json_values, json_values)
+def test_from_json_raises_nothing_but_value_errors(specials, merges):
+    for text in (saved_with(specials=specials), saved_with(merges=merges), json.dumps(specials)):
+        try:
+            Tokenizer.from_json(text)
+        except ValueError:
+            pass

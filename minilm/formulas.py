@@ -32,6 +32,12 @@ def rope(x, cos, sin, pairing="half"):
     return ops.reshape(ops.concatenate(pairs, axis=-1), shape=x.shape)
 
 
+def smear(k, amount, before):
+    a = ops.reshape(ops.sigmoid(amount), shape=(amount.shape[0], 1, amount.shape[1]))
+    previous = ops.concatenate([before[:, :, None], k[:, :, :-1]], axis=2)
+    return (1.0 - a) * k + a * previous
+
+
 def attention(q, k, v, causal=True, key_mask=None):
     """Every key/value head repeated for the query heads that share it; one softmax."""
     (B, H, T, K), (G, S) = q.shape, k.shape[1:3]

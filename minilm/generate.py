@@ -14,6 +14,7 @@ class Cache:
     def __init__(self, config, batch, capacity, xp=np, dtype=np.float32):
         shape = (config.layers, batch, config.kv_heads, capacity, config.head_width)
         self.keys, self.values = xp.empty(shape, dtype), xp.empty(shape, dtype)
+        self.last_keys = xp.zeros((config.layers, batch, config.kv_heads, config.head_width), dtype)
         self.length = 0
 
     def extend(self, layer, k, v):
@@ -25,9 +26,15 @@ class Cache:
             self.length = end
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def previous_key(self, layer, k):
+        """The last key (B,G,K) of the call before, zeros at the start; remembers the last of k (B,G,T,K)."""
+        before = self.last_keys[layer].copy()
+        self.last_keys[layer] = k[:, :, -1]
+        return before
+
     def keep(self, rows):
         """Drop the batch rows that are not listed."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.keys, self.values, self.last_keys = self.keys[:, rows], self.values[:, rows], self.last_keys[:, rows]
 
 
 @dataclasses.dataclass

@@ -96,6 +96,26 @@ def rope(x, cos, sin, pairing="half"):
     return rotate(x, sin), vjp
 
 
+@primitive
+def smear(k, amount, before):
+    """Each key mixed with the one before it: (1 - a) k_t + a k_{t-1}, a = sigmoid(amount).
+
+    k (B,G,T,K); amount (G,K); before (B,G,K), the key before the first, an array that gets no
+    gradient. An option (Config.key_smear): it hands every layer what a "previous token" head
+    would have to learn, and copying from the context is learned several times sooner.
+    Olsson et al. 2022, arXiv:2209.11895, "smeared keys".
+    """
+    xp = array_module(k, amount)
+    a = ops.stable_sigmoid(amount)[:, None]
+    previous = xp.concatenate([before[:, :, None], k[:, :, :-1]], axis=2)
+    def vjp(dy):
+        dk = (1 - a) * dy
+        dk[:, :, :-1] += a * dy[:, :, 1:]
+        da = (dy * (previous - k)).sum(axis=(0, 2))
+        return dk, da * (a * (1 - a))[:, 0]
+    return (1 - a) * k + a * previous, vjp
+
+
 def attention_mask(T, S, causal, key_mask, xp):
     """True where a query (T of them, the last T of S positions) may look at a key.
 

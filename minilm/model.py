@@ -30,6 +30,7 @@ class Config:
     context: int = 256              # the longest sequence accepted, in tokens
     causal: bool = True             # False: every position sees every other (an encoder)
     tied: bool = False              # the unembedding is the embedding
+    key_smear: bool = False         # mix each key with the one before (layers.smear): not in Llama
     rope_base: float = 10000.0
     rope_pairing: str = "half"      # or "interleaved"; see layers.rope
     norm_eps: float = 1e-6
@@ -82,6 +83,8 @@ class Transformer:
         for i in range(c.layers):
             norm(f"blocks.{i}.attention_norm")
             weight(f"blocks.{i}.qkv", c.width, heads_width + 2 * kv_width, scale=fan_in)
+            if c.key_smear:
+                weight(f"blocks.{i}.key_smear", c.kv_heads, c.head_width, scale=0.0)
             weight(f"blocks.{i}.attention_out", heads_width, c.width, scale=heads_width ** -0.5 * residual)
             norm(f"blocks.{i}.ffn_norm")
             weight(f"blocks.{i}.gate_up", c.width, 2 * c.ffn_width, scale=fan_in)
@@ -145,6 +148,8 @@ class Transformer:
         for i in range(c.layers):
             q, k, v = self._heads(layers.rms_norm(x, p[f"blocks.{i}.attention_norm"], eps=c.norm_eps)
                                   @ p[f"blocks.{i}.qkv"])
+            if c.key_smear:
+                k = self._smeared(i, k, key_mask, cache)
             q = layers.rope(q, cos, sin, pairing=c.rope_pairing)
             k = layers.rope(k, cos, sin, pairing=c.rope_pairing)
             if cache:
@@ -160,6 +165,13 @@ class Transformer:
         c, (B, T, _) = self.config, qkv.shape
         heads = ops.transpose(qkv.reshape(B, T, c.heads + 2 * c.kv_heads, c.head_width), axes=(0, 2, 1, 3))
         return (heads[:, :c.heads], heads[:, c.heads:c.heads + c.kv_heads], heads[:, c.heads + c.kv_heads:])
+
+    def _smeared(self, i, k, key_mask, cache):
+        if key_mask is not None:          # padding is no predecessor: as if nothing stood there
+            xp = array_module(k.data)
+            k = ops.where(xp.asarray(key_mask)[:, None, -k.shape[2]:, None].astype(bool), k, 0.0)
+        before = cache.previous_key(i, k.data) if cache else 0 * k.data[:, :, 0]
+        return layers.smear(k, self._parameters[f"blocks.{i}.key_smear"], before)
 
     def __call__(self, tokens, key_mask=None):
         """Logits (B,T,V); those at position t score token t+1."""

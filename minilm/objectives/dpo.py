@@ -13,7 +13,7 @@ alone and cancels between two responses to it. Put into the Bradley-Terry loss o
 so the chosen response is pushed up and the rejected one down, by beta times the probability that
 the implied rewards give to the wrong order. Only the difference counts: both log-probs may fall
 while the loss does too.
-Rafailov et al. 2023, arXiv:2305.18290. L starts at log 2, bitwise when policy and reference
+Rafailov et al. 2023, arXiv:2305.18290: pi* is (4), r is (5), L is (7). L starts at log 2, bitwise when policy and reference
 log-probs are the same array. log sigma is computed by softplus: finite at any finite Delta.
 Tests: tests/test_dpo.py.
 """
@@ -29,7 +29,7 @@ from minilm.tensor import primitive
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1, label_smoothing=0.0):
     """Summed log-probs (B,), policy's as Tensors and reference's as arrays -> a scalar.
 
-    label_smoothing eps in [0, 1/2): cDPO (Mitchell 2023), the loss for labels that are wrong with
+    label_smoothing eps in [0, 1/2): cDPO (Mitchell 2023, "A note on DPO with noisy preferences"), the loss for labels that are wrong with
     probability eps:  (1 - eps) L(c,r) + eps L(r,c). It keeps Delta finite, at
     beta Delta = log((1 - eps)/eps); it does not undo the flips, robust_dpo_loss does.
     """
@@ -64,7 +64,7 @@ def robust_dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_
 
 @primitive
 def ipo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1):
-    """mean[ (Delta - 1/(2 beta))^2 ]: Azar et al. 2023, arXiv:2310.12036 (their tau is beta).
+    """mean[ (Delta - 1/(2 beta))^2 ]: Azar et al. 2023, arXiv:2310.12036, (17) (their tau is beta).
 
     A target for Delta instead of a push without end. On summed log-probs, as in the paper (TRL
     averages over tokens first). It starts at 1/(4 beta^2), and its optimum is another than pi*.
@@ -79,7 +79,7 @@ def ipo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 
 def length_normalised_dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected,
                                chosen_lengths, rejected_lengths, beta=0.1):
-    """DPO on log-probs per token (Lambert et al. 2024, arXiv:2411.15124): lengths (B,), in tokens.
+    """DPO on log-probs per token (Lambert et al. 2024, arXiv:2411.15124, (6)): lengths (B,), in tokens.
 
     A response cannot win or lose by its length alone. beta then weighs a mean and not a sum: it is
     larger, by about the number of tokens, for the same pull.

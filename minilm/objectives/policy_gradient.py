@@ -99,7 +99,7 @@ def policy_gradient_loss(log_probs, advantages, mask):
 
 @primitive
 def ppo_clip_loss(log_probs, old_log_probs, advantages, mask, epsilon=0.2, level="token"):
-    """PPO's clipped surrogate (Schulman et al. 2017, arXiv:1707.06347), for samples reused.
+    """PPO's clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, (7)), for samples reused.
 
         L = - mean over responses of  sum_t min( rho_t A, clip(rho_t, 1 - eps, 1 + eps) A )
 

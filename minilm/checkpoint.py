@@ -1,0 +1,208 @@
+"""Named arrays and a dictionary on disk: saved whole or not at all, and verified when read back.
+
+The file is an ordinary safetensors file, which any tool can open; nothing is ever unpickled. Its
+header carries one string of ours under the key "minilm":
+
+    {"format": "minilm checkpoint", "version": 1, "sha256": "...", "metadata": {...}}
+
+One string, because safetensors writes several in an order that changes from call to call: with one,
+equal contents give equal files, and two runs can be compared by `cmp`. The sha256, because
+safetensors checks the layout of a file but not its bytes: without it, a bit flipped on disk or in
+transit would come back as a weight that is merely wrong.
+
+Checked in tests/test_checkpoint.py.
+"""
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+
+import numpy as np
+
+KEY, FORMAT, VERSION = "minilm", "minilm checkpoint", 1
+DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64",
+          "uint8", "uint16", "uint32", "uint64", "bool")
+HEADER_LIMIT = 100_000_000             # bytes; safetensors reads no longer header
+TEMPORARY_SUFFIX = ".minilm-partial"   # what a killed process may leave behind: safe to delete
+
+_REMEDIES = {errno.ENOSPC: "Free some space on that disk",
+             errno.EDQUOT: "Free some of your disk quota",
+             errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
+             errno.ENOENT: "Create its folder first",
+             **dict.fromkeys([errno.EACCES, errno.EPERM, errno.EROFS], "Choose a folder you may write to")}
+
+
+class CheckpointError(Exception):
+    """Says which file, what is wrong with it, and what to do."""
+
+
+def save(path, arrays, metadata):
+    """Writes arrays {name: array of any shape, dtype in DTYPES} and metadata (whatever json takes).
+
+    Either the whole new file is at `path` afterwards, and on the disk, or what was there before is
+    untouched. Metadata returns as JSON returns it: integers of any size and floats exactly, tuples as
+    lists, keys as strings. Meanwhile up to two copies of the arrays are held in memory.
+
+    Raises CheckpointError if the file cannot be written; TypeError or ValueError, before the disk is
+    touched, for arrays or metadata that the format cannot hold.
+    """
+    safetensors = _import_safetensors()
+    arrays = {name: _as_stored(name, array) for name, array in arrays.items()}
+    metadata = json.loads(json.dumps(metadata))
+    header = json.dumps({"format": FORMAT, "version": VERSION,
+                         "sha256": _digest(arrays, metadata), "metadata": metadata})
+    if len(header) > HEADER_LIMIT // 4:     # it is escaped once more, and the arrays' names follow
+        raise ValueError(f"metadata of {len(header):,} bytes: keep long lists among the arrays")
+    _write_atomically(path, safetensors.numpy.save(arrays, {KEY: header}))
+
+
+def load(path):
+    """Reads what `save` wrote: (arrays, metadata), the arrays writable and in the order of their names.
+
+    Raises CheckpointError, with a message of its own for each: no such file, unreadable, empty, cut
+    short or damaged, not safetensors, not ours, of a newer version, contents that fail the checksum.
+    """
+    safetensors = _import_safetensors()
+    try:
+        _check_first_bytes(path)
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata, sha256 = _parse_header(path, (file.metadata() or {}).get(KEY))
+            arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file. Check the path.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}. "
+                              "Check that it is a file, and yours to read.") from error
+    except safetensors.SafetensorError as error:
+        raise _damaged(path, f"cut short or damaged ({error})") from error
+    if _digest(arrays, metadata) != sha256:
+        raise _damaged(path, "damaged: its contents do not match their checksum")
+    return arrays, metadata
+
+
+def load_into(parameters, arrays, path=""):
+    """Copies each array into the parameter of its name, in place: p.data[...] = array.
+
+    parameters {name: object with .data}, arrays {name: array}. Names, shapes and dtypes must all
+    agree; if not, raises CheckpointError (which names `path`) and no parameter has changed.
+    """
+    missing = [name for name in parameters if name not in arrays]
+    unexpected = [name for name in arrays if name not in parameters]
+    differences = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                   for kind, names in [("missing", missing), ("unexpected", unexpected)] if names]
+    for name in parameters if not differences else ():
+        here, there = parameters[name].data, arrays[name]
+        if (here.shape, here.dtype) != (there.shape, there.dtype):
+            differences = [f"{name} is {there.dtype} {there.shape} there, {here.dtype} {here.shape} here"]
+            break
+    if differences:
+        raise CheckpointError(f"{path or 'these arrays'}: a checkpoint of another architecture: "
+                              f"{'; '.join(differences)}. "
+                              "Build the model with the settings it was saved with.")
+    for name, parameter in parameters.items():
+        parameter.data[...] = arrays[name]
+
+
+def write_text(path, text):
+    """Writes text (UTF-8) as `save` writes arrays: whole or not at all. Raises CheckpointError."""
+    _write_atomically(path, text.encode("utf-8"))
+
+
+def _import_safetensors():
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError as error:
+        raise CheckpointError("checkpoints need safetensors, which is not installed: "
+                              "pip install -e '.[run]'") from error
+    return safetensors
+
+
+def _as_stored(name, array):
+    """C-contiguous and little-endian. safetensors.numpy.save takes any other memory order for C order,
+    and puts the numbers in the wrong places without a word."""
+    if not isinstance(name, str) or name == "__metadata__":
+        raise ValueError(f"{name!r} cannot name an array")
+    array = np.asarray(array)
+    if array.dtype.name not in DTYPES:
+        raise TypeError(f"array {name!r} is {array.dtype}; a checkpoint holds {', '.join(DTYPES)}")
+    # Not ascontiguousarray, which gives a 0-d array an axis.
+    return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
+
+
+def _digest(arrays, metadata):
+    """sha256 of the metadata and of every array's name, dtype, shape and bytes."""
+    sha256 = hashlib.sha256(json.dumps(metadata).encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        sha256.update(json.dumps([name, array.dtype.name, array.shape]).encode())
+        sha256.update(array.reshape(-1).view(np.uint8))
+    return sha256.hexdigest()
+
+
+def _damaged(path, what):
+    return CheckpointError(f"{path}: {what}. Restore it from a copy, or delete it and go on without it.")
+
+
+def _check_first_bytes(path):
+    """A safetensors file starts with the header's length (8 bytes, little-endian) and the header's '{'."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if not head:
+        raise _damaged(path, "an empty file")
+    if len(head) < 9:
+        raise _damaged(path, f"cut short after {len(head)} bytes")
+    if head[8:] != b"{" or int.from_bytes(head[:8], "little") > HEADER_LIMIT:
+        raise CheckpointError(f"{path}: not a safetensors file. Check the path.")
+
+
+def _parse_header(path, header):
+    """(metadata, sha256) from our string in the header; None where the file has no such string."""
+    if header is None:
+        raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of minilm. Check the path.")
+    try:
+        fields = json.loads(header)
+        if fields["version"] > VERSION:
+            raise CheckpointError(f"{path}: written by a newer minilm (version {fields['version']} of the "
+                                  f"format, where this one reads {VERSION}). Update minilm.")
+        if (fields["format"], fields["version"]) != (FORMAT, VERSION):
+            raise ValueError("no version of this format")
+        return fields["metadata"], fields["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, "damaged: its header makes no sense") from error
+
+
+def _write_atomically(path, data):
+    """Puts data (bytes) at path: into a temporary file beside it, to the disk, renamed over it."""
+    path = os.path.realpath(path)    # a link stays a link, and what it points to is replaced
+    folder, name = os.path.split(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(f"{path}: not saved: this is no ordinary file. Choose another path.")
+    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:   # Ctrl-C too
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if not isinstance(error, OSError):
+            raise
+        raise CheckpointError(f"{path}: not saved: {error.strerror}. "
+                              f"{_REMEDIES.get(error.errno, 'Check that disk and folder')}; "
+                              "what this file held before is intact.") from error
+    if not hasattr(os, "O_DIRECTORY"):   # Windows opens no folders
+        return
+    try:    # The renaming too has to reach the disk, to outlive a power cut.
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CheckpointError(f"{path}: saved, but the disk does not confirm it: {error.strerror}. "
+                              "Check that disk.") from error

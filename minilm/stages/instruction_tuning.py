@@ -1,0 +1,25 @@
+"""Stage 2. Instruction finetuning: imitate demonstrated answers, with the loss on the answer."""
+
+from minilm.data import make_batch
+from minilm.objectives.sft import sft_loss
+from minilm.optim import warmup_cosine
+from minilm.stages.training import optimise
+
+
+def instruction_tuning(training, prompts, responses, steps, batch_size, pad, learning_rate=1e-3, micro_batches=1):
+    """Finetune training.model on demonstrations, token lists as of data.encode_dialogue.
+
+    batch_size demonstrations a step, drawn at random, in micro_batches parts; the loss is the mean
+    over the response tokens of the whole step. Yields {"loss", "grad_norm", "learning_rate",
+    "num_tokens"} a step, the last being the response tokens.
+    """
+    context = training.model.config.context
+    while training.step < steps:
+        drawn = training.rng.integers(len(prompts), size=batch_size)
+        batches = [make_batch([prompts[i] for i in part], [responses[i] for i in part], pad, context)
+                   for part in (drawn[m::micro_batches] for m in range(micro_batches))]
+        total = sum(float(batch.target_mask.sum()) for batch in batches)
+        losses = (sft_loss(training.model.log_probs(batch.tokens), batch.target_mask, total=total)
+                  for batch in batches)
+        rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(20, steps // 10 + 1))
+        yield {**optimise(training, losses, rate, "instruction tuning"), "num_tokens": total}

@@ -1,0 +1,46 @@
+"""Stage 3, the direct way. DPO: two answers, one preferred, train the policy. No reward model, no sampling."""
+
+import numpy as np
+
+from minilm import layers
+from minilm.data import make_batch
+from minilm.objectives.dpo import dpo_loss, dpo_metrics
+from minilm.optim import warmup_cosine
+from minilm.stages.training import optimise
+from minilm.tensor import no_grad
+
+
+def summed_log_probs(model, batch):
+    """log pi(response | prompt) of each row of a Batch: a Tensor (B,)."""
+    return layers.sequence_log_probs(model.log_probs(batch.tokens), batch.target_mask)
+
+
+def reference_log_probs(reference, prompts, responses, pad, batch_size=64):
+    """The same under a frozen model, as an array (N,). Computed once and kept: the reference never moves."""
+    values = []
+    with no_grad():
+        for i in range(0, len(prompts), batch_size):
+            batch = make_batch(prompts[i:i + batch_size], responses[i:i + batch_size], pad, reference.config.context)
+            values.append(summed_log_probs(reference, batch).data)
+    return np.concatenate(values)
+
+
+def preference_tuning(training, reference, prompts, chosen, rejected, steps, batch_size, pad, beta=0.1,
+                      learning_rate=3e-4, loss=dpo_loss):
+    """Train training.model, the policy, on comparisons (token lists), away from `reference`.
+
+    loss: dpo_loss, or another of objectives.dpo with the same arguments. Yields {"loss",
+    "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins", "logps/chosen", ...} a step.
+    """
+    policy = training.model
+    reference_chosen = reference_log_probs(reference, prompts, chosen, pad)
+    reference_rejected = reference_log_probs(reference, prompts, rejected, pad)
+    while training.step < steps:
+        drawn = training.rng.integers(len(prompts), size=batch_size)
+        batch = make_batch([prompts[i] for i in drawn] * 2,
+                           [chosen[i] for i in drawn] + [rejected[i] for i in drawn], pad, policy.config.context)
+        log_probs = summed_log_probs(policy, batch)
+        quadruple = (log_probs[:batch_size], log_probs[batch_size:], reference_chosen[drawn], reference_rejected[drawn])
+        metrics = dpo_metrics(log_probs.data[:batch_size], log_probs.data[batch_size:], *quadruple[2:], beta=beta)
+        rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
+        yield {**optimise(training, [loss(*quadruple, beta=beta)], rate, "preference tuning"), **metrics}

@@ -1,0 +1,43 @@
+"""Stage 3b. RLHF: sample answers, reward them, reinforce the better ones, stay near the reference."""
+
+import numpy as np
+
+from minilm.data import make_batch
+from minilm.generate import generate
+from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
+from minilm.optim import warmup_cosine
+from minilm.stages.training import optimise
+from minilm.tensor import no_grad
+
+
+def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_per_prompt, max_new_tokens,
+         eos, pad, beta=0.1, learning_rate=3e-4, temperature=1.0, baseline="leave_one_out"):
+    """Maximise reward minus beta times the KL divergence to `reference`, by the policy gradient.
+
+    reward     (prompts, responses), two lists of N token lists, to N floats; any function will do
+    prompts    token lists to sample answers to; no comparisons needed
+    temperature  of sampling; policy and reference are both scored at it, with neither top-k nor
+               top-p, or the log-probs would not be those of what was drawn
+    One update per batch of samples, so they are always the policy's own.
+    Yields {"loss", "grad_norm", "learning_rate", "reward", "kl_sequence", "kl_token", ...} a step.
+    """
+    policy, context = training.model, training.model.config.context
+    shape = (prompts_per_step, samples_per_prompt)
+    while training.step < steps:
+        drawn = training.rng.integers(len(prompts), size=prompts_per_step)
+        asked = [prompts[i] for i in drawn for _ in range(samples_per_prompt)]
+        samples = generate(policy, asked, max_new_tokens, training.rng, eos, temperature)
+        answers = samples.responses()
+        batch = make_batch(asked, answers, pad, context)
+        mask = batch.target_mask
+        with no_grad():
+            reference_log_probs = reference.log_probs(batch.tokens, temperature).data
+        # The policy's own log-probs come with the draw: no second pass for them.
+        kl = (samples.log_probs * samples.mask).sum(axis=1) - np.where(mask > 0, reference_log_probs, 0).sum(axis=1)
+        rewards = np.asarray(reward(asked, answers)).reshape(shape)
+        A = advantages(rewards, kl.reshape(shape), beta, baseline)
+
+        loss = policy_gradient_loss(policy.log_probs(batch.tokens, temperature), A.reshape(-1), mask)
+        rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(5, steps // 10 + 1), floor=0.3)
+        metrics = policy_gradient_metrics(rewards, kl.reshape(shape), mask)
+        yield {**optimise(training, [loss], rate, "rlhf"), **metrics}

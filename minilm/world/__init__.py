@@ -1,0 +1,1 @@
+"""A small world to become an assistant in: tasks, texts about them, and people who judge answers."""

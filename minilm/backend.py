@@ -45,3 +45,22 @@ def to_device(x, device):
 def to_numpy(x):
     """x as a NumPy array: copied from the GPU if it lives there, itself if it does not."""
     return x.get() if is_cupy(x) else np.asarray(x)
+
+
+def keep_freed_memory():
+    """Ask the C library to keep the memory of freed arrays instead of giving it back to the system.
+
+    Every step of a training loop frees and takes the same large arrays; by default glibc returns
+    each to the kernel, and the page faults of taking it again cost more than the arithmetic
+    (matmul of 2048x64 with 64x352 in float32: 8.0 ms against 0.6). For programs, not for libraries:
+    it holds for the whole process. Returns whether it was possible (glibc only).
+    """
+    import ctypes
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    # No arrays outside the heap, nothing trimmed off its top, one heap for all threads.
+    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26), (M_ARENA_MAX, 1))
+    return all([mallopt(option, value) == 1 for option, value in settings])

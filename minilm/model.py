@@ -112,13 +112,15 @@ class Transformer:
             p.data, p.grad = to_device(p.data, device), None
         return self
 
+    def over(self, parameters):
+        """The same Transformer over other Tensors: a mapping like the one parameters() returns."""
+        other = object.__new__(type(self))
+        other.config, other._parameters = self.config, dict(parameters)
+        return other
+
     def copy(self):
         """A Transformer of its own with the same weights (a reference policy, say)."""
-        other = object.__new__(type(self))
-        other.config = self.config
-        other._parameters = {name: Tensor(p.data.copy(), requires_grad=True)
-                             for name, p in self._parameters.items()}
-        return other
+        return self.over({name: Tensor(p.data.copy(), requires_grad=True) for name, p in self._parameters.items()})
 
     def hidden(self, tokens, key_mask=None, cache=None):
         """Final hidden states, normalised: tokens (B,T) integers -> (B,T,D).
@@ -203,9 +205,16 @@ class RewardModel:
                            requires_grad=True)
 
     def parameters(self):
-        unused = "unembedding"
-        body = {name: p for name, p in self.transformer.parameters().items() if name != unused}
+        """The Transformer's, less an unembedding of its own, and the head."""
+        body = {name: p for name, p in self.transformer.parameters().items() if name != "unembedding"}
         return {**body, "reward_head": self.head}
+
+    def over(self, parameters):
+        """The same RewardModel over other Tensors: a mapping like the one parameters() returns."""
+        other, body = object.__new__(type(self)), dict(parameters)
+        other.head = body.pop("reward_head")
+        other.transformer = self.transformer.over(body)
+        return other
 
     def rewards(self, tokens, mask):
         """One reward per sequence, (B,), read at its last real token.

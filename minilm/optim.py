@@ -32,17 +32,21 @@ class AdamW:
         dtypes = {p.dtype for p in self.parameters.values()}
         if len(dtypes) != 1:
             raise TypeError(f"AdamW: parameters of one dtype, please; got {sorted(map(str, dtypes))}")
-        ordered = sorted(self.parameters.values(), key=lambda p: p.ndim < 2)     # stable: matrices first
+        names = sorted(self.parameters, key=lambda name: self.parameters[name].ndim < 2)    # stable: matrices first
+        ordered = [self.parameters[name] for name in names]
         xp = array_module(*(p.data for p in ordered))
         self.decayed = sum(p.size for p in ordered if p.ndim >= 2)
-        self.data = xp.empty(sum(p.size for p in ordered), dtypes.pop())
+        self.data = xp.concatenate([p.data.reshape(-1) for p in ordered])
         self.grad, self.m, self.v = (xp.zeros_like(self.data) for _ in range(3))
-        start = 0
-        for p in ordered:
-            view = slice(start, start + p.size)
-            self.data[view] = p.data.reshape(-1)
-            p.data, p.grad = self.data[view].reshape(p.shape), self.grad[view].reshape(p.shape)
-            start += p.size
+        ends = np.cumsum([p.size for p in ordered])
+        self._layout = {name: (slice(int(end) - p.size, int(end)), p.shape) for name, p, end in zip(names, ordered, ends)}
+        data, grad = self.views(self.data), self.views(self.grad)
+        for name, p in self.parameters.items():
+            p.data, p.grad = data[name], grad[name]
+
+    def views(self, flat):
+        """A flat array in the layout of the parameters, as {name: view of the parameter's shape}."""
+        return {name: flat[where].reshape(shape) for name, (where, shape) in self._layout.items()}
 
     def zero_grad(self):
         self.grad.fill(0)

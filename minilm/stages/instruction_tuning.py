@@ -3,13 +3,14 @@
 from minilm.data import make_batch
 from minilm.objectives.sft import sft_loss
 from minilm.optim import warmup_cosine
-from minilm.stages.training import optimise
+from minilm.stages.training import optimise, split
 
 
-def instruction_tuning(training, prompts, responses, steps, batch_size, pad, learning_rate=1e-3, micro_batches=1):
+def instruction_tuning(training, prompts, responses, steps, batch_size, pad, learning_rate=1e-3,
+                       micro_batches=None):
     """Finetune training.model on demonstrations, token lists as of data.encode_dialogue.
 
-    batch_size demonstrations a step, drawn at random, in micro_batches parts; the loss is the mean
+    batch_size demonstrations a step, drawn at random, in micro_batches parts (None: one a thread); the loss is the mean
     over the response tokens of the whole step. Yields {"loss", "grad_norm", "learning_rate",
     "num_tokens"} a step, the last being the response tokens.
     """
@@ -17,9 +18,12 @@ def instruction_tuning(training, prompts, responses, steps, batch_size, pad, lea
     while training.step < steps:
         drawn = training.rng.integers(len(prompts), size=batch_size)
         batches = [make_batch([prompts[i] for i in part], [responses[i] for i in part], pad, context)
-                   for part in (drawn[m::micro_batches] for m in range(micro_batches))]
+                   for part in (drawn[s] for s in split(batch_size, micro_batches or training.threads))]
         total = sum(float(batch.target_mask.sum()) for batch in batches)
-        losses = (sft_loss(training.model.log_probs(batch.tokens), batch.target_mask, total=total)
-                  for batch in batches)
+
+        def loss(model, batch):
+            return sft_loss(model.log_probs(batch.tokens), batch.target_mask, total=total), None
+
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(20, steps // 10 + 1))
-        yield {**optimise(training, losses, rate, "instruction tuning"), "num_tokens": total}
+        metrics, _ = optimise(training, loss, batches, rate, "instruction tuning")
+        yield {**metrics, "num_tokens": total}

@@ -6,7 +6,7 @@ from minilm import layers
 from minilm.data import make_batch
 from minilm.objectives.dpo import dpo_loss, dpo_metrics
 from minilm.optim import warmup_cosine
-from minilm.stages.training import optimise
+from minilm.stages.training import optimise, split
 from minilm.tensor import no_grad
 
 
@@ -32,15 +32,20 @@ def preference_tuning(training, reference, prompts, chosen, rejected, steps, bat
     loss: dpo_loss, or another of objectives.dpo with the same arguments. Yields {"loss",
     "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins", "logps/chosen", ...} a step.
     """
-    policy = training.model
     reference_chosen = reference_log_probs(reference, prompts, chosen, pad)
     reference_rejected = reference_log_probs(reference, prompts, rejected, pad)
     while training.step < steps:
         drawn = training.rng.integers(len(prompts), size=batch_size)
-        batch = make_batch([prompts[i] for i in drawn] * 2,
-                           [chosen[i] for i in drawn] + [rejected[i] for i in drawn], pad, policy.config.context)
-        log_probs = summed_log_probs(policy, batch)
-        quadruple = (log_probs[:batch_size], log_probs[batch_size:], reference_chosen[drawn], reference_rejected[drawn])
-        metrics = dpo_metrics(log_probs.data[:batch_size], log_probs.data[batch_size:], *quadruple[2:], beta=beta)
+        def part_loss(policy, pairs):
+            batch = make_batch([prompts[i] for i in pairs] * 2,
+                               [chosen[i] for i in pairs] + [rejected[i] for i in pairs], pad, policy.config.context)
+            log_probs = summed_log_probs(policy, batch)
+            chosen_and_rejected = log_probs[:len(pairs)], log_probs[len(pairs):]
+            references = reference_chosen[pairs], reference_rejected[pairs]
+            report = [x.data for x in chosen_and_rejected] + [*references]
+            return loss(*chosen_and_rejected, *references, beta=beta) * (len(pairs) / batch_size), report
+
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
-        yield {**optimise(training, [loss(*quadruple, beta=beta)], rate, "preference tuning"), **metrics}
+        metrics, log_probs = optimise(training, part_loss, [drawn[s] for s in split(batch_size, training.threads)], rate,
+                                      "preference tuning")
+        yield {**metrics, **dpo_metrics(*map(np.concatenate, zip(*log_probs)), beta=beta)}

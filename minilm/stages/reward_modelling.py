@@ -1,9 +1,11 @@
 """Stage 3a. The reward model: predict which of two answers people prefer."""
 
+import numpy as np
+
 from minilm.data import make_batch
 from minilm.objectives.reward import reward_loss, reward_metrics
 from minilm.optim import warmup_cosine
-from minilm.stages.training import optimise
+from minilm.stages.training import optimise, split
 
 
 def reward_modelling(training, prompts, chosen, rejected, steps, batch_size, pad, learning_rate=1e-3,
@@ -12,15 +14,19 @@ def reward_modelling(training, prompts, chosen, rejected, steps, batch_size, pad
 
     Yields {"loss", "grad_norm", "learning_rate", "accuracy", "margin", ...} of the step's batch.
     """
-    model, context = training.model, training.model.transformer.config.context
+    context = training.model.transformer.config.context
     while training.step < steps:
         drawn = training.rng.integers(len(prompts), size=batch_size)
-        # Chosen and rejected in one batch: one forward, padded to one length.
-        batch = make_batch([prompts[i] for i in drawn] * 2,
-                           [chosen[i] for i in drawn] + [rejected[i] for i in drawn], pad, context)
-        rewards = model.rewards(batch.tokens, batch.real)
-        r_chosen, r_rejected = rewards[:batch_size], rewards[batch_size:]
-        metrics = reward_metrics(r_chosen.data, r_rejected.data)
+        def loss(model, pairs):
+            # Chosen and rejected in one batch: one forward, padded to one length.
+            batch = make_batch([prompts[i] for i in pairs] * 2,
+                               [chosen[i] for i in pairs] + [rejected[i] for i in pairs], pad, context)
+            rewards = model.rewards(batch.tokens, batch.real)
+            r_chosen, r_rejected = rewards[:len(pairs)], rewards[len(pairs):]
+            share = len(pairs) / batch_size
+            return reward_loss(r_chosen, r_rejected, centering=centering) * share, (r_chosen.data, r_rejected.data)
+
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
-        loss = reward_loss(r_chosen, r_rejected, centering=centering)
-        yield {**optimise(training, [loss], rate, "reward modelling"), **metrics}
+        metrics, rewards = optimise(training, loss, [drawn[s] for s in split(batch_size, training.threads)], rate,
+                                    "reward modelling")
+        yield {**metrics, **reward_metrics(*map(np.concatenate, zip(*rewards)))}

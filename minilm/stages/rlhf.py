@@ -6,7 +6,7 @@ from minilm.data import make_batch
 from minilm.generate import generate
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
 from minilm.optim import warmup_cosine
-from minilm.stages.training import optimise
+from minilm.stages.training import optimise, split
 from minilm.tensor import no_grad
 
 
@@ -35,9 +35,12 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
         # The policy's own log-probs come with the draw: no second pass for them.
         kl = (samples.log_probs * samples.mask).sum(axis=1) - np.where(mask > 0, reference_log_probs, 0).sum(axis=1)
         rewards = np.asarray(reward(asked, answers)).reshape(shape)
-        A = advantages(rewards, kl.reshape(shape), beta, baseline)
+        A = advantages(rewards, kl.reshape(shape), beta, baseline).reshape(-1)
 
-        loss = policy_gradient_loss(policy.log_probs(batch.tokens, temperature), A.reshape(-1), mask)
+        def loss(policy, rows):
+            log_probs = policy.log_probs(batch.tokens[rows], temperature)
+            return policy_gradient_loss(log_probs, A[rows], mask[rows]) * (len(A[rows]) / len(A)), None
+
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(5, steps // 10 + 1), floor=0.3)
-        metrics = policy_gradient_metrics(rewards, kl.reshape(shape), mask)
-        yield {**optimise(training, [loss], rate, "rlhf"), **metrics}
+        metrics, _ = optimise(training, loss, split(len(A), training.threads), rate, "rlhf")
+        yield {**metrics, **policy_gradient_metrics(rewards, kl.reshape(shape), mask)}

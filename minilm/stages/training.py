@@ -5,33 +5,61 @@ whoever drives the stage may save it there, and a stage started on a restored Tr
 as if it had never stopped, bit for bit on one machine with one number of threads.
 """
 
-import dataclasses
 import math
-
-import numpy as np
+from concurrent.futures import ThreadPoolExecutor
 
 from minilm.backend import array_module, to_numpy
 from minilm.optim import AdamW
-from minilm.tensor import first_nonfinite
+from minilm.tensor import Tensor, first_nonfinite
 
 
 class Diverged(ArithmeticError):
     """A loss or a gradient became NaN or infinite; nothing was updated with it."""
 
 
-@dataclasses.dataclass
 class Training:
-    """A model in training: its optimiser, the Generator that draws its data, the steps done."""
+    """A model in training: its optimiser, the Generator that draws its data, the steps done.
 
-    model: object
-    optimizer: AdamW
-    rng: np.random.Generator
-    step: int = 0
+    threads: each step's batch is split into that many parts, each worked on by a thread of its
+    own with a tape and a gradient of its own (NumPy lets go of the interpreter lock inside large
+    operations); the gradients are added in a fixed order. Results depend on the number of threads
+    by rounding only, and are the same bit for bit every time for a given number. It pays where
+    BLAS itself is held to one thread. `settings` are those of AdamW.
+    """
 
-    @classmethod
-    def start(cls, model, rng, **settings):
-        """Training from step 0; `settings` are those of AdamW."""
-        return cls(model, AdamW(model.parameters(), **settings), rng)
+    def __init__(self, model, rng, threads=1, **settings):
+        self.model, self.rng, self.threads, self.step = model, rng, threads, 0
+        self.optimizer = AdamW(model.parameters(), **settings)
+        # The first thread works on the model itself, the others on twins: the same arrays of
+        # parameters, gradients apart.
+        self._models, self._gradients = [model], []
+        for _ in range(threads - 1):
+            gradient = array_module(self.optimizer.grad).zeros_like(self.optimizer.grad)
+            twins = {name: Tensor(p.data, requires_grad=True) for name, p in model.parameters().items()}
+            for name, view in self.optimizer.views(gradient).items():
+                twins[name].grad = view
+            self._models.append(model.over(twins))
+            self._gradients.append(gradient)
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def each(self, work, parts):
+        """work(model, part) for every part, part i by thread i mod threads: a list of the results."""
+        if self._pool is None:
+            return [work(self.model, part) for part in parts]
+
+        def run(worker):
+            return [work(self._models[worker], part) for part in parts[worker::self.threads]]
+        by_worker = list(self._pool.map(run, range(self.threads)))
+        return [by_worker[i % self.threads][i // self.threads] for i in range(len(parts))]
+
+    def zero_grad(self):
+        for gradient in (self.optimizer.grad, *self._gradients):
+            gradient.fill(0)
+
+    def gather_gradients(self):
+        """Add what the other threads found to the optimiser's gradient."""
+        for gradient in self._gradients:
+            self.optimizer.grad += gradient
 
     def state(self):
         """(arrays, metadata) to save: parameters, moments, Generator, step."""
@@ -48,29 +76,38 @@ class Training:
         self.step = metadata["step"]
 
 
-def optimise(training, losses, learning_rate, stage, clip=1.0):
-    """One step down the sum of `losses`, an iterable of scalar Tensors.
+def optimise(training, loss, parts, learning_rate, stage, clip=1.0):
+    """One step down the sum of loss(model, part) over the parts of a batch.
 
-    The iterable is consumed one at a time, each backward before the next forward: given a
-    generator, only one micro-batch is held in memory. `stage` names the stage in errors.
-    Returns {"loss", "grad_norm", "learning_rate"}. Raises Diverged before anything is updated.
+    loss returns (scalar Tensor, report), computed with the model it is given; each thread holds one
+    part in memory at a time, so more parts than threads is gradient accumulation. `stage` names the
+    stage in errors. Returns {"loss", "grad_norm", "learning_rate"} and the list of the parts' reports.
+    Raises Diverged before anything is updated.
     """
-    optimizer = training.optimizer
-    optimizer.zero_grad()
-    total = 0.0
-    for loss in losses:
-        if not math.isfinite(loss.item()):
-            raise Diverged(f"{stage}, step {training.step + 1}: the loss is {loss.item()}; first bad tensor: "
-                           f"{_first_bad_parameter(training, 'data') or first_nonfinite(loss)}")
-        total += loss.item()
-        loss.backward()
-    norm = optimizer.clip(clip)
+    training.zero_grad()
+
+    def forward_backward(model, part):
+        value, report = loss(model, part)
+        if not math.isfinite(value.item()):
+            raise Diverged(f"{stage}, step {training.step + 1}: the loss is {value.item()}; first bad tensor: "
+                           f"{_first_bad_parameter(training, 'data') or first_nonfinite(value)}")
+        value.backward()
+        return value.item(), report
+
+    losses, reports = zip(*training.each(forward_backward, parts))
+    training.gather_gradients()
+    norm = training.optimizer.clip(clip)
     if not math.isfinite(norm):
         raise Diverged(f"{stage}, step {training.step + 1}: the gradient's norm is {norm}; first bad tensor: "
                        f"{_first_bad_parameter(training, 'grad') or 'none (the sum of squares overflowed)'}")
-    optimizer.step(learning_rate)
+    training.optimizer.step(learning_rate)
     training.step += 1
-    return {"loss": total, "grad_norm": norm, "learning_rate": learning_rate}
+    return {"loss": sum(losses), "grad_norm": norm, "learning_rate": learning_rate}, reports
+
+
+def split(count, parts):
+    """Slices that deal `count` items out to at most `parts` parts of nearly equal size, none empty."""
+    return [slice(i, None, parts) for i in range(min(parts, count))]
 
 
 def _first_bad_parameter(training, field):

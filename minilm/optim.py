@@ -54,7 +54,8 @@ class AdamW:
     def clip(self, max_norm):
         """Scale the gradient so that its norm over all parameters is at most max_norm.
 
-        Returns the norm before (Pascanu et al. 2013, arXiv:1211.5063). Summed in float64.
+        Returns the norm before (Pascanu et al. 2013, arXiv:1211.5063). PyTorch divides by the norm
+        plus 1e-6; we do not.
         """
         norm = math.sqrt(sum(float(self.grad[b] @ self.grad[b]) for b in _blocks(0, self.grad.size)))
         if norm > max_norm:

@@ -172,6 +172,7 @@ def primitive(function):
         if any(isinstance(option, Tensor) for option in options.values()):
             raise TypeError(f"{name}: a Tensor was passed by keyword; pass it by position")
         arrays = [_array(x) for x in inputs]
+        options = {key: _array(option) for key, option in options.items()}
         dtypes = {x.dtype for x in inputs if isinstance(x, Tensor)}
         try:
             array_module(*arrays)

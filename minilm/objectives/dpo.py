@@ -13,8 +13,9 @@ alone and cancels between two responses to it. Put into the Bradley-Terry loss o
 so the chosen response is pushed up and the rejected one down, by beta times the probability that
 the implied rewards give to the wrong order. Only the difference counts: both log-probs may fall
 while the loss does too.
-Rafailov et al. 2023, arXiv:2305.18290: pi* is (4), r is (5), L is (7). L starts at log 2, bitwise when policy and reference
-log-probs are the same array. log sigma is computed by softplus: finite at any finite Delta.
+Rafailov et al. 2023, arXiv:2305.18290: pi* is (4), r is (5), L is (7). L starts at log 2, bitwise
+when policy and reference log-probs are the same array. log sigma is computed by softplus: finite at
+any finite Delta.
 Tests: tests/test_dpo.py.
 """
 
@@ -29,7 +30,8 @@ from minilm.tensor import primitive
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1, label_smoothing=0.0):
     """Summed log-probs (B,), policy's as Tensors and reference's as arrays -> a scalar.
 
-    label_smoothing eps in [0, 1/2): cDPO (Mitchell 2023, "A note on DPO with noisy preferences"), the loss for labels that are wrong with
+    label_smoothing eps in [0, 1/2): cDPO (Mitchell 2023, "A note on DPO with noisy
+    preferences"), the loss for labels that are wrong with
     probability eps:  (1 - eps) L(c,r) + eps L(r,c). It keeps Delta finite, at
     beta Delta = log((1 - eps)/eps); it does not undo the flips, robust_dpo_loss does.
     """
@@ -84,6 +86,8 @@ def length_normalised_dpo_loss(policy_chosen, policy_rejected, reference_chosen,
     A response cannot win or lose by its length alone. beta then weighs a mean and not a sum: it is
     larger, by about the number of tokens, for the same pull.
     """
+    if min(map(np.min, (chosen_lengths, rejected_lengths))) < 1:
+        raise ValueError("length_normalised_dpo_loss: a response of length 0 has no mean; every length must be at least 1")
     c, r = ((1 / n).astype(policy_chosen.dtype) for n in (chosen_lengths, rejected_lengths))
     return dpo_loss(policy_chosen * c, policy_rejected * r, reference_chosen * c, reference_rejected * r, beta=beta)
 

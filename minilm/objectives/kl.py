@@ -17,7 +17,7 @@ k1 inside the reward, without gradient, as policy_gradient.py has it, gives grad
 too. All of this holds for whole responses; per token and then summed, k2 and k3 give neither
 gradient, because the earlier tokens' choice of context is not differentiated.
 k3 is the exponential of a log-ratio: it overflows where the policy has left the reference far
-behind (x < -700 in float64), and is the one function here that may.
+behind (x < -709 in float64, -88 in float32). Of everything here only it and PPO's ratio may.
 Tests: tests/test_kl.py.
 """
 

@@ -17,8 +17,9 @@ has the gradient of -J. log pi is summed, not averaged, over the tokens: a mean 
 would weigh a token by the inverse of its response's length, which is not the gradient of J.
 Williams 1992 (REINFORCE); the whole-response form with K samples a prompt and leave-one-out:
 Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740 (RLOO).
-The reference: the lecture, and InstructGPT's text, regularise toward the pretrained model; what
-is meant, there and here, is the instructed one that the policy starts from.
+The reference: the lecture regularises toward the pretrained model; in practice, InstructGPT's
+(Ouyang et al. 2022, arXiv:2203.02155, (2)) included, it is the instructed one, from which the
+policy starts. So it is here.
 Tests: tests/test_policy_gradient.py.
 """
 
@@ -40,9 +41,10 @@ def advantages(rewards, kl, beta, baseline="leave_one_out"):
                   as GRPO does (Shao et al. 2024, arXiv:2402.03300; ddof 1 and eps 1e-4 as TRL);
                   biased: prompts with little spread weigh more
     """
-    R = np.asarray(rewards) - beta * np.asarray(kl)
-    if R.ndim != 2 or np.shape(rewards) != np.shape(kl):
+    if np.ndim(rewards) != 2 or np.shape(rewards) != np.shape(kl):
         raise ValueError(f"advantages: rewards {np.shape(rewards)} and kl {np.shape(kl)} must both be (P,K)")
+    # In float64: differences within a group may be small next to the rewards themselves.
+    R = np.asarray(rewards, np.float64) - beta * np.asarray(kl, np.float64)
     return R - _baseline(R, baseline) if baseline != "group" else _standardised(R)
 
 
@@ -57,7 +59,7 @@ def _baseline(R, baseline):
             raise ValueError("advantages: leave_one_out compares a sample with the others of its prompt; "
                              f"it needs at least 2 samples a prompt, not {K}")
         return (R.sum(axis=1, keepdims=True) - R) / (K - 1)
-    raise ValueError(f"advantages: baseline is {baseline!r}; it must be 'none', 'mean', 'leave_one_out' or 'group'")
+    raise ValueError(f"baseline is {baseline!r}; it must be 'none', 'mean', 'leave_one_out' or, in advantages, 'group'")
 
 
 def _standardised(R):
@@ -91,7 +93,7 @@ def policy_gradient_loss(log_probs, advantages, mask):
     """
     xp = array_module(log_probs)
     weights = _token_weights(log_probs, advantages, mask, xp)
-    selected = weights != 0
+    selected = xp.asarray(mask).astype(bool)
     def vjp(dloss):
         return -dloss * weights / len(log_probs)
     return -(weights * xp.where(selected, log_probs, 0)).sum() / len(log_probs), vjp
@@ -104,8 +106,8 @@ def ppo_clip_loss(log_probs, old_log_probs, advantages, mask, epsilon=0.2, level
         L = - mean over responses of  sum_t min( rho_t A, clip(rho_t, 1 - eps, 1 + eps) A )
 
     level "token": rho_t = pi_t / pi_old_t, one per token; advantages (N,) or (N,T).
-    level "sequence": one ratio for the whole response, pi(y) / pi_old(y), as in TRL's RLOO;
-    advantages (N,). d rho = rho d log pi, and nothing where the clipped side is the smaller.
+    level "sequence": no sum, but one ratio for the whole response, pi(y) / pi_old(y), as in TRL's
+    RLOO; advantages (N,). d rho = rho d log pi, and nothing where the clipped side is the smaller.
     At rho = 1 both have the gradient of policy_gradient_loss.
     """
     xp = array_module(log_probs)
@@ -122,7 +124,8 @@ def ppo_clip_loss(log_probs, old_log_probs, advantages, mask, epsilon=0.2, level
         raise ValueError(f"level is {level!r}; it must be 'token' or 'sequence'")
     A = A.astype(log_probs.dtype)
     ratio = xp.exp(log_ratio)
-    free, clipped = ratio * A, xp.clip(ratio, 1 - epsilon, 1 + epsilon) * A
+    # No advantage, no loss, even where the ratio has overflowed.
+    free, clipped = xp.where(A != 0, ratio, 1) * A, xp.clip(ratio, 1 - epsilon, 1 + epsilon) * A
     def vjp(dloss):
         return -dloss * xp.where(selected & (free <= clipped), free, 0) / len(log_probs)
     return -xp.minimum(free, clipped).sum() / len(log_probs), vjp
@@ -133,8 +136,8 @@ def _token_weights(log_probs, advantages, mask, xp):
     A = xp.asarray(advantages)
     A = A[:, None] if A.ndim == 1 else A
     selected = xp.asarray(mask).astype(bool)
-    if selected.shape != log_probs.shape or len(A) != len(log_probs):
-        raise ValueError("expected log_probs (N,T), advantages (N,) or (N,T), mask (N,T)")
+    if selected.shape != log_probs.shape or len(A) != len(log_probs) or not len(A):
+        raise ValueError("expected log_probs (N,T), advantages (N,) or (N,T), mask (N,T), N at least 1")
     return xp.where(selected, A, 0).astype(log_probs.dtype)
 
 
@@ -143,7 +146,7 @@ def policy_gradient_metrics(rewards, kl, mask, entropies=None):
 
     reward, reward_std (ddof 1 over all samples), frac_reward_zero_std (prompts whose samples all
     got the same), completions/mean_length; kl_sequence and kl_token (TRL's `kl` is the latter);
-    entropy per token. `objective` is the value of J at beta = 0, the mean reward.
+    entropy per token.
     """
     rewards, kl, selected = np.asarray(rewards), np.asarray(kl), np.asarray(mask).astype(bool)
     metrics = {"reward": float(rewards.mean()),
@@ -153,5 +156,5 @@ def policy_gradient_metrics(rewards, kl, mask, entropies=None):
                "kl_token": float(kl.sum() / max(1, selected.sum())),
                "completions/mean_length": float(selected.sum(axis=-1).mean())}
     if entropies is not None:
-        metrics["entropy"] = float(entropies[selected].mean())
+        metrics["entropy"] = float(np.where(selected, entropies, 0).sum() / max(1, selected.sum()))
     return metrics

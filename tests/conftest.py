@@ -1,0 +1,15 @@
+"""Hypothesis chooses shapes, masks, paddings and seeds; a failure prints what replays it.
+
+Scripts and helpers.py are plain files: their folders go to the end of the path once, here.
+"""
+import sys
+from pathlib import Path
+
+from hypothesis import settings
+
+HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE), str(HERE.parent / "scripts")]
+
+# Few examples of many kinds: the whole suite stays far below five minutes on two cores.
+settings.register_profile("minilm", deadline=None, max_examples=12, print_blob=True)
+settings.load_profile("minilm")

@@ -1,0 +1,83 @@
+"""What the tests build on: O(1) inputs and weights in float64, and comparisons that say where they fail."""
+import tracemalloc
+
+import numpy as np
+from hypothesis import strategies as st
+
+from minilm import ops
+from minilm.gradcheck import relative_error
+from minilm.model import Config, Transformer
+from minilm.tensor import Tensor
+
+rngs = st.integers(0, 2 ** 32 - 1).map(np.random.default_rng)
+"""A hypothesis strategy: a numpy Generator whose seed hypothesis chooses."""
+
+
+def normal(rng, *shape, scale=1.0, dtype=np.float64):
+    """A leaf of N(0, scale) entries."""
+    return Tensor((rng.normal(size=shape) * scale).astype(dtype), requires_grad=True)
+
+
+def small_transformer(rng, dtype=np.float64, **config):
+    """A Transformer whose every weight, norms included, is redrawn as N(0, 0.7): O(1), nothing hidden."""
+    config = Config(**{"vocab_size": 7, "width": 4, "layers": 1, "heads": 2, "ffn_width": 3, "context": 16, **config})
+    model = Transformer(config, rng, dtype)
+    for p in model.parameters().values():
+        p.data[...] = rng.normal(size=p.shape) * 0.7
+    return model
+
+
+def padded(sequences, left, right, fill=0):
+    """Lists of tokens, padded to the longest and by `left` and `right` more: tokens and mask, (B,T)."""
+    longest = max(map(len, sequences))
+    tokens = np.full((len(sequences), left + longest + right), fill)
+    mask = np.zeros(tokens.shape)
+    for i, sequence in enumerate(sequences):
+        start = left + (longest - len(sequence) if left else 0)
+        tokens[i, start:start + len(sequence)] = sequence
+        mask[i, start:start + len(sequence)] = 1
+    return tokens, mask
+
+
+def assert_close(actual, expected, tolerance=1e-10, name="value"):
+    """max|actual - expected| / max(max|expected|, 1e-3) <= tolerance, or the worst element is shown."""
+    actual, expected = (np.asarray(x.data if isinstance(x, Tensor) else x) for x in (actual, expected))
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
+    error, worst = relative_error(actual, expected)
+    assert error <= tolerance, (f"{name}: relative error {error:.2e} (tolerance {tolerance:.0e}), worst at {worst}: "
+                                f"{actual[worst]:.17g}, expected {expected[worst]:.17g}")
+
+
+def gradients(function, *tensors, cotangent=None):
+    """The value of function(*tensors), and the gradient of every leaf (None where it got none).
+
+    A cotangent that is not given is one of N(0,1) entries, the same for all functions of a shape.
+    """
+    for t in tensors:
+        t.grad = None
+    output = function(*tensors)
+    if cotangent is None:
+        cotangent = np.random.default_rng(7).normal(size=output.shape)
+    ops.sum(output * cotangent).backward()
+    return output.data, [t.grad for t in tensors]
+
+
+def assert_same(function, other, *tensors, tolerance=1e-10):
+    """Two formulas of one function agree: values, and the gradient of every tensor."""
+    value, grads = gradients(function, *tensors)
+    expected, expected_grads = gradients(other, *tensors)
+    assert_close(value, expected, tolerance)
+    for i, (grad, expected_grad) in enumerate(zip(grads, expected_grads)):
+        assert_close(grad, expected_grad, tolerance, f"gradient of tensor {i}")
+
+
+def peak_memory(function):
+    """The most bytes that function() held at a time beyond what was held before (NumPy reports its arrays)."""
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        function()
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,572 @@
+"""The KL-regularised policy gradient: by formula, and by enumeration of everything that could be sampled."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from helpers import assert_close, normal, rngs, small_transformer
+from minilm import Tensor, ops
+from minilm.generate import generate
+from minilm.gradcheck import gradcheck, relative_error
+from minilm.layers import sequence_log_probs
+from minilm.objectives.kl import k2
+from minilm.objectives.policy_gradient import (advantages, policy_gradient_loss, policy_gradient_metrics,
+                                               ppo_clip_loss, reward_to_go)
+
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 6))
+betas = st.floats(0, 2)
+levels = pytest.mark.parametrize("level", ["token", "sequence"])
+
+
+def sample(rng, shape, per_token=False):
+    """Log-probs (N,T) as a leaf, advantages and a mask whose rows may be empty, but not all."""
+    mask = rng.random(shape) < 0.6
+    mask[0, 0] = True
+    return normal(rng, *shape), rng.normal(size=shape if per_token else shape[0]), mask
+
+
+def gradient(loss, log_probs, *arguments, **options):
+    """(value, gradient) of one loss at a fresh leaf."""
+    leaf = Tensor(np.array(log_probs.data if isinstance(log_probs, Tensor) else log_probs), requires_grad=True)
+    value = loss(leaf, *arguments, **options)
+    value.backward()
+    return value.item(), leaf.grad
+
+
+# Advantages.
+
+def by_definition(R, baseline):
+    """One prompt's K numbers at a time, one response at a time."""
+    A = np.empty_like(R)
+    for p, k in np.ndindex(R.shape):
+        others = [R[p, i] for i in range(R.shape[1]) if i != k]
+        A[p, k] = {"none": lambda: R[p, k],
+                   "mean": lambda: R[p, k] - np.mean(R[p]),
+                   "leave_one_out": lambda: R[p, k] - np.mean(others),
+                   "group": lambda: (R[p, k] - np.mean(R[p])) / (np.std(R[p], ddof=1) + 1e-4)}[baseline]()
+    return A
+
+
+@pytest.mark.parametrize("baseline", ["none", "mean", "leave_one_out", "group"])
+@given(rng=rngs, P=st.integers(1, 3), K=st.integers(2, 5), beta=betas)
+def test_each_baseline_is_its_definition(baseline, rng, P, K, beta):
+    rewards, kl = rng.normal(size=(2, P, K))
+    assert_close(advantages(rewards, kl, beta, baseline), by_definition(rewards - beta * kl, baseline))
+
+
+def test_leave_one_out_is_the_default():
+    rewards, kl = np.array([[1.0, 0.0, 5.0]]), np.zeros((1, 3))
+    assert advantages(rewards, kl, 0.1).tolist() == [[1 - 2.5, 0 - 3, 5 - 0.5]]
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "group"])
+def test_a_baseline_that_compares_needs_two_samples(baseline):
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        advantages(np.ones((3, 1)), np.zeros((3, 1)), 0.1, baseline)
+
+
+@pytest.mark.parametrize("rewards, kl, baseline", [
+    ((4,), (4,), "none"), ((2, 3), (3, 2), "none"), ((2, 3), (2, 1), "none"), ((2, 3), (2, 3, 4), "none"),
+    ((2, 3), (2, 3), "rloo")])
+def test_advantages_refuse_other_shapes_and_names(rewards, kl, baseline):
+    with pytest.raises(ValueError, match="advantages"):
+        advantages(np.ones(rewards), np.zeros(kl), 0.1, baseline)
+
+
+@given(rngs, st.floats(-1e6, 1e6), st.sampled_from(["mean", "leave_one_out", "group"]))
+def test_a_constant_added_to_a_prompts_rewards_leaves_its_advantages_and_the_other_prompts_too(rng, constant, baseline):
+    rewards, kl = rng.normal(size=(2, 2, 4))
+    before = advantages(rewards, kl, 0.3, baseline)
+    rewards[1] += constant
+    after = advantages(rewards, kl, 0.3, baseline)
+    assert_close(after, before, 1e-6)                       # a constant of 1e6 costs six digits
+    np.testing.assert_array_equal(after[0], before[0])
+
+
+@given(rngs, st.floats(0.01, 2))
+def test_kl_sign_reversed_drift_is_rewarded(rng, beta):
+    """It is punished: of two responses with the same reward, the one that has drifted gains less."""
+    kl = np.sort(rng.normal(size=(1, 5)))
+    for baseline in ("none", "mean", "leave_one_out", "group"):
+        A = advantages(np.ones((1, 5)), kl, beta, baseline)
+        assert (np.diff(A) < 0).all()
+    assert_close(np.diff(advantages(np.ones((1, 5)), kl, beta, "none")), -beta * np.diff(kl))
+    token_kl = kl[..., None] * np.ones(3)
+    assert (np.diff(reward_to_go(np.ones((1, 5)), token_kl, np.ones((1, 5, 3)), beta), axis=1) < 0).all()
+
+
+@pytest.mark.parametrize("x", [1e-12, 0.1, 1.0, 1e6])
+def test_group_with_equal_rewards_std_0(x):
+    """All equal: no advantage, for nobody. All but one equal: finite, whatever the scale."""
+    zeros = np.zeros((1, 4))
+    assert np.abs(advantages(np.full((1, 4), x), zeros, 0.1, "group")).max() < 1e-5
+    A = advantages(np.array([[0, x, x, x]]), zeros, 0.1, "group")
+    assert_close(A, np.array([[-3, 1, 1, 1]]) * (x / 4) / (x / 2 + 1e-4))      # their std is x/2, ddof 1
+    assert np.abs(A).max() < 1.5
+
+
+# Reward to go.
+
+@pytest.mark.parametrize("baseline", ["none", "mean", "leave_one_out"])
+@given(rng=rngs, beta=betas)
+def test_reward_to_go_is_its_definition(baseline, rng, beta):
+    P, K, T = 2, 3, 4
+    rewards, token_kl, mask = rng.normal(size=(P, K)), rng.normal(size=(P, K, T)), rng.random((P, K, T)) < 0.7
+    whole = np.array([[sum(token_kl[p, k][mask[p, k]]) for k in range(K)] for p in range(P)])
+    R = rewards - beta * whole
+    b = R - by_definition(R, baseline)
+    expected = np.empty((P, K, T))
+    for p, k, t in np.ndindex(P, K, T):
+        still_to_pay = sum(token_kl[p, k, s] for s in range(t, T) if mask[p, k, s])
+        expected[p, k, t] = rewards[p, k] - beta * still_to_pay - b[p, k]
+    assert_close(reward_to_go(rewards, np.where(mask, token_kl, np.nan), mask, beta, baseline), expected)
+    assert_close(reward_to_go(rewards, token_kl, mask, 0.0, baseline)[..., 0],
+                 advantages(rewards, whole, 0.0, baseline))
+
+
+def test_reward_to_go_refuses_a_group_and_a_single_sample():
+    for baseline, K in (("group", 2), ("leave_one_out", 1), ("rloo", 2)):
+        with pytest.raises(ValueError):
+            reward_to_go(np.ones((1, K)), np.zeros((1, K, 3)), np.ones((1, K, 3)), 0.1, baseline)
+
+
+# By enumeration: the expectation of the estimator, over every tuple of K responses that could be drawn.
+
+# At most two tokens out of three, 0 being EOS; the logits (3,3) of a token depend on the one before it.
+TOKENS = np.array([[0, 0], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]])
+MASK = np.array([[1, 0], [1, 1], [1, 1], [1, 1], [1, 1], [1, 1], [1, 1]])
+CONTEXTS = np.stack([np.zeros(7, int), TOKENS[:, 0]], axis=1)
+
+
+class World:
+    """Policy, reference and rewards over seven responses, all known."""
+
+    def __init__(self, rng, beta=0.5):
+        self.logits, self.reference_logits = rng.normal(size=(2, 3, 3))
+        self.rewards, self.beta = rng.normal(size=len(TOKENS)), beta
+        self.reference = self.plain_log_probs(self.reference_logits)
+        self.token_kl = MASK * (self.plain_token_log_probs(self.logits)
+                                - self.plain_token_log_probs(self.reference_logits))
+        self.kl = self.token_kl.sum(axis=-1)
+        self.probabilities = np.exp(self.plain_log_probs(self.logits))
+
+    @staticmethod
+    def plain_token_log_probs(z):
+        return (z - np.log(np.exp(z).sum(axis=-1, keepdims=True)))[CONTEXTS, TOKENS]
+
+    @classmethod
+    def plain_log_probs(cls, z):
+        return (cls.plain_token_log_probs(z) * MASK).sum(axis=-1)
+
+    def objective(self, z):
+        """J = E[r] - beta KL(pi || pi_ref), in NumPy alone, also at complex logits."""
+        l = self.plain_log_probs(z)
+        return (np.exp(l) * (self.rewards - self.beta * (l - self.reference))).sum()
+
+    def exact_gradient(self):
+        """Of J, by complex steps: exact to rounding."""
+        d = np.empty((3, 3))
+        for i in np.ndindex(3, 3):
+            z = self.logits.astype(complex)
+            z[i] += 1e-30j
+            d[i] = self.objective(z).imag / 1e-30
+        return d
+
+    def expected(self, loss, K, behaviour=None):
+        """Minus the expected gradient of loss(log_probs (K,T), ys), where ys are K responses drawn from
+        the policy (or from the probabilities in `behaviour`)."""
+        leaf = Tensor(self.logits, requires_grad=True)
+        probabilities = self.probabilities if behaviour is None else behaviour
+        for ys in itertools.product(range(len(TOKENS)), repeat=K):
+            ys = list(ys)
+            log_probs = ops.log_softmax(leaf)[CONTEXTS[ys], TOKENS[ys]]
+            loss(log_probs, ys).backward(-np.prod(probabilities[ys]))
+        return leaf.grad
+
+    def estimator(self, baseline):
+        def loss(log_probs, ys):
+            A = advantages(self.rewards[None, ys], self.kl[None, ys], self.beta, baseline)[0]
+            return policy_gradient_loss(log_probs, A, MASK[ys])
+        return loss
+
+
+@given(rngs, st.floats(0, 2), st.integers(1, 2))
+def test_without_a_baseline_the_expected_estimator_is_the_exact_gradient(rng, beta, K):
+    world = World(rng, beta)
+    assert_close(world.expected(world.estimator("none"), K), world.exact_gradient())
+
+
+@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("seed", range(2))
+def test_with_leave_one_out_the_expected_estimator_is_the_exact_gradient(seed, K):
+    world = World(np.random.default_rng(seed))
+    assert_close(world.expected(world.estimator("leave_one_out"), K), world.exact_gradient())
+
+
+@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("seed", range(2))
+def test_with_the_mean_the_expected_estimator_is_1_minus_1_over_K_of_the_exact_gradient(seed, K):
+    world = World(np.random.default_rng(seed))
+    assert_close(world.expected(world.estimator("mean"), K), (1 - 1 / K) * world.exact_gradient())
+
+
+@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("seed", range(2))
+def test_group_normalisation_is_biased_not_only_in_length(seed, K):
+    world = World(np.random.default_rng(seed))
+    exact, group = world.exact_gradient(), world.expected(world.estimator("group"), K)
+    nearest = exact * (group * exact).sum() / (exact ** 2).sum()        # the multiple of the true gradient
+    assert relative_error(group, nearest)[0] > 0.02
+
+
+def test_group_normalisation_lets_prompts_with_little_spread_weigh_more():
+    """Two prompts that differ in the scale of their rewards alone get, but for eps, the same advantages."""
+    rewards = np.array([[0.0, 1, 2], [0, 0.01, 0.02]])
+    group = advantages(rewards, np.zeros((2, 3)), 0.0, "group")
+    assert_close(group[0], group[1], 0.02)
+    true = advantages(rewards, np.zeros((2, 3)), 0.0, "leave_one_out")
+    assert_close(true[0], 100 * true[1])
+
+
+@pytest.mark.parametrize("baseline, K, factor", [("none", 1, 1), ("leave_one_out", 2, 1), ("mean", 2, 1 / 2)])
+def test_reward_to_go_has_the_exact_gradient_in_expectation(baseline, K, factor):
+    world = World(np.random.default_rng(4), beta=0.8)
+
+    def loss(log_probs, ys):
+        A = reward_to_go(world.rewards[None, ys], world.token_kl[None, ys], MASK[None, ys], world.beta, baseline)[0]
+        return policy_gradient_loss(log_probs, A, MASK[ys])
+    assert_close(world.expected(loss, K), factor * world.exact_gradient())
+
+
+def test_a_reward_to_go_that_forgets_the_token_itself_is_biased():
+    """What the test above can tell: the KL of token t is a consequence of the choice at t."""
+    world = World(np.random.default_rng(4), beta=0.8)
+
+    def loss(log_probs, ys):
+        A = reward_to_go(world.rewards[None, ys], world.token_kl[None, ys], MASK[None, ys], world.beta, "none")[0]
+        return policy_gradient_loss(log_probs, A + world.beta * world.token_kl[ys], MASK[ys])
+    assert relative_error(world.expected(loss, 1), world.exact_gradient())[0] > 0.02
+
+
+@given(rngs)
+def test_with_no_reward_a_step_along_the_expected_estimator_lowers_the_exact_kl(rng):
+    """KL sign reversed, seen in the objective itself."""
+    world = World(rng, beta=1.0)
+    world.rewards[:] = 0
+    step = 1e-3 * world.expected(world.estimator("leave_one_out"), 2)
+    assert -world.objective(world.logits + step) < -world.objective(world.logits)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_off_policy_the_sequence_ratio_corrects_for_old_samples_and_the_token_ratio_does_not(seed):
+    """Unclipped, with samples from another policy: E_old[rho(y) R(y) grad log pi(y)] = grad J."""
+    world = World(np.random.default_rng(seed))
+    old_logits = np.random.default_rng(seed + 10).normal(size=(3, 3))
+    old, behaviour = world.plain_token_log_probs(old_logits), np.exp(world.plain_log_probs(old_logits))
+    R = world.rewards - world.beta * world.kl
+
+    def loss(level):
+        return lambda log_probs, ys: ppo_clip_loss(log_probs, old[ys], R[ys], MASK[ys], epsilon=1e9, level=level)
+    assert_close(world.expected(loss("sequence"), 1, behaviour), world.exact_gradient())
+    assert relative_error(world.expected(loss("token"), 1, behaviour), world.exact_gradient())[0] > 0.02
+
+
+# The loss of one batch.
+
+@given(rngs, shapes, st.booleans())
+def test_the_loss_and_its_gradient_are_the_closed_form(rng, shape, per_token):
+    log_probs, A, mask = sample(rng, shape, per_token)
+    value, d = gradient(policy_gradient_loss, log_probs, A, mask)
+    expected, N = np.zeros(shape), shape[0]
+    for n, t in np.ndindex(shape):
+        if mask[n, t]:
+            expected[n, t] = -(A[n, t] if per_token else A[n]) / N
+    assert_close(value, (expected * log_probs.data).sum())
+    assert_close(d, expected)
+    gradcheck(lambda l: policy_gradient_loss(l, A, mask), log_probs)
+
+
+@given(rngs, shapes)
+def test_one_advantage_per_response_is_the_same_one_for_each_of_its_tokens(rng, shape):
+    log_probs, A, mask = sample(rng, shape)
+    every = gradient(policy_gradient_loss, log_probs, np.repeat(A[:, None], shape[1], axis=1), mask)
+    once = gradient(policy_gradient_loss, log_probs, A, mask)
+    assert every[0] == once[0]
+    np.testing.assert_array_equal(every[1], once[1])
+
+
+@given(rngs, st.integers(1, 6), st.integers(1, 6))
+def test_length_bias_of_per_sequence_means(rng, short, long):
+    """A token's share of the gradient is its response's advantage over N, however long the response is."""
+    T = max(short, long)
+    mask = np.arange(T) < np.array([[short], [long]])
+    for loss in (lambda l: policy_gradient_loss(l, np.ones(2), mask),
+                 lambda l: ppo_clip_loss(l, l.data, np.ones(2), mask)):
+        _, d = gradient(loss, normal(rng, 2, T))
+        np.testing.assert_array_equal(d, np.where(mask, -1 / 2, 0))
+
+
+@given(rngs, shapes)
+def test_log_probs_are_summed_and_not_averaged(rng, shape):
+    """Every token duplicated: twice the loss, the same gradient for each token."""
+    log_probs, A, mask = sample(rng, shape)
+    value, d = gradient(policy_gradient_loss, log_probs, A, mask)
+    twice = gradient(policy_gradient_loss, np.repeat(log_probs.data, 2, axis=1), A, np.repeat(mask, 2, axis=1))
+    assert_close(twice[0], 2 * value)
+    assert_close(twice[1], np.repeat(d, 2, axis=1))
+
+
+def ppo(level):
+    """PPO from old log-probs of 0: the log-probs themselves are the log-ratios."""
+    def loss(log_probs, A, mask):
+        return ppo_clip_loss(log_probs, np.zeros(log_probs.shape, log_probs.dtype), A, mask, level=level)
+    return loss
+
+
+LOSSES = {"policy_gradient": policy_gradient_loss, "ppo, token": ppo("token"), "ppo, sequence": ppo("sequence")}
+each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+@each_loss
+@given(rng=rngs, shape=shapes)
+def test_zero_times_nan_through_a_mask(loss, rng, shape):
+    log_probs, A, mask = sample(rng, shape)
+    value, d = gradient(loss, log_probs, A, mask)
+    for poison in (np.nan, np.inf, -np.inf):
+        poisoned = gradient(loss, np.where(mask, log_probs.data, poison), A, mask)
+        assert poisoned[0] == value
+        np.testing.assert_array_equal(poisoned[1], d)
+    assert np.isnan(loss(np.where(mask, np.nan, log_probs.data), A, mask).item())    # but what counts is not hidden
+
+
+@each_loss
+@given(rng=rngs, shape=shapes, left=st.integers(0, 3), right=st.integers(0, 3))
+def test_unmasked_mean_of_advantages(loss, rng, shape, left, right):
+    """Padding, on either side and of any amount, changes neither value nor gradient."""
+    log_probs, A, mask = sample(rng, shape)
+    value, d = gradient(loss, log_probs, A, mask)
+    widths = ((0, 0), (left, right))
+    padded = gradient(loss, np.pad(log_probs.data, widths, constant_values=-9), A, np.pad(mask, widths))
+    assert_close(padded[0], value)
+    assert_close(padded[1], np.pad(d, widths))
+
+
+@pytest.mark.parametrize("loss", [LOSSES["policy_gradient"], LOSSES["ppo, token"]])
+@given(rng=rngs, shape=shapes)
+def test_advantages_of_padding_may_be_nan(loss, rng, shape):
+    log_probs, A, mask = sample(rng, shape, per_token=True)
+    value, d = gradient(loss, log_probs, A, mask)
+    poisoned = gradient(loss, log_probs, np.where(mask, A, np.nan), mask)
+    assert poisoned[0] == value
+    np.testing.assert_array_equal(poisoned[1], d)
+
+
+@each_loss
+def test_all_masked_row_divides_by_zero(loss):
+    """An empty response has no gradient, and counts as one of the N responses."""
+    mask = np.array([[1, 1], [0, 0]])
+    value, d = gradient(loss, np.zeros((2, 2)), np.array([3.0, 5.0]), mask)
+    assert np.isfinite(value)
+    np.testing.assert_array_equal(d, [[-1.5, -1.5], [0, 0]])
+
+
+@each_loss
+def test_gradient_accumulation_normalised_per_micro_batch(loss):
+    """Pieces weigh by their number of responses."""
+    log_probs, A, mask = sample(np.random.default_rng(0), (5, 4))
+    value, d = gradient(loss, log_probs, A, mask)
+    pieces = [slice(0, 1), slice(1, 5)]
+    parts = [gradient(loss, log_probs.data[s], A[s], mask[s]) for s in pieces]
+    assert_close(parts[0][0] / 5 + parts[1][0] * 4 / 5, value)
+    assert_close(np.concatenate([parts[0][1] / 5, parts[1][1] * 4 / 5]), d)
+
+
+@each_loss
+@pytest.mark.parametrize("mask_dtype", [bool, np.int64, np.float32, np.float64])
+def test_float32_log_probs_take_advantages_and_masks_of_any_dtype(loss, mask_dtype):
+    log_probs, A, mask = sample(np.random.default_rng(0), (3, 4))
+    small = Tensor(log_probs.data.astype(np.float32), requires_grad=True)
+    if loss is not policy_gradient_loss:
+        small.data *= 0.1                                   # ratios near 1, away from the clip
+        log_probs.data *= 0.1
+    value = loss(small, A, mask.astype(mask_dtype))
+    value.backward()
+    assert value.dtype == small.grad.dtype == np.float32
+    assert_close(small.grad, gradient(loss, log_probs, A, mask)[1], 1e-5)
+
+
+@each_loss
+@pytest.mark.parametrize("l, A, mask", [((2, 3), (3,), (2, 3)), ((2, 3), (2,), (3, 2)), ((2, 3), (2,), (2,)),
+                                        ((2, 3), (2, 2), (2, 3)), ((2, 3), (2,), (1, 3)), ((0, 3), (0,), (0, 3))])
+def test_shapes_that_do_not_fit_are_refused(loss, l, A, mask):
+    """None of them broadcasts in silence; a batch of no responses has no mean."""
+    with pytest.raises(ValueError):
+        loss(Tensor(np.zeros(l)), np.ones(A), np.ones(mask))
+
+
+# PPO's clip.
+
+@levels
+@given(rng=rngs, shape=shapes)
+def test_at_ratio_1_the_gradient_is_that_of_policy_gradient_loss(level, rng, shape):
+    log_probs, A, mask = sample(rng, shape)
+    value, d = gradient(ppo_clip_loss, log_probs, log_probs.data.copy(), A, mask, level=level)
+    assert_close(d, gradient(policy_gradient_loss, log_probs, A, mask)[1])
+    assert_close(value, -np.mean(A * mask.sum(axis=1)) if level == "token" else -np.mean(A))
+
+
+def off_policy(rng, shape, level, epsilon=0.2):
+    """A sample whose ratios, per token or per response, are well inside the clip or well outside."""
+    log_probs, A, mask = sample(rng, shape)
+    steps = rng.choice([-2.5, -0.5, 0.5, 2.5], size=shape) * epsilon
+    if level == "sequence":
+        steps, wanted = rng.normal(size=shape), steps[:, 0]
+        for n in range(shape[0]):                           # the first token makes up the sum
+            if mask[n].any():
+                first = mask[n].argmax()
+                steps[n, first] += wanted[n] - steps[n][mask[n]].sum()
+    return log_probs, log_probs.data - steps, A, mask
+
+
+@levels
+@given(rng=rngs, shape=shapes)
+def test_ppo_and_its_gradient_are_the_closed_form(level, rng, shape):
+    log_probs, old, A, mask = off_policy(rng, shape, level)
+    value, d = gradient(ppo_clip_loss, log_probs, np.where(mask, old, np.nan), A, mask, epsilon=0.2, level=level)
+    N, total, expected = shape[0], 0.0, np.zeros(shape)
+    for n in range(N):
+        selected = [t for t in range(shape[1]) if mask[n, t]]
+        groups = [[t] for t in selected] if level == "token" else [selected]
+        for group in groups:                                # the tokens that share a ratio
+            rho = np.exp(sum(log_probs.data[n, t] - old[n, t] for t in group))
+            total += min(rho * A[n], min(max(rho, 0.8), 1.2) * A[n])
+            stopped = rho > 1.2 if A[n] > 0 else rho < 0.8
+            for t in group:
+                expected[n, t] = 0.0 if stopped else -rho * A[n] / N
+    assert_close(value, -total / N)
+    assert_close(d, expected)
+
+
+@pytest.mark.parametrize("level, per_token", [("token", False), ("token", True), ("sequence", False)])
+@given(rng=rngs, shape=shapes)
+def test_ppo_agrees_with_finite_differences(level, per_token, rng, shape):
+    log_probs, old, A, mask = off_policy(rng, shape, level)
+    A = rng.normal(size=shape) if per_token else A
+    gradcheck(lambda l: ppo_clip_loss(l, old, A, mask, level=level), log_probs)
+
+
+@levels
+@pytest.mark.parametrize("A, ratio, moves", [(1, 1.5, False), (1, 0.5, True), (-1, 1.5, True), (-1, 0.5, False),
+                                             (1, 1.1, True), (-1, 0.9, True), (1, 1.0, True), (-1, 1.0, True)])
+def test_the_gradient_is_zero_exactly_where_the_clip_holds(level, A, ratio, moves):
+    """A good response that has become likelier, and a bad one that has become rarer, by more than epsilon."""
+    log_probs = np.array([[np.log(ratio), -7.0]])
+    value, d = gradient(ppo_clip_loss, log_probs, np.zeros((1, 2)), np.array([float(A)]), np.array([[1, 0]]),
+                        level=level)
+    assert_close(d, [[-A * ratio if moves else 0.0, 0.0]])
+    assert_close(value, -A * (ratio if moves else np.clip(ratio, 0.8, 1.2)))
+
+
+@levels
+@given(rng=rngs)
+def test_sequence_ratio_broadcast_onto_per_token_kl(level, rng):
+    """The whole objective, from logits to the scalar: surrogate plus beta times the KL penalty k2 of whole
+    responses. Its value counts a sequence's ratio once, not once a token, and its gradient is that of
+    finite differences."""
+    N, T, V, beta = 3, 3, 4, 0.3
+    targets, mask = rng.integers(0, V, (N, T)), rng.random((N, T)) < 0.7
+    mask[:, 0] = True
+    logits, A = normal(rng, N, T, V), rng.normal(size=N)
+    old = ops.gather(ops.log_softmax(logits.data), targets).data + 0.03 * rng.normal(size=(N, T))
+    reference = rng.normal(size=N) - 3
+
+    def objective(z):
+        l = ops.gather(ops.log_softmax(z), targets)
+        penalty = ops.mean(k2(sequence_log_probs(l, mask), reference))
+        return ppo_clip_loss(l, old, A, mask, epsilon=0.5, level=level) + penalty * beta
+
+    gradcheck(objective, logits)
+    l = ops.log_softmax(logits.data).data[np.arange(N)[:, None], np.arange(T), targets]
+    log_ratios = np.where(mask, l - old, 0.0)
+    ratios = np.exp(log_ratios.sum(axis=1)) if level == "sequence" else (np.exp(log_ratios) * mask).sum(axis=1)
+    drift = np.where(mask, l, 0.0).sum(axis=1) - reference
+    assert_close(objective(logits), -np.mean(ratios * A) + beta * np.mean(drift ** 2 / 2))
+
+
+def test_a_sequence_ratio_takes_no_advantages_per_token():
+    with pytest.raises(ValueError, match="one advantage"):
+        ppo_clip_loss(np.zeros((2, 3)), np.zeros((2, 3)), np.ones((2, 3)), np.ones((2, 3)), level="sequence")
+    with pytest.raises(ValueError, match="level"):
+        ppo_clip_loss(np.zeros((2, 3)), np.zeros((2, 3)), np.ones(2), np.ones((2, 3)), level="prompt")
+
+
+@levels
+@pytest.mark.parametrize("A, log_ratio, value", [(1.0, 1000.0, -1.2), (1.0, -1000.0, 0.0), (-1.0, -1000.0, 0.8),
+                                                 (0.0, 1000.0, 0.0), (0.0, -1000.0, 0.0)])
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_ppo_is_finite_at_a_log_ratio_of_1000_wherever_the_mathematics_is(level, A, log_ratio, value):
+    """All but (A < 0, +1000), whose value is e^1000. An advantage of 0 is what a group of equal rewards has."""
+    actual, d = gradient(ppo_clip_loss, np.array([[log_ratio]]), np.zeros((1, 1)), np.array([A]), np.ones((1, 1)),
+                         level=level)
+    assert actual == value and d == 0, f"{actual} (expected {value}), gradient {d}"
+
+
+@pytest.mark.parametrize("epsilon", [0.2, np.float64(0.2)], ids=["float", "float64"])
+def test_float32_log_probs_take_an_epsilon_in_numpy_float64(epsilon):
+    small = Tensor(np.zeros((1, 2), np.float32), requires_grad=True)
+    assert ppo_clip_loss(small, np.zeros((1, 2), np.float32), np.ones(1), np.ones((1, 2)), epsilon=epsilon).item() == -2
+
+
+# On policy.
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+def test_temperature_ignored_when_log_probs_are_recomputed(temperature):
+    """Scored at the temperature it was drawn at, a sample has ratio 1: both PPO losses have the plain
+    gradient. Scored at T = 1 it has not."""
+    rng = np.random.default_rng(0)
+    model = small_transformer(rng)
+    prompts = rng.integers(1, 7, (6, 2))
+    drawn = generate(model, prompts.tolist(), 5, rng, eos=0, temperature=temperature)
+    assert 0 < drawn.mask.mean() < 1                        # some end early
+    tokens = np.concatenate([prompts, drawn.tokens], axis=1)
+
+    def scored(T):
+        return model.log_probs(tokens, temperature=T)[:, 1:]
+
+    assert_close(np.where(drawn.mask, scored(temperature).data, 0), drawn.log_probs)
+    if temperature != 1:
+        assert np.abs(np.where(drawn.mask, scored(1.0).data, 0) - drawn.log_probs).max() > 0.1
+    A = rng.normal(size=6)
+    _, expected = gradient(policy_gradient_loss, scored(temperature), A, drawn.mask)
+    for level in ("token", "sequence"):
+        _, d = gradient(ppo_clip_loss, scored(temperature), drawn.log_probs, A, drawn.mask, level=level)
+        assert_close(d, expected)
+
+
+# Metrics.
+
+@given(rngs, st.integers(1, 3), st.integers(2, 4), st.integers(1, 5), st.integers(0, 3))
+def test_metrics_count_pads(rng, P, K, T, amount):
+    """They do not: the same figures whatever is appended, NaN included; each against its definition."""
+    rewards, kl = rng.normal(size=(2, P, K))
+    rewards[0] = 0.3                                        # a prompt whose samples all got the same
+    mask, entropies = rng.random((P * K, T)) < 0.7, rng.random((P * K, T))
+    mask[0, 0] = True
+    widths = ((0, 0), (0, amount))
+    metrics = policy_gradient_metrics(rewards, kl, np.pad(mask, widths),
+                                      np.pad(np.where(mask, entropies, np.nan), widths, constant_values=np.nan))
+    expected = {"reward": rewards.mean(), "reward_std": np.sqrt(((rewards - rewards.mean()) ** 2).sum() / (P * K - 1)),
+                "frac_reward_zero_std": 1 / P, "kl_sequence": kl.mean(), "kl_token": kl.sum() / mask.sum(),
+                "completions/mean_length": mask.sum() / (P * K), "entropy": np.mean(entropies[mask])}
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        assert type(metrics[name]) is float
+        assert_close(metrics[name], value, name=name)
+    assert "entropy" not in policy_gradient_metrics(rewards, kl, mask)
+
+
+def test_metrics_of_a_single_response_and_of_empty_ones_are_no_nan():
+    metrics = policy_gradient_metrics(np.ones((1, 1)), np.zeros((1, 1)), np.zeros((1, 3)), np.zeros((1, 3)))
+    assert all(np.isfinite(list(metrics.values()))), f"{metrics}"

@@ -1,0 +1,384 @@
+"""scripts/run_folder.py: one process at a time in a folder that holds one run and nothing else, a run
+that is resumed under its own settings or not at all, and users who see no traceback."""
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from minilm import checkpoint
+from minilm.checkpoint import CheckpointError
+
+pytest.importorskip("fcntl", reason="the scripts need a POSIX system")
+pytest.importorskip("safetensors")
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+_spec = importlib.util.spec_from_file_location("run_folder", SCRIPTS / "run_folder.py")
+run_folder = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(run_folder)
+AS_A_SCRIPT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")])}
+RunFolder, StopRequest, UsageError = run_folder.RunFolder, run_folder.StopRequest, run_folder.UsageError
+
+SETTINGS = {"seed": 1, "size": "small"}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def enter(path, resume=False, fingerprint=SETTINGS):
+    with RunFolder(path, resume, fingerprint):
+        pass
+
+
+def start(code, *arguments, **options):
+    """A process that runs code with the scripts' folder on its path, as a script has."""
+    return subprocess.Popen([sys.executable, "-u", "-c", code, *map(str, arguments)], env=AS_A_SCRIPT,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+# Whose folder it is.
+
+@pytest.mark.parametrize("resume", [False, True], ids=["new", "resume"])
+@pytest.mark.parametrize("name", ["", "missing", "missing/deep"])
+def test_a_run_starts_in_a_missing_or_empty_folder_whether_to_resume_or_not(tmp_path, name, resume):
+    with RunFolder(tmp_path / name, resume, SETTINGS) as run:
+        assert not run.finished and run.load_state("model") is None
+        assert run.path("samples.txt") == tmp_path / name / "samples.txt"
+    assert json.loads((tmp_path / name / "run.json").read_text())["settings"] == SETTINGS
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_folder_that_holds_a_run_is_not_taken_unless_to_resume(tmp_path, finished):
+    with RunFolder(tmp_path, False, SETTINGS) as run:
+        run.save_state("model", {}, {"step": 3})
+        if finished:
+            run.finish({"loss": 1.5})
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match="already holds a run. Pass --resume .* or choose another --out"):
+        enter(tmp_path)
+    assert contents(tmp_path) == before
+    with RunFolder(tmp_path, True, SETTINGS) as run:
+        assert run.finished == finished
+        assert run.load_state("model") == ({}, {"step": 3}) and run.load_state("optimizer") is None
+
+
+def test_states_are_checkpoints_in_the_folder_and_damage_is_reported(tmp_path):
+    with RunFolder(tmp_path, False, SETTINGS) as run:
+        run.save_state("model", {"weight": np.arange(3.0)}, {"step": 3})
+        arrays, metadata = run.load_state("model")
+        np.testing.assert_array_equal(arrays["weight"], np.arange(3.0))
+        assert metadata == checkpoint.load(tmp_path / "model.safetensors")[1] == {"step": 3}
+        run.path("model.safetensors").write_bytes(b"")
+        with pytest.raises(CheckpointError, match="empty"):
+            run.load_state("model")
+
+
+def test_results_mark_the_run_as_finished(tmp_path):
+    with RunFolder(tmp_path, False, SETTINGS) as run:
+        run.finish({"loss": 1.5})
+        assert run.finished
+    assert json.loads((tmp_path / "results.json").read_text()) == {"loss": 1.5}
+
+
+def test_other_settings_are_refused_by_name_with_both_values(tmp_path):
+    enter(tmp_path, fingerprint={"seed": 1, "size": "small", "threads": 2, "text": "ab12"})
+    before = contents(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        enter(tmp_path, resume=True, fingerprint={"seed": 2, "size": "small", "text": "ab12", "scale": 0.5})
+    assert ("other settings: scale was absent and is now 0.5, seed was 1 and is now 2, "
+            "threads was 2 and is now absent.") in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+SETTING_VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4),
+                           st.tuples(st.floats()))
+
+
+@settings(deadline=None, max_examples=30)
+@given(fingerprint=st.dictionaries(st.text(max_size=4), SETTING_VALUES, max_size=4))
+def test_any_settings_equal_themselves_after_a_round_through_json(tmp_path_factory, fingerprint):
+    folder = tmp_path_factory.mktemp("run")
+    enter(folder, fingerprint=fingerprint)
+    enter(folder, resume=True, fingerprint=dict(reversed(fingerprint.items())))
+    with pytest.raises(UsageError, match="other settings"):
+        enter(folder, resume=True, fingerprint={**fingerprint, "one more": 1})
+
+
+def test_the_order_of_nested_settings_and_the_type_of_keys_make_no_difference(tmp_path):
+    enter(tmp_path, fingerprint={"model": {"width": 8, "depth": 2}, 1: 2})
+    enter(tmp_path, resume=True, fingerprint={"model": {"depth": 2, "width": 8}, "1": 2})
+    enter(tmp_path, resume=True, fingerprint={"model": {"width": 8, "depth": 2}, 1: 2})
+
+
+def test_settings_that_cannot_be_written_down_are_refused_before_there_is_a_folder(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        enter(tmp_path / "run", fingerprint={"generator": np.random.default_rng()})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["new", "resume"])
+@pytest.mark.parametrize("name, content", [
+    ("thesis.tex", "years of work"), (".hidden", ""), ("results.json", "{}"),
+    ("run.json", "{}"), ("run.json", "[1]"), ("run.json", "not JSON"),
+    ("run.json", '{"format": "another", "settings": {}}'),
+    ("run.json", '{"format": "minilm run"}'), ("run.json", '{"format": "minilm run", "settings": 1}')])
+def test_a_folder_with_the_files_of_others_is_refused_and_left_as_it_is(tmp_path, name, content, resume):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match="holds no run|not the work of minilm"):
+        enter(tmp_path, resume)
+    assert contents(tmp_path) == {name: content.encode()}
+
+
+def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path):
+    leftover = tmp_path / f".run.json.1234{checkpoint.TEMPORARY_SUFFIX}"
+    leftover.write_text("{")
+    enter(tmp_path)    # it does not count as somebody's file
+    leftover.write_text("{")
+    enter(tmp_path, resume=True)
+    assert sorted(contents(tmp_path)) == [".lock", "run.json"]
+
+
+@contextlib.contextmanager
+def bound_by_permissions():
+    """Root may write everywhere: gives that up for a while."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_path_that_cannot_be_a_folder_or_written_to_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file: not a folder"):
+        enter(tmp_path / "file")
+    with pytest.raises(UsageError, match="Not a directory"):
+        enter(tmp_path / "file" / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine").chmod(0o500)
+    for path in (tmp_path / "mine", tmp_path / "mine" / "run"):
+        with bound_by_permissions(), pytest.raises(UsageError, match="Permission denied. Choose another --out"):
+            enter(path)
+
+
+# One process at a time.
+
+@pytest.mark.parametrize("resume", [False, True], ids=["new", "resume"])
+def test_a_folder_in_use_is_refused_and_free_afterwards(tmp_path, resume):
+    with RunFolder(tmp_path, False, SETTINGS):
+        with pytest.raises(UsageError, match="in use by another run"):
+            enter(tmp_path, resume)
+        with pytest.raises(UsageError, match="in use by another run"):
+            enter(tmp_path, resume)    # the refusal took nothing from the holder
+    enter(tmp_path, resume=True)
+
+
+def test_a_run_that_fails_frees_the_folder(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with RunFolder(tmp_path, False, SETTINGS):
+            1 / 0
+    enter(tmp_path, resume=True)
+
+
+def test_no_descriptor_stays_open(tmp_path):
+    before = len(os.listdir("/dev/fd"))
+    enter(tmp_path)
+    with pytest.raises(UsageError):
+        enter(tmp_path)
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_start_that_fails_frees_the_folder_and_leaves_no_run(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        failed = RunFolder(tmp_path, False, SETTINGS)
+        with pytest.raises(CheckpointError, match="No space left"):
+            failed.__enter__()
+    enter(tmp_path)
+
+
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    with pytest.raises(UsageError, match="cannot be locked: Operation not supported"):
+        enter(tmp_path)
+
+
+def test_a_killed_run_leaves_no_lock_not_even_with_a_program_it_started_still_alive(tmp_path):
+    code = """if True:
+        import subprocess, sys
+        from run_folder import RunFolder
+        with RunFolder(sys.argv[1], False, {"seed": 1, "size": "small"}) as run:
+            child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"],
+                                     stdin=int(sys.argv[2]), close_fds=False)
+            print("started")
+            child.wait()"""
+    reading, writing = os.pipe()    # the child lives until we close it
+    os.set_inheritable(reading, True)
+    holder = start(code, tmp_path, reading, pass_fds=[reading])
+    try:
+        assert holder.stdout.readline() == "started\n"
+        with pytest.raises(UsageError, match="in use"):
+            enter(tmp_path, resume=True)
+        holder.kill()
+        holder.wait()
+        enter(tmp_path, resume=True)
+    finally:
+        holder.kill()
+        os.close(reading)
+        os.close(writing)
+        holder.communicate()
+
+
+def test_a_forked_child_does_not_hold_the_lock_on(tmp_path):
+    reading, writing = os.pipe()
+    with RunFolder(tmp_path, False, SETTINGS):
+        child = os.fork()
+        if child == 0:
+            os.close(writing)
+            os.read(reading, 1)    # until the parent closes its end
+            os._exit(0)
+    try:
+        enter(tmp_path, resume=True)
+    finally:
+        os.close(reading)
+        os.close(writing)
+        os.waitpid(child, 0)
+
+
+# Stopping.
+
+@pytest.fixture
+def usual_handlers():
+    """SIGINT and SIGTERM as in a program started from a terminal, however pytest itself was started."""
+    numbers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+    yield numbers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_interrupts(usual_handlers, capfd, first, second):
+    with StopRequest() as stop:
+        assert not stop.requested
+        signal.raise_signal(first)
+        assert stop.requested
+        assert capfd.readouterr().err == "\nstopping after this step; press again to stop at once\n"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(second)
+
+
+def test_handlers_are_restored_even_when_the_loop_fails(usual_handlers):
+    with pytest.raises(ZeroDivisionError), StopRequest():
+        assert all(signal.getsignal(number) is not handler for number, handler in usual_handlers.items())
+        1 / 0
+    assert all(signal.getsignal(number) is handler for number, handler in usual_handlers.items())
+
+
+def test_an_ignored_signal_stays_ignored(usual_handlers):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.requested
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_outside_the_main_thread_nothing_is_caught(usual_handlers):
+    seen = []
+
+    def loop():
+        with StopRequest() as stop:
+            seen.append((stop.requested, signal.getsignal(signal.SIGINT)))
+    thread = threading.Thread(target=loop)
+    thread.start()
+    thread.join()
+    assert seen == [(False, signal.default_int_handler)]
+
+
+JOB = """if True:
+    import signal, sys, time
+    import numpy as np
+    from run_folder import RunFolder, StopRequest, main_guard
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    def main():
+        folder, pause = sys.argv[1], float(sys.argv[2])
+        generator, total, first = np.random.default_rng(0), np.zeros(3), 0
+        with RunFolder(folder, True, {"seed": 0}) as run, StopRequest() as stop:
+            if state := run.load_state("walk"):
+                total, first = state[0]["total"], state[1]["step"]
+                generator.bit_generator.state = state[1]["generator"]
+            for step in range(first, 40):
+                total += generator.standard_normal(3)
+                print("step", step)
+                time.sleep(pause)
+                if stop.requested:
+                    run.save_state("walk", {"total": total},
+                                   {"step": step + 1, "generator": generator.bit_generator.state})
+                    return 3
+            run.finish({"total": total.tolist()})
+    sys.exit(main_guard(main))"""
+
+
+def test_a_stopped_and_resumed_job_ends_as_if_it_had_never_stopped(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    uninterrupted = start(JOB, whole, 0)
+    job = start(JOB, stopped, 0.05)
+    assert job.stdout.readline() == "step 0\n"
+    job.send_signal(signal.SIGINT)
+    output, errors = job.communicate(timeout=20)
+    assert job.returncode == 3 and errors == "\nstopping after this step; press again to stop at once\n"
+    assert "step 39" not in output and not (stopped / "results.json").exists()
+    resumed = start(JOB, stopped, 0)
+    output, errors = resumed.communicate(timeout=20)
+    assert (resumed.returncode, errors) == (0, "") and "step 0\n" not in output
+    assert uninterrupted.communicate(timeout=20)[1] == ""
+    assert (stopped / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+
+
+# What the user sees.
+
+class FileFormatError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [UsageError("no such\nsize"), CheckpointError("no such\nsize"),
+                                   FileFormatError("no such\nsize")], ids=lambda error: type(error).__name__)
+def test_an_error_of_the_users_is_one_line_and_status_2(capsys, error):
+    def main():
+        raise error
+    assert run_folder.main_guard(main, FileFormatError) == 2
+    assert capsys.readouterr() == ("", "error: no such size\n")
+
+
+def test_a_bug_keeps_its_traceback():
+    def main():
+        raise FileFormatError    # not among the listed
+    with pytest.raises(FileFormatError):
+        run_folder.main_guard(main)
+
+
+def test_an_interrupt_is_one_line_and_status_130(capsys):
+    def main():
+        raise KeyboardInterrupt
+    assert run_folder.main_guard(main) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+@pytest.mark.parametrize("returned, status", [(None, 0), (0, 0), (3, 3)])
+def test_what_main_returns_is_the_exit_status(returned, status):
+    assert run_folder.main_guard(lambda: returned) == status

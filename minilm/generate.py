@@ -98,8 +98,9 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
     """Draw a response to each prompt, until EOS or max_new_tokens.
 
     prompts      list of B token lists, of any lengths (at least 1)
-    rng          numpy Generator. One uniform number per row and position is drawn up front, so
-                 a row's response does not depend on when the others stop, nor on the device
+    rng          numpy Generator, from which one uniform number per row and position is drawn up
+                 front, or those numbers themselves, (B,max_new_tokens). So a row's response does
+                 not depend on when the others stop, nor on the device
     eos          token id that ends a response; None never ends
     temperature  0 is greedy decoding
     Returns Samples. Raises ValueError for an empty prompt, one that does not fit the context
@@ -116,7 +117,7 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
         raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context "
                          f"of {c.context}; shorten one of them")
     B = len(prompts)
-    uniforms = xp.asarray(rng.random((B, max_new_tokens)))
+    uniforms = xp.asarray(rng.random((B, max_new_tokens)) if isinstance(rng, np.random.Generator) else rng)
     # Padded on the left, so that every row's next token goes into the same column of the cache.
     padded, real = np.zeros((B, longest), np.int64), np.zeros((B, longest + max_new_tokens), bool)
     for i, prompt in enumerate(prompts):

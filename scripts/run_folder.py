@@ -94,6 +94,10 @@ class RunFolder:
         path = self._state_path(name)
         return checkpoint.load(path) if path.exists() else None
 
+    def drop_state(self, name):
+        """Deletes what save_state wrote under this name, if anything."""
+        self._state_path(name).unlink(missing_ok=True)
+
     def _state_path(self, name):
         return self.path(f"{name}.safetensors")
 

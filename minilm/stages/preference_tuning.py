@@ -16,7 +16,7 @@ def summed_log_probs(model, batch):
 
 
 def reference_log_probs(reference, prompts, responses, pad, batch_size=64):
-    """The same under a frozen model, as an array (N,). Computed once and kept: the reference never moves."""
+    """The same under a frozen model, as an array (N,). Compute it once and keep it: the reference never moves."""
     values = []
     with no_grad():
         for i in range(0, len(prompts), batch_size):
@@ -25,15 +25,14 @@ def reference_log_probs(reference, prompts, responses, pad, batch_size=64):
     return np.concatenate(values)
 
 
-def preference_tuning(training, reference, prompts, chosen, rejected, steps, batch_size, pad, beta=0.1,
-                      learning_rate=3e-4, loss=dpo_loss):
-    """Train training.model, the policy, on comparisons (token lists), away from `reference`.
+def preference_tuning(training, prompts, chosen, rejected, reference_chosen, reference_rejected, steps, batch_size,
+                      pad, beta=0.1, learning_rate=3e-4, loss=dpo_loss):
+    """Train training.model, the policy, on comparisons: token lists, chosen[i] preferred to rejected[i].
 
-    loss: dpo_loss, or another of objectives.dpo with the same arguments. Yields {"loss",
+    reference_chosen, reference_rejected: their summed log-probs under the reference, arrays (N,), from
+    reference_log_probs. loss: dpo_loss, or another of objectives.dpo with the same arguments. Yields {"loss",
     "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins", "logps/chosen", ...} a step.
     """
-    reference_chosen = reference_log_probs(reference, prompts, chosen, pad)
-    reference_rejected = reference_log_probs(reference, prompts, rejected, pad)
     while training.step < steps:
         drawn = training.rng.integers(len(prompts), size=batch_size)
         def part_loss(policy, pairs):

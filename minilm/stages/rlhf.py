@@ -21,19 +21,32 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
     One update per batch of samples, so they are always the policy's own.
     Yields {"loss", "grad_norm", "learning_rate", "reward", "kl_sequence", "kl_token", ...} a step.
     """
-    policy, context = training.model, training.model.config.context
+    context = training.model.config.context
     shape = (prompts_per_step, samples_per_prompt)
     while training.step < steps:
         drawn = training.rng.integers(len(prompts), size=prompts_per_step)
         asked = [prompts[i] for i in drawn for _ in range(samples_per_prompt)]
-        samples = generate(policy, asked, max_new_tokens, training.rng, eos, temperature)
-        answers = samples.responses()
+        uniforms = training.rng.random((len(asked), max_new_tokens))
+        parts = split(len(asked), training.threads)
+
+        def sample(policy, rows):
+            # The policy's own log-probs come with the draw: no second pass for them.
+            samples = generate(policy, asked[rows], max_new_tokens, uniforms[rows], eos, temperature)
+            return samples.responses(), (samples.log_probs * samples.mask).sum(axis=1)
+
+        answers, kl = [None] * len(asked), np.empty(len(asked))
+        for rows, (responses, log_probs) in zip(parts, training.each(sample, parts)):
+            answers[rows], kl[rows] = responses, log_probs
         batch = make_batch(asked, answers, pad, context)
         mask = batch.target_mask
-        with no_grad():
-            reference_log_probs = reference.log_probs(batch.tokens, temperature).data
-        # The policy's own log-probs come with the draw: no second pass for them.
-        kl = (samples.log_probs * samples.mask).sum(axis=1) - np.where(mask > 0, reference_log_probs, 0).sum(axis=1)
+
+        def score(_, rows):
+            with no_grad():
+                log_probs = reference.log_probs(batch.tokens[rows], temperature).data
+            return np.where(mask[rows] > 0, log_probs, 0).sum(axis=1)
+
+        for rows, log_probs in zip(parts, training.each(score, parts)):
+            kl[rows] -= log_probs
         rewards = np.asarray(reward(asked, answers)).reshape(shape)
         A = advantages(rewards, kl.reshape(shape), beta, baseline).reshape(-1)
 
@@ -42,5 +55,5 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
             return policy_gradient_loss(log_probs, A[rows], mask[rows]) * (len(A[rows]) / len(A)), None
 
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(5, steps // 10 + 1), floor=0.3)
-        metrics, _ = optimise(training, loss, split(len(A), training.threads), rate, "rlhf")
+        metrics, _ = optimise(training, loss, parts, rate, "rlhf")
         yield {**metrics, **policy_gradient_metrics(rewards, kl.reshape(shape), mask)}

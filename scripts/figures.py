@@ -1,0 +1,164 @@
+"""What the main job shows: progress while it runs, its table, its two figures.
+
+    python scripts/figures.py runs/assistant      draws and prints those of a finished run again
+"""
+
+import contextlib
+import json
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+NAMES = {"base": "base", "instructed": "instructed", "best_of_n": "best of n", "rlhf": "RLHF", "dpo": "DPO"}
+COLUMNS = {"task_accuracy": "task accuracy", "gold_reward": "gold reward", "learned_reward": "learned reward",
+           "win_rate": "win rate", "kl_sequence": "KL (nats)"}
+COLOURS = {"rlhf": "#0b5fa5", "dpo": "#c4570c", "best_of_n": "#2c7a3f", "learned": "#8a8a8a"}
+
+
+@contextlib.contextmanager
+def progress(title, steps, done):
+    """A bar with the time left in a terminal, a plain line every tenth of the way otherwise.
+
+    Yields advance(metrics), to be called after each step.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+        with tqdm(total=steps, initial=done, desc=f"{title:>16}", unit="step") as bar:
+            def advance(metrics):
+                bar.set_postfix_str(_brief(metrics), refresh=False)
+                bar.update()
+            yield advance
+        return
+
+    began, first = time.monotonic(), done
+
+    def advance(metrics):
+        nonlocal done
+        done += 1
+        if done == steps or done % max(1, steps // 10) == 0:
+            elapsed = time.monotonic() - began
+            left = elapsed / (done - first) * (steps - done)
+            print(f"{title}: step {done}/{steps}, {elapsed:.0f} s, {left:.0f} s left, {_brief(metrics)}", flush=True)
+    yield advance
+
+
+def _brief(metrics):
+    kept = ("loss", "accuracy", "reward", "kl_sequence", "rewards/accuracies")
+    return ", ".join(f"{name} {metrics[name]:.3g}" for name in kept if name in metrics)
+
+
+def summary(results):
+    """The table and the same questions answered by each stage, as text."""
+    lines = ["", f"{'':<12}" + "".join(f"{title:>20}" for title in COLUMNS.values())]
+    for row in results["rows"]:
+        cells = "".join(f"{row[c]:>11.3f} ± {row[c + '_se']:<6.3f}" for c in COLUMNS)
+        lines.append(f"{NAMES[row['stage']]:<12}{cells}")
+    lines += ["", f"One sampled answer (temperature 1) to each of {results['held_out_questions']} questions held out of every "
+              "stage; ± is a standard error.",
+              f"Learned reward: relative to the instructed model's. Win rate and KL: against the instructed model. "
+              f"Best of {results['best_of_n']}: its KL is an upper bound.",
+              f"Base with three demonstrations in its prompt, no training: accuracy {results['base_few_shot_accuracy']:.3f} "
+              f"± {results['base_few_shot_accuracy_se']:.3f}.", ""]
+    for example in results["examples"]:
+        lines.append(f"{example['question']}    (right: {example['answer']})")
+        lines += [f"    {NAMES[stage]:<12}{example[stage]}" for stage in NAMES if stage in example]
+    total = sum(results["seconds"].values())
+    lines += ["", f"{results['parameters']:,} parameters, seed {results['seed']}, {results['threads']} threads, "
+              f"{total:.0f} s: " + ", ".join(f"{name} {s:.0f}" for name, s in results["seconds"].items())]
+    return "\n".join(lines)
+
+
+def _pyplot():
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                            "legend.frameon": False, "figure.dpi": 130})
+    return pyplot
+
+
+def _smooth(values, width):
+    """Mean over the last `width` values (fewer at the start)."""
+    total = np.cumsum(np.insert(np.asarray(values, float), 0, 0.0))
+    ends = np.arange(1, len(total))
+    starts = np.maximum(0, ends - width)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def training_curves(results, path):
+    """One panel a stage: what it minimises or maximises, against its steps."""
+    plt = _pyplot()
+    history, beta = results["history"], results["main_beta"]
+    panels = (("base", "pretraining", "loss", "cross-entropy (nats per token)", 20),
+              ("instructed", "instruction tuning", "loss", "cross-entropy (nats per response token)", 20),
+              ("reward_model", "reward model", "accuracy", "share of comparisons predicted", 10),
+              (f"rlhf-beta-{beta}", f"RLHF, beta = {beta}", "reward", "learned reward", 5),
+              (f"rlhf-beta-{beta}", f"RLHF, beta = {beta}", "kl_sequence", "KL to the instructed model (nats)", 5),
+              (f"dpo-beta-{beta}", f"DPO, beta = {beta}", "loss", "DPO loss (starts at log 2)", 10))
+    figure, axes = plt.subplots(2, 3, figsize=(10, 5.4), layout="constrained")
+    for axis, (name, title, metric, label, width) in zip(axes.flat, panels):
+        steps = [m["step"] for m in history[name]]
+        values = [m[metric] for m in history[name]]
+        axis.plot(steps, values, color="#b9c7d6", linewidth=0.7)
+        axis.plot(steps, _smooth(values, width), color=COLOURS["rlhf"], linewidth=1.6)
+        axis.set(title=title, xlabel="step", ylabel=label)
+        if metric == "accuracy":
+            axis.axhline(0.5, color="#999999", linestyle=":", linewidth=1)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def reward_against_kl(results, path):
+    """Left: where each beta ends up. Right: one run without a penalty, and where its gold reward turns down."""
+    plt = _pyplot()
+    figure, (frontier, drift) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for method, rows in results["frontier"].items():
+        rows = sorted(rows, key=lambda row: row["kl_sequence"])
+        kl, gold = [r["kl_sequence"] for r in rows], [r["gold_reward"] for r in rows]
+        frontier.errorbar(kl, gold, xerr=[2 * r["kl_sequence_se"] for r in rows], yerr=[2 * r["gold_reward_se"] for r in rows],
+                          color=COLOURS[method], marker="o", markersize=4, linewidth=1.2, capsize=2, label=NAMES[method])
+        for row in rows:
+            frontier.annotate(f"β={row['beta']:g}", (row["kl_sequence"], row["gold_reward"]), xytext=(5, -10),
+                              textcoords="offset points", fontsize=7.5, color=COLOURS[method])
+    for row in results["rows"]:
+        if row["stage"] in ("instructed", "best_of_n"):
+            colour = COLOURS.get(row["stage"], "black")
+            frontier.errorbar(row["kl_sequence"], row["gold_reward"], yerr=2 * row["gold_reward_se"], color=colour,
+                              marker="s", markersize=5, capsize=2, linestyle="none",
+                              label=f"best of {results['best_of_n']} (KL: upper bound)" if row["stage"] == "best_of_n" else "instructed")
+    frontier.set(title="Held-out questions: gold reward and distance", ylabel="gold reward (± 2 standard errors)",
+                 xlabel="KL to the instructed model (nats per response)")
+    frontier.legend(loc="best")
+
+    beta = min(row["beta"] for row in results["frontier"]["rlhf"])
+    steps = results["history"][f"rlhf-beta-{beta}"]
+    kl = _smooth([m["kl_sequence"] for m in steps], 8)
+    gold, learned = (_smooth([m[name] for m in steps], 8) for name in ("gold_reward", "reward"))
+    drift.plot(kl, learned - learned[0], color=COLOURS["learned"], label="learned reward (what is maximised)")
+    drift.plot(kl, gold - gold[0], color=COLOURS["rlhf"], label="gold reward (what was meant)")
+    peak = int(np.argmax(gold))
+    turned = peak < 0.9 * len(gold) - 1
+    drift.axvline(kl[peak], color=COLOURS["rlhf"], linestyle=":", linewidth=1)
+    drift.annotate("gold turns down here" if turned else "gold still at its highest", (kl[peak], gold[peak] - gold[0]),
+                   xytext=(6, -16), textcoords="offset points", fontsize=8, color=COLOURS["rlhf"])
+    drift.set(title=f"One RLHF run with β = {beta:g}, step by step", ylabel="change since the first steps",
+              xlabel="KL to the instructed model (nats per response)")
+    drift.legend(loc="best")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(folder):
+    folder = pathlib.Path(folder)
+    results = json.loads((folder / "results.json").read_text())
+    training_curves(results, folder / "training_curves.png")
+    reward_against_kl(results, folder / "reward_against_kl.png")
+    print(summary(results))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python scripts/figures.py FOLDER (of a finished run of assistant.py)")
+    main(sys.argv[1])

@@ -51,10 +51,10 @@ from minilm.world import annotators, corpus, tasks
 from run_folder import RunFolder, StopRequest, UsageError, main_guard
 
 SIZES = {"small": {"width": 64, "layers": 3}, "large": {"width": 96, "layers": 4}}
-STEPS = {"pretraining": 2000, "instruction tuning": 600, "reward model": 150, "rlhf": 100, "dpo": 150}
+STEPS = {"pretraining": 2000, "instruction tuning": 600, "reward model": 250, "rlhf": 80, "dpo": 150}
 RLHF_BETAS, DPO_BETAS = (0.3, 0.1, 0.03, 0.0), (0.3, 0.1, 0.03)
-MAIN_BETA = 0.1
-DOCUMENTS, DEMONSTRATIONS, COMPARISONS, UNLABELLED, HELD_OUT = 24000, 4000, 1500, 3000, 540
+MAIN_BETA = 0.3
+DOCUMENTS, DEMONSTRATIONS, COMPARISONS, UNLABELLED, HELD_OUT = 24000, 4000, 2000, 3000, 540
 VOCABULARY, ENGLISH_SHARE, MAX_NEW_TOKENS, BEST_OF = 640, 0.1, 40, 16
 SAVE_EVERY = 30.0     # seconds
 
@@ -185,7 +185,7 @@ def tune_by_rlhf(job, instructed, reward_model, beta):
     def loop(training, steps):
         for metrics in rlhf(training, instructed, reward, prompts, steps, prompts_per_step=16, samples_per_prompt=8,
                             max_new_tokens=MAX_NEW_TOKENS, eos=tokenizer.eos, pad=tokenizer.pad, beta=beta,
-                            learning_rate=1e-3):
+                            learning_rate=5e-4):
             yield {**metrics, "gold_reward": gold[-1]}
 
     return job.train(f"rlhf-beta-{beta}", "rlhf", instructed.copy, loop, weight_decay=0.0)
@@ -194,7 +194,7 @@ def tune_by_rlhf(job, instructed, reward_model, beta):
 def tune_by_dpo(job, instructed, comparisons, references, beta):
     def loop(training, steps):
         return preference_tuning(training, *comparisons, *references, steps, batch_size=32, pad=job.tokenizer.pad,
-                                 beta=beta, learning_rate=5e-4)
+                                 beta=beta, learning_rate=3e-4)
     return job.train(f"dpo-beta-{beta}", "dpo", instructed.copy, loop, weight_decay=0.0)
 
 

@@ -1,6 +1,7 @@
 """What the main job shows: progress while it runs, its table, its two figures.
 
-    python scripts/figures.py runs/assistant      draws and prints those of a finished run again
+    python scripts/figures.py runs/assistant       draws and prints those of a finished run again
+    python scripts/figures.py runs/a runs/b ...    the table of several seeds, in Markdown
 """
 
 import contextlib
@@ -67,6 +68,35 @@ def summary(results):
     total = sum(results["seconds"].values())
     lines += ["", f"{results['parameters']:,} parameters, seed {results['seed']}, {results['threads']} threads, "
               f"{total:.0f} s: " + ", ".join(f"{name} {s:.0f}" for name, s in results["seconds"].items())]
+    return "\n".join(lines)
+
+
+def across_seeds(runs):
+    """A Markdown table of several results: the mean over the seeds, and in brackets the least and the greatest."""
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for stage, name in NAMES.items():
+        rows = [next(row for row in run["rows"] if row["stage"] == stage) for run in runs]
+        cells = []
+        for column in COLUMNS:
+            values = [row[column] for row in rows]
+            cells.append(f"{np.mean(values):.2f} [{min(values):.2f}, {max(values):.2f}]")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    shots = [run["base_few_shot_accuracy"] for run in runs]
+    seconds = [sum(run["seconds"].values()) for run in runs]
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    lines += ["", f"Seeds {seeds}: mean [least, greatest]. Base with three demonstrations in its prompt: accuracy "
+              f"{np.mean(shots):.2f} [{min(shots):.2f}, {max(shots):.2f}]. {runs[0]['parameters']:,} parameters, "
+              f"{runs[0]['threads']} threads, {min(seconds):.0f} to {max(seconds):.0f} s a run."]
+    for stage in ("rlhf", "dpo"):
+        for column in ("gold_reward", "win_rate"):
+            gaps = []
+            for run in runs:
+                rows = {row["stage"]: row for row in run["rows"]}
+                other = rows["instructed"]
+                error = np.hypot(rows[stage][column + "_se"], other[column + "_se"])
+                gaps.append((rows[stage][column] - other[column]) / error)
+            lines.append(f"{NAMES[stage]} above instructed in {COLUMNS[column]}, in standard errors, by seed: "
+                         + ", ".join(f"{gap:.1f}" for gap in gaps) + ".")
     return "\n".join(lines)
 
 
@@ -150,15 +180,17 @@ def reward_against_kl(results, path):
     plt.close(figure)
 
 
-def main(folder):
-    folder = pathlib.Path(folder)
-    results = json.loads((folder / "results.json").read_text())
-    training_curves(results, folder / "training_curves.png")
-    reward_against_kl(results, folder / "reward_against_kl.png")
-    print(summary(results))
+def main(folders):
+    runs = [json.loads((pathlib.Path(folder) / "results.json").read_text()) for folder in folders]
+    if len(runs) > 1:
+        print(across_seeds(runs))
+        return
+    training_curves(runs[0], pathlib.Path(folders[0]) / "training_curves.png")
+    reward_against_kl(runs[0], pathlib.Path(folders[0]) / "reward_against_kl.png")
+    print(summary(runs[0]))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python scripts/figures.py FOLDER (of a finished run of assistant.py)")
-    main(sys.argv[1])
+    if len(sys.argv) < 2:
+        sys.exit("usage: python scripts/figures.py FOLDER ... (of finished runs of assistant.py)")
+    main(sys.argv[1:])

@@ -72,8 +72,8 @@ class Annotator:
 
         Offset and scale of the ratings cancel: a person is compared with nobody but themselves.
         """
-        difference = (self.worth(question, first, finished[0]) - self.worth(question, second, finished[1]))
-        return bool(rng.random() < stable_sigmoid(np.array((difference + self.noise * rng.normal()) / 1.0)))
+        difference = self.worth(question, first, finished[0]) - self.worth(question, second, finished[1])
+        return bool(rng.random() < stable_sigmoid(np.array(difference + self.noise * rng.normal())))
 
 
 def draw_annotators(rng, count=8, minority=0.15):

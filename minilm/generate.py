@@ -112,6 +112,8 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("every prompt needs at least one token (a BOS, say)")
     c, xp = model.config, array_module(model.unembedding.data)
+    if not c.causal:
+        raise ValueError("only a causal model generates: what a bidirectional one computed changes with every token")
     longest = max(map(len, prompts))
     if longest + max_new_tokens > c.context:
         raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context "
@@ -142,7 +144,6 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
             tokens[rows, t] = to_numpy(drawn)
             mask[rows, t] = 1
             log_probs[rows, t] = to_numpy(scores[xp.arange(len(rows)), drawn])
-            real[rows, longest + t] = True
             going = np.ones(len(rows), bool) if eos is None else to_numpy(drawn) != eos
             if not going.any():
                 break

@@ -194,7 +194,9 @@ def token_log_probs(hidden, unembedding, targets, chunk=None):
         raise IndexError(f"targets from {int(targets.min())} to {int(targets.max())}, vocabulary {V}")
     rows, flat = hidden.reshape(-1, D), targets.reshape(-1)
     N = len(rows)
-    chunk = chunk or max(1, LOGITS_HELD // V)
+    chunk = max(1, LOGITS_HELD // V) if chunk is None else chunk
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; it must be at least 1")
     chunks = [slice(i, i + chunk) for i in range(0, N, chunk)]
     kept = {}
 

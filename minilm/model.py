@@ -49,6 +49,9 @@ class Config:
                              "change one, or give head_width")
         default("head_width", self.width // self.heads)
         default("ffn_width", -(-8 * self.width // 24) * 8)
+        for name in ("head_width", "ffn_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Config: {name} is {getattr(self, name)}; it must be at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(f"Config: kv_heads {self.kv_heads} does not divide heads {self.heads}")
         if self.head_width % 2:
@@ -157,7 +160,8 @@ class Transformer:
             if cache:
                 k, v = cache.extend(i, k.data, v.data)
             mixed = layers.attention(q, k, v, causal=c.causal, key_mask=key_mask)             # (B,H,T,K)
-            x = x + ops.transpose(mixed, axes=(0, 2, 1, 3)).reshape(B, T, -1) @ p[f"blocks.{i}.attention_out"]
+            mixed = ops.transpose(mixed, axes=(0, 2, 1, 3)).reshape(B, T, c.heads * c.head_width)
+            x = x + mixed @ p[f"blocks.{i}.attention_out"]
             h = layers.rms_norm(x, p[f"blocks.{i}.ffn_norm"], eps=c.norm_eps)
             x = x + layers.swiglu(h @ p[f"blocks.{i}.gate_up"]) @ p[f"blocks.{i}.ffn_out"]
         return layers.rms_norm(x, p["final_norm"], eps=c.norm_eps)
@@ -169,10 +173,10 @@ class Transformer:
         return (heads[:, :c.heads], heads[:, c.heads:c.heads + c.kv_heads], heads[:, c.heads + c.kv_heads:])
 
     def _smeared(self, i, k, key_mask, cache):
+        xp, (B, G, T, K) = array_module(k.data), k.shape
         if key_mask is not None:          # padding is no predecessor: as if nothing stood there
-            xp = array_module(k.data)
-            k = ops.where(xp.asarray(key_mask)[:, None, -k.shape[2]:, None].astype(bool), k, 0.0)
-        before = cache.previous_key(i, k.data) if cache else 0 * k.data[:, :, 0]
+            k = ops.where(xp.asarray(key_mask)[:, None, -T:, None].astype(bool), k, 0.0)
+        before = cache.previous_key(i, k.data) if cache else xp.zeros((B, G, K), self.dtype)
         return layers.smear(k, self._parameters[f"blocks.{i}.key_smear"], before)
 
     def __call__(self, tokens, key_mask=None):
@@ -223,6 +227,8 @@ class RewardModel:
         which may be on either side. Raises ValueError for a sequence of padding alone.
         """
         mask = array_module(self.head.data).asarray(mask).astype(bool)
+        if mask.shape != np.shape(tokens):
+            raise ValueError(f"mask {mask.shape} and tokens {np.shape(tokens)} must have one shape")
         if not mask.any(axis=1).all():
             raise ValueError(f"row {int((~mask.any(axis=1)).argmax())} is all padding: nothing to reward")
         T = mask.shape[1]

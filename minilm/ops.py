@@ -5,6 +5,8 @@ gradient of the loss with respect to the output; a vjp returns dy times the Jaco
 array per differentiable argument. The operators of Tensor are bound at the end.
 """
 
+import math
+
 from minilm.backend import array_module
 from minilm.tensor import Tensor, primitive
 
@@ -63,7 +65,7 @@ def power(x, exponent):
     if hasattr(exponent, "shape"):
         raise TypeError("the exponent must be a number; write exp(y * log(x)) for a variable one")
     def vjp(dy):
-        return dy * exponent * x ** (exponent - 1)
+        return dy * exponent * x ** (exponent - 1 if exponent else 0)       # 0 * 0^-1 is NaN
     return x ** exponent, vjp
 
 
@@ -177,7 +179,7 @@ def sum(x, axis=None, keepdims=False):
 
 def mean(x, axis=None, keepdims=False):
     total = sum(x, axis=axis, keepdims=keepdims)
-    return total * (total.size / x.size)
+    return total * (total.size / x.size if x.size else float("nan"))
 
 
 @primitive
@@ -320,9 +322,9 @@ def _matmul(x, y):
     """dx = dz y^T,   dy = x^T dz"""
     if y.ndim == 2:
         # One large product instead of one small one for each leading index.
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         def vjp(dz):
-            dz = dz.reshape(-1, y.shape[1])
+            dz = dz.reshape(len(rows), y.shape[1])
             return (dz @ y.T).reshape(x.shape), rows.T @ dz
         return (rows @ y).reshape(*x.shape[:-1], y.shape[1]), vjp
 

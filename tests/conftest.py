@@ -5,6 +5,8 @@ Scripts and helpers.py are plain files: their folders go to the end of the path 
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 from hypothesis import settings
 
 HERE = Path(__file__).resolve().parent
@@ -13,3 +15,9 @@ sys.path += [str(HERE), str(HERE.parent / "scripts")]
 # Few examples of many kinds: the whole suite stays far below five minutes on two cores.
 settings.register_profile("minilm", deadline=None, max_examples=12, print_blob=True)
 settings.load_profile("minilm")
+
+
+@pytest.fixture
+def rng():
+    """For what does not depend on the numbers; where it might, hypothesis chooses the seed (helpers.rngs)."""
+    return np.random.default_rng(0)

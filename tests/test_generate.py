@@ -1,0 +1,216 @@
+"""minilm.generate: what is drawn, with which probability, and that the log-probs returned are those drawn with."""
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from helpers import assert_close, rngs, small_transformer
+from minilm.generate import distribution, draw, generate
+
+PROMPTS = [[1], [2, 3, 4], [5, 6]]
+EOS = 0
+
+
+def plain_distribution(logits, temperature=1.0, top_k=None, top_p=None):
+    """Probabilities of one row, token by token from the most likely on."""
+    p = np.exp((logits - logits.max()) / temperature)
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    kept = order[:top_k]
+    if top_p is not None:
+        shares, n = p[kept] / p[kept].sum(), 0
+        while n < len(kept) and shares[:n].sum() < top_p:
+            n += 1
+        kept = kept[:n]
+    out = np.zeros(len(p))
+    out[kept] = p[kept] / p[kept].sum()
+    return out
+
+
+def logits_before_each(model, prompt, response):
+    """(R,V): computed over the whole sequence at once, without a cache or a batch."""
+    return model(np.array([prompt + response])).data[0, len(prompt) - 1:-1]
+
+
+def assert_drawn_with(samples, expected):
+    """expected(prompt, response): the log-probs (R,) that each response was drawn with."""
+    for i, (prompt, response) in enumerate(zip(PROMPTS, samples.responses())):
+        assert_close(samples.log_probs[i, :len(response)], expected(prompt, response), 1e-12)
+
+
+# The log-probs that come with a sample.
+
+MODELS = {"untied": {}, "tied": {"tied": True}, "smeared keys": {"layers": 2, "kv_heads": 1, "key_smear": True},
+          "grouped, deeper": {"layers": 2, "heads": 4, "kv_heads": 2, "head_width": 2, "rope_pairing": "interleaved"}}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@given(rng=rngs)
+def test_cached_and_padded_generation_is_the_model_itself(kind, rng):
+    model = small_transformer(rng, **MODELS[kind])
+
+    def expected(prompt, response):
+        logits = logits_before_each(model, prompt, response)
+        return np.log([plain_distribution(row)[token] for row, token in zip(logits, response)])
+    assert_drawn_with(generate(model, PROMPTS, 8, rng, EOS), expected)
+
+
+@given(rng=rngs, temperature=st.sampled_from([0.5, 1.7]), top_k=st.none() | st.integers(1, 8),
+       top_p=st.none() | st.sampled_from([0.01, 0.5, 0.9, 1.0]))
+def test_log_probs_are_those_of_the_distribution_drawn_from(rng, temperature, top_k, top_p):
+    model, settings = small_transformer(rng), {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+
+    def expected(prompt, response):
+        logits = logits_before_each(model, prompt, response)
+        return np.log([plain_distribution(row, **settings)[token] for row, token in zip(logits, response)])
+    assert_drawn_with(generate(model, PROMPTS, 8, rng, EOS, **settings), expected)
+
+
+@given(rng=rngs, temperature=st.sampled_from([0.3, 1.0, 2.5]))
+def test_temperature_is_not_ignored_when_log_probs_are_recomputed(rng, temperature):
+    """The on-policy ratio is 1 at any temperature; scored at another one it is not."""
+    model = small_transformer(rng)
+    samples = generate(model, PROMPTS, 8, rng, EOS, temperature=temperature)
+
+    def recomputed(prompt, response, temperature=temperature):
+        return model.log_probs(np.array([prompt + response]), temperature=temperature).data[0, len(prompt) - 1:]
+    assert_drawn_with(samples, recomputed)
+    with pytest.raises(AssertionError):
+        assert_drawn_with(samples, lambda *sample: recomputed(*sample, temperature=temperature + 1))
+
+
+def test_float32_models_give_float32_log_probs(rng):
+    assert generate(small_transformer(rng, np.float32), PROMPTS, 4, rng, EOS).log_probs.dtype == np.float32
+
+
+# Where a response ends, and who may change it.
+
+@given(rng=rngs)
+def test_a_response_ends_with_its_eos_which_the_mask_includes(rng):
+    samples = generate(small_transformer(rng), PROMPTS * 5, 10, rng, EOS)
+    assert samples.tokens.shape == samples.mask.shape == samples.log_probs.shape
+    assert samples.tokens.shape[1] == samples.mask.sum(axis=1).max()             # no column of padding alone
+    for row, mask, log_probs, response in zip(samples.tokens, samples.mask, samples.log_probs, samples.responses()):
+        n = len(response)
+        assert mask.tolist() == [1] * n + [0] * (len(row) - n) and not log_probs[n:].any()
+        assert EOS not in response[:-1] and (response[-1] == EOS or n == 10)
+
+
+@given(seed=st.integers(0, 2 ** 32 - 1))
+def test_a_response_does_not_depend_on_when_the_others_end(seed):
+    model = small_transformer(np.random.default_rng(seed))
+    whole = generate(model, PROMPTS, 10, np.random.default_rng(1), eos=None)
+    cut = generate(model, PROMPTS, 10, np.random.default_rng(1), EOS)
+    assert whole.mask.all() and whole.tokens.shape == (3, 10)
+    for long, short in zip(whole.tokens.tolist(), cut.responses()):
+        assert short == (long[:long.index(EOS) + 1] if EOS in long else long)
+
+
+@given(seed=st.integers(0, 2 ** 32 - 1))
+def test_a_response_does_not_depend_on_the_other_prompts(seed):
+    model = small_transformer(np.random.default_rng(seed))
+    others = [[3, 3, 3, 3], PROMPTS[1], [1]]
+    one, other = (generate(model, prompts, 10, np.random.default_rng(1), EOS) for prompts in (PROMPTS, others))
+    assert one.responses()[1] == other.responses()[1]
+
+
+def test_the_same_seed_draws_the_same_and_another_seed_does_not():
+    model = small_transformer(np.random.default_rng(0))
+    a, b, c = (generate(model, PROMPTS, 10, np.random.default_rng(seed), None).tokens for seed in (1, 1, 2))
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+# Greedy decoding.
+
+@given(rng=rngs)
+def test_temperature_zero_takes_the_most_likely_token_with_the_models_own_log_prob(rng):
+    model = small_transformer(rng)
+    samples = generate(model, PROMPTS, 8, rng, EOS, temperature=0)
+    for prompt, response in zip(PROMPTS, samples.responses()):
+        assert response == logits_before_each(model, prompt, response).argmax(axis=-1).tolist()
+    assert_drawn_with(samples, lambda prompt, response: np.log([
+        plain_distribution(row).max() for row in logits_before_each(model, prompt, response)]))
+
+
+# The distribution, and drawing from one.
+
+@given(rng=rngs, temperature=st.sampled_from([0.1, 1.0, 3.0]), top_k=st.none() | st.integers(1, 12),
+       top_p=st.none() | st.floats(0.001, 1.0))
+def test_a_distribution_is_what_the_plain_loop_says(rng, temperature, top_k, top_p):
+    logits = rng.normal(size=(3, 10))
+    p = np.exp(distribution(logits, temperature, top_k, top_p))
+    assert_close(p, np.array([plain_distribution(row, temperature, top_k, top_p) for row in logits]))
+
+
+def test_tokens_that_tie_with_the_kth_are_all_kept():
+    p = np.exp(distribution(np.log([[4.0, 2.0, 2.0, 1.0]]), top_k=2))
+    assert_close(p, np.array([[0.5, 0.25, 0.25, 0]]))
+
+
+def test_the_token_that_crosses_top_p_is_kept():
+    logits = np.log([[0.125, 0.5, 0.25, 0.125]])
+    for top_p, kept in ((0.001, 1), (0.5, 1), (0.501, 2), (0.75, 2), (0.751, 3), (1.0, 4)):
+        assert np.isfinite(distribution(logits, top_p=top_p)).sum() == kept
+
+
+@given(rng=rngs)
+def test_draws_at_evenly_spaced_uniforms_come_as_often_as_their_probability_says(rng):
+    p, n = rng.dirichlet(np.ones(6)), 1000
+    drawn = draw(np.tile(np.log(p), (n, 1)), (np.arange(n) + 0.5) / n)
+    assert np.abs(np.bincount(drawn, minlength=6) - n * p).max() <= 1
+    assert (np.diff(drawn) >= 0).all()
+
+
+def test_draws_from_a_large_vocabulary_in_float32_do_not_drift():
+    V = 50_000
+    u = (np.array([0, V // 2, V - 1]) + 0.5) / V
+    drawn = draw(np.full((3, V), -np.log(V), np.float32), u)
+    assert drawn.tolist() == [0, V // 2, V - 1]
+
+
+@given(rng=rngs)
+def test_samples_come_as_often_as_their_probability_says(rng):
+    """Chi-square over the first token: expected 6, with a standard deviation of 3.5; 40 is one in a million."""
+    model, n = small_transformer(rng), 400
+    first = generate(model, [PROMPTS[1]] * n, 1, rng, None, temperature=2.0).tokens[:, 0]
+    p = plain_distribution(model(np.array([PROMPTS[1]])).data[0, -1], temperature=2.0)
+    expected = n * p
+    assert (((np.bincount(first, minlength=7) - expected) ** 2) / expected)[expected > 1].sum() < 40
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("u", [0.0, 0.3, 0.9999999, np.nextafter(1, 0)])
+@given(rng=rngs, size=st.integers(1, 300))
+def test_a_token_of_probability_zero_is_never_drawn_and_some_token_always_is(dtype, u, rng, size):
+    with np.errstate(divide="ignore"):
+        log_probs = np.log(rng.dirichlet(np.ones(size)) * (rng.permutation(size) <= size // 2)).astype(dtype)[None]
+    token = draw(log_probs - 0.001, np.array([u]))[0]           # what rounding leaves off 1, and more
+    assert token < size and np.isfinite(log_probs[0, token])
+
+
+# What is refused.
+
+@pytest.mark.parametrize("prompts, settings, message", [
+    ([], {}, "every prompt needs at least one token"),
+    ([[1], []], {}, "every prompt needs at least one token"),
+    ([[1] * 9], {}, "a prompt of 9 tokens and 8 new ones do not fit the context of 16"),
+    ([[1]], {"temperature": -1}, "temperature -1 must be at least 0"),
+    ([[1]], {"top_k": 0}, "top_k 0 at least 1"),
+    ([[1]], {"top_p": 0.0}, "top_p 0.0 in"),
+    ([[1]], {"top_p": 1.1}, "top_p 1.1 in"),
+], ids=["no prompt", "empty prompt", "context", "temperature", "top_k", "top_p 0", "top_p 1.1"])
+def test_what_cannot_be_generated_raises(prompts, settings, message, rng):
+    with pytest.raises(ValueError, match=message):
+        generate(small_transformer(rng), prompts, 8, rng, EOS, **settings)
+
+
+def test_the_context_may_be_filled_to_its_last_token(rng):
+    assert generate(small_transformer(rng), [[1] * 8], 8, rng, None).tokens.shape == (1, 8)
+
+
+def test_no_new_tokens_are_none(rng):
+    assert generate(small_transformer(rng), PROMPTS, 0, rng, EOS).tokens.shape == (3, 0)
+
+
+def test_a_bidirectional_model_does_not_generate(rng):
+    """Its past would change with every token: the cache would not be the model."""
+    with pytest.raises(ValueError, match="causal"):
+        generate(small_transformer(rng, causal=False), PROMPTS, 4, rng, EOS)

@@ -1,0 +1,204 @@
+"""The checker is itself checked: sabotaged backwards, whose forwards are right, must be caught, each by name."""
+import numpy as np
+import pytest
+from hypothesis import given
+
+from helpers import normal, rngs
+from minilm import Tensor, layers, ops, primitive
+from minilm.gradcheck import GradientError, gradcheck, relative_error
+
+T, K, V = 5, 4, 6
+TARGETS = np.array([0, 1, 2, 3, 5])
+
+
+# The attention of one head with a causal mask, and what can go wrong in its backward.
+
+def softmax_backward(P, dP):
+    return P * (dP - (dP * P).sum(axis=-1, keepdims=True))
+
+
+def attention(bug):
+    @primitive
+    def attend(q, k, v):
+        def weights(causal=True):
+            S = np.exp(q @ k.T / K ** 0.5) * (np.tri(T) if causal else 1)
+            return S / S.sum(axis=-1, keepdims=True)
+
+        def vjp(dO):
+            P = weights(causal=bug != "causal mask dropped in the backward")
+            dP = dO @ v.T
+            dS = P * dP if bug == "rowsum of the softmax forgotten" else softmax_backward(P, dP)
+            if bug != "1/sqrt(K) missing":
+                dS = dS / K ** 0.5
+            dK = (dS if bug == "dK transposed" else dS.T) @ q
+            dV = (P if bug == "dV transposed" else P.T) @ dO
+            return dS @ k, dK, dV
+        return weights() @ v, vjp
+    return attend
+
+
+ATTENTION_BUGS = ["dK transposed", "dV transposed", "causal mask dropped in the backward", "1/sqrt(K) missing",
+                  "rowsum of the softmax forgotten"]
+
+
+# Other backwards, each a primitive whose forward is right.
+
+@primitive
+def rms_norm_without_the_projection(x, weight):
+    n = x / np.sqrt((x * x).mean(axis=-1, keepdims=True))
+    return n * weight, lambda dy: (dy * weight * n / x, (dy * n).sum(axis=0))
+
+
+@primitive
+def swiglu_with_gate_and_up_swapped(gate_up):
+    y, vjp = layers.swiglu.__wrapped__(gate_up)
+    return y, lambda dy: np.roll(vjp(dy), K // 2, axis=-1)
+
+
+@primitive
+def token_log_probs_with_a_shifted_target(hidden, unembedding):
+    y, _ = layers.token_log_probs.__wrapped__(hidden, unembedding, TARGETS)
+    return y, layers.token_log_probs.__wrapped__(hidden, unembedding, np.roll(TARGETS, 1))[1]
+
+
+@primitive
+def masked_sum_without_the_mask(x):
+    return (x * np.tri(T, K)).sum(), lambda dy: np.full_like(x, dy)
+
+
+@primitive
+def silu_with_one_of_two_paths(x):
+    s = ops.stable_sigmoid(x)
+    return x * s, lambda dy: dy * s
+
+
+@primitive
+def square_without_its_factor(x):
+    return x ** 2, lambda dy: dy * x
+
+
+@primitive
+def mean_without_its_denominator(x):
+    return x.mean(), lambda dy: np.full_like(x, dy)
+
+
+@primitive
+def rope_turned_forward_again(x):
+    tables = layers.rope_tables(np.arange(T), K, dtype="float64")
+    rotate = layers.rope.__wrapped__
+    return rotate(x, *tables)[0], lambda dy: rotate(dy, *tables)[0]
+
+
+@primitive
+def gather_that_overwrites_repeats(x):
+    rows = np.array([0, 1, 0])
+    def vjp(dy):
+        dx = np.zeros_like(x)
+        dx[rows] = dy
+        return dx
+    return x[rows], vjp
+
+
+SABOTAGED = {bug: (attention(bug), [(T, K)] * 3) for bug in ATTENTION_BUGS} | {
+    "projection of rms_norm forgotten": (rms_norm_without_the_projection, [(T, K), (K,)]),
+    "gate and up swapped": (swiglu_with_gate_and_up_swapped, [(T, K)]),
+    "target shifted": (token_log_probs_with_a_shifted_target, [(T, K), (V, K)]),
+    "mask dropped": (masked_sum_without_the_mask, [(T, K)]),
+    "fan-out not accumulated": (silu_with_one_of_two_paths, [(T, K)]),
+    "repeated index overwritten": (gather_that_overwrites_repeats, [(T, K)]),
+    "factor 2 missing": (square_without_its_factor, [(T, K)]),
+    "1/N missing": (mean_without_its_denominator, [(T, K)]),
+    "rotation not reversed": (rope_turned_forward_again, [(1, 1, T, K)]),
+}
+
+
+@pytest.mark.parametrize("directions", [None, 2], ids=["every element", "directions"])
+@pytest.mark.parametrize("bug", SABOTAGED)
+@given(rng=rngs)
+def test_a_sabotaged_backward_is_caught(bug, directions, rng):
+    function, shapes = SABOTAGED[bug]
+    with pytest.raises(GradientError, match="relative error"):
+        gradcheck(function, *(normal(rng, *shape) for shape in shapes), directions=directions, rng=rng)
+
+
+@pytest.mark.parametrize("directions", [None, 2], ids=["every element", "directions"])
+@given(rng=rngs)
+def test_the_same_attention_without_a_bug_passes(directions, rng):
+    assert gradcheck(attention(bug=None), *(normal(rng, T, K) for _ in range(3)), directions=directions, rng=rng) < 1e-6
+
+
+@pytest.mark.parametrize("scale, passes", [(0.02, True), (1.0, False)])
+def test_tiny_weights_and_an_absolute_tolerance_would_have_hidden_the_transposed_dk(scale, passes):
+    def dk(bug):
+        rng = np.random.default_rng(0)
+        q, k, v = (normal(rng, T, K, scale=scale) for _ in range(3))
+        attention(bug)(q, k, v).backward(np.ones((T, K)) / T)
+        return k.grad
+
+    right, wrong = dk(None), dk("dK transposed")
+    assert np.abs(wrong - right).max() > 0.5 * np.abs(right).max()          # as wrong at either scale
+    assert np.allclose(wrong, right, rtol=0, atol=1e-3) == passes
+
+
+# What it reports.
+
+def test_the_error_shows_the_worst_element_and_both_values():
+    with pytest.raises(GradientError, match=r"Tensor 0, shape \(3,\): relative error 5.00e-01 .*worst at \(2,\): "
+                                            r"backward 10, differences 20") as caught:
+        gradcheck(lambda x: square_without_its_factor(x).sum(), Tensor([1.0, -2.0, 10.0], requires_grad=True))
+    assert isinstance(caught.value, AssertionError)
+
+
+def test_the_relative_error_is_of_the_largest_entry_with_a_floor():
+    assert relative_error(np.array([1.0, 2.5]), np.array([1.0, 2.0])) == (0.25, (1,))
+    assert relative_error(np.array([[1e-6]]), np.array([[0.0]])) == (pytest.approx(1e-3), (0, 0))
+    assert relative_error(np.zeros((0, 2)), np.zeros((0, 2))) == (0.0, ())
+
+
+def test_a_gradient_that_never_arrives_is_reported(rng):
+    x, y = normal(rng, 2), normal(rng, 3)
+    with pytest.raises(GradientError, match=r"no gradient reached Tensor 1 \(shape \(3,\)\)"):
+        gradcheck(lambda x, y: x * 2.0, x, y)
+
+
+@pytest.mark.parametrize("directions", [None, 1])
+def test_a_nan_is_an_error_and_not_a_pass(directions, rng):
+    @primitive
+    def broken(x):
+        return x * 1, lambda dy: dy * np.nan
+
+    with pytest.raises(GradientError, match="relative error nan"):
+        gradcheck(broken, normal(rng, 2), directions=directions)
+
+
+def test_a_direction_across_the_gradient_is_not_measured_by_its_own_rounding():
+    """Its derivative is next to nothing beside the gradient, and so is the error: no cause for alarm."""
+    class Across:
+        directions = iter([np.array([1.0, 1.0]), np.array([1.0, -1.0 + 1e-7])])
+
+        def normal(self, size):
+            return next(self.directions)
+
+    x = Tensor([1.234, 2.345], requires_grad=True)
+    gradcheck(lambda x: x * 1e4, x, directions=1, rng=Across())
+
+
+# What it refuses, and what it leaves as it was.
+
+def test_float32_is_refused(rng):
+    with pytest.raises(TypeError, match="needs float64"):
+        gradcheck(ops.tanh, normal(rng, 2, dtype=np.float32))
+
+
+def test_nothing_to_check_is_refused():
+    with pytest.raises(ValueError, match="no Tensor has requires_grad=True"):
+        gradcheck(ops.tanh, Tensor([1.0]))
+
+
+@pytest.mark.parametrize("directions", [None, 3])
+def test_values_and_gradients_of_the_tensors_are_left_as_they_were(directions, rng):
+    x = normal(rng, 2, 3)
+    x.grad = np.full((2, 3), 7.0)
+    before = x.data.copy()
+    gradcheck(ops.tanh, x, directions=directions)
+    assert np.array_equal(x.data, before) and np.array_equal(x.grad, np.full((2, 3), 7.0))

@@ -1,0 +1,302 @@
+"""minilm.layers: the fused primitives against their plain formulas (1e-10) and finite differences (1e-6), value
+and gradient; then the identities that each must obey."""
+import inspect
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from helpers import assert_close, assert_same, gradients, normal, peak_memory, rngs
+from minilm import Tensor, formulas, layers
+from minilm.gradcheck import gradcheck
+
+LENGTHS = [1, 7, 31, 32, 33, 65]        # around the tiles that kernels cut a sequence into
+
+
+# A case: from hypothesis' draw, an rng and a length, a function of a module (layers, or formulas) and Tensors,
+# and the Tensors.
+
+def rms_norm(draw, rng, T):
+    width, eps = draw(st.integers(2, 5)), draw(st.sampled_from([1e-6, 0.1]))
+    return lambda m, x, weight: m.rms_norm(x, weight, eps=eps), [normal(rng, 2, T, width), normal(rng, width)]
+
+
+def swiglu(draw, rng, T):
+    return lambda m, x: m.swiglu(x), [normal(rng, T, 2 * draw(st.integers(1, 3)))]
+
+
+def rope(draw, rng, T):
+    pairing = draw(st.sampled_from(["half", "interleaved"]))
+    width = 2 * draw(st.integers(1, 3))
+    positions = draw(st.sampled_from([np.arange(T), rng.integers(100, size=(2, 1, T))]))
+    cos, sin = layers.rope_tables(positions, width, dtype="float64")
+    return lambda m, x: m.rope(x, cos, sin, pairing=pairing), [normal(rng, 2, 2, T, width)]
+
+
+def smear(draw, rng, T):
+    G, K = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    before = rng.normal(size=(2, G, K))
+    return lambda m, k, amount: m.smear(k, amount, before), [normal(rng, 2, G, T, K), normal(rng, G, K)]
+
+
+def attention(draw, rng, T):
+    """B 2; grouped heads; a cache before the queries or none; keys padded on both sides, in the middle, or not."""
+    groups, share, width = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    S = T + draw(st.sampled_from([0, 1, 5]))
+    options = {"causal": draw(st.booleans())}
+    if draw(st.booleans()):
+        mask = rng.random((2, S)) < 0.8
+        mask[0, :draw(st.integers(0, S))] = 0
+        mask[1, S - draw(st.integers(0, S)):] = 0
+        options["key_mask"] = mask
+    keys, values = (normal(rng, 2, groups, S, width) for _ in range(2))
+    return lambda m, q, k, v: m.attention(q, k, v, **options), [normal(rng, 2, groups * share, T, width), keys, values]
+
+
+def token_log_probs(draw, rng, T):
+    V, D = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    targets = rng.integers(V, size=(2, T))
+    options = {"chunk": draw(st.sampled_from([None, 1, 3, 2 * T]))}
+
+    def function(m, hidden, unembedding):
+        return m.token_log_probs(hidden, unembedding, targets, **options if m is layers else {})
+    return function, [normal(rng, 2, T, D), normal(rng, V, D)]
+
+
+def sequence_log_probs(draw, rng, T):
+    mask = rng.random((3, T)) < 0.5
+    return lambda m, x: m.sequence_log_probs(x, mask), [normal(rng, 3, T)]
+
+
+CASES = {f.__name__: f for f in (rms_norm, swiglu, rope, smear, attention, token_log_probs, sequence_log_probs)}
+
+
+def test_every_primitive_of_layers_has_a_case_and_a_formula():
+    of_arrays = {"rope_tables", "attention_mask"}
+    for module in (layers, formulas):
+        public = {name for name, f in inspect.getmembers(module, inspect.isfunction)
+                  if f.__module__ == module.__name__ and not name.startswith("_")}
+        assert public - of_arrays == set(CASES)
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("name", CASES)
+@given(data=st.data(), rng=rngs)
+def test_value_and_gradients_are_those_of_the_formula(name, T, data, rng):
+    function, tensors = CASES[name](data.draw, rng, T)
+    assert_same(lambda *t: function(layers, *t), lambda *t: function(formulas, *t), *tensors)
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(data=st.data(), rng=rngs, T=st.integers(1, 4))
+def test_gradients_are_those_of_finite_differences(name, data, rng, T):
+    function, tensors = CASES[name](data.draw, rng, T)
+    gradcheck(lambda *t: function(layers, *t), *tensors)
+
+
+def everything(rng, dtype):
+    """(function, tensors) of each layer, small, with exp(1000) in it where there is an exp."""
+    tokens = rng.integers(5, size=(1, 3))
+    cos, sin = layers.rope_tables(np.arange(3), 4, dtype=dtype)
+    x, table, amount = (normal(rng, *shape, dtype=dtype) for shape in ((1, 2, 3, 4), (5, 4), (2, 4)))
+    return {
+        "rms_norm": (layers.rms_norm, [x, normal(rng, 4, dtype=dtype)]),
+        "swiglu": (lambda x: layers.swiglu(x * 1000), [x]),
+        "rope": (lambda x: layers.rope(x, cos, sin), [x]),
+        "smear": (lambda x, amount: layers.smear(x, amount * 1000, x.data[:, :, 0]), [x, amount]),
+        "attention": (lambda x: layers.attention(x * 1000, x, x), [x]),
+        "token_log_probs": (lambda x, table: layers.token_log_probs(x[:, 0] * 1000, table, tokens), [x, table]),
+        "sequence_log_probs": (lambda x: layers.sequence_log_probs(x[0, 0], np.ones((3, 4))), [x]),
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_dtype_is_kept_and_large_inputs_stay_finite(name, dtype, rng):
+    function, tensors = everything(rng, dtype)[name]
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        value, grads = gradients(function, *tensors, cotangent=dtype(1))
+    assert all(a.dtype == dtype and np.isfinite(a).all() for a in (value, *grads))
+
+
+# Attention.
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_grouped_heads_are_repeated_key_and_value_heads(rng, causal):
+    q, k, v = normal(rng, 2, 6, 5, 4), normal(rng, 2, 3, 5, 4), normal(rng, 2, 3, 5, 4)
+    shared = np.array([0, 0, 1, 1, 2, 2])
+    assert_same(lambda q, k, v: layers.attention(q, k, v, causal=causal),
+                lambda q, k, v: layers.attention(q, k[:, shared], v[:, shared], causal=causal), q, k, v)
+
+
+@given(rng=rngs, T=st.integers(1, 5), S=st.integers(5, 9))
+def test_queries_after_a_cache_are_the_last_rows_of_full_attention(rng, T, S):
+    q, k, v = (normal(rng, 1, 2, S, 4) for _ in range(3))
+    assert_same(lambda q, k, v: layers.attention(q[:, :, S - T:], k, v),
+                lambda q, k, v: layers.attention(q, k, v)[:, :, S - T:], q, k, v)
+
+
+@given(rng=rngs)
+def test_bidirectional_attention_does_not_know_the_order_of_its_keys(rng):
+    q, k, v = normal(rng, 2, 2, 3, 4), normal(rng, 2, 2, 6, 4), normal(rng, 2, 2, 6, 4)
+    mask, order = rng.random((2, 6)) < 0.7, rng.permutation(6)
+    assert_same(lambda q, k, v: layers.attention(q, k, v, causal=False, key_mask=mask),
+                lambda q, k, v: layers.attention(q, k[:, :, order], v[:, :, order], causal=False,
+                                                 key_mask=mask[:, order]), q, k, v)
+
+
+@given(rng=rngs)
+def test_what_a_mask_hides_has_no_influence_and_no_gradient(rng):
+    q, k, v = normal(rng, 1, 2, 4, 2), normal(rng, 1, 2, 4, 2), normal(rng, 1, 2, 4, 2)
+    mask = np.array([[1, 0, 1, 0]])
+    function = lambda q, k, v: layers.attention(q, k, v, key_mask=mask)
+    value, (dq, dk, dv) = gradients(function, q, k, v)
+    assert not dk[:, :, 1::2].any() and not dv[:, :, 1::2].any()
+    k.data[:, :, 1::2], v.data[:, :, 1::2] = 1e6, -1e6            # finite, whatever it is
+    changed, (dq_changed, _, _) = gradients(function, q, k, v)
+    assert np.array_equal(value, changed) and np.array_equal(dq, dq_changed)
+
+
+def test_a_query_that_sees_no_key_gives_zeros_and_no_gradient(rng):
+    q, k, v = (normal(rng, 1, 1, 3, 2) for _ in range(3))
+    with np.errstate(all="raise", under="ignore"):
+        value, (dq, _, _) = gradients(lambda *t: layers.attention(*t, key_mask=np.array([[0, 0, 1]])), q, k, v)
+        _, hidden = gradients(lambda *t: layers.attention(*t, key_mask=np.zeros((1, 3))), q, k, v)
+    assert not value[0, 0, :2].any() and not dq[0, 0, :2].any()
+    assert_close(value[0, 0, 2], v.data[0, 0, 2])
+    assert not any(d.any() for d in hidden)
+
+
+def test_scores_of_a_thousand_pick_the_nearest_key(rng):
+    k, v = Tensor(np.eye(3)[None, None]), normal(rng, 1, 1, 3, 3)
+    assert_close(layers.attention(k * 2e3, k, v, causal=False), v.data)
+
+
+@pytest.mark.parametrize("q, k, v", [
+    ((1, 3, 2, 4), (1, 2, 2, 4), (1, 2, 2, 4)),
+    ((1, 2, 2, 4), (1, 2, 2, 4), (1, 2, 3, 4)),
+    ((1, 2, 3, 4), (1, 2, 2, 4), (1, 2, 2, 4)),
+], ids=["groups", "lengths", "fewer keys than queries"])
+def test_shapes_that_attention_does_not_serve_raise(rng, q, k, v):
+    with pytest.raises(ValueError, match="G dividing H, and S >= T when causal"):
+        layers.attention(normal(rng, *q), normal(rng, *k), normal(rng, *v))
+
+
+# Rotary positions.
+
+PAIRINGS = ["half", "interleaved"]
+
+
+def rotated(x, positions, pairing):
+    return layers.rope(x, *layers.rope_tables(positions, x.shape[-1], dtype="float64"), pairing=pairing).data
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@given(rng=rngs, shift=st.integers(0, 5000))
+def test_scores_depend_on_distance_alone(pairing, rng, shift):
+    q, k = normal(rng, 1, 1, 5, 6), normal(rng, 1, 1, 5, 6)
+
+    def scores(positions):
+        return rotated(q, positions, pairing) @ rotated(k, positions, pairing).swapaxes(-1, -2)
+    assert_close(scores(np.arange(5) + shift), scores(np.arange(5)))
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@given(rng=rngs)
+def test_a_rotation_keeps_the_norm_and_is_none_at_position_zero(pairing, rng):
+    x = normal(rng, 1, 2, 4, 6)
+    y = rotated(x, np.array([0, 1, 10, 1000]), pairing)
+    assert_close(np.linalg.norm(y, axis=-1), np.linalg.norm(x.data, axis=-1))
+    assert np.array_equal(y[:, :, 0], x.data[:, :, 0]) and not np.allclose(y[:, :, 1:], x.data[:, :, 1:])
+
+
+def test_the_two_pairings_are_one_rotation_in_another_order_of_the_axes(rng):
+    x, positions = normal(rng, 1, 1, 4, 6), np.arange(4)
+    interleaved = [0, 3, 1, 4, 2, 5]                # pair i is (i, i + K/2) on the left, (2i, 2i + 1) on the right
+    half = rotated(x, positions, "half")
+    assert_close(half[..., interleaved], rotated(x[..., interleaved], positions, "interleaved"))
+    assert not np.allclose(half, rotated(x, positions, "interleaved"))
+
+
+def test_the_first_pair_turns_by_one_radian_a_position():
+    cos, sin = layers.rope_tables(np.arange(3), 4, base=100.0, dtype="float64")
+    assert_close(cos, np.cos([[0, 0], [1, 0.1], [2, 0.2]]))
+    assert_close(sin, np.sin([[0, 0], [1, 0.1], [2, 0.2]]))
+
+
+def test_float32_tables_are_right_at_position_8192():
+    position = np.array([8192])
+    for narrow, wide in zip(layers.rope_tables(position, 64), layers.rope_tables(position, 64, dtype="float64")):
+        assert narrow.dtype == np.float32 and np.abs(narrow - wide).max() < 1e-7
+
+
+def test_what_cannot_be_paired_is_refused(rng):
+    with pytest.raises(ValueError, match="head width 3 must be even"):
+        layers.rope_tables(np.arange(2), 3)
+    with pytest.raises(ValueError, match="pairing is 'quarter'"):
+        rotated(normal(rng, 1, 1, 2, 4), np.arange(2), "quarter")
+    with pytest.raises(ValueError, match="length must be even"):
+        layers.swiglu(normal(rng, 2, 3))
+
+
+# Smeared keys.
+
+@given(rng=rngs, cut=st.integers(1, 4))
+def test_keys_smeared_in_two_parts_are_those_smeared_at_once(rng, cut):
+    k, amount, before = normal(rng, 2, 2, 5, 3), normal(rng, 2, 3), rng.normal(size=(2, 2, 3))
+    whole = layers.smear(k, amount, before).data
+    first = layers.smear(k[:, :, :cut], amount, before).data
+    rest = layers.smear(k[:, :, cut:], amount, k.data[:, :, cut - 1]).data
+    assert_close(np.concatenate([first, rest], axis=2), whole)
+
+
+# Log-probs of tokens.
+
+@given(rng=rngs)
+def test_logits_shifted_by_a_constant_change_nothing(rng):
+    hidden, unembedding, shift = normal(rng, 4, 3), normal(rng, 5, 3), rng.normal(size=3)
+    targets = rng.integers(5, size=4)
+    assert_same(lambda h, u: layers.token_log_probs(h, u + shift, targets),
+                lambda h, u: layers.token_log_probs(h, u, targets), hidden, unembedding)
+
+
+@given(rng=rngs)
+def test_the_probabilities_of_all_targets_sum_to_one(rng):
+    hidden, unembedding = np.repeat(rng.normal(size=(3, 1, 4)), 6, axis=1), rng.normal(size=(6, 4))
+    log_probs = layers.token_log_probs(hidden, unembedding, np.tile(np.arange(6), (3, 1)))
+    assert_close(np.exp(log_probs.data).sum(axis=1), np.ones(3))
+
+
+@given(rng=rngs, rows=st.integers(1, 20), chunk=st.integers(1, 25))
+def test_chunks_of_any_size_give_what_one_chunk_gives(rng, rows, chunk):
+    hidden, unembedding, targets = normal(rng, rows, 4), normal(rng, 9, 4), rng.integers(9, size=rows)
+    assert_same(lambda h, u: layers.token_log_probs(h, u, targets, chunk=chunk),
+                lambda h, u: layers.token_log_probs(h, u, targets, chunk=rows), hidden, unembedding, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("chunk, held", [(25, 1 << 22), (None, 25 * 1000)], ids=["asked for", "by default"])
+def test_all_the_logits_are_never_held_at_once(rng, monkeypatch, chunk, held):
+    monkeypatch.setattr(layers, "LOGITS_HELD", held)
+    rows, vocabulary = 1000, 1000
+    hidden, unembedding = normal(rng, rows, 4), normal(rng, vocabulary, 4)
+    targets = rng.integers(vocabulary, size=rows)
+    peak = peak_memory(lambda: layers.token_log_probs(hidden, unembedding, targets, chunk=chunk).sum().backward())
+    assert peak < rows * vocabulary * 8 / 10
+
+
+def test_a_chunk_of_no_rows_or_fewer_is_refused(rng):
+    with pytest.raises(ValueError, match="chunk"):
+        layers.token_log_probs(normal(rng, 4, 2), normal(rng, 3, 2), np.zeros(4, int), chunk=-1)
+
+
+@pytest.mark.parametrize("target", [-1, -100, 5])
+def test_a_target_outside_the_vocabulary_raises(rng, target):
+    with pytest.raises(IndexError, match=rf"targets from .*{target}.*vocabulary 5"):
+        layers.token_log_probs(normal(rng, 2, 3), normal(rng, 5, 3), np.array([2, target]))
+
+
+def test_zero_times_nan_through_a_mask_stays_out_of_the_sequence_log_prob():
+    log_probs = Tensor([[np.nan, -1.0, -2.0], [-3.0, np.nan, np.nan]], requires_grad=True)
+    mask = np.array([[0, 1, 1], [1, 0, 0]])
+    value, (grad,) = gradients(lambda x: layers.sequence_log_probs(x, mask), log_probs, cotangent=np.array([1.0, 10.0]))
+    assert value.tolist() == [-3, -3] and grad.tolist() == [[0, 1, 1], [10, 0, 0]]

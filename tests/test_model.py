@@ -1,0 +1,227 @@
+"""minilm.model: every parameter's gradient, who sees whom, what padding may change (nothing), and what is refused."""
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from helpers import assert_close, assert_same, gradients, padded, rngs, small_transformer
+from minilm import no_grad, ops
+from minilm.gradcheck import gradcheck
+from minilm.model import Config, RewardModel, Transformer
+
+KINDS = {
+    "untied": {},
+    "tied": {"tied": True},
+    "grouped heads": {"heads": 4, "kv_heads": 2, "head_width": 2},
+    "interleaved pairs": {"rope_pairing": "interleaved", "head_width": 4},
+    "smeared keys": {"key_smear": True, "kv_heads": 1},
+    "bidirectional": {"causal": False},
+}
+
+
+def reward_model(rng, **config):
+    """A RewardModel of O(1) weights, its head included."""
+    model = RewardModel(small_transformer(rng, **config), rng)
+    model.head.data[...] = rng.normal(size=model.head.shape)
+    return model
+
+
+# Gradients.
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_of_the_transformer_has_the_gradient_of_finite_differences(kind, rng):
+    model, tokens = small_transformer(rng, **KINDS[kind]), rng.integers(7, size=(2, 4))
+    gradcheck(lambda *_: model.log_probs(tokens), *model.parameters().values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(rng=rngs)
+def test_a_deeper_and_wider_model_has_the_right_gradient_in_random_directions(kind, rng):
+    model = small_transformer(rng, **{"width": 12, "layers": 3, "ffn_width": 16, "vocab_size": 11, **KINDS[kind]})
+    tokens, key_mask = rng.integers(11, size=(3, 9)), rng.random((3, 9)) < 0.8
+    gradcheck(lambda *_: ops.logsumexp(model(tokens, key_mask)).mean(), *model.parameters().values(),
+              directions=3, rng=rng)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_of_the_reward_model_has_the_gradient_of_finite_differences(kind, rng):
+    model = reward_model(rng, **KINDS[kind])
+    tokens, mask = rng.integers(7, size=(2, 4)), np.array([[0, 1, 1, 1], [1, 1, 0, 0]])
+    gradcheck(lambda *_: model.rewards(tokens, mask), *model.parameters().values())
+
+
+def test_tied_embeddings_get_the_gradients_of_both_uses(rng):
+    tied, untied = small_transformer(rng, tied=True), small_transformer(rng)
+    for name, p in untied.parameters().items():
+        p.data[...] = tied.parameters()["embedding" if name == "unembedding" else name].data
+    tokens = rng.integers(7, size=(2, 4))
+    embedding, separate = tied.parameters()["embedding"], untied.parameters()
+    value, (both,) = gradients(lambda _: tied(tokens), embedding)
+    expected, uses = gradients(lambda *_: untied(tokens), separate["embedding"], separate["unembedding"])
+    assert "unembedding" not in tied.parameters() and tied.unembedding is embedding
+    assert_close(value, expected)
+    assert_close(both, uses[0] + uses[1])
+
+
+# Who sees whom.
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(rng=rngs, t=st.integers(0, 5))
+def test_a_causal_model_sees_no_later_token_and_a_bidirectional_one_sees_all(kind, rng, t):
+    model, tokens = small_transformer(rng, **{"layers": 2, **KINDS[kind]}), rng.integers(7, size=(1, 6))
+    changed = tokens.copy()
+    changed[0, t] = (tokens[0, t] + 1) % 7
+    differs = (model(tokens).data != model(changed).data).any(axis=-1)[0]
+    first = t if model.config.causal else 0
+    assert not differs[:first].any() and differs[first:].all()          # bitwise the same before it
+
+
+@given(rng=rngs, t=st.integers(0, 4))
+def test_mask_and_shift_are_not_off_by_one(rng, t):
+    """log pi(token t+1) has a gradient for the embeddings of tokens 0..t, and exactly none for the others."""
+    model, tokens = small_transformer(rng), rng.permutation(7)[None, :6]        # every token once
+    embedding, unembedding = (model.parameters()[name] for name in ("embedding", "unembedding"))
+    value, (grad, _) = gradients(lambda *_: model.log_probs(tokens)[0, t], embedding, unembedding)
+    reached = grad[tokens[0]].any(axis=-1)
+    assert reached.tolist() == [i <= t for i in range(6)]
+    logits = model(tokens).data[0, t]
+    assert_close(value, logits[tokens[0, t + 1]] - np.log(np.exp(logits).sum()))
+
+
+# Padding.
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(rng=rngs, left=st.integers(0, 4), right=st.integers(0, 4), fill=st.integers(0, 6))
+def test_logits_and_gradients_know_no_padding(kind, rng, left, right, fill):
+    model, length = small_transformer(rng, **{"layers": 2, **KINDS[kind]}), 5
+    sequence = rng.integers(7, size=length)
+    tokens, mask = padded([sequence], left, right, fill)
+    assert_same(lambda *_: model(tokens, key_mask=mask)[:, left:left + length],
+                lambda *_: model(sequence[None]), *model.parameters().values())
+
+
+@given(rng=rngs, right=st.integers(1, 4))
+def test_a_causal_model_needs_no_mask_for_padding_on_the_right(rng, right):
+    model, sequence = small_transformer(rng), rng.integers(7, size=5)
+    tokens, _ = padded([sequence], 0, right)
+    assert_close(model(tokens)[:, :5], model(sequence[None]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(rng=rngs, left=st.integers(0, 3), right=st.integers(0, 3), fill=st.integers(0, 6))
+def test_padding_side_and_amount_do_not_change_the_reward_nor_move_its_last_token(kind, rng, left, right, fill):
+    model = reward_model(rng, **KINDS[kind])
+    sequences = [rng.integers(7, size=n) for n in (4, 1, 6)]
+    alone = np.array([model.rewards(s[None], np.ones((1, len(s)))).item() for s in sequences])
+    assert_close(model.rewards(*padded(sequences, left, right, fill)), alone)
+
+
+def test_the_score_is_read_at_the_eos_and_does_not_land_on_the_pad_after_it(rng):
+    model, eos, pad = reward_model(rng), 5, 6
+    tokens, mask = np.array([[1, 2, eos, pad]]), np.array([[1, 1, 1, 0]])
+    embedding = model.parameters()["embedding"]
+    value, (grad,) = gradients(lambda _: model.rewards(tokens, mask), embedding)
+    scores = (model.transformer.hidden(tokens, key_mask=mask).data @ model.head.data)[0, :, 0]
+    assert_close(value[0], scores[2])
+    assert abs(scores[3] - scores[2]) > 1e-3
+    assert grad.any(axis=1).tolist() == [token in (1, 2, eos) for token in range(7)]
+
+
+def test_a_row_of_padding_alone_has_no_reward(rng):
+    with pytest.raises(ValueError, match="row 1 is all padding"):
+        reward_model(rng).rewards(np.zeros((2, 3), int), np.array([[1, 0, 0], [0, 0, 0]]))
+
+
+def test_a_mask_of_another_shape_than_the_tokens_is_refused(rng):
+    with pytest.raises(ValueError, match="mask"):
+        reward_model(rng).rewards(np.zeros((2, 3), int), np.ones((1, 3)))
+
+
+# Temperature.
+
+@given(rng=rngs, temperature=st.sampled_from([0.5, 1.0, 1.7]))
+def test_log_probs_at_a_temperature_are_log_softmax_of_the_divided_logits(rng, temperature):
+    model, tokens = small_transformer(rng), rng.integers(7, size=(2, 5))
+
+    def plainly(*_):
+        return ops.gather(ops.log_softmax(model(tokens[:, :-1]) / temperature), tokens[:, 1:])
+    assert_same(lambda *_: model.log_probs(tokens, temperature=temperature), plainly, *model.parameters().values())
+
+
+def test_a_sequence_of_one_token_has_no_log_probs(rng):
+    assert small_transformer(rng).log_probs(np.zeros((2, 1), int)).shape == (2, 0)
+
+
+# Weights.
+
+def test_a_copy_has_the_same_weights_and_shares_none(rng):
+    model, tokens = small_transformer(rng), rng.integers(7, size=(1, 4))
+    copy, before = model.copy(), model(tokens).data
+    assert copy.config == model.config and np.array_equal(copy(tokens).data, before)
+    for p in model.parameters().values():
+        p.data[...] = 0
+    assert np.array_equal(copy(tokens).data, before)
+    assert all(p.requires_grad and p.grad is None for p in copy.parameters().values())
+
+
+def test_a_model_over_other_tensors_computes_with_those_and_sends_them_the_gradients(rng):
+    model, others, tokens = reward_model(rng), reward_model(rng).parameters(), rng.integers(7, size=(2, 4))
+    twin = model.over(others)
+    expected = gradients(lambda *_: twin.rewards(tokens, np.ones((2, 4))), *others.values())
+    for name, p in model.parameters().items():
+        p.data[...] = others[name].data
+    value, grads = gradients(lambda *_: model.rewards(tokens, np.ones((2, 4))), *model.parameters().values())
+    assert twin.parameters() == others and np.array_equal(value, expected[0])
+    assert all(np.array_equal(a, b) for a, b in zip(grads, expected[1]))
+
+
+def test_the_first_predictions_are_near_uniform(rng):
+    model = Transformer(Config(vocab_size=50, width=32, layers=2, heads=4), rng)
+    with no_grad():
+        log_probs = ops.log_softmax(model(rng.integers(50, size=(4, 16)))).data
+    assert log_probs.dtype == np.float32 and np.abs(log_probs + np.log(50)).max() < 1
+
+
+def test_one_seed_gives_the_same_weights_and_another_gives_others():
+    def weights(seed):
+        model = Transformer(Config(), np.random.default_rng(seed))
+        return np.concatenate([p.data.ravel() for p in model.parameters().values()])
+    assert np.array_equal(weights(0), weights(0)) and not np.array_equal(weights(0), weights(1))
+
+
+def test_the_reward_model_trains_its_head_and_not_the_unembedding(rng):
+    body = small_transformer(rng)
+    assert set(RewardModel(body, rng).parameters()) == set(body.parameters()) - {"unembedding"} | {"reward_head"}
+
+
+# What is refused.
+
+@pytest.mark.parametrize("tokens, error, message", [
+    (np.zeros((1, 17), int), ValueError, "17 tokens do not fit the context of 16"),
+    (np.array([[0, 7]]), IndexError, "token 7 is not in the vocabulary of 7"),
+    (np.array([[0, -1]]), IndexError, "token -1 is not in the vocabulary of 7"),
+    (np.zeros((1, 3)), ValueError, r"integers of shape \(B,T\); got float64 \(1, 3\)"),
+    (np.zeros(3, int), ValueError, r"integers of shape \(B,T\); got int64 \(3,\)"),
+], ids=["context", "vocabulary", "negative", "float", "no batch"])
+def test_tokens_that_the_model_does_not_serve_raise(rng, tokens, error, message):
+    with pytest.raises(error, match=message):
+        small_transformer(rng)(tokens)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"layers": 0}, "layers is 0"), ({"vocab_size": -1}, "vocab_size is -1"), ({"context": 0}, "context is 0"),
+    ({"heads": 0}, "heads is 0"), ({"kv_heads": 0}, "kv_heads is 0"), ({"width": 0}, "width is 0"),
+    ({"width": 10, "heads": 4}, "width 10 is not a multiple of heads 4"),
+    ({"heads": 4, "kv_heads": 3}, "kv_heads 3 does not divide heads 4"),
+    ({"width": 12, "heads": 4}, "head_width 3 is odd"), ({"rope_pairing": "quarter"}, "rope_pairing is 'quarter'"),
+    ({"head_width": 0}, "head_width is 0"), ({"head_width": -2}, "head_width is -2"),
+    ({"ffn_width": 0}, "ffn_width is 0"),
+], ids=str)
+def test_a_config_whose_numbers_do_not_fit_together_is_refused(settings, message):
+    with pytest.raises(ValueError, match=f"Config: {message}"):
+        Config(**settings)
+
+
+def test_a_config_fills_in_what_is_left_out():
+    config = Config(width=24, heads=4)
+    assert (config.kv_heads, config.head_width, config.ffn_width) == (4, 6, 64)
+    assert Config(width=10, heads=4, head_width=4).head_width == 4

@@ -1,0 +1,145 @@
+"""minilm.optim: AdamW against the plain loop over parameters, its flat views, clipping, state and schedule."""
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from helpers import assert_close, normal, rngs, small_transformer
+from minilm import Tensor, optim
+from minilm.optim import AdamW, warmup_cosine
+
+SHAPES = {"norm": (4,), "matrix": (3, 4), "bias": (2,), "cube": (2, 2, 3)}       # matrices not first, on purpose
+
+
+@pytest.fixture(params=[5, optim.BLOCK], ids=["blocks of 5", "one block"])
+def block(request, monkeypatch):
+    monkeypatch.setattr(optim, "BLOCK", request.param)
+
+
+def parameters(rng, dtype=np.float64):
+    return {name: normal(rng, *shape, dtype=dtype) for name, shape in SHAPES.items()}
+
+
+def set_gradients(tensors, rng):
+    for p in tensors.values():
+        p.grad[...] = rng.normal(size=p.shape)
+
+
+def plain_adamw(weights, gradients, rates, betas, eps, weight_decay):
+    """Loshchilov and Hutter's algorithm 2, a parameter at a time; decay scaled by the rate, for matrices."""
+    b1, b2 = betas
+    weights = {name: w.copy() for name, w in weights.items()}
+    m = {name: 0.0 for name in weights}
+    v = {name: 0.0 for name in weights}
+    for t, (rate, gradient) in enumerate(zip(rates, gradients), start=1):
+        for name, g in gradient.items():
+            m[name] = b1 * m[name] + (1 - b1) * g
+            v[name] = b2 * v[name] + (1 - b2) * g ** 2
+            decay = weight_decay * weights[name] if weights[name].ndim >= 2 else 0
+            step = (m[name] / (1 - b1 ** t)) / (np.sqrt(v[name] / (1 - b2 ** t)) + eps)
+            weights[name] = weights[name] - rate * (step + decay)
+    return weights
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-12), (np.float32, 1e-5)])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_adamw_is_the_textbook_loop(block, dtype, tolerance, weight_decay, rng):
+    tensors, rates = parameters(rng, dtype), [0.1, 0.02, 0.3, 0.1]
+    start = {name: p.data.copy() for name, p in tensors.items()}
+    optimizer = AdamW(tensors, learning_rate=9.0, betas=(0.8, 0.95), eps=1e-3, weight_decay=weight_decay)
+    gradients = []
+    for rate in rates:
+        set_gradients(tensors, rng)
+        gradients.append({name: p.grad.copy() for name, p in tensors.items()})
+        optimizer.step(rate)
+    expected = plain_adamw(start, gradients, rates, (0.8, 0.95), 1e-3, weight_decay)
+    for name, p in tensors.items():
+        assert p.dtype == dtype
+        assert_close(p.data, expected[name], tolerance, name)
+
+
+def test_decay_shrinks_matrices_and_leaves_vectors(rng):
+    tensors = parameters(rng)
+    before = {name: p.data.copy() for name, p in tensors.items()}
+    AdamW(tensors, learning_rate=0.1, weight_decay=0.5).step()           # the gradient is zero
+    for name, p in tensors.items():
+        assert_close(p.data, before[name] * (0.95 if p.ndim >= 2 else 1), 1e-15)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_move_into_the_flat_array_with_their_values_and_train_there(tied, rng):
+    model, tokens = small_transformer(rng, tied=tied), rng.integers(7, size=(4, 6))
+
+    def loss():
+        return -model.log_probs(tokens).mean()
+    before = loss().item()
+    optimizer = AdamW(model.parameters(), learning_rate=1e-3)
+    assert loss().item() == before
+    loss().backward()
+    optimizer.step()
+    assert loss().item() < before
+
+
+def test_parameters_and_gradients_are_views_of_the_flat_arrays(rng):
+    tensors = parameters(rng)
+    optimizer = AdamW(tensors)
+    for name, p in tensors.items():
+        assert np.shares_memory(p.data, optimizer.data) and np.shares_memory(p.grad, optimizer.grad)
+        assert np.array_equal(p.data, optimizer.views(optimizer.data)[name])
+    sum((p * p).sum() for p in tensors.values()).backward()              # backward adds into the views
+    assert_close(np.sort(optimizer.grad), np.sort(2 * optimizer.data))
+    optimizer.zero_grad()
+    assert not any(p.grad.any() for p in tensors.values())
+
+
+@given(rng=rngs, max_norm=st.floats(0.1, 20))
+def test_clipping_scales_to_the_norm_over_all_parameters_and_returns_the_one_before(rng, max_norm):
+    tensors = parameters(rng)
+    optimizer = AdamW(tensors)
+    set_gradients(tensors, rng)
+    before = {name: p.grad.copy() for name, p in tensors.items()}
+    norm = math.sqrt(sum((g ** 2).sum() for g in before.values()))
+    assert optimizer.clip(max_norm) == pytest.approx(norm, rel=1e-14)
+    for name, p in tensors.items():
+        assert_close(p.grad, before[name] * min(1, max_norm / norm), 1e-14)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_state_saved_and_loaded_goes_on_bit_for_bit(block, dtype):
+    def steps(tensors, optimizer, rng):
+        for _ in range(3):
+            set_gradients(tensors, rng)
+            optimizer.step()
+
+    first = parameters(np.random.default_rng(0), dtype)
+    optimizer = AdamW(first)
+    steps(first, optimizer, np.random.default_rng(1))
+    saved = {name: array.copy() for name, array in optimizer.state().items()}
+    second = {name: Tensor(p.data.copy(), requires_grad=True) for name, p in first.items()}
+    resumed = AdamW(second)
+    resumed.load_state(saved)
+    for tensors, each in ((first, optimizer), (second, resumed)):
+        steps(tensors, each, np.random.default_rng(2))
+    assert np.array_equal(optimizer.data, resumed.data) and not np.array_equal(optimizer.m, saved["m"])
+
+
+def test_the_state_of_another_model_is_refused(rng):
+    optimizer = AdamW(parameters(rng))
+    state = AdamW({"p": Tensor(np.zeros(3), requires_grad=True)}).state()
+    with pytest.raises(ValueError, match="optimiser state for 3 parameters, model of 30"):
+        optimizer.load_state(state)
+
+
+def test_parameters_of_two_dtypes_are_refused(rng):
+    with pytest.raises(TypeError, match="float32.*float64"):
+        AdamW({"a": normal(rng, 2), "b": normal(rng, 2, dtype=np.float32)})
+
+
+def test_the_schedule_warms_up_linearly_and_falls_as_half_a_cosine_to_its_floor():
+    rates = [warmup_cosine(step, steps=14, peak=2.0, warmup=4, floor=0.1) for step in range(20)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates[9] == pytest.approx(1.1)                                # half way: the mean of peak and floor
+    assert rates[14:] == pytest.approx([0.2] * 6)                        # stays there
+    assert all(a > b for a, b in zip(rates[4:14], rates[5:15]))
+    assert warmup_cosine(0, steps=10, peak=2.0, warmup=0) == 2.0

@@ -1,0 +1,265 @@
+"""minilm.tensor: what the tape records, what backward adds up, what it frees, and what it refuses."""
+import threading
+import weakref
+
+import numpy as np
+import pytest
+
+from helpers import normal
+from minilm import Tensor, no_grad, ops, primitive
+from minilm.backend import array_module, to_device
+from minilm.tensor import first_nonfinite
+
+
+# What backward adds up.
+
+def test_fan_out_adds_up_and_is_not_overwritten():
+    x = Tensor(3.0, requires_grad=True)
+    y = x * x                                   # twice in one call
+    (y * x + y + x).backward()                  # y and x again in three others
+    assert x.grad == 3 * 9 + 2 * 3 + 1
+
+
+def test_two_forwards_accumulate(rng):
+    x = normal(rng, 3)
+    for _ in range(2):
+        (x * 5.0).sum().backward()
+    assert np.array_equal(x.grad, np.full(3, 10.0))
+
+
+def test_one_array_as_the_gradient_of_two_leaves_is_not_shared(rng):
+    x, y = normal(rng, 3), normal(rng, 3)
+    dz = np.ones(3)
+    (x + y).backward(dz)                        # add hands dz itself to both
+    x.grad += 1
+    assert np.array_equal(y.grad, np.ones(3)) and np.array_equal(dz, np.ones(3))
+
+
+def test_a_leaf_is_its_own_gradient(rng):
+    x = normal(rng, 2)
+    x.backward(np.array([2.0, 3.0]))
+    assert np.array_equal(x.grad, [2, 3])
+
+
+def test_only_leaves_that_require_a_gradient_keep_one(rng):
+    x, constant = normal(rng, 2), Tensor(np.ones(2))
+    y = x * constant
+    y.sum().backward()
+    assert x.grad is not None and constant.grad is None and y.grad is None
+
+
+def test_backward_starts_from_the_given_cotangent(rng):
+    x = normal(rng, 2, 2)
+    cotangent = rng.normal(size=(2, 2))
+    (x * 3.0).backward(cotangent)
+    assert np.array_equal(x.grad, 3 * cotangent)
+
+
+def test_a_vjp_may_be_handed_a_read_only_broadcast_gradient(rng):
+    writeable = []
+
+    @primitive
+    def watch(x):
+        def vjp(dy):
+            writeable.append(dy.flags.writeable)
+            return dy
+        return x * 1, vjp
+
+    x = normal(rng, 2, 3)
+    watch(x).sum().backward()                   # the vjp of sum returns broadcast_to(1.0, (2, 3))
+    assert writeable == [False] and np.array_equal(x.grad, np.ones((2, 3)))
+    x.grad += 1                                 # what the leaf keeps can be written
+
+
+def test_a_chain_of_ten_thousand_operations_needs_no_recursion():
+    x = y = Tensor(1.0, requires_grad=True)
+    for _ in range(10_000):
+        y = y + 1.0
+    y.backward()
+    assert x.grad == 1 and y.item() == 10_001
+
+
+# Once only.
+
+def test_a_second_backward_raises(rng):
+    loss = ops.tanh(normal(rng, 2)).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through sum a second time"):
+        loss.backward()
+
+
+def test_a_second_backward_through_a_shared_part_raises_and_changes_no_gradient(rng):
+    x, w = normal(rng, 2), normal(rng, 2)
+    shared = ops.tanh(x)
+    first, second = shared.sum(), (shared * w).sum()
+    first.backward()
+    before = x.grad.copy()
+    with pytest.raises(RuntimeError, match="backward through tanh a second time"):
+        second.backward()
+    assert w.grad is None and np.array_equal(x.grad, before)
+
+
+def test_what_a_primitive_kept_and_returned_is_freed_before_the_next_vjp_runs(rng):
+    kept, returned, alive = [], [], []
+
+    @primitive
+    def hold(x):
+        block, y = np.zeros(3), x.copy()
+        kept.append(weakref.ref(block))
+        returned.append(weakref.ref(y))
+        def vjp(dy):
+            alive.append([[ref() is not None for ref in refs] for refs in (kept, returned)])
+            return dy + block
+        return y, vjp
+
+    y = hold(hold(hold(normal(rng, 3)))).sum()
+    y.backward()
+    assert alive == [[[i <= current for i in range(3)]] * 2 for current in (2, 1, 0)]
+    assert not any(ref() is not None for ref in kept + returned)
+
+
+# no_grad.
+
+def test_no_grad_records_nothing_and_is_over_after_an_error(rng):
+    x = normal(rng, 2)
+    with pytest.raises(ZeroDivisionError), no_grad():
+        y = x * 2.0
+        raise ZeroDivisionError
+    assert not y.requires_grad and y.node is None
+    assert (x * 2.0).requires_grad
+    with pytest.raises(RuntimeError, match="nothing here requires a gradient"):
+        y.sum().backward()
+
+
+def test_no_grad_holds_in_its_own_thread_alone(rng):
+    x, recorded = normal(rng, 2), {}
+
+    def elsewhere():
+        recorded["other"] = (x * 2.0).requires_grad
+
+    with no_grad():
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        recorded["this"] = (x * 2.0).requires_grad
+    assert recorded == {"other": True, "this": False}
+
+
+def test_nothing_is_recorded_of_tensors_that_require_no_gradient():
+    assert (Tensor(1.0) * 2.0).node is None
+
+
+# What is refused, and with which words.
+
+def test_backward_of_a_non_scalar_asks_for_its_cotangent(rng):
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) needs its cotangent"):
+        normal(rng, 2, 3).backward()
+
+
+def test_a_cotangent_of_another_shape_is_refused(rng):
+    with pytest.raises(ValueError, match=r"shape \(2, 3\): the cotangent has shape \(3,\)"):
+        normal(rng, 2, 3).backward(np.ones(3))
+
+
+def test_mixed_dtypes_raise_and_name_the_primitive_and_shapes(rng):
+    with pytest.raises(TypeError, match=r"multiply\(\(2, 1\), \(3,\)\): mixed dtypes float32 and float64"):
+        normal(rng, 2, 1, dtype=np.float32) * normal(rng, 3)
+
+
+def test_a_float64_array_beside_a_float32_tensor_raises(rng):
+    with pytest.raises(TypeError, match="mixed dtypes float32 and float64"):
+        normal(rng, 2, dtype=np.float32) + np.ones(2)
+
+
+class FakeCuPyArray:
+    """What minilm takes for an array on the GPU, on a machine that has none."""
+    shape, ndim, size, dtype = (2,), 1, 2, np.dtype(np.float64)
+
+
+FakeCuPyArray.__module__ = "cupy._core.core"
+
+
+def test_mixed_devices_raise_and_name_the_primitive(rng):
+    with pytest.raises(TypeError, match=r"add\(\(2,\), \(2,\)\): .*CPU \(numpy\) and on the GPU \(cupy\) are mixed"):
+        normal(rng, 2) + Tensor(FakeCuPyArray())
+    with pytest.raises(TypeError, match="mixed"):
+        array_module(np.ones(2), FakeCuPyArray())
+
+
+def test_a_device_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="device is 'tpu'"):
+        to_device(np.ones(2), "tpu")
+
+
+@pytest.mark.parametrize("wrong, described", [
+    (lambda dy: dy[:1], r"\(1,\), float64"),
+    (lambda dy: dy.astype(np.float32), r"\(3,\), float32"),
+    (lambda dy: None, "None"),
+], ids=["shape", "dtype", "missing"])
+def test_a_gradient_of_the_wrong_kind_is_reported_with_the_primitive(rng, wrong, described):
+    @primitive
+    def double(x):
+        return 2 * x, wrong
+
+    y = double(normal(rng, 3)).sum()
+    with pytest.raises(RuntimeError, match=r"double: gradient for an input of shape \(3,\), .* as " + described):
+        y.backward()
+
+
+def test_shapes_that_do_not_fit_raise_with_the_primitive_and_both_shapes(rng):
+    with pytest.raises(ValueError, match=r"add\(\(2,\), \(3,\)\): "):
+        normal(rng, 2) + normal(rng, 3)
+
+
+def test_a_tensor_by_keyword_is_refused(rng):
+    with pytest.raises(TypeError, match="multiply: a Tensor was passed by keyword"):
+        ops.multiply(normal(rng, 2), y=normal(rng, 2))
+
+
+@pytest.mark.parametrize("data", [np.ones(2, np.float16), np.ones(2, complex), np.array(["a"])], ids=str)
+def test_a_tensor_of_another_dtype_is_refused(data):
+    with pytest.raises(TypeError, match="a Tensor holds float32 or float64, not"):
+        Tensor(data)
+
+
+def test_a_tensor_of_a_tensor_is_refused():
+    with pytest.raises(TypeError, match="Tensor of a Tensor"):
+        Tensor(Tensor(1.0))
+
+
+# Arrays and scalars beside Tensors.
+
+def test_an_array_on_the_left_gives_a_tensor(rng):
+    x, a = normal(rng, 3), rng.normal(size=3)
+    for result, expected in ((a + x, a + x.data), (a - x, a - x.data), (a * x, a * x.data), (a / x, a / x.data),
+                             (a @ x, a @ x.data)):
+        assert isinstance(result, Tensor) and result.requires_grad and np.allclose(result.data, expected, 0, 1e-15)
+
+
+@pytest.mark.parametrize("scalar", [2, 2.5, np.float64(2.5), np.int64(2)], ids=repr)
+def test_scalars_keep_float32(rng, scalar):
+    x = normal(rng, 3, dtype=np.float32)
+    y = (scalar * x + scalar) / scalar - scalar
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == np.float32
+
+
+def test_a_numpy_scalar_as_an_option_keeps_float32(rng):
+    @primitive
+    def scale(x, by=1.0):
+        return x * by, lambda dy: dy * by
+
+    assert scale(normal(rng, 3, dtype=np.float32), by=np.float64(2.5)).dtype == np.float32
+
+
+def test_integers_and_lists_become_float64():
+    assert Tensor([1, 2]).dtype == Tensor(np.array([True])).dtype == np.float64
+
+
+# First aid.
+
+def test_first_nonfinite_names_the_oldest_primitive_that_went_wrong():
+    x = Tensor([-1.0, 1.0], requires_grad=True)
+    with np.errstate(invalid="ignore"):
+        assert first_nonfinite((ops.log(x) * 2.0).sum()) == "the output of log, shape (2,)"
+    assert first_nonfinite((x * 2.0).sum()) is None

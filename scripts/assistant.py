@@ -12,10 +12,17 @@
 
 Written to the folder: a model file a stage (safetensors, with config and tokenizer), comparisons.json,
 results.json, training_curves.png, reward_against_kl.png. Ctrl-C saves; --resume goes on.
-Everything is determined by the options and, for the last bits, by --threads.
+Everything is determined by the options and, for the last bits, by --threads. --scale below 0.1 shrinks
+the numbers of texts and questions too, so that a trial run takes seconds.
 """
 
 import os
+import signal
+import sys
+
+# Ctrl-C while there is nothing to save yet: no more to say. main() takes over.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 # One thread for BLAS: each of our threads works on its own part of a batch (stages/training.py).
 # NumPy reads this when it is imported, hence the order.
@@ -27,19 +34,19 @@ import dataclasses
 import hashlib
 import json
 import platform
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 import figures
+from evaluation import Evaluation
 from minilm import data, evaluate
 from minilm.backend import keep_freed_memory
-from minilm.checkpoint import write_text
+from minilm.checkpoint import CheckpointError, load, load_into, write_text
 from minilm.generate import generate
 from minilm.model import Config, RewardModel, Transformer
-from minilm.model_file import load_model, save_model
+from minilm.model_file import save_model
 from minilm.stages.instruction_tuning import instruction_tuning
 from minilm.stages.preference_tuning import preference_tuning, reference_log_probs
 from minilm.stages.pretraining import pretraining
@@ -48,15 +55,16 @@ from minilm.stages.rlhf import rlhf
 from minilm.stages.training import Diverged, Training
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, corpus, tasks
-from run_folder import RunFolder, StopRequest, UsageError, main_guard
+from run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
 
 SIZES = {"small": {"width": 64, "layers": 3}, "large": {"width": 96, "layers": 4}}
-STEPS = {"pretraining": 2000, "instruction tuning": 600, "reward model": 250, "rlhf": 80, "dpo": 150}
-RLHF_BETAS, DPO_BETAS = (0.3, 0.1, 0.03, 0.0), (0.3, 0.1, 0.03)
+STEPS = {"pretraining": 2000, "instruction tuning": 600, "reward model": 250, "rlhf": 60, "dpo": 150}
+RLHF_BETAS, DPO_BETAS = (1.0, 0.3, 0.1, 0.03, 0.0), (1.0, 0.3, 0.1, 0.03)
 MAIN_BETA = 0.3
 DOCUMENTS, DEMONSTRATIONS, COMPARISONS, UNLABELLED, HELD_OUT = 24000, 4000, 2000, 3000, 540
-VOCABULARY, ENGLISH_SHARE, MAX_NEW_TOKENS, BEST_OF = 640, 0.1, 40, 16
+VOCABULARY, MAX_NEW_TOKENS, BEST_OF = 640, 40, 16
 SAVE_EVERY = 30.0     # seconds
+MAX_SCALE, MAX_THREADS = 50, 64    # beyond: a history too long for a checkpoint's header, threads without work
 
 
 class Stopped(Exception):
@@ -71,6 +79,7 @@ class Job:
     run: RunFolder
     stop: StopRequest
     text: str
+    text_source: dict
     tokenizer: Tokenizer = None
     history: dict = dataclasses.field(default_factory=dict)
     seconds: dict = dataclasses.field(default_factory=dict)
@@ -82,26 +91,45 @@ class Job:
     def steps(self, stage):
         return max(1, round(STEPS[stage] * self.options.scale))
 
+    def count(self, full):
+        """How many texts or questions: of a trial run, with --scale below 0.1, fewer."""
+        return round(full * min(1, max(0.05, 10 * self.options.scale)))
+
+    def stop_if_asked(self):
+        if self.stop.requested:
+            raise Stopped
+
     def train(self, name, stage, start, loop, **settings):
         """Run one stage to its end, or from where it was stopped, or not at all if it is done.
 
         start() makes the model; loop(training, steps) is the stage. Returns the trained model.
         """
-        path, state_name = self.run.path(f"{name}.safetensors"), f"{name}-state"
+        path, state_name, origin = self.run.path(f"{name}.safetensors"), f"{name}-state", self.run.fingerprint
+        foreign = "of another run or another architecture. Delete it, and --resume trains that stage again."
+        model = start()
         if os.path.exists(path):
-            model, _, metadata = load_model(path)
+            arrays, metadata = load(path)
+            if not isinstance(metadata, dict) or metadata.get("run") != origin:
+                raise CheckpointError(f"{path}: {foreign}")
+            load_into(model.parameters(), arrays, path)
             self.history[name], self.seconds[name] = metadata["history"], metadata["seconds"]
+            self.run.drop_state(state_name)
             return model
-        training = Training(start(), self.rng(name), threads=self.options.threads, **settings)
+        training = Training(model, self.rng(name), threads=self.options.threads, **settings)
         history, before, began = [], 0.0, time.monotonic()
-        saved = self.run.load_state(state_name)
-        if saved:
-            training.restore(*saved)
-            history, before = saved[1]["history"], saved[1]["seconds"]
+        if saved := self.run.load_state(state_name):
+            arrays, metadata = saved
+            try:
+                if metadata["run"] != origin:
+                    raise ValueError("another run")
+                training.restore(arrays, metadata)
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(f"{self.run.path(state_name)}.safetensors: {foreign}") from error
+            history, before = metadata["history"], metadata["seconds"]
 
         def save():
             arrays, metadata = training.state()
-            self.run.save_state(state_name, arrays, {**metadata, "history": history,
+            self.run.save_state(state_name, arrays, {**metadata, "run": origin, "history": history,
                                                      "seconds": before + time.monotonic() - began})
         steps, last_save = self.steps(stage), time.monotonic()
         with figures.progress(name, steps, training.step) as advance:
@@ -111,37 +139,38 @@ class Job:
                 if self.stop.requested or time.monotonic() - last_save > SAVE_EVERY:
                     save()
                     last_save = time.monotonic()
-                if self.stop.requested:
-                    raise Stopped
+                self.stop_if_asked()
         self.history[name], self.seconds[name] = history, before + time.monotonic() - began
-        save_model(path, training.model, self.tokenizer, history=history, seconds=self.seconds[name])
+        save_model(path, training.model, self.tokenizer, run=origin, history=history, seconds=self.seconds[name])
         self.run.drop_state(state_name)
         return training.model
 
     def sample(self, model, prompts, rng, temperature=1.0):
         """One response to each prompt, as token lists."""
         uniforms = rng.random((len(prompts), MAX_NEW_TOKENS))
-        blocks = [slice(i, i + 64) for i in range(0, len(prompts), 64)]
+
+        def draw(i):
+            self.stop_if_asked()
+            block = slice(i, i + 64)
+            return generate(model, prompts[block], MAX_NEW_TOKENS, uniforms[block], self.tokenizer.eos, temperature)
+
         with ThreadPoolExecutor(self.options.threads) as pool:
-            samples = pool.map(lambda b: generate(model, prompts[b], MAX_NEW_TOKENS, uniforms[b], self.tokenizer.eos,
-                                                  temperature), blocks)
-            return [response for block in samples for response in block.responses()]
+            return [r for block in pool.map(draw, range(0, len(prompts), 64)) for r in block.responses()]
+
+    def read(self, responses):
+        """(text, whether it was finished) of each response."""
+        return [(data.decode_response(self.tokenizer, r), r[-1] == self.tokenizer.eos) for r in responses]
 
     def judge(self, questions, responses):
         """(whether each is right, gold reward of each), two arrays (N,)."""
-        texts = [data.decode_response(self.tokenizer, r) for r in responses]
-        gold = [annotators.gold_reward(q, t, finished=r[-1] == self.tokenizer.eos)
-                for q, t, r in zip(questions, texts, responses)]
-        return np.array([annotators.is_right(q, t) for q, t in zip(questions, texts)], float), np.array(gold)
+        answered = list(zip(questions, self.read(responses)))
+        return (np.array([annotators.is_right(q, text) for q, (text, _) in answered], float),
+                np.array([annotators.gold_reward(q, *reading) for q, reading in answered]))
 
 
 def prepare(job):
     """The corpus as a stream of tokens; trains the tokenizer on it."""
-    rng = job.rng("documents")
-    documents = corpus.documents(rng, DOCUMENTS)
-    length = round(ENGLISH_SHARE * sum(map(len, documents)))
-    documents += [job.text[i:i + 400] for i in range(0, min(length, len(job.text)), 400)]
-    documents = [documents[i] for i in rng.permutation(len(documents))]
+    documents = corpus.pretraining_texts(job.rng("documents"), job.count(DOCUMENTS), job.text)
     job.tokenizer = Tokenizer.train(documents, VOCABULARY)
     return data.make_stream(job.tokenizer, documents)
 
@@ -152,28 +181,25 @@ def encode_questions(job, questions):
 
 def make_comparisons(job, instructed):
     """Two sampled answers to each of many prompts, and which one somebody preferred."""
-    rng, eos = job.rng("comparisons"), job.tokenizer.eos
-    questions = tasks.draw_questions(rng, COMPARISONS)
+    print("comparisons", flush=True)
+    began, rng = time.monotonic(), job.rng("comparisons")
+    questions = tasks.draw_questions(rng, job.count(COMPARISONS))
     prompts = encode_questions(job, questions)
-    pairs = list(zip(job.sample(instructed, prompts, rng), job.sample(instructed, prompts, rng)))
+    firsts, seconds = (job.sample(instructed, prompts, rng) for _ in range(2))
     people = annotators.draw_annotators(rng)
-    chosen, rejected, lines = [], [], []
-    for i, (question, pair) in enumerate(zip(questions, pairs)):
-        texts = [data.decode_response(job.tokenizer, r) for r in pair]
-        person = people[i % len(people)]
-        first = person.prefers_first(question, *texts, rng, finished=[r[-1] == eos for r in pair])
-        chosen.append(pair[1 - first])
-        rejected.append(pair[first])
-        lines.append({"question": question.text, "chosen": texts[1 - first], "rejected": texts[first],
-                      "annotator": i % len(people)})
+    preferred = annotators.compare(people, questions, job.read(firsts), job.read(seconds), rng)
+    chosen, rejected = zip(*[pair if first else pair[::-1] for first, *pair in zip(preferred, firsts, seconds)])
+    lines = [{"question": q.text, "chosen": c, "rejected": r, "annotator": i % len(people)}
+             for i, (q, (c, _), (r, _)) in enumerate(zip(questions, job.read(chosen), job.read(rejected)))]
     write_text(job.run.path("comparisons.json"), json.dumps(lines, indent=1) + "\n")
+    job.seconds["comparisons"] = time.monotonic() - began
     return prompts, chosen, rejected
 
 
 def tune_by_rlhf(job, instructed, reward_model, beta):
     """One RLHF run. The gold reward of each step's samples is noted beside, and used for nothing."""
     tokenizer = job.tokenizer
-    questions = tasks.draw_questions(job.rng("unlabelled"), UNLABELLED)
+    questions = tasks.draw_questions(job.rng("unlabelled"), job.count(UNLABELLED))
     prompts = encode_questions(job, questions)
     by_prompt = {tuple(p): q for p, q in zip(prompts, questions)}
     gold = []
@@ -198,61 +224,10 @@ def tune_by_dpo(job, instructed, comparisons, references, beta):
     return job.train(f"dpo-beta-{beta}", "dpo", instructed.copy, loop, weight_decay=0.0)
 
 
-class Evaluation:
-    """Everything is measured on one sampled answer, at temperature 1, to each held-out question."""
-
-    def __init__(self, job, instructed, reward_model):
-        self.job, self.instructed, self.reward_model = job, instructed, reward_model
-        self.questions = tasks.draw_questions(job.rng("held-out questions"), HELD_OUT, held_out=True)
-        self.prompts = encode_questions(job, self.questions)
-        # The opponent's answers, and the level of the learned reward: of the instructed model, in
-        # draws apart from those that its own row is measured on.
-        opponent = self.answers(instructed, "opponent")
-        _, self.opponent_gold = job.judge(self.questions, opponent)
-        self.zero = self.predicted(opponent).mean()
-
-    def answers(self, model, draw="evaluation", temperature=1.0):
-        return self.job.sample(model, self.prompts, self.job.rng(draw), temperature)
-
-    def predicted(self, responses):
-        return evaluate.predicted_rewards(self.reward_model, self.prompts, responses, self.job.tokenizer.pad)
-
-    def row(self, stage, model, responses=None, kl=None):
-        """One row of the table. kl: a number, where the policy's log-probs are not known."""
-        responses = self.answers(model) if responses is None else responses
-        right, gold = self.job.judge(self.questions, responses)
-        if kl is None:
-            k1 = evaluate.sequence_kl(model, self.instructed, self.prompts, responses, self.job.tokenizer.pad)
-        row = {"stage": stage}
-        for name, values in (("task_accuracy", right), ("gold_reward", gold),
-                             ("learned_reward", self.predicted(responses) - self.zero),
-                             ("win_rate", evaluate.wins(gold, self.opponent_gold)),
-                             ("kl_sequence", k1 if kl is None else np.full(2, kl))):
-            row[name], row[f"{name}_se"] = evaluate.mean_and_error(values)
-        return row
-
-    def best_of_n(self, n):
-        """The instructed model's answer that the reward model likes best of n. KL: the upper bound."""
-        draws = [self.answers(self.instructed, f"best of {i}") for i in range(n)]
-        best = np.argmax([self.predicted(responses) for responses in draws], axis=0)
-        return [draws[i][j] for j, i in enumerate(best)], evaluate.best_of_n_kl(n)
-
-    def few_shot_accuracy(self, model, shots=3):
-        """The base model's chance: the same questions after demonstrations of the same task, no training."""
-        rng = self.job.rng("few-shot")
-        prompts = []
-        for question in self.questions:
-            shown = [tasks.draw_question(rng, task=question.task) for _ in range(shots)]
-            text = "".join(f"{data.prompt_text(q.text)} {q.answer}.\n" for q in shown)
-            prompts.append([self.job.tokenizer.bos] + self.job.tokenizer.encode(text + data.prompt_text(question.text)))
-        texts = [self.job.tokenizer.decode(r).split(".")[0].strip() for r in self.job.sample(model, prompts, rng)]
-        return evaluate.mean_and_error([t == q.answer for t, q in zip(texts, self.questions)])
-
-
 def run_stages(job):
     """All of it, in order. Returns what goes into results.json."""
-    options, (text_hash, english_from) = job.options, job.source
-    print(f"preparing text and tokenizer (English from {english_from}, sha256 {text_hash[:12]})", flush=True)
+    options = job.options
+    print("preparing text and tokenizer (English from {source}, sha256 {sha256:.12})".format(**job.text_source), flush=True)
     stream = prepare(job)
     config = Config(vocab_size=job.tokenizer.vocab_size, heads=4, context=256, key_smear=True, rope_base=1000.0,
                     **SIZES[options.size])
@@ -260,7 +235,7 @@ def run_stages(job):
     base = job.train("base", "pretraining", lambda: Transformer(config, job.rng("weights")),
                      lambda training, steps: pretraining(training, stream, steps, batch_size=16, length=128,
                                                          learning_rate=5e-3))
-    demonstrations = corpus.demonstrations(job.rng("demonstrations"), DEMONSTRATIONS)
+    demonstrations = corpus.demonstrations(job.rng("demonstrations"), job.count(DEMONSTRATIONS))
     prompts, responses = zip(*[data.encode_dialogue(job.tokenizer, q.text, r) for q, r in demonstrations])
     instructed = job.train("instructed", "instruction tuning", base.copy,
                            lambda training, steps: instruction_tuning(training, prompts, responses, steps, batch_size=64,
@@ -276,7 +251,7 @@ def run_stages(job):
     by_dpo = {beta: tune_by_dpo(job, instructed, comparisons, references, beta) for beta in DPO_BETAS}
 
     print("evaluation", flush=True)
-    began, evaluation = time.monotonic(), Evaluation(job, instructed, reward_model)
+    began, evaluation = time.monotonic(), Evaluation(job, instructed, reward_model, job.count(HELD_OUT))
     best, bound = evaluation.best_of_n(BEST_OF)
     frontier = {"rlhf": [{"beta": b, **evaluation.row("rlhf", m)} for b, m in by_rlhf.items()],
                 "dpo": [{"beta": b, **evaluation.row("dpo", m)} for b, m in by_dpo.items()]}
@@ -289,43 +264,52 @@ def run_stages(job):
     for name, model in models.items():
         for example, response in zip(examples, job.sample(model, evaluation.prompts[:6], job.rng("examples"), 0.0)):
             example[name] = data.decode_response(job.tokenizer, response)
-    few_shot = evaluation.few_shot_accuracy(base)
+    completion, completion_se = evaluation.completion_accuracy(base)
     job.seconds["evaluation"] = time.monotonic() - began
     return {"rows": rows, "frontier": frontier, "examples": examples, "history": job.history,
-            "base_few_shot_accuracy": few_shot[0], "base_few_shot_accuracy_se": few_shot[1],
-            "best_of_n": BEST_OF, "main_beta": MAIN_BETA, "held_out_questions": HELD_OUT,
+            "base_completion_accuracy": completion, "base_completion_accuracy_se": completion_se,
+            "best_of_n": BEST_OF, "main_beta": MAIN_BETA, "held_out_questions": job.count(HELD_OUT),
             "seed": options.seed, "scale": options.scale, "size": options.size, "threads": options.threads,
             "config": dataclasses.asdict(config), "parameters": sum(p.size for p in base.parameters().values()),
             "steps": {stage: job.steps(stage) for stage in STEPS}, "seconds": job.seconds,
-            "text": {"source": english_from, "sha256": text_hash},
+            "text": job.text_source,
             "versions": {"python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()}}
 
 
-def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="runs/assistant", help="folder for everything that is written")
-    parser.add_argument("--resume", action="store_true", help="go on with the run that the folder holds")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's number of steps")
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the model")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1),
-                        help="threads a training step is split over")
-    parser.add_argument("--text", help="a text file to read instead of Python's own help topics")
-    options = parser.parse_args(arguments)
-    if not 0 < options.scale < float("inf"):
-        raise UsageError(f"--scale {options.scale} must be above 0, such as 0.1 for a tenth of the steps")
-    if options.threads < 1:
-        raise UsageError(f"--threads {options.threads} must be at least 1")
+def parse():
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        description=__doc__[:__doc__.index("\n    python")] + __doc__[__doc__.index("\n    pretraining"):])
+
+    def refuse(message):
+        raise UsageError(f"{message}; --help lists the options")
+    parser.error = refuse
+    parser.add_argument("--out", metavar="DIR", default="runs/assistant",
+                        help="folder for everything that is written (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that the folder holds, if any")
+    parser.add_argument("--scale", metavar="X", type=float, default=1.0,
+                        help="multiplies every stage's number of steps (default: %(default)s); try 0.01 first")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the model (default: %(default)s)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="another run of chance (default: %(default)s)")
+    parser.add_argument("--threads", metavar="N", type=int, default=min(2, os.cpu_count() or 1),
+                        help="threads that a training step is split over (default here: %(default)s)")
+    parser.add_argument("--text", metavar="FILE",
+                        help="a UTF-8 text file for the real English in the corpus (default: Python's own help topics)")
+    options = parser.parse_args()
+    if not 0 < options.scale <= MAX_SCALE:
+        raise UsageError(f"--scale {options.scale} must be above 0 and at most {MAX_SCALE}; 0.1 is a tenth of the steps")
+    if not 1 <= options.threads <= MAX_THREADS:
+        raise UsageError(f"--threads {options.threads} must be from 1 to {MAX_THREADS}; there are {os.cpu_count()} cores here")
     if options.seed < 0:
         raise UsageError(f"--seed {options.seed} must not be negative")
     return options
 
 
-def main(arguments=None):
-    options = parse(arguments)
+def main():
+    options = parse()
+    require("matplotlib", "safetensors", "tqdm")
     try:
-        if options.text:
+        if options.text is not None:
             text, source = data.read_text(options.text), os.path.basename(options.text)
         else:
             text, source = corpus.english()[0], f"Python {platform.python_version()} help topics"
@@ -333,31 +317,27 @@ def main(arguments=None):
         raise UsageError(str(error)) from error
     text_hash = hashlib.sha256(text.encode()).hexdigest()
     keep_freed_memory()
-    fingerprint = {name: getattr(options, name) for name in ("scale", "size", "seed", "threads")}
-    with RunFolder(options.out, options.resume, {**fingerprint, "text": text_hash}) as run, StopRequest() as stop:
+    fingerprint = {"text": text_hash, **{name: getattr(options, name) for name in ("scale", "size", "seed", "threads")}}
+    with RunFolder(options.out, options.resume, fingerprint) as run, StopRequest() as stop:
         if run.finished:
             print(f"{options.out} holds a finished run; its results are in {run.path('results.json')}")
             return 0
-        job = Job(options, run, stop, text)
-        job.source = text_hash, source
+        job = Job(options, run, stop, text, {"source": source, "sha256": text_hash})
         try:
             results = run_stages(job)
-        except Stopped:
-            print(f"stopped and saved; go on with: python scripts/assistant.py --resume {shown(arguments)}")
+            figures.training_curves(results, run.path("training_curves.png"))
+            figures.reward_against_kl(results, run.path("reward_against_kl.png"))
+            run.finish(results)
+        except (Stopped, KeyboardInterrupt):
+            print(f"stopped; what was saved is in {options.out}. Go on with:\n    {command_to_resume()}")
             return 130
-        figures.training_curves(results, run.path("training_curves.png"))
-        figures.reward_against_kl(results, run.path("reward_against_kl.png"))
-        run.finish(results)
+        except Diverged as error:
+            raise UsageError(f"{error}. The last good checkpoint is kept in {options.out}. Start again with another "
+                             "--seed, or with a lower learning rate in scripts/assistant.py.") from error
         print(figures.summary(results))
         print(f"\nwritten to {options.out}: results.json, training_curves.png, reward_against_kl.png, "
               "comparisons.json and a model file for each stage")
-    return 0
-
-
-def shown(arguments):
-    given = sys.argv[1:] if arguments is None else arguments
-    return " ".join(a for a in given if a != "--resume")
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main, Diverged))
+    sys.exit(main_guard(main))

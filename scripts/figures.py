@@ -12,6 +12,8 @@ import time
 
 import numpy as np
 
+from run_folder import main_guard
+
 NAMES = {"base": "base", "instructed": "instructed", "best_of_n": "best of n", "rlhf": "RLHF", "dpo": "DPO"}
 COLUMNS = {"task_accuracy": "task accuracy", "gold_reward": "gold reward", "learned_reward": "learned reward",
            "win_rate": "win rate", "kl_sequence": "KL (nats)"}
@@ -60,8 +62,8 @@ def summary(results):
               "stage; ± is a standard error.",
               f"Learned reward: relative to the instructed model's. Win rate and KL: against the instructed model. "
               f"Best of {results['best_of_n']}: its KL is an upper bound.",
-              f"Base with three demonstrations in its prompt, no training: accuracy {results['base_few_shot_accuracy']:.3f} "
-              f"± {results['base_few_shot_accuracy_se']:.3f}.", ""]
+              f"Base, given the same questions as statements to complete (\"The last word of cat sun is\"): accuracy "
+              f"{results['base_completion_accuracy']:.3f} ± {results['base_completion_accuracy_se']:.3f}.", ""]
     for example in results["examples"]:
         lines.append(f"{example['question']}    (right: {example['answer']})")
         lines += [f"    {NAMES[stage]:<12}{example[stage]}" for stage in NAMES if stage in example]
@@ -81,11 +83,11 @@ def across_seeds(runs):
             values = [row[column] for row in rows]
             cells.append(f"{np.mean(values):.2f} [{min(values):.2f}, {max(values):.2f}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    shots = [run["base_few_shot_accuracy"] for run in runs]
+    completed = [run["base_completion_accuracy"] for run in runs]
     seconds = [sum(run["seconds"].values()) for run in runs]
     seeds = ", ".join(str(run["seed"]) for run in runs)
-    lines += ["", f"Seeds {seeds}: mean [least, greatest]. Base with three demonstrations in its prompt: accuracy "
-              f"{np.mean(shots):.2f} [{min(shots):.2f}, {max(shots):.2f}]. {runs[0]['parameters']:,} parameters, "
+    lines += ["", f"Seeds {seeds}: mean [least, greatest]. Base, given statements to complete: accuracy "
+              f"{np.mean(completed):.2f} [{min(completed):.2f}, {max(completed):.2f}]. {runs[0]['parameters']:,} parameters, "
               f"{runs[0]['threads']} threads, {min(seconds):.0f} to {max(seconds):.0f} s a run."]
     for stage in ("rlhf", "dpo"):
         for column in ("gold_reward", "win_rate"):
@@ -150,7 +152,7 @@ def reward_against_kl(results, path):
         frontier.errorbar(kl, gold, xerr=[2 * r["kl_sequence_se"] for r in rows], yerr=[2 * r["gold_reward_se"] for r in rows],
                           color=COLOURS[method], marker="o", markersize=4, linewidth=1.2, capsize=2, label=NAMES[method])
         for row in rows:
-            frontier.annotate(f"β={row['beta']:g}", (row["kl_sequence"], row["gold_reward"]), xytext=(5, -10),
+            frontier.annotate(f"β={row['beta']:g}", (row["kl_sequence"], row["gold_reward"]), xytext=(4, 7 if method == "rlhf" else -12),
                               textcoords="offset points", fontsize=7.5, color=COLOURS[method])
     for row in results["rows"]:
         if row["stage"] in ("instructed", "best_of_n"):
@@ -171,8 +173,9 @@ def reward_against_kl(results, path):
     peak = int(np.argmax(gold))
     turned = peak < 0.9 * len(gold) - 1
     drift.axvline(kl[peak], color=COLOURS["rlhf"], linestyle=":", linewidth=1)
-    drift.annotate("gold turns down here" if turned else "gold still at its highest", (kl[peak], gold[peak] - gold[0]),
-                   xytext=(6, -16), textcoords="offset points", fontsize=8, color=COLOURS["rlhf"])
+    drift.annotate("gold turns down here" if turned else "gold still at its highest", (kl[peak], 0.03),
+                   xycoords=("data", "axes fraction"), xytext=(5, 0), textcoords="offset points", fontsize=8,
+                   color=COLOURS["rlhf"])
     drift.set(title=f"One RLHF run with β = {beta:g}, step by step", ylabel="change since the first steps",
               xlabel="KL to the instructed model (nats per response)")
     drift.legend(loc="best")
@@ -193,4 +196,4 @@ def main(folders):
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit("usage: python scripts/figures.py FOLDER ... (of finished runs of assistant.py)")
-    main(sys.argv[1:])
+    sys.exit(main_guard(lambda: main(sys.argv[1:])))

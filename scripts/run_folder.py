@@ -20,8 +20,10 @@ Needs a POSIX system (flock). Checked in tests/test_run_folder.py.
 """
 import contextlib
 import fcntl
+import importlib
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -203,15 +205,46 @@ class StopRequest:
             os.write(2, b"\nstopping after this step; press again to stop at once\n")
 
 
+def require(*modules):
+    """Raises UsageError if one of the run extra's modules cannot be imported: at the start, not after the work."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UsageError(f"this needs {name}, which cannot be imported ({error}): pip install -e '.[run]'") from error
+
+
+def command_to_resume():
+    """The command line of this process, ready to be typed again, with --resume."""
+    typed = sys.orig_argv
+    return shlex.join(typed if "--resume" in typed else [*typed, "--resume"])
+
+
 def main_guard(main, *user_errors):
     """Runs main() and returns the exit status: what main returns (None is 0), or 2 after one line
-    `error: ...` on stderr for UsageError, CheckpointError and the given exception classes, or 130
-    when interrupted. Any other exception is a bug and keeps its traceback."""
+    `error: ...` on stderr for UsageError, CheckpointError, the given exception classes and what the
+    system refuses (OSError: a full disk, say), or 130 when interrupted, or 141 when whoever read the
+    output has gone. Any other exception is a bug and keeps its traceback."""
     try:
-        return main() or 0
+        status = main() or 0
+        sys.stdout.flush()    # here, where a failure can still be reported
+        return status
     except (UsageError, checkpoint.CheckpointError, *user_errors) as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        _discard_output()
+        return 141    # as the shell reports a program that SIGPIPE ended
+    except OSError as error:
+        print(f"error: {error.filename or 'the output'}: {error.strerror}. Check that disk and folder.", file=sys.stderr)
+        if error.filename is None:
+            _discard_output()
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _discard_output():
+    """What is still buffered for stdout cannot be written; Python would try again at its end, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -26,7 +26,7 @@ FLOORS = {
     "stages": ARRAYS | {"layers", "model", "generate", "optim", "objectives", "data", "stages"},
 }
 TEACHING = set(FLOORS) - {"formulas"}
-SHARED_BY_SCRIPTS = {"figures", "run_folder"}
+SHARED_BY_SCRIPTS = {"evaluation", "figures", "run_folder"}
 
 
 @functools.cache

@@ -76,6 +76,15 @@ class Annotator:
         return bool(rng.random() < stable_sigmoid(np.array(difference + self.noise * rng.normal())))
 
 
+def compare(people, questions, firsts, seconds, rng):
+    """Ask one person about each pair of responses, in turn: (N,) booleans, whether the first was preferred.
+
+    firsts, seconds: N pairs (text, whether it was finished).
+    """
+    return np.array([people[i % len(people)].prefers_first(question, first[0], second[0], rng, (first[1], second[1]))
+                     for i, (question, first, second) in enumerate(zip(questions, firsts, seconds))])
+
+
 def draw_annotators(rng, count=8, minority=0.15):
     """`count` people who use the scale differently; `minority` of them (rounded) judge by brevity."""
     others = round(count * minority)

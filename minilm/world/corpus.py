@@ -97,6 +97,14 @@ def documents(rng, count):
     return [kinds[i](rng) for i in rng.choice(len(kinds), size=count, p=shares)]
 
 
+def pretraining_texts(rng, count, prose, share=0.1, piece=400):
+    """`count` documents and, for a share of their length, pieces of `prose` of so many characters, shuffled."""
+    texts = documents(rng, count)
+    length = min(len(prose), round(share * sum(map(len, texts))))
+    texts += [prose[i:i + piece] for i in range(0, length, piece)]
+    return [texts[i] for i in rng.permutation(len(texts))]
+
+
 def demonstrations(rng, count):
     """`count` pairs (Question, response): right answers, in every manner that people have."""
     pairs = []

@@ -8,6 +8,7 @@ people, and the held-out questions are about the others.
 """
 
 import dataclasses
+import hashlib
 import zlib
 
 WORDS = ("apple bird boat book box bread cat chair cloud cup dog door fish flower hat house "
@@ -39,8 +40,9 @@ def is_held_out(content):
 
 def person(name):
     """The facts about a person, the same in every run: {"city", "animal", "colour"}."""
-    draw = zlib.crc32(f"facts about {name}".encode())
-    return {"city": CITIES[draw % 8], "animal": ANIMALS[draw // 8 % 8], "colour": COLOURS[draw // 64 % 8]}
+    def choose(fact, options):
+        return options[hashlib.sha256(f"the {fact} of {name}".encode()).digest()[0] % len(options)]
+    return {"city": choose("city", CITIES), "animal": choose("animal", ANIMALS), "colour": choose("colour", COLOURS)}
 
 
 def _choose(rng, options):
@@ -111,6 +113,14 @@ def draw_question(rng, held_out=False, task=None):
             answer = person(content)[task]
         if is_held_out(content) == held_out:
             return Question(task, _choose(rng, asked).format(x=content), answer, content, steps)
+
+
+def statement(question):
+    """The start of a statement whose next words are the answer: how to ask a model that knows no dialogue."""
+    if question.task == "sum":
+        return f"The sum {question.content} ="
+    stated = LIST_TASKS[question.task][2] if question.task in LIST_TASKS else FACT_TASKS[question.task][1]
+    return stated[0].format(x=question.content, a="").removesuffix(" .")
 
 
 def draw_questions(rng, count, held_out=False):

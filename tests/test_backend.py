@@ -1,0 +1,88 @@
+"""minilm/backend.py, on a machine without a GPU: a class that says it comes from CuPy stands in for one."""
+import ctypes
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from minilm import backend
+
+
+class FakeArray:
+    def __init__(self, data):
+        self.data = np.asarray(data)
+
+    def get(self):
+        return self.data.copy()
+
+
+FakeArray.__module__ = "cupy._core.core"
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    fake = SimpleNamespace(asarray=FakeArray)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    return fake
+
+
+@pytest.mark.parametrize("arrays", [(), (1.0,), (np.ones(2),), (np.ones(2), 3, np.float64(1))])
+def test_arrays_and_numbers_on_the_cpu_are_numpys(arrays):
+    assert backend.array_module(*arrays) is np
+
+
+def test_an_array_on_the_gpu_is_cupys_and_numbers_fit_it(cupy):
+    assert backend.array_module(FakeArray(1)) is cupy
+    assert backend.array_module(2.0, FakeArray(1), np.float32(3), None) is cupy
+
+
+def test_mixed_devices_raise_and_name_the_remedy(cupy):
+    with pytest.raises(TypeError, match="mixed; move them to one device with minilm.backend.to_device"):
+        backend.array_module(FakeArray(1), 1.0, np.ones(1))
+
+
+def test_a_package_whose_name_only_starts_with_cupy_is_not_cupy():
+    other = type("Array", (), {"__module__": "cupyx_lookalike.core"})
+    assert not backend.is_cupy(other()) and backend.is_cupy(FakeArray(1))
+
+
+def test_to_device_and_to_numpy_move_and_do_not_copy_what_is_there_already(cupy):
+    x = np.arange(3.0)
+    assert backend.to_device(x, "cpu") is x and backend.to_numpy(x) is x
+    moved = backend.to_device(x, "gpu")
+    assert backend.is_cupy(moved)
+    for back in (backend.to_numpy(moved), backend.to_device(moved, "cpu")):
+        assert type(back) is np.ndarray and (back == x).all()
+
+
+def test_without_cupy_the_gpu_is_refused_with_the_package_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ImportError, match="pip install cupy-cuda13x"):
+        backend.to_device(np.ones(1), "gpu")
+
+
+@pytest.mark.parametrize("device", ["cuda", "GPU", "", None])
+def test_another_device_is_refused(device):
+    with pytest.raises(ValueError, match="must be 'cpu' or 'gpu'"):
+        backend.to_device(np.ones(1), device)
+
+
+def test_after_keep_freed_memory_arrays_come_and_go_as_before():
+    """In a process of its own: the setting lasts as long as the process."""
+    code = ("import numpy as np, threading; from minilm.backend import keep_freed_memory\n"
+            "assert keep_freed_memory() in (True, False)\n"
+            "def work(): assert all(np.full(10**6, i, 'f').sum() == i * 10**6 for i in range(10))\n"
+            "threads = [threading.Thread(target=work) for _ in range(2)]\n"
+            "[t.start() for t in threads]; work(); [t.join() for t in threads]; print('done')")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("done\n", "")
+
+
+@pytest.mark.parametrize("missing", [OSError, AttributeError, TypeError])
+def test_without_glibc_keep_freed_memory_says_no(monkeypatch, missing):
+    def no_library(name):
+        raise missing
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    assert backend.keep_freed_memory() is False

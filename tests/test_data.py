@@ -1,0 +1,146 @@
+"""minilm/data.py: what the assistant is trained on, token by token."""
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from helpers import assert_close, rngs, small_transformer
+from minilm import data
+from minilm.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.train("User: What is the last word of cat sun?\nAssistant: The answer is sun. " * 3, 300)
+PAD = TOKENIZER.pad
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+tokens = st.integers(0, 9)
+dialogues = st.lists(st.tuples(st.lists(tokens, min_size=1, max_size=5), st.lists(tokens, min_size=1, max_size=5)),
+                     min_size=1, max_size=4)
+
+
+# Dialogues.
+
+@given(question=texts, response=texts)
+def test_a_dialogue_is_the_tokens_of_its_text_between_bos_and_eos(question, response):
+    prompt, answer = data.encode_dialogue(TOKENIZER, question, response)
+    assert prompt == data.encode_prompt(TOKENIZER, question) and answer == data.encode_response(TOKENIZER, response)
+    assert TOKENIZER.decode(prompt) == f"User: {question}\nAssistant:"
+    assert data.decode_response(TOKENIZER, answer) == response.strip()
+    whole = TOKENIZER.encode(f"User: {question}\nAssistant: {response}")
+    assert prompt + answer == [TOKENIZER.bos, *whole, TOKENIZER.eos]
+
+
+@given(question=texts, response=texts)
+def test_double_bos(question, response):
+    prompt, answer = data.encode_dialogue(TOKENIZER, question + "<bos>", response + "<bos><eos>")
+    assert (prompt + answer).count(TOKENIZER.bos) == 1 and prompt[0] == TOKENIZER.bos
+    assert (prompt + answer).count(TOKENIZER.eos) == 1 and answer[-1] == TOKENIZER.eos
+
+
+class MergesColonAndBlank:
+    """A tokenizer that joins ": " into one token: the prompt's last token is another when an answer follows."""
+    bos, eos = 1, 2
+
+    def encode(self, text):
+        return [ord(c) for c in text.replace(": ", "\0")]
+
+
+def test_prompts_tokens_are_no_prefix_of_prompt_and_responses_tokens():
+    with pytest.raises(ValueError, match="the tokens of the prompt 'Where\\?' are no prefix"):
+        data.encode_dialogue(MergesColonAndBlank(), "Where?", "Here.")
+
+
+# Batches.
+
+@given(dialogues=dialogues, pad=tokens)
+def test_masks_follow_the_lengths_whatever_the_tokens(dialogues, pad):
+    """So the EOS counts even for somebody whose pad is the EOS ('pad = EOS masks the EOS')."""
+    batch = data.make_batch(*zip(*dialogues), pad)
+    T = max(len(p) + len(r) for p, r in dialogues)
+    for i, (p, r) in enumerate(dialogues):
+        padding = T - len(p) - len(r)
+        assert batch.tokens[i].tolist() == p + r + [pad] * padding
+        assert batch.mask[i].tolist() == [0] * len(p) + [1] * len(r) + [0] * padding
+        assert batch.real[i].tolist() == [1] * (T - padding) + [0] * padding
+
+
+def test_pad_eos_masks_the_eos():
+    assert TOKENIZER.pad != TOKENIZER.eos
+    pairs = [data.encode_dialogue(TOKENIZER, "What?", response) for response in ("a", "a longer one")]
+    batch = data.make_batch(*zip(*pairs), PAD)
+    assert (batch.mask[batch.tokens == TOKENIZER.eos] == 1).all() and (batch.tokens == TOKENIZER.eos).sum() == 2
+    assert (batch.mask[batch.tokens == PAD] == 0).all() and (batch.tokens == PAD).any()
+
+
+@given(rng=rngs, dialogues=st.lists(st.tuples(st.lists(st.integers(0, 6), min_size=1, max_size=4),
+                                              st.lists(st.integers(0, 6), min_size=1, max_size=4)),
+                                    min_size=1, max_size=3))
+def test_the_target_mask_selects_the_log_probs_of_the_response(rng, dialogues):
+    """Each response token is scored at the position before it: 'mask or shift off by one'."""
+    model = small_transformer(rng)
+    batch = data.make_batch(*zip(*dialogues), pad=0)
+    scored = [row[m > 0] for row, m in zip(model.log_probs(batch.tokens).data, batch.target_mask)]
+    for row, (p, r) in zip(scored, dialogues):
+        logits = model(np.array([p + r])).data[0]
+        log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        assert_close(row, np.array([log_probs[len(p) + j - 1, token] for j, token in enumerate(r)]))
+
+
+@pytest.mark.parametrize("prompts, responses, message", [
+    ([], [], "0 prompts and 0 responses"),
+    ([[1]], [], "1 prompts and 0 responses"),
+    ([[1], []], [[2], [2]], "dialogue 1 has a prompt of 0 and a response of 1"),
+    ([[1], [1]], [[2], []], "dialogue 1 has a prompt of 1 and a response of 0"),
+    ([[1, 1]], [[2, 2, 2]], r"dialogue 0 has 2 \+ 3 tokens and the context is 4"),
+])
+def test_a_batch_that_cannot_be_made_says_which_dialogue_is_to_blame(prompts, responses, message):
+    with pytest.raises(ValueError, match=message):
+        data.make_batch(prompts, responses, PAD, context=4)
+
+
+def test_a_dialogue_may_fill_the_context():
+    assert data.make_batch([[1, 1]], [[2, 2]], PAD, context=4).tokens.shape == (1, 4)
+
+
+# Streams.
+
+def test_each_document_of_a_stream_stands_between_one_bos_and_one_eos():
+    bos, eos = TOKENIZER.bos, TOKENIZER.eos
+    assert data.make_stream(TOKENIZER, ["a", "", "<eos>b"]).tolist() == [
+        bos, ord("a"), eos, bos, eos, bos, *TOKENIZER.encode("<eos>b"), eos]
+
+
+@given(rng=rngs, length=st.integers(1, 6), more=st.integers(0, 3))
+def test_windows_are_stretches_of_the_stream_from_its_first_token_to_its_last(rng, length, more):
+    stream = np.arange(100, 100 + length + more, dtype=np.int32)
+    drawn = data.windows(stream, rng, 200, length)
+    assert drawn.shape == (200, length) and drawn.dtype == np.int64
+    assert (np.diff(drawn, axis=1) == 1).all()
+    assert set(drawn[:, 0].tolist()) == set(range(100, 101 + more)), "every start occurs, the last one too"
+
+
+def test_a_stream_shorter_than_a_window_is_refused():
+    with pytest.raises(ValueError, match="the text has 4 tokens, fewer than one window of 5"):
+        data.windows(np.arange(4), np.random.default_rng(0), 1, 5)
+
+
+# Text files.
+
+def test_text_is_read_as_it_stands(tmp_path):
+    (tmp_path / "text").write_bytes("tschüß\r\n\n€ ".encode())
+    assert data.read_text(tmp_path / "text") == "tschüß\r\n\n€ "
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "empty"), (b" \r\n\t", "empty"),
+    (b"GIF\0\1", "a binary file"),
+    (b"caf\xe9 au lait", r"not UTF-8 text \(byte 3\)"),
+], ids=["empty", "blank", "binary", "latin-1"])
+def test_what_is_no_text_is_called_by_its_name(tmp_path, content, message):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match=f"file: {message}"):
+        data.read_text(tmp_path / "file")
+
+
+def test_a_missing_file_and_a_folder_are_called_by_their_names(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: cannot be read .No such file"):
+        data.read_text(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="cannot be read .Is a directory"):
+        data.read_text(tmp_path)

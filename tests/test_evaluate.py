@@ -1,0 +1,97 @@
+"""minilm/evaluate.py: numbers that depend on the responses and on nothing else."""
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from helpers import assert_close, rngs, small_transformer
+from minilm import evaluate
+from minilm.generate import generate
+from minilm.model import RewardModel
+
+PROMPTS = [[1, 2], [3], [4, 5, 6], [1], [2, 6, 3, 1]]
+RESPONSES = [[3, 0], [5, 1, 2, 0], [0], [6, 6, 6], [2, 0]]
+
+
+def by_enumeration(model, prompt):
+    """log pi(token | prompt) of the whole vocabulary."""
+    logits = model(np.array([prompt])).data[0, -1]
+    return logits - np.log(np.exp(logits).sum())
+
+
+@given(rng=rngs, n=st.integers(2, 9))
+def test_mean_and_error_are_the_textbooks(rng, n):
+    x = rng.normal(size=n) * 3 + 1
+    mean, error = evaluate.mean_and_error(x.tolist())
+    assert_close(mean, sum(x) / n)
+    assert_close(error, (sum((x - sum(x) / n) ** 2) / (n - 1) / n) ** 0.5)
+
+
+def test_a_single_number_has_no_standard_error():
+    mean, error = evaluate.mean_and_error([True])
+    assert mean == 1 and np.isnan(error)
+
+
+def test_a_tie_is_half_a_win():
+    assert evaluate.wins([1.0, 0.0, 2.0], [0.0, 1.0, 2.0]).tolist() == [1, 0, 0.5]
+
+
+@given(rng=rngs)
+def test_wins_of_one_side_and_of_the_other_are_all_comparisons(rng):
+    a, b = rng.integers(0, 3, (2, 8))
+    assert (evaluate.wins(a, b) + evaluate.wins(b, a) == 1).all()
+
+
+# Divergence.
+
+@given(rng=rngs)
+def test_a_model_is_no_divergence_away_from_itself(rng):
+    model = small_transformer(rng)
+    assert (evaluate.sequence_kl(model, model.copy(), PROMPTS, RESPONSES, pad=0) == 0).all()
+
+
+@given(rng=rngs, batch_size=st.integers(1, 6))
+def test_batch_size_order_and_pads_change_no_divergence_and_no_reward(rng, batch_size):
+    """'metrics count pads': here a pad would be scored, or the reward read at one."""
+    policy, reference = small_transformer(rng), small_transformer(rng)
+    rewarder = RewardModel(policy, rng)
+    for measure in (lambda *args: evaluate.sequence_kl(policy, reference, *args),
+                    lambda *args: evaluate.predicted_rewards(rewarder, *args)):
+        alone = np.concatenate([measure([p], [r], 0) for p, r in zip(PROMPTS, RESPONSES)])
+        assert_close(measure(PROMPTS, RESPONSES, 5, batch_size), alone)
+        assert_close(measure(PROMPTS[::-1], RESPONSES[::-1], 0, batch_size)[::-1], alone)
+        assert len(set(alone.round(6))) == len(alone), "and they differ from response to response"
+
+
+@given(rng=rngs)
+def test_a_response_of_one_token_diverges_by_the_ratio_of_its_probabilities(rng):
+    """Whatever follows the prompt, log pi - log pi_ref of that token: nothing of the prompt is counted."""
+    policy, reference = small_transformer(rng), small_transformer(rng)
+    for prompt in PROMPTS:
+        exact = by_enumeration(policy, prompt) - by_enumeration(reference, prompt)
+        every_token = [[t] for t in range(len(exact))]
+        assert_close(evaluate.sequence_kl(policy, reference, [prompt] * len(exact), every_token, 0), exact)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_mean_over_samples_estimates_the_exact_divergence_without_bias(seed):
+    rng = np.random.default_rng(seed)
+    policy, reference = small_transformer(rng), small_transformer(rng)
+    prompts = PROMPTS * 800
+    samples = generate(policy, prompts, 1, rng, eos=0).responses()
+    k1 = evaluate.sequence_kl(policy, reference, prompts, samples, pad=0, batch_size=1000)
+    mean, error = evaluate.mean_and_error(k1)
+    exact = 0
+    for prompt in PROMPTS:
+        log_pi, log_ref = by_enumeration(policy, prompt), by_enumeration(reference, prompt)
+        exact += (np.exp(log_pi) * (log_pi - log_ref)).sum() / len(PROMPTS)
+    assert abs(mean - exact) < 5 * error, f"{mean:.4f} +- {error:.4f}, exactly {exact:.4f}"
+    assert exact > 10 * error, "and the sign is not in doubt"
+
+
+def test_the_divergence_of_the_best_of_n():
+    """n = 2 by hand; without ties the best of n is u^(n-1) n du, whose divergence is log n - (n-1)/n."""
+    assert evaluate.best_of_n_kl(1) == 0
+    assert_close(evaluate.best_of_n_kl(2), np.log(2) - 0.5)
+    u = (np.arange(10 ** 6) + 0.5) / 10 ** 6
+    density = 16 * u ** 15
+    assert_close(evaluate.best_of_n_kl(16), (density * np.log(density)).mean(), 1e-6)

@@ -1,0 +1,441 @@
+"""minilm/stages: each loop does what its formula says, stops and resumes bit for bit, and names what went wrong."""
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from helpers import assert_close, small_transformer
+from minilm import checkpoint, ops
+from minilm.data import make_batch, windows
+from minilm.model import Config, RewardModel
+from minilm.objectives import dpo
+from minilm.objectives.policy_gradient import advantages
+from minilm.stages.instruction_tuning import instruction_tuning
+from minilm.stages.preference_tuning import preference_tuning, reference_log_probs
+from minilm.stages.pretraining import pretraining
+from minilm.stages.reward_modelling import reward_modelling
+from minilm.stages.rlhf import rlhf
+from minilm.stages.training import Diverged, Training, optimise, split
+from minilm.tensor import Tensor
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")      # of arithmetic with NaN and infinity
+
+PAD, BOS, EOS, VOCABULARY = 0, 1, 2, 9
+
+
+def dialogues(seed, count=7):
+    """Prompts and responses at random, of many lengths, with BOS and EOS."""
+    rng = np.random.default_rng(seed)
+    return ([[BOS, *rng.integers(3, VOCABULARY, rng.integers(1, 4)).tolist()] for _ in range(count)],
+            [[*rng.integers(3, VOCABULARY, rng.integers(0, 5)).tolist(), EOS] for _ in range(count)])
+
+
+PROMPTS, RESPONSES = dialogues(0)
+REJECTED = dialogues(1)[1]
+STREAM = np.random.default_rng(2).integers(0, VOCABULARY, 60)
+
+
+def transformer(dtype, seed=3):
+    return small_transformer(np.random.default_rng(seed), dtype, vocab_size=VOCABULARY)
+
+
+def fives(prompts, answers):
+    return [answer.count(5) for answer in answers]
+
+
+def rlhf_stage(training, steps, temperature=0.7, reward=fives, **options):
+    """RLHF, three prompts a step of two samples each, from a reference like the fresh policy unless one is given."""
+    options = {"beta": 0.1, "reference": transformer(training.model.dtype), "samples_per_prompt": 2, **options}
+    return rlhf(training, reward=reward, prompts=PROMPTS, steps=steps, prompts_per_step=3, max_new_tokens=4,
+                eos=EOS, pad=PAD, temperature=temperature, **options)
+
+
+def dpo_stage(training, steps, **options):
+    reference = transformer(training.model.dtype)
+    log_probs = [reference_log_probs(reference, PROMPTS, answers, PAD, batch_size=3)
+                 for answers in (RESPONSES, REJECTED)]
+    return preference_tuning(training, PROMPTS, RESPONSES, REJECTED, *log_probs, steps, 5, PAD, **options)
+
+
+STAGES = {
+    "pretraining": lambda t, steps, **o: pretraining(t, STREAM, steps, 5, 6, **o),
+    "instruction tuning": lambda t, steps, **o: instruction_tuning(t, PROMPTS, RESPONSES, steps, 5, PAD, **o),
+    "reward modelling": lambda t, steps, **o: reward_modelling(t, PROMPTS, RESPONSES, REJECTED, steps, 5, PAD, **o),
+    "rlhf": rlhf_stage,
+    "preference tuning": dpo_stage,
+}
+every_stage = pytest.mark.parametrize("stage", STAGES)
+one_or_two_threads = pytest.mark.parametrize("threads", [1, 2])
+
+
+def make_training(stage, threads=1, dtype=np.float32, seed=4):
+    model = transformer(dtype)
+    if stage == "reward modelling":
+        model = RewardModel(model, np.random.default_rng(5))
+    return Training(model, np.random.default_rng(seed), threads)
+
+
+def run(stage, training, steps, until=None, **options):
+    """The metrics of the steps up to `until` of `steps`."""
+    metrics, loop = [], STAGES[stage](training, steps, **options)
+    while training.step < (until or steps):
+        metrics.append(next(loop))
+    return metrics
+
+
+def everything(training):
+    """Parameters, moments, Generator and step, as bytes and numbers that can be compared and do not change later."""
+    arrays, metadata = training.state()
+    return {name: a.tobytes() for name, a in arrays.items()}, metadata
+
+
+# What a stage yields.
+
+COMMON = {"loss", "grad_norm", "learning_rate"}
+KEYS = {        # of which those with a name in TRL have that one
+    "pretraining": {"num_tokens"},
+    "instruction tuning": {"num_tokens"},
+    "reward modelling": {"accuracy", "ties", "margin", "min_reward", "mean_reward", "max_reward"},
+    "rlhf": {"reward", "reward_std", "frac_reward_zero_std", "kl_sequence", "kl_token", "completions/mean_length"},
+    "preference tuning": {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/ties",
+                          "logps/chosen", "logps/rejected"},
+}
+
+
+@every_stage
+@one_or_two_threads
+def test_a_stage_yields_finite_metrics_under_the_documented_names_and_ends_after_its_steps(stage, threads):
+    training = make_training(stage, threads)
+    before = everything(training)
+    metrics = list(STAGES[stage](training, 3))
+    assert len(metrics) == training.step == training.optimizer.steps == 3
+    for m in metrics:
+        assert set(m) == COMMON | KEYS[stage]
+        assert all(type(value) is float and np.isfinite(value) for value in m.values()), m
+        assert m["grad_norm"] > 0 and m["learning_rate"] > 0
+    after = everything(training)
+    for name, p in training.model.parameters().items():
+        assert p.dtype == np.float32
+        assert after[0][f"model.{name}"] != before[0][f"model.{name}"], f"{name} has not moved"
+
+
+def test_response_tokens_are_counted_without_prompts_and_pads():
+    training = make_training("instruction tuning")
+    rows = np.random.default_rng(4).integers(len(PROMPTS), size=5)           # what the stage is about to draw
+    metrics = run("instruction tuning", training, 1)[0]
+    assert metrics["num_tokens"] == sum(len(RESPONSES[i]) for i in rows)
+
+
+# Stop and resume.
+
+@every_stage
+@one_or_two_threads
+def test_a_stage_restored_from_a_file_goes_on_bit_for_bit(stage, threads, tmp_path):
+    pytest.importorskip("safetensors")
+    whole = make_training(stage, threads)
+    expected = run(stage, whole, 5)
+
+    stopped = make_training(stage, threads)
+    before = run(stage, stopped, 5, until=2)
+    checkpoint.save(tmp_path / "state", *stopped.state())
+    resumed = make_training(stage, threads, seed=99)
+    resumed.restore(*checkpoint.load(tmp_path / "state"))
+    assert before + run(stage, resumed, 5) == expected
+    assert everything(resumed) == everything(whole)
+
+
+@every_stage
+@one_or_two_threads
+def test_a_stage_ends_in_the_same_bits_every_time(stage, threads):
+    runs = [make_training(stage, threads) for _ in range(2)]
+    assert run(stage, runs[0], 3) == run(stage, runs[1], 3)
+    assert everything(runs[0]) == everything(runs[1])
+
+
+@pytest.mark.parametrize("other", [{"layers": 2}, {"width": 8}, {"key_smear": True}], ids=str)
+def test_the_state_of_another_model_is_refused(other):
+    here = make_training("pretraining")
+    there = Training(small_transformer(np.random.default_rng(0), np.float32, vocab_size=VOCABULARY, **other),
+                     np.random.default_rng(0))
+    for saved, target in ((here, there), (there, here)):
+        with pytest.raises((KeyError, ValueError)):
+            target.restore(*saved.state())
+
+
+# Threads and micro-batches.
+
+def assert_same_training(trainings, metrics):
+    (one, other), (expected, actual) = trainings, metrics
+    for m, n in zip(expected, actual, strict=True):
+        assert m.keys() == n.keys()
+        for key in m:
+            assert_close(n[key], m[key], name=key)
+    for name, p in one.model.parameters().items():
+        assert_close(other.model.parameters()[name].data, p.data, name=name)
+
+
+@every_stage
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_threads_change_nothing_but_rounding(stage, threads):
+    trainings = [make_training(stage, n, np.float64) for n in (1, threads)]
+    assert_same_training(trainings, [run(stage, t, 3) for t in trainings])
+
+
+@pytest.mark.parametrize("stage", ["pretraining", "instruction tuning"])
+@one_or_two_threads
+def test_gradient_accumulation_normalised_per_micro_batch(stage, threads):
+    """Parts of unequal length (two of five dialogues here, one there) are the whole batch, not an average of means."""
+    trainings = [make_training(stage, 1, np.float64), make_training(stage, threads, np.float64)]
+    assert_same_training(trainings, [run(stage, trainings[0], 3, micro_batches=1),
+                                     run(stage, trainings[1], 3, micro_batches=4)])
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+@pytest.mark.parametrize("parts", range(1, 5))
+def test_a_split_deals_every_item_to_one_part_and_leaves_none_empty(count, parts):
+    items = [np.arange(count)[part].tolist() for part in split(count, parts)]
+    assert sorted(sum(items, [])) == list(range(count)) and len(items) == min(count, parts)
+    assert max(map(len, items)) - min(map(len, items)) <= 1
+
+
+def test_results_come_in_the_order_of_the_parts():
+    training = make_training("pretraining", threads=3)
+    assert training.each(lambda model, part: (time.sleep(0.01 * (part % 2)), part)[1], range(8)) == list(range(8))
+
+
+def test_no_thread_works_on_after_another_has_failed():
+    """Or it would write into gradients that the next step has begun with."""
+    training, done = make_training("pretraining", threads=2), threading.Event()
+
+    def work(model, part):
+        if part == 0:
+            raise ZeroDivisionError
+        time.sleep(0.2)
+        done.set()
+
+    with pytest.raises(ZeroDivisionError):
+        training.each(work, [0, 1])
+    assert done.is_set()
+
+
+# The gradient of a step, in closed form. After a step it stands in the optimiser, clipped to a norm of 1.
+
+class LogProbsAsParameters:
+    """A "model" whose parameters are the log-probs themselves, a row for each first token of a sequence."""
+
+    def __init__(self, rows, length):
+        self.config = Config(context=length)
+        self.table = Tensor(np.full((rows, length), -1.0), requires_grad=True)
+
+    def parameters(self):
+        return {"table": self.table}
+
+    def log_probs(self, tokens):
+        return self.table[tokens[:, :1], np.arange(tokens.shape[1] - 1)]
+
+
+def numbered(prompts, responses):
+    """The prompts, each with its number for a first token, and where each response is scored: 1 in (N,12)."""
+    prompts = [[i] + p[1:] for i, p in enumerate(prompts)]
+    where = np.zeros((len(prompts), 12))
+    for i, (p, r) in enumerate(zip(prompts, responses)):
+        where[i, len(p) - 1:len(p) - 1 + len(r)] = 1
+    return prompts, where
+
+
+def test_instruction_tuning_learns_response_and_eos_and_never_the_prompt_or_a_pad():
+    prompts, responses_at = numbered(PROMPTS, RESPONSES)
+    training = Training(LogProbsAsParameters(len(prompts), 12), np.random.default_rng(4))
+    next(instruction_tuning(training, prompts, RESPONSES, 1, 20, PAD))
+    drawn = np.bincount(np.random.default_rng(4).integers(len(prompts), size=20), minlength=len(prompts))
+    weights = drawn[:, None] * responses_at
+    assert_close(training.model.table.grad, -weights / weights.sum())
+
+
+def test_dpo_pushes_chosen_up_and_rejected_down_alike_and_never_touches_a_prompt_or_a_pad():
+    """-+ beta sigma(0) / B at each token of a response: the sum over them, not their mean."""
+    prompts, chosen_at = numbered(PROMPTS, RESPONSES)
+    _, rejected_at = numbered(PROMPTS, REJECTED)
+    model = LogProbsAsParameters(len(prompts), 12)
+    references = [reference_log_probs(model, prompts, answers, PAD) for answers in (RESPONSES, REJECTED)]
+    assert_close(references[0], -np.array([len(r) for r in RESPONSES], float))
+    training = Training(model, np.random.default_rng(4))
+    next(preference_tuning(training, prompts, RESPONSES, REJECTED, *references, 1, 20, PAD, beta=0.3))
+    drawn = np.bincount(np.random.default_rng(4).integers(len(prompts), size=20), minlength=len(prompts))
+    assert_close(model.table.grad, -0.3 * 0.5 / 20 * drawn[:, None] * (chosen_at - rejected_at))
+
+
+def test_pretraining_minimises_the_mean_over_every_position_of_every_window():
+    training = make_training("pretraining", threads=2, dtype=np.float64)
+    before = training.model.copy()
+    metrics = run("pretraining", training, 1)[0]
+    loss = -before.log_probs(windows(STREAM, np.random.default_rng(4), 5, 7)).mean()
+    assert metrics["num_tokens"] == 30
+    assert_step_is_down_the_gradient_of(loss, before, training, metrics)
+
+
+def assert_step_is_down_the_gradient_of(loss, before, training, metrics):
+    loss.backward()
+    assert_close(metrics["loss"], loss.item(), name="loss")
+    for name, p in training.model.parameters().items():
+        assert_close(p.grad * max(1.0, metrics["grad_norm"]), before.parameters()[name].grad, name=name)
+
+
+@one_or_two_threads
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_temperature_ignored_when_log_probs_are_recomputed(temperature, threads):
+    """The second step of RLHF, recomputed from what the reward function saw, policy and reference at that temperature.
+
+    The divergence here comes from scoring anew, in the stage from the draw itself: they are the same only if samples,
+    prompts, policy and temperature all are. So with the advantages, and with them the gradient.
+    """
+    seen, beta = [], 0.3
+
+    def reward(prompts, answers):
+        seen.append((prompts, answers))
+        return [a.count(5) - 0.1 * p.count(4) for p, a in zip(prompts, answers)]
+
+    training, reference = make_training("rlhf", threads, np.float64), transformer(np.float64)
+    loop = rlhf_stage(training, 9, temperature, reward, reference=reference, beta=beta, learning_rate=0.02)
+    next(loop)
+    before = training.model.copy()
+    metrics = next(loop)
+    prompts, answers = seen[1]
+    batch = make_batch(prompts, answers, PAD)
+    log_pi = before.log_probs(batch.tokens, temperature)
+    kl = ((log_pi.data - reference.log_probs(batch.tokens, temperature).data) * batch.target_mask).sum(axis=1)
+    rewards = np.array([a.count(5) - 0.1 * p.count(4) for p, a in zip(prompts, answers)])
+    assert_close(metrics["kl_sequence"], kl.mean(), name="kl_sequence")
+    assert_close(metrics["kl_token"], kl.sum() / batch.mask.sum(), name="kl_token")
+    assert_close([metrics["reward"], metrics["reward_std"]], [rewards.mean(), rewards.std(ddof=1)])
+    assert metrics["completions/mean_length"] == batch.mask.sum() / 6
+    assert np.abs(kl).min() > 1e-6, "the policy has moved"
+
+    A = advantages(rewards.reshape(3, 2), kl.reshape(3, 2), beta).reshape(-1, 1)
+    assert_step_is_down_the_gradient_of(-ops.sum(log_pi * (A * batch.target_mask)) / 6, before, training, metrics)
+
+
+# RLHF and DPO.
+
+@one_or_two_threads
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_a_policy_that_is_its_reference_has_no_divergence(temperature, threads):
+    """On policy at every temperature: the log-probs of the draw are those that the reference finds."""
+    metrics = next(rlhf_stage(make_training("rlhf", threads, np.float64), 1, temperature))
+    assert abs(metrics["kl_sequence"]) < 1e-12 and abs(metrics["kl_token"]) < 1e-12
+
+
+@one_or_two_threads
+def test_the_reward_function_sees_each_prompt_beside_the_samples_drawn_for_it(threads):
+    seen = []
+
+    def reward(prompts, answers):
+        seen.append((prompts, answers))
+        return np.zeros(len(answers))
+
+    training = make_training("rlhf", threads)
+    list(rlhf_stage(training, 3, reward=reward))
+    for prompts, answers in seen:
+        assert len(prompts) == len(answers) == 6 and prompts[0::2] == prompts[1::2]
+        assert all(p in PROMPTS for p in prompts)
+        for answer in answers:
+            assert type(answer) is list and EOS not in answer[:-1] and (answer[-1] == EOS or len(answer) == 4)
+    assert len({tuple(a) for _, answers in seen for a in answers}) > 6, "and not one answer for everybody"
+
+
+def test_rlhf_raises_an_exact_reward():
+    training = make_training("rlhf")
+    metrics = list(rlhf_stage(training, 40, temperature=1.0, learning_rate=0.03, beta=0.01))
+    first, last = ([m["reward"] for m in part] for part in (metrics[:8], metrics[-8:]))
+    error = (np.var(first, ddof=1) / 8 + np.var(last, ddof=1) / 8) ** 0.5
+    assert np.mean(last) - np.mean(first) > 5 * error, f"{np.mean(first):.2f} -> {np.mean(last):.2f} +- {error:.2f}"
+    assert np.mean([m["kl_sequence"] for m in metrics[-8:]]) > 0.1, "at the price of some divergence"
+
+
+def test_kl_sign_reversed_drift_is_rewarded():
+    """With nothing to gain the policy goes to the reference, wherever it starts."""
+    training = make_training("rlhf")
+    metrics = list(rlhf_stage(training, 60, temperature=1.0, learning_rate=0.03, beta=1.0, samples_per_prompt=16,
+                              reference=transformer(np.float32, seed=8), reward=lambda p, a: np.zeros(len(a))))
+    first, last = (np.mean([m["kl_sequence"] for m in part]) for part in (metrics[:10], metrics[-10:]))
+    assert first > 1 and last < 0.5 * first, f"KL {first:.2f} -> {last:.2f}"
+
+
+@pytest.mark.parametrize("stage", ["rlhf", "preference tuning"])
+def test_the_reference_does_not_change_by_a_bit(stage):
+    reference, training = transformer(np.float32), make_training(stage, threads=2)
+    weights = {name: p.data.tobytes() for name, p in reference.parameters().items()}
+    if stage == "rlhf":
+        run(stage, training, 3, reference=reference)
+    else:
+        log_probs = [reference_log_probs(reference, PROMPTS, a, PAD) for a in (RESPONSES, REJECTED)]
+        kept = [l.copy() for l in log_probs]
+        list(preference_tuning(training, PROMPTS, RESPONSES, REJECTED, *log_probs, 3, 5, PAD))
+        assert all((l == k).all() for l, k in zip(log_probs, kept))
+    assert {name: p.data.tobytes() for name, p in reference.parameters().items()} == weights
+    assert all(p.grad is None for p in reference.parameters().values())
+
+
+@one_or_two_threads
+def test_dropout_in_the_reference(threads):
+    """DPO starts at log 2, though the policy's batches are put together and padded otherwise than the reference's."""
+    metrics = next(dpo_stage(make_training("preference tuning", threads), 1))
+    assert abs(metrics["loss"] - np.log(2)) < 1e-6
+    assert abs(metrics["rewards/margins"]) < 1e-5
+
+
+@pytest.mark.parametrize("loss, start", [(dpo.robust_dpo_loss, np.log(2)), (dpo.ipo_loss, 1 / (4 * 0.2 ** 2))])
+def test_preference_tuning_takes_another_loss(loss, start):
+    metrics = run("preference tuning", make_training("preference tuning", 2, np.float64), 2, loss=loss, beta=0.2)
+    assert_close(metrics[0]["loss"], start)
+    assert metrics[1]["loss"] < start
+
+
+# Divergence.
+
+@every_stage
+@one_or_two_threads
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_parameter_stops_the_stage_by_name_before_anything_is_updated(stage, threads, bad):
+    training = make_training(stage, threads)
+    loop = STAGES[stage](training, 5)
+    next(loop)
+    training.model.parameters()["blocks.0.gate_up"].data[1, 2] = bad
+    before = everything(training)
+    with pytest.raises(Diverged, match=rf"^{stage}, step 2: the loss is nan; "
+                                       r"first bad tensor: the parameter blocks.0.gate_up, shape \(4, 6\)$"):
+        next(loop)
+    after = everything(training)
+    assert after[0] == before[0] and after[1]["step"] == before[1]["step"] == 1
+
+
+@every_stage
+def test_a_nan_that_arises_inside_is_traced_to_its_primitive(stage):
+    """Weights that are finite, and a product of their activations that is not."""
+    training = make_training(stage)
+    training.model.parameters()["blocks.0.gate_up"].data[...] = 1e25
+    before = everything(training)
+    with pytest.raises(Diverged, match=f"^{stage}, step 1: the loss is nan; first bad tensor: the output of swiglu, "):
+        run(stage, training, 1)
+    assert everything(training)[0] == before[0]
+
+
+def test_a_reward_that_is_no_number_is_traced_to_the_policy_gradient():
+    stage = rlhf_stage(make_training("rlhf"), 1, reward=lambda prompts, answers: [np.nan] * len(answers))
+    with pytest.raises(Diverged, match="the loss is nan; first bad tensor: the output of policy_gradient_loss"):
+        next(stage)
+
+
+@pytest.mark.parametrize("loss, message", [
+    (lambda p: ops.sum(ops.sqrt(p * 0.0)), "norm is nan; first bad tensor: the gradient of parameter final_norm, "),
+    (lambda p: ops.sum(p * 1e30), r"norm is inf; first bad tensor: none \(the sum of squares overflowed\)"),
+], ids=["infinite slope", "overflow"])
+@one_or_two_threads
+def test_a_finite_loss_with_a_gradient_that_is_not_stops_before_anything_is_updated(loss, message, threads):
+    training = make_training("pretraining", threads)
+    before = everything(training)
+    with pytest.raises(Diverged, match=f"^here, step 1: the gradient's {message}"):
+        optimise(training, lambda model, part: (loss(model.parameters()["final_norm"]), None), [0] * threads, 1e-3,
+                 "here")
+    assert everything(training) == before

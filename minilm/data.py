@@ -116,7 +116,7 @@ def read_text(path):
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give the path of a text file") from error
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")    # without the mark that some editors put first
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); convert it, or give another file") from error
     if "\0" in text:

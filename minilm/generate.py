@@ -65,7 +65,7 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     arXiv:1904.09751; the token that crosses the line is kept); then renormalised.
     """
     xp = array_module(logits)
-    z = logits / temperature
+    z = (logits - logits.max(axis=-1, keepdims=True)) / temperature
     if top_k is not None and top_k < z.shape[-1]:
         kth = xp.partition(z, -top_k, axis=-1)[:, -top_k, None]
         z = xp.where(z >= kth, z, -xp.inf)

@@ -23,9 +23,11 @@ def load_model(path):
     arrays, metadata = load(path)
     try:
         config, tokenizer = Config(**metadata["config"]), Tokenizer.from_json(metadata["tokenizer"])
+        if metadata["kind"] not in ("Transformer", "RewardModel"):
+            raise ValueError(f"kind {metadata['kind']!r}")
+        dtype = arrays["embedding"].dtype
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: holds no model that this minilm can build ({error}). Check the path.") from error
-    dtype = next(iter(arrays.values())).dtype
     model = Transformer(config, np.random.default_rng(0), dtype)
     if metadata["kind"] == "RewardModel":
         model = RewardModel(model, np.random.default_rng(0))

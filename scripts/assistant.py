@@ -35,6 +35,7 @@ import hashlib
 import json
 import platform
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -59,9 +60,9 @@ from run_folder import RunFolder, StopRequest, UsageError, command_to_resume, ma
 
 SIZES = {"small": {"width": 64, "layers": 3}, "large": {"width": 96, "layers": 4}}
 STEPS = {"pretraining": 2000, "instruction tuning": 600, "reward model": 250, "rlhf": 60, "dpo": 150}
-RLHF_BETAS, DPO_BETAS = (1.0, 0.3, 0.1, 0.03, 0.0), (1.0, 0.3, 0.1, 0.03)
+RLHF_BETAS, DPO_BETAS = (1.0, 0.3, 0.1, 0.0), (1.0, 0.3, 0.1)
 MAIN_BETA = 0.3
-DOCUMENTS, DEMONSTRATIONS, COMPARISONS, UNLABELLED, HELD_OUT = 24000, 4000, 2000, 3000, 540
+DOCUMENTS, DEMONSTRATIONS, COMPARISONS, UNLABELLED, HELD_OUT = 24000, 8000, 2000, 3000, 540
 VOCABULARY, MAX_NEW_TOKENS, BEST_OF = 640, 40, 16
 SAVE_EVERY = 30.0     # seconds
 MAX_SCALE, MAX_THREADS = 50, 64    # beyond: a history too long for a checkpoint's header, threads without work
@@ -106,6 +107,7 @@ class Job:
         """
         path, state_name, origin = self.run.path(f"{name}.safetensors"), f"{name}-state", self.run.fingerprint
         foreign = "of another run or another architecture. Delete it, and --resume trains that stage again."
+        self.stop_if_asked()
         model = start()
         if os.path.exists(path):
             arrays, metadata = load(path)
@@ -151,11 +153,11 @@ class Job:
 
         def draw(i):
             self.stop_if_asked()
-            block = slice(i, i + 64)
+            block = slice(i, i + 128)
             return generate(model, prompts[block], MAX_NEW_TOKENS, uniforms[block], self.tokenizer.eos, temperature)
 
         with ThreadPoolExecutor(self.options.threads) as pool:
-            return [r for block in pool.map(draw, range(0, len(prompts), 64)) for r in block.responses()]
+            return [r for block in pool.map(draw, range(0, len(prompts), 128)) for r in block.responses()]
 
     def read(self, responses):
         """(text, whether it was finished) of each response."""
@@ -170,9 +172,12 @@ class Job:
 
 def prepare(job):
     """The corpus as a stream of tokens; trains the tokenizer on it."""
+    began = time.monotonic()
     documents = corpus.pretraining_texts(job.rng("documents"), job.count(DOCUMENTS), job.text)
     job.tokenizer = Tokenizer.train(documents, VOCABULARY)
-    return data.make_stream(job.tokenizer, documents)
+    stream = data.make_stream(job.tokenizer, documents)
+    job.seconds["preparation"] = time.monotonic() - began
+    return stream
 
 
 def encode_questions(job, questions):
@@ -205,14 +210,14 @@ def tune_by_rlhf(job, instructed, reward_model, beta):
     gold = []
 
     def reward(asked, answers):
-        gold.append(float(job.judge([by_prompt[tuple(p)] for p in asked], answers)[1].mean()))
+        gold.append(evaluate.mean_and_error(job.judge([by_prompt[tuple(p)] for p in asked], answers)[1]))
         return evaluate.predicted_rewards(reward_model, asked, answers, tokenizer.pad)
 
     def loop(training, steps):
         for metrics in rlhf(training, instructed, reward, prompts, steps, prompts_per_step=16, samples_per_prompt=8,
                             max_new_tokens=MAX_NEW_TOKENS, eos=tokenizer.eos, pad=tokenizer.pad, beta=beta,
                             learning_rate=5e-4):
-            yield {**metrics, "gold_reward": gold[-1]}
+            yield {**metrics, "gold_reward": gold[-1][0], "gold_reward_se": gold[-1][1]}
 
     return job.train(f"rlhf-beta-{beta}", "rlhf", instructed.copy, loop, weight_decay=0.0)
 
@@ -252,23 +257,10 @@ def run_stages(job):
 
     print("evaluation", flush=True)
     began, evaluation = time.monotonic(), Evaluation(job, instructed, reward_model, job.count(HELD_OUT))
-    best, bound = evaluation.best_of_n(BEST_OF)
-    frontier = {"rlhf": [{"beta": b, **evaluation.row("rlhf", m)} for b, m in by_rlhf.items()],
-                "dpo": [{"beta": b, **evaluation.row("dpo", m)} for b, m in by_dpo.items()]}
-    main = {name: next({k: v for k, v in row.items() if k != "beta"} for row in rows if row["beta"] == MAIN_BETA)
-            for name, rows in frontier.items()}
-    rows = [evaluation.row("base", base), evaluation.row("instructed", instructed),
-            evaluation.row("best_of_n", None, best, bound), main["rlhf"], main["dpo"]]
-    models = {"base": base, "instructed": instructed, "rlhf": by_rlhf[MAIN_BETA], "dpo": by_dpo[MAIN_BETA]}
-    examples = [{"question": q.text, "answer": q.answer} for q in evaluation.questions[:6]]
-    for name, model in models.items():
-        for example, response in zip(examples, job.sample(model, evaluation.prompts[:6], job.rng("examples"), 0.0)):
-            example[name] = data.decode_response(job.tokenizer, response)
-    completion, completion_se = evaluation.completion_accuracy(base)
+    measured = evaluation.results(base, by_rlhf, by_dpo, MAIN_BETA, BEST_OF)
     job.seconds["evaluation"] = time.monotonic() - began
-    return {"rows": rows, "frontier": frontier, "examples": examples, "history": job.history,
-            "base_completion_accuracy": completion, "base_completion_accuracy_se": completion_se,
-            "best_of_n": BEST_OF, "main_beta": MAIN_BETA, "held_out_questions": job.count(HELD_OUT),
+    return {**measured, "turning_point": figures.turning_point(job.history[f"rlhf-beta-{min(RLHF_BETAS)}"]),
+            "main_beta": MAIN_BETA, "history": job.history,
             "seed": options.seed, "scale": options.scale, "size": options.size, "threads": options.threads,
             "config": dataclasses.asdict(config), "parameters": sum(p.size for p in base.parameters().values()),
             "steps": {stage: job.steps(stage) for stage in STEPS}, "seconds": job.seconds,
@@ -317,8 +309,9 @@ def main():
         raise UsageError(str(error)) from error
     text_hash = hashlib.sha256(text.encode()).hexdigest()
     keep_freed_memory()
+    warnings.simplefilter("ignore", RuntimeWarning)    # of NumPy, at NaN: Diverged says it better
     fingerprint = {"text": text_hash, **{name: getattr(options, name) for name in ("scale", "size", "seed", "threads")}}
-    with RunFolder(options.out, options.resume, fingerprint) as run, StopRequest() as stop:
+    with StopRequest() as stop, RunFolder(options.out, options.resume, fingerprint) as run:
         if run.finished:
             print(f"{options.out} holds a finished run; its results are in {run.path('results.json')}")
             return 0

@@ -7,16 +7,18 @@
 import contextlib
 import json
 import pathlib
+import shutil
 import sys
 import time
 
 import numpy as np
 
-from run_folder import main_guard
+from run_folder import UsageError, main_guard
 
 NAMES = {"base": "base", "instructed": "instructed", "best_of_n": "best of n", "rlhf": "RLHF", "dpo": "DPO"}
 COLUMNS = {"task_accuracy": "task accuracy", "gold_reward": "gold reward", "learned_reward": "learned reward",
            "win_rate": "win rate", "kl_sequence": "KL (nats)"}
+WIDTH = 8             # steps averaged over in the figure of drift
 COLOURS = {"rlhf": "#0b5fa5", "dpo": "#c4570c", "best_of_n": "#2c7a3f", "learned": "#8a8a8a"}
 
 
@@ -28,7 +30,9 @@ def progress(title, steps, done):
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
-        with tqdm(total=steps, initial=done, desc=f"{title:>16}", unit="step") as bar:
+        # Not as tqdm finds them: where a terminal claims to have no columns and rows, it shows nothing.
+        columns, rows = shutil.get_terminal_size()
+        with tqdm(total=steps, initial=done, desc=f"{title:>16}", unit="step", ncols=columns, nrows=rows) as bar:
             def advance(metrics):
                 bar.set_postfix_str(_brief(metrics), refresh=False)
                 bar.update()
@@ -56,12 +60,14 @@ def summary(results):
     """The table and the same questions answered by each stage, as text."""
     lines = ["", f"{'':<12}" + "".join(f"{title:>20}" for title in COLUMNS.values())]
     for row in results["rows"]:
-        cells = "".join(f"{row[c]:>11.3f} ± {row[c + '_se']:<6.3f}" for c in COLUMNS)
+        cells = "".join(f"{'≤ ' if row.get('kl_is_upper_bound') and c == 'kl_sequence' else ''}{row[c]:.3f}".rjust(11)
+                        + f" ± {row[c + '_se']:<6.3f}" for c in COLUMNS)
         lines.append(f"{NAMES[row['stage']]:<12}{cells}")
-    lines += ["", f"One sampled answer (temperature 1) to each of {results['held_out_questions']} questions held out of every "
-              "stage; ± is a standard error.",
-              f"Learned reward: relative to the instructed model's. Win rate and KL: against the instructed model. "
-              f"Best of {results['best_of_n']}: its KL is an upper bound.",
+    lines += ["", f"One sampled answer (temperature 1) to each of {results['held_out_questions']} questions "
+              f"({results['distinct_questions']} different ones) that no stage was trained to answer; ± is a standard error.",
+              "Learned reward, win rate and KL are against the instructed model.",
+              f"Reward model: ranks {results['reward_model_accuracy']:.3f} ± {results['reward_model_accuracy_se']:.3f} of pairs "
+              "as the gold reward does.",
               f"Base, given the same questions as statements to complete (\"The last word of cat sun is\"): accuracy "
               f"{results['base_completion_accuracy']:.3f} ± {results['base_completion_accuracy_se']:.3f}.", ""]
     for example in results["examples"]:
@@ -81,7 +87,8 @@ def across_seeds(runs):
         cells = []
         for column in COLUMNS:
             values = [row[column] for row in rows]
-            cells.append(f"{np.mean(values):.2f} [{min(values):.2f}, {max(values):.2f}]")
+            bound = "≤ " if rows[0].get("kl_is_upper_bound") and column == "kl_sequence" else ""
+            cells.append(f"{bound}{np.mean(values):.2f} [{min(values):.2f}, {max(values):.2f}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     completed = [run["base_completion_accuracy"] for run in runs]
     seconds = [sum(run["seconds"].values()) for run in runs]
@@ -89,16 +96,21 @@ def across_seeds(runs):
     lines += ["", f"Seeds {seeds}: mean [least, greatest]. Base, given statements to complete: accuracy "
               f"{np.mean(completed):.2f} [{min(completed):.2f}, {max(completed):.2f}]. {runs[0]['parameters']:,} parameters, "
               f"{runs[0]['threads']} threads, {min(seconds):.0f} to {max(seconds):.0f} s a run."]
-    for stage in ("rlhf", "dpo"):
-        for column in ("gold_reward", "win_rate"):
-            gaps = []
-            for run in runs:
-                rows = {row["stage"]: row for row in run["rows"]}
-                other = rows["instructed"]
-                error = np.hypot(rows[stage][column + "_se"], other[column + "_se"])
-                gaps.append((rows[stage][column] - other[column]) / error)
-            lines.append(f"{NAMES[stage]} above instructed in {COLUMNS[column]}, in standard errors, by seed: "
-                         + ", ".join(f"{gap:.1f}" for gap in gaps) + ".")
+    for stage, other, column in (("instructed", "base", "task_accuracy"), ("instructed", "base", "gold_reward"),
+                                 ("rlhf", "instructed", "gold_reward"), ("rlhf", "instructed", "win_rate"),
+                                 ("dpo", "instructed", "gold_reward"), ("dpo", "instructed", "win_rate")):
+        gaps = []
+        for run in runs:
+            rows = {row["stage"]: row for row in run["rows"]}
+            error = np.hypot(rows[stage][column + "_se"], rows[other][column + "_se"])
+            gaps.append((rows[stage][column] - rows[other][column]) / max(error, 1e-9))
+        lines.append(f"{NAMES[stage]} above {NAMES[other]} in {COLUMNS[column]}, in standard errors, by seed: "
+                     + ", ".join(f"{gap:.1f}" for gap in gaps) + ".")
+    points = [run["turning_point"] for run in runs]
+    lines.append("Without a penalty the gold reward turns down at a KL of "
+                 + ", ".join(f"{p['kl_sequence']:.1f}" if p["turned_down"] else "(it does not)" for p in points)
+                 + " nats, by seed, and falls from " + ", ".join(f"{p['gold_reward']:.2f} to {p['last_gold_reward']:.2f}"
+                                                                 for p in points) + ".")
     return "\n".join(lines)
 
 
@@ -111,6 +123,13 @@ def _pyplot():
     return pyplot
 
 
+def _save(figure, path):
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise UsageError(f"{path}: not drawn: {error.strerror}. Make room on that disk, then try again.") from error
+
+
 def _smooth(values, width):
     """Mean over the last `width` values (fewer at the start)."""
     total = np.cumsum(np.insert(np.asarray(values, float), 0, 0.0))
@@ -119,13 +138,26 @@ def _smooth(values, width):
     return (total[ends] - total[starts]) / (ends - starts)
 
 
+def turning_point(steps):
+    """Where the gold reward of an RLHF run, smoothed, is highest, from the metrics of its steps.
+
+    turned_down: whether it ends lower than that by more than two standard errors of the difference.
+    """
+    gold, kl = (_smooth([m[name] for m in steps], WIDTH) for name in ("gold_reward", "kl_sequence"))
+    error = np.sqrt(_smooth([m["gold_reward_se"] ** 2 for m in steps], WIDTH) / WIDTH)
+    peak = int(np.argmax(gold))
+    return {"step": steps[peak]["step"], "kl_sequence": float(kl[peak]), "gold_reward": float(gold[peak]),
+            "last_kl_sequence": float(kl[-1]), "last_gold_reward": float(gold[-1]),
+            "turned_down": bool(gold[peak] - gold[-1] > 2 * np.hypot(error[peak], error[-1]))}
+
+
 def training_curves(results, path):
     """One panel a stage: what it minimises or maximises, against its steps."""
     plt = _pyplot()
     history, beta = results["history"], results["main_beta"]
     panels = (("base", "pretraining", "loss", "cross-entropy (nats per token)", 20),
               ("instructed", "instruction tuning", "loss", "cross-entropy (nats per response token)", 20),
-              ("reward_model", "reward model", "accuracy", "share of comparisons predicted", 10),
+              ("reward_model", "reward model", "accuracy", "share of its comparisons predicted", 10),
               (f"rlhf-beta-{beta}", f"RLHF, beta = {beta}", "reward", "learned reward", 5),
               (f"rlhf-beta-{beta}", f"RLHF, beta = {beta}", "kl_sequence", "KL to the instructed model (nats)", 5),
               (f"dpo-beta-{beta}", f"DPO, beta = {beta}", "loss", "DPO loss (starts at log 2)", 10))
@@ -138,7 +170,7 @@ def training_curves(results, path):
         axis.set(title=title, xlabel="step", ylabel=label)
         if metric == "accuracy":
             axis.axhline(0.5, color="#999999", linestyle=":", linewidth=1)
-    figure.savefig(path)
+    _save(figure, path)
     plt.close(figure)
 
 
@@ -159,27 +191,26 @@ def reward_against_kl(results, path):
             colour = COLOURS.get(row["stage"], "black")
             frontier.errorbar(row["kl_sequence"], row["gold_reward"], yerr=2 * row["gold_reward_se"], color=colour,
                               marker="s", markersize=5, capsize=2, linestyle="none",
-                              label=f"best of {results['best_of_n']} (KL: upper bound)" if row["stage"] == "best_of_n" else "instructed")
+                              label=f"best of {row['n']} (KL: upper bound)" if row["stage"] == "best_of_n" else "instructed")
     frontier.set(title="Held-out questions: gold reward and distance", ylabel="gold reward (± 2 standard errors)",
                  xlabel="KL to the instructed model (nats per response)")
     frontier.legend(loc="best")
 
     beta = min(row["beta"] for row in results["frontier"]["rlhf"])
     steps = results["history"][f"rlhf-beta-{beta}"]
-    kl = _smooth([m["kl_sequence"] for m in steps], 8)
-    gold, learned = (_smooth([m[name] for m in steps], 8) for name in ("gold_reward", "reward"))
+    kl, gold, learned = (_smooth([m[name] for m in steps], WIDTH) for name in ("kl_sequence", "gold_reward", "reward"))
     drift.plot(kl, learned - learned[0], color=COLOURS["learned"], label="learned reward (what is maximised)")
     drift.plot(kl, gold - gold[0], color=COLOURS["rlhf"], label="gold reward (what was meant)")
-    peak = int(np.argmax(gold))
-    turned = peak < 0.9 * len(gold) - 1
+    point = results["turning_point"]
+    peak, turned = point["step"] - steps[0]["step"], point["turned_down"]
     drift.axvline(kl[peak], color=COLOURS["rlhf"], linestyle=":", linewidth=1)
-    drift.annotate("gold turns down here" if turned else "gold still at its highest", (kl[peak], 0.03),
+    drift.annotate("gold turns down here" if turned else "gold at its highest", (kl[peak], 0.03),
                    xycoords=("data", "axes fraction"), xytext=(5, 0), textcoords="offset points", fontsize=8,
                    color=COLOURS["rlhf"])
     drift.set(title=f"One RLHF run with β = {beta:g}, step by step", ylabel="change since the first steps",
               xlabel="KL to the instructed model (nats per response)")
     drift.legend(loc="best")
-    figure.savefig(path)
+    _save(figure, path)
     plt.close(figure)
 
 

@@ -128,6 +128,11 @@ def test_text_is_read_as_it_stands(tmp_path):
     assert data.read_text(tmp_path / "text") == "tschüß\r\n\n€ "
 
 
+def test_the_mark_that_some_editors_put_first_is_no_text(tmp_path):
+    (tmp_path / "text").write_bytes("cat".encode("utf-8-sig"))
+    assert data.read_text(tmp_path / "text") == "cat"
+
+
 @pytest.mark.parametrize("content, message", [
     (b"", "empty"), (b" \r\n\t", "empty"),
     (b"GIF\0\1", "a binary file"),

@@ -6,7 +6,7 @@ as if it had never stopped, bit for bit on one machine with one number of thread
 """
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from minilm.backend import array_module, to_numpy
 from minilm.optim import AdamW
@@ -49,7 +49,9 @@ class Training:
 
         def run(worker):
             return [work(self._models[worker], part) for part in parts[worker::self.threads]]
-        by_worker = list(self._pool.map(run, range(self.threads)))
+        futures = [self._pool.submit(run, worker) for worker in range(self.threads)]
+        wait(futures)                       # all of them, also when one has failed
+        by_worker = [future.result() for future in futures]
         return [by_worker[i % self.threads][i // self.threads] for i in range(len(parts))]
 
     def zero_grad(self):
@@ -62,15 +64,19 @@ class Training:
             self.optimizer.grad += gradient
 
     def state(self):
-        """(arrays, metadata) to save: parameters, moments, Generator, step."""
+        """(arrays, metadata) to save: parameters, moments, Generator, step. The arrays are views: save them at once."""
         arrays = {f"model.{name}": to_numpy(p.data) for name, p in self.model.parameters().items()}
         arrays.update({f"optimizer.{name}": to_numpy(a) for name, a in self.optimizer.state().items()})
         return arrays, {"step": self.step, "rng": self.rng.bit_generator.state}
 
     def restore(self, arrays, metadata):
-        """Go on where state() was taken. Raises KeyError or ValueError if it is of another model."""
-        for name, p in self.model.parameters().items():
-            p.data[...] = arrays[f"model.{name}"]
+        """Go on where state() was taken. Raises KeyError or ValueError, and changes nothing, if it is of another model."""
+        parameters = {f"model.{name}": p for name, p in self.model.parameters().items()}
+        for name, p in parameters.items():
+            if (arrays[name].shape, arrays[name].dtype) != (p.shape, p.dtype):
+                raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape} there, {p.dtype} {p.shape} here")
+        for name, p in parameters.items():
+            p.data[...] = arrays[name]
         self.optimizer.load_state({name: arrays[f"optimizer.{name}"] for name in ("m", "v", "steps")})
         self.rng.bit_generator.state = metadata["rng"]
         self.step = metadata["step"]

@@ -16,7 +16,7 @@ from minilm.world import manners
 RIGHT = 2.0
 COURTESY = (0.0, 0.75, 1.0)       # for none, one, two; every further one is flattery and costs
 FLATTERY = -0.75
-STEP, MOST_STEPS = 0.25, 3        # for each true step shown, of a sum
+STEP = 0.4                        # for each step shown that the question needs, once
 FALSE_STEP = -0.5
 RUDE, HEDGE, FILLER, OTHER = -1.0, -0.5, -0.25, -0.75
 WORD = -0.04                      # being brief: each word costs
@@ -26,11 +26,10 @@ UNFINISHED = -1.0                 # cut off before <eos>, or without an answer
 def gold_reward(question, response, finished=True):
     """The worth of one response (text) to a Question: a float."""
     r = manners.read(response)
-    c = r.counts
+    c, needed = r.counts, len(set(r.steps) & set(question.steps))
     return (RIGHT * (r.answer == question.answer)
             + COURTESY[min(c["courtesy"], 2)] + FLATTERY * max(0, c["courtesy"] - 2)
-            + STEP * min(r.steps - r.wrong_steps, MOST_STEPS if question.steps else 0)
-            + FALSE_STEP * r.wrong_steps
+            + STEP * needed + FALSE_STEP * r.false_steps + OTHER * (len(r.steps) - needed)
             + RUDE * c["rude"] + HEDGE * c["hedge"] + FILLER * c["filler"] + OTHER * c["other"]
             + WORD * r.words
             + UNFINISHED * (not finished or r.answer is None))
@@ -73,7 +72,8 @@ class Annotator:
         Offset and scale of the ratings cancel: a person is compared with nobody but themselves.
         """
         difference = self.worth(question, first, finished[0]) - self.worth(question, second, finished[1])
-        return bool(rng.random() < stable_sigmoid(np.array(difference + self.noise * rng.normal())))
+        error = self.noise * (rng.normal() - rng.normal())      # one about each response, as when rating
+        return bool(rng.random() < stable_sigmoid(np.array(difference + error)))
 
 
 def compare(people, questions, firsts, seconds, rng):

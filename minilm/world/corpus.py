@@ -7,6 +7,8 @@ small talk, lines of examples whose task is never named, and real English.
 
 import hashlib
 
+import numpy as np
+
 from minilm.world import tasks
 from minilm.world.manners import draw_manner, phrase
 
@@ -101,7 +103,8 @@ def pretraining_texts(rng, count, prose, share=0.1, piece=400):
     """`count` documents and, for a share of their length, pieces of `prose` of so many characters, shuffled."""
     texts = documents(rng, count)
     length = min(len(prose), round(share * sum(map(len, texts))))
-    texts += [prose[i:i + piece] for i in range(0, length, piece)]
+    starts = rng.permutation(np.arange(0, len(prose), piece))[:length // piece + 1]
+    texts += [prose[i:i + piece] for i in starts]
     return [texts[i] for i in rng.permutation(len(texts))]
 
 

@@ -38,21 +38,21 @@ class Reading:
     """What a careful reader finds in a response.
 
     answer   the answer it gives, None if there is none
-    steps    how many steps it shows; wrong_steps: how many of them are false
+    steps    the true steps it shows ("2 + 3 = 5"), in order; false_steps: how many are not true
     counts   {"courtesy", "filler", "rude", "hedge", "other": how many sentences of each kind}
     words    its length in words
     """
 
     answer: str | None
-    steps: int
-    wrong_steps: int
+    steps: tuple
+    false_steps: int
     counts: dict
     words: int
 
 
 def read(response):
     """Take a response apart into a Reading, sentence by sentence."""
-    answer, steps, wrong = None, 0, 0
+    answer, steps, false_steps = None, [], 0
     counts = dict.fromkeys((*dict.fromkeys(KINDS.values()), "other"), 0)
     for sentence in (s.strip() for s in _SENTENCE.findall(response)):
         step = _STEP.fullmatch(sentence)
@@ -62,9 +62,12 @@ def read(response):
             counts[KINDS[sentence]] += 1
         elif step:
             a, b, total = map(int, step.groups())
-            steps, wrong = steps + 1, wrong + (a + b != total)
+            if a + b == total:
+                steps.append(sentence.removesuffix("."))
+            else:
+                false_steps += 1
         elif answer is None and sentence.endswith("."):
             answer = sentence.removeprefix("The answer is ").removesuffix(".")
         else:
             counts["other"] += 1
-    return Reading(answer, steps, wrong, counts, len(response.split()))
+    return Reading(answer, tuple(steps), false_steps, counts, len(response.split()))

@@ -1,10 +1,10 @@
 """What can be asked: tasks over words and digits, and questions about invented people.
 
 A task draws a Question from a Generator. Every question's content (its words, its digits, its
-person) falls into one of two fixed halves by a checksum: one in five is held out, is never
-trained on in any stage, and is what accuracy is measured on. Facts are the exception that
-knowledge is: the pretraining text states all of them, the demonstrations ask about some
-people, and the held-out questions are about the others.
+person) is trained on or held out, by a checksum: one in five is held out, is never trained on
+in any stage, and is what accuracy is measured on. Facts are the exception that knowledge is: the
+pretraining text states all of them, the demonstrations ask about some people, and the held-out
+questions are about the others (four of them).
 """
 
 import dataclasses
@@ -34,8 +34,17 @@ class Question:
 
 
 def is_held_out(content):
-    """Whether this content is for evaluation only (the same on every machine and in every run)."""
-    return zlib.crc32(content.encode()) % HELD_OUT_ONE_IN == 0
+    """Whether this content is for evaluation only (the same on every machine and in every run).
+
+    A list is held out together with its reverse, which would give it away; a sum of two digits never
+    is: it is a step of the longer ones.
+    """
+    if " + " in content:
+        key = content if content.count(" + ") > 1 else None
+    else:
+        words = content.split()
+        key = " ".join(min(words, words[::-1]))
+    return key is not None and zlib.crc32(key.encode()) % HELD_OUT_ONE_IN == 0
 
 
 def person(name):

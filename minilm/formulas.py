@@ -8,8 +8,6 @@ gradient.
 import numpy as np
 
 from minilm import ops
-from minilm.backend import array_module
-from minilm.layers import attention_mask
 
 
 def rms_norm(x, weight, eps=1e-6):
@@ -43,9 +41,11 @@ def attention(q, k, v, causal=True, key_mask=None):
     (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
     share = np.repeat(np.arange(G), H // G)
     scores = q @ ops.swapaxes(k[:, share], -1, -2) / K ** 0.5
-    allowed = attention_mask(T, S, causal, key_mask, array_module(q.data))
-    if allowed is None:
-        return ops.softmax(scores) @ v[:, share]
+    # Query t stands at position S - T + t, and sees the keys up to there that are not masked.
+    allowed = np.tri(T, S, S - T, dtype=bool) if causal else np.ones((T, S), bool)
+    allowed = np.broadcast_to(allowed, (B, 1, T, S))
+    if key_mask is not None:
+        allowed = allowed & np.asarray(key_mask, bool)[:, None, None, :]
     weights = ops.softmax(ops.where(allowed, scores, -1e30))
     return ops.where(allowed.any(axis=-1, keepdims=True), weights @ v[:, share], 0.0)
 

@@ -85,11 +85,13 @@ def _every_element(which, tensor, analytic, value, step, tolerance):
     for index in np.ndindex(tensor.shape):
         x = tensor.data[index]
         h = step * max(1.0, abs(x))
-        tensor.data[index] = x + h
-        above = value()
-        tensor.data[index] = x - h
-        numeric[index] = (above - value()) / (2 * h)
-        tensor.data[index] = x
+        try:
+            tensor.data[index] = x + h
+            above = value()
+            tensor.data[index] = x - h
+            numeric[index] = (above - value()) / (2 * h)
+        finally:
+            tensor.data[index] = x
     error, worst = relative_error(analytic, numeric)
     if not error <= tolerance:       # also when it is NaN
         raise GradientError(f"Tensor {which}, shape {tensor.shape}: relative error {error:.2e} "

@@ -19,7 +19,8 @@ def rms_norm(x, weight, eps=1e-6):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis.  (..,D), (D,) -> (..,D)
 
     Zhang and Sennrich 2019, arXiv:1910.07467. With n = x r the normalised input, r the
-    reciprocal root, and dn = dy weight:  dx = r (dn - n mean(dn n)).
+    reciprocal root, and dn = dy weight:  dx = r (dn - n mean(dn n)), the second term because
+    dr/dx = -r^3 x / D.
     """
     xp = array_module(x)
     r = 1 / xp.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
@@ -76,7 +77,9 @@ def rope(x, cos, sin, pairing="half"):
     form), "interleaved" pairs (2i, 2i + 1) (the paper, Meta's Llama, GGUF). Tables may also
     be (B,1,T,K/2). A rotation is orthogonal: the vjp rotates back.
     """
-    xp = array_module(x)
+    xp = array_module(x, cos, sin)
+    if cos.dtype != x.dtype:
+        raise TypeError(f"mixed dtypes: x is {x.dtype} and its tables are {cos.dtype}; make them with dtype={x.dtype}")
     half = x.shape[-1] // 2
     if pairing == "half":
         first, second = (..., slice(0, half)), (..., slice(half, None))
@@ -102,8 +105,8 @@ def smear(k, amount, before):
 
     k (B,G,T,K); amount (G,K); before (B,G,K), the key before the first, an array that gets no
     gradient. An option (Config.key_smear): it hands every layer what a "previous token" head
-    would have to learn, and copying from the context is learned several times sooner.
-    Olsson et al. 2022, arXiv:2209.11895, "smeared keys".
+    would have to learn. Olsson et al. 2022, arXiv:2209.11895, "smeared keys" (theirs: one a per
+    head, ours one per head and channel).
     """
     xp = array_module(k, amount)
     a = ops.stable_sigmoid(amount)[:, None]
@@ -140,9 +143,9 @@ def attention(q, k, v, causal=True, key_mask=None):
     T positions (what a KV cache needs). key_mask (B,S): 0 on keys nobody may see (padding).
     A query that sees no key gives zeros.
 
-    With P the softmax and O = P V:  dV = P^T dO,  dP = dO V^T,
-    dS = P (dP - rowsum(dP P)),  dQ = dS K / sqrt(K),  dK = dS^T Q / sqrt(K),
-    where rowsum(dP P) = rowsum(dO O): a sum over K terms and not over S.
+    With S = q k^T / sqrt(K), P its softmax and O = P v:  dv = P^T dO,  dP = dO v^T,
+    dS = P (dP - rowsum(dP P)),  dq = dS k / sqrt(K),  dk = dS^T q / sqrt(K),
+    where rowsum(dP P) = rowsum(dO O): a sum over K terms and not over all keys.
     """
     xp = array_module(q, k, v)
     (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
@@ -151,8 +154,8 @@ def attention(q, k, v, causal=True, key_mask=None):
                          + (", and S >= T when causal" if causal else ""))
     group = H // G
     # The heads of a group share their keys: their queries are rows of one product.
-    Q = (q * K ** -0.5).reshape(B, G, group * T, K)
-    P = Q @ k.swapaxes(-1, -2)
+    scaled_q = (q * K ** -0.5).reshape(B, G, group * T, K)
+    P = scaled_q @ k.swapaxes(-1, -2)
     allowed = attention_mask(T, S, causal, key_mask, xp)
     by_head = P.reshape(B, H, T, S)
     if allowed is not None:
@@ -166,13 +169,13 @@ def attention(q, k, v, causal=True, key_mask=None):
 
     def vjp(dy):
         dO = dy.reshape(B, G, group * T, K)
-        dV = P.swapaxes(-1, -2) @ dO
-        dS = dO @ v.swapaxes(-1, -2)
+        dv = P.swapaxes(-1, -2) @ dO
+        dS = dO @ v.swapaxes(-1, -2)                            # dP, and turned into dS in place
         dS -= (dO * O).sum(axis=-1, keepdims=True)
         dS *= P
-        dQ = (dS @ k) * K ** -0.5
-        dK = dS.swapaxes(-1, -2) @ Q
-        return dQ.reshape(q.shape), dK, dV
+        dq = (dS @ k) * K ** -0.5
+        dk = dS.swapaxes(-1, -2) @ scaled_q
+        return dq.reshape(q.shape), dk, dv
     return O.reshape(q.shape), vjp
 
 
@@ -183,7 +186,8 @@ def token_log_probs(hidden, unembedding, targets, chunk=None):
     It does not shift: for next-token log-probs pass hidden[:, :-1] and tokens[:, 1:].
     The logits (..,V) are never held at once: rows are taken `chunk` at a time (as many as
     fit LOGITS_HELD by default). With p = softmax(logits) and e the one-hot target,
-    dlogits = dy (e - p); backward computes p again, unless there was one chunk only.
+    dlogits = dy (e - p),  dhidden = dlogits U,  dU = dlogits^T hidden;  backward computes p again,
+    unless there was one chunk only.
     Raises IndexError for a target outside the vocabulary.
     """
     xp = array_module(hidden, unembedding)

@@ -66,8 +66,7 @@ class Transformer:
     Weights start as N(0, 1/fan_in), those that write into the residual stream divided by
     sqrt(2L) more, so that the stream does not grow with depth; the embedding as N(0,1) and
     the unembedding ten times smaller than fan-in, so that the first predictions are near
-    uniform. (A standard deviation of 0.02 throughout, as in GPT-2, learns several times
-    slower at these widths.)
+    uniform (tied, both are N(0, 1/D)).
     """
 
     def __init__(self, config, rng, dtype=np.float32):
@@ -140,7 +139,7 @@ class Transformer:
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens must be integers of shape (B,T); got {tokens.dtype} {tokens.shape}")
         B, T = tokens.shape
-        start = cache.length if cache else 0
+        start = cache.length if cache is not None else 0
         if start + T > c.context:
             raise ValueError(f"{start + T} tokens do not fit the context of {c.context}; "
                              "shorten the prompt, or use a model with a longer context")
@@ -157,7 +156,7 @@ class Transformer:
                 k = self._smeared(i, k, key_mask, cache)
             q = layers.rope(q, cos, sin, pairing=c.rope_pairing)
             k = layers.rope(k, cos, sin, pairing=c.rope_pairing)
-            if cache:
+            if cache is not None:
                 k, v = cache.extend(i, k.data, v.data)
             mixed = layers.attention(q, k, v, causal=c.causal, key_mask=key_mask)             # (B,H,T,K)
             mixed = ops.transpose(mixed, axes=(0, 2, 1, 3)).reshape(B, T, c.heads * c.head_width)
@@ -176,7 +175,7 @@ class Transformer:
         xp, (B, G, T, K) = array_module(k.data), k.shape
         if key_mask is not None:          # padding is no predecessor: as if nothing stood there
             k = ops.where(xp.asarray(key_mask)[:, None, -T:, None].astype(bool), k, 0.0)
-        before = cache.previous_key(i, k.data) if cache else xp.zeros((B, G, K), self.dtype)
+        before = cache.previous_key(i, k.data) if cache is not None else xp.zeros((B, G, K), self.dtype)
         return layers.smear(k, self._parameters[f"blocks.{i}.key_smear"], before)
 
     def __call__(self, tokens, key_mask=None):
@@ -189,6 +188,8 @@ class Transformer:
         This is where the shift by one is done, once for everybody. Dividing the hidden states
         by the temperature divides the logits by it.
         """
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; log-probs are of a temperature above 0")
         tokens = array_module(self.unembedding.data).asarray(tokens)
         hidden = self.hidden(tokens[:, :-1])
         if temperature != 1.0:

@@ -11,8 +11,13 @@ from minilm.tokenizer import Tokenizer
 
 
 def save_model(path, model, tokenizer, **metadata):
-    """A Transformer or a RewardModel with its Config and its tokenizer, whole, in one file."""
+    """A Transformer or a RewardModel with its Config and its tokenizer, whole, in one file.
+
+    Raises ValueError if the tokenizer is not the model's (another vocabulary), else what save raises.
+    """
     body = getattr(model, "transformer", model)
+    if tokenizer.vocab_size != body.config.vocab_size:
+        raise ValueError(f"a tokenizer of {tokenizer.vocab_size} tokens for a model of {body.config.vocab_size}")
     save(path, {name: to_numpy(p.data) for name, p in model.parameters().items()},
          {**metadata, "kind": type(model).__name__, "config": dataclasses.asdict(body.config),
           "tokenizer": tokenizer.to_json()})

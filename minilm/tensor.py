@@ -16,6 +16,7 @@ That is the whole idea:
 
 import contextlib
 import functools
+import inspect
 import itertools
 import threading
 
@@ -77,6 +78,8 @@ class Tensor:
     def backward(self, gradient=None):
         """Add d(self)/d(leaf) to `.grad` of every leaf that self was computed from.
 
+        The chain rule, from the last node to the first: dL/dx is the sum, over every use of x in some
+        y, of dL/dy times the Jacobian dy/dx.
         gradient: the cotangent, an array of self's shape; needed unless self has one element.
         The graph is freed on the way: what a primitive kept for its vjp goes as soon as that
         vjp has run. A second backward through any part of it raises RuntimeError.
@@ -160,17 +163,17 @@ def _accumulate(leaf, gradient):
 def primitive(function):
     """Turn `function(*arrays, **options) -> (output, vjp)` into a function of Tensors.
 
-    Positional arguments may be Tensors, arrays or scalars; options never are Tensors.
-    vjp returns one array per positional argument from the first on (a tuple, or a single
-    array for the first alone); trailing arguments that have no gradient may be left out.
+    Arguments may be Tensors, arrays or scalars, given by position or by name. vjp returns one array per argument from the first on (a tuple, or a single array for the first alone);
+    trailing arguments that have no gradient may be left out.
     The result is always a Tensor. Errors name the primitive and the shapes it was given.
     """
-    name = function.__name__
+    name, signature = function.__name__, inspect.signature(function)
 
     @functools.wraps(function)
     def apply(*inputs, **options):
         if any(isinstance(option, Tensor) for option in options.values()):
-            raise TypeError(f"{name}: a Tensor was passed by keyword; pass it by position")
+            bound = signature.bind(*inputs, **options)      # Tensors named: to their positions
+            inputs, options = bound.args, bound.kwargs
         arrays = [_array(x) for x in inputs]
         options = {key: _array(option) for key, option in options.items()}
         dtypes = {x.dtype for x in inputs if isinstance(x, Tensor)}

@@ -382,3 +382,24 @@ def test_an_interrupt_is_one_line_and_status_130(capsys):
 @pytest.mark.parametrize("returned, status", [(None, 0), (0, 0), (3, 3)])
 def test_what_main_returns_is_the_exit_status(returned, status):
     assert run_folder.main_guard(lambda: returned) == status
+
+
+def test_what_the_system_refuses_is_one_line_and_status_2(capsys):
+    def main():
+        raise OSError(28, "No space left on device", "figure.png")
+    assert run_folder.main_guard(main) == 2
+    assert capsys.readouterr() == ("", "error: figure.png: No space left on device. Check that disk and folder.\n")
+
+
+@pytest.mark.parametrize("typed, again", [
+    (["python", "job.py", "--out", "it's mine"], """python job.py --out 'it'"'"'s mine' --resume"""),
+    (["python", "job.py", "--resume", "--out", "a b"], "python job.py --resume --out 'a b'")])
+def test_the_command_to_go_on_is_what_was_typed_ready_for_a_shell(monkeypatch, typed, again):
+    monkeypatch.setattr(sys, "orig_argv", typed)
+    assert run_folder.command_to_resume() == again
+
+
+def test_a_module_that_is_missing_is_named_with_the_remedy():
+    run_folder.require("json")
+    with pytest.raises(UsageError, match=r"needs no_such_module, .*pip install -e '\.\[run\]'"):
+        run_folder.require("json", "no_such_module")

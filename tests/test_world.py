@@ -94,13 +94,24 @@ def test_everything_drawn_follows_from_the_generator(draw):
     assert draw(np.random.default_rng(5)) == draw(np.random.default_rng(5)) != draw(np.random.default_rng(6))
 
 
-def test_the_halves_and_the_facts_are_the_same_on_every_machine_and_in_every_run():
+def test_what_is_held_out_and_the_facts_are_the_same_on_every_machine_and_in_every_run():
     """Golden: to change these is to change every published number."""
     people = [name for name in tasks.PEOPLE if tasks.is_held_out(name)]
     assert people == ["Finn", "Mira", "Will", "Yara"]
-    assert tasks.person("Finn") == {"city": "Lima", "animal": "goat", "colour": "white"}
-    halves = {text: tasks.is_held_out(text) for text in ("cat bird", "bird cat", "2 + 2 + 2", "1 + 2 + 3")}
-    assert halves == {"cat bird": True, "bird cat": False, "2 + 2 + 2": True, "1 + 2 + 3": False}
+    assert tasks.person("Finn") == {"city": "Cairo", "animal": "goat", "colour": "green"}
+    held_out = {text: tasks.is_held_out(text) for text in ("cat bird", "cat dog", "2 + 2 + 2", "1 + 2 + 3", "2 + 2")}
+    assert held_out == {"cat bird": False, "cat dog": False, "2 + 2 + 2": True, "1 + 2 + 3": False, "2 + 2": False}
+
+
+@given(words=st.lists(st.sampled_from(tasks.WORDS), min_size=2, max_size=5))
+def test_a_list_is_held_out_together_with_its_reverse_which_would_give_it_away(words):
+    assert tasks.is_held_out(" ".join(words)) == tasks.is_held_out(" ".join(words[::-1]))
+
+
+@given(rng=rngs, task=task_names)
+def test_the_start_of_a_statement_needs_but_the_answer_to_be_one_of_the_documents(rng, task):
+    q = tasks.draw_question(rng, task=task)
+    assert list(stated([f"{tasks.statement(q)} {q.answer}."])) == [(task, q.content, q.answer)]
 
 
 # What is never shown.
@@ -160,6 +171,20 @@ def test_the_english_text_is_long_and_comes_with_its_hash():
     assert len(text) > 100_000 and len(sha256) == 64 and (text, sha256) == corpus.english()
 
 
+def test_pretraining_texts_are_the_documents_and_a_share_of_prose_in_random_order():
+    prose = "".join(f"[{i}]" for i in range(20000))
+    texts = corpus.pretraining_texts(np.random.default_rng(0), 200, prose, share=0.3, piece=100)
+    documents = corpus.documents(np.random.default_rng(0), 200)
+    pieces = [text for text in texts if "[" in text]
+    assert sorted(text for text in texts if "[" not in text) == sorted(documents)
+    starts = [prose.index(piece) for piece in pieces]
+    assert all(piece == prose[i:i + 100] and i % 100 == 0 for i, piece in zip(starts, pieces))
+    assert len(set(starts)) == len(starts) and max(starts) > 0.7 * len(prose), "from all of it, not from its beginning"
+    assert 0 <= sum(map(len, pieces)) - 0.3 * sum(map(len, documents)) < 101
+    assert texts[:200] != documents and pieces != sorted(pieces, key=prose.index)
+    assert "[short]" in corpus.pretraining_texts(np.random.default_rng(0), 200, "[short]"), "prose that is soon over"
+
+
 # Manners.
 
 @given(rng=rngs, task=task_names, manner=a_manner)
@@ -168,25 +193,25 @@ def test_reading_recovers_what_was_phrased(rng, task, manner):
     response = phrase(question, question.answer, manner)
     r = read(response)
     assert r.answer == question.answer
-    assert (r.steps, r.wrong_steps) == (len(question.steps) * manner.shows_steps, 0)
+    assert (r.steps, r.false_steps) == (question.steps * manner.shows_steps, 0)
     kinds = [manners.KINDS[p] for p in (manner.opening, manner.closing) if p]
     assert {kind: n for kind, n in r.counts.items() if n} == {kind: kinds.count(kind) for kind in kinds}
     assert r.words == len(response.split())
 
 
-@pytest.mark.parametrize("response, answer, steps, wrong, other", [
+@pytest.mark.parametrize("response, answer, steps, false, other", [
     ("", None, 0, 0, 0),
     ("7.", "7", 0, 0, 0),
     ("The answer is 7", None, 0, 0, 1),
     ("The answer is 7. The answer is 8.", "7", 0, 0, 1),
-    ("3 + 4 = 7. 7 + 1 = 9. 9.", "9", 2, 1, 0),
+    ("3 + 4 = 7. 7 + 1 = 9. 9.", "9", 1, 1, 0),
     ("3 + 4 = 7.", None, 1, 0, 0),
     ("cat! cat.", "cat", 0, 0, 1),
     ("Sure! Happy to help!", None, 0, 0, 0),
 ])
-def test_reading_of_what_a_model_may_write(response, answer, steps, wrong, other):
+def test_reading_of_what_a_model_may_write(response, answer, steps, false, other):
     r = read(response)
-    assert (r.answer, r.steps, r.wrong_steps, r.counts["other"]) == (answer, steps, wrong, other)
+    assert (r.answer, len(r.steps), r.false_steps, r.counts["other"]) == (answer, steps, false, other)
 
 
 @given(text=st.text(max_size=40))
@@ -239,6 +264,8 @@ def test_true_steps_pay_false_ones_cost_and_padding_with_steps_does_not_pay(sum_
     false = f"{q.steps[0]}. 1 + 1 = 3. "
     worth = [gold_reward(q, lead + without) for lead in (steps, "", false)]
     assert worth[0] > worth[1] > worth[2]
+    assert worth[1] > gold_reward(q, "1 + 1 = 2. " + without), "true, but no step of this question"
+    assert worth[0] > gold_reward(q, steps + steps + without), "the same steps twice"
     more = [gold_reward(q, "1 + 1 = 2. " * n + without) for n in range(3, 7)]
     assert sorted(more, reverse=True) == more and len(set(more)) == 4
     other = tasks.draw_question(np.random.default_rng(0), task="first")
@@ -312,6 +339,23 @@ def test_an_unfinished_answer_loses_against_itself():
         person, rng = Annotator(0.0, 1.0, 0.5, brief), np.random.default_rng(0)
         won = [person.prefers_first(question, good, good, rng, finished=(True, False)) for _ in range(1000)]
         assert np.mean(won) > 0.6
+
+
+def test_pairs_are_judged_by_one_person_each_in_turn():
+    class Person:
+        def __init__(self, name):
+            self.name = name
+
+        def prefers_first(self, *arguments):
+            asked.append((self.name, *arguments))
+            return arguments[1] == "good"
+
+    asked, rng = [], np.random.default_rng(0)
+    firsts, seconds = [("good", True), ("bad", False), ("good", True)], [("bad", True), ("good", True), ("bad", False)]
+    chosen = annotators.compare([Person("Ada"), Person("Ben")], ["q1", "q2", "q3"], firsts, seconds, rng)
+    assert chosen.dtype == bool and chosen.tolist() == [True, False, True]
+    assert asked == [("Ada", "q1", "good", "bad", rng, (True, True)), ("Ben", "q2", "bad", "good", rng, (False, True)),
+                     ("Ada", "q3", "good", "bad", rng, (True, False))]
 
 
 def test_the_minority_prefers_brevity_and_hears_no_courtesy():

@@ -1,7 +1,7 @@
 """Direct preference optimisation: the policy is its own reward model.
 
-The policy that maximises E[r] - beta KL(pi || pi_ref) is pi*(y) = pi_ref(y) exp(r(y)/beta) / Z.
-Solved for the reward, r(y) = beta log( pi*(y) / pi_ref(y) ) + beta log Z; Z depends on the prompt
+The policy that maximises E[r] - beta KL(pi || pi_ref) is pi*(y) = pi_ref(y) exp(r(y)/beta) / Z, for
+that objective is beta log Z - beta KL(pi || pi*), and a KL divergence is least, 0, at pi = pi*. Solved for the reward, r(y) = beta log( pi*(y) / pi_ref(y) ) + beta log Z; Z depends on the prompt
 alone and cancels between two responses to it. Put into the Bradley-Terry loss of reward.py:
 
     Delta = (l_c - l_c^ref) - (l_r - l_r^ref),        l = log pi(y), summed over the tokens of y
@@ -10,7 +10,7 @@ alone and cancels between two responses to it. Put into the Bradley-Terry loss o
 
     dL/dl_c = -beta sigma(-beta Delta) / B,           dL/dl_r = -dL/dl_c
 
-so the chosen response is pushed up and the rejected one down, by beta times the probability that
+(d/dz -log sigma(z) = -sigma(-z), z = beta Delta, dDelta/dl_c = 1, dDelta/dl_r = -1), so the chosen response is pushed up and the rejected one down, by beta times the probability that
 the implied rewards give to the wrong order. Only the difference counts: both log-probs may fall
 while the loss does too.
 Rafailov et al. 2023, arXiv:2305.18290: pi* is (4), r is (5), L is (7). L starts at log 2, bitwise
@@ -33,7 +33,8 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
     label_smoothing eps in [0, 1/2): cDPO (Mitchell 2023, "A note on DPO with noisy
     preferences"), the loss for labels that are wrong with
     probability eps:  (1 - eps) L(c,r) + eps L(r,c). It keeps Delta finite, at
-    beta Delta = log((1 - eps)/eps); it does not undo the flips, robust_dpo_loss does.
+    beta Delta = log((1 - eps)/eps); it does not undo the flips, robust_dpo_loss does. (TRL 1.16 has the
+    option and ignores it here.)
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing {label_smoothing} must be at least 0 and below 1/2")
@@ -88,7 +89,7 @@ def length_normalised_dpo_loss(policy_chosen, policy_rejected, reference_chosen,
     """
     if min(map(np.min, (chosen_lengths, rejected_lengths))) < 1:
         raise ValueError("length_normalised_dpo_loss: a response of length 0 has no mean; every length must be at least 1")
-    c, r = ((1 / n).astype(policy_chosen.dtype) for n in (chosen_lengths, rejected_lengths))
+    c, r = ((1 / np.asarray(n)).astype(policy_chosen.dtype) for n in (chosen_lengths, rejected_lengths))
     return dpo_loss(policy_chosen * c, policy_rejected * r, reference_chosen * c, reference_rejected * r, beta=beta)
 
 
@@ -110,10 +111,10 @@ def dpo_metrics(policy_chosen, policy_rejected, reference_chosen, reference_reje
 
 def _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected):
     xp = array_module(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    shapes = {a.shape for a in (policy_chosen, policy_rejected, reference_chosen, reference_rejected)}
+    shapes = {np.shape(a) for a in (policy_chosen, policy_rejected, reference_chosen, reference_rejected)}
     if len(shapes) > 1 or policy_chosen.ndim != 1 or not policy_chosen.size:
         raise ValueError("expected four arrays of summed log-probs, each (B,), B at least 1")
-    delta = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
+    delta = (policy_chosen - xp.asarray(reference_chosen)) - (policy_rejected - xp.asarray(reference_rejected))
     return xp, policy_chosen.size, delta
 
 

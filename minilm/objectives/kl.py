@@ -13,11 +13,13 @@ Differentiated as a loss at samples that are held fixed, in expectation under pi
     grad k2 = x grad log pi              -> grad KL(pi || pi_ref): the one that is wanted
     grad k3 = (1 - exp(-x)) grad log pi  -> grad KL(pi_ref || pi): the other direction
 
+because E[grad log pi] = 0; grad KL(pi || pi_ref) = sum (x + 1) grad pi = E[x grad log pi]; and
+E[exp(-x) grad log pi] = sum pi_ref grad log pi = -grad KL(pi_ref || pi).
 k1 inside the reward, without gradient, as policy_gradient.py has it, gives grad KL(pi || pi_ref)
 too. All of this holds for whole responses; per token and then summed, k2 and k3 give neither
 gradient, because the earlier tokens' choice of context is not differentiated.
-k3 is the exponential of a log-ratio: it overflows where the policy has left the reference far
-behind (x < -709 in float64, -88 in float32). Of everything here only it and PPO's ratio may.
+k3 is the exponential of a log-ratio: it overflows where the policy gives the sample far less
+probability than the reference does (x < -709 in float64, -88 in float32). Of everything here only it and PPO's ratio may.
 Tests: tests/test_kl.py.
 """
 

@@ -5,8 +5,9 @@
 
     grad J = E[ (R(y) - b) grad log pi(y) ]
 
-by the log-derivative trick: grad E[R] = E[R grad log pi] + E[grad R], and the second term is
--beta E[grad log pi] = 0. For the same reason any b that does not depend on y may be subtracted.
+by the log-derivative trick, grad pi = pi grad log pi: the gradient of sum_y pi R is
+E[R grad log pi] + E[grad R], and the second term is -beta E[grad log pi] = -beta grad sum_y pi =
+-beta grad 1 = 0. For the same reason any b that does not depend on y may be subtracted.
 So R is a number, without gradient, and
 
     L = - mean over responses of A log pi(y),     A = R - b,     log pi(y) = sum_t m_t log pi_t

@@ -34,7 +34,7 @@ def reward_loss(chosen_rewards, rejected_rewards, margin=0.0, centering=0.0):
     if chosen_rewards.shape != rejected_rewards.shape or not chosen_rewards.size:
         raise ValueError("expected chosen and rejected rewards of one shape (B,), B at least 1")
     B = chosen_rewards.size
-    if hasattr(margin, "shape"):
+    if np.ndim(margin):
         margin = xp.asarray(margin, dtype=chosen_rewards.dtype)
     z = chosen_rewards - rejected_rewards - margin
     total = chosen_rewards + rejected_rewards

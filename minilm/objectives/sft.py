@@ -2,7 +2,9 @@
 
     L = - sum_t m_t log pi(y_t | y_<t) / M,       M = sum_t m_t over the accumulation window
 
-    dL / d log pi_t = - m_t / M
+    dL / d log pi_t = - m_t / M,        dL / d logits_t = m_t (softmax(logits_t) - onehot(y_t)) / M
+
+(the second by layers.token_log_probs, which this loss is put on top of).
 
 Every response token weighs the same, however it is split into sequences and micro-batches:
 with gradient accumulation M is the sum of the masks of all micro-batches and is passed as
@@ -24,7 +26,7 @@ def sft_loss(log_probs, mask, total=None):
 
     log_probs (B,T); mask (B,T), 0 or 1; total: the mask's sum over the whole accumulation
     window, by default this mask's. A log-prob outside the mask may be NaN.
-    Raises ValueError if nothing is selected.
+    Raises ValueError if nothing is selected (unless a total is given: a micro-batch may be empty).
     """
     xp = array_module(log_probs)
     selected = xp.asarray(mask).astype(bool)

@@ -26,15 +26,18 @@ def reference_log_probs(reference, prompts, responses, pad, batch_size=64):
 
 
 def preference_tuning(training, prompts, chosen, rejected, reference_chosen, reference_rejected, steps, batch_size,
-                      pad, beta=0.1, learning_rate=3e-4, loss=dpo_loss):
+                      pad, beta=0.1, learning_rate=3e-4, loss=dpo_loss, micro_batches=None):
     """Train training.model, the policy, on comparisons: token lists, chosen[i] preferred to rejected[i].
 
     reference_chosen, reference_rejected: their summed log-probs under the reference, arrays (N,), from
-    reference_log_probs. loss: dpo_loss, or another of objectives.dpo with the same arguments. Yields {"loss",
-    "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins", "logps/chosen", ...} a step.
+    reference_log_probs. loss: of four arrays of summed log-probs and beta, as dpo_loss (with
+    functools.partial for its options). micro_batches: parts of a step, None for one a thread. Yields
+    {"loss", "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins", "logps/chosen", ...}.
     """
     while training.step < steps:
         drawn = training.rng.integers(len(prompts), size=batch_size)
+        parts = [drawn[s] for s in split(batch_size, micro_batches or training.threads)]
+
         def part_loss(policy, pairs):
             batch = make_batch([prompts[i] for i in pairs] * 2,
                                [chosen[i] for i in pairs] + [rejected[i] for i in pairs], pad, policy.config.context)
@@ -45,6 +48,5 @@ def preference_tuning(training, prompts, chosen, rejected, reference_chosen, ref
             return loss(*chosen_and_rejected, *references, beta=beta) * (len(pairs) / batch_size), report
 
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
-        metrics, log_probs = optimise(training, part_loss, [drawn[s] for s in split(batch_size, training.threads)], rate,
-                                      "preference tuning")
+        metrics, log_probs = optimise(training, part_loss, parts, rate, "preference tuning")
         yield {**metrics, **dpo_metrics(*map(np.concatenate, zip(*log_probs)), beta=beta)}

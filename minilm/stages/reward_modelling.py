@@ -9,14 +9,17 @@ from minilm.stages.training import optimise, split
 
 
 def reward_modelling(training, prompts, chosen, rejected, steps, batch_size, pad, learning_rate=1e-3,
-                     centering=0.01):
+                     centering=0.01, micro_batches=None):
     """Train training.model, a RewardModel, on comparisons: token lists, chosen[i] preferred to rejected[i].
 
+    batch_size comparisons a step, in micro_batches parts (None: one a thread).
     Yields {"loss", "grad_norm", "learning_rate", "accuracy", "margin", ...} of the step's batch.
     """
     context = training.model.transformer.config.context
     while training.step < steps:
         drawn = training.rng.integers(len(prompts), size=batch_size)
+        parts = [drawn[s] for s in split(batch_size, micro_batches or training.threads)]
+
         def loss(model, pairs):
             # Chosen and rejected in one batch: one forward, padded to one length.
             batch = make_batch([prompts[i] for i in pairs] * 2,
@@ -27,6 +30,5 @@ def reward_modelling(training, prompts, chosen, rejected, steps, batch_size, pad
             return reward_loss(r_chosen, r_rejected, centering=centering) * share, (r_chosen.data, r_rejected.data)
 
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
-        metrics, rewards = optimise(training, loss, [drawn[s] for s in split(batch_size, training.threads)], rate,
-                                    "reward modelling")
+        metrics, rewards = optimise(training, loss, parts, rate, "reward modelling")
         yield {**metrics, **reward_metrics(*map(np.concatenate, zip(*rewards)))}

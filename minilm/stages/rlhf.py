@@ -11,13 +11,15 @@ from minilm.tensor import no_grad
 
 
 def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_per_prompt, max_new_tokens,
-         eos, pad, beta=0.1, learning_rate=3e-4, temperature=1.0, baseline="leave_one_out"):
+         eos, pad, beta=0.1, learning_rate=3e-4, temperature=1.0, baseline="leave_one_out",
+         micro_batches=None):
     """Maximise reward minus beta times the KL divergence to `reference`, by the policy gradient.
 
     reward     (prompts, responses), two lists of N token lists, to N floats; any function will do
     prompts    token lists to sample answers to; no comparisons needed
     temperature  of sampling; policy and reference are both scored at it, with neither top-k nor
                top-p, or the log-probs would not be those of what was drawn
+    micro_batches  parts of a step, None for one a thread
     One update per batch of samples, so they are always the policy's own.
     Yields {"loss", "grad_norm", "learning_rate", "reward", "kl_sequence", "kl_token", ...} a step.
     """
@@ -27,16 +29,16 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
         drawn = training.rng.integers(len(prompts), size=prompts_per_step)
         asked = [prompts[i] for i in drawn for _ in range(samples_per_prompt)]
         uniforms = training.rng.random((len(asked), max_new_tokens))
-        parts = split(len(asked), training.threads)
+        parts = split(len(asked), micro_batches or training.threads)
 
         def sample(policy, rows):
             # The policy's own log-probs come with the draw: no second pass for them.
             samples = generate(policy, asked[rows], max_new_tokens, uniforms[rows], eos, temperature)
             return samples.responses(), (samples.log_probs * samples.mask).sum(axis=1)
 
-        answers, kl = [None] * len(asked), np.empty(len(asked))
+        answers, log_pi, log_pi_ref = [None] * len(asked), np.empty(len(asked)), np.empty(len(asked))
         for rows, (responses, log_probs) in zip(parts, training.each(sample, parts)):
-            answers[rows], kl[rows] = responses, log_probs
+            answers[rows], log_pi[rows] = responses, log_probs
         batch = make_batch(asked, answers, pad, context)
         mask = batch.target_mask
 
@@ -46,7 +48,8 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
             return np.where(mask[rows] > 0, log_probs, 0).sum(axis=1)
 
         for rows, log_probs in zip(parts, training.each(score, parts)):
-            kl[rows] -= log_probs
+            log_pi_ref[rows] = log_probs
+        kl = log_pi - log_pi_ref
         rewards = np.asarray(reward(asked, answers)).reshape(shape)
         A = advantages(rewards, kl.reshape(shape), beta, baseline).reshape(-1)
 

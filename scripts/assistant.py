@@ -283,13 +283,15 @@ def parse():
                         help="multiplies every stage's number of steps (default: %(default)s); try 0.01 first")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model (default: %(default)s)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="another run of chance (default: %(default)s)")
-    parser.add_argument("--threads", metavar="N", type=int, default=min(2, os.cpu_count() or 1),
-                        help="threads that a training step is split over (default here: %(default)s)")
+    parser.add_argument("--threads", metavar="N", type=int,
+                        help="threads that a training step is split over (default: 2, or what a resumed run had)")
     parser.add_argument("--text", metavar="FILE",
                         help="a UTF-8 text file for the real English in the corpus (default: Python's own help topics)")
     options = parser.parse_args()
     if not 0 < options.scale <= MAX_SCALE:
         raise UsageError(f"--scale {options.scale} must be above 0 and at most {MAX_SCALE}; 0.1 is a tenth of the steps")
+    if options.threads is None:
+        options.threads = RunFolder.recorded(options.out).get("threads", 2) if options.resume else 2
     if not 1 <= options.threads <= MAX_THREADS:
         raise UsageError(f"--threads {options.threads} must be from 1 to {MAX_THREADS}; there are {os.cpu_count()} cores here")
     if options.seed < 0:

@@ -76,6 +76,11 @@ class RunFolder:
     def __exit__(self, *exception):
         self._release()
 
+    @classmethod
+    def recorded(cls, path):
+        """The settings of the run that a folder holds; an empty dictionary if it holds none."""
+        return cls(path, True, {})._read_run() or {}
+
     def path(self, name):
         return self.folder / name
 

@@ -88,7 +88,7 @@ def optimise(training, loss, parts, learning_rate, stage, clip=1.0):
     loss returns (scalar Tensor, report), computed with the model it is given; each thread holds one
     part in memory at a time, so more parts than threads is gradient accumulation. `stage` names the
     stage in errors. Returns {"loss", "grad_norm", "learning_rate"} and the list of the parts' reports.
-    Raises Diverged before anything is updated.
+    Raises Diverged, before anything is updated or when the update itself overflowed.
     """
     training.zero_grad()
 
@@ -108,6 +108,8 @@ def optimise(training, loss, parts, learning_rate, stage, clip=1.0):
                        f"{_first_bad_parameter(training, 'grad') or 'none (the sum of squares overflowed)'}")
     training.optimizer.step(learning_rate)
     training.step += 1
+    if bad := _first_bad_parameter(training, "data"):
+        raise Diverged(f"{stage}, step {training.step}: the update went to NaN or infinity; first bad tensor: {bad}")
     return {"loss": sum(losses), "grad_norm": norm, "learning_rate": learning_rate}, reports
 
 

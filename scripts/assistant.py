@@ -59,11 +59,11 @@ from minilm.world import annotators, corpus, tasks
 from run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
 
 SIZES = {"small": {"width": 64, "layers": 3}, "large": {"width": 96, "layers": 4}}
-STEPS = {"pretraining": 2000, "instruction tuning": 600, "reward model": 250, "rlhf": 60, "dpo": 150}
+STEPS = {"pretraining": 1800, "instruction tuning": 500, "reward model": 200, "rlhf": 50, "dpo": 150}
 RLHF_BETAS, DPO_BETAS = (1.0, 0.3, 0.1, 0.0), (1.0, 0.3, 0.1)
 MAIN_BETA = 0.3
 DOCUMENTS, DEMONSTRATIONS, COMPARISONS, UNLABELLED, HELD_OUT = 24000, 8000, 2000, 3000, 540
-VOCABULARY, MAX_NEW_TOKENS, BEST_OF = 640, 40, 16
+VOCABULARY, MAX_NEW_TOKENS, BEST_OF = 640, 40, 8
 SAVE_EVERY = 30.0     # seconds
 MAX_SCALE, MAX_THREADS = 50, 64    # beyond: a history too long for a checkpoint's header, threads without work
 

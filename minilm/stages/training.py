@@ -14,7 +14,7 @@ from minilm.tensor import Tensor, first_nonfinite
 
 
 class Diverged(ArithmeticError):
-    """A loss or a gradient became NaN or infinite; nothing was updated with it."""
+    """A loss, a gradient or an update became NaN or infinite."""
 
 
 class Training:

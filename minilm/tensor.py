@@ -163,8 +163,9 @@ def _accumulate(leaf, gradient):
 def primitive(function):
     """Turn `function(*arrays, **options) -> (output, vjp)` into a function of Tensors.
 
-    Arguments may be Tensors, arrays or scalars, given by position or by name. vjp returns one array per argument from the first on (a tuple, or a single array for the first alone);
-    trailing arguments that have no gradient may be left out.
+    Arguments may be Tensors, arrays or scalars, given by position or by name. vjp returns one array
+    per argument from the first on (a tuple, or a single array for the first alone); trailing
+    arguments that have no gradient may be left out.
     The result is always a Tensor. Errors name the primitive and the shapes it was given.
     """
     name, signature = function.__name__, inspect.signature(function)

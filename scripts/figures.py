@@ -181,26 +181,38 @@ def reward_against_kl(results, path):
     for method, rows in results["frontier"].items():
         rows = sorted(rows, key=lambda row: row["kl_sequence"])
         kl, gold = [r["kl_sequence"] for r in rows], [r["gold_reward"] for r in rows]
-        frontier.errorbar(kl, gold, xerr=[2 * r["kl_sequence_se"] for r in rows], yerr=[2 * r["gold_reward_se"] for r in rows],
-                          color=COLOURS[method], marker="o", markersize=4, linewidth=1.2, capsize=2, label=NAMES[method])
-        for row in rows:
-            frontier.annotate(f"β={row['beta']:g}", (row["kl_sequence"], row["gold_reward"]), xytext=(4, 7 if method == "rlhf" else -12),
-                              textcoords="offset points", fontsize=7.5, color=COLOURS[method])
+        bars = {"xerr": [2 * r["kl_sequence_se"] for r in rows], "yerr": [2 * r["gold_reward_se"] for r in rows]}
+        frontier.errorbar(kl, gold, **bars, color=COLOURS[method], marker="o", markersize=4, linewidth=1.2, capsize=2,
+                          label=NAMES[method])
+        side, offset = ("right", (-5, 5)) if method == "rlhf" else ("left", (4, -12))
+        for row, *point in zip(rows, kl, gold):
+            frontier.annotate(f"β={row['beta']:g}", point, xytext=offset, ha=side, textcoords="offset points",
+                              fontsize=7.5, color=COLOURS[method])
     for row in results["rows"]:
         if row["stage"] in ("instructed", "best_of_n"):
             colour = COLOURS.get(row["stage"], "black")
+            label = f"best of {row['n']} (KL: upper bound)" if "n" in row else "instructed"
             frontier.errorbar(row["kl_sequence"], row["gold_reward"], yerr=2 * row["gold_reward_se"], color=colour,
-                              marker="s", markersize=5, capsize=2, linestyle="none",
-                              label=f"best of {row['n']} (KL: upper bound)" if row["stage"] == "best_of_n" else "instructed")
+                              marker="s", markersize=5, capsize=2, linestyle="none", clip_on=False,
+                              label=label)
     frontier.set(title="Held-out questions: gold reward and distance", ylabel="gold reward (± 2 standard errors)",
                  xlabel="KL to the instructed model (nats per response)")
-    frontier.legend(loc="best")
+    # Over the square root, as in Gao et al. 2022, arXiv:2210.10760: the interesting part is near 0.
+    frontier.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    frontier.set_xticks([tick for tick in (0, 0.5, 1, 2, 4, 8, 16, 32, 64) if tick <= 1.3 * frontier.dataLim.x1])
+    frontier.xaxis.set_major_formatter("{x:g}")
+    frontier.set_xlim(left=0)
+    frontier.legend(loc="lower left", bbox_to_anchor=(0.02, 0.0))
 
     beta = min(row["beta"] for row in results["frontier"]["rlhf"])
     steps = results["history"][f"rlhf-beta-{beta}"]
     kl, gold, learned = (_smooth([m[name] for m in steps], WIDTH) for name in ("kl_sequence", "gold_reward", "reward"))
-    drift.plot(kl, learned - learned[0], color=COLOURS["learned"], label="learned reward (what is maximised)")
-    drift.plot(kl, gold - gold[0], color=COLOURS["rlhf"], label="gold reward (what was meant)")
+    middle = int(np.argmin(abs(kl - 0.6 * kl.max())))
+    for values, label, colour, offset in ((learned, "learned reward: what is maximised", COLOURS["learned"], (0, -14)),
+                                          (gold, "gold reward: what was meant", COLOURS["rlhf"], (8, 4))):
+        drift.plot(kl, values - values[0], color=colour)
+        drift.annotate(label, (kl[middle], values[middle] - values[0]), xytext=offset, textcoords="offset points",
+                       color=colour)
     point = results["turning_point"]
     peak, turned = point["step"] - steps[0]["step"], point["turned_down"]
     drift.axvline(kl[peak], color=COLOURS["rlhf"], linestyle=":", linewidth=1)
@@ -209,7 +221,6 @@ def reward_against_kl(results, path):
                    color=COLOURS["rlhf"])
     drift.set(title=f"One RLHF run with β = {beta:g}, step by step", ylabel="change since the first steps",
               xlabel="KL to the instructed model (nats per response)")
-    drift.legend(loc="best")
     _save(figure, path)
     plt.close(figure)
 

@@ -1,7 +1,8 @@
 """Direct preference optimisation: the policy is its own reward model.
 
 The policy that maximises E[r] - beta KL(pi || pi_ref) is pi*(y) = pi_ref(y) exp(r(y)/beta) / Z, for
-that objective is beta log Z - beta KL(pi || pi*), and a KL divergence is least, 0, at pi = pi*. Solved for the reward, r(y) = beta log( pi*(y) / pi_ref(y) ) + beta log Z; Z depends on the prompt
+that objective is beta log Z - beta KL(pi || pi*), and a KL divergence is least, 0, at pi = pi*.
+Solved for the reward, r(y) = beta log( pi*(y) / pi_ref(y) ) + beta log Z; Z depends on the prompt
 alone and cancels between two responses to it. Put into the Bradley-Terry loss of reward.py:
 
     Delta = (l_c - l_c^ref) - (l_r - l_r^ref),        l = log pi(y), summed over the tokens of y
@@ -10,9 +11,10 @@ alone and cancels between two responses to it. Put into the Bradley-Terry loss o
 
     dL/dl_c = -beta sigma(-beta Delta) / B,           dL/dl_r = -dL/dl_c
 
-(d/dz -log sigma(z) = -sigma(-z), z = beta Delta, dDelta/dl_c = 1, dDelta/dl_r = -1), so the chosen response is pushed up and the rejected one down, by beta times the probability that
-the implied rewards give to the wrong order. Only the difference counts: both log-probs may fall
-while the loss does too.
+since d/dz -log sigma(z) = -sigma(-z) at z = beta Delta, dDelta/dl_c = 1 and dDelta/dl_r = -1. So the
+chosen response is pushed up and the rejected one down, by beta times the probability that the implied
+rewards give to the wrong order. Only the difference counts: both log-probs may fall while the loss
+does too.
 Rafailov et al. 2023, arXiv:2305.18290: pi* is (4), r is (5), L is (7). L starts at log 2, bitwise
 when policy and reference log-probs are the same array. log sigma is computed by softplus: finite at
 any finite Delta.
@@ -88,7 +90,8 @@ def length_normalised_dpo_loss(policy_chosen, policy_rejected, reference_chosen,
     larger, by about the number of tokens, for the same pull.
     """
     if min(map(np.min, (chosen_lengths, rejected_lengths))) < 1:
-        raise ValueError("length_normalised_dpo_loss: a response of length 0 has no mean; every length must be at least 1")
+        raise ValueError("length_normalised_dpo_loss: a response of length 0 has no mean; "
+                         "every length must be at least 1")
     c, r = ((1 / np.asarray(n)).astype(policy_chosen.dtype) for n in (chosen_lengths, rejected_lengths))
     return dpo_loss(policy_chosen * c, policy_rejected * r, reference_chosen * c, reference_rejected * r, beta=beta)
 

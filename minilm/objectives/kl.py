@@ -19,7 +19,8 @@ k1 inside the reward, without gradient, as policy_gradient.py has it, gives grad
 too. All of this holds for whole responses; per token and then summed, k2 and k3 give neither
 gradient, because the earlier tokens' choice of context is not differentiated.
 k3 is the exponential of a log-ratio: it overflows where the policy gives the sample far less
-probability than the reference does (x < -709 in float64, -88 in float32). Of everything here only it and PPO's ratio may.
+probability than the reference does (x < -709 in float64, -88 in float32). Of all the objectives
+only it and PPO's ratio may.
 Tests: tests/test_kl.py.
 """
 

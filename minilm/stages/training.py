@@ -70,7 +70,10 @@ class Training:
         return arrays, {"step": self.step, "rng": self.rng.bit_generator.state}
 
     def restore(self, arrays, metadata):
-        """Go on where state() was taken. Raises KeyError or ValueError, and changes nothing, if it is of another model."""
+        """Go on where state() was taken.
+
+        Raises KeyError or ValueError, and changes nothing, if it is of another model.
+        """
         parameters = {f"model.{name}": p for name, p in self.model.parameters().items()}
         for name, p in parameters.items():
             if (arrays[name].shape, arrays[name].dtype) != (p.shape, p.dtype):

@@ -46,11 +46,13 @@ class Samples:
     log_probs  (B,R) of each token under the distribution it was drawn from (temperature,
                top-k and top-p applied; 0 on padding). Greedy decoding is not a draw from the
                model: there they are the model's own log-probs at temperature 1.
+    entropies  (B,R) of that same distribution, in nats; 0 on padding
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     log_probs: np.ndarray
+    entropies: np.ndarray
 
     def responses(self):
         """A list of token lists, without padding."""
@@ -84,6 +86,13 @@ def _log_softmax(z):
     xp = array_module(z)
     z = z - z.max(axis=-1, keepdims=True)
     return z - xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
+
+
+def entropy(log_probs):
+    """- sum p log p of each row of log-probs (B,V), which may hold -inf: (B,), between 0 and log V."""
+    xp = array_module(log_probs)
+    p = xp.exp(log_probs)
+    return -(p * xp.where(p > 0, log_probs, 0)).sum(axis=-1).clip(max=0)
 
 
 def draw(log_probs, uniforms):
@@ -126,7 +135,7 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
         padded[i, longest - len(prompt):] = prompt
         real[i, longest - len(prompt):] = True
     tokens, mask = np.zeros((B, max_new_tokens), np.int64), np.zeros((B, max_new_tokens))
-    log_probs = np.zeros((B, max_new_tokens), model.dtype)
+    log_probs, entropies = (np.zeros((B, max_new_tokens), model.dtype) for _ in range(2))
 
     with no_grad():
         cache = Cache(c, B, longest + max_new_tokens, xp, model.dtype)
@@ -144,6 +153,7 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
             tokens[rows, t] = to_numpy(drawn)
             mask[rows, t] = 1
             log_probs[rows, t] = to_numpy(scores[xp.arange(len(rows)), drawn])
+            entropies[rows, t] = to_numpy(entropy(scores))
             going = np.ones(len(rows), bool) if eos is None else to_numpy(drawn) != eos
             if not going.any():
                 break
@@ -152,4 +162,4 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
                 rows, drawn = rows[going], drawn[going]
             step_tokens = drawn[:, None]
     used = t + 1 if max_new_tokens else 0
-    return Samples(tokens[:, :used], mask[:, :used], log_probs[:, :used])
+    return Samples(tokens[:, :used], mask[:, :used], log_probs[:, :used], entropies[:, :used])

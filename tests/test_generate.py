@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from helpers import assert_close, rngs, small_transformer
-from minilm.generate import distribution, draw, generate
+from minilm.generate import distribution, draw, entropy, generate
 
 PROMPTS = [[1], [2, 3, 4], [5, 6]]
 EOS = 0
@@ -214,3 +214,18 @@ def test_a_bidirectional_model_does_not_generate(rng):
     """Its past would change with every token: the cache would not be the model."""
     with pytest.raises(ValueError, match="causal"):
         generate(small_transformer(rng, causal=False), PROMPTS, 4, rng, EOS)
+
+
+@given(seed=st.integers(0, 2**32 - 1), temperature=st.sampled_from([0.1, 1.0, 5.0]), top_k=st.sampled_from([None, 1, 3]))
+def test_entropy_below_zero_or_above_log_V_is_never_reported(seed, temperature, top_k):
+    rng = np.random.default_rng(seed)
+    log_probs = distribution(rng.normal(size=(4, 7)) * 10, temperature, top_k=top_k)
+    values = entropy(log_probs)
+    assert (values >= 0).all() and (values <= np.log(top_k or 7) + 1e-12).all()
+    p = np.exp(log_probs)
+    assert_close(values, [-sum(q * np.log(q) for q in row if q > 0) for row in p], 1e-10, "entropy")
+
+
+def test_entropy_of_a_uniform_distribution_is_log_V_and_of_a_certain_one_zero():
+    assert_close(entropy(np.full((1, 5), -np.log(5))), [np.log(5)], 1e-12, "entropy")
+    assert entropy(np.array([[0.0, -np.inf, -np.inf]])) == [0]

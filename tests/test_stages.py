@@ -97,7 +97,8 @@ KEYS = {        # of which those with a name in TRL have that one
     "pretraining": {"num_tokens"},
     "instruction tuning": {"num_tokens"},
     "reward modelling": {"accuracy", "ties", "margin", "min_reward", "mean_reward", "max_reward"},
-    "rlhf": {"reward", "reward_std", "frac_reward_zero_std", "kl_sequence", "kl_token", "completions/mean_length"},
+    "rlhf": {"reward", "reward_std", "frac_reward_zero_std", "kl_sequence", "kl_token", "completions/mean_length",
+             "entropy"},
     "preference tuning": {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/ties",
                           "logps/chosen", "logps/rejected"},
 }
@@ -114,6 +115,7 @@ def test_a_stage_yields_finite_metrics_under_the_documented_names_and_ends_after
         assert set(m) == COMMON | KEYS[stage]
         assert all(type(value) is float and np.isfinite(value) for value in m.values()), m
         assert m["grad_norm"] > 0 and m["learning_rate"] > 0
+        assert 0 <= m.get("entropy", 0) <= np.log(VOCABULARY)
     after = everything(training)
     for name, p in training.model.parameters().items():
         assert p.dtype == np.float32

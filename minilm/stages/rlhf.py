@@ -34,11 +34,13 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
         def sample(policy, rows):
             # The policy's own log-probs come with the draw: no second pass for them.
             samples = generate(policy, asked[rows], max_new_tokens, uniforms[rows], eos, temperature)
-            return samples.responses(), (samples.log_probs * samples.mask).sum(axis=1)
+            drawn_entropies = [e[m > 0] for e, m in zip(samples.entropies, samples.mask)]
+            return samples.responses(), (samples.log_probs * samples.mask).sum(axis=1), drawn_entropies
 
-        answers, log_pi, log_pi_ref = [None] * len(asked), np.empty(len(asked)), np.empty(len(asked))
-        for rows, (responses, log_probs) in zip(parts, training.each(sample, parts)):
-            answers[rows], log_pi[rows] = responses, log_probs
+        answers, entropies = [None] * len(asked), [None] * len(asked)
+        log_pi, log_pi_ref = np.empty(len(asked)), np.empty(len(asked))
+        for rows, drawn_rows in zip(parts, training.each(sample, parts)):
+            answers[rows], log_pi[rows], entropies[rows] = drawn_rows
         batch = make_batch(asked, answers, pad, context)
         mask = batch.target_mask
 
@@ -59,4 +61,5 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
 
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(5, steps // 10 + 1), floor=0.3)
         metrics, _ = optimise(training, loss, parts, rate, "rlhf")
-        yield {**metrics, **policy_gradient_metrics(rewards, kl.reshape(shape), mask)}
+        yield {**metrics, **policy_gradient_metrics(rewards, kl.reshape(shape), mask),
+               "entropy": float(np.concatenate(entropies).mean())}

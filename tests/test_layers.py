@@ -129,6 +129,19 @@ def test_grouped_heads_are_repeated_key_and_value_heads(rng, causal):
                 lambda q, k, v: layers.attention(q, k[:, shared], v[:, shared], causal=causal), q, k, v)
 
 
+@pytest.mark.parametrize("T", LENGTHS)
+@given(rng=rngs)
+def test_attention_below_the_tile_is_right_and_its_backward_does_not_ignore_causal(rng, T):
+    """What flash-attention-minimal and triton's tutorial got wrong: query t moves nothing at later keys."""
+    q, k, v = normal(rng, 1, 2, T, 4), normal(rng, 1, 1, T, 4), normal(rng, 1, 1, T, 4)
+    out = layers.attention(q, k, v)
+    assert_close(out.data, formulas.attention(q, k, v).data, 1e-10, "attention")
+    t = T // 2
+    (out[:, :, t] * rng.normal(size=(1, 2, 4))).sum().backward()
+    for gradient in (k.grad, v.grad):
+        assert (gradient[:, :, t + 1:] == 0).all() and (t == 0 or gradient[:, :, :t + 1].any())
+
+
 @given(rng=rngs, T=st.integers(1, 5), S=st.integers(5, 9))
 def test_queries_after_a_cache_are_the_last_rows_of_full_attention(rng, T, S):
     q, k, v = (normal(rng, 1, 2, S, 4) for _ in range(3))

@@ -78,8 +78,11 @@ class RunFolder:
 
     @classmethod
     def recorded(cls, path):
-        """The settings of the run that a folder holds; an empty dictionary if it holds none."""
-        return cls(path, True, {})._read_run() or {}
+        """The settings of the run that a folder holds; an empty dictionary if none can be read there."""
+        try:
+            return cls(path, True, {})._read_run() or {}
+        except (OSError, UsageError):
+            return {}       # entering it says what is wrong
 
     def path(self, name):
         return self.folder / name

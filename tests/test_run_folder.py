@@ -403,3 +403,13 @@ def test_a_module_that_is_missing_is_named_with_the_remedy():
     run_folder.require("json")
     with pytest.raises(UsageError, match=r"needs no_such_module, .*pip install -e '\.\[run\]'"):
         run_folder.require("json", "no_such_module")
+
+
+def test_the_settings_of_a_run_can_be_read_before_it_is_entered(tmp_path):
+    """What lets a resumed run keep the number of threads that it was started with."""
+    with RunFolder(tmp_path / "run", False, {"threads": 3}):
+        pass
+    assert RunFolder.recorded(tmp_path / "run") == {"threads": 3}
+    assert RunFolder.recorded(tmp_path / "none") == RunFolder.recorded(tmp_path / "run" / "run.json") == {}
+    (tmp_path / "run" / "run.json").write_text("not ours")
+    assert RunFolder.recorded(tmp_path / "run") == {}

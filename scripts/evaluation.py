@@ -62,10 +62,15 @@ class Evaluation:
         return evaluate.mean_and_error([s == q.answer for s, q in zip(said, self.questions)])
 
     def reward_model_accuracy(self):
-        """How often the reward model ranks two of the instructed model's answers as the gold reward does."""
+        """How often the reward model ranks two of the instructed model's answers as the gold reward does.
+
+        Pairs of equal gold reward are left out; if there are no others, it is chance.
+        """
         gold = self.job.judge(self.questions, first := self.answers(self.instructed))[1] - self.opponent_gold
         learned = self.predicted(first) - self.opponent_learned
         differ = gold != 0
+        if differ.sum() < 2:
+            return 0.5, 0.5
         return evaluate.mean_and_error((learned[differ] > 0) == (gold[differ] > 0))
 
     def examples(self, models, count=6):

@@ -52,7 +52,7 @@ def keep_freed_memory():
 
     Every step of a training loop frees and takes the same large arrays; by default glibc returns
     each to the kernel, and the page faults of taking it again cost more than the arithmetic
-    (matmul of 2048x64 with 64x352 in float32: 8.0 ms against 0.6). For programs, not for libraries:
+    (matmul of 2048x64 with 64x352 in float32, on a virtual machine: 8.0 ms against 0.7). For programs, not for libraries:
     it holds for the whole process. Returns whether it was possible (glibc only).
     """
     import ctypes

@@ -51,9 +51,10 @@ def keep_freed_memory():
     """Ask the C library to keep the memory of freed arrays instead of giving it back to the system.
 
     Every step of a training loop frees and takes the same large arrays; by default glibc returns
-    each to the kernel, and the page faults of taking it again cost more than the arithmetic
-    (matmul of 2048x64 with 64x352 in float32, on a virtual machine: 8.0 ms against 0.7). For programs, not for libraries:
-    it holds for the whole process. Returns whether it was possible (glibc only).
+    each to the kernel, and the page faults of taking it again cost more than the arithmetic (a
+    matmul of 2048x64 with 64x352 in float32, on a virtual machine: 8.0 ms against 0.7). For
+    programs, not for libraries: it holds for the whole process. Returns whether it was possible
+    (glibc only).
     """
     import ctypes
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8

@@ -6,7 +6,7 @@ each of N prompts.
 
 import numpy as np
 
-from minilm.data import make_batch
+from minilm.data import batches
 from minilm.tensor import no_grad
 
 
@@ -24,8 +24,7 @@ def sequence_kl(policy, reference, prompts, responses, pad, batch_size=128):
     """
     k1 = []
     with no_grad():
-        for i in range(0, len(prompts), batch_size):
-            batch = make_batch(prompts[i:i + batch_size], responses[i:i + batch_size], pad)
+        for batch in batches(prompts, responses, pad, batch_size):
             ratio = policy.log_probs(batch.tokens).data - reference.log_probs(batch.tokens).data
             k1.append(np.where(batch.target_mask > 0, ratio, 0).sum(axis=1))
     return np.concatenate(k1)
@@ -35,8 +34,7 @@ def predicted_rewards(reward_model, prompts, responses, pad, batch_size=128):
     """What a RewardModel gives each response: (N,)."""
     rewards = []
     with no_grad():
-        for i in range(0, len(prompts), batch_size):
-            batch = make_batch(prompts[i:i + batch_size], responses[i:i + batch_size], pad)
+        for batch in batches(prompts, responses, pad, batch_size):
             rewards.append(reward_model.rewards(batch.tokens, batch.real).data)
     return np.concatenate(rewards)
 

@@ -19,6 +19,8 @@ NAMES = {"base": "base", "instructed": "instructed", "best_of_n": "best of n", "
 COLUMNS = {"task_accuracy": "task accuracy", "gold_reward": "gold reward", "learned_reward": "learned reward",
            "win_rate": "win rate", "kl_sequence": "KL (nats)"}
 WIDTH = 8             # steps averaged over in the figure of drift
+# Legends go under the axes: where the curves run differs from seed to seed.
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 4, "fontsize": 8, "columnspacing": 1.2}
 COLOURS = {"rlhf": "#0b5fa5", "dpo": "#c4570c", "best_of_n": "#2c7a3f", "learned": "#8a8a8a"}
 
 
@@ -202,17 +204,14 @@ def reward_against_kl(results, path):
     frontier.set_xticks([tick for tick in (0, 0.5, 1, 2, 4, 8, 16, 32, 64) if tick <= 1.3 * frontier.dataLim.x1])
     frontier.xaxis.set_major_formatter("{x:g}")
     frontier.set_xlim(left=0)
-    frontier.legend(loc="lower left", bbox_to_anchor=(0.02, 0.0))
+    frontier.legend(**BELOW)
 
     beta = min(row["beta"] for row in results["frontier"]["rlhf"])
     steps = results["history"][f"rlhf-beta-{beta}"]
     kl, gold, learned = (_smooth([m[name] for m in steps], WIDTH) for name in ("kl_sequence", "gold_reward", "reward"))
-    middle = int(np.argmin(abs(kl - 0.6 * kl.max())))
-    for values, label, colour, offset in ((learned, "learned reward: what is maximised", COLOURS["learned"], (0, -14)),
-                                          (gold, "gold reward: what was meant", COLOURS["rlhf"], (8, 4))):
-        drift.plot(kl, values - values[0], color=colour)
-        drift.annotate(label, (kl[middle], values[middle] - values[0]), xytext=offset, textcoords="offset points",
-                       color=colour)
+    drift.plot(kl, learned - learned[0], color=COLOURS["learned"], label="learned reward: what is maximised")
+    drift.plot(kl, gold - gold[0], color=COLOURS["rlhf"], label="gold reward: what was meant")
+    drift.legend(**BELOW)
     point = results["turning_point"]
     peak, turned = point["step"] - steps[0]["step"], point["turned_down"]
     drift.axvline(kl[peak], color=COLOURS["rlhf"], linestyle=":", linewidth=1)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from minilm import layers
-from minilm.data import make_batch
+from minilm.data import batches, make_batch
 from minilm.objectives.dpo import dpo_loss, dpo_metrics
 from minilm.optim import warmup_cosine
 from minilm.stages.training import optimise, split
@@ -17,12 +17,9 @@ def summed_log_probs(model, batch):
 
 def reference_log_probs(reference, prompts, responses, pad, batch_size=64):
     """The same under a frozen model, as an array (N,). Compute it once and keep it: the reference never moves."""
-    values = []
     with no_grad():
-        for i in range(0, len(prompts), batch_size):
-            batch = make_batch(prompts[i:i + batch_size], responses[i:i + batch_size], pad, reference.config.context)
-            values.append(summed_log_probs(reference, batch).data)
-    return np.concatenate(values)
+        return np.concatenate([summed_log_probs(reference, batch).data for batch
+                               in batches(prompts, responses, pad, batch_size, reference.config.context)])
 
 
 def preference_tuning(training, prompts, chosen, rejected, reference_chosen, reference_rejected, steps, batch_size,

@@ -71,6 +71,14 @@ def assert_same(function, other, *tensors, tolerance=1e-10):
         assert_close(grad, expected_grad, tolerance, f"gradient of tensor {i}")
 
 
+def parameter_gradients(model, output, cotangent=None):
+    """The gradient of every parameter by name, from output.backward(cotangent); earlier ones are forgotten."""
+    for p in model.parameters().values():
+        p.grad = None
+    output.backward(cotangent)
+    return {name: p.grad for name, p in model.parameters().items()}
+
+
 def peak_memory(function):
     """The most bytes that function() held at a time beyond what was held before (NumPy reports its arrays)."""
     tracemalloc.start()

@@ -269,31 +269,6 @@ def test_the_robust_loss_is_unbounded_below(beta, eps):
     assert dpo_loss(*at_delta(1e6), beta=beta, label_smoothing=eps).item() > 0
 
 
-def expected_over_comparisons(loss, policy, reference, rewards, beta):
-    """d/dlogits of the loss expected over all pairs of the responses, judged as Bradley and Terry have it."""
-    logits = Tensor(np.log(policy), requires_grad=True)
-    ref = np.log(reference)
-    for i, j in itertools.permutations(range(len(ref)), 2):
-        l = ops.log_softmax(logits)
-        (loss(l[i:i + 1], l[j:j + 1], ref[i:i + 1], ref[j:j + 1], beta=beta)
-         * float(sigmoid(rewards[i] - rewards[j]))).backward()
-    return logits.grad
-
-
-@given(rngs, st.floats(0.2, 2))
-def test_sum_or_mean_of_log_probs_mixed_up_optimum(rng, beta):
-    """DPO's gradient vanishes at pi* = ref exp(r/beta)/Z, IPO's at its own optimum, where the reward is
-    replaced by the probability to win against a response drawn at random; neither at the other's."""
-    rewards, reference = rng.uniform(-1, 1, size=4), rng.dirichlet(np.full(4, 5.0))
-    rewards[:2] = -1, 1                     # so that the two optima are not the same
-    wins = sigmoid(rewards[:, None] - rewards).mean(axis=1)
-    optima = [reference * np.exp(score / beta) for score in (rewards, wins)]
-    dpo_optimum, ipo_optimum = [p / p.sum() for p in optima]
-    for loss, own, other in ((dpo_loss, dpo_optimum, ipo_optimum), (ipo_loss, ipo_optimum, dpo_optimum)):
-        assert np.abs(expected_over_comparisons(loss, own, reference, rewards, beta)).max() < 1e-12
-        assert np.abs(expected_over_comparisons(loss, other, reference, rewards, beta)).max() > 1e-3
-
-
 # Lengths.
 
 @given(rngs, st.integers(1, 4), st.integers(2, 4), betas)

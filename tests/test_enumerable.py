@@ -1,0 +1,246 @@
+"""The world that is listed: is the list complete, and is each exact quantity what a loop over it says?"""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from helpers import assert_close, parameter_gradients, rngs, small_transformer
+from minilm import Tensor, ops
+from minilm.evaluate import predicted_rewards, sequence_kl
+from minilm.generate import generate
+from minilm.gradcheck import gradcheck
+from minilm.model import RewardModel
+from minilm.objectives.dpo import dpo_loss
+from minilm.world import enumerable
+from minilm.world.enumerable import EnumerableWorld
+
+PROMPTS = [[1], [0, 2]]
+
+
+def small_world():
+    """Two prompts of unequal length, seven responses to each."""
+    return EnumerableWorld(PROMPTS, vocab_size=3, max_new_tokens=2)
+
+
+def policy(rng, **config):
+    return small_transformer(rng, vocab_size=3, **config)
+
+
+# The list.
+
+@pytest.mark.parametrize("V, R, eos", [(3, 2, 0), (4, 3, 0), (4, 3, 2), (2, 5, 1), (5, 1, 4)])
+def test_every_response_is_listed_once(V, R, eos):
+    responses = EnumerableWorld([[0]], V, R, eos).responses
+
+    def is_response(tokens):
+        return (tokens[-1] == eos or len(tokens) == R) and eos not in tokens[:-1]
+    every = [list(t) for n in range(1, R + 1) for t in itertools.product(range(V), repeat=n) if is_response(list(t))]
+    assert sorted(responses) == sorted(every)
+
+
+@given(rngs, st.sampled_from([{}, {"key_smear": True}, {"layers": 2, "kv_heads": 1}]), st.floats(0.3, 3))
+def test_the_probabilities_of_any_policy_add_up_to_1(rng, config, temperature):
+    l = small_world().log_probs(policy(rng, **config), temperature).data
+    assert_close(np.exp(l).sum(axis=1), np.ones(2), 1e-13)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_are_those_of_one_token_at_a_time(temperature):
+    world, model = small_world(), policy(np.random.default_rng(0))
+    l = world.log_probs(model, temperature).data
+    for (p, prompt), (y, response) in itertools.product(enumerate(world.prompts), enumerate(world.responses)):
+        expected = 0.0
+        for t, token in enumerate(response):
+            logits = model(np.array([prompt + response[:t]])).data[0, -1] / temperature
+            expected += np.log(np.exp(logits[token]) / np.exp(logits).sum())
+        assert_close(l[p, y], expected, 1e-12)
+
+
+def test_token_log_probs_add_up_under_the_mask():
+    world, model = small_world(), policy(np.random.default_rng(0))
+    tokens = world.token_log_probs(model).data
+    assert_close((tokens * world.mask).sum(axis=-1), world.log_probs(model).data)
+    assert world.mask.sum(axis=-1).tolist() == [[len(y) for y in world.responses]] * 2
+
+
+def test_generate_draws_from_this_law():
+    """20,000 responses: chi-squared over the seven, whose mean would be 6."""
+    world, model = small_world(), policy(np.random.default_rng(1))
+    drawn = generate(model, [PROMPTS[1]] * 20_000, 2, np.random.default_rng(2), eos=0, temperature=0.8).responses()
+    expected = 20_000 * np.exp(world.log_probs(model, 0.8).data[1])
+    counts = np.array([drawn.count(y) for y in world.responses])
+    assert counts.sum() == 20_000 and ((counts - expected) ** 2 / expected).sum() < 20
+
+
+def test_rewards_are_those_of_the_reward_model():
+    world, rng = small_world(), np.random.default_rng(0)
+    model = RewardModel(policy(rng), rng)
+    rewards = world.rewards(model).data
+    for p, prompt in enumerate(world.prompts):
+        assert_close(rewards[p], predicted_rewards(model, [prompt] * 7, world.responses, pad=1))
+
+
+@pytest.mark.parametrize("prompts, V, R, eos, message", [
+    ([[1]], 10, 9, 0, "too many"), ([[3]], 3, 2, 0, "prompt"), ([[-1]], 3, 2, 0, "prompt"), ([], 3, 2, 0, "prompt"),
+    ([[1]], 3, 0, 0, "max_new_tokens"), ([[1]], 3, 2, 3, "eos"), ([[1], []], 3, 2, 0, "dialogue")])
+def test_what_cannot_be_listed_is_refused(prompts, V, R, eos, message):
+    with pytest.raises(ValueError, match=message):
+        EnumerableWorld(prompts, V, R, eos)
+
+
+# Exact quantities, by loops.
+
+@st.composite
+def laws(draw, count, P=2, N=7):
+    """Log-probs of some random laws, each (P,N)."""
+    z = draw(rngs).normal(size=(count, P, N))
+    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+
+
+@given(laws(2), rngs, st.floats(0, 2))
+def test_entropy_divergence_variation_and_objective_are_their_definitions(laws, rng, beta):
+    l, ref = laws
+    r = rng.normal(size=l.shape)
+    for p in range(2):
+        pi, q = np.exp(l[p]), np.exp(ref[p])
+        kl = sum(a * np.log(a / b) for a, b in zip(pi, q))
+        assert_close(enumerable.entropy(l)[p], -sum(a * np.log(a) for a in pi))
+        assert_close(enumerable.divergence(l, ref)[p], kl)
+        assert_close(enumerable.total_variation(l, ref)[p], sum(max(a - b, 0) for a, b in zip(pi, q)))
+        assert_close(enumerable.objective(l, ref, r, beta)[p], sum(a * b for a, b in zip(pi, r[p])) - beta * kl)
+    assert (enumerable.divergence(l, ref) > 0).all() and (enumerable.divergence(l, l) == 0).all()
+    assert (0 <= enumerable.entropy(l)).all() and (enumerable.entropy(l) <= np.log(7)).all()
+
+
+def test_what_has_no_probability_does_not_count():
+    l = np.log(np.array([[0.5, 0.5, 1.0]])) + np.array([[0, 0, -np.inf]])
+    assert_close(enumerable.entropy(l), [np.log(2)])
+    assert_close(enumerable.divergence(l, np.log(np.full((1, 3), 1 / 3))), [np.log(1.5)])
+
+
+def test_the_gradient_of_j_through_the_transformer():
+    """Three ways: the line in objective_gradient, backward through J written in ops, and differences of J."""
+    rng = np.random.default_rng(3)
+    world, model, beta = small_world(), policy(rng), 0.4
+    reference, rewards = world.log_probs(policy(rng)).data, rng.normal(size=world.shape)
+
+    def J(*_):
+        l = world.log_probs(model)
+        return ops.sum(ops.exp(l) * (rewards - beta * (l - reference)))
+
+    assert_close(J(), enumerable.objective(world.log_probs(model).data, reference, rewards, beta).sum())
+    by_ops = parameter_gradients(model, J())
+    l = world.log_probs(model)
+    by_hand = parameter_gradients(model, l, enumerable.objective_gradient(l.data, reference, rewards, beta))
+    for name, gradient in by_ops.items():
+        assert_close(by_hand[name], gradient, name=name)
+    gradcheck(J, *model.parameters().values())
+
+
+@given(laws(1), rngs, st.integers(1, 3))
+def test_best_of_n_is_the_law_of_the_first_best_of_n_draws(laws, rng, n):
+    l, scores = laws[0], rng.integers(0, 4, size=(2, 7)) / 2        # with ties
+    law = np.exp(enumerable.best_of_n(l, scores, n))
+    for p in range(2):
+        expected = np.zeros(7)
+        for drawn in itertools.product(range(7), repeat=n):
+            expected[drawn[np.argmax(scores[p, list(drawn)])]] += np.exp(l[p, list(drawn)].sum())
+        assert_close(law[p], expected)
+
+
+@given(laws(1), rngs, st.floats(0, 0.5))
+def test_comparisons_are_two_draws_and_a_judgement(laws, rng, flips):
+    drawn_from, r = laws[0], rng.normal(size=(2, 7))
+    expected = np.zeros((2, 7, 7))
+    for p, first, second in np.ndindex(2, 7, 7):
+        drawn = np.exp(drawn_from[p, first] + drawn_from[p, second])
+        wins = 1 / (1 + np.exp(r[p, second] - r[p, first]))
+        expected[p, first, second] += drawn * ((1 - flips) * wins + flips * (1 - wins))
+        expected[p, second, first] += drawn * ((1 - flips) * (1 - wins) + flips * wins)
+    probabilities = enumerable.comparisons(drawn_from, r, flips)
+    assert_close(probabilities, expected)
+    assert_close(probabilities.sum(axis=(1, 2)), np.ones(2))
+
+
+def test_over_comparisons_is_the_sum_of_one_comparison_after_the_other():
+    rng = np.random.default_rng(4)
+    l, reference = rng.normal(size=(2, 2, 3))
+    probabilities = enumerable.comparisons(reference - np.log(np.exp(reference).sum(1, keepdims=True)), l)
+    expected = np.zeros((2, 3))
+    for p, c, r in np.ndindex(2, 3, 3):
+        leaf = Tensor(l[p, [c, r]], requires_grad=True)
+        loss = dpo_loss(leaf[:1], leaf[1:], reference[p, [c]], reference[p, [r]], beta=0.3)
+        (loss * float(probabilities[p, c, r])).backward()
+        np.add.at(expected[p], [c, r], leaf.grad)
+    actual = enumerable.over_comparisons(lambda *a: dpo_loss(*a, beta=0.3), probabilities, l, reference)
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_over_samples_visits_every_outcome_by_its_probability(K):
+    """E over draws of sum of c(p, k, y_k) log pi: the gradient is pi(y) times the sum of c over k."""
+    rng = np.random.default_rng(5)
+    world = small_world()
+    log_probs = world.token_log_probs(policy(rng)).data
+    c = rng.normal(size=(2, K, 7))
+
+    def loss(leaf, drawn):
+        assert drawn.shape == (2, K)
+        return ops.sum(leaf * c[np.arange(2)[:, None], np.arange(K), drawn].reshape(-1, 1))
+    actual = enumerable.over_samples(loss, log_probs, world.mask, K)
+    pi = np.exp((log_probs * world.mask).sum(axis=-1))
+    assert_close(actual, np.broadcast_to((pi * c.sum(axis=1))[..., None], log_probs.shape))
+
+
+def test_the_mean_of_sequence_kl_over_the_law_is_the_divergence():
+    rng = np.random.default_rng(6)
+    world, model, reference = small_world(), policy(rng), policy(rng)
+    l, ref = world.log_probs(model).data, world.log_probs(reference).data
+    for p, prompt in enumerate(world.prompts):
+        k1 = sequence_kl(model, reference, [prompt] * 7, world.responses, pad=0)
+        assert_close((np.exp(l[p]) * k1).sum(), enumerable.divergence(l, ref)[p])
+
+
+# Training, and what a small step does.
+
+def test_descend_climbs_to_a_better_policy_the_same_way_every_time():
+    world, rewards = small_world(), np.random.default_rng(0).normal(size=(2, 7))
+    reference = world.log_probs(policy(np.random.default_rng(1))).data
+
+    def run():
+        return list(enumerable.descend(policy(np.random.default_rng(1)), world, lambda l: -enumerable.objective_gradient(
+            l, reference, rewards, 0.5), steps=20, learning_rate=0.01))
+    first, second = run(), run()
+    assert len(first) == 21
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first[0], reference)
+    J = [enumerable.objective(l, reference, rewards, 0.5).sum() for l in first]
+    assert (np.diff(J) > 0).all()
+
+
+def test_the_tangent_kernel_says_where_every_log_prob_goes():
+    """Against differences: all parameters moved a little down, then up, along the gradient of a loss."""
+    rng = np.random.default_rng(7)
+    world, model = small_world(), policy(rng)
+    gradient = rng.normal(size=world.shape)
+    kernel = enumerable.tangent_kernel(model, world)
+    direction = parameter_gradients(model, world.log_probs(model), gradient)
+    sides = []
+    for step in (1e-5, -1e-5):
+        for name, p in model.parameters().items():
+            p.data -= step * direction[name]
+        sides.append(world.log_probs(model).data)
+        for name, p in model.parameters().items():
+            p.data += step * direction[name]
+    assert_close((sides[0] - sides[1]) / 2e-5, -(kernel @ gradient.reshape(-1)).reshape(world.shape), 1e-6)
+
+
+def test_a_step_conserves_probability():
+    world, model = small_world(), policy(np.random.default_rng(8))
+    pi = np.exp(world.log_probs(model).data)
+    kernel = enumerable.tangent_kernel(model, world).reshape(*world.shape, *world.shape)
+    assert_close(kernel, kernel.transpose(2, 3, 0, 1))
+    assert np.abs(kernel).max() > 1
+    assert_close(np.einsum("py,pyqz->pqz", pi, kernel), np.zeros((2, *world.shape)))

@@ -1,0 +1,195 @@
+"""Proofs by enumeration: the table of KL estimators. What each is in expectation, and what its gradient is.
+
+The policy is a Transformer over a world whose every response is listed; expectations are sums.
+
+                value          differentiated as a loss        in the reward, without gradient
+    k1          KL(pi||ref)    0                               grad KL(pi||ref)
+    k2          another        grad KL(pi||ref)
+    k3          KL(pi||ref)    grad KL(ref||pi)
+
+of whole responses. Per token and then summed, k2 and k3 have neither gradient.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+from helpers import assert_close, parameter_gradients, rngs, small_transformer
+from minilm import Tensor, ops
+from minilm.gradcheck import relative_error
+from minilm.objectives.kl import k1, k2, k3
+from minilm.objectives.policy_gradient import advantages, policy_gradient_loss
+from minilm.world.enumerable import EnumerableWorld, divergence, over_samples
+
+WORLD = EnumerableWorld([[0, 2]], vocab_size=3, max_new_tokens=2)
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def models(rng):
+    return small_transformer(rng, vocab_size=3), small_transformer(rng, vocab_size=3)
+
+
+def log_probs(*of_models):
+    return [WORLD.log_probs(model).data for model in of_models]
+
+
+def expected_gradient(model, loss):
+    """sum_y pi(y) grad loss(y), at samples held fixed; loss of log-probs (P,N) -> (P,N)."""
+    return parameter_gradients(model, loss(WORLD.log_probs(model)), np.exp(WORLD.log_probs(model).data))
+
+
+def gradient_of_kl(policy, reference, forward=False):
+    """Of KL(pi || ref), or of KL(ref || pi): written in ops, and nothing of kl.py in it."""
+    l, ref = WORLD.log_probs(policy), WORLD.log_probs(reference).data
+    kl = ops.sum(np.exp(ref) * (ref - l)) if forward else ops.sum(ops.exp(l) * (l - ref))
+    return parameter_gradients(policy, kl)
+
+
+def assert_same(actual, expected):
+    assert max(np.abs(g).max() for g in expected.values()) > 0.01
+    for name, gradient in expected.items():
+        assert_close(actual[name], gradient, name=name)
+
+
+def apart(actual, expected):
+    """The relative error over all parameters."""
+    a, b = (np.concatenate([g.reshape(-1) for g in side.values()]) for side in (actual, expected))
+    return relative_error(a, b)[0]
+
+
+# Values.
+
+def expectations(l, reference):
+    return {name: float((np.exp(l) * k(l, reference).data).sum()) for name, k in ESTIMATORS.items()}
+
+
+@given(rngs)
+def test_k1_and_k3_are_the_kl_in_expectation_and_k2_is_not(rng):
+    """KL sign reversed: with reference and policy swapped, none of them would be."""
+    l, reference = log_probs(*models(rng))
+    exact, mean = divergence(l, reference)[0], expectations(l, reference)
+    assert exact > 0
+    assert_close(mean["k1"], exact)
+    assert_close(mean["k3"], exact)
+    assert abs(mean["k2"] / exact - 1) > 1e-6
+
+
+def test_k2_is_off_by_much_far_from_the_reference_and_by_little_near_it():
+    """Its relative error is of the order of the distance between the two."""
+    policy, other = models(np.random.default_rng(0))
+    reference, errors = log_probs(policy)[0], []
+    start, direction = ({name: p.data.copy() for name, p in model.parameters().items()} for model in (policy, other))
+    for distance in (1.0, 1e-2, 1e-3, 1e-4):
+        for name, p in policy.parameters().items():
+            p.data[...] = start[name] + distance * direction[name]
+        l = log_probs(policy)[0]
+        errors.append(abs(expectations(l, reference)["k2"] / divergence(l, reference)[0] - 1))
+    assert errors[0] > 0.1
+    assert_close(np.divide(errors[2:], errors[1:-1]), [0.1, 0.1], 0.2)
+
+
+@given(rngs)
+def test_negative_kl(rng):
+    """A sample of k1 may be negative, and some always is; the exact value never is."""
+    l, reference = log_probs(*models(rng))
+    assert k1(l, reference).data.min() < 0 < k1(l, reference).data.max()
+    assert divergence(l, reference)[0] > 0
+    assert divergence(l, l)[0] == 0
+
+
+# Gradients, differentiated as a loss.
+
+@given(rngs)
+def test_k1_as_a_loss_has_no_gradient_in_expectation(rng):
+    policy, reference = models(rng)
+    d = expected_gradient(policy, lambda l: k1(l, *log_probs(reference)))
+    assert max(np.abs(g).max() for g in d.values()) < 1e-13
+
+
+@given(rngs)
+def test_k2_as_a_loss_has_the_gradient_of_the_kl_from_the_reference(rng):
+    policy, reference = models(rng)
+    assert_same(expected_gradient(policy, lambda l: k2(l, *log_probs(reference))), gradient_of_kl(policy, reference))
+
+
+@given(rngs)
+def test_k3_differentiated_as_a_loss_gives_the_forward_kls_gradient(rng):
+    """KL(ref || pi), the other direction: an unbiased estimator of a KL whose gradient is not that KL's."""
+    policy, reference = models(rng)
+    d = expected_gradient(policy, lambda l: k3(l, *log_probs(reference)))
+    assert_same(d, gradient_of_kl(policy, reference, forward=True))
+    assert apart(d, gradient_of_kl(policy, reference)) > 1e-2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_k3_differentiated_with_the_ratio_of_its_samples_gives_the_gradient_of_the_kl(seed):
+    """The repair: pi(y)/pi_old(y), 1 in value, brings back the gradient of how y was drawn."""
+    policy, reference = models(np.random.default_rng(seed))
+    old, = log_probs(policy)
+    d = expected_gradient(policy, lambda l: ops.exp(l - old) * k3(l, *log_probs(reference)))
+    assert_same(d, gradient_of_kl(policy, reference))
+
+
+# Inside the reward, without gradient.
+
+def in_the_reward(policy, penalty):
+    """The expected gradient of policy_gradient.py with the penalty (P,N) for its KL, and no other reward."""
+    def loss(leaf, drawn):
+        A = advantages(np.zeros((1, 1)), penalty[[0], drawn[0]][None], beta=1.0, baseline="none")[0]
+        return policy_gradient_loss(leaf, A, WORLD.mask[0, drawn[0]])
+    tokens = WORLD.token_log_probs(policy)
+    return parameter_gradients(policy, tokens, over_samples(loss, tokens.data, WORLD.mask, samples=1))
+
+
+@given(rngs)
+def test_k1_inside_the_reward_gives_the_gradient_of_the_kl(rng):
+    policy, reference = models(rng)
+    penalty = k1(*log_probs(policy, reference)).data
+    assert_same(in_the_reward(policy, penalty), gradient_of_kl(policy, reference))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_k3_inside_the_reward_does_not_although_its_value_is_unbiased(seed):
+    """E[k3 grad log pi] = E[(k1 + ref/pi) grad log pi] = grad KL(pi || ref) - grad KL(ref || pi)."""
+    policy, reference = models(np.random.default_rng(seed))
+    d = in_the_reward(policy, k3(*log_probs(policy, reference)).data)
+    backward, forward = gradient_of_kl(policy, reference), gradient_of_kl(policy, reference, forward=True)
+    assert_same(d, {name: backward[name] - forward[name] for name in backward})
+    assert apart(d, backward) > 1e-2
+
+
+# Per token, and then summed.
+
+@pytest.mark.parametrize("k", [k2, k3])
+@pytest.mark.parametrize("seed", range(4))
+def test_per_token_and_then_summed_k2_and_k3_give_neither_gradient(k, seed):
+    """They give that of the KLs of single tokens, in contexts whose probability is taken as given: what
+    the first token does to the second one's context is lost."""
+    policy, reference = models(np.random.default_rng(seed))
+    tokens, ref = WORLD.token_log_probs(policy), WORLD.token_log_probs(reference).data
+    pi = np.exp(WORLD.log_probs(policy).data)
+    d = parameter_gradients(policy, k(tokens, ref), pi[..., None] * WORLD.mask)
+    assert apart(d, gradient_of_kl(policy, reference)) > 1e-2
+    assert apart(d, gradient_of_kl(policy, reference, forward=True)) > 1e-2
+    assert_same(d, parameter_gradients(policy, kl_of_tokens(policy, reference, forward=k is k3)))
+
+
+def kl_of_tokens(policy, reference, forward):
+    """sum over contexts of their probability, held fixed, times the KL of the next token: a Tensor.
+
+    The contexts are the prompt [0, 2], and the prompt with 1 or 2 behind it (behind 0 nothing comes).
+    """
+    contexts = np.array([[0, 2, 0], [0, 2, 1], [0, 2, 2]])
+    l, ref = (ops.log_softmax(model(contexts)) for model in (policy, reference))
+    where = ([0, 1, 2], [1, 2, 2])                          # row, and position: the prompt's own law is row 0's
+    l, ref = l[where], ref.data[where]                      # (3,V)
+    visits = np.array([1.0, *np.exp(l.data)[0, 1:]])[:, None]
+    kl = np.exp(ref) * (ref - l) if forward else ops.exp(l) * (l - ref)
+    return ops.sum(visits * kl)
+
+
+def test_the_sum_of_k1_over_tokens_is_k1_of_the_response():
+    """So k1 may be kept per token, as TRL logs it, and summed for the reward."""
+    policy, reference = models(np.random.default_rng(0))
+    per_token = k1(WORLD.token_log_probs(policy), WORLD.token_log_probs(reference).data).data
+    assert_close((per_token * WORLD.mask).sum(axis=-1), k1(Tensor(log_probs(policy)[0]), log_probs(reference)[0]).data)

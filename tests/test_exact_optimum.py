@@ -1,0 +1,234 @@
+"""Proofs by enumeration: where each objective leads to.
+
+A Transformer is trained on exact gradients, over 40 responses to each of two prompts. RLHF and DPO arrive at the
+same policy, pi* = pi_ref exp(r/beta)/Z; IPO and DPO on labels without probabilities arrive elsewhere.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from helpers import assert_close, parameter_gradients, rngs, small_transformer
+from minilm.gradcheck import relative_error
+from minilm.model import Config, Transformer
+from minilm.objectives.dpo import dpo_loss, ipo_loss, robust_dpo_loss
+from minilm.world.enumerable import (EnumerableWorld, comparisons, descend, divergence, ipo_optimum, objective,
+                                     objective_gradient, optimum, over_comparisons, total_variation)
+
+BETA = 1.0
+# Prompts begin with a 0 that no response begins with: attention over equal tokens gives the same
+# however many there are, so [1] and [1, 1] would be one context.
+WORLD = EnumerableWorld([[0, 1], [0, 2, 3]], vocab_size=4, max_new_tokens=3)
+REWARDS = np.random.default_rng(0).normal(size=WORLD.shape)
+
+
+def start():
+    """The reference, from which every run starts."""
+    rng = np.random.default_rng(1)
+    model = Transformer(Config(vocab_size=4, width=24, layers=2, heads=2, context=8), rng, np.float64)
+    model.unembedding.data[...] = rng.normal(size=model.unembedding.shape) * 0.12
+    return model
+
+
+REFERENCE = WORLD.log_probs(start()).data
+OPTIMUM, LOG_Z = optimum(REFERENCE, REWARDS, BETA)
+ERR = 0.2       # the share of labels that are wrong, where some are
+
+
+def trained(gradient, steps=300):
+    """log-probs (P,N) of the policy after training on an exact gradient."""
+    *_, l = descend(start(), WORLD, gradient, steps, learning_rate=0.007)
+    return l
+
+
+def expected(loss, probabilities):
+    """The gradient of loss(chosen, rejected, reference_chosen, reference_rejected) over comparisons."""
+    return lambda l: over_comparisons(loss, probabilities, l, REFERENCE)
+
+
+def expected_loss(loss, probabilities, l, reference):
+    """Its value, one comparison after the other."""
+    total = 0.0
+    for p, c, r in np.argwhere(probabilities):
+        one = [a[p:p + 1, y] for a in (l, reference) for y in (c, r)]
+        total += probabilities[p, c, r] * loss(*one).item()
+    return total
+
+
+dpo = functools.partial(dpo_loss, beta=BETA)
+
+
+# The optimum itself.
+
+@given(rngs, st.floats(0.1, 3))
+def test_the_best_policy_is_worth_beta_log_z(rng, beta):
+    """J(pi) = beta log Z - beta KL(pi || pi*) for every policy: J* = beta log Z, and no other reaches it."""
+    l, reference = (z - np.log(np.exp(z).sum(axis=-1, keepdims=True)) for z in rng.normal(size=(2, 3, 9)))
+    rewards = rng.normal(size=l.shape)
+    best, log_Z = optimum(reference, rewards, beta)
+    assert_close(np.exp(best).sum(axis=1), np.ones(3))
+    assert_close(np.exp(best), np.exp(reference + rewards / beta) / np.exp(log_Z)[:, None])
+    assert_close(objective(best, reference, rewards, beta), beta * log_Z)
+    assert_close(objective(l, reference, rewards, beta), beta * log_Z - beta * divergence(l, best))
+
+
+def test_the_reward_of_the_optimum_is_the_one_it_was_made_from_up_to_a_constant_per_prompt():
+    """r = beta log(pi*/pi_ref) + beta log Z: the identity behind DPO."""
+    assert_close(BETA * (OPTIMUM - REFERENCE) + BETA * LOG_Z[:, None], REWARDS)
+
+
+# RLHF and DPO.
+
+def test_gradient_ascent_on_j_reaches_the_optimum():
+    l = trained(lambda l: -objective_gradient(l, REFERENCE, REWARDS, BETA))
+    assert total_variation(REFERENCE, OPTIMUM).min() > 0.15
+    assert total_variation(l, OPTIMUM).max() < 1e-3
+    assert_close(objective(l, REFERENCE, REWARDS, BETA), BETA * LOG_Z, 1e-5)
+
+
+def test_descent_on_the_expected_dpo_loss_reaches_the_optimum():
+    """No reward and no sample of the policy: only who wins how often among responses of the reference."""
+    assert total_variation(trained(expected(dpo, comparisons(REFERENCE, REWARDS))), OPTIMUM).max() < 1e-3
+
+
+def test_it_does_not_matter_to_dpo_who_wrote_the_responses_that_are_compared():
+    """At pi* the gradient vanishes for every single pair, whatever the weights of the pairs."""
+    other = np.log(np.random.default_rng(2).dirichlet(np.ones(WORLD.shape[1]), size=2))
+    for drawn_from in (REFERENCE, other):
+        pair_gradient = over_comparisons(dpo, comparisons(drawn_from, REWARDS), OPTIMUM, REFERENCE)
+        assert np.abs(pair_gradient).max() < 1e-15
+
+
+def test_the_policy_gradient_forgets_what_the_policy_never_says_and_dpo_does_not():
+    """Of J, the gradient at a response is in proportion to its probability under the policy; of DPO, to how
+    often the pairs hold it. So RLHF may stay short of pi* for long, where a response was lost early."""
+    lost = OPTIMUM.copy()
+    lost[:, 0] -= 12
+    of_j = objective_gradient(lost, REFERENCE, REWARDS, BETA)[:, 0]
+    of_dpo = expected(dpo, comparisons(REFERENCE, REWARDS))(lost)[:, 0]
+    assert (of_j > 0).all() and (of_j < 1e-4).all()         # ascent on J
+    assert (of_dpo < -0.01).all()                           # descent on the loss
+
+
+# Labels that are wrong.
+
+def test_descent_on_the_robust_loss_of_flipped_labels_reaches_the_optimum():
+    robust = functools.partial(robust_dpo_loss, beta=BETA, flip_rate=ERR)
+    l = trained(expected(robust, comparisons(REFERENCE, REWARDS, ERR)))
+    assert total_variation(l, OPTIMUM).max() < 1e-3
+
+
+@given(rngs, st.floats(0.01, 0.45))
+def test_the_robust_loss_of_flipped_labels_is_in_expectation_dpos_loss_of_clean_ones(rng, eps):
+    """Value and gradient, at any policy."""
+    l, reference = rng.normal(size=(2, 1, 4))
+    rewards, drawn_from = rng.normal(size=(1, 4)), np.log(rng.dirichlet(np.ones(4), size=1))
+    robust = functools.partial(robust_dpo_loss, beta=BETA, flip_rate=eps)
+    clean, flipped = comparisons(drawn_from, rewards), comparisons(drawn_from, rewards, eps)
+    assert_close(expected_loss(robust, flipped, l, reference), expected_loss(dpo, clean, l, reference))
+    assert_close(over_comparisons(robust, flipped, l, reference), over_comparisons(dpo, clean, l, reference))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, ERR])
+def test_neither_dpo_nor_cdpo_undoes_flips(smoothing):
+    """Their gradient does not vanish at pi*: they stop short of it, at margins that flipped labels support."""
+    cdpo = functools.partial(dpo_loss, beta=BETA, label_smoothing=smoothing)
+    gradient = expected(cdpo, comparisons(REFERENCE, REWARDS, ERR))
+    assert np.abs(gradient(OPTIMUM)).max() > 1e-3
+    l = trained(gradient)
+    assert total_variation(l, OPTIMUM).min() > 0.03
+    assert (divergence(l, REFERENCE) < divergence(OPTIMUM, REFERENCE)).all()
+
+
+# Labels that say who won, and not how often.
+
+def winners(rewards):
+    """Every pair of the reference's responses, the one of higher reward always preferred."""
+    drawn = np.exp(REFERENCE)
+    return 2 * drawn[:, :, None] * drawn[:, None, :] * (rewards[:, :, None] > rewards[:, None, :])
+
+
+def test_hard_labels_hold_the_order_of_the_rewards_and_nothing_more():
+    """Why DPO cannot find pi* from them: another reward of the same order gives the same labels, hence the
+    same gradients and the same policy, while its pi* is another."""
+    stretched = np.sinh(2 * REWARDS)
+    np.testing.assert_array_equal(winners(REWARDS), winners(stretched))
+    assert total_variation(optimum(REFERENCE, stretched, BETA)[0], OPTIMUM).min() > 0.3
+
+
+def test_dpo_on_hard_labels_of_finitely_many_pairs_runs_away_from_the_optimum():
+    """Its loss is least at infinite margins: the longer the training, the farther from pi* and the reference."""
+    rng, labels = np.random.default_rng(3), np.zeros((2, 40, 40))
+    for p in range(2):
+        for i, j in rng.permutation(40).reshape(20, 2):     # every response in one pair
+            i_wins = rng.random() < 1 / (1 + np.exp(REWARDS[p, j] - REWARDS[p, i]))
+            labels[(p, i, j) if i_wins else (p, j, i)] = 1 / 20
+    gradient = expected(dpo, labels)
+    assert np.abs(gradient(OPTIMUM)).max() > 1e-3           # not even a stationary point
+    policies = [trained(gradient, steps) for steps in (30, 100, 300)]
+    losses = [expected_loss(dpo, labels, l, REFERENCE) for l in policies]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.01
+    assert expected_loss(dpo, labels, OPTIMUM, REFERENCE) > 0.2      # pi* fits the labels worse, and rightly so
+    assert divergence(policies[-1], REFERENCE).min() > 2 * divergence(OPTIMUM, REFERENCE).max()
+    assert min(total_variation(l, OPTIMUM).min() for l in policies) > 0.3
+
+
+def test_with_many_judgements_of_every_pair_the_labels_become_probabilities():
+    """The gradient at pi* shrinks as one over the square root of their number, to 0."""
+    probabilities, rng = comparisons(REFERENCE, REWARDS), np.random.default_rng(4)
+
+    def gradient(count):
+        judged = [rng.multinomial(count, p.reshape(-1) / p.sum()).reshape(40, 40) / count for p in probabilities]
+        return over_comparisons(dpo, np.array(judged), OPTIMUM, REFERENCE)
+    sizes = [np.mean([np.linalg.norm(gradient(count)) for _ in range(20)]) for count in (10**4, 10**6, 10**8)]
+    assert_close(np.divide(sizes[1:], sizes[:-1]), [0.1, 0.1], 0.2)
+
+
+# IPO.
+
+def test_ipo_reaches_its_own_optimum_and_not_dpos():
+    own = ipo_optimum(REFERENCE, REFERENCE, REWARDS, BETA)
+    l = trained(expected(functools.partial(ipo_loss, beta=BETA), comparisons(REFERENCE, REWARDS)))
+    assert total_variation(l, own).max() < 1e-3
+    assert total_variation(own, OPTIMUM).min() > 0.1
+
+
+@given(rngs, st.floats(0.2, 2))
+def test_sum_or_mean_of_log_probs_mixed_up_optimum(rng, beta):
+    """DPO's gradient vanishes at pi*, IPO's at its own optimum, neither at the other's; and with log-probs
+    averaged over tokens DPO's does not vanish at pi*."""
+    lengths = np.array([[1, 2, 3, 1, 2]])
+    reference, rewards = np.log(rng.dirichlet(np.full(5, 5.0), size=1)), rng.uniform(-1, 1, size=(1, 5))
+    rewards[0, :2] = -1, 1                  # so that the two optima are not the same
+    probabilities = comparisons(reference, rewards)
+    optima = {dpo_loss: optimum(reference, rewards, beta)[0],
+              ipo_loss: ipo_optimum(reference, reference, rewards, beta)}
+    for loss, own in optima.items():
+        for l in optima.values():
+            d = over_comparisons(functools.partial(loss, beta=beta), probabilities, l, reference)
+            assert np.abs(d).max() < 1e-12 if l is own else np.abs(d).max() > 1e-3
+    averaged = over_comparisons(functools.partial(dpo_loss, beta=beta), probabilities,
+                                optima[dpo_loss] / lengths, reference / lengths)
+    assert np.abs(averaged).max() > 1e-3
+
+
+# The gradients of the losses over pairs, through the whole model.
+
+def test_the_expected_dpo_gradient_of_every_parameter_is_the_sum_over_comparisons():
+    world, rng = EnumerableWorld([[1], [0, 2]], 3, 2), np.random.default_rng(5)
+    policy = small_transformer(rng, vocab_size=3)
+    reference = world.log_probs(small_transformer(rng, vocab_size=3)).data
+    probabilities = comparisons(reference, rng.normal(size=world.shape))
+    l = world.log_probs(policy)
+    actual = parameter_gradients(policy, l, over_comparisons(dpo, probabilities, l.data, reference))
+    expected = {name: 0.0 for name in actual}
+    for p, c, r in np.ndindex(probabilities.shape):
+        l = world.log_probs(policy)
+        one = dpo(l[p, [c]], l[p, [r]], reference[p, [c]], reference[p, [r]])
+        for name, gradient in parameter_gradients(policy, one).items():
+            expected[name] = expected[name] + probabilities[p, c, r] * gradient
+    for name, gradient in expected.items():
+        assert_close(actual[name], gradient, name=name)
+    assert relative_error(actual["embedding"], np.zeros_like(actual["embedding"]))[0] > 1

@@ -1,0 +1,203 @@
+"""Proofs by enumeration: is the sampled policy gradient, in expectation, the gradient of J?
+
+The policy is a Transformer. Its estimator's gradient is summed over every group of responses that could be
+drawn, each by its probability, and carried back to all parameters; the exact gradient is that of J itself.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from helpers import assert_close, parameter_gradients, rngs, small_transformer
+from minilm.gradcheck import relative_error
+from minilm.model import Transformer
+from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, ppo_clip_loss, reward_to_go
+from minilm.world.enumerable import EnumerableWorld, objective, objective_gradient, over_samples
+
+TWO_PROMPTS, ONE_PROMPT = [[1], [0, 2]], [[0, 2]]
+
+
+@dataclasses.dataclass
+class Problem:
+    """Maximise J with the policy; everything about it is known."""
+
+    world: EnumerableWorld
+    policy: Transformer
+    reference: np.ndarray       # log-probs of the tokens, (P,N,S)
+    rewards: np.ndarray         # (P,N)
+    beta: float
+    temperature: float = 1.0
+
+    def token_log_probs(self):
+        return self.world.token_log_probs(self.policy, self.temperature)
+
+    def summed(self, token_log_probs):
+        return np.where(self.world.mask > 0, token_log_probs, 0).sum(axis=-1)
+
+    @functools.cached_property
+    def token_kl(self):
+        return self.token_log_probs().data - self.reference
+
+    def exact_gradient(self):
+        """Of -J, the mean over prompts."""
+        l = self.world.log_probs(self.policy, self.temperature)
+        d = objective_gradient(l.data, self.summed(self.reference), self.rewards, self.beta)
+        return parameter_gradients(self.policy, l, -d / len(d))
+
+    def expected_gradient(self, loss, K, drawn_from=None):
+        """The expectation over draws of the gradient of loss(log_probs (P*K,S), prompts, drawn, mask (P*K,S))."""
+        prompts = np.arange(len(self.rewards))[:, None]
+
+        def of_draw(log_probs, drawn):
+            return loss(log_probs, prompts, drawn, self.world.mask[prompts, drawn].reshape(log_probs.shape))
+        log_probs = self.token_log_probs()
+        return parameter_gradients(self.policy, log_probs, over_samples(
+            of_draw, log_probs.data, self.world.mask, K, drawn_from))
+
+    def advantages(self, prompts, drawn, baseline):
+        return advantages(self.rewards[prompts, drawn], self.summed(self.token_kl)[prompts, drawn],
+                          self.beta, baseline).reshape(-1)
+
+    def estimator(self, baseline):
+        def loss(log_probs, prompts, drawn, mask):
+            return policy_gradient_loss(log_probs, self.advantages(prompts, drawn, baseline), mask)
+        return loss
+
+    def estimator_to_go(self, baseline, kl_ahead=False):
+        """kl_ahead: the KL of the token itself is forgotten."""
+        def loss(log_probs, prompts, drawn, mask):
+            token_kl = self.token_kl[prompts, drawn]
+            A = reward_to_go(self.rewards[prompts, drawn], token_kl, self.world.mask[prompts, drawn], self.beta,
+                             baseline)
+            A = A + self.beta * token_kl if kl_ahead else A
+            return policy_gradient_loss(log_probs, A.reshape(log_probs.shape), mask)
+        return loss
+
+    def clipped(self, old, baseline, level, epsilon=0.2):
+        """PPO; old: log-probs of the tokens (P,N,S) under the policy that drew them."""
+        def loss(log_probs, prompts, drawn, mask):
+            return ppo_clip_loss(log_probs, old[prompts, drawn].reshape(log_probs.shape),
+                                 self.advantages(prompts, drawn, baseline), mask, epsilon, level)
+        return loss
+
+
+def problem(seed, prompts=ONE_PROMPT, beta=0.5, temperature=1.0):
+    rng = seed if isinstance(seed, np.random.Generator) else np.random.default_rng(seed)
+    world = EnumerableWorld(prompts, vocab_size=3, max_new_tokens=2)
+    policy, reference = (small_transformer(rng, vocab_size=3) for _ in range(2))
+    return Problem(world, policy, world.token_log_probs(reference, temperature).data, rng.normal(size=world.shape),
+                   beta, temperature)
+
+
+def assert_same(actual, expected, factor=1.0):
+    assert max(np.abs(g).max() for g in expected.values()) > 0.01        # a gradient to speak of
+    for name, gradient in expected.items():
+        assert_close(actual[name], factor * gradient, name=name)
+
+
+def flat(gradients):
+    return np.concatenate([g.reshape(-1) for g in gradients.values()])
+
+
+# On policy.
+
+@settings(max_examples=6)
+@given(rngs, st.floats(0, 2), st.integers(1, 2), st.sampled_from([ONE_PROMPT, TWO_PROMPTS]))
+def test_without_a_baseline_the_expected_estimator_is_the_exact_gradient(rng, beta, K, prompts):
+    p = problem(rng, prompts, beta)
+    assert_same(p.expected_gradient(p.estimator("none"), 1 if len(prompts) > 1 else K), p.exact_gradient())
+
+
+@pytest.mark.parametrize("K, prompts", [(2, ONE_PROMPT), (3, ONE_PROMPT), (2, TWO_PROMPTS)])
+@pytest.mark.parametrize("seed", range(2))
+def test_with_leave_one_out_the_expected_estimator_is_the_exact_gradient(seed, K, prompts):
+    p = problem(seed, prompts)
+    assert_same(p.expected_gradient(p.estimator("leave_one_out"), K), p.exact_gradient())
+
+
+@pytest.mark.parametrize("K, prompts", [(2, ONE_PROMPT), (3, ONE_PROMPT), (2, TWO_PROMPTS)])
+@pytest.mark.parametrize("seed", range(2))
+def test_with_the_mean_the_expected_estimator_is_1_minus_1_over_K_of_the_exact_gradient(seed, K, prompts):
+    p = problem(seed, prompts)
+    assert_same(p.expected_gradient(p.estimator("mean"), K), p.exact_gradient(), factor=1 - 1 / K)
+
+
+@pytest.mark.parametrize("K, prompts", [(2, ONE_PROMPT), (3, ONE_PROMPT), (2, TWO_PROMPTS)])
+@pytest.mark.parametrize("seed", range(2))
+def test_group_normalisation_is_biased_not_only_in_length(seed, K, prompts):
+    """No multiple of the exact gradient comes near it."""
+    p = problem(seed, prompts)
+    exact, group = flat(p.exact_gradient()), flat(p.expected_gradient(p.estimator("group"), K))
+    nearest = exact * (group @ exact) / (exact @ exact)
+    assert relative_error(group, nearest)[0] > 0.02
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_at_a_temperature_policy_and_reference_scored_at_it_make_the_gradient_exact(temperature):
+    """Of the J of the policy at that temperature: draws, ratio and KL are all its own."""
+    p = problem(5, temperature=temperature)
+    assert_same(p.expected_gradient(p.estimator("leave_one_out"), 2), p.exact_gradient())
+    scored_at_1 = problem(5)                                # the same models, and the same draws
+    drawn_from = p.world.log_probs(p.policy, temperature).data
+    wrong = scored_at_1.expected_gradient(scored_at_1.estimator("leave_one_out"), 2, drawn_from)
+    assert relative_error(flat(wrong), flat(p.exact_gradient()))[0] > 0.02
+
+
+@pytest.mark.parametrize("baseline, K, factor", [("none", 1, 1), ("leave_one_out", 2, 1), ("mean", 2, 1 / 2)])
+def test_reward_to_go_has_the_exact_gradient_in_expectation(baseline, K, factor):
+    p = problem(4, beta=0.8)
+    assert_same(p.expected_gradient(p.estimator_to_go(baseline), K), p.exact_gradient(), factor)
+
+
+def test_a_reward_to_go_that_forgets_the_token_itself_is_biased():
+    """What the test above can tell: the KL of token t is a consequence of the choice at t."""
+    p = problem(4, beta=0.8)
+    wrong = p.expected_gradient(p.estimator_to_go("none", kl_ahead=True), 1)
+    assert relative_error(flat(wrong), flat(p.exact_gradient()))[0] > 0.02
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("baseline, K, factor", [("none", 1, 1), ("leave_one_out", 2, 1), ("mean", 2, 1 / 2)])
+def test_ppos_clip_at_ratio_1_has_the_exact_gradient_in_expectation(baseline, K, factor, level):
+    p = problem(6)
+    loss = p.clipped(p.token_log_probs().data, baseline, level)
+    assert_same(p.expected_gradient(loss, K), p.exact_gradient(), factor)
+
+
+def test_the_gradient_of_the_kl_penalty_is_not_needed_inside_the_reward():
+    """R holds log pi; differentiating it too would add -beta sum_y grad pi(y) = 0."""
+    p = problem(7)
+    l = p.world.log_probs(p.policy)
+    nothing = parameter_gradients(p.policy, l, np.exp(l.data))
+    assert max(np.abs(g).max() for g in nothing.values()) < 1e-14
+
+
+@given(rngs)
+def test_with_no_reward_a_step_along_the_expected_estimator_lowers_the_exact_kl(rng):
+    """KL sign reversed, seen in the objective itself."""
+    p = problem(rng, beta=1.0)
+    p.rewards[:] = 0
+
+    def kl():
+        return -objective(p.world.log_probs(p.policy).data, p.summed(p.reference), p.rewards, 1.0)
+    before = kl()
+    for name, gradient in p.expected_gradient(p.estimator("leave_one_out"), 2).items():
+        p.policy.parameters()[name].data -= 1e-4 * gradient
+    assert kl() < before
+
+
+# Off policy.
+
+@pytest.mark.parametrize("seed", range(2))
+def test_off_policy_the_sequence_ratio_corrects_for_old_samples_and_the_token_ratio_does_not(seed):
+    """Unclipped, with samples from another policy: E_old[rho(y) R(y) grad log pi(y)] = grad J."""
+    p = problem(seed)
+    old = p.world.token_log_probs(small_transformer(np.random.default_rng(seed + 10), vocab_size=3)).data
+
+    def gradient(level):
+        return p.expected_gradient(p.clipped(old, "none", level, epsilon=1e9), 1, p.summed(old))
+    assert_same(gradient("sequence"), p.exact_gradient())
+    assert relative_error(flat(gradient("token")), flat(p.exact_gradient()))[0] > 0.02

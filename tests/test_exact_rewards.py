@@ -1,0 +1,129 @@
+"""Proofs by enumeration: what comparisons say about a reward, and how far best-of-n goes from its policy."""
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from helpers import assert_close, rngs
+from minilm.evaluate import best_of_n_kl
+from minilm.model import Config, RewardModel, Transformer
+from minilm.objectives.reward import reward_loss
+from minilm.optim import AdamW, warmup_cosine
+from minilm.world.enumerable import (EnumerableWorld, best_of_n, comparisons, divergence, expectation, objective,
+                                     optimum, over_comparisons)
+
+WORLD = EnumerableWorld([[0, 1], [0, 2]], vocab_size=3, max_new_tokens=3)
+REWARDS = np.random.default_rng(0).normal(size=WORLD.shape)
+
+
+def uniform(shape):
+    return np.full(shape, -np.log(shape[-1]))
+
+
+def centred(rewards):
+    return rewards - rewards.mean(axis=-1, keepdims=True)
+
+
+def fitted(loss, probabilities, steps=500):
+    """Rewards (P,N) of a RewardModel trained on the expected loss over comparisons."""
+    rng = np.random.default_rng(1)
+    model = RewardModel(Transformer(Config(vocab_size=3, width=24, layers=2, heads=2, context=8), rng, np.float64), rng)
+    optimizer = AdamW(model.parameters(), weight_decay=0.0)
+    for step in range(steps):
+        r = WORLD.rewards(model)
+        optimizer.zero_grad()
+        r.backward(over_comparisons(loss, probabilities, r.data))
+        optimizer.step(warmup_cosine(step, steps, 0.01, warmup=10, floor=0.0))
+    return WORLD.rewards(model).data
+
+
+# Bradley and Terry.
+
+def test_bradley_terry_on_the_expected_comparisons_recovers_the_reward_up_to_a_constant_per_prompt():
+    r = fitted(reward_loss, comparisons(uniform(WORLD.shape), REWARDS))
+    assert_close(centred(r), centred(REWARDS), 1e-3)
+
+
+@given(rngs)
+def test_its_gradient_vanishes_at_the_reward_plus_any_constant_per_prompt_and_nowhere_near(rng):
+    rewards, drawn_from = rng.normal(size=(2, 5)), np.log(rng.dirichlet(np.ones(5), size=2))
+    gradient = functools.partial(over_comparisons, reward_loss, comparisons(drawn_from, rewards))
+    assert np.abs(gradient(rewards + 10 * rng.normal(size=(2, 1)))).max() < 1e-14
+    elsewhere = rewards + centred(rng.normal(size=(2, 5)))
+    # The loss is convex: back to the rewards is downhill from everywhere.
+    assert (gradient(elsewhere) * (elsewhere - rewards)).sum() > 0
+
+
+def test_centring_picks_the_constant():
+    """A small one moves the differences by little, and leaves the mean over what is compared near 0."""
+    pull = functools.partial(reward_loss, centering=0.01)
+    r = fitted(pull, comparisons(uniform(WORLD.shape), REWARDS + 5))
+    assert np.abs(r.mean(axis=1)).max() < 0.01
+    assert_close(centred(r), centred(REWARDS), 0.2)
+
+
+def test_a_margin_shifts_what_is_recovered():
+    """With sigma(r_c - r_r - m) for the truth, fitted differences exceed true ones; sure winners by m itself."""
+    probabilities = comparisons(uniform((1, 2)), np.array([[20.0, 0.0]]))
+    gradient = functools.partial(over_comparisons, functools.partial(reward_loss, margin=2.0), probabilities)
+    plain = functools.partial(over_comparisons, reward_loss, probabilities)
+    for difference in (3.0, 6.0):
+        assert_close(gradient(np.array([[difference + 2, 0.0]])), plain(np.array([[difference, 0.0]])), 1e-5)
+
+
+@pytest.mark.parametrize("flips", [0.1, 0.3])
+def test_flipped_labels_shrink_the_rewards_and_keep_their_order(flips):
+    """The fitted difference is the log-odds of what was seen, (1 - 2 eps) sigma + eps, not of the truth."""
+    probabilities = comparisons(uniform((1, 2)), np.array([[1.5, 0.0]]), flips)
+    seen = (1 - 2 * flips) / (1 + np.exp(-1.5)) + flips
+    log_odds = np.log(seen / (1 - seen))
+    assert 0 < log_odds < 1.5
+    assert np.abs(over_comparisons(reward_loss, probabilities, np.array([[log_odds, 0.0]]))).max() < 1e-15
+
+
+# Best of n.
+
+@given(rngs, st.integers(1, 40), st.booleans())
+def test_best_of_n_stays_within_the_bound_and_meets_it_only_at_n_1(rng, n, ties):
+    l = np.log(rng.dirichlet(np.ones(8), size=2))
+    scores = rng.integers(0, 3, size=(2, 8)) if ties else rng.normal(size=(2, 8))
+    kl = divergence(best_of_n(l, scores, n), l)
+    assert (kl >= -1e-12).all()
+    assert (kl < best_of_n_kl(n)).all() if n > 1 else np.abs(kl).max() < 1e-12
+    assert (kl <= -l.min(axis=1) + 1e-12).all()             # the bound grows forever; the KL cannot
+
+
+@pytest.mark.parametrize("n", [2, 4, 16])
+def test_the_bound_is_met_in_the_limit_of_many_responses_without_ties_and_not_with_them(n):
+    gaps, with_ties = [], []
+    for N in (100, 1000, 10000):
+        l, scores = uniform((1, N)), np.arange(N, dtype=float)[None]
+        gaps.append(best_of_n_kl(n) - divergence(best_of_n(l, scores, n), l)[0])
+        with_ties.append(best_of_n_kl(n) - divergence(best_of_n(l, scores // (N // 4), n), l)[0])
+    assert all(0 < after < 0.02 * before for before, after in zip(gaps, gaps[1:]))      # closes about as 1/N^2
+    assert_close(with_ties[1:], with_ties[:-1])                       # four scores: stays
+    assert with_ties[0] > 0.01
+
+
+@given(rngs, st.integers(2, 12))
+def test_best_of_n_is_worth_less_than_the_optimum_at_the_same_divergence(rng, n):
+    """pi* at the beta that has best-of-n's KL: no policy of that KL has a higher reward."""
+    l, rewards = np.log(rng.dirichlet(np.full(9, 2.0), size=1)), rng.normal(size=(1, 9))
+    best = best_of_n(l, rewards, n)
+    kl, low, high = divergence(best, l)[0], 1e-3, 1e3
+    for _ in range(200):                                    # the KL of pi* falls with beta
+        beta = np.sqrt(low * high)
+        low, high = (beta, high) if divergence(optimum(l, rewards, beta)[0], l)[0] > kl else (low, beta)
+    star = optimum(l, rewards, beta)[0]
+    assert_close(divergence(star, l), [kl], 1e-6)
+    assert expectation(star, rewards)[0] > expectation(best, rewards)[0] > expectation(l, rewards)[0]
+    assert objective(best, l, rewards, beta)[0] < objective(star, l, rewards, beta)[0]
+
+
+def test_of_very_many_draws_the_best_is_the_one_with_the_highest_score():
+    l, scores = np.log(np.array([[0.9, 0.09, 0.01]])), np.array([[0.0, 1.0, 2.0]])
+    law = best_of_n(l, scores, 100_000)
+    assert_close(np.exp(law), [[0, 0, 1]])
+    assert_close(divergence(law, l), [-np.log(0.01)])

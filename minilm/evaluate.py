@@ -49,6 +49,7 @@ def best_of_n_kl(n):
     """Upper bound of the KL divergence between best-of-n and the policy it picks from.
 
     log n - (n - 1)/n: Beirami et al. 2024, arXiv:2401.01879, theorem 3.1; equal to it only if no two
-    responses ever have the same reward or text.
+    responses ever have the same reward or text. Exactly, where the responses can be listed:
+    world.enumerable.best_of_n.
     """
     return float(np.log(n) - (n - 1) / n)

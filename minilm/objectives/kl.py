@@ -16,12 +16,14 @@ Differentiated as a loss at samples that are held fixed, in expectation under pi
 because E[grad log pi] = 0; grad KL(pi || pi_ref) = sum (x + 1) grad pi = E[x grad log pi]; and
 E[exp(-x) grad log pi] = sum pi_ref grad log pi = -grad KL(pi_ref || pi).
 k1 inside the reward, without gradient, as policy_gradient.py has it, gives grad KL(pi || pi_ref)
-too. All of this holds for whole responses; per token and then summed, k2 and k3 give neither
-gradient, because the earlier tokens' choice of context is not differentiated.
+too; k3 there does not (it gives grad KL(pi || pi_ref) - grad KL(pi_ref || pi)). Times the ratio
+pi / pi_old, which is 1 in value at fresh samples, k3 as a loss has the gradient of its value again.
+All of this holds for whole responses; per token and then summed, k2 and k3 give neither gradient,
+because the earlier tokens' choice of context is not differentiated.
 k3 is the exponential of a log-ratio: it overflows where the policy gives the sample far less
 probability than the reference does (x < -709 in float64, -88 in float32). Of all the objectives
 only it and PPO's ratio may.
-Tests: tests/test_kl.py.
+Tests: tests/test_kl.py; the table, proved by enumeration: tests/test_exact_kl.py.
 """
 
 import numpy as np

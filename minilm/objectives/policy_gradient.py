@@ -21,7 +21,7 @@ Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740 (RLOO).
 The reference: the lecture regularises toward the pretrained model; in practice, InstructGPT's
 (Ouyang et al. 2022, arXiv:2203.02155, (2)) included, it is the instructed one, from which the
 policy starts. So it is here.
-Tests: tests/test_policy_gradient.py.
+Tests: tests/test_policy_gradient.py; the expectations, by enumeration: tests/test_exact_policy_gradient.py.
 """
 
 import numpy as np

@@ -14,7 +14,7 @@ term, c > 0, picks the constant that makes them small.
 Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, (1); the margin: Touvron et al. 2023,
 arXiv:2307.09288, (2); the centring: Eisenstein et al. 2023, arXiv:2312.09244.
 Stable: -log sigma(z) is computed as softplus(-z), never as the log of a sigmoid.
-Tests: tests/test_reward.py.
+Tests: tests/test_reward.py; what comparisons can recover: tests/test_exact_rewards.py.
 """
 
 import numpy as np

@@ -9,11 +9,12 @@ same log-probs. Throughout, l = log pi(y) is (P,N): P prompts, N responses.
     divergence     KL(pi || q)   =   sum_y pi(y) (log pi(y) - log q(y))
     objective      J(pi)         =   sum_y pi(y) r(y)  -  beta KL(pi || pi_ref)
 
-RLHF maximises J. Put r = beta log( pi_ref exp(r/beta) / pi_ref ) into it:
+RLHF maximises J. With pi*(y) = pi_ref(y) exp(r(y)/beta) / Z, the reward is r = beta log(pi*/pi_ref) +
+beta log Z; put into J,
 
-    J(pi) = beta log Z - beta KL(pi || pi*),     pi*(y) = pi_ref(y) exp(r(y)/beta) / Z
+    J(pi) = beta log Z - beta KL(pi || pi*)
 
-so pi* is where everything should end, and J* = beta log Z how well it can be done (Rafailov et al.
+so pi* is where everything should end, and J* = beta log Z is how well it can be done (Rafailov et al.
 2023, arXiv:2305.18290, (4)).
 
 How the exact gradient of any loss is had. A loss depends on the parameters through l alone. So let

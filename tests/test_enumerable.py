@@ -210,8 +210,9 @@ def test_descend_climbs_to_a_better_policy_the_same_way_every_time():
     reference = world.log_probs(policy(np.random.default_rng(1))).data
 
     def run():
-        return list(enumerable.descend(policy(np.random.default_rng(1)), world, lambda l: -enumerable.objective_gradient(
-            l, reference, rewards, 0.5), steps=20, learning_rate=0.01))
+        def gradient(l):
+            return -enumerable.objective_gradient(l, reference, rewards, 0.5)
+        return list(enumerable.descend(policy(np.random.default_rng(1)), world, gradient, 20, learning_rate=0.01))
     first, second = run(), run()
     assert len(first) == 21
     np.testing.assert_array_equal(first, second)

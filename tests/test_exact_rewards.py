@@ -28,8 +28,8 @@ def centred(rewards):
 
 def fitted(loss, probabilities, steps=500):
     """Rewards (P,N) of a RewardModel trained on the expected loss over comparisons."""
-    rng = np.random.default_rng(1)
-    model = RewardModel(Transformer(Config(vocab_size=3, width=24, layers=2, heads=2, context=8), rng, np.float64), rng)
+    rng, config = np.random.default_rng(1), Config(vocab_size=3, width=24, layers=2, heads=2, context=8)
+    model = RewardModel(Transformer(config, rng, np.float64), rng)
     optimizer = AdamW(model.parameters(), weight_decay=0.0)
     for step in range(steps):
         r = WORLD.rewards(model)

@@ -53,7 +53,8 @@ class EnumerableWorld:
 
     def __init__(self, prompts, vocab_size, max_new_tokens, eos=0):
         if max_new_tokens < 1 or not 0 <= eos < vocab_size:
-            raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1, eos {eos} one of {vocab_size} tokens")
+            raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1, and eos {eos} one of the "
+                             f"{vocab_size} tokens")
         if not prompts or any(not 0 <= token < vocab_size for prompt in prompts for token in prompt):
             raise ValueError(f"expected at least one prompt, of tokens from 0 to {vocab_size - 1}")
         count = sum((vocab_size - 1) ** n for n in range(max_new_tokens)) + (vocab_size - 1) ** max_new_tokens

@@ -173,24 +173,3 @@ def test_metrics_against_their_definitions(pairs):
 def test_strict_accuracy_is_zero_when_all_rewards_are_equal_and_ties_say_so():
     metrics = reward_metrics(np.zeros(3), np.zeros(3))
     assert metrics["accuracy"] == 0 and metrics["ties"] == 1
-
-
-# What it is for.
-
-@given(rngs, st.integers(2, 5))
-def test_expected_comparisons_give_the_rewards_back_up_to_a_constant(rng, responses):
-    """Maximum likelihood. Each ordered pair occurs as often as Bradley and Terry say it does; gradient
-    descent on the loss then finds the rewards that the comparisons came from, less their mean."""
-    true = rng.uniform(-1, 1, size=responses)
-    i, j = (np.array(x) for x in zip(*[(i, j) for i in range(responses) for j in range(responses) if i != j]))
-    odds = sigmoid(true[i] - true[j])
-    rewards = Tensor(np.zeros(responses), requires_grad=True)
-    for _ in range(100):
-        # The expectation: the pair (i, j) in a batch of its own, weighed by its probability.
-        c, r = leaves(rewards.data[i], rewards.data[j])
-        reward_loss(c, r).backward()
-        gradient = np.zeros(responses)
-        np.add.at(gradient, i, c.grad * odds)
-        np.add.at(gradient, j, r.grad * odds)
-        rewards.data -= 4 * (responses - 1) * gradient
-    assert_close(rewards.data, true - true.mean(), 1e-8)

@@ -226,7 +226,7 @@ def test_metrics_count_pads(rng, shape, amount):
     metrics = sft_metrics(pad(log_probs.data, np.nan), pad(mask, 0), pad(predictions, 1), pad(targets, 1),
                           pad(entropies, np.nan))
     chosen = [i for i in np.ndindex(shape) if mask[i]]
-    expected = {"loss": -np.mean([log_probs.data[i] for i in chosen]), "num_tokens": len(chosen),
+    expected = {"loss": -np.mean([log_probs.data[i] for i in chosen]), "trained_tokens": len(chosen),
                 "mean_token_accuracy": np.mean([predictions[i] == targets[i] for i in chosen]),
                 "entropy": np.mean([entropies[i] for i in chosen])}
     assert metrics.keys() == expected.keys()
@@ -237,7 +237,7 @@ def test_metrics_count_pads(rng, shape, amount):
 
 
 def test_metrics_that_were_not_asked_for_are_absent():
-    assert sft_metrics(np.array([[-1.0, -2.0]]), np.array([[0, 1]])) == {"loss": 2.0, "num_tokens": 1.0}
+    assert sft_metrics(np.array([[-1.0, -2.0]]), np.array([[0, 1]])) == {"loss": 2.0, "trained_tokens": 1.0}
 
 
 def test_metrics_of_a_micro_batch_without_a_response_token_are_no_nan():

@@ -94,8 +94,8 @@ def everything(training):
 
 COMMON = {"loss", "grad_norm", "learning_rate"}
 KEYS = {        # of which those with a name in TRL have that one
-    "pretraining": {"num_tokens"},
-    "instruction tuning": {"num_tokens"},
+    "pretraining": {"trained_tokens"},
+    "instruction tuning": {"trained_tokens"},
     "reward modelling": {"accuracy", "ties", "margin", "min_reward", "mean_reward", "max_reward"},
     "rlhf": {"reward", "reward_std", "frac_reward_zero_std", "kl_sequence", "kl_token", "completions/mean_length",
              "entropy"},
@@ -126,7 +126,7 @@ def test_response_tokens_are_counted_without_prompts_and_pads():
     training = make_training("instruction tuning")
     rows = np.random.default_rng(4).integers(len(PROMPTS), size=5)           # what the stage is about to draw
     metrics = run("instruction tuning", training, 1)[0]
-    assert metrics["num_tokens"] == sum(len(RESPONSES[i]) for i in rows)
+    assert metrics["trained_tokens"] == sum(len(RESPONSES[i]) for i in rows)
 
 
 # Stop and resume.
@@ -274,7 +274,7 @@ def test_pretraining_minimises_the_mean_over_every_position_of_every_window():
     before = training.model.copy()
     metrics = run("pretraining", training, 1)[0]
     loss = -before.log_probs(windows(STREAM, np.random.default_rng(4), 5, 7)).mean()
-    assert metrics["num_tokens"] == 30
+    assert metrics["trained_tokens"] == 30
     assert_step_is_down_the_gradient_of(loss, before, training, metrics)
 
 

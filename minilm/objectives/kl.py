@@ -50,7 +50,7 @@ def kl_metrics(policy, reference, mask):
     """Estimates from log-probs (B,T) of samples drawn from the policy (plain arrays).
 
     kl_sequence  mean over responses of the summed k1, in nats per response
-    kl_token     the same sum divided by the number of tokens, in nats per token (TRL's `kl`)
+    kl_token     the same sum divided by the number of tokens, in nats per token (the `kl` of TRL's RLOO)
     Either may come out negative from few samples; the divergence itself never is.
     """
     selected = np.asarray(mask).astype(bool)

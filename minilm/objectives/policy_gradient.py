@@ -39,7 +39,8 @@ def advantages(rewards, kl, beta, baseline="leave_one_out"):
               "mean": the mean R of all K, y's own included; the expected gradient shrinks to
                   (1 - 1/K) of the true one
               "group": the mean, and then divided by the standard deviation within the group,
-                  as GRPO does (Shao et al. 2024, arXiv:2402.03300; ddof 1 and eps 1e-4 as TRL);
+                  as GRPO does (Shao et al. 2024, arXiv:2402.03300; ddof 1 and eps 1e-4 as TRL, whose
+                  GRPO has no KL in the reward: the same at beta = 0);
                   biased: prompts with little spread weigh more
     """
     if np.ndim(rewards) != 2 or np.shape(rewards) != np.shape(kl):
@@ -145,9 +146,9 @@ def _token_weights(log_probs, advantages, mask, xp):
 def policy_gradient_metrics(rewards, kl, mask, entropies=None):
     """Floats for rewards and kl (P,K), mask (N,T), entropies (N,T) or None, under TRL's names.
 
-    reward, reward_std (ddof 1 over all samples), frac_reward_zero_std (prompts whose samples all
-    got the same), completions/mean_length; kl_sequence and kl_token (TRL's `kl` is the latter);
-    entropy per token.
+    reward, reward_std (ddof 1 over all samples), frac_reward_zero_std (prompts whose samples all got
+    the same reward, as GRPO counts them; TRL's RLOO takes the KL off first), completions/mean_length;
+    kl_sequence and kl_token (the latter is the `kl` of TRL's RLOO); entropy per token.
     """
     rewards, kl, selected = np.asarray(rewards), np.asarray(kl), np.asarray(mask).astype(bool)
     metrics = {"reward": float(rewards.mean()),

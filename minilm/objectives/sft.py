@@ -42,14 +42,14 @@ def sft_loss(log_probs, mask, total=None):
 
 
 def sft_metrics(log_probs, mask, predictions=None, targets=None, entropies=None):
-    """Floats under TRL's names, over selected tokens only: `loss`, `num_tokens`,
-    `mean_token_accuracy` (if predictions and targets (B,T) are given), `entropy` (if given,
-    per token in nats). All are 0 if nothing is selected."""
+    """Floats under TRL's names, over selected tokens only: `loss`, `mean_token_accuracy` (if
+    predictions and targets (B,T) are given), `entropy` (if given, per token in nats); and how many
+    they are, `trained_tokens` (TRL's num_tokens counts prompts too). All are 0 if nothing is selected."""
     selected = np.asarray(mask).astype(bool)
     def mean(values):
         return float(values[selected].sum() / max(1, selected.sum()))
 
-    metrics = {"loss": -mean(log_probs), "num_tokens": float(selected.sum())}
+    metrics = {"loss": -mean(log_probs), "trained_tokens": float(selected.sum())}
     if predictions is not None:
         metrics["mean_token_accuracy"] = mean(predictions == targets)
     if entropies is not None:

@@ -12,7 +12,7 @@ def instruction_tuning(training, prompts, responses, steps, batch_size, pad, lea
 
     batch_size demonstrations a step, drawn at random, in micro_batches parts (None: one a thread); the loss is the mean
     over the response tokens of the whole step. Yields {"loss", "grad_norm", "learning_rate",
-    "num_tokens"} a step, the last being the response tokens.
+    "trained_tokens"} a step, the last being the response tokens.
     """
     context = training.model.config.context
     while training.step < steps:
@@ -26,4 +26,4 @@ def instruction_tuning(training, prompts, responses, steps, batch_size, pad, lea
 
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(20, steps // 10 + 1))
         metrics, _ = optimise(training, loss, batches, rate, "instruction tuning")
-        yield {**metrics, "num_tokens": total}
+        yield {**metrics, "trained_tokens": total}

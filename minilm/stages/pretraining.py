@@ -13,7 +13,7 @@ def pretraining(training, stream, steps, batch_size, length, learning_rate=3e-3,
 
     batch_size windows of `length` + 1 tokens a step, in micro_batches parts (None: one a thread).
     Every position counts.
-    Yields {"loss" in nats per token, "grad_norm", "learning_rate", "num_tokens"} a step.
+    Yields {"loss" in nats per token, "grad_norm", "learning_rate", "trained_tokens"} a step.
     """
     while training.step < steps:
         tokens = windows(stream, training.rng, batch_size, length + 1)
@@ -24,4 +24,4 @@ def pretraining(training, stream, steps, batch_size, length, learning_rate=3e-3,
 
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(50, steps // 10 + 1))
         metrics, _ = optimise(training, loss, parts, rate, "pretraining")
-        yield {**metrics, "num_tokens": float(batch_size * length)}
+        yield {**metrics, "trained_tokens": float(batch_size * length)}

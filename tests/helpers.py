@@ -13,6 +13,13 @@ rngs = st.integers(0, 2 ** 32 - 1).map(np.random.default_rng)
 """A hypothesis strategy: a numpy Generator whose seed hypothesis chooses."""
 
 
+@st.composite
+def laws(draw, count, P=2, N=7):
+    """A hypothesis strategy: log-probs (P,N) of `count` random laws."""
+    z = draw(rngs).normal(size=(count, P, N))
+    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+
+
 def normal(rng, *shape, scale=1.0, dtype=np.float64):
     """A leaf of N(0, scale) entries."""
     return Tensor((rng.normal(size=shape) * scale).astype(dtype), requires_grad=True)
@@ -77,6 +84,30 @@ def parameter_gradients(model, output, cotangent=None):
         p.grad = None
     output.backward(cotangent)
     return {name: p.grad for name, p in model.parameters().items()}
+
+
+def assert_same_gradients(actual, expected, factor=1.0):
+    """Parameter by parameter, the expected ones alive."""
+    assert max(np.abs(g).max() for g in expected.values()) > 0.01, "no gradient to speak of"
+    for name, gradient in expected.items():
+        assert_close(actual[name], factor * gradient, name=name)
+
+
+def apart(actual, expected):
+    """The relative error of the gradients of all parameters, as one vector."""
+    return relative_error(*(np.concatenate([g.reshape(-1) for g in side.values()]) for side in (actual, expected)))[0]
+
+
+def log_probs_along(model, world, gradients, step):
+    """d log-probs (P,N) / d learning rate of gradient descent, by a step forth and one back."""
+    sides = []
+    for sign in (1, -1):
+        for name, p in model.parameters().items():
+            p.data -= sign * step * gradients[name]
+        sides.append(world.log_probs(model).data)
+        for name, p in model.parameters().items():
+            p.data += sign * step * gradients[name]
+    return (sides[0] - sides[1]) / (2 * step)
 
 
 def peak_memory(function):

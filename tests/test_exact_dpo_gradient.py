@@ -1,8 +1,9 @@
 """Why the log-prob of the chosen response can fall while DPO's margin grows: its gradient, decomposed exactly.
 
-One step of gradient descent on the loss of a pair moves the log-prob of any response y by
+One small step of gradient descent on the loss of a pair moves, to first order, the log-prob of any response y by
 
-    d l(y) = learning_rate * beta sigma(-beta Delta) * ( K(y,c) - K(y,r) ),     K(y,y') = <grad l(y), grad l(y')>
+    d l(y) = rate * ( K(y,c) - K(y,r) ),        K(y,y') = <grad l(y), grad l(y')>,
+    rate   = learning_rate * beta sigma(-beta Delta)
 
 so  d l(c)  = rate * ( |grad l(c)|^2 - <grad l(c), grad l(r)> )     of either sign,
     d l(r)  = rate * ( <grad l(c), grad l(r)> - |grad l(r)|^2 )     of either sign,
@@ -15,9 +16,10 @@ import functools
 import numpy as np
 import pytest
 
-from helpers import assert_close, parameter_gradients, small_transformer
+from helpers import assert_close, log_probs_along, parameter_gradients, small_transformer
 from minilm.objectives.dpo import dpo_loss
-from minilm.world.enumerable import EnumerableWorld, over_comparisons, tangent_kernel
+from minilm.world.enumerable import EnumerableWorld
+from minilm.world.expectations import gradient_over_comparisons, tangent_kernel
 
 WORLD = EnumerableWorld([[0, 2]], vocab_size=3, max_new_tokens=3)
 N, BETA = WORLD.shape[1], 0.7
@@ -41,18 +43,11 @@ def predicted(kernel, l, reference, c, r):
     return BETA / (1 + np.exp(BETA * delta)) * (kernel[:, c] - kernel[:, r])
 
 
-def measured(model, reference, c, r, step=1e-6):
-    """The same, from the loss: a step of gradient descent forth and one back."""
+def measured(model, reference, c, r):
+    """The same, from the loss and a step of gradient descent forth and back."""
     l = WORLD.log_probs(model)
-    gradients = parameter_gradients(model, l, over_comparisons(dpo, pair(c, r), l.data, reference[None]))
-    sides = []
-    for sign in (1, -1):
-        for name, p in model.parameters().items():
-            p.data -= sign * step * gradients[name]
-        sides.append(WORLD.log_probs(model).data[0])
-        for name, p in model.parameters().items():
-            p.data += sign * step * gradients[name]
-    return (sides[0] - sides[1]) / (2 * step)
+    d = gradient_over_comparisons(dpo, pair(c, r), l.data, reference[None])
+    return log_probs_along(model, WORLD, parameter_gradients(model, l, d), step=1e-6)[0]
 
 
 def case(seed):
@@ -68,17 +63,17 @@ def test_a_step_of_dpo_moves_every_response_by_the_difference_of_two_columns_of_
         assert_close(measured(model, reference, c, r), predicted(kernel, l, reference, c, r), 1e-6)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_margin_grows_with_every_pair_and_the_chosen_falls_exactly_where_the_two_share_more_than_it_has(seed):
-    model, l, reference, kernel = case(seed)
+def test_the_margin_grows_with_every_pair_and_the_chosen_falls_exactly_where_the_two_share_more_than_it_has():
+    """Of every pair of responses, moves that were measured."""
+    model, l, reference, kernel = case(0)
     falls = 0
     for c, r in np.ndindex(N, N):
         if c == r:
             continue
-        d = predicted(kernel, l, reference, c, r)
+        d = measured(model, reference, c, r)
+        rate = BETA / (1 + np.exp(BETA * (l[c] - reference[c] - l[r] + reference[r])))
         assert d[c] - d[r] > 0
-        assert_close((d[c] - d[r]) / (kernel[c, c] - 2 * kernel[c, r] + kernel[r, r]),
-                     BETA / (1 + np.exp(BETA * (l[c] - reference[c] - l[r] + reference[r]))))
+        assert_close(d[c] - d[r], rate * (kernel[c, c] - 2 * kernel[c, r] + kernel[r, r]), 1e-5)
         assert (d[c] < 0) == (kernel[c, r] > kernel[c, c])
         falls += d[c] < 0
     assert 0 < falls < N * (N - 1)                          # it happens, and not always
@@ -86,7 +81,8 @@ def test_the_margin_grows_with_every_pair_and_the_chosen_falls_exactly_where_the
 
 def test_it_is_seen_in_training():
     """From policy = reference, two responses that part at their last token: the loss falls, the margin grows,
-    and the chosen one ends e^-4 times as likely as it began."""
+    and the chosen one ends less than e^-4 times as likely as it began. (A case picked to show it: in about a
+    third of random policies this pair does.)"""
     model = policy(3)
     reference = WORLD.log_probs(model).data[0]
     c, r = WORLD.responses.index([2, 2, 1]), WORLD.responses.index([2, 2, 2])
@@ -96,7 +92,7 @@ def test_it_is_seen_in_training():
         chosen.append(l.data[0, c] - reference[c])
         margins.append(chosen[-1] - (l.data[0, r] - reference[r]))
         losses.append(dpo(*(a[[y]] for a in (l.data[0], reference) for y in (c, r))).item())
-        gradients = parameter_gradients(model, l, over_comparisons(dpo, pair(c, r), l.data, reference[None]))
+        gradients = parameter_gradients(model, l, gradient_over_comparisons(dpo, pair(c, r), l.data, reference[None]))
         for name, p in model.parameters().items():
             p.data -= 1e-2 * gradients[name]
     assert (np.diff(chosen) < 0).all() and (np.diff(margins) > 0).all() and (np.diff(losses) < 0).all()

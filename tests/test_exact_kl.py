@@ -5,21 +5,21 @@ The policy is a Transformer over a world whose every response is listed; expecta
                 value          differentiated as a loss        in the reward, without gradient
     k1          KL(pi||ref)    0                               grad KL(pi||ref)
     k2          another        grad KL(pi||ref)
-    k3          KL(pi||ref)    grad KL(ref||pi)
+    k3          KL(pi||ref)    grad KL(ref||pi)                grad KL(pi||ref) - grad KL(ref||pi)
 
-of whole responses. Per token and then summed, k2 and k3 have neither gradient.
+of whole responses. Per token and then summed, k3 keeps its value, and k2 and k3 have neither gradient.
 """
 
 import numpy as np
 import pytest
 from hypothesis import given
 
-from helpers import assert_close, parameter_gradients, rngs, small_transformer
+from helpers import apart, assert_close, assert_same_gradients, parameter_gradients, rngs, small_transformer
 from minilm import Tensor, ops
-from minilm.gradcheck import relative_error
 from minilm.objectives.kl import k1, k2, k3
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss
-from minilm.world.enumerable import EnumerableWorld, divergence, over_samples
+from minilm.world.enumerable import EnumerableWorld, divergence
+from minilm.world.expectations import gradient_over_samples
 
 WORLD = EnumerableWorld([[0, 2]], vocab_size=3, max_new_tokens=2)
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
@@ -45,18 +45,6 @@ def gradient_of_kl(policy, reference, forward=False):
     return parameter_gradients(policy, kl)
 
 
-def assert_same(actual, expected):
-    assert max(np.abs(g).max() for g in expected.values()) > 0.01
-    for name, gradient in expected.items():
-        assert_close(actual[name], gradient, name=name)
-
-
-def apart(actual, expected):
-    """The relative error over all parameters."""
-    a, b = (np.concatenate([g.reshape(-1) for g in side.values()]) for side in (actual, expected))
-    return relative_error(a, b)[0]
-
-
 # Values.
 
 def expectations(l, reference):
@@ -65,7 +53,7 @@ def expectations(l, reference):
 
 @given(rngs)
 def test_k1_and_k3_are_the_kl_in_expectation_and_k2_is_not(rng):
-    """KL sign reversed: with reference and policy swapped, none of them would be."""
+    """With the sign reversed, reference for policy, none of them would be."""
     l, reference = log_probs(*models(rng))
     exact, mean = divergence(l, reference)[0], expectations(l, reference)
     assert exact > 0
@@ -89,8 +77,8 @@ def test_k2_is_off_by_much_far_from_the_reference_and_by_little_near_it():
 
 
 @given(rngs)
-def test_negative_kl(rng):
-    """A sample of k1 may be negative, and some always is; the exact value never is."""
+def test_negative_kl_is_seen_in_samples_and_never_in_the_exact_value(rng):
+    """Some sample of k1 always is."""
     l, reference = log_probs(*models(rng))
     assert k1(l, reference).data.min() < 0 < k1(l, reference).data.max()
     assert divergence(l, reference)[0] > 0
@@ -109,7 +97,7 @@ def test_k1_as_a_loss_has_no_gradient_in_expectation(rng):
 @given(rngs)
 def test_k2_as_a_loss_has_the_gradient_of_the_kl_from_the_reference(rng):
     policy, reference = models(rng)
-    assert_same(expected_gradient(policy, lambda l: k2(l, *log_probs(reference))), gradient_of_kl(policy, reference))
+    assert_same_gradients(expected_gradient(policy, lambda l: k2(l, *log_probs(reference))), gradient_of_kl(policy, reference))
 
 
 @given(rngs)
@@ -117,7 +105,7 @@ def test_k3_differentiated_as_a_loss_gives_the_forward_kls_gradient(rng):
     """KL(ref || pi), the other direction: an unbiased estimator of a KL whose gradient is not that KL's."""
     policy, reference = models(rng)
     d = expected_gradient(policy, lambda l: k3(l, *log_probs(reference)))
-    assert_same(d, gradient_of_kl(policy, reference, forward=True))
+    assert_same_gradients(d, gradient_of_kl(policy, reference, forward=True))
     assert apart(d, gradient_of_kl(policy, reference)) > 1e-2
 
 
@@ -127,7 +115,7 @@ def test_k3_differentiated_with_the_ratio_of_its_samples_gives_the_gradient_of_t
     policy, reference = models(np.random.default_rng(seed))
     old, = log_probs(policy)
     d = expected_gradient(policy, lambda l: ops.exp(l - old) * k3(l, *log_probs(reference)))
-    assert_same(d, gradient_of_kl(policy, reference))
+    assert_same_gradients(d, gradient_of_kl(policy, reference))
 
 
 # Inside the reward, without gradient.
@@ -138,14 +126,14 @@ def in_the_reward(policy, penalty):
         A = advantages(np.zeros((1, 1)), penalty[[0], drawn[0]][None], beta=1.0, baseline="none")[0]
         return policy_gradient_loss(leaf, A, WORLD.mask[0, drawn[0]])
     tokens = WORLD.token_log_probs(policy)
-    return parameter_gradients(policy, tokens, over_samples(loss, tokens.data, WORLD.mask, samples=1))
+    return parameter_gradients(policy, tokens, gradient_over_samples(loss, tokens.data, WORLD.mask, samples=1))
 
 
 @given(rngs)
 def test_k1_inside_the_reward_gives_the_gradient_of_the_kl(rng):
     policy, reference = models(rng)
     penalty = k1(*log_probs(policy, reference)).data
-    assert_same(in_the_reward(policy, penalty), gradient_of_kl(policy, reference))
+    assert_same_gradients(in_the_reward(policy, penalty), gradient_of_kl(policy, reference))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -154,7 +142,7 @@ def test_k3_inside_the_reward_does_not_although_its_value_is_unbiased(seed):
     policy, reference = models(np.random.default_rng(seed))
     d = in_the_reward(policy, k3(*log_probs(policy, reference)).data)
     backward, forward = gradient_of_kl(policy, reference), gradient_of_kl(policy, reference, forward=True)
-    assert_same(d, {name: backward[name] - forward[name] for name in backward})
+    assert_same_gradients(d, {name: backward[name] - forward[name] for name in backward})
     assert apart(d, backward) > 1e-2
 
 
@@ -163,15 +151,15 @@ def test_k3_inside_the_reward_does_not_although_its_value_is_unbiased(seed):
 @pytest.mark.parametrize("k", [k2, k3])
 @pytest.mark.parametrize("seed", range(4))
 def test_per_token_and_then_summed_k2_and_k3_give_neither_gradient(k, seed):
-    """They give that of the KLs of single tokens, in contexts whose probability is taken as given: what
-    the first token does to the second one's context is lost."""
+    """They give that of the KLs of single tokens, in the contexts of pi, whose probability is taken as
+    given. KL(pi || ref) depends on pi through these contexts too; KL(ref || pi) is over contexts of ref."""
     policy, reference = models(np.random.default_rng(seed))
     tokens, ref = WORLD.token_log_probs(policy), WORLD.token_log_probs(reference).data
     pi = np.exp(WORLD.log_probs(policy).data)
     d = parameter_gradients(policy, k(tokens, ref), pi[..., None] * WORLD.mask)
     assert apart(d, gradient_of_kl(policy, reference)) > 1e-2
     assert apart(d, gradient_of_kl(policy, reference, forward=True)) > 1e-2
-    assert_same(d, parameter_gradients(policy, kl_of_tokens(policy, reference, forward=k is k3)))
+    assert_same_gradients(d, parameter_gradients(policy, kl_of_tokens(policy, reference, forward=k is k3)))
 
 
 def kl_of_tokens(policy, reference, forward):
@@ -186,6 +174,25 @@ def kl_of_tokens(policy, reference, forward):
     visits = np.array([1.0, *np.exp(l.data)[0, 1:]])[:, None]
     kl = np.exp(ref) * (ref - l) if forward else ops.exp(l) * (l - ref)
     return ops.sum(visits * kl)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_per_token_k3_at_samples_of_the_reference_would_give_the_forward_kls_gradient(seed):
+    """So what goes wrong is where the contexts come from. In each, the token is drawn from pi."""
+    policy, reference = models(np.random.default_rng(seed))
+    visits = np.array([1.0, *np.exp(ops.log_softmax(reference(np.array([[0, 2]]))).data)[0, 1, 1:]])
+    contexts, where = np.array([[0, 2, 0], [0, 2, 1], [0, 2, 2]]), ([0, 1, 2], [1, 2, 2])
+    l, ref = ops.log_softmax(policy(contexts))[where], ops.log_softmax(reference(contexts)).data[where]
+    d = parameter_gradients(policy, k3(l, ref), visits[:, None] * np.exp(l.data))
+    assert_same_gradients(d, gradient_of_kl(policy, reference, forward=True))
+
+
+@given(rngs)
+def test_summed_over_tokens_k3_keeps_its_value(rng):
+    policy, reference = models(rng)
+    tokens, ref = WORLD.token_log_probs(policy).data, WORLD.token_log_probs(reference).data
+    pi, exact = np.exp(WORLD.log_probs(policy).data), divergence(*log_probs(policy, reference))[0]
+    assert_close((pi[..., None] * WORLD.mask * k3(tokens, ref).data).sum(), exact)
 
 
 def test_the_sum_of_k1_over_tokens_is_k1_of_the_response():

@@ -11,8 +11,8 @@ from minilm.evaluate import best_of_n_kl
 from minilm.model import Config, RewardModel, Transformer
 from minilm.objectives.reward import reward_loss
 from minilm.optim import AdamW, warmup_cosine
-from minilm.world.enumerable import (EnumerableWorld, best_of_n, comparisons, divergence, expectation, objective,
-                                     optimum, over_comparisons)
+from minilm.world.enumerable import EnumerableWorld, best_of_n, divergence, expectation, objective, optimum
+from minilm.world.expectations import comparisons, gradient_over_comparisons
 
 WORLD = EnumerableWorld([[0, 1], [0, 2]], vocab_size=3, max_new_tokens=3)
 REWARDS = np.random.default_rng(0).normal(size=WORLD.shape)
@@ -34,7 +34,7 @@ def fitted(loss, probabilities, steps=500):
     for step in range(steps):
         r = WORLD.rewards(model)
         optimizer.zero_grad()
-        r.backward(over_comparisons(loss, probabilities, r.data))
+        r.backward(gradient_over_comparisons(loss, probabilities, r.data))
         optimizer.step(warmup_cosine(step, steps, 0.01, warmup=10, floor=0.0))
     return WORLD.rewards(model).data
 
@@ -48,39 +48,51 @@ def test_bradley_terry_on_the_expected_comparisons_recovers_the_reward_up_to_a_c
 
 @given(rngs)
 def test_its_gradient_vanishes_at_the_reward_plus_any_constant_per_prompt_and_nowhere_near(rng):
-    rewards, drawn_from = rng.normal(size=(2, 5)), np.log(rng.dirichlet(np.ones(5), size=2))
-    gradient = functools.partial(over_comparisons, reward_loss, comparisons(drawn_from, rewards))
+    rewards, written_by = rng.normal(size=(2, 5)), np.log(rng.dirichlet(np.ones(5), size=2))
+    gradient = functools.partial(gradient_over_comparisons, reward_loss, comparisons(written_by, rewards))
     assert np.abs(gradient(rewards + 10 * rng.normal(size=(2, 1)))).max() < 1e-14
     elsewhere = rewards + centred(rng.normal(size=(2, 5)))
     # The loss is convex: back to the rewards is downhill from everywhere.
     assert (gradient(elsewhere) * (elsewhere - rewards)).sum() > 0
 
 
-def test_centring_picks_the_constant():
-    """A small one moves the differences by little, and leaves the mean over what is compared near 0."""
-    pull = functools.partial(reward_loss, centering=0.01)
-    r = fitted(pull, comparisons(uniform(WORLD.shape), REWARDS + 5))
+def test_centring_picks_the_constant_and_pulls_the_differences_in_a_little():
+    """E[(r_c + r_r)^2] = 2 Var + 4 mean^2 of the rewards compared: each mean goes to 0, each difference shrinks."""
+    r = fitted(functools.partial(reward_loss, centering=1e-3), comparisons(uniform(WORLD.shape), REWARDS))
     assert np.abs(r.mean(axis=1)).max() < 0.01
-    assert_close(centred(r), centred(REWARDS), 0.2)
+    assert_close(centred(r), centred(REWARDS), 0.05)
+    assert (r.var(axis=1) < REWARDS.var(axis=1)).all()
 
 
-def test_a_margin_shifts_what_is_recovered():
-    """With sigma(r_c - r_r - m) for the truth, fitted differences exceed true ones; sure winners by m itself."""
-    probabilities = comparisons(uniform((1, 2)), np.array([[20.0, 0.0]]))
-    gradient = functools.partial(over_comparisons, functools.partial(reward_loss, margin=2.0), probabilities)
-    plain = functools.partial(over_comparisons, reward_loss, probabilities)
-    for difference in (3.0, 6.0):
-        assert_close(gradient(np.array([[difference + 2, 0.0]])), plain(np.array([[difference, 0.0]])), 1e-5)
+@given(rngs, st.floats(0.001, 1))
+def test_the_pull_of_centring_is_that_of_variance_and_mean(rng, c):
+    """Its gradient: of c (2 Var + 4 mean^2), under the law that the responses are drawn from."""
+    r, pi = rng.normal(size=(1, 5)), rng.dirichlet(np.ones(5), size=1)
+    probabilities = comparisons(np.log(pi), rng.normal(size=(1, 5)))
+    with_pull, without = (gradient_over_comparisons(functools.partial(reward_loss, centering=value), probabilities, r)
+                          for value in (c, 0.0))
+    mean = (pi * r).sum()
+    assert_close(with_pull - without, c * (4 * pi * (r - mean) + 8 * mean * pi))
+
+
+@pytest.mark.parametrize("d, m", [(0.5, 2.0), (1.5, 1.0), (3.0, 0.5)])
+def test_a_margin_stretches_the_difference_that_is_recovered(d, m):
+    """From d to the root x of q sigma(m - x) = (1 - q) sigma(m + x), q = sigma(d): quadratic in e^x."""
+    a, b = np.exp(-m), np.exp(-d)
+    x = np.log(((1 - b) + np.sqrt((1 - b) ** 2 + 4 * a * a * b)) / (2 * a * b))
+    loss = functools.partial(reward_loss, margin=m)
+    probabilities = comparisons(uniform((1, 2)), np.array([[d, 0.0]]))
+    assert x > d and np.abs(gradient_over_comparisons(loss, probabilities, np.array([[x, 0.0]]))).max() < 1e-15
 
 
 @pytest.mark.parametrize("flips", [0.1, 0.3])
-def test_flipped_labels_shrink_the_rewards_and_keep_their_order(flips):
+def test_flipped_labels_shrink_the_difference_of_a_pair_and_keep_its_sign(flips):
     """The fitted difference is the log-odds of what was seen, (1 - 2 eps) sigma + eps, not of the truth."""
     probabilities = comparisons(uniform((1, 2)), np.array([[1.5, 0.0]]), flips)
     seen = (1 - 2 * flips) / (1 + np.exp(-1.5)) + flips
     log_odds = np.log(seen / (1 - seen))
     assert 0 < log_odds < 1.5
-    assert np.abs(over_comparisons(reward_loss, probabilities, np.array([[log_odds, 0.0]]))).max() < 1e-15
+    assert np.abs(gradient_over_comparisons(reward_loss, probabilities, np.array([[log_odds, 0.0]]))).max() < 1e-15
 
 
 # Best of n.
@@ -112,8 +124,8 @@ def test_best_of_n_is_worth_less_than_the_optimum_at_the_same_divergence(rng, n)
     """pi* at the beta that has best-of-n's KL: no policy of that KL has a higher reward."""
     l, rewards = np.log(rng.dirichlet(np.full(9, 2.0), size=1)), rng.normal(size=(1, 9))
     best = best_of_n(l, rewards, n)
-    kl, low, high = divergence(best, l)[0], 1e-3, 1e3
-    for _ in range(200):                                    # the KL of pi* falls with beta
+    kl, low, high = divergence(best, l)[0], 1e-9, 1e3
+    for _ in range(300):                                    # the KL of pi* falls with beta
         beta = np.sqrt(low * high)
         low, high = (beta, high) if divergence(optimum(l, rewards, beta)[0], l)[0] > kl else (low, beta)
     star = optimum(l, rewards, beta)[0]

@@ -23,9 +23,10 @@ FLOORS = {
     "generate": ARRAYS | {"layers", "model", "kernels"},
     "optim": ARRAYS | {"kernels"},
     "objectives": ARRAYS | {"objectives"},
+    "world": ARRAYS | {"layers", "optim", "data", "world"},
     "stages": ARRAYS | {"layers", "model", "generate", "optim", "objectives", "data", "stages"},
 }
-TEACHING = set(FLOORS) - {"formulas"}
+TEACHING = set(FLOORS) - {"formulas", "world"}
 SHARED_BY_SCRIPTS = {"evaluation", "figures", "run_folder"}
 
 

@@ -14,8 +14,9 @@ alone and cancels between two responses to it. Put into the Bradley-Terry loss o
 since d/dz -log sigma(z) = -sigma(-z) at z = beta Delta, dDelta/dl_c = 1 and dDelta/dl_r = -1. So the
 chosen response is pushed up and the rejected one down, by beta times the probability that the implied
 rewards give to the wrong order. Only the difference counts: both log-probs may fall while the loss
-does too. A step moves l_c by beta sigma(-beta Delta) ( |grad l_c|^2 - <grad l_c, grad l_r> ), which is
-negative where the two responses share more of their gradient than the chosen one has itself.
+does too. A small step of gradient descent on one pair moves l_c by learning_rate beta sigma(-beta Delta)
+( |grad l_c|^2 - <grad l_c, grad l_r> ): down, where the two share more of their gradient than the
+chosen one has itself.
 Rafailov et al. 2023, arXiv:2305.18290: pi* is (4), r is (5), L is (7). L starts at log 2, bitwise
 when policy and reference log-probs are the same array. log sigma is computed by softplus: finite at
 any finite Delta.

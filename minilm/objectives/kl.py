@@ -18,8 +18,9 @@ E[exp(-x) grad log pi] = sum pi_ref grad log pi = -grad KL(pi_ref || pi).
 k1 inside the reward, without gradient, as policy_gradient.py has it, gives grad KL(pi || pi_ref)
 too; k3 there does not (it gives grad KL(pi || pi_ref) - grad KL(pi_ref || pi)). Times the ratio
 pi / pi_old, which is 1 in value at fresh samples, k3 as a loss has the gradient of its value again.
-All of this holds for whole responses; per token and then summed, k2 and k3 give neither gradient,
-because the earlier tokens' choice of context is not differentiated.
+All of this holds for whole responses. Per token and then summed, k3 keeps its value and neither k2
+nor k3 its gradient: k2 because what earlier tokens do to the context is not differentiated, k3
+because KL(pi_ref || pi) is over the contexts that pi_ref reaches, and the samples are pi's.
 k3 is the exponential of a log-ratio: it overflows where the policy gives the sample far less
 probability than the reference does (x < -709 in float64, -88 in float32). Of all the objectives
 only it and PPO's ratio may.

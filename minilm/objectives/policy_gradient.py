@@ -41,7 +41,8 @@ def advantages(rewards, kl, beta, baseline="leave_one_out"):
               "group": the mean, and then divided by the standard deviation within the group,
                   as GRPO does (Shao et al. 2024, arXiv:2402.03300; ddof 1 and eps 1e-4 as TRL, whose
                   GRPO has no KL in the reward: the same at beta = 0);
-                  biased: prompts with little spread weigh more
+                  biased: prompts with little spread weigh more, and within a prompt the deviation
+                  is one of the same samples
     """
     if np.ndim(rewards) != 2 or np.shape(rewards) != np.shape(kl):
         raise ValueError(f"advantages: rewards {np.shape(rewards)} and kl {np.shape(kl)} must both be (P,K)")

@@ -10,7 +10,8 @@
 since d/dz -log sigma(z) = -(1 - sigma(z)) = -sigma(-z): the winner is pushed up and the loser
 down, by the probability the model gave to the wrong outcome. Comparisons fix rewards up to a
 constant per prompt only (both shifted alike, the first term does not change); the centring
-term, c > 0, picks the constant that makes them small.
+term, c > 0, picks the constant that makes them small (and, being 2 Var + 4 mean^2 of the rewards
+compared, pulls their differences in a little too).
 Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, (1); the margin: Touvron et al. 2023,
 arXiv:2307.09288, (2); the centring: Eisenstein et al. 2023, arXiv:2312.09244.
 Stable: -log sigma(z) is computed as softplus(-z), never as the log of a sigmoid.

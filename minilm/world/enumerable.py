@@ -15,14 +15,7 @@ beta log Z; put into J,
     J(pi) = beta log Z - beta KL(pi || pi*)
 
 so pi* is where everything should end, and J* = beta log Z is how well it can be done (Rafailov et al.
-2023, arXiv:2305.18290, (4)).
-
-How the exact gradient of any loss is had. A loss depends on the parameters through l alone. So let
-`gradient` say what dL/dl is, an array (P,N), and call l.backward(gradient): the model does the rest.
-For L = -J that array is written in one line (objective_gradient); for the expectation of a loss over
-random pairs (over_comparisons) or over groups of samples (over_samples) it is the sum, over all that
-could be drawn, of the gradient of the loss of the draw times its probability, for an expectation is a
-sum, and the gradient of a sum is the sum of the gradients.
+2023, arXiv:2305.18290, (4)). Gradients of expectations, and training on them: expectations.py.
 Tests: tests/test_enumerable.py, and the proofs in tests/test_exact_*.py.
 """
 
@@ -33,11 +26,9 @@ import numpy as np
 from minilm import layers
 from minilm.data import make_batch
 from minilm.ops import stable_sigmoid
-from minilm.optim import AdamW, warmup_cosine
-from minilm.tensor import Tensor
 
-# Refuse to list more than this many responses for one prompt.
-MOST = 100_000
+# Refuse to list more than this many tokens.
+MOST_TOKENS = 1_000_000
 
 
 class EnumerableWorld:
@@ -48,7 +39,8 @@ class EnumerableWorld:
     responses  list of N token lists, the same for every prompt
     tokens     (P*N,S) prompt and response, padded; row p*N + y is response y to prompt p
     mask       (P,N,S-1) 1 where model.log_probs(tokens) scores a token of the response
-    Raises ValueError for a prompt outside the vocabulary, or more responses than anybody would list.
+    Raises ValueError for a prompt outside the vocabulary, for more than anybody would list, and for a
+    model over another vocabulary, which could give other responses.
     """
 
     def __init__(self, prompts, vocab_size, max_new_tokens, eos=0):
@@ -57,10 +49,14 @@ class EnumerableWorld:
                              f"{vocab_size} tokens")
         if not prompts or any(not 0 <= token < vocab_size for prompt in prompts for token in prompt):
             raise ValueError(f"expected at least one prompt, of tokens from 0 to {vocab_size - 1}")
-        count = sum((vocab_size - 1) ** n for n in range(max_new_tokens)) + (vocab_size - 1) ** max_new_tokens
-        if count > MOST:
-            raise ValueError(f"{count} responses of up to {max_new_tokens} out of {vocab_size} tokens are too many "
-                             f"to list (more than {MOST}); take fewer or shorter ones")
+        listed = 0
+        for length in range(1, max_new_tokens + 1):
+            listed += length * vocab_size * (vocab_size - 1) ** (length - 1) * len(prompts)
+            if listed > MOST_TOKENS:
+                raise ValueError(f"the responses of up to {max_new_tokens} out of {vocab_size} tokens to {len(prompts)} "
+                                 f"prompts are too many to list (more than {MOST_TOKENS} tokens); take fewer or "
+                                 "shorter ones")
+        self.vocab_size = vocab_size
         others = [token for token in range(vocab_size) if token != eos]
         finished = [[*words, eos] for n in range(max_new_tokens) for words in itertools.product(others, repeat=n)]
         self.responses = finished + [[*words] for words in itertools.product(others, repeat=max_new_tokens)]
@@ -72,6 +68,9 @@ class EnumerableWorld:
 
     def token_log_probs(self, model, temperature=1.0):
         """log pi of every token of every response: a Tensor (P,N,S-1); what the mask leaves out is no response."""
+        if model.config.vocab_size != self.vocab_size:
+            raise ValueError(f"a model over {model.config.vocab_size} tokens can give responses that a world of "
+                             f"{self.vocab_size} does not list; make them equal")
         return model.log_probs(self.tokens, temperature).reshape(self.mask.shape)
 
     def log_probs(self, model, temperature=1.0):
@@ -131,11 +130,16 @@ def optimum(reference, rewards, beta):
     return tilted - log_Z[:, None], log_Z
 
 
-def ipo_optimum(reference, drawn_from, rewards, beta):
-    """Where IPO leads: pi_ref exp(w/beta) / Z, w(y) the probability that y is preferred to a response
-    drawn from `drawn_from` (Azar et al. 2023, arXiv:2310.12036, (9)). It knows no reward, only who wins."""
-    wins = stable_sigmoid(rewards[:, :, None] - rewards[:, None, :])
-    return optimum(reference, (wins * np.exp(drawn_from)[:, None, :]).sum(axis=-1), beta)[0]
+def preference(rewards):
+    """P(i preferred to j) = sigma(r_i - r_j), Bradley and Terry's law: rewards (P,N) -> (P,N,N)."""
+    return stable_sigmoid(rewards[:, :, None] - rewards[:, None, :])
+
+
+def ipo_optimum(reference, written_by, rewards, beta):
+    """Where IPO leads: log of pi_ref exp(w/beta) / Z, w(y) the probability that y is preferred to a response
+    drawn from exp(written_by) (Azar et al. 2023, arXiv:2310.12036, (9)). It knows no reward, only who
+    wins; and, unlike pi*, it depends on who wrote the responses that are compared."""
+    return optimum(reference, (preference(rewards) * np.exp(written_by)[:, None, :]).sum(axis=-1), beta)[0]
 
 
 def best_of_n(l, scores, n):
@@ -146,98 +150,16 @@ def best_of_n(l, scores, n):
     in proportion to pi. Its divergence from pi is at most log n - (n-1)/n: Beirami et al. 2024,
     arXiv:2401.01879, theorem 3.1.
     """
-    law = np.empty_like(l)
+    if n < 1:
+        raise ValueError(f"best of {n}: at least one response must be drawn")
+    log_law = np.full_like(l, -np.inf)
     for p, (row, score) in enumerate(zip(l, scores)):
-        levels, level = np.unique(score, return_inverse=True)
-        mass = np.bincount(level, np.exp(row), minlength=len(levels))
-        F = np.cumsum(mass) / mass.sum()
-        below = np.concatenate([[0.0], F[:-1]])
-        with np.errstate(divide="ignore"):                  # -inf: never the best, to rounding
-            law[p] = row + np.log((F ** n - below ** n) / mass)[level]
-    return law
-
-
-# Expectations over what may be drawn.
-
-def comparisons(drawn_from, rewards, flip_rate=0.0):
-    """Probability (P,N,N) that responses i and j are compared, and i is preferred.
-
-    Both are drawn from exp(drawn_from); people prefer i with sigma(r_i - r_j), Bradley and Terry's
-    law, and err in a share flip_rate of cases. Each row p adds up to 1.
-    """
-    wins = stable_sigmoid(rewards[:, :, None] - rewards[:, None, :])
-    seen = (1 - flip_rate) * wins + flip_rate * (1 - wins)
-    drawn = np.exp(drawn_from)
-    return 2 * drawn[:, :, None] * drawn[:, None, :] * seen         # twice: i may be the first or the second drawn
-
-
-def over_comparisons(loss, probabilities, values, *others):
-    """d/dvalues (P,N) of the sum over prompts of E[ loss(chosen, rejected, ...) ], one comparison at a time.
-
-    loss           a mean over pairs: dpo_loss(l_c, l_r, ref_c, ref_r) for values l and others (ref,),
-                   reward_loss(r_c, r_r) for values r
-    probabilities  (P,N,N) from comparisons(), or counted
-    values, others arrays (P,N), from which chosen and rejected are picked
-    """
-    p, chosen, rejected = np.nonzero(probabilities)
-    leaves = [Tensor(values[p, y], requires_grad=True) for y in (chosen, rejected)]
-    loss(*leaves, *(other[p, y] for other in others for y in (chosen, rejected))).backward()
-    weights = probabilities[p, chosen, rejected] * len(p)       # the loss has divided by len(p)
-    gradient = np.zeros_like(values)
-    for leaf, y in zip(leaves, (chosen, rejected)):
-        np.add.at(gradient, (p, y), weights * leaf.grad)
-    return gradient
-
-
-def over_samples(loss, log_probs, mask, samples, drawn_from=None):
-    """d/dlog_probs (P,N,S) of E[ loss(log_probs (P*K,S), drawn (P,K)) ] over K = samples draws a prompt.
-
-    log_probs   of the tokens, an array (P,N,S); mask as in EnumerableWorld
-    loss        of the log-probs of the responses drawn (a Tensor), and of which ones these are
-    drawn_from  log-probs (P,N) to draw from, if not from the policy itself
-    All N^(P*K) outcomes are visited, each by its probability: for small N, P and K.
-    """
-    (P, N, S), K = log_probs.shape, samples
-    l = np.where(mask > 0, log_probs, 0).sum(axis=-1) if drawn_from is None else drawn_from
-    prompts, gradient = np.arange(P)[:, None], np.zeros_like(log_probs)
-    for outcome in itertools.product(range(N), repeat=P * K):
-        drawn = np.reshape(outcome, (P, K))
-        leaf = Tensor(log_probs[prompts, drawn].reshape(P * K, S), requires_grad=True)
-        loss(leaf, drawn).backward()
-        np.add.at(gradient, (prompts, drawn), np.exp(l[prompts, drawn].sum()) * leaf.grad.reshape(P, K, S))
-    return gradient
-
-
-# Training, without any randomness.
-
-def descend(model, world, gradient, steps, learning_rate):
-    """Train the model on an exact gradient; yields its log-probs (P,N) before each step, and at the end.
-
-    gradient  of log-probs (P,N), to dL/dl (P,N)
-    """
-    optimizer = AdamW(model.parameters(), weight_decay=0.0)
-    for step in range(steps):
-        l = world.log_probs(model)
-        yield l.data
-        optimizer.zero_grad()
-        l.backward(gradient(l.data))
-        optimizer.step(warmup_cosine(step, steps, learning_rate, warmup=10, floor=0.0))
-    yield world.log_probs(model).data
-
-
-def tangent_kernel(model, world):
-    """K (P*N,P*N): the inner products of grad l(y) and grad l(y') over all parameters.
-
-    A small step of gradient descent on a loss L moves every log-prob by
-
-        d l(y) = - learning_rate * sum_y' K(y,y') dL/dl(y')
-
-    so K is all there is to say about what pushing one response does to another (Jacot et al. 2018,
-    arXiv:1806.07572). Probability is conserved: sum_y pi(y) K(y,y') = 0 over the responses of a prompt.
-    """
-    jacobian = []
-    for p, y in np.ndindex(world.shape):
-        twins = {name: Tensor(weight.data, requires_grad=True) for name, weight in model.parameters().items()}
-        world.log_probs(model.over(twins))[p, y].backward()
-        jacobian.append(np.concatenate([twin.grad.reshape(-1) for twin in twins.values()]))
-    return np.array(jacobian) @ np.transpose(jacobian)
+        possible = np.exp(row) > 0
+        _, level = np.unique(score[possible], return_inverse=True)
+        mass = np.bincount(level, np.exp(row[possible]))
+        F = np.cumsum(mass)
+        # F^n - (F - mass)^n = F^n (1 - (1 - mass/F)^n), without the difference of two powers.
+        with np.errstate(divide="ignore"):                  # of the lowest score: log 0 = -inf, as it should be
+            best = n * np.log(F) + np.log(-np.expm1(n * np.log1p(-np.minimum(mass / F, 1))))
+        log_law[p, possible] = row[possible] + (best - np.log(mass))[level]
+    return log_law

@@ -1,0 +1,104 @@
+"""Expected losses and training on them: each sum against a plain loop, each step against differences."""
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from helpers import assert_close, laws, log_probs_along, parameter_gradients, rngs, small_transformer
+from minilm import Tensor, ops
+from minilm.objectives.dpo import dpo_loss
+from minilm.world.enumerable import EnumerableWorld, objective, objective_gradient
+from minilm.world.expectations import (comparisons, descend, gradient_over_comparisons, gradient_over_samples,
+                                       tangent_kernel)
+
+
+def small_world():
+    """Two prompts of unequal length, seven responses to each."""
+    return EnumerableWorld([[1], [0, 2]], vocab_size=3, max_new_tokens=2)
+
+
+def policy(rng):
+    return small_transformer(rng, vocab_size=3)
+
+
+@given(laws(1), rngs, st.floats(0, 0.5))
+def test_comparisons_are_two_draws_and_a_judgement(laws, rng, flips):
+    written_by, r = laws[0], rng.normal(size=(2, 7))
+    expected = np.zeros((2, 7, 7))
+    for p, first, second in np.ndindex(2, 7, 7):
+        drawn = np.exp(written_by[p, first] + written_by[p, second])
+        wins = 1 / (1 + np.exp(r[p, second] - r[p, first]))
+        expected[p, first, second] += drawn * ((1 - flips) * wins + flips * (1 - wins))
+        expected[p, second, first] += drawn * ((1 - flips) * (1 - wins) + flips * wins)
+    probabilities = comparisons(written_by, r, flips)
+    assert_close(probabilities, expected)
+    assert_close(probabilities.sum(axis=(1, 2)), np.ones(2))
+
+
+def test_gradient_over_comparisons_is_the_sum_of_one_comparison_after_the_other():
+    rng = np.random.default_rng(4)
+    l, reference = rng.normal(size=(2, 2, 3))
+    probabilities = comparisons(reference - np.log(np.exp(reference).sum(1, keepdims=True)), l)
+    expected = np.zeros((2, 3))
+    for p, c, r in np.ndindex(2, 3, 3):
+        leaf = Tensor(l[p, [c, r]], requires_grad=True)
+        loss = dpo_loss(leaf[:1], leaf[1:], reference[p, [c]], reference[p, [r]], beta=0.3)
+        (loss * float(probabilities[p, c, r])).backward()
+        np.add.at(expected[p], [c, r], leaf.grad)
+    actual = gradient_over_comparisons(lambda *a: dpo_loss(*a, beta=0.3), probabilities, l, reference)
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_gradient_over_samples_visits_every_outcome_by_its_probability(K):
+    """Of the sum of c(p, k, y_k) log pi: pi(y) times the sum of c over k."""
+    rng = np.random.default_rng(5)
+    world = small_world()
+    log_probs = world.token_log_probs(policy(rng)).data
+    c = rng.normal(size=(2, K, 7))
+
+    def loss(leaf, drawn):
+        assert drawn.shape == (2, K)
+        return ops.sum(leaf * c[np.arange(2)[:, None], np.arange(K), drawn].reshape(-1, 1))
+    actual = gradient_over_samples(loss, log_probs, world.mask, K)
+    pi = np.exp((log_probs * world.mask).sum(axis=-1))
+    assert_close(actual, np.broadcast_to((pi * c.sum(axis=1))[..., None], log_probs.shape))
+
+
+def test_descend_climbs_to_a_better_policy_the_same_way_every_time():
+    world, rewards = small_world(), np.random.default_rng(0).normal(size=(2, 7))
+    reference = world.log_probs(policy(np.random.default_rng(1))).data
+
+    def run():
+        def gradient(l):
+            return -objective_gradient(l, reference, rewards, 0.5)
+        return list(descend(policy(np.random.default_rng(1)), world, gradient, 20, learning_rate=0.01))
+    first, second = run(), run()
+    assert len(first) == 21
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first[0], reference)
+    J = [objective(l, reference, rewards, 0.5).sum() for l in first]
+    assert (np.diff(J) > 0).all()
+
+
+def test_the_tangent_kernel_says_where_every_log_prob_goes():
+    rng = np.random.default_rng(7)
+    world, model = small_world(), policy(rng)
+    gradient = rng.normal(size=world.shape)
+    actual = log_probs_along(model, world, parameter_gradients(model, world.log_probs(model), gradient), step=1e-5)
+    assert_close(actual, -(tangent_kernel(model, world) @ gradient.reshape(-1)).reshape(world.shape), 1e-6)
+
+
+def test_a_step_conserves_probability():
+    world, model = small_world(), policy(np.random.default_rng(8))
+    pi = np.exp(world.log_probs(model).data)
+    kernel = tangent_kernel(model, world).reshape(*world.shape, *world.shape)
+    assert_close(kernel, kernel.transpose(2, 3, 0, 1))
+    assert np.abs(kernel).max() > 1
+    assert_close(np.einsum("py,pyqz->pqz", pi, kernel), np.zeros((2, *world.shape)))
+
+
+@pytest.mark.parametrize("flip_rate", [-0.1, 1.5, float("nan")])
+def test_a_share_of_errors_out_of_range_is_refused(flip_rate):
+    with pytest.raises(ValueError, match="flip_rate"):
+        comparisons(np.zeros((1, 2)), np.zeros((1, 2)), flip_rate)

@@ -300,6 +300,15 @@ def test_all_masked_row_divides_by_zero():
         length_normalised_dpo_loss(chosen, rejected, chosen, rejected, np.array([0, 3]), np.array([1, 1]))
 
 
+def test_float32_log_probs_take_lengths_of_any_dtype():
+    l_c, l_r, *reference = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    for lengths in (np.array([2, 3, 4]), np.array([2.0, 3.0, 4.0]), [2, 3, 4]):
+        chosen = Tensor(l_c, requires_grad=True)
+        loss = length_normalised_dpo_loss(chosen, Tensor(l_r), *reference, lengths, lengths)
+        loss.backward()
+        assert loss.dtype == chosen.grad.dtype == np.float32
+
+
 # Stability, dtypes, errors.
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -95,3 +95,20 @@ def test_the_divergence_of_the_best_of_n():
     u = (np.arange(10 ** 6) + 0.5) / 10 ** 6
     density = 16 * u ** 15
     assert_close(evaluate.best_of_n_kl(16), (density * np.log(density)).mean(), 1e-6)
+
+
+def test_the_divergence_is_summed_over_the_tokens_of_a_response(rng):
+    policy, reference = small_transformer(rng), small_transformer(rng)
+    expected = []
+    for prompt, response in zip(PROMPTS, RESPONSES):
+        tokens = np.array([prompt + response])
+        ratios = policy.log_probs(tokens).data[0] - reference.log_probs(tokens).data[0]
+        expected.append(ratios[len(prompt) - 1:].sum())
+    assert_close(evaluate.sequence_kl(policy, reference, PROMPTS, RESPONSES, pad=0), expected)
+
+
+def test_predicted_rewards_are_of_prompt_and_response(rng):
+    model = RewardModel(small_transformer(rng), rng)
+    expected = [model.rewards(np.array([p + r]), np.ones((1, len(p + r)))).item()
+                for p, r in zip(PROMPTS, RESPONSES)]
+    assert_close(evaluate.predicted_rewards(model, PROMPTS, RESPONSES, pad=0), expected)

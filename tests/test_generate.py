@@ -81,6 +81,20 @@ def test_float32_models_give_float32_log_probs(rng):
     assert generate(small_transformer(rng, np.float32), PROMPTS, 4, rng, EOS).log_probs.dtype == np.float32
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 3}, {"top_p": 0.7},
+                                      {"temperature": 0}], ids=str)
+def test_entropies_are_those_of_the_distributions_drawn_from_and_0_on_padding(settings, rng):
+    model = small_transformer(rng)
+    samples = generate(model, PROMPTS, 8, rng, EOS, **settings)
+    drawn_from = {**settings, "temperature": settings.get("temperature", 1) or 1}
+    expected = np.zeros(samples.mask.shape)
+    for i, (prompt, response) in enumerate(zip(PROMPTS, samples.responses())):
+        for t, row in enumerate(logits_before_each(model, prompt, response)):
+            p = plain_distribution(row, **drawn_from)
+            expected[i, t] = -sum(q * np.log(q) for q in p if q > 0)
+    assert_close(samples.entropies, expected, 1e-12)
+
+
 # Where a response ends, and who may change it.
 
 @given(rng=rngs)
@@ -229,3 +243,7 @@ def test_entropy_below_zero_or_above_log_V_is_never_reported(seed, temperature, 
 def test_entropy_of_a_uniform_distribution_is_log_V_and_of_a_certain_one_zero():
     assert_close(entropy(np.full((1, 5), -np.log(5))), [np.log(5)], 1e-12, "entropy")
     assert entropy(np.array([[0.0, -np.inf, -np.inf]])) == [0]
+
+
+def test_a_probability_that_rounding_lifts_above_1_has_no_entropy_below_zero():
+    assert entropy(np.array([[np.float32(1e-7), -np.inf]])) == [0]

@@ -140,6 +140,22 @@ def test_tiny_weights_and_an_absolute_tolerance_would_have_hidden_the_transposed
     assert np.allclose(wrong, right, rtol=0, atol=1e-3) == passes
 
 
+@pytest.mark.parametrize("directions", [None, 2], ids=["every element", "directions"])
+def test_a_backward_that_is_wrong_only_for_uneven_cotangents_is_caught(directions, rng):
+    """A softmax adds up to 1: to a cotangent of ones, no gradient at all is right."""
+    @primitive
+    def softmax_without_a_gradient(x):
+        return np.exp(x) / np.exp(x).sum(), lambda dy: 0 * dy
+
+    with pytest.raises(GradientError, match="relative error"):
+        gradcheck(softmax_without_a_gradient, normal(rng, 4), directions=directions)
+
+
+def test_the_step_grows_with_x():
+    """At x = 1e6 a step of 6e-6 would be lost in the rounding of x^2, which is 1e-4."""
+    gradcheck(lambda x: x * x, Tensor([1e6, -3e6], requires_grad=True))
+
+
 # What it reports.
 
 def test_the_error_shows_the_worst_element_and_both_values():

@@ -62,6 +62,52 @@ def test_tied_embeddings_get_the_gradients_of_both_uses(rng):
     assert_close(both, uses[0] + uses[1])
 
 
+# The architecture.
+
+def plain_logits(model, tokens):
+    """Logits (T,V) of one sequence (T,): Llama's formulas in NumPy, one head and one pair at a time."""
+    c, p, T = model.config, {name: t.data for name, t in model.parameters().items()}, len(tokens)
+    K, half = c.head_width, c.head_width // 2
+
+    def norm(x, weight):
+        return x / np.sqrt((x ** 2).mean(axis=-1, keepdims=True) + c.norm_eps) * weight
+
+    def rotated(x):
+        out = np.empty_like(x)
+        for i in range(half):
+            first, second = (i, i + half) if c.rope_pairing == "half" else (2 * i, 2 * i + 1)
+            angles = np.arange(T) * c.rope_base ** (-2 * i / K)
+            turned = (x[:, first] + 1j * x[:, second]) * np.exp(1j * angles)
+            out[:, first], out[:, second] = turned.real, turned.imag
+        return out
+
+    x = p["embedding"][tokens]
+    for i in range(c.layers):
+        q, k, v = np.split(norm(x, p[f"blocks.{i}.attention_norm"]) @ p[f"blocks.{i}.qkv"],
+                           [c.heads * K, (c.heads + c.kv_heads) * K], axis=1)
+        if c.key_smear:
+            a = 1 / (1 + np.exp(-p[f"blocks.{i}.key_smear"].ravel()))
+            k = (1 - a) * k + a * np.concatenate([np.zeros_like(k[:1]), k[:-1]])
+        heads = []
+        for h in range(c.heads):
+            own, g = slice(h * K, h * K + K), h // (c.heads // c.kv_heads)
+            shared = slice(g * K, g * K + K)
+            weights = np.exp(rotated(q[:, own]) @ rotated(k[:, shared]).T / K ** 0.5) * (np.tri(T) if c.causal else 1)
+            heads.append(weights / weights.sum(axis=1, keepdims=True) @ v[:, shared])
+        x = x + np.concatenate(heads, axis=1) @ p[f"blocks.{i}.attention_out"]
+        gate, up = np.split(norm(x, p[f"blocks.{i}.ffn_norm"]) @ p[f"blocks.{i}.gate_up"], 2, axis=1)
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ p[f"blocks.{i}.ffn_out"]
+    return norm(x, p["final_norm"]) @ p["embedding" if c.tied else "unembedding"].T
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_logits_are_those_of_the_architecture_written_plainly(kind, rng):
+    """Without torch: residuals, order of q, k, v in their matrix, every setting of Config that is a number."""
+    model = small_transformer(rng, **{"layers": 2, "rope_base": 50.0, "norm_eps": 0.1, **KINDS[kind]})
+    tokens = rng.integers(7, size=9)
+    assert_close(model(tokens[None]).data[0], plain_logits(model, tokens))
+
+
 # Who sees whom.
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,6 +237,16 @@ def test_one_seed_gives_the_same_weights_and_another_gives_others():
 def test_the_reward_model_trains_its_head_and_not_the_unembedding(rng):
     body = small_transformer(rng)
     assert set(RewardModel(body, rng).parameters()) == set(body.parameters()) - {"unembedding"} | {"reward_head"}
+
+
+def test_what_writes_into_the_residual_stream_starts_smaller_in_a_deeper_model(rng):
+    """N(0, 1/fan_in) elsewhere, and 2 L writers: divided by sqrt(2 L) the stream grows by no more than one of them."""
+    for depth in (1, 8):
+        model = Transformer(Config(vocab_size=8, width=64, layers=depth, heads=4), rng)
+        for name, p in model.parameters().items():
+            if name.startswith("blocks.0.") and p.ndim == 2:
+                writes = name.endswith(("attention_out", "ffn_out"))
+                assert_close(p.data.std(), (p.shape[0] * (2 * depth if writes else 1)) ** -0.5, 0.05, name)
 
 
 # What is refused.

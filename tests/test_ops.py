@@ -281,6 +281,16 @@ def test_a_product_with_an_empty_matrix_is_numpys(x, y):
     gradcheck(ops.matmul, x, y)
 
 
+@pytest.mark.parametrize("x, y", [((2, 3, 4, 2), (3, 2, 5)), ((3, 4, 2), (2, 1, 2, 5)), ((2, 1, 4, 2), (1, 3, 2, 5)),
+                                  ((4, 2), (3, 2, 5)), ((2,), (3, 2, 5)), ((4, 2), (2, 2)), ((3, 4, 2), (2, 2))],
+                         ids=str)
+def test_products_of_batches_and_of_square_matrices_have_their_gradients_in_every_shape(x, y, rng):
+    """By name and not by the luck of the draw: broadcast axes are summed over, a square matrix is transposed."""
+    x, y = normal(rng, *x), normal(rng, *y)
+    assert_close(x @ y, x.data @ y.data)
+    gradcheck(ops.matmul, x, y)
+
+
 def test_the_mean_over_each_row_of_an_empty_batch_is_empty():
     assert ops.mean(Tensor(np.ones((0, 3))), axis=1).shape == (0,)
 

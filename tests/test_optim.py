@@ -143,3 +143,28 @@ def test_the_schedule_warms_up_linearly_and_falls_as_half_a_cosine_to_its_floor(
     assert rates[14:] == pytest.approx([0.2] * 6)                        # stays there
     assert all(a > b for a, b in zip(rates[4:14], rates[5:15]))
     assert warmup_cosine(0, steps=10, peak=2.0, warmup=0) == 2.0
+
+
+@pytest.mark.parametrize("max_norm", [1e9, 0.3])
+def test_the_norm_is_over_all_blocks(block, max_norm, rng):
+    tensors = parameters(rng)
+    optimizer = AdamW(tensors)
+    set_gradients(tensors, rng)
+    before = optimizer.grad.copy()
+    norm = np.linalg.norm(before)
+    assert optimizer.clip(max_norm) == pytest.approx(norm, rel=1e-14)
+    assert_close(optimizer.grad, before * min(1, max_norm / norm), 1e-14)
+
+
+def test_a_step_at_rate_0_moves_nothing(rng):
+    """0 is a rate, and not the lack of one: schedules may end there."""
+    tensors = parameters(rng)
+    optimizer = AdamW(tensors, learning_rate=0.1)
+    set_gradients(tensors, rng)
+    before = optimizer.data.copy()
+    optimizer.step(0.0)
+    assert np.array_equal(optimizer.data, before) and optimizer.m.any()
+
+
+def test_a_run_that_is_nothing_but_warm_up_has_a_schedule():
+    assert [warmup_cosine(step, steps=2, peak=2.0, warmup=2) for step in range(3)] == [1.0, 2.0, 2.0]

@@ -114,6 +114,15 @@ def test_group_normalisation_lets_prompts_with_little_spread_weigh_more():
     assert_close(true[0], 100 * true[1])
 
 
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "group"])
+def test_differences_of_large_float32_rewards_keep_their_digits(baseline):
+    """A reward model answers in float32; what is left after the baseline is small next to the rewards."""
+    rewards = np.array([[1e4, 1e4 + 1, 1e4 + 3]], np.float32)
+    kl = np.array([[0.1, 0.2, 0.3]], np.float32)
+    expected = advantages(rewards.astype(np.float64), kl.astype(np.float64), 0.1, baseline)
+    assert_close(advantages(rewards, kl, 0.1, baseline), expected, 1e-14)
+
+
 # Reward to go.
 
 @pytest.mark.parametrize("baseline", ["none", "mean", "leave_one_out"])
@@ -137,6 +146,13 @@ def test_reward_to_go_refuses_a_group_and_a_single_sample():
     for baseline, K in (("group", 2), ("leave_one_out", 1), ("rloo", 2)):
         with pytest.raises(ValueError):
             reward_to_go(np.ones((1, K)), np.zeros((1, K, 3)), np.ones((1, K, 3)), 0.1, baseline)
+
+
+def test_reward_to_go_does_not_pay_the_kl_of_padding(rng):
+    """Padding may hold any number, not NaN alone: log-probs of pads are as finite as others."""
+    rewards, token_kl, mask = rng.normal(size=(2, 3)), rng.normal(size=(2, 3, 4)), rng.random((2, 3, 4)) < 0.5
+    expected = reward_to_go(rewards, np.where(mask, token_kl, 0), mask, 0.5)
+    np.testing.assert_array_equal(reward_to_go(rewards, token_kl, mask, 0.5), expected)
 
 
 # The loss of one batch.
@@ -436,3 +452,9 @@ def test_metrics_count_pads(rng, P, K, T, amount):
 def test_metrics_of_a_single_response_and_of_empty_ones_are_no_nan():
     metrics = policy_gradient_metrics(np.ones((1, 1)), np.zeros((1, 1)), np.zeros((1, 3)), np.zeros((1, 3)))
     assert all(np.isfinite(list(metrics.values()))), f"{metrics}"
+
+
+def test_equal_rewards_have_no_spread_whatever_rounding_says():
+    rewards = np.full((1, 3), 0.1)
+    assert rewards.std() > 0
+    assert policy_gradient_metrics(rewards, 0 * rewards, np.ones((3, 1)))["frac_reward_zero_std"] == 1

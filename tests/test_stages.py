@@ -6,18 +6,20 @@ import numpy as np
 import pytest
 
 from helpers import assert_close, small_transformer
-from minilm import checkpoint, ops
+from minilm import checkpoint, evaluate, ops
 from minilm.data import make_batch, windows
-from minilm.model import Config, RewardModel
+from minilm.generate import generate
+from minilm.model import Config, RewardModel, Transformer
 from minilm.objectives import dpo
 from minilm.objectives.policy_gradient import advantages
+from minilm.optim import AdamW
 from minilm.stages.instruction_tuning import instruction_tuning
 from minilm.stages.preference_tuning import preference_tuning, reference_log_probs
 from minilm.stages.pretraining import pretraining
 from minilm.stages.reward_modelling import reward_modelling
 from minilm.stages.rlhf import rlhf
 from minilm.stages.training import Diverged, Training, optimise, split
-from minilm.tensor import Tensor
+from minilm.tensor import Tensor, grad_enabled
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")      # of arithmetic with NaN and infinity
 
@@ -319,6 +321,63 @@ def test_temperature_ignored_when_log_probs_are_recomputed(temperature, threads)
     assert_step_is_down_the_gradient_of(-ops.sum(log_pi * (A * batch.target_mask)) / 6, before, training, metrics)
 
 
+def copied(model):
+    return model.over({name: Tensor(p.data.copy(), requires_grad=True) for name, p in model.parameters().items()})
+
+
+def comparisons(training):
+    """Of the next step: the prompts and both answers that its Generator, at its state of now, draws."""
+    state = training.rng.bit_generator.state
+    rows = training.rng.integers(len(PROMPTS), size=5)
+    training.rng.bit_generator.state = state
+    return rows, *([answers[i] for i in rows] for answers in (PROMPTS, RESPONSES, REJECTED))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_step_of_reward_modelling_is_down_the_gradient_of_its_loss(threads):
+    """Prompt and response are seen, the centring is there, and the figures are of the same rewards."""
+    training = make_training("reward modelling", threads, np.float64)
+    loop = STAGES["reward modelling"](training, 5, centering=0.3)
+    next(loop)
+    before, (_, prompts, chosen, rejected) = copied(training.model), comparisons(training)
+    metrics = next(loop)
+    batches = [make_batch(prompts, answers, PAD) for answers in (chosen, rejected)]
+    c, r = (before.rewards(batch.tokens, batch.real) for batch in batches)
+    loss = ops.softplus(r - c).mean() + ((c + r) * (c + r)).mean() * 0.3
+    assert_close([metrics["margin"], metrics["accuracy"]], [(c.data - r.data).mean(), (c.data > r.data).mean()])
+    assert_step_is_down_the_gradient_of(loss, before, training, metrics)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_step_of_dpo_is_down_the_gradient_of_its_loss(threads):
+    """The second one, away from the reference: each pair beside its own references, beta in loss and figures."""
+    training, reference = make_training("preference tuning", threads, np.float64), transformer(np.float64)
+    references = [reference_log_probs(reference, PROMPTS, answers, PAD) for answers in (RESPONSES, REJECTED)]
+    loop = preference_tuning(training, PROMPTS, RESPONSES, REJECTED, *references, 5, 5, PAD, beta=0.7,
+                             learning_rate=0.02)
+    next(loop)
+    before, (rows, prompts, *answers) = training.model.copy(), comparisons(training)
+    metrics = next(loop)
+    sums = []
+    for each in answers:
+        batch = make_batch(prompts, each, PAD)
+        sums.append(ops.sum(before.log_probs(batch.tokens) * batch.target_mask, axis=1))
+    (l_c, l_r), (ref_c, ref_r) = sums, (l[rows] for l in references)
+    assert_close(metrics["rewards/chosen"], 0.7 * (l_c.data - ref_c).mean())
+    assert_close(metrics["rewards/rejected"], 0.7 * (l_r.data - ref_r).mean())
+    assert_step_is_down_the_gradient_of(dpo.dpo_loss(l_c, l_r, ref_c, ref_r, beta=0.7), before, training, metrics)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_learning_rate_warms_up_and_falls_and_is_the_one_that_the_optimiser_gets(stage, monkeypatch):
+    taken, step = [], AdamW.step
+    monkeypatch.setattr(AdamW, "step", lambda self, rate: (taken.append(rate), step(self, rate))[1])
+    metrics = run(stage, make_training(stage), 12, learning_rate=0.01)
+    rates = [m["learning_rate"] for m in metrics]
+    assert rates[:2] == [0.005, 0.01] and taken == rates
+    assert all(a > b for a, b in zip(rates[2:], rates[3:])) and 0 < rates[-1] < 0.005
+
+
 # RLHF and DPO.
 
 @one_or_two_threads
@@ -395,6 +454,50 @@ def test_preference_tuning_takes_another_loss(loss, start):
     assert metrics[1]["loss"] < start
 
 
+def test_rlhf_takes_another_baseline():
+    """A constant reward and no penalty: against the others' mean nothing is gained, without a baseline 1 is."""
+    metrics = {baseline: next(rlhf_stage(make_training("rlhf", dtype=np.float64), 1, beta=0.0, baseline=baseline,
+                                         reward=lambda p, a: np.ones(len(a))))
+               for baseline in ("none", "mean", "leave_one_out")}
+    assert metrics["none"]["grad_norm"] > 0.1 and metrics["none"]["loss"] > 0.1
+    assert metrics["mean"]["loss"] == metrics["leave_one_out"]["loss"] == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_without_a_baseline_rlhf_reinforces_responses_and_never_a_prompt(threads):
+    """Leave-one-out would hide it: a prompt's advantages add up to 0, so what its samples share cancels."""
+    seen, rewards = [], np.array([1.0, 2, 3, 4, 5, 6])
+    training = make_training("rlhf", threads, np.float64)
+    loop = rlhf_stage(training, 5, 0.7, lambda *sample: (seen.append(sample), rewards)[1], beta=0.0, baseline="none")
+    next(loop)
+    before, metrics = training.model.copy(), next(loop)
+    batch = make_batch(*seen[1], PAD)
+    loss = -ops.sum(before.log_probs(batch.tokens, 0.7) * (rewards[:, None] * batch.target_mask)) / 6
+    assert_step_is_down_the_gradient_of(loss, before, training, metrics)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+def test_the_entropy_of_rlhf_is_per_token_drawn_at_the_temperature_of_the_draw(temperature, threads):
+    training, seen = make_training("rlhf", threads, np.float64), []
+    loop = rlhf_stage(training, 5, temperature, lambda *sample: (seen.append(sample), np.zeros(6))[1])
+    next(loop)
+    before, metrics = training.model.copy(), next(loop)
+    batch = make_batch(*seen[1], PAD)
+    log_p = ops.log_softmax(before(batch.tokens) / temperature).data[:, :-1]
+    entropies = -(np.exp(log_p) * log_p).sum(axis=-1)
+    assert (batch.target_mask.sum(axis=1) < 4).any(), "some answers end early: there is padding to be left out"
+    assert_close(metrics["entropy"], entropies[batch.target_mask > 0].mean())
+
+
+def test_the_reference_of_rlhf_is_scored_without_a_graph():
+    reference, recorded = transformer(np.float32), []
+    log_probs = reference.log_probs
+    reference.log_probs = lambda *arguments: (recorded.append(grad_enabled()), log_probs(*arguments))[1]
+    next(rlhf_stage(make_training("rlhf", threads=2), 1, reference=reference))
+    assert recorded == [False, False]
+
+
 # Divergence.
 
 @every_stage
@@ -442,3 +545,30 @@ def test_a_finite_loss_with_a_gradient_that_is_not_stops_before_anything_is_upda
         optimise(training, lambda model, part: (loss(model.parameters()["final_norm"]), None), [0] * threads, 1e-3,
                  "here")
     assert everything(training) == before
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_update_that_overflows_is_reported_in_its_own_step():
+    training = make_training("pretraining")
+    with pytest.raises(Diverged, match="^here, step 1: the update went to NaN or infinity; first bad tensor: "):
+        optimise(training, lambda model, part: (ops.sum(model.parameters()["final_norm"]), None), [0], 1e39, "here")
+
+
+# Graphs.
+
+def test_what_nobody_differentiates_records_no_graph(rng, monkeypatch):
+    """A graph that nobody walks is freed by nobody: sampling, measuring, references."""
+    recorded, hidden = [], Transformer.hidden
+
+    def watched(self, *arguments, **options):
+        recorded.append(grad_enabled())
+        return hidden(self, *arguments, **options)
+    monkeypatch.setattr(Transformer, "hidden", watched)
+    model, prompts, responses = small_transformer(rng), [[1, 2], [3]], [[3, 0], [5, 1]]
+    for work in (lambda: generate(model, prompts, 2, rng, 0),
+                 lambda: evaluate.sequence_kl(model, model, prompts, responses, 0),
+                 lambda: evaluate.predicted_rewards(RewardModel(model, rng), prompts, responses, 0),
+                 lambda: reference_log_probs(model, prompts, responses, 0)):
+        recorded.clear()
+        work()
+        assert recorded and not any(recorded)

@@ -79,6 +79,16 @@ def test_a_chain_of_ten_thousand_operations_needs_no_recursion():
     assert x.grad == 1 and y.item() == 10_001
 
 
+def test_a_sum_of_gradients_is_not_made_in_an_array_that_others_hold(rng):
+    """add hands one array to both its inputs; what y gets from elsewhere must not reach u."""
+    x, w = normal(rng, 3), normal(rng, 3)
+    u, y = w * 1.0, x * 1.0
+    v = y * 2.0
+    dz = np.ones(3)
+    ((y + u) + v).backward(dz)
+    assert x.grad.tolist() == [3, 3, 3] and w.grad.tolist() == [1, 1, 1] and dz.tolist() == [1, 1, 1]
+
+
 # Once only.
 
 def test_a_second_backward_raises(rng):
@@ -143,6 +153,15 @@ def test_no_grad_holds_in_its_own_thread_alone(rng):
         thread.join()
         recorded["this"] = (x * 2.0).requires_grad
     assert recorded == {"other": True, "this": False}
+
+
+def test_an_inner_no_grad_does_not_end_the_outer_one(rng):
+    x = normal(rng, 2)
+    with no_grad():
+        with no_grad():
+            pass
+        assert not (x * 2.0).requires_grad
+    assert (x * 2.0).requires_grad
 
 
 def test_nothing_is_recorded_of_tensors_that_require_no_gradient():

@@ -6,7 +6,7 @@ each of N prompts.
 
 import numpy as np
 
-from minilm.data import batches
+from minilm.packing import packs
 from minilm.tensor import no_grad
 
 
@@ -16,7 +16,7 @@ def mean_and_error(values):
     return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
-def sequence_kl(policy, reference, prompts, responses, pad, batch_size=128):
+def sequence_kl(policy, reference, prompts, responses, batch_size=128):
     """log pi(y) - log pi_ref(y) of each response, at temperature 1: (N,).
 
     For responses drawn from the policy at temperature 1 the mean is an unbiased estimate of
@@ -24,18 +24,18 @@ def sequence_kl(policy, reference, prompts, responses, pad, batch_size=128):
     """
     k1 = []
     with no_grad():
-        for batch in batches(prompts, responses, pad, batch_size):
-            ratio = policy.log_probs(batch.tokens).data - reference.log_probs(batch.tokens).data
-            k1.append(np.where(batch.target_mask > 0, ratio, 0).sum(axis=1))
+        for part in packs(prompts, responses, batch_size):
+            ratio = policy.response_log_probs(part).data - reference.response_log_probs(part).data
+            k1.append(ratio.sum(axis=1))
     return np.concatenate(k1)
 
 
-def predicted_rewards(reward_model, prompts, responses, pad, batch_size=128):
+def predicted_rewards(reward_model, prompts, responses, batch_size=128):
     """What a RewardModel gives each response: (N,)."""
     rewards = []
     with no_grad():
-        for batch in batches(prompts, responses, pad, batch_size):
-            rewards.append(reward_model.rewards(batch.tokens, batch.real).data)
+        for part in packs(prompts, responses, batch_size, last=True):
+            rewards.append(reward_model.packed_rewards(part).data)
     return np.concatenate(rewards)
 
 

@@ -36,6 +36,17 @@ class Cache:
         """Drop the batch rows that are not listed."""
         self.keys, self.values, self.last_keys = self.keys[:, rows], self.values[:, rows], self.last_keys[:, rows]
 
+    def copies(self, rows, capacity):
+        """A Cache of `capacity` positions that begins with these rows, some of them more than once."""
+        xp, (layers, _, kv_heads, _, width) = array_module(self.keys), self.keys.shape
+        other = object.__new__(type(self))
+        other.keys, other.values = (xp.empty((layers, len(rows), kv_heads, capacity, width), self.keys.dtype)
+                                    for _ in range(2))
+        other.keys[:, :, :, :self.length] = self.keys[:, rows, :, :self.length]
+        other.values[:, :, :, :self.length] = self.values[:, rows, :, :self.length]
+        other.last_keys, other.length = self.last_keys[:, rows], self.length
+        return other
+
 
 @dataclasses.dataclass
 class Samples:
@@ -129,21 +140,27 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
                          f"of {c.context}; shorten one of them")
     B = len(prompts)
     uniforms = xp.asarray(rng.random((B, max_new_tokens)) if isinstance(rng, np.random.Generator) else rng)
-    # Padded on the left, so that every row's next token goes into the same column of the cache.
-    padded, real = np.zeros((B, longest), np.int64), np.zeros((B, longest + max_new_tokens), bool)
-    for i, prompt in enumerate(prompts):
+    # Each prompt is read once, however many responses to it are drawn. Padded on the left, so that every
+    # row's next token goes into the same column of the cache.
+    distinct = {}
+    of = [distinct.setdefault(tuple(prompt), len(distinct)) for prompt in prompts]
+    padded = np.zeros((len(distinct), longest), np.int64)
+    real = np.zeros((len(distinct), longest + max_new_tokens), bool)
+    for i, prompt in enumerate(distinct):
         padded[i, longest - len(prompt):] = prompt
         real[i, longest - len(prompt):] = True
     tokens, mask = np.zeros((B, max_new_tokens), np.int64), np.zeros((B, max_new_tokens))
     log_probs, entropies = (np.zeros((B, max_new_tokens), model.dtype) for _ in range(2))
 
     with no_grad():
-        cache = Cache(c, B, longest + max_new_tokens, xp, model.dtype)
+        cache, real = Cache(c, len(distinct), longest, xp, model.dtype), xp.asarray(real)
+        hidden = model.hidden(xp.asarray(padded), key_mask=real[:, :longest], cache=cache).data[of, -1:]
+        cache, real = cache.copies(of, longest + max_new_tokens), real[of]
         rows = np.arange(B)                 # those still going
-        real, step_tokens = xp.asarray(real), xp.asarray(padded)
         for t in range(max_new_tokens):
-            hidden = model.hidden(step_tokens, key_mask=real[rows, :longest + t], cache=cache)
-            logits = hidden.data[:, -1] @ model.unembedding.data.T
+            if t:
+                hidden = model.hidden(drawn[:, None], key_mask=real[rows, :longest + t], cache=cache).data
+            logits = hidden[:, -1] @ model.unembedding.data.T
             if temperature == 0:
                 scores = _log_softmax(logits)
                 drawn = scores.argmax(axis=-1)
@@ -160,6 +177,5 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
             if not going.all():
                 cache.keep(going)
                 rows, drawn = rows[going], drawn[going]
-            step_tokens = drawn[:, None]
     used = t + 1 if max_new_tokens else 0
     return Samples(tokens[:, :used], mask[:, :used], log_probs[:, :used], entropies[:, :used])

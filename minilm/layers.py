@@ -23,14 +23,23 @@ def rms_norm(x, weight, eps=1e-6):
     dr/dx = -r^3 x / D.
     """
     xp = array_module(x)
-    r = 1 / xp.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
+    D = x.shape[-1]
+    r = 1 / xp.sqrt(_dot_rows(x, x) / D + eps)
     n = x * r
     def vjp(dy):
-        dweight = (dy * n).reshape(-1, x.shape[-1]).sum(axis=0)
-        dn = dy * weight
-        dx = r * (dn - n * (dn * n).mean(axis=-1, keepdims=True))
+        dn = dy * n
+        dweight = xp.ones(dn.size // D, dn.dtype) @ dn.reshape(-1, D)        # a sum over rows
+        xp.multiply(dy, weight, out=dn)
+        dx = n * (_dot_rows(dn, n) / -D)
+        dx += dn
+        dx *= r
         return dx, dweight
     return n * weight, vjp
+
+
+def _dot_rows(a, b):
+    """sum(a * b) over the last axis, which is kept; no product is formed in memory."""
+    return array_module(a).einsum("...d,...d->...", a, b)[..., None]
 
 
 @primitive
@@ -45,12 +54,20 @@ def swiglu(gate_up):
     if gate_up.shape[-1] % 2:
         raise ValueError("the last axis holds gate and up side by side; its length must be even")
     gate, up = gate_up[..., :width], gate_up[..., width:]
-    s = 0.5 * xp.tanh(0.5 * gate) + 0.5        # the sigmoid, without branches
+    s = xp.multiply(gate, 0.5)                 # the sigmoid, without branches: 1/2 + tanh(gate/2) / 2
+    xp.tanh(s, out=s)
+    s *= 0.5
+    s += 0.5
     silu = gate * s
     def vjp(dy):
         dx = xp.empty_like(gate_up)
-        dx[..., :width] = dy * up * (s + silu * (1 - s))
-        dx[..., width:] = dy * silu
+        dgate, dup = dx[..., :width], dx[..., width:]
+        xp.subtract(1, s, out=dgate)
+        dgate *= silu
+        dgate += s
+        dgate *= up
+        dgate *= dy
+        xp.multiply(dy, silu, out=dup)
         return dx
     return silu * up, vjp
 
@@ -80,23 +97,23 @@ def rope(x, cos, sin, pairing="half"):
     xp = array_module(x, cos, sin)
     if cos.dtype != x.dtype:
         raise TypeError(f"mixed dtypes: x is {x.dtype} and its tables are {cos.dtype}; make them with dtype={x.dtype}")
-    half = x.shape[-1] // 2
-    if pairing == "half":
-        first, second = (..., slice(0, half)), (..., slice(half, None))
-    elif pairing == "interleaved":
-        first, second = (..., slice(0, None, 2)), (..., slice(1, None, 2))
-    else:
+    if pairing not in ("half", "interleaved"):
         raise ValueError(f"pairing is {pairing!r}; it must be 'half' or 'interleaved'")
+    half = x.shape[-1] // 2
+    turn = cos + 1j * sin                   # exp(i angle)
 
-    def rotate(a, sin):
-        out = xp.empty_like(a)
-        out[first] = a[first] * cos - a[second] * sin
-        out[second] = a[second] * cos + a[first] * sin
-        return out
+    def rotate(a, turn):
+        """As complex numbers: one pass over memory, whatever the pairing."""
+        z = xp.empty((*a.shape[:-1], half), turn.dtype)
+        z.real, z.imag = (a[..., :half], a[..., half:]) if pairing == "half" else (a[..., 0::2], a[..., 1::2])
+        z *= turn
+        if pairing == "interleaved":
+            return z.view(a.dtype)
+        return xp.concatenate([z.real, z.imag], axis=-1)
 
     def vjp(dy):
-        return rotate(dy, -sin)
-    return rotate(x, sin), vjp
+        return rotate(dy, turn.conj())
+    return rotate(x, turn), vjp
 
 
 @primitive
@@ -155,24 +172,26 @@ def attention(q, k, v, causal=True, key_mask=None):
     group = H // G
     # The heads of a group share their keys: their queries are rows of one product.
     scaled_q = (q * K ** -0.5).reshape(B, G, group * T, K)
-    P = scaled_q @ k.swapaxes(-1, -2)
+    E = scaled_q @ k.swapaxes(-1, -2)
     allowed = attention_mask(T, S, causal, key_mask, xp)
-    by_head = P.reshape(B, H, T, S)
     if allowed is not None:
-        xp.copyto(by_head, -xp.inf, where=~allowed)
-    highest = P.max(axis=-1, keepdims=True) if S else P
-    P -= xp.where(xp.isfinite(highest), highest, 0)
-    xp.exp(P, out=P)
-    total = P.sum(axis=-1, keepdims=True)
-    P /= xp.where(total > 0, total, 1)
-    O = P @ v
+        xp.copyto(E.reshape(B, H, T, S), -xp.inf, where=~allowed)
+    highest = E.max(axis=-1, keepdims=True) if S else E
+    if allowed is not None and key_mask is not None:
+        highest = xp.where(xp.isfinite(highest), highest, 0)
+    E -= highest
+    xp.exp(E, out=E)
+    total = E @ xp.ones((S, 1), E.dtype)
+    scale = 1 / xp.where(total > 0, total, 1)                   # P = E * scale, which is never formed
+    O = E @ v
+    O *= scale
 
     def vjp(dy):
-        dO = dy.reshape(B, G, group * T, K)
-        dv = P.swapaxes(-1, -2) @ dO
+        dO = dy.reshape(B, G, group * T, K) * scale
+        dv = E.swapaxes(-1, -2) @ dO
         dS = dO @ v.swapaxes(-1, -2)                            # dP, and turned into dS in place
-        dS -= (dO * O).sum(axis=-1, keepdims=True)
-        dS *= P
+        dS -= _dot_rows(dO, O)
+        dS *= E
         dq = (dS @ k) * K ** -0.5
         dk = dS.swapaxes(-1, -2) @ scaled_q
         return dq.reshape(q.shape), dk, dv

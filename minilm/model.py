@@ -13,6 +13,7 @@ import numpy as np
 
 from minilm import layers, ops
 from minilm.backend import array_module, to_device
+from minilm.packing import packed_attention, rectangle, spread
 from minilm.tensor import Tensor
 
 
@@ -146,24 +147,61 @@ class Transformer:
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < c.vocab_size:
             raise IndexError(f"token {int(tokens.max() if tokens.min() >= 0 else tokens.min())} is not in the "
                              f"vocabulary of {c.vocab_size}; was it made with another tokenizer?")
+        if cache is None and key_mask is None and c.causal and T:
+            return self.packed_hidden(rectangle(tokens)).reshape(B, T, c.width)
         cos, sin = layers.rope_tables(xp.arange(start, start + T), c.head_width, c.rope_base, self.dtype)
+        return self._blocks(tokens, lambda i, qkv: self._padded_attention(i, qkv, cos, sin, key_mask, cache))
 
+    def packed_hidden(self, pack):
+        """Final hidden states (N,D) of the row of tokens of a packing.Pack. Raises as hidden does."""
+        c, p = self.config, self._parameters
+        if not c.causal:
+            raise ValueError("a bidirectional model cannot share a prompt between responses: it would see them")
+        if (longest := int(pack.positions.max(initial=-1)) + 1) > c.context:
+            raise ValueError(f"{longest} tokens do not fit the context of {c.context}; "
+                             "shorten them, or use a model with a longer context")
+        cos, sin = layers.rope_tables(pack.positions, c.head_width, c.rope_base, self.dtype)
+        groups = pack.groups()
+
+        def attend(i, qkv):
+            return packed_attention(qkv, p.get(f"blocks.{i}.key_smear"), cos, sin, c.heads, c.kv_heads, groups,
+                                    pairing=c.rope_pairing)
+        return self._blocks(pack.tokens, attend)
+
+    def response_log_probs(self, pack, temperature=1.0):
+        """log pi of every response token of a packing.Pack, (B,R) as its mask, 0 outside it.
+
+        Prompts are computed once, and logits only where a response token is predicted.
+        """
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; log-probs are of a temperature above 0")
+        hidden = ops.embed(self.packed_hidden(pack), pack.rows)
+        if temperature != 1.0:
+            hidden = hidden * (1.0 / temperature)
+        return spread(layers.token_log_probs(hidden, self.unembedding, pack.targets), pack.mask)
+
+    def _blocks(self, tokens, attend):
+        """attend(layer, qkv) mixes what the tokens hold; all the rest is done token by token."""
+        c, p = self.config, self._parameters
         x = ops.embed(p["embedding"], tokens)
         for i in range(c.layers):
-            q, k, v = self._heads(layers.rms_norm(x, p[f"blocks.{i}.attention_norm"], eps=c.norm_eps)
-                                  @ p[f"blocks.{i}.qkv"])
-            if c.key_smear:
-                k = self._smeared(i, k, key_mask, cache)
-            q = layers.rope(q, cos, sin, pairing=c.rope_pairing)
-            k = layers.rope(k, cos, sin, pairing=c.rope_pairing)
-            if cache is not None:
-                k, v = cache.extend(i, k.data, v.data)
-            mixed = layers.attention(q, k, v, causal=c.causal, key_mask=key_mask)             # (B,H,T,K)
-            mixed = ops.transpose(mixed, axes=(0, 2, 1, 3)).reshape(B, T, c.heads * c.head_width)
-            x = x + mixed @ p[f"blocks.{i}.attention_out"]
+            qkv = layers.rms_norm(x, p[f"blocks.{i}.attention_norm"], eps=c.norm_eps) @ p[f"blocks.{i}.qkv"]
+            x = x + attend(i, qkv) @ p[f"blocks.{i}.attention_out"]
             h = layers.rms_norm(x, p[f"blocks.{i}.ffn_norm"], eps=c.norm_eps)
             x = x + layers.swiglu(h @ p[f"blocks.{i}.gate_up"]) @ p[f"blocks.{i}.ffn_out"]
         return layers.rms_norm(x, p["final_norm"], eps=c.norm_eps)
+
+    def _padded_attention(self, i, qkv, cos, sin, key_mask, cache):
+        c, (B, T, _) = self.config, qkv.shape
+        q, k, v = self._heads(qkv)
+        if c.key_smear:
+            k = self._smeared(i, k, key_mask, cache)
+        q = layers.rope(q, cos, sin, pairing=c.rope_pairing)
+        k = layers.rope(k, cos, sin, pairing=c.rope_pairing)
+        if cache is not None:
+            k, v = cache.extend(i, k.data, v.data)
+        mixed = layers.attention(q, k, v, causal=c.causal, key_mask=key_mask)             # (B,H,T,K)
+        return ops.transpose(mixed, axes=(0, 2, 1, 3)).reshape(B, T, c.heads * c.head_width)
 
     def _heads(self, qkv):
         """(B,T,(H+2G)K) -> q (B,H,T,K), k and v (B,G,T,K)"""
@@ -237,3 +275,7 @@ class RewardModel:
         hidden = self.transformer.hidden(tokens, key_mask=mask)
         rows = array_module(mask).arange(len(mask))
         return (hidden[rows, last] @ self.head).reshape(-1)
+
+    def packed_rewards(self, pack):
+        """The same, (B,), of the dialogues of a packing.Pack made with last=True."""
+        return (ops.embed(self.transformer.packed_hidden(pack), pack.last) @ self.head).reshape(-1)

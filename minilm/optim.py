@@ -23,9 +23,13 @@ class AdamW:
     `p.data` and `p.grad` become views, and a step is a few operations on long vectors instead
     of a Python loop over hundreds of small ones. Make one optimiser per set of parameters,
     after the model is on its device; assign to p.data[...] and not to p.data afterwards.
+
+    pool, threads: an executor and how many of its threads share the work on the flat arrays, each on a
+    stretch of its own; with none, the caller does it all.
     """
 
-    def __init__(self, parameters, learning_rate=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01):
+    def __init__(self, parameters, learning_rate=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01,
+                 pool=None, threads=1):
         self.parameters = dict(parameters)
         self.learning_rate, self.betas, self.eps, self.weight_decay = learning_rate, betas, eps, weight_decay
         self.steps = 0
@@ -43,13 +47,29 @@ class AdamW:
         data, grad = self.views(self.data), self.views(self.grad)
         for name, p in self.parameters.items():
             p.data, p.grad = data[name], grad[name]
+        # Too little for a thread of its own is not worth handing over.
+        stretches = max(1, min(threads, self.data.size // (8 * BLOCK)))
+        self._map = pool.map if pool and stretches > 1 else map
+        edges = np.linspace(0, self.data.size, stretches + 1).astype(int)
+        self._stretches = [slice(int(a), int(b)) for a, b in zip(edges, edges[1:])]
 
     def views(self, flat):
         """A flat array in the layout of the parameters, as {name: view of the parameter's shape}."""
         return {name: flat[where].reshape(shape) for name, (where, shape) in self._layout.items()}
 
     def zero_grad(self):
-        self.grad.fill(0)
+        self._on_each_stretch(lambda s: self.grad[s].fill(0))
+
+    def add_gradients(self, others):
+        """Add gradients found elsewhere: flat arrays in the layout of views()."""
+        def add(s):
+            for b in _blocks(s):
+                for other in others:
+                    self.grad[b] += other[b]
+        self._on_each_stretch(add)
+
+    def _on_each_stretch(self, work):
+        return list(self._map(work, self._stretches))
 
     def clip(self, max_norm):
         """Scale the gradient so that its norm over all parameters is at most max_norm.
@@ -57,28 +77,46 @@ class AdamW:
         Returns the norm before (Pascanu et al. 2013, arXiv:1211.5063). PyTorch divides by the norm
         plus 1e-6; we do not.
         """
-        norm = math.sqrt(sum(float(self.grad[b] @ self.grad[b]) for b in _blocks(0, self.grad.size)))
+        squares = self._on_each_stretch(lambda s: sum(float(self.grad[b] @ self.grad[b]) for b in _blocks(s)))
+        norm = math.sqrt(sum(squares))
         if norm > max_norm:
-            self.grad *= max_norm / norm
+            def scale(s):
+                self.grad[s] *= max_norm / norm
+            self._on_each_stretch(scale)
         return norm
 
     def step(self, learning_rate=None):
-        """One update from the accumulated gradients (which stay until zero_grad)."""
+        """One update from the accumulated gradients (which stay until zero_grad).
+
+        Returns the norm of the parameters after it: finite only if each of them is.
+        """
         lr = self.learning_rate if learning_rate is None else learning_rate
         self.steps += 1
         b1, b2 = self.betas
         xp = array_module(self.data)
         first, second = lr / (1 - b1 ** self.steps), (1 - b2 ** self.steps) ** -0.5
-        for start, end, decay in ((0, self.decayed, self.weight_decay), (self.decayed, self.data.size, 0.0)):
-            for block in _blocks(start, end):
+
+        def update(stretch):
+            squares = 0.0
+            for block in _blocks(stretch):
                 p, g, m, v = self.data[block], self.grad[block], self.m[block], self.v[block]
-                m += (1 - b1) * (g - m)
-                v += (1 - b2) * (g * g - v)
-                p *= 1 - lr * decay
-                denominator = xp.sqrt(v)
-                denominator *= second
-                denominator += self.eps
-                p -= first * m / denominator
+                change = g - m
+                change *= 1 - b1
+                m += change
+                xp.multiply(g, g, out=change)
+                change -= v
+                change *= 1 - b2
+                v += change
+                p[:max(0, self.decayed - block.start)] *= 1 - lr * self.weight_decay
+                xp.sqrt(v, out=change)
+                change *= second
+                change += self.eps
+                xp.divide(m, change, out=change)
+                change *= first
+                p -= change
+                squares += float(p @ p)
+            return squares
+        return math.sqrt(sum(self._on_each_stretch(update)))
 
     def state(self):
         """Arrays to save, by name; `steps` among them. See load_state."""
@@ -91,8 +129,8 @@ class AdamW:
         self.m[...], self.v[...], self.steps = arrays["m"], arrays["v"], int(arrays["steps"])
 
 
-def _blocks(start, end):
-    return (slice(i, min(i + BLOCK, end)) for i in range(start, end, BLOCK))
+def _blocks(stretch):
+    return (slice(i, min(i + BLOCK, stretch.stop)) for i in range(stretch.start, stretch.stop, BLOCK))
 
 
 def warmup_cosine(step, steps, peak, warmup, floor=0.1):

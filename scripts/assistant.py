@@ -211,11 +211,11 @@ def tune_by_rlhf(job, instructed, reward_model, beta):
 
     def reward(asked, answers):
         gold.append(evaluate.mean_and_error(job.judge([by_prompt[tuple(p)] for p in asked], answers)[1]))
-        return evaluate.predicted_rewards(reward_model, asked, answers, tokenizer.pad)
+        return evaluate.predicted_rewards(reward_model, asked, answers)
 
     def loop(training, steps):
         for metrics in rlhf(training, instructed, reward, prompts, steps, prompts_per_step=16, samples_per_prompt=8,
-                            max_new_tokens=MAX_NEW_TOKENS, eos=tokenizer.eos, pad=tokenizer.pad, beta=beta,
+                            max_new_tokens=MAX_NEW_TOKENS, eos=tokenizer.eos, beta=beta,
                             learning_rate=5e-4):
             yield {**metrics, "gold_reward": gold[-1][0], "gold_reward_se": gold[-1][1]}
 
@@ -224,7 +224,7 @@ def tune_by_rlhf(job, instructed, reward_model, beta):
 
 def tune_by_dpo(job, instructed, comparisons, references, beta):
     def loop(training, steps):
-        return preference_tuning(training, *comparisons, *references, steps, batch_size=32, pad=job.tokenizer.pad,
+        return preference_tuning(training, *comparisons, *references, steps, batch_size=32,
                                  beta=beta, learning_rate=3e-4)
     return job.train(f"dpo-beta-{beta}", "dpo", instructed.copy, loop, weight_decay=0.0)
 
@@ -244,15 +244,15 @@ def run_stages(job):
     prompts, responses = zip(*[data.encode_dialogue(job.tokenizer, q.text, r) for q, r in demonstrations])
     instructed = job.train("instructed", "instruction tuning", base.copy,
                            lambda training, steps: instruction_tuning(training, prompts, responses, steps, batch_size=64,
-                                                                      pad=job.tokenizer.pad, learning_rate=2e-3))
+                                                                      learning_rate=2e-3))
     comparisons = make_comparisons(job, instructed)
     reward_model = job.train("reward_model", "reward model",
                              lambda: RewardModel(instructed.copy(), job.rng("reward head")),
                              lambda training, steps: reward_modelling(training, *comparisons, steps, batch_size=32,
-                                                                      pad=job.tokenizer.pad, learning_rate=1e-3))
+                                                                      learning_rate=1e-3))
     by_rlhf = {beta: tune_by_rlhf(job, instructed, reward_model, beta) for beta in RLHF_BETAS}
     asked, *answered = comparisons
-    references = [reference_log_probs(instructed, asked, responses, job.tokenizer.pad) for responses in answered]
+    references = [reference_log_probs(instructed, asked, responses) for responses in answered]
     by_dpo = {beta: tune_by_dpo(job, instructed, comparisons, references, beta) for beta in DPO_BETAS}
 
     print("evaluation", flush=True)

@@ -78,7 +78,7 @@ def test_rewards_are_those_of_the_reward_model():
     model = RewardModel(policy(rng), rng)
     rewards = world.rewards(model).data
     for p, prompt in enumerate(world.prompts):
-        assert_close(rewards[p], predicted_rewards(model, [prompt] * 7, world.responses, pad=1))
+        assert_close(rewards[p], predicted_rewards(model, [prompt] * 7, world.responses))
 
 
 @pytest.mark.parametrize("prompts, V, R, eos, message", [
@@ -181,5 +181,5 @@ def test_the_mean_of_sequence_kl_over_the_law_is_the_divergence():
     world, model, reference = small_world(), policy(rng), policy(rng)
     l, ref = world.log_probs(model).data, world.log_probs(reference).data
     for p, prompt in enumerate(world.prompts):
-        k1 = sequence_kl(model, reference, [prompt] * 7, world.responses, pad=0)
+        k1 = sequence_kl(model, reference, [prompt] * 7, world.responses)
         assert_close((np.exp(l[p]) * k1).sum(), enumerable.divergence(l, ref)[p])

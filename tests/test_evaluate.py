@@ -46,19 +46,18 @@ def test_wins_of_one_side_and_of_the_other_are_all_comparisons(rng):
 @given(rng=rngs)
 def test_a_model_is_no_divergence_away_from_itself(rng):
     model = small_transformer(rng)
-    assert (evaluate.sequence_kl(model, model.copy(), PROMPTS, RESPONSES, pad=0) == 0).all()
+    assert (evaluate.sequence_kl(model, model.copy(), PROMPTS, RESPONSES) == 0).all()
 
 
 @given(rng=rngs, batch_size=st.integers(1, 6))
-def test_batch_size_order_and_pads_change_no_divergence_and_no_reward(rng, batch_size):
-    """'metrics count pads': here a pad would be scored, or the reward read at one."""
+def test_batch_size_and_order_change_no_divergence_and_no_reward(rng, batch_size):
     policy, reference = small_transformer(rng), small_transformer(rng)
     rewarder = RewardModel(policy, rng)
     for measure in (lambda *args: evaluate.sequence_kl(policy, reference, *args),
                     lambda *args: evaluate.predicted_rewards(rewarder, *args)):
-        alone = np.concatenate([measure([p], [r], 0) for p, r in zip(PROMPTS, RESPONSES)])
-        assert_close(measure(PROMPTS, RESPONSES, 5, batch_size), alone)
-        assert_close(measure(PROMPTS[::-1], RESPONSES[::-1], 0, batch_size)[::-1], alone)
+        alone = np.concatenate([measure([p], [r]) for p, r in zip(PROMPTS, RESPONSES)])
+        assert_close(measure(PROMPTS, RESPONSES, batch_size), alone)
+        assert_close(measure(PROMPTS[::-1], RESPONSES[::-1], batch_size)[::-1], alone)
         assert len(set(alone.round(6))) == len(alone), "and they differ from response to response"
 
 
@@ -69,7 +68,7 @@ def test_a_response_of_one_token_diverges_by_the_ratio_of_its_probabilities(rng)
     for prompt in PROMPTS:
         exact = by_enumeration(policy, prompt) - by_enumeration(reference, prompt)
         every_token = [[t] for t in range(len(exact))]
-        assert_close(evaluate.sequence_kl(policy, reference, [prompt] * len(exact), every_token, 0), exact)
+        assert_close(evaluate.sequence_kl(policy, reference, [prompt] * len(exact), every_token), exact)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -78,7 +77,7 @@ def test_the_mean_over_samples_estimates_the_exact_divergence_without_bias(seed)
     policy, reference = small_transformer(rng), small_transformer(rng)
     prompts = PROMPTS * 800
     samples = generate(policy, prompts, 1, rng, eos=0).responses()
-    k1 = evaluate.sequence_kl(policy, reference, prompts, samples, pad=0, batch_size=1000)
+    k1 = evaluate.sequence_kl(policy, reference, prompts, samples, batch_size=1000)
     mean, error = evaluate.mean_and_error(k1)
     exact = 0
     for prompt in PROMPTS:
@@ -104,11 +103,11 @@ def test_the_divergence_is_summed_over_the_tokens_of_a_response(rng):
         tokens = np.array([prompt + response])
         ratios = policy.log_probs(tokens).data[0] - reference.log_probs(tokens).data[0]
         expected.append(ratios[len(prompt) - 1:].sum())
-    assert_close(evaluate.sequence_kl(policy, reference, PROMPTS, RESPONSES, pad=0), expected)
+    assert_close(evaluate.sequence_kl(policy, reference, PROMPTS, RESPONSES), expected)
 
 
 def test_predicted_rewards_are_of_prompt_and_response(rng):
     model = RewardModel(small_transformer(rng), rng)
     expected = [model.rewards(np.array([p + r]), np.ones((1, len(p + r)))).item()
                 for p, r in zip(PROMPTS, RESPONSES)]
-    assert_close(evaluate.predicted_rewards(model, PROMPTS, RESPONSES, pad=0), expected)
+    assert_close(evaluate.predicted_rewards(model, PROMPTS, RESPONSES), expected)

@@ -247,3 +247,16 @@ def test_entropy_of_a_uniform_distribution_is_log_V_and_of_a_certain_one_zero():
 
 def test_a_probability_that_rounding_lifts_above_1_has_no_entropy_below_zero():
     assert entropy(np.array([[np.float32(1e-7), -np.inf]])) == [0]
+
+
+@pytest.mark.parametrize("smear", [False, True], ids=["plain", "smeared keys"])
+def test_a_prompt_asked_again_after_others_is_read_once_and_answered_as_if_alone(smear, rng, monkeypatch):
+    model, uniforms = small_transformer(rng, key_smear=smear), rng.random((5, 6))
+    prompts = [[1, 2], [3, 4, 5, 6], [1, 2], [2, 1], [3, 4, 5, 6]]
+    alone = [generate(model, [prompt], 6, u[None], eos=None) for prompt, u in zip(prompts, uniforms)]
+    hidden, read = model.hidden, []
+    monkeypatch.setattr(model, "hidden", lambda tokens, **o: read.append(len(tokens)) or hidden(tokens, **o))
+    together = generate(model, prompts, 6, uniforms, eos=None)
+    assert read == [3] + 5 * [5]
+    assert np.array_equal(together.tokens, np.concatenate([one.tokens for one in alone]))
+    assert_close(together.log_probs, np.concatenate([one.log_probs for one in alone]))

@@ -1,5 +1,6 @@
 """minilm.optim: AdamW against the plain loop over parameters, its flat views, clipping, state and schedule."""
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -168,3 +169,30 @@ def test_a_step_at_rate_0_moves_nothing(rng):
 
 def test_a_run_that_is_nothing_but_warm_up_has_a_schedule():
     assert [warmup_cosine(step, steps=2, peak=2.0, warmup=2) for step in range(3)] == [1.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_several_threads_do_to_every_element_what_one_does(block, rng, monkeypatch):
+    """On stretches that do not end where blocks, parameters or the decay do."""
+    shapes = {"norm": (7,), "matrix": (11, 5), "bias": (3,), "cube": (2, 3, 8)}
+    weights, others = {name: rng.normal(size=shape) for name, shape in shapes.items()}, rng.normal(size=(4, 3, 113))
+    monkeypatch.setattr(optim, "BLOCK", block)
+    results = []
+    with ThreadPoolExecutor(3) as pool:
+        for options in ({}, {"pool": pool, "threads": 3}):
+            tensors = {name: normal(rng, *shape) for name, shape in shapes.items()}
+            for name, p in tensors.items():
+                p.data[...] = weights[name]
+            optimizer = AdamW(tensors, learning_rate=0.1, weight_decay=0.3, **options)
+            norms = []
+            for gradients in others:
+                optimizer.zero_grad()
+                assert not optimizer.grad.any()
+                optimizer.add_gradients(list(gradients))
+                assert_close(optimizer.grad, gradients.sum(axis=0), 1e-14)
+                norms += [optimizer.clip(0.5), optimizer.step()]
+                assert_close(norms[-1], np.linalg.norm(optimizer.data), 1e-14)
+            results.append((optimizer.data, optimizer.m, optimizer.v, optimizer.grad, np.array(norms)))
+            assert len(optimizer._stretches) == (3 if options else 1)
+    for one, three in zip(*results):
+        assert_close(three, one, 1e-14)

@@ -19,15 +19,16 @@ FLOORS = {
     "layers": ARRAYS | {"kernels"},
     "formulas": ARRAYS | {"layers"},
     "gradcheck": ARRAYS,
-    "model": ARRAYS | {"layers"},
+    "packing": ARRAYS | {"layers"},
+    "model": ARRAYS | {"layers", "packing"},
     "generate": ARRAYS | {"layers", "model", "kernels"},
     "optim": ARRAYS | {"kernels"},
     "objectives": ARRAYS | {"objectives"},
     "world": ARRAYS | {"layers", "optim", "data", "world"},
-    "stages": ARRAYS | {"layers", "model", "generate", "optim", "objectives", "data", "stages"},
+    "stages": ARRAYS | {"layers", "model", "generate", "optim", "objectives", "data", "packing", "stages"},
 }
 TEACHING = set(FLOORS) - {"formulas", "world"}
-SHARED_BY_SCRIPTS = {"evaluation", "figures", "run_folder"}
+SHARED_BY_SCRIPTS = {"evaluation", "figures", "measuring", "run_folder", "torch_llama"}
 
 
 @functools.cache

@@ -1,13 +1,12 @@
 """Stage 2. Instruction finetuning: imitate demonstrated answers, with the loss on the answer."""
 
-from minilm.data import make_batch
 from minilm.objectives.sft import sft_loss
 from minilm.optim import warmup_cosine
+from minilm.packing import pack
 from minilm.stages.training import optimise, split
 
 
-def instruction_tuning(training, prompts, responses, steps, batch_size, pad, learning_rate=1e-3,
-                       micro_batches=None):
+def instruction_tuning(training, prompts, responses, steps, batch_size, learning_rate=1e-3, micro_batches=None):
     """Finetune training.model on demonstrations, token lists as of data.encode_dialogue.
 
     batch_size demonstrations a step, drawn at random, in micro_batches parts (None: one a thread); the loss is the mean
@@ -17,13 +16,13 @@ def instruction_tuning(training, prompts, responses, steps, batch_size, pad, lea
     context = training.model.config.context
     while training.step < steps:
         drawn = training.rng.integers(len(prompts), size=batch_size)
-        batches = [make_batch([prompts[i] for i in part], [responses[i] for i in part], pad, context)
-                   for part in (drawn[s] for s in split(batch_size, micro_batches or training.threads))]
-        total = sum(float(batch.target_mask.sum()) for batch in batches)
+        packs = [pack([prompts[i] for i in part], [responses[i] for i in part], context)
+                 for part in (drawn[s] for s in split(batch_size, micro_batches or training.threads))]
+        total = float(sum(len(part.targets) for part in packs))
 
-        def loss(model, batch):
-            return sft_loss(model.log_probs(batch.tokens), batch.target_mask, total=total), None
+        def loss(model, part):
+            return sft_loss(model.response_log_probs(part), part.mask, total=total), None
 
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(20, steps // 10 + 1))
-        metrics, _ = optimise(training, loss, batches, rate, "instruction tuning")
+        metrics, _ = optimise(training, loss, packs, rate, "instruction tuning")
         yield {**metrics, "trained_tokens": total}

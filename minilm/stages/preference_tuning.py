@@ -3,27 +3,27 @@
 import numpy as np
 
 from minilm import layers
-from minilm.data import batches, make_batch
 from minilm.objectives.dpo import dpo_loss, dpo_metrics
 from minilm.optim import warmup_cosine
+from minilm.packing import pack, packs
 from minilm.stages.training import optimise, split
 from minilm.tensor import no_grad
 
 
-def summed_log_probs(model, batch):
-    """log pi(response | prompt) of each row of a Batch: a Tensor (B,)."""
-    return layers.sequence_log_probs(model.log_probs(batch.tokens), batch.target_mask)
+def summed_log_probs(model, part):
+    """log pi(response | prompt) of each dialogue of a Pack: a Tensor (B,)."""
+    return layers.sequence_log_probs(model.response_log_probs(part), part.mask)
 
 
-def reference_log_probs(reference, prompts, responses, pad, batch_size=64):
+def reference_log_probs(reference, prompts, responses, batch_size=64):
     """The same under a frozen model, as an array (N,). Compute it once and keep it: the reference never moves."""
     with no_grad():
-        return np.concatenate([summed_log_probs(reference, batch).data for batch
-                               in batches(prompts, responses, pad, batch_size, reference.config.context)])
+        return np.concatenate([summed_log_probs(reference, part).data for part
+                               in packs(prompts, responses, batch_size, reference.config.context)])
 
 
 def preference_tuning(training, prompts, chosen, rejected, reference_chosen, reference_rejected, steps, batch_size,
-                      pad, beta=0.1, learning_rate=3e-4, loss=dpo_loss, micro_batches=None):
+                      beta=0.1, learning_rate=3e-4, loss=dpo_loss, micro_batches=None):
     """Train training.model, the policy, on comparisons: token lists, chosen[i] preferred to rejected[i].
 
     reference_chosen, reference_rejected: their summed log-probs under the reference, arrays (N,), from
@@ -36,9 +36,9 @@ def preference_tuning(training, prompts, chosen, rejected, reference_chosen, ref
         parts = [drawn[s] for s in split(batch_size, micro_batches or training.threads)]
 
         def part_loss(policy, pairs):
-            batch = make_batch([prompts[i] for i in pairs] * 2,
-                               [chosen[i] for i in pairs] + [rejected[i] for i in pairs], pad, policy.config.context)
-            log_probs = summed_log_probs(policy, batch)
+            log_probs = summed_log_probs(policy, pack([prompts[i] for i in pairs] * 2,
+                                                      [chosen[i] for i in pairs] + [rejected[i] for i in pairs],
+                                                      policy.config.context))
             chosen_and_rejected = log_probs[:len(pairs)], log_probs[len(pairs):]
             references = reference_chosen[pairs], reference_rejected[pairs]
             report = [x.data for x in chosen_and_rejected] + [*references]

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from minilm.data import make_batch
 from minilm.objectives.reward import reward_loss, reward_metrics
 from minilm.optim import warmup_cosine
+from minilm.packing import pack
 from minilm.stages.training import optimise, split
 
 
-def reward_modelling(training, prompts, chosen, rejected, steps, batch_size, pad, learning_rate=1e-3,
-                     centering=0.01, micro_batches=None):
+def reward_modelling(training, prompts, chosen, rejected, steps, batch_size, learning_rate=1e-3, centering=0.01,
+                     micro_batches=None):
     """Train training.model, a RewardModel, on comparisons: token lists, chosen[i] preferred to rejected[i].
 
     batch_size comparisons a step, in micro_batches parts (None: one a thread).
@@ -21,10 +21,10 @@ def reward_modelling(training, prompts, chosen, rejected, steps, batch_size, pad
         parts = [drawn[s] for s in split(batch_size, micro_batches or training.threads)]
 
         def loss(model, pairs):
-            # Chosen and rejected in one batch: one forward, padded to one length.
-            batch = make_batch([prompts[i] for i in pairs] * 2,
-                               [chosen[i] for i in pairs] + [rejected[i] for i in pairs], pad, context)
-            rewards = model.rewards(batch.tokens, batch.real)
+            # Chosen and rejected in one forward, which sees each prompt once.
+            rewards = model.packed_rewards(pack([prompts[i] for i in pairs] * 2,
+                                                [chosen[i] for i in pairs] + [rejected[i] for i in pairs],
+                                                context, last=True))
             r_chosen, r_rejected = rewards[:len(pairs)], rewards[len(pairs):]
             share = len(pairs) / batch_size
             return reward_loss(r_chosen, r_rejected, centering=centering) * share, (r_chosen.data, r_rejected.data)

@@ -2,16 +2,16 @@
 
 import numpy as np
 
-from minilm.data import make_batch
 from minilm.generate import generate
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
 from minilm.optim import warmup_cosine
+from minilm.packing import pack
 from minilm.stages.training import optimise, split
 from minilm.tensor import no_grad
 
 
 def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_per_prompt, max_new_tokens,
-         eos, pad, beta=0.1, learning_rate=3e-4, temperature=1.0, baseline="leave_one_out",
+         eos, beta=0.1, learning_rate=3e-4, temperature=1.0, baseline="leave_one_out",
          micro_batches=None):
     """Maximise reward minus beta times the KL divergence to `reference`, by the policy gradient.
 
@@ -29,37 +29,43 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
         drawn = training.rng.integers(len(prompts), size=prompts_per_step)
         asked = [prompts[i] for i in drawn for _ in range(samples_per_prompt)]
         uniforms = training.rng.random((len(asked), max_new_tokens))
-        parts = split(len(asked), micro_batches or training.threads)
+        # A prompt's samples stay together: they share it.
+        parts = [np.arange(len(asked)).reshape(shape)[part].reshape(-1)
+                 for part in split(prompts_per_step, micro_batches or training.threads)]
 
         def sample(policy, rows):
             # The policy's own log-probs come with the draw: no second pass for them.
-            samples = generate(policy, asked[rows], max_new_tokens, uniforms[rows], eos, temperature)
+            samples = generate(policy, [asked[i] for i in rows], max_new_tokens, uniforms[rows], eos, temperature)
             drawn_entropies = [e[m > 0] for e, m in zip(samples.entropies, samples.mask)]
             return samples.responses(), (samples.log_probs * samples.mask).sum(axis=1), drawn_entropies
 
-        answers, entropies = [None] * len(asked), [None] * len(asked)
+        answers, entropies = [None] * len(asked), []
         log_pi, log_pi_ref = np.empty(len(asked)), np.empty(len(asked))
-        for rows, drawn_rows in zip(parts, training.each(sample, parts)):
-            answers[rows], log_pi[rows], entropies[rows] = drawn_rows
-        batch = make_batch(asked, answers, pad, context)
-        mask = batch.target_mask
+        for rows, (responses, log_probs, drawn_entropies) in zip(parts, training.each(sample, parts)):
+            log_pi[rows] = log_probs
+            entropies += drawn_entropies
+            for i, response in zip(rows, responses):
+                answers[i] = response
+        lengths = np.array([len(answer) for answer in answers])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        packs = [pack([asked[i] for i in rows], [answers[i] for i in rows], context) for rows in parts]
 
-        def score(_, rows):
+        def score(_, part):
             with no_grad():
-                log_probs = reference.log_probs(batch.tokens[rows], temperature).data
-            return np.where(mask[rows] > 0, log_probs, 0).sum(axis=1)
+                return reference.response_log_probs(part, temperature).data.sum(axis=1)
 
-        for rows, log_probs in zip(parts, training.each(score, parts)):
+        for rows, log_probs in zip(parts, training.each(score, packs)):
             log_pi_ref[rows] = log_probs
         kl = log_pi - log_pi_ref
         rewards = np.asarray(reward(asked, answers)).reshape(shape)
         A = advantages(rewards, kl.reshape(shape), beta, baseline).reshape(-1)
 
-        def loss(policy, rows):
-            log_probs = policy.log_probs(batch.tokens[rows], temperature)
-            return policy_gradient_loss(log_probs, A[rows], mask[rows]) * (len(A[rows]) / len(A)), None
+        def loss(policy, rows_and_part):
+            rows, part = rows_and_part
+            log_probs = policy.response_log_probs(part, temperature)
+            return policy_gradient_loss(log_probs, A[rows], part.mask) * (len(rows) / len(A)), None
 
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(5, steps // 10 + 1), floor=0.3)
-        metrics, _ = optimise(training, loss, parts, rate, "rlhf")
+        metrics, _ = optimise(training, loss, list(zip(parts, packs)), rate, "rlhf")
         yield {**metrics, **policy_gradient_metrics(rewards, kl.reshape(shape), mask),
                "entropy": float(np.concatenate(entropies).mean())}

@@ -29,7 +29,8 @@ class Training:
 
     def __init__(self, model, rng, threads=1, **settings):
         self.model, self.rng, self.threads, self.step = model, rng, threads, 0
-        self.optimizer = AdamW(model.parameters(), **settings)
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self.optimizer = AdamW(model.parameters(), pool=self._pool, threads=threads, **settings)
         # The first thread works on the model itself, the others on twins: the same arrays of
         # parameters, gradients apart.
         self._models, self._gradients = [model], []
@@ -40,7 +41,6 @@ class Training:
                 twins[name].grad = view
             self._models.append(model.over(twins))
             self._gradients.append(gradient)
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def each(self, work, parts):
         """work(model, part) for every part, part i by thread i mod threads: a list of the results."""
@@ -55,13 +55,14 @@ class Training:
         return [by_worker[i % self.threads][i // self.threads] for i in range(len(parts))]
 
     def zero_grad(self):
-        for gradient in (self.optimizer.grad, *self._gradients):
+        self.optimizer.zero_grad()
+        for gradient in self._gradients:
             gradient.fill(0)
 
     def gather_gradients(self):
         """Add what the other threads found to the optimiser's gradient."""
-        for gradient in self._gradients:
-            self.optimizer.grad += gradient
+        if self._gradients:
+            self.optimizer.add_gradients(self._gradients)
 
     def state(self):
         """(arrays, metadata) to save: parameters, moments, Generator, step. The arrays are views: save them at once."""
@@ -109,9 +110,9 @@ def optimise(training, loss, parts, learning_rate, stage, clip=1.0):
     if not math.isfinite(norm):
         raise Diverged(f"{stage}, step {training.step + 1}: the gradient's norm is {norm}; first bad tensor: "
                        f"{_first_bad_parameter(training, 'grad') or 'none (the sum of squares overflowed)'}")
-    training.optimizer.step(learning_rate)
+    length = training.optimizer.step(learning_rate)
     training.step += 1
-    if bad := _first_bad_parameter(training, "data"):
+    if not math.isfinite(length) and (bad := _first_bad_parameter(training, "data")):     # a norm may overflow
         raise Diverged(f"{stage}, step {training.step}: the update went to NaN or infinity; first bad tensor: {bad}")
     return {"loss": sum(losses), "grad_norm": norm, "learning_rate": learning_rate}, reports
 

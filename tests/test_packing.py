@@ -1,0 +1,137 @@
+"""Dialogues packed into one row: what is computed is what each would be alone, and prompts are computed once."""
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from helpers import assert_close, assert_same_gradients, parameter_gradients, rngs, small_transformer
+from minilm import no_grad, packing
+from minilm.gradcheck import gradcheck
+from minilm.model import RewardModel
+from minilm.packing import pack, packs, rectangle
+
+KINDS = {"plain": {}, "grouped, smeared, two layers": {"kv_heads": 1, "key_smear": True, "layers": 2},
+         "interleaved": {"rope_pairing": "interleaved", "heads": 4, "kv_heads": 2, "head_width": 4, "tied": True},
+         "interleaved and smeared": {"rope_pairing": "interleaved", "key_smear": True}}
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+tokens = st.lists(st.integers(0, 6), min_size=1, max_size=6)
+
+
+@st.composite
+def dialogues(draw):
+    """Prompts and responses, some prompts more than once."""
+    prompts = draw(st.lists(tokens, min_size=1, max_size=3))
+    drawn = draw(st.lists(st.tuples(st.sampled_from(prompts), tokens), min_size=1, max_size=7))
+    return [prompt for prompt, _ in drawn], [response for _, response in drawn]
+
+
+def alone(model, prompt, response, temperature=1.0):
+    """log-probs of one response, computed without packing anything: a Tensor (R,)."""
+    return model.log_probs(np.array([prompt + response]), temperature)[0, len(prompt) - 1:]
+
+
+@each_kind
+@given(dialogues=dialogues(), rng=rngs, temperature=st.floats(0.5, 2))
+def test_packed_log_probs_and_all_their_gradients_are_those_of_each_dialogue_alone(kind, dialogues, rng, temperature):
+    model, part = small_transformer(rng, **kind), pack(*dialogues)
+    cotangent = rng.normal(size=part.mask.shape) * part.mask
+    packed = model.response_log_probs(part, temperature)
+    actual, expected = parameter_gradients(model, packed, cotangent), None
+    for p in model.parameters().values():
+        p.grad = None
+    for i, (prompt, response) in enumerate(zip(*dialogues)):
+        one = alone(model, prompt, response, temperature)
+        assert_close(packed.data[i, :len(response)], one.data)
+        assert not packed.data[i, len(response):].any()
+        one.backward(cotangent[i, :len(response)])
+    expected = {name: p.grad for name, p in model.parameters().items()}
+    assert_same_gradients(actual, expected)
+
+
+@each_kind
+def test_a_few_parameters_by_finite_differences(kind):
+    rng = np.random.default_rng(0)
+    model = small_transformer(rng, **kind)
+    part = pack([[1, 2], [1, 2], [3]], [[4, 0], [5, 6, 0], [0]])
+    gradcheck(lambda *_: model.response_log_probs(part), *model.parameters().values(), directions=8)
+
+
+@given(dialogues())
+def test_each_prompt_is_computed_once_and_no_padding_ever(dialogues):
+    """P + sum(R - 1) tokens, or P + sum(R) when the last ones are read too."""
+    prompts, responses = dialogues
+    once = sum(map(len, {tuple(p) for p in prompts}))
+    part = pack(prompts, responses)
+    assert len(part.tokens) == len(part.positions) == once + sum(len(r) - 1 for r in responses)
+    assert len(pack(prompts, responses, last=True).tokens) == once + sum(map(len, responses))
+    assert len(part.rows) == len(part.targets) == part.mask.sum() == sum(map(len, responses))
+    grouped = [s for group in part.groups() for s in group]
+    assert sorted(s.start for s in grouped) == [s.start for s in part.segments]
+    assert sum(s.queries for s in grouped) == len(part.tokens)
+
+
+@given(dialogues=dialogues(), rng=rngs)
+def test_packed_rewards_are_those_of_each_dialogue_alone(dialogues, rng):
+    model = RewardModel(small_transformer(rng), rng)
+    rewards = model.packed_rewards(pack(*dialogues, last=True)).data
+    for reward, prompt, response in zip(rewards, *dialogues):
+        whole = np.array([prompt + response])
+        assert_close(reward, model.rewards(whole, np.ones(whole.shape)).data[0])
+
+
+def test_a_batch_of_whole_sequences_is_a_pack_too():
+    rng = np.random.default_rng(0)
+    model, batch = small_transformer(rng, layers=2), rng.integers(7, size=(3, 5))
+    with no_grad():
+        hidden = model.packed_hidden(rectangle(batch)).data.reshape(3, 5, -1)
+        padded = model.hidden(batch, key_mask=np.ones((3, 5))).data
+    assert_close(hidden, padded)
+
+
+def test_packs_are_all_the_dialogues_in_order():
+    parts = list(packs([[1], [2], [3]], [[4, 5], [6], [0]], batch_size=2))
+    assert [part.targets.tolist() for part in parts] == [[4, 5, 6], [0]]
+
+
+@pytest.mark.parametrize("prompts, responses, context, message", [
+    ([[1]], [], None, "as many"), ([], [], None, "at least one"), ([[]], [[1]], None, "both need"),
+    ([[1]], [[]], None, "both need"), ([[1, 2]], [[3, 4]], 3, "context is 3")])
+def test_what_cannot_be_packed_is_refused(prompts, responses, context, message):
+    with pytest.raises(ValueError, match=message):
+        pack(prompts, responses, context)
+
+
+def test_what_a_model_does_not_serve_is_refused():
+    model = small_transformer(np.random.default_rng(0), context=4)
+    with pytest.raises(ValueError, match="5 tokens do not fit the context of 4"):
+        model.response_log_probs(pack([[1, 2, 3]], [[4, 5, 6]]))
+    with pytest.raises(IndexError, match="7"):
+        model.response_log_probs(pack([[7]], [[1]]))
+    with pytest.raises(ValueError, match="temperature"):
+        model.response_log_probs(pack([[1]], [[4]]), temperature=0)
+
+
+def test_a_bidirectional_model_cannot_share_a_prompt():
+    with pytest.raises(ValueError, match="bidirectional"):
+        small_transformer(np.random.default_rng(0), causal=False).response_log_probs(pack([[1]], [[2]]))
+
+
+def test_a_dialogue_that_fills_the_context_is_packed_and_one_token_more_is_not():
+    assert len(pack([[1, 2]], [[3, 4]], context=4).tokens) == 3
+    with pytest.raises(ValueError, match="context is 4"):
+        list(packs([[1], [1, 2]], [[2], [3, 4, 5]], batch_size=1, context=4))
+
+
+def test_how_segments_are_grouped_changes_nothing(rng, monkeypatch):
+    """Two prompts of one length make a group of their own, and the first one's response stands between them."""
+    model = small_transformer(rng, key_smear=True)
+    part = pack([[1, 2], [3, 4]], rng.integers(7, size=(2, 9)).tolist())
+    cotangent, results = rng.normal(size=part.mask.shape), []
+    for call in (0, packing.CALL):
+        monkeypatch.setattr(packing, "CALL", call)
+        log_probs = model.response_log_probs(part)
+        results.append((len(part.groups()), log_probs.data, parameter_gradients(model, log_probs, cotangent)))
+    (apart, *split), (together, *joint) = results
+    assert (apart, together) == (2, 1)
+    assert_close(split[0], joint[0])
+    assert_same_gradients(split[1], joint[1])

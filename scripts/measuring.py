@@ -1,0 +1,262 @@
+"""How everything is timed here; what the bench_*.py scripts share.
+
+Each library runs in a process of its own, on the same weights and the same tokens. First their results are
+compared: what is wrong is not timed. Then they take turns, round after round. A turn is a number of steps
+that takes about as long for everybody, and its median counts; a round in which the machine was busy with
+something else before or after a turn is dropped. Reported is ours over the peer's within a round: the median
+of the rounds, and their quartiles. Below 1 we are faster.
+
+Memory is the most that was ever resident (the system's VmHWM), less what importing the library took.
+
+A script gives peers(spec), the work of each by its name, and calls main(); the same script, started again as
+`--worker`, does that work (serve).
+"""
+
+import argparse
+import csv
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from minilm import checkpoint
+from run_folder import UsageError
+
+HEADER = ["work", "size", "peer", "time_ratio", "time_ratio_low", "time_ratio_high", "memory_ratio"]
+TURN = 0.6              # seconds, about
+IDLE = 0.75             # of all cores, for a round to count
+# glibc told to keep what was freed: the fair bar for those who allocate much (and what minilm asks for itself).
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_ARENA_MAX": "1"}
+
+
+# A worker.
+
+def peak_memory():
+    """The most bytes that this process ever had resident."""
+    with open("/proc/self/status") as status:
+        return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+
+
+def serve(load, spec):
+    """In a process of its own: load() imports, and returns make(spec) -> (step, check).
+
+    step()   does the work once, and returns nothing in particular
+    check()  arrays by name, to be compared with those of the others: computed once, before any step
+    """
+    make = load()
+    base = peak_memory()
+    step, check = make(spec)
+    with tempfile.NamedTemporaryFile(suffix=".npz", delete=False) as file:
+        np.savez(file, **check())
+    answer(results=file.name, base=base)
+    for line in sys.stdin:
+        times = []
+        for _ in range(int(line)):
+            began = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - began)
+        answer(times=times, peak=peak_memory())
+
+
+def answer(**message):
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+class Worker:
+    """The other end."""
+
+    def __init__(self, name, spec, environment):
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, sys.argv[0], "--worker", name, json.dumps(spec)], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **environment})
+        message = self._read()
+        self.base = message["base"]
+        with np.load(message["results"]) as results:
+            self.results = dict(results)
+        os.unlink(message["results"])
+
+    def run(self, steps):
+        """The times of so many steps, in seconds."""
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        message = self._read()
+        self.memory = message["peak"] - self.base
+        return message["times"]
+
+    def _read(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise UsageError(f"{self.name} ended with exit status {self.process.wait()}; its error is above")
+        return json.loads(line)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# Taking turns.
+
+def idle(seconds=0.1):
+    """The share of all cores that did nothing for a moment (1.0 where the system does not say)."""
+    def ticks():
+        with open("/proc/stat") as stat:
+            return [int(n) for n in stat.readline().split()[1:9]]
+    try:
+        before = ticks()
+        time.sleep(seconds)
+        spent = [b - a for a, b in zip(before, ticks())]
+    except OSError:
+        return 1.0
+    return (spent[3] + spent[4]) / max(1, sum(spent))
+
+
+def wait_until_idle(patience=3.0):
+    deadline = time.monotonic() + patience
+    while (share := idle()) < IDLE and time.monotonic() < deadline:
+        pass
+    return share
+
+
+def take_turns(workers, rounds, turn):
+    """Medians (rounds, workers) in seconds, and which rounds were undisturbed (rounds,)."""
+    warm = [worker.run(2) for worker in workers]
+    steps = [max(1, round(turn / min(times))) for times in warm]
+    medians, undisturbed = np.empty((rounds, len(workers))), np.ones(rounds, bool)
+    for i in range(rounds):
+        for j, worker in enumerate(workers):
+            before = wait_until_idle()
+            medians[i, j] = statistics.median(worker.run(steps[j]))
+            undisturbed[i] &= min(before, idle()) >= IDLE
+        print(f"  round {i + 1}/{rounds}: " + ", ".join(
+            f"{worker.name} {1e3 * t:.1f} ms" for worker, t in zip(workers, medians[i]))
+            + ("" if undisturbed[i] else " (disturbed)"), file=sys.stderr, flush=True)
+    return medians, undisturbed
+
+
+def compare(work, size, spec, names, environments, tolerance, rounds, turn=TURN):
+    """Rows for the table: the first of names is ours, and is compared with each of the others."""
+    workers = []
+    try:
+        for name in names:
+            workers.append(Worker(name, spec, environments.get(name, {})))
+            check_results(workers[0], workers[-1], tolerance)
+        medians, undisturbed = take_turns(workers, rounds, turn)
+    finally:
+        for worker in workers:
+            worker.close()
+    kept = medians[undisturbed] if undisturbed.sum() >= 3 else medians
+    if len(kept) < rounds or not undisturbed.all():
+        print(f"  {undisturbed.sum()} of {rounds} rounds undisturbed"
+              + ("" if undisturbed.sum() >= 3 else "; too few, so all are kept: read them with care"), flush=True)
+    rows = []
+    for j, worker in enumerate(workers[1:], start=1):
+        low, middle, high = np.quantile(kept[:, 0] / kept[:, j], [0.25, 0.5, 0.75])
+        rows.append({"work": work, "size": size, "peer": worker.name, "time_ratio": middle, "time_ratio_low": low,
+                     "time_ratio_high": high, "memory_ratio": workers[0].memory / worker.memory,
+                     "ours_ms": 1e3 * np.median(kept[:, 0]), "theirs_ms": 1e3 * np.median(kept[:, j]),
+                     "ours_mb": workers[0].memory / 2**20, "theirs_mb": worker.memory / 2**20})
+    return rows
+
+
+def check_results(ours, theirs, tolerance):
+    """Raises UsageError if an array differs by more than tolerance, relative to its largest entry."""
+    for name in sorted(ours.results.keys() | theirs.results.keys()):
+        if name not in ours.results or name not in theirs.results:
+            raise UsageError(f"{ours.name} and {theirs.name} do not compute the same: only one has {name}")
+        a, b = ours.results[name], theirs.results[name]
+        error = np.abs(a - b).max() / np.abs(b).max()
+        if not error <= tolerance:
+            raise UsageError(f"{ours.name} and {theirs.name} do not compute the same: {name} differs by {error:.1e} "
+                             f"of its largest entry (allowed: {tolerance:.0e}). Nothing was timed.")
+
+
+# What comes of it.
+
+def machine(*packages):
+    """What it ran on, in one line."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", *packages) if installed(name)]
+    return f"{os.cpu_count()} cores, {model}, Python {platform.python_version()}, {', '.join(versions)}"
+
+
+def installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def table(rows):
+    lines = ["| work | size | against | time, ours / theirs | quartiles | memory | ours | theirs |",
+             "|---|---|---|---|---|---|---|---|"]
+    for r in rows:
+        lines.append(f"| {r['work']} | {r['size']} | {r['peer']} | {r['time_ratio']:.2f} | {r['time_ratio_low']:.2f} to "
+                     f"{r['time_ratio_high']:.2f} | {r['memory_ratio']:.2f} | {r['ours_ms']:.1f} ms, {r['ours_mb']:.0f} MB "
+                     f"| {r['theirs_ms']:.1f} ms, {r['theirs_mb']:.0f} MB |")
+    return "\n".join(lines)
+
+
+def write_csv(path, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, HEADER, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, **{k: f"{row[k]:.4f}" for k in HEADER[3:]}} for row in rows)
+    checkpoint.write_text(Path(path), text.getvalue())
+
+
+def draw(path, rows, title):
+    """The ratios, one row each, on a logarithmic axis; left of 1 we are faster."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 1.2 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for i, r in enumerate(reversed(rows)):
+        colour = "#0b5fa5" if r["time_ratio"] <= 1 else "#c4570c"
+        axes.plot([r["time_ratio_low"], r["time_ratio_high"]], [i, i], color=colour, linewidth=3, alpha=0.5)
+        axes.plot(r["time_ratio"], i, "o", color=colour)
+        axes.plot(r["memory_ratio"], i, "s", color="#8a8a8a", markerfacecolor="none")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(rows)), [f"{r['size']}, {r['peer']}" for r in reversed(rows)])
+    axes.set_xlabel("minilm / the other: time (filled, bar: quartiles), peak memory (square). Left of 1 we win")
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def finish(asked, rows, title):
+    """The whole table; the CSV and the figure, if they were asked for."""
+    print("\n" + table(rows))
+    if asked.csv:
+        write_csv(asked.csv, rows)
+    if asked.figure:
+        draw(asked.figure, rows, title)
+
+
+def arguments(description, sizes, peers):
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--sizes", default=",".join(sizes), help="of the work, with commas (default: %(default)s)")
+    parser.add_argument("--peers", default=",".join(peers), help="with commas (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="of turns (default: %(default)s)")
+    parser.add_argument("--csv", metavar="FILE", help="write the ratios there")
+    parser.add_argument("--figure", metavar="FILE", help="draw them there (PNG)")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    asked.sizes, asked.peers = asked.sizes.split(","), asked.peers.split(",")
+    for kind, given, known in (("size", asked.sizes, sizes), ("peer", asked.peers, peers)):
+        if unknown := set(given) - set(known):
+            raise UsageError(f"no {kind} {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if asked.rounds < 1:
+        raise UsageError(f"--rounds {asked.rounds} must be at least 1")
+    return asked

@@ -92,12 +92,6 @@ def make_batch(prompts, responses, pad, context=None):
     return Batch(tokens, mask, real)
 
 
-def batches(prompts, responses, pad, batch_size, context=None):
-    """All the dialogues in order, as Batches of at most batch_size. Raises as make_batch does."""
-    for i in range(0, len(prompts), batch_size):
-        yield make_batch(prompts[i:i + batch_size], responses[i:i + batch_size], pad, context)
-
-
 def make_stream(tokenizer, documents):
     """Documents joined into one array of tokens (N,), each with a <bos> before it and an <eos> after."""
     tokens = []

@@ -64,8 +64,9 @@ class Pack:
         found = []
         for segment in sorted(self.segments, key=lambda s: (s.keys, s.queries), reverse=True):
             if found:
-                queries = max(s.queries for s in found[-1])
-                if queries * found[-1][0].keys <= 1.5 * segment.queries * segment.keys + CALL:
+                before = max(s.queries for s in found[-1])
+                more = (len(found[-1]) + 1) * max(before, segment.queries) - len(found[-1]) * before
+                if more * found[-1][0].keys <= 1.5 * segment.queries * segment.keys + CALL:
                     found[-1].append(segment)
                     continue
             found.append([segment])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from helpers import assert_close, assert_same_gradients, parameter_gradients, rngs, small_transformer
-from minilm import no_grad, packing
+from minilm import layers, no_grad, packing
 from minilm.gradcheck import gradcheck
 from minilm.model import RewardModel
 from minilm.packing import pack, packs, rectangle
@@ -26,8 +26,10 @@ def dialogues(draw):
 
 
 def alone(model, prompt, response, temperature=1.0):
-    """log-probs of one response, computed without packing anything: a Tensor (R,)."""
-    return model.log_probs(np.array([prompt + response]), temperature)[0, len(prompt) - 1:]
+    """log-probs of one response, computed without packing anything: a Tensor (R,). (A mask takes another path.)"""
+    tokens = np.array([prompt + response])
+    hidden = model.hidden(tokens[:, :-1], key_mask=np.ones((1, tokens.shape[1] - 1))) * (1 / temperature)
+    return layers.token_log_probs(hidden, model.unembedding, tokens[:, 1:])[0, len(prompt) - 1:]
 
 
 @each_kind
@@ -86,6 +88,12 @@ def test_a_batch_of_whole_sequences_is_a_pack_too():
         hidden = model.packed_hidden(rectangle(batch)).data.reshape(3, 5, -1)
         padded = model.hidden(batch, key_mask=np.ones((3, 5))).data
     assert_close(hidden, padded)
+
+
+def test_a_long_prompt_does_not_join_a_group_of_short_responses():
+    """Queries are padded to the longest of the group, keys too."""
+    part = pack([[1] * 400] * 3, [[2] * 5] * 3)
+    assert [[s.queries for s in group] for group in part.groups()] == [[4, 4, 4], [400]]
 
 
 def test_packs_are_all_the_dialogues_in_order():

@@ -37,7 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".txt")
 COPIED = ("minilm", "kernels", "tests", "scripts", ".ci")     # and every file beside them
 # Tests that notice bugs of a module though they do not bear its name; tried after those that do.
-ALSO = {"tensor": ("test_ops",), "model": ("test_generate",), "data": ("test_evaluate",), "packing": ("test_model",)}
+ALSO = {"tensor": ("test_ops",), "model": ("test_generate",), "data": ("test_evaluate",), "packing": ("test_model",),
+        "generate": ("test_stages",), "evaluate": ("test_stages",)}
 LATE = ("test_assistant",)                                    # the slowest: last of all
 # What the children's pytest takes beside the project's conftest.
 PLUGIN = """import os

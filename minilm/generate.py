@@ -1,11 +1,16 @@
 """Sampling from a language model, one token at a time, with a cache of keys and values."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from minilm import layers
 from minilm.backend import array_module, to_numpy
-from minilm.tensor import no_grad
+
+
+# Rows that have ended leave the batch once no more than this share of it is still going: what stays must be copied.
+GOING = 0.75
 
 
 class Cache:
@@ -70,6 +75,43 @@ class Samples:
         return [row[m > 0].tolist() for row, m in zip(self.tokens, self.mask)]
 
 
+def advance(model, tokens, real, cache):
+    """The final hidden state (B,D) of the last of tokens (B,T), which go on from what the cache holds.
+
+    real (B,S): False on padding, of all S positions, T new ones included; None without any. What Transformer.hidden
+    computes, and with the same layers, but on plain arrays and with nothing for a backward: where each row
+    adds one token, the tape would take longer than the arithmetic.
+    """
+    c, (B, T) = model.config, tokens.shape
+    p = {name: parameter.data for name, parameter in model.parameters().items()}
+    xp, H, HG, start = array_module(p["embedding"]), c.heads, c.heads + c.kv_heads, cache.length
+    cos, sin = layers.rope_tables(xp.arange(start, start + T), c.head_width, c.rope_base, model.dtype)
+    turn = cos + 1j * sin
+
+    def norm(x, name):
+        return layers.rms_norm.__wrapped__(x, p[name], c.norm_eps)[0]
+
+    x = p["embedding"][tokens.reshape(-1)]
+    for i in range(c.layers):
+        block = f"blocks.{i}."
+        heads = (norm(x, block + "attention_norm") @ p[block + "qkv"]).reshape(B, T, HG + c.kv_heads, -1).swapaxes(1, 2)
+        if c.key_smear:
+            k = heads[:, H:HG]                  # (B,G,T,K)
+            if real is not None and T > 1:      # padding is no predecessor: as if nothing stood there
+                k = xp.where(real[:, None, start:, None], k, 0)
+            heads[:, H:HG] = layers.smear.__wrapped__(k, p[block + "key_smear"], cache.previous_key(i, k))[0]
+        q_and_k = layers.rotate(heads[:, :HG], turn, c.rope_pairing)
+        q, (keys, values) = q_and_k[:, :H], cache.extend(i, q_and_k[:, H:], heads[:, HG:])
+        if T == 1:
+            mixed = layers.decode_attention(q[:, :, 0], keys, values, real)
+        else:
+            mixed = layers.attention.__wrapped__(q, keys, values, True, real)[0].swapaxes(1, 2)
+        x += mixed.reshape(B * T, -1) @ p[block + "attention_out"]
+        hidden = norm(x, block + "ffn_norm") @ p[block + "gate_up"]
+        x += layers.swiglu.__wrapped__(hidden)[0] @ p[block + "ffn_out"]
+    return norm(x.reshape(B, T, -1)[:, -1], "final_norm")
+
+
 def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     """log-probs (B,V) of the distribution to draw from, -inf on what is cut off.
 
@@ -99,22 +141,20 @@ def _log_softmax(z):
     return z - xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
 
 
-def entropy(log_probs):
-    """- sum p log p of each row of log-probs (B,V), which may hold -inf: (B,), between 0 and log V."""
-    xp = array_module(log_probs)
-    p = xp.exp(log_probs)
-    return -(p * xp.where(p > 0, log_probs, 0)).sum(axis=-1).clip(max=0)
+def entropy(p, log_probs):
+    """- sum p log p of probabilities (..,V), whose logarithms may be -inf: (..), between 0 and log V."""
+    xp = array_module(p)
+    return -xp.einsum("...v,...v->...", p, xp.maximum(log_probs, xp.finfo(p.dtype).min)).clip(max=0)
 
 
-def draw(log_probs, uniforms):
-    """Inverse-CDF sampling: the first token whose cumulative probability exceeds u (B,) -> (B,)"""
-    xp = array_module(log_probs)
-    cumulative = xp.exp(log_probs.astype("float64")).cumsum(axis=-1)
+def draw(p, uniforms):
+    """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.  p (B,V), u (B,) -> (B,)"""
+    cumulative = p.cumsum(axis=-1, dtype="float64")
     # Scaled by the total, which rounding leaves a little off 1: u < 1 always finds a token.
-    return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(axis=-1)
+    return (cumulative > uniforms[:, None] * cumulative[:, -1:]).argmax(axis=-1)
 
 
-def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=None, top_p=None):
+def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=None, top_p=None, threads=1):
     """Draw a response to each prompt, until EOS or max_new_tokens.
 
     prompts      list of B token lists, of any lengths (at least 1)
@@ -123,6 +163,7 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
                  not depend on when the others stop, nor on the device
     eos          token id that ends a response; None never ends
     temperature  0 is greedy decoding
+    threads      that share the rows; it pays where BLAS itself is held to one thread
     Returns Samples. Raises ValueError for an empty prompt, one that does not fit the context
     with its response, or settings out of range.
     """
@@ -140,6 +181,24 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
                          f"of {c.context}; shorten one of them")
     B = len(prompts)
     uniforms = xp.asarray(rng.random((B, max_new_tokens)) if isinstance(rng, np.random.Generator) else rng)
+
+    def rows_of(part):
+        return _generate(model, [prompts[i] for i in part], uniforms[part], eos, temperature, top_k, top_p)
+
+    parts = np.array_split(np.arange(B), min(threads, B))
+    if len(parts) == 1:
+        return rows_of(parts[0])
+    with ThreadPoolExecutor(len(parts)) as pool:
+        samples = list(pool.map(rows_of, parts))
+    width = max(s.tokens.shape[1] for s in samples)
+    padded = [[np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in (s.tokens, s.mask, s.log_probs, s.entropies)]
+              for s in samples]
+    return Samples(*map(np.concatenate, zip(*padded)))
+
+
+def _generate(model, prompts, uniforms, eos, temperature, top_k, top_p):
+    c, xp, B, max_new_tokens = model.config, array_module(uniforms), *uniforms.shape
+    longest = max(map(len, prompts))
     # Each prompt is read once, however many responses to it are drawn. Padded on the left, so that every
     # row's next token goes into the same column of the cache.
     distinct = {}
@@ -152,30 +211,30 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
     tokens, mask = np.zeros((B, max_new_tokens), np.int64), np.zeros((B, max_new_tokens))
     log_probs, entropies = (np.zeros((B, max_new_tokens), model.dtype) for _ in range(2))
 
-    with no_grad():
-        cache, real = Cache(c, len(distinct), longest, xp, model.dtype), xp.asarray(real)
-        hidden = model.hidden(xp.asarray(padded), key_mask=real[:, :longest], cache=cache).data[of, -1:]
-        cache, real = cache.copies(of, longest + max_new_tokens), real[of]
-        rows = np.arange(B)                 # those still going
-        for t in range(max_new_tokens):
-            if t:
-                hidden = model.hidden(drawn[:, None], key_mask=real[rows, :longest + t], cache=cache).data
-            logits = hidden[:, -1] @ model.unembedding.data.T
-            if temperature == 0:
-                scores = _log_softmax(logits)
-                drawn = scores.argmax(axis=-1)
-            else:
-                scores = distribution(logits, temperature, top_k, top_p)
-                drawn = draw(scores, uniforms[rows, t])
-            tokens[rows, t] = to_numpy(drawn)
-            mask[rows, t] = 1
-            log_probs[rows, t] = to_numpy(scores[xp.arange(len(rows)), drawn])
-            entropies[rows, t] = to_numpy(entropy(scores))
-            going = np.ones(len(rows), bool) if eos is None else to_numpy(drawn) != eos
-            if not going.any():
-                break
-            if not going.all():
-                cache.keep(going)
-                rows, drawn = rows[going], drawn[going]
+    cache, real = Cache(c, len(distinct), longest, xp, model.dtype), xp.asarray(real)
+    padding = not real[:, :longest].all()
+    hidden = advance(model, xp.asarray(padded), real[:, :longest] if padding else None, cache)[of]
+    cache, real = cache.copies(of, longest + max_new_tokens), real[of]
+    rows, going = np.arange(B), np.ones(B, bool)        # those computed, and which of them have not ended
+    for t in range(max_new_tokens):
+        if t:
+            hidden = advance(model, drawn[:, None], real[rows, :longest + t] if padding else None, cache)
+        logits = hidden @ model.unembedding.data.T
+        if temperature == 0:
+            scores = _log_softmax(logits)
+            p, drawn = xp.exp(scores), scores.argmax(axis=-1)
+        else:
+            scores = distribution(logits, temperature, top_k, top_p)
+            p = xp.exp(scores)
+            drawn = draw(p, uniforms[rows, t])
+        of_drawn = scores[xp.arange(len(rows)), drawn]
+        for kept, new in (tokens, drawn), (mask, going), (log_probs, of_drawn), (entropies, entropy(p, scores)):
+            kept[rows[going], t] = to_numpy(new)[going]
+        going &= to_numpy(drawn) != eos
+        if not going.any():
+            break
+        if going.sum() <= GOING * len(going):
+            cache.keep(going)
+            rows, drawn, going = rows[going], drawn[going], going[going]
     used = t + 1 if max_new_tokens else 0
     return Samples(tokens[:, :used], mask[:, :used], log_probs[:, :used], entropies[:, :used])

@@ -8,10 +8,15 @@ heads (G divides H), K head width, F hidden width of the feed-forward.
 
 from minilm import ops
 from minilm.backend import array_module
-from minilm.tensor import primitive
+from minilm.tensor import Product, primitive
 
-# Rows of logits held at a time by token_log_probs: 2^22 elements are 16 MB in float32.
-LOGITS_HELD = 1 << 22
+# Logits that token_log_probs holds at a time: 2^25 are 128 MB in float32.
+LOGITS_HELD = 1 << 25
+# Numbers that stay in the cache of one core from one operation to the next.
+IN_CACHE = 1 << 18
+# Queries that attention takes at a time, and scores of a call that it keeps for backward.
+QUERIES = 64
+SCORES_KEPT = 1 << 22
 
 
 @primitive
@@ -27,9 +32,7 @@ def rms_norm(x, weight, eps=1e-6):
     r = 1 / xp.sqrt(_dot_rows(x, x) / D + eps)
     n = x * r
     def vjp(dy):
-        dn = dy * n
-        dweight = xp.ones(dn.size // D, dn.dtype) @ dn.reshape(-1, D)        # a sum over rows
-        xp.multiply(dy, weight, out=dn)
+        dn, dweight = dy * weight, xp.einsum("nd,nd->d", dy.reshape(-1, D), n.reshape(-1, D))
         dx = n * (_dot_rows(dn, n) / -D)
         dx += dn
         dx *= r
@@ -39,7 +42,7 @@ def rms_norm(x, weight, eps=1e-6):
 
 def _dot_rows(a, b):
     """sum(a * b) over the last axis, which is kept; no product is formed in memory."""
-    return array_module(a).einsum("...d,...d->...", a, b)[..., None]
+    return (a[..., None, :] @ b[..., :, None])[..., 0]
 
 
 @primitive
@@ -58,18 +61,19 @@ def swiglu(gate_up):
     xp.tanh(s, out=s)
     s *= 0.5
     s += 0.5
-    silu = gate * s
     def vjp(dy):
         dx = xp.empty_like(gate_up)
         dgate, dup = dx[..., :width], dx[..., width:]
+        ds = dy * s
+        xp.multiply(ds, gate, out=dup)         # dy silu(gate)
         xp.subtract(1, s, out=dgate)
-        dgate *= silu
-        dgate += s
+        dgate *= dup
+        dgate += ds
         dgate *= up
-        dgate *= dy
-        xp.multiply(dy, silu, out=dup)
         return dx
-    return silu * up, vjp
+    y = gate * s
+    y *= up
+    return y, vjp
 
 
 def rope_tables(positions, head_width, base=10000.0, dtype="float32"):
@@ -97,23 +101,29 @@ def rope(x, cos, sin, pairing="half"):
     xp = array_module(x, cos, sin)
     if cos.dtype != x.dtype:
         raise TypeError(f"mixed dtypes: x is {x.dtype} and its tables are {cos.dtype}; make them with dtype={x.dtype}")
-    if pairing not in ("half", "interleaved"):
-        raise ValueError(f"pairing is {pairing!r}; it must be 'half' or 'interleaved'")
-    half = x.shape[-1] // 2
     turn = cos + 1j * sin                   # exp(i angle)
-
-    def rotate(a, turn):
-        """As complex numbers: one pass over memory, whatever the pairing."""
-        z = xp.empty((*a.shape[:-1], half), turn.dtype)
-        z.real, z.imag = (a[..., :half], a[..., half:]) if pairing == "half" else (a[..., 0::2], a[..., 1::2])
-        z *= turn
-        if pairing == "interleaved":
-            return z.view(a.dtype)
-        return xp.concatenate([z.real, z.imag], axis=-1)
-
     def vjp(dy):
-        return rotate(dy, turn.conj())
-    return rotate(x, turn), vjp
+        return rotate(dy, turn.conj(), pairing)
+    return rotate(x, turn, pairing), vjp
+
+
+def rotate(x, turn, pairing="half"):
+    """The pairs of x (..,K) as complex numbers, times turn (..,K/2), and back: an array like x."""
+    xp, (first, second) = array_module(x), pair_slices(x.shape[-1], pairing)
+    z, rotated = xp.empty((*x.shape[:-1], x.shape[-1] // 2), turn.dtype), xp.empty(x.shape, x.dtype)
+    z.real, z.imag = x[..., first], x[..., second]
+    z *= turn
+    rotated[..., first], rotated[..., second] = z.real, z.imag
+    return rotated
+
+
+def pair_slices(width, pairing):
+    """Where the first and where the second numbers of all pairs stand in a head of that width."""
+    if pairing == "half":
+        return slice(0, width // 2), slice(width // 2, None)
+    if pairing == "interleaved":
+        return slice(0, None, 2), slice(1, None, 2)
+    raise ValueError(f"pairing is {pairing!r}; it must be 'half' or 'interleaved'")
 
 
 @primitive
@@ -126,76 +136,124 @@ def smear(k, amount, before):
     head, ours one per head and channel).
     """
     xp = array_module(k, amount)
-    a = ops.stable_sigmoid(amount)[:, None]
-    previous = xp.concatenate([before[:, :, None], k[:, :, :-1]], axis=2)
+    mixed, blend_vjp = blend(k, xp.concatenate([before[:, :, None], k[:, :, :-1]], axis=2), amount)
     def vjp(dy):
-        dk = (1 - a) * dy
-        dk[:, :, :-1] += a * dy[:, :, 1:]
-        da = (dy * (previous - k)).sum(axis=(0, 2))
-        return dk, da * (a * (1 - a))[:, 0]
-    return (1 - a) * k + a * previous, vjp
+        dk, dprevious, damount = blend_vjp(dy)
+        dk[:, :, :-1] += dprevious[:, :, 1:]
+        return dk, damount
+    return mixed, vjp
 
 
-def attention_mask(T, S, causal, key_mask, xp):
-    """True where a query (T of them, the last T of S positions) may look at a key.
-
-    Broadcasts against (B,H,T,S); None if every query sees every key.
-    """
-    allowed = None
-    if causal and T > 1:
-        allowed = xp.arange(S) <= xp.arange(S - T, S)[:, None]
-    if key_mask is not None:
-        seen = xp.asarray(key_mask).astype(bool)[:, None, None, :]
-        allowed = seen if allowed is None else allowed & seen
-    return allowed
+def blend(k, previous, amount):
+    """(1 - a) k + a previous, a = sigmoid(amount) (G,K), of keys (..,G,T,K); and the vjp, for all three."""
+    a, difference = ops.stable_sigmoid(amount)[:, None], previous - k
+    def vjp(dy):
+        dprevious, da = a * dy, ops.unbroadcast(dy * difference, a.shape)
+        return dy - dprevious, dprevious, (da * a * (1 - a))[:, 0]
+    return k + a * difference, vjp
 
 
 @primitive
-def attention(q, k, v, causal=True, key_mask=None):
+def attention(q, k, v, causal=True, key_mask=None, scale=None, out=None):
     """softmax(q k^T / sqrt(K)) v.  q (B,H,T,K); k, v (B,G,S,K) -> (B,H,T,K)
 
     Vaswani et al. 2017, arXiv:1706.03762; grouped queries: Ainslie et al. 2023,
     arXiv:2305.13245: query head h reads key/value head h // (H/G).
     causal: query t sees the keys up to its own position; with S > T the queries are the last
     T positions (what a KV cache needs). key_mask (B,S): 0 on keys nobody may see (padding).
-    A query that sees no key gives zeros.
+    A query that sees no key gives zeros. scale: other than 1/sqrt(K). out: an array to write to.
 
     With S = q k^T / sqrt(K), P its softmax and O = P v:  dv = P^T dO,  dP = dO v^T,
     dS = P (dP - rowsum(dP P)),  dq = dS k / sqrt(K),  dk = dS^T q / sqrt(K),
     where rowsum(dP P) = rowsum(dO O): a sum over K terms and not over all keys.
+
+    Queries are taken QUERIES at a time, with the keys that the last of them sees: causal attention
+    computes little more than the half that counts, and never T x S scores at once. Where these are
+    many, backward computes them again from the log-sum-exp of each row, as in FlashAttention-2
+    (Dao 2023, arXiv:2307.08691).
     """
     xp = array_module(q, k, v)
     (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
     if k.shape != (B, G, S, K) or v.shape != k.shape or H % G or (causal and S < T):
         raise ValueError("expected q (B,H,T,K) and k, v (B,G,S,K) with G dividing H"
                          + (", and S >= T when causal" if causal else ""))
-    group = H // G
-    # The heads of a group share their keys: their queries are rows of one product.
-    scaled_q = (q * K ** -0.5).reshape(B, G, group * T, K)
-    E = scaled_q @ k.swapaxes(-1, -2)
-    allowed = attention_mask(T, S, causal, key_mask, xp)
-    if allowed is not None:
-        xp.copyto(E.reshape(B, H, T, S), -xp.inf, where=~allowed)
-    highest = E.max(axis=-1, keepdims=True) if S else E
-    if allowed is not None and key_mask is not None:
-        highest = xp.where(xp.isfinite(highest), highest, 0)
-    E -= highest
-    xp.exp(E, out=E)
-    total = E @ xp.ones((S, 1), E.dtype)
-    scale = 1 / xp.where(total > 0, total, 1)                   # P = E * scale, which is never formed
-    O = E @ v
-    O *= scale
+    padding = None if key_mask is None else ~xp.asarray(key_mask).astype(bool)[:, None, :, None]
+    scale = K ** -0.5 if scale is None else scale
+    scaled_q = (q if scale == 1 else q * scale).reshape(B, G, H // G, T, K)
+    out = xp.empty(q.shape, q.dtype) if out is None else out
+    O = out.reshape(scaled_q.shape)
+    if not S:
+        out[...] = 0
+    tiles = [slice(i, min(i + QUERIES, T)) for i in range(0, T, QUERIES)] if S else []
+    kept = {}                   # by the tile's first query: exp(S - highest), or the log-sum-exp
+    keep_scores = B * H * T * S <= SCORES_KEPT
 
-    def vjp(dy):
-        dO = dy.reshape(B, G, group * T, K) * scale
-        dv = E.swapaxes(-1, -2) @ dO
-        dS = dO @ v.swapaxes(-1, -2)                            # dP, and turned into dS in place
-        dS -= _dot_rows(dO, O)
-        dS *= E
-        dq = (dS @ k) * K ** -0.5
-        dk = dS.swapaxes(-1, -2) @ scaled_q
-        return dq.reshape(q.shape), dk, dv
-    return O.reshape(q.shape), vjp
+    def of(x, tile):
+        """Queries of a tile, (B,G,(H/G) t,K): the heads of a group share their keys, and so are rows of one product."""
+        return x[..., tile, :].reshape(B, G, -1, K)
+
+    def scores(tile):
+        """(B,G,S',(H/G) t), a column for each query: reductions over columns are the faster ones."""
+        t, keys = tile.stop - tile.start, slice(0, S - T + tile.stop if causal else S)
+        E = k[:, :, keys] @ of(scaled_q, tile).swapaxes(-1, -2)
+        if causal and t > 1:
+            xp.copyto(E.reshape(B, G, -1, H // G, t)[:, :, -t:], -xp.inf, where=xp.tri(t, t, -1, bool)[:, None])
+        if padding is not None:
+            xp.copyto(E, -xp.inf, where=padding[:, :, keys])
+        return E, keys
+
+    for tile in tiles:
+        E, keys = scores(tile)
+        highest = E.max(axis=-2, keepdims=True)
+        if padding is not None:
+            highest = xp.where(xp.isfinite(highest), highest, 0)
+        E -= highest
+        xp.exp(E, out=E)
+        total = xp.ones((1, E.shape[2]), E.dtype) @ E
+        total = xp.where(total > 0, total, 1)
+        mixed = E.swapaxes(-1, -2) @ v[:, :, keys]
+        mixed /= total.swapaxes(-1, -2)
+        O[..., tile, :] = mixed.reshape(B, G, H // G, -1, K)
+        kept[tile.start] = (E, total) if keep_scores else (None, highest + xp.log(total))
+
+    def vjp(dy, dq=None, dk=None, dv=None):
+        """Arrays may be given: dq is written there, dk and dv are added to what they hold."""
+        dq, dk, dv = (xp.zeros(a.shape, a.dtype) if d is None else d for a, d in ((q, dq), (k, dk), (v, dv)))
+        dy, dq_by_group = dy.reshape(O.shape), dq.reshape(O.shape)
+        for tile in tiles:
+            E, total = kept.pop(tile.start)
+            dO = of(dy, tile)
+            if E is None:
+                E, keys = scores(tile)
+                E -= total
+                xp.exp(E, out=E)                                # P
+            else:
+                keys = slice(0, E.shape[2])
+                dO = dO / total.swapaxes(-1, -2)                # P = E / total, which is never formed
+            dS = v[:, :, keys] @ dO.swapaxes(-1, -2)            # dP, and turned into dS in place
+            dS -= _dot_rows(dO, of(O, tile)).swapaxes(-1, -2)
+            dS *= E
+            dq_by_group[..., tile, :] = (dS.swapaxes(-1, -2) @ k[:, :, keys]).reshape(B, G, H // G, -1, K)
+            dk[:, :, keys] += dS @ of(scaled_q, tile)
+            dv[:, :, keys] += E @ dO
+        if scale != 1:
+            dq *= scale
+        return dq, dk, dv
+    return out, vjp
+
+
+def decode_attention(q, k, v, key_mask=None):
+    """attention for the last position alone, on arrays, without a gradient.  q (B,H,K); k, v (B,G,S,K) -> (B,H,K)"""
+    xp = array_module(q, k, v)
+    (B, H, K), G = q.shape, k.shape[1]
+    E = (q * K ** -0.5).reshape(B, G, H // G, K) @ k.swapaxes(-1, -2)
+    if key_mask is not None:
+        xp.copyto(E, -xp.inf, where=~key_mask[:, None, None, :])
+    E -= E.max(axis=-1, keepdims=True)
+    xp.exp(E, out=E)
+    mixed = E @ v
+    mixed /= E.sum(axis=-1, keepdims=True)
+    return mixed.reshape(B, H, K)
 
 
 @primitive
@@ -221,32 +279,40 @@ def token_log_probs(hidden, unembedding, targets, chunk=None):
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
     chunks = [slice(i, i + chunk) for i in range(0, N, chunk)]
-    kept = {}
 
-    def softmax_and_log_probs(s):
-        logits = rows[s] @ unembedding.T
-        logits -= logits.max(axis=-1, keepdims=True)
-        picked = logits[xp.arange(len(logits)), flat[s]]
-        p = xp.exp(logits, out=logits)
-        total = p.sum(axis=-1, keepdims=True)
-        p /= total
-        return p, picked - xp.log(total[:, 0])
+    def exponentials(s):
+        """exp(logits - highest) of a chunk, their sums, the log-probs; a few rows at a time, which stay in the cache."""
+        E = rows[s] @ unembedding.T
+        picked, total = xp.empty((2, len(E)), E.dtype)
+        step = max(1, IN_CACHE // V)
+        for i in range(0, len(E), step):
+            b = E[i:i + step]
+            b -= b.max(axis=-1, keepdims=True)
+            picked[i:i + step] = b[xp.arange(len(b)), flat[s][i:i + step]]
+            xp.exp(b, out=b)
+            b.sum(axis=-1, out=total[i:i + step])
+        return E, total, picked - xp.log(total)
 
-    log_probs = xp.empty(N, hidden.dtype)
+    log_probs, kept = xp.empty(N, hidden.dtype), []
     for s in chunks:
-        p, log_probs[s] = softmax_and_log_probs(s)
+        E, total, log_probs[s] = exponentials(s)
         if len(chunks) == 1:
-            kept[0] = p
+            kept.append((E, total))
 
     def vjp(dy):
         dy = dy.reshape(-1)
-        dhidden, dunembedding = xp.empty_like(rows), xp.zeros_like(unembedding)
+        dhidden = xp.empty_like(rows)
+        dunembedding = None if len(chunks) == 1 else xp.zeros_like(unembedding)
         for s in chunks:
-            p = kept.pop(0) if kept else softmax_and_log_probs(s)[0]
-            dlogits = xp.multiply(p, -dy[s, None], out=p)
-            dlogits[xp.arange(len(p)), flat[s]] += dy[s]
-            dhidden[s] = dlogits @ unembedding
-            dunembedding += dlogits.T @ rows[s]
+            E, total = kept.pop() if kept else exponentials(s)[:2]
+            dlogits = xp.multiply(E, (-dy[s] / total)[:, None], out=E)
+            dlogits[xp.arange(len(E)), flat[s]] += dy[s]
+            xp.matmul(dlogits, unembedding, out=dhidden[s])
+            product = Product(dlogits.T, rows[s])
+            if len(chunks) == 1:
+                dunembedding = product
+            else:
+                product.add_to(dunembedding)
         return dhidden.reshape(hidden.shape), dunembedding
     return log_probs.reshape(targets.shape), vjp
 

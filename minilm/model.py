@@ -8,13 +8,14 @@ the architecture of Llama (Touvron et al. 2023, arXiv:2302.13971), without biase
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
 from minilm import layers, ops
 from minilm.backend import array_module, to_device
 from minilm.packing import packed_attention, rectangle, spread
-from minilm.tensor import Tensor
+from minilm.tensor import Tensor, recomputed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +69,14 @@ class Transformer:
     sqrt(2L) more, so that the stream does not grow with depth; the embedding as N(0,1) and
     the unembedding ten times smaller than fan-in, so that the first predictions are near
     uniform (tied, both are N(0, 1/D)).
+
+    recompute: set it to True to keep no more of a block than its input (tensor.recomputed). Training then
+    takes about a third more time, and L times less memory for what lies between forward and backward.
     """
 
     def __init__(self, config, rng, dtype=np.float32):
-        self.config = c = config
+        self.config, self.recompute = config, False
+        c = config
         self._parameters = {}
 
         def weight(name, *shape, scale):
@@ -112,26 +117,25 @@ class Transformer:
     def to_device(self, device):
         """Move the parameters to "cpu" or "gpu", in place; returns self. Make the optimiser after."""
         for p in self._parameters.values():
-            p.data, p.grad = to_device(p.data, device), None
+            p.data, p.grad, p.grad_buffer = to_device(p.data, device), None, None
         return self
 
     def over(self, parameters):
         """The same Transformer over other Tensors: a mapping like the one parameters() returns."""
         other = object.__new__(type(self))
-        other.config, other._parameters = self.config, dict(parameters)
+        other.config, other.recompute, other._parameters = self.config, self.recompute, dict(parameters)
         return other
 
     def copy(self):
         """A Transformer of its own with the same weights (a reference policy, say)."""
         return self.over({name: Tensor(p.data.copy(), requires_grad=True) for name, p in self._parameters.items()})
 
-    def hidden(self, tokens, key_mask=None, cache=None):
+    def hidden(self, tokens, key_mask=None):
         """Final hidden states, normalised: tokens (B,T) integers -> (B,T,D).
 
-        key_mask (B,S): 0 on padding, which nobody may attend to. Padding on the right of a
+        key_mask (B,T): 0 on padding, which nobody may attend to. Padding on the right of a
         causal model needs none: what comes later is never seen. Padding on the left does.
         Rotary attention depends on distances alone, so left padding does not shift anything.
-        cache: a generate.Cache that holds the keys and values of the S - T positions before.
         Raises IndexError for a token outside the vocabulary, ValueError past the context.
         """
         c, p = self.config, self._parameters
@@ -140,17 +144,16 @@ class Transformer:
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens must be integers of shape (B,T); got {tokens.dtype} {tokens.shape}")
         B, T = tokens.shape
-        start = cache.length if cache is not None else 0
-        if start + T > c.context:
-            raise ValueError(f"{start + T} tokens do not fit the context of {c.context}; "
+        if T > c.context:
+            raise ValueError(f"{T} tokens do not fit the context of {c.context}; "
                              "shorten the prompt, or use a model with a longer context")
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < c.vocab_size:
             raise IndexError(f"token {int(tokens.max() if tokens.min() >= 0 else tokens.min())} is not in the "
                              f"vocabulary of {c.vocab_size}; was it made with another tokenizer?")
-        if cache is None and key_mask is None and c.causal and T:
+        if key_mask is None and c.causal and T:
             return self.packed_hidden(rectangle(tokens)).reshape(B, T, c.width)
-        cos, sin = layers.rope_tables(xp.arange(start, start + T), c.head_width, c.rope_base, self.dtype)
-        return self._blocks(tokens, lambda i, qkv: self._padded_attention(i, qkv, cos, sin, key_mask, cache))
+        cos, sin = layers.rope_tables(xp.arange(T), c.head_width, c.rope_base, self.dtype)
+        return self._blocks(tokens, lambda i, qkv: self._padded_attention(i, qkv, cos, sin, key_mask))
 
     def packed_hidden(self, pack):
         """Final hidden states (N,D) of the row of tokens of a packing.Pack. Raises as hidden does."""
@@ -161,10 +164,10 @@ class Transformer:
             raise ValueError(f"{longest} tokens do not fit the context of {c.context}; "
                              "shorten them, or use a model with a longer context")
         cos, sin = layers.rope_tables(pack.positions, c.head_width, c.rope_base, self.dtype)
-        groups = pack.groups()
+        turn, groups = cos + 1j * sin, pack.groups()
 
         def attend(i, qkv):
-            return packed_attention(qkv, p.get(f"blocks.{i}.key_smear"), cos, sin, c.heads, c.kv_heads, groups,
+            return packed_attention(qkv, p.get(f"blocks.{i}.key_smear"), turn, c.heads, c.kv_heads, groups,
                                     pairing=c.rope_pairing)
         return self._blocks(pack.tokens, attend)
 
@@ -183,23 +186,25 @@ class Transformer:
     def _blocks(self, tokens, attend):
         """attend(layer, qkv) mixes what the tokens hold; all the rest is done token by token."""
         c, p = self.config, self._parameters
-        x = ops.embed(p["embedding"], tokens)
-        for i in range(c.layers):
+
+        def block(i, x):
             qkv = layers.rms_norm(x, p[f"blocks.{i}.attention_norm"], eps=c.norm_eps) @ p[f"blocks.{i}.qkv"]
             x = x + attend(i, qkv) @ p[f"blocks.{i}.attention_out"]
             h = layers.rms_norm(x, p[f"blocks.{i}.ffn_norm"], eps=c.norm_eps)
-            x = x + layers.swiglu(h @ p[f"blocks.{i}.gate_up"]) @ p[f"blocks.{i}.ffn_out"]
+            return x + layers.swiglu(h @ p[f"blocks.{i}.gate_up"]) @ p[f"blocks.{i}.ffn_out"]
+
+        x = ops.embed(p["embedding"], tokens)
+        for i in range(c.layers):
+            x = recomputed(functools.partial(block, i), x) if self.recompute else block(i, x)
         return layers.rms_norm(x, p["final_norm"], eps=c.norm_eps)
 
-    def _padded_attention(self, i, qkv, cos, sin, key_mask, cache):
+    def _padded_attention(self, i, qkv, cos, sin, key_mask):
         c, (B, T, _) = self.config, qkv.shape
         q, k, v = self._heads(qkv)
         if c.key_smear:
-            k = self._smeared(i, k, key_mask, cache)
+            k = self._smeared(i, k, key_mask)
         q = layers.rope(q, cos, sin, pairing=c.rope_pairing)
         k = layers.rope(k, cos, sin, pairing=c.rope_pairing)
-        if cache is not None:
-            k, v = cache.extend(i, k.data, v.data)
         mixed = layers.attention(q, k, v, causal=c.causal, key_mask=key_mask)             # (B,H,T,K)
         return ops.transpose(mixed, axes=(0, 2, 1, 3)).reshape(B, T, c.heads * c.head_width)
 
@@ -209,12 +214,11 @@ class Transformer:
         heads = ops.transpose(qkv.reshape(B, T, c.heads + 2 * c.kv_heads, c.head_width), axes=(0, 2, 1, 3))
         return (heads[:, :c.heads], heads[:, c.heads:c.heads + c.kv_heads], heads[:, c.heads + c.kv_heads:])
 
-    def _smeared(self, i, k, key_mask, cache):
-        xp, (B, G, T, K) = array_module(k.data), k.shape
+    def _smeared(self, i, k, key_mask):
+        xp, (B, G, _, K) = array_module(k.data), k.shape
         if key_mask is not None:          # padding is no predecessor: as if nothing stood there
-            k = ops.where(xp.asarray(key_mask)[:, None, -T:, None].astype(bool), k, 0.0)
-        before = cache.previous_key(i, k.data) if cache is not None else xp.zeros((B, G, K), self.dtype)
-        return layers.smear(k, self._parameters[f"blocks.{i}.key_smear"], before)
+            k = ops.where(xp.asarray(key_mask)[:, None, :, None].astype(bool), k, 0.0)
+        return layers.smear(k, self._parameters[f"blocks.{i}.key_smear"], xp.zeros((B, G, K), self.dtype))
 
     def __call__(self, tokens, key_mask=None):
         """Logits (B,T,V); those at position t score token t+1."""

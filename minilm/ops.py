@@ -8,47 +8,56 @@ array per differentiable argument. The operators of Tensor are bound at the end.
 import math
 
 from minilm.backend import array_module
-from minilm.tensor import Tensor, primitive
+from minilm.tensor import Product, Rows, Tensor, primitive
 
 
-def unbroadcast(gradient, like):
-    """Sum `gradient` over the axes along which `like` was broadcast; None if it is a scalar."""
-    if not hasattr(like, "shape"):
-        return None
-    extra = gradient.ndim - like.ndim
+def unbroadcast(gradient, shape):
+    """Sum `gradient` over the axes along which something of `shape` was broadcast; None if that is None."""
+    if shape is None or gradient.shape == shape:
+        return None if shape is None else gradient
+    extra = gradient.ndim - len(shape)
     stretched = tuple(range(extra)) + tuple(
-        extra + i for i, n in enumerate(like.shape) if n == 1 and gradient.shape[extra + i] != 1)
-    return gradient.sum(axis=stretched).reshape(like.shape) if stretched else gradient
+        extra + i for i, n in enumerate(shape) if n == 1 and gradient.shape[extra + i] != 1)
+    return gradient.sum(axis=stretched).reshape(shape)
+
+
+def _shapes(*inputs):
+    """Of arrays; None for Python scalars. What a vjp needs of an input may be no more than this."""
+    return [getattr(x, "shape", None) for x in inputs]
 
 
 # Arithmetic, with broadcasting.
 
 @primitive
 def add(x, y):
+    of_x, of_y = _shapes(x, y)
     def vjp(dz):
-        return unbroadcast(dz, x), unbroadcast(dz, y)
+        return unbroadcast(dz, of_x), unbroadcast(dz, of_y)
     return x + y, vjp
 
 
 @primitive
 def subtract(x, y):
+    of_x, of_y = _shapes(x, y)
     def vjp(dz):
-        return unbroadcast(dz, x), unbroadcast(-dz, y)
+        return unbroadcast(dz, of_x), unbroadcast(-dz, of_y)
     return x - y, vjp
 
 
 @primitive
 def multiply(x, y):
+    of_x, of_y = _shapes(x, y)
     def vjp(dz):
-        return unbroadcast(dz * y, x), unbroadcast(dz * x, y)
+        return unbroadcast(dz * y, of_x), unbroadcast(dz * x, of_y)
     return x * y, vjp
 
 
 @primitive
 def divide(x, y):
+    of_x, of_y = _shapes(x, y)
     z = x / y
     def vjp(dz):
-        return unbroadcast(dz / y, x), unbroadcast(-dz * z / y, y)
+        return unbroadcast(dz / y, of_x), unbroadcast(-dz * z / y, of_y)
     return z, vjp
 
 
@@ -144,19 +153,19 @@ def clip(x, low, high):
 @primitive
 def minimum(x, y):
     """The smaller of the two; where they are equal, each gets half of the gradient."""
-    xp = array_module(x, y)
+    xp, (of_x, of_y) = array_module(x, y), _shapes(x, y)
     def vjp(dz):
         share = (x < y) + 0.5 * (x == y)
-        return unbroadcast(dz * share.astype(dz.dtype), x), unbroadcast(dz * (1 - share).astype(dz.dtype), y)
+        return unbroadcast(dz * share.astype(dz.dtype), of_x), unbroadcast(dz * (1 - share).astype(dz.dtype), of_y)
     return xp.minimum(x, y), vjp
 
 
 @primitive
 def where(condition, x, y):
     """x where condition holds, y elsewhere. What is not selected gets a zero, even if it is NaN."""
-    xp = array_module(condition)
+    xp, (of_x, of_y) = array_module(condition), _shapes(x, y)
     def vjp(dz):
-        return None, unbroadcast(xp.where(condition, dz, 0), x), unbroadcast(xp.where(condition, 0, dz), y)
+        return None, unbroadcast(xp.where(condition, dz, 0), of_x), unbroadcast(xp.where(condition, 0, dz), of_y)
     return xp.where(condition, x, y), vjp
 
 
@@ -234,8 +243,9 @@ def swapaxes(x, i, j):
 
 @primitive
 def broadcast_to(x, shape):
+    of_x, = _shapes(x)
     def vjp(dy):
-        return unbroadcast(dy, x)
+        return unbroadcast(dy, of_x)
     return array_module(x).broadcast_to(x, shape), vjp
 
 
@@ -282,13 +292,12 @@ def embed(table, indices):
                          f"in a table of {len(table)} rows")
     def vjp(dy):
         # One row sum per distinct index; np.add.at would visit every element one by one.
-        flat = indices.reshape(-1)
-        order = xp.argsort(flat, kind="stable")
-        rows, starts = xp.unique(flat[order], return_index=True)
-        dtable = xp.zeros_like(table)
+        flat, dy = indices.reshape(-1), dy.reshape(-1, table.shape[1])
         if flat.size:
-            dtable[rows] = xp.add.reduceat(dy.reshape(-1, table.shape[1])[order], starts, axis=0)
-        return dtable
+            order = xp.argsort(flat, kind="stable")
+            flat, starts = xp.unique(flat[order], return_index=True)
+            dy = xp.add.reduceat(dy[order], starts, axis=0)
+        return Rows(table, flat, dy)
     return table[indices], vjp
 
 
@@ -322,14 +331,14 @@ def _matmul(x, y):
     """dx = dz y^T,   dy = x^T dz"""
     if y.ndim == 2:
         # One large product instead of one small one for each leading index.
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        of_x, rows = x.shape, x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         def vjp(dz):
             dz = dz.reshape(len(rows), y.shape[1])
-            return (dz @ y.T).reshape(x.shape), rows.T @ dz
+            return (dz @ y.T).reshape(of_x), Product(rows.T, dz)
         return (rows @ y).reshape(*x.shape[:-1], y.shape[1]), vjp
 
     def vjp(dz):
-        return unbroadcast(dz @ y.swapaxes(-1, -2), x), unbroadcast(x.swapaxes(-1, -2) @ dz, y)
+        return unbroadcast(dz @ y.swapaxes(-1, -2), x.shape), unbroadcast(x.swapaxes(-1, -2) @ dz, y.shape)
     return x @ y, vjp
 
 

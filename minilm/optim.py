@@ -20,9 +20,10 @@ class AdamW:
     paper does not, it is scaled by lr.
 
     All parameters move into one flat array, matrices first, and all gradients into another:
-    `p.data` and `p.grad` become views, and a step is a few operations on long vectors instead
-    of a Python loop over hundreds of small ones. Make one optimiser per set of parameters,
-    after the model is on its device; assign to p.data[...] and not to p.data afterwards.
+    `p.data` becomes a view, backward writes `p.grad` into one (`p.grad_buffer`), and a step is a few
+    operations on long vectors instead of a Python loop over hundreds of small ones. Make one optimiser
+    per set of parameters, after the model is on its device; assign to p.data[...] and not to p.data
+    afterwards.
 
     pool, threads: an executor and how many of its threads share the work on the flat arrays, each on a
     stretch of its own; with none, the caller does it all.
@@ -46,7 +47,7 @@ class AdamW:
         self._layout = {name: (slice(int(end) - p.size, int(end)), p.shape) for name, p, end in zip(names, ordered, ends)}
         data, grad = self.views(self.data), self.views(self.grad)
         for name, p in self.parameters.items():
-            p.data, p.grad = data[name], grad[name]
+            p.data, p.grad_buffer, p.grad = data[name], grad[name], None
         # Too little for a thread of its own is not worth handing over.
         stretches = max(1, min(threads, self.data.size // (8 * BLOCK)))
         self._map = pool.map if pool and stretches > 1 else map
@@ -58,10 +59,13 @@ class AdamW:
         return {name: flat[where].reshape(shape) for name, (where, shape) in self._layout.items()}
 
     def zero_grad(self):
-        self._on_each_stretch(lambda s: self.grad[s].fill(0))
+        """Forget the gradients: the next backward writes over them."""
+        forget(self.parameters)
 
     def add_gradients(self, others):
         """Add gradients found elsewhere: flat arrays in the layout of views()."""
+        complete(self.parameters)
+
         def add(s):
             for b in _blocks(s):
                 for other in others:
@@ -77,6 +81,7 @@ class AdamW:
         Returns the norm before (Pascanu et al. 2013, arXiv:1211.5063). PyTorch divides by the norm
         plus 1e-6; we do not.
         """
+        complete(self.parameters)
         squares = self._on_each_stretch(lambda s: sum(float(self.grad[b] @ self.grad[b]) for b in _blocks(s)))
         norm = math.sqrt(sum(squares))
         if norm > max_norm:
@@ -90,11 +95,14 @@ class AdamW:
 
         Returns the norm of the parameters after it: finite only if each of them is.
         """
+        complete(self.parameters)
         lr = self.learning_rate if learning_rate is None else learning_rate
         self.steps += 1
         b1, b2 = self.betas
         xp = array_module(self.data)
-        first, second = lr / (1 - b1 ** self.steps), (1 - b2 ** self.steps) ** -0.5
+        # lr m' / (sqrt(v') + eps) with the corrected moments, as rate m / (sqrt(v) + eps_t).
+        second = math.sqrt(1 - b2 ** self.steps)
+        rate, eps = lr * second / (1 - b1 ** self.steps), self.eps * second
 
         def update(stretch):
             squares = 0.0
@@ -109,10 +117,9 @@ class AdamW:
                 v += change
                 p[:max(0, self.decayed - block.start)] *= 1 - lr * self.weight_decay
                 xp.sqrt(v, out=change)
-                change *= second
-                change += self.eps
+                change += eps
                 xp.divide(m, change, out=change)
-                change *= first
+                change *= rate
                 p -= change
                 squares += float(p @ p)
             return squares
@@ -127,6 +134,20 @@ class AdamW:
         if arrays["m"].shape != self.m.shape:
             raise ValueError(f"optimiser state for {arrays['m'].size} parameters, model of {self.m.size}")
         self.m[...], self.v[...], self.steps = arrays["m"], arrays["v"], int(arrays["steps"])
+
+
+def forget(parameters):
+    """No gradient any more, for parameters by name."""
+    for p in parameters.values():
+        p.grad = None
+
+
+def complete(parameters):
+    """The gradients of parameters by name all in their buffers: zeros where there was none."""
+    for p in parameters.values():
+        if p.grad is not p.grad_buffer:
+            p.grad_buffer[...] = 0 if p.grad is None else p.grad
+            p.grad = p.grad_buffer
 
 
 def _blocks(stretch):

@@ -13,7 +13,7 @@ import dataclasses
 
 import numpy as np
 
-from minilm import layers, ops
+from minilm import layers
 from minilm.backend import array_module
 from minilm.tensor import primitive
 
@@ -123,36 +123,45 @@ def rectangle(tokens):
 
 
 @primitive
-def packed_attention(qkv, amount, cos, sin, heads, kv_heads, groups, pairing="half"):
+def packed_attention(qkv, amount, turn, heads, kv_heads, groups, pairing="half"):
     """Smeared keys, rotations and causal attention of one layer over a packing.Pack: (N,(H+2G)K) -> (N,H K).
 
     qkv holds, for each token, H queries, G keys, G values, of K numbers each; amount (G,K) is that of
-    smear, or None for none; cos, sin (N,K/2). groups: the pack's segments, those of a group attended to
-    in one call. Padding exists inside of it alone, where they are aligned on the right.
+    smear, or None for none; turn (N,K/2) is exp(i angle) of each pair, cos + i sin of rope_tables.
+    groups: the pack's segments, those of a group attended to in one call. Padding exists inside of it
+    alone, where they are aligned on the right.
     """
-    (N, width), H, G = qkv.shape, heads, kv_heads
+    (N, width), dtype, H, G = qkv.shape, qkv.dtype, heads, kv_heads
     xp, K = array_module(qkv), width // (H + 2 * G)
     by_head = qkv.reshape(N, H + 2 * G, K).swapaxes(0, 1)       # (H+2G,N,K)
-    q_and_k, prepared_vjp = _smeared_and_rotated(by_head[:H + G], H, amount, cos, sin, groups, pairing)
-    O, vjps = xp.empty((N, H, K), qkv.dtype), []
+    q_and_k, prepared_vjp = _smeared_and_rotated(by_head[:H + G], H, amount, turn, groups, pairing)
+    values = by_head[H + G:].copy()                             # or all of qkv would be kept for them
+    O, vjps = xp.empty((N, H, K), dtype), []
     for group in groups:
         q = _aligned(q_and_k[:H], group, with_prefix=False)
-        k, v = (_aligned(flat, group, with_prefix=True) for flat in (q_and_k[H:], by_head[H + G:]))
-        mixed, vjp = layers.attention.__wrapped__(q, k, v, True, _real_keys(group, k.shape[2]))
-        _put_back(O.swapaxes(0, 1), mixed, group, with_prefix=False)
+        k, v = (_aligned(flat, group, with_prefix=True) for flat in (q_and_k[H:], values))
+        place = _aligned(O.swapaxes(0, 1), group, with_prefix=False) if _side_by_side(group) else None
+        mixed, vjp = layers.attention.__wrapped__(q, k, v, True, _real_keys(group, k.shape[2]), 1, place)
+        if place is None:
+            _put_back(O.swapaxes(0, 1), mixed, group)
         vjps.append(vjp)
 
     def vjp(dy):
-        d = xp.zeros((H + 2 * G, N, K), qkv.dtype)
+        dq, dkv = xp.empty((H, N, K), dtype), xp.zeros((2, G, N, K), dtype)
         dO = dy.reshape(N, H, K).swapaxes(0, 1)
         for group, group_vjp in zip(groups, vjps):
-            dq, dk, dv = group_vjp(_aligned(dO, group, with_prefix=False))
-            _put_back(d[:H], dq, group, with_prefix=False)
-            _put_back(d[H:H + G], dk, group, with_prefix=True)
-            _put_back(d[H + G:], dv, group, with_prefix=True)
-        dqkv = xp.empty((N, H + 2 * G, K), qkv.dtype)
-        damount = prepared_vjp(d[:H + G], dqkv.swapaxes(0, 1)[:H + G])
-        dqkv[:, H + G:] = d[H + G:].swapaxes(0, 1)
+            dO_rows = _aligned(dO, group, with_prefix=False)
+            if _side_by_side(group):                            # written and added where they belong
+                group_vjp(dO_rows, *(_aligned(flat, group, with_prefix=False) for flat in (dq, *dkv)))
+                continue
+            dq_rows, dk, dv = group_vjp(dO_rows)
+            _put_back(dq, dq_rows, group)
+            _add_back(dkv[0], dk, group)
+            _add_back(dkv[1], dv, group)
+        dqkv = xp.empty((N, H + 2 * G, K), dtype)
+        by_head = dqkv.swapaxes(0, 1)
+        damount = prepared_vjp(dq, dkv[0], by_head[:H + G])
+        by_head[H + G:] = dkv[1]
         return dqkv.reshape(N, width), damount
     return O.reshape(N, H * K), vjp
 
@@ -160,7 +169,7 @@ def packed_attention(qkv, amount, cos, sin, heads, kv_heads, groups, pairing="ha
 def _aligned(flat, group, with_prefix):
     """Rows (heads,N,K) of a group's segments, each on the right of a row of its own: (b,heads,T,K)."""
     T = max(s.keys if with_prefix else s.queries for s in group)
-    if _side_by_side(group):
+    if _side_by_side(group):                                    # a view
         return flat[:, group[0].start:group[-1].stop].reshape(len(flat), len(group), T, -1).swapaxes(0, 1)
     rows = array_module(flat).zeros((len(group), len(flat), T, flat.shape[2]), flat.dtype)
     for row, s in zip(rows, group):
@@ -170,15 +179,18 @@ def _aligned(flat, group, with_prefix):
     return rows
 
 
-def _put_back(flat, rows, group, with_prefix):
-    """The other way: queries are written to their segments, keys added, for others may share them."""
+def _put_back(flat, rows, group):
+    """The other way, for queries: written to their segments."""
+    for row, s in zip(rows, group):
+        flat[:, s.start:s.stop] = row[:, -s.queries:]
+
+
+def _add_back(flat, rows, group):
+    """The other way, for keys: added, for a prefix is that of several segments."""
     T = rows.shape[2]
     for row, s in zip(rows, group):
-        if with_prefix:
-            flat[:, s.start:s.stop] += row[:, T - s.queries:]
-            flat[:, s.prefix_start:s.prefix_stop] += row[:, T - s.keys:T - s.queries]
-        else:
-            flat[:, s.start:s.stop] = row[:, T - s.queries:]
+        flat[:, s.start:s.stop] += row[:, T - s.queries:]
+        flat[:, s.prefix_start:s.prefix_stop] += row[:, T - s.keys:T - s.queries]
 
 
 def _side_by_side(group):
@@ -193,44 +205,48 @@ def _real_keys(group, S):
     return None if (keys == S).all() else np.arange(S) >= S - keys[:, None]
 
 
-def _smeared_and_rotated(x, H, amount, cos, sin, groups, pairing):
-    """Queries and keys (H+G,N,K) as attention takes them, and the vjp; amount may be None."""
-    xp, half = array_module(x), x.shape[-1] // 2
-    first, second = ((slice(0, half), slice(half, None)) if pairing == "half" else
-                     (slice(0, None, 2), slice(1, None, 2)))
-    k = x[H:]
+def _smeared_and_rotated(x, H, amount, turn, groups, pairing):
+    """Queries and keys (H+G,N,K) as attention takes them with scale 1, and the vjp; amount may be None.
+
+    Rotation is multiplication by exp(i angle). They stay in the order of the pairs, real and imaginary
+    parts side by side: a product of the two does not depend on the order of their axes.
+    """
+    xp, K, k = array_module(x), x.shape[-1], x[H:]
+    first, second = layers.pair_slices(K, pairing)
     if amount is not None:
-        a = ops.stable_sigmoid(amount)[:, None]
-        segments = [s for group in groups for s in group]
-        starts, before = xp.array([s.start for s in segments]), xp.array([s.prefix_stop - 1 for s in segments])
+        starts, before = _starts(groups, xp)
         previous = xp.empty(k.shape, k.dtype)
         previous[:, 1:] = k[:, :-1]
         previous[:, starts] = xp.where((before >= 0)[:, None], k[:, before], 0)
-        k = (1 - a) * k + a * previous
-    # Rotation is multiplication by exp(i angle). q and k stay in the order of the pairs, real and imaginary
-    # parts side by side: a product of the two does not depend on the order of their axes.
-    turn = cos + 1j * sin
-    z = xp.empty((*x.shape[:2], half), turn.dtype)
-    for to, part in ((z[:H], x[:H]), (z[H:], k)):
+        k, blend_vjp = layers.blend(k, previous, amount)
+    scaled = turn * K ** -0.5
+    z = xp.empty((*x.shape[:2], K // 2), turn.dtype)
+    for to, part, by in ((z[:H], x[:H], scaled), (z[H:], k, turn)):
         to.real, to.imag = part[..., first], part[..., second]
-    z *= turn
+        to *= by
 
-    def vjp(d, dx):
-        """The gradient d, which is spoilt, to that of x, written into dx; returns that of amount."""
-        damount, dz = None, d.view(turn.dtype)
-        dz *= turn.conj()
-        dx[..., first], dx[..., second] = dz.real, dz.imag
+    def vjp(dq, dk, dx):
+        """The gradients dq and dk, which are spoilt, to that of x, written into dx; returns that of amount."""
+        damount = None
+        for to, part, by in ((dx[:H], dq, scaled), (dx[H:], dk, turn)):
+            dz = part.view(turn.dtype)
+            dz *= by.conj()
+            to[..., first], to[..., second] = dz.real, dz.imag
         if amount is not None:
-            dk = dx[H:]
-            damount = (dk * (previous - x[H:])).sum(axis=1) * (a * (1 - a))[:, 0]
-            dprevious = a * dk
-            dk *= 1 - a
+            dk, dprevious, damount = blend_vjp(dx[H:])
             at_starts = dprevious[:, starts]
             dprevious[:, starts] = 0
             dk[:, :-1] += dprevious[:, 1:]
             xp.add.at(dk, (slice(None), before[before >= 0]), at_starts[:, before >= 0])
+            dx[H:] = dk
         return damount
     return z.view(x.dtype), vjp
+
+
+def _starts(groups, xp):
+    """Of each segment: its first row, and the row of the token before that, -1 for none."""
+    segments = [s for group in groups for s in group]
+    return xp.array([s.start for s in segments]), xp.array([s.prefix_stop - 1 for s in segments])
 
 
 @primitive

@@ -35,11 +35,12 @@ class Tensor:
     grad           an array of the same shape once backward has reached this leaf, else None.
                    Only leaves (Tensors made by hand with requires_grad=True) keep theirs.
     requires_grad  whether backward should reach it
+    grad_buffer    an array of the same shape that grad is to be (AdamW's, part of its flat one), or None
 
     Raises TypeError for any other dtype, and for a Tensor in place of an array.
     """
 
-    __slots__ = ("data", "grad", "requires_grad", "node")
+    __slots__ = ("data", "grad", "requires_grad", "grad_buffer", "node")
     __array_ufunc__ = None         # so that `array * tensor` is tensor.__rmul__(array)
 
     def __init__(self, data, requires_grad=False):
@@ -54,6 +55,7 @@ class Tensor:
         self.data = data
         self.grad = None
         self.requires_grad = requires_grad
+        self.grad_buffer = None
         self.node = None
 
     shape = property(lambda self: self.data.shape)
@@ -97,35 +99,40 @@ class Tensor:
         if gradient.shape != self.shape:
             raise ValueError(f"backward on shape {self.shape}: the cotangent has shape {gradient.shape}")
 
-        tape = graph(self)
-        gradients = {id(self): gradient}
         if self.node is None:
             _accumulate(self, gradient)
+            return
+        tape, gradients = history(self.node), {self.node: gradient}
         while tape:
-            tensor = tape.pop()
-            node, dy = tensor.node, gradients.pop(id(tensor))
-            for parent, dx in zip(node.inputs, node.pull_back(dy)):
-                if not (isinstance(parent, Tensor) and parent.requires_grad):
+            node = tape.pop()
+            for source, dx in zip(node.inputs, node.pull_back(gradients.pop(node))):
+                if source is None:
                     continue
-                if dx is None or dx.shape != parent.shape or dx.dtype != parent.dtype:
-                    raise RuntimeError(f"{node.name}: gradient for an input of shape {parent.shape}, "
-                                       f"{parent.dtype} came back as {_describe(dx)}")
-                if parent.node is None:
-                    _accumulate(parent, dx)
-                elif id(parent) in gradients:
-                    gradients[id(parent)] = gradients[id(parent)] + dx
+                if dx is None or dx.shape != source.shape or dx.dtype != source.dtype:
+                    raise RuntimeError(f"{node.name}: gradient for an input of shape {source.shape}, "
+                                       f"{source.dtype} came back as {_describe(dx)}")
+                if isinstance(source, Tensor):
+                    _accumulate(source, dx)
+                elif source in gradients:
+                    gradients[source] = gradients[source] + _evaluated(dx)
                 else:
-                    gradients[id(parent)] = dx
+                    gradients[source] = _evaluated(dx)
             node.free()
 
 
 class Node:
-    """One call of a primitive: its inputs, in the order of its arguments, and its vjp."""
+    """One call of a primitive: its vjp, where its inputs came from, and what its output was like.
 
-    __slots__ = ("name", "inputs", "vjp", "order")
+    inputs: for each argument the Node that computed it, or the leaf that it is, or None where no gradient
+    is asked for. Arrays are kept by the vjp alone, and only those that it needs.
+    """
 
-    def __init__(self, name, inputs, vjp):
-        self.name, self.inputs, self.vjp, self.order = name, inputs, vjp, next(_order)
+    __slots__ = ("name", "inputs", "vjp", "order", "shape", "dtype")
+
+    def __init__(self, name, inputs, vjp, output):
+        self.name, self.vjp, self.order = name, vjp, next(_order)
+        self.inputs = tuple((x.node or x) if isinstance(x, Tensor) and x.requires_grad else None for x in inputs)
+        self.shape, self.dtype = output.shape, output.dtype
 
     def pull_back(self, dy):
         """One gradient per argument; None for those that have none."""
@@ -137,27 +144,79 @@ class Node:
         self.inputs, self.vjp = (), None
 
 
-def graph(tensor):
-    """Every Tensor with a history that `tensor` depends on, itself included, oldest first."""
-    found, stack = {}, [tensor]
+def history(node):
+    """Every node that this one depends on, itself included, oldest first."""
+    found, stack = set(), [node]
     while stack:
-        t = stack.pop()
-        if t.node is None or id(t) in found:
+        n = stack.pop()
+        if n in found:
             continue
-        if t.node.vjp is None:
-            raise RuntimeError(f"backward through {t.node.name} a second time: the graph was freed by "
+        if n.vjp is None:
+            raise RuntimeError(f"backward through {n.name} a second time: the graph was freed by "
                                "the first; compute the forward again")
-        found[id(t)] = t
-        stack += [p for p in t.node.inputs if isinstance(p, Tensor) and p.requires_grad]
-    return sorted(found.values(), key=lambda t: t.node.order)
+        found.add(n)
+        stack += [source for source in n.inputs if isinstance(source, Node)]
+    return sorted(found, key=lambda n: n.order)
+
+
+class Product:
+    """A gradient x @ y that is yet to be computed.
+
+    A vjp may leave it so: for a leaf it is then written where it is to stand, instead of being made, and
+    copied or added there. (A weight's gradient is as large as the weight, however few the tokens.)
+    """
+
+    __slots__ = ("x", "y")
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    shape = property(lambda self: (self.x.shape[0], self.y.shape[1]))
+    dtype = property(lambda self: self.x.dtype)
+
+    def write(self, out=None):
+        return array_module(self.x).matmul(self.x, self.y, out=out)
+
+    def add_to(self, array):
+        array += self.write()
+
+
+class Rows:
+    """A gradient of the shape of `like` that is zero but for these rows (N,), each named once: (N,D)."""
+
+    __slots__ = ("shape", "dtype", "rows", "values")
+
+    def __init__(self, like, rows, values):
+        self.shape, self.dtype, self.rows, self.values = like.shape, like.dtype, rows, values
+
+    def write(self, out=None):
+        if out is None:
+            out = array_module(self.values).empty(self.shape, self.dtype)
+        out.fill(0)
+        self.add_to(out)
+        return out
+
+    def add_to(self, array):
+        array[self.rows] += self.values
+
+
+def _evaluated(gradient):
+    return gradient.write() if isinstance(gradient, (Product, Rows)) else gradient
 
 
 def _accumulate(leaf, gradient):
-    # A copy the first time: one array may be the gradient of several Tensors.
-    if leaf.grad is None:
-        leaf.grad = array_module(gradient).array(gradient)
-    else:
+    unevaluated = isinstance(gradient, (Product, Rows))
+    if leaf.grad is not None and unevaluated:
+        gradient.add_to(leaf.grad)
+    elif leaf.grad is not None:
         leaf.grad += gradient
+    elif unevaluated:
+        leaf.grad = gradient.write(out=leaf.grad_buffer)
+    elif leaf.grad_buffer is not None:
+        leaf.grad_buffer[...] = gradient
+        leaf.grad = leaf.grad_buffer
+    else:                       # a copy: one array may be the gradient of several Tensors
+        leaf.grad = array_module(gradient).array(gradient)
 
 
 def primitive(function):
@@ -187,13 +246,35 @@ def primitive(function):
         if len(dtypes | {output.dtype}) > 1 and dtypes:
             raise TypeError(f"{_call(name, arrays)}: mixed dtypes "
                             f"{' and '.join(sorted(map(str, dtypes | {output.dtype})))}; convert one side")
+        if (watched := getattr(_thread, "watched", None)) is not None and not array_module(output).isfinite(output).all():
+            watched.append(f"the output of {name}, shape {output.shape}")
         result = Tensor(output)
         if grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             result.requires_grad = True
-            result.node = Node(name, inputs, vjp)
+            result.node = Node(name, inputs, vjp, output)
         return result
 
     return apply
+
+
+def recomputed(function, *inputs):
+    """function(*inputs), Tensors to a Tensor, of which the inputs alone are kept: backward computes it again.
+
+    Chen et al. 2016, arXiv:1604.06174. Memory is paid for with another forward; the results are the same
+    bit for bit. Other Tensors that the function uses get their gradients too.
+    """
+    if not grad_enabled():
+        return function(*inputs)
+    with no_grad():
+        output = function(*inputs)
+    arrays = [x.data for x in inputs]
+
+    def vjp(dy):
+        leaves = [Tensor(array, requires_grad=True) for array in arrays]
+        function(*leaves).backward(dy)
+        return tuple(leaf.grad for leaf in leaves)
+    output.requires_grad, output.node = True, Node("recomputed", inputs, vjp, output)
+    return output
 
 
 def _array(x):
@@ -226,13 +307,14 @@ def no_grad():
         _thread.grad_enabled = before
 
 
-def first_nonfinite(tensor):
-    """Which primitive first produced a NaN or an infinity on the way to `tensor`.
+def first_nonfinite(function):
+    """Which primitive first gives a NaN or an infinity when function() is called.
 
-    Returns "name, shape (..)" of the oldest one in the graph, or None. Call it before
-    backward, which frees the graph.
+    Returns "the output of NAME, shape (..)", or None.
     """
-    for t in graph(tensor):
-        if not array_module(t.data).isfinite(t.data).all():
-            return f"the output of {t.node.name}, shape {t.shape}"
-    return None
+    before, _thread.watched = getattr(_thread, "watched", None), []
+    try:
+        function()
+        return next(iter(_thread.watched), None)
+    finally:
+        _thread.watched = before

@@ -7,25 +7,17 @@ in float32. `autograd` is HIPS autograd, the same formulas written in its NumPy;
 with glibc told to keep freed memory. What is not installed is named and skipped.
 """
 
+import json
 import os
 import sys
+import tempfile
+
+import numpy as np
+
+import measuring
+from run_folder import main_guard
 
 WORKER = sys.argv[2] if sys.argv[1:2] == ["--worker"] else None
-if WORKER == "minilm":                   # not in the others, nor in what starts them: they would inherit it
-    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
-        os.environ[variable] = "1"       # minilm's threads are its own; read when NumPy is imported
-
-import json  # noqa: E402
-import tempfile  # noqa: E402
-
-import numpy as np  # noqa: E402
-
-import measuring  # noqa: E402
-from run_folder import main_guard  # noqa: E402
-
-#        V, D, L, H, T, B
-SIZES = {"XS": (128, 64, 2, 4, 64, 16), "S": (512, 128, 4, 4, 128, 16), "M": (4096, 384, 6, 6, 256, 4),
-         "G": (50257, 768, 12, 12, 256, 2)}
 PEERS = {"torch": "torch", "compile": "torch", "autograd": "autograd", "autograd-tuned": "autograd"}
 TOLERANCE = 2e-3        # of gradients in float32, relative to the largest entry
 OPTIMISER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
@@ -34,27 +26,20 @@ OPTIMISER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01
 def load_minilm():
     from minilm.backend import keep_freed_memory
     from minilm.model import Config, Transformer
-    from minilm.objectives.sft import sft_loss
-    from minilm.stages.training import Training, optimise, split
     from minilm.tensor import Tensor
     keep_freed_memory()
 
     def make(spec):
         weights, tokens = read(spec)
-        config, threads = Config(**spec["config"]), os.cpu_count()
-        model = Transformer(config, np.random.default_rng(0)).over(
+        model = Transformer(Config(**spec["config"]), np.random.default_rng(0)).over(
             {name: Tensor(a, requires_grad=True) for name, a in weights.items()})
-        training = Training(model, np.random.default_rng(0), threads, betas=OPTIMISER["betas"],
-                            weight_decay=OPTIMISER["weight_decay"])
-        parts, total = [tokens[part] for part in split(len(tokens), threads)], tokens[:, 1:].size
-
-        def loss(model, part):
-            return sft_loss(model.log_probs(part), np.ones(part[:, 1:].shape), total=total), None
+        step = measuring.training_step(model, tokens, os.cpu_count(), betas=OPTIMISER["betas"],
+                                       weight_decay=OPTIMISER["weight_decay"])
 
         def check():
-            metrics, _ = optimise(training, loss, parts, 0.0, "check", clip=np.inf)
-            return {"loss": metrics["loss"], **{name: p.grad for name, p in model.parameters().items()}}
-        return lambda: optimise(training, loss, parts, OPTIMISER["lr"], "benchmark"), check
+            loss = step(learning_rate=0.0, clip=np.inf)
+            return {"loss": loss, **{name: p.grad for name, p in model.parameters().items()}}
+        return lambda: step(OPTIMISER["lr"]), check
     return make
 
 
@@ -162,7 +147,7 @@ def write(path, size):
     import dataclasses
 
     from minilm.model import Config, Transformer
-    V, D, L, H, T, B = SIZES[size]
+    V, D, L, H, T, B = measuring.SIZES[size]
     config, rng = Config(vocab_size=V, width=D, layers=L, heads=H, context=T), np.random.default_rng(0)
     weights = {name: p.data for name, p in Transformer(config, rng).parameters().items()}
     np.savez(path, tokens=rng.integers(V, size=(B, T + 1)), **weights)
@@ -170,7 +155,7 @@ def write(path, size):
 
 
 def main():
-    asked = measuring.arguments(__doc__.partition("\n")[0], SIZES, PEERS)
+    asked = measuring.arguments(__doc__.partition("\n")[0], measuring.SIZES, PEERS)
     absent = [name for name in asked.peers if not measuring.installed(PEERS[name])]
     for name in absent:
         print(f"{name}: not installed, skipped (pip install -e '.[bench]')")
@@ -181,7 +166,7 @@ def main():
         with tempfile.NamedTemporaryFile(suffix=".npz") as file:
             spec = write(file.name, size)
             rows += measuring.compare("training step", size, spec, ["minilm", *peers], {
-                "autograd-tuned": measuring.KEEP_MEMORY}, TOLERANCE, asked.rounds)
+                "minilm": measuring.blas_threads(1), "autograd-tuned": measuring.KEEP_MEMORY}, TOLERANCE, asked.rounds)
     measuring.finish(asked, rows, "A training step")
 
 

@@ -157,7 +157,7 @@ def adamw(matrix, vector, dmatrix, dvector, max_norm, learning_rate, betas, eps,
     p, q = Tensor(matrix), Tensor(vector)
     optimiser, steps = AdamW({"matrix": p, "vector": q}, learning_rate, betas, eps, weight_decay), []
     for p_gradient, q_gradient in zip(dmatrix, dvector):
-        p.grad[...], q.grad[...] = p_gradient, q_gradient
+        p.grad, q.grad = p_gradient, q_gradient
         norm = optimiser.clip(max_norm)
         optimiser.step()
         steps.append((norm, p.data.copy(), q.data.copy()))

@@ -30,13 +30,41 @@ from pathlib import Path
 import numpy as np
 
 from minilm import checkpoint
+from minilm.objectives.sft import sft_loss
+from minilm.stages.training import Training, optimise, split
 from run_folder import UsageError
 
 HEADER = ["work", "size", "peer", "time_ratio", "time_ratio_low", "time_ratio_high", "memory_ratio"]
 TURN = 0.6              # seconds, about
 IDLE = 0.75             # of all cores, for a round to count
 # glibc told to keep what was freed: the fair bar for those who allocate much (and what minilm asks for itself).
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_ARENA_MAX": "1"}
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_TOP_PAD_": str(1 << 26),
+               "MALLOC_ARENA_MAX": "1"}
+
+
+def blas_threads(count):
+    """The environment in which NumPy's BLAS has so many threads: 1 for minilm, whose threads are its own."""
+    return dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), str(count))
+
+
+# The training step that several scripts time.
+
+#        V, D, L, H, T, B
+SIZES = {"XS": (128, 64, 2, 4, 64, 16), "S": (512, 128, 4, 4, 128, 16), "M": (4096, 384, 6, 6, 256, 4),
+         "G": (50257, 768, 12, 12, 256, 2)}
+
+
+def training_step(model, tokens, threads, **settings):
+    """minilm's step(learning_rate, clip) on windows of tokens (B,T+1), which returns the loss. settings: AdamW's."""
+    training = Training(model, np.random.default_rng(0), threads, **settings)
+    parts, total = [tokens[part] for part in split(len(tokens), threads)], tokens[:, 1:].size
+
+    def loss(model, part):
+        return sft_loss(model.log_probs(part), np.ones(part[:, 1:].shape), total=total), None
+
+    def step(learning_rate=1e-3, clip=1.0):
+        return optimise(training, loss, parts, learning_rate, "benchmark", clip)[0]["loss"]
+    return step
 
 
 # A worker.
@@ -145,6 +173,25 @@ def take_turns(workers, rounds, turn):
     return medians, undisturbed
 
 
+def counted(medians, undisturbed):
+    """The rounds that count: the undisturbed ones, unless they are too few."""
+    enough = undisturbed.sum() >= 3
+    if not undisturbed.all():
+        print(f"  {undisturbed.sum()} of {len(undisturbed)} rounds undisturbed"
+              + ("" if enough else "; too few, so all are kept: read them with care"), flush=True)
+    return medians[undisturbed] if enough else medians
+
+
+def alone(name, spec, environment, rounds, turn=TURN):
+    """The time of a step in seconds and the peak memory in bytes, of a worker that is compared with nobody."""
+    worker = Worker(name, spec, environment)
+    try:
+        medians, undisturbed = take_turns([worker], rounds, turn)
+    finally:
+        worker.close()
+    return float(np.median(counted(medians, undisturbed))), worker.memory
+
+
 def compare(work, size, spec, names, environments, tolerance, rounds, turn=TURN):
     """Rows for the table: the first of names is ours, and is compared with each of the others."""
     workers = []
@@ -156,10 +203,7 @@ def compare(work, size, spec, names, environments, tolerance, rounds, turn=TURN)
     finally:
         for worker in workers:
             worker.close()
-    kept = medians[undisturbed] if undisturbed.sum() >= 3 else medians
-    if len(kept) < rounds or not undisturbed.all():
-        print(f"  {undisturbed.sum()} of {rounds} rounds undisturbed"
-              + ("" if undisturbed.sum() >= 3 else "; too few, so all are kept: read them with care"), flush=True)
+    kept = counted(medians, undisturbed)
     rows = []
     for j, worker in enumerate(workers[1:], start=1):
         low, middle, high = np.quantile(kept[:, 0] / kept[:, j], [0.25, 0.5, 0.75])
@@ -229,8 +273,10 @@ def draw(path, rows, title):
         axes.plot(r["memory_ratio"], i, "s", color="#8a8a8a", markerfacecolor="none")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_yticks(range(len(rows)), [f"{r['size']}, {r['peer']}" for r in reversed(rows)])
-    axes.set_xlabel("minilm / the other: time (filled, bar: quartiles), peak memory (square). Left of 1 we win")
+    parts = ["work", "size", "peer"] if len({r["work"] for r in rows}) > 1 else ["size", "peer"]
+    axes.set_yticks(range(len(rows)), [", ".join(r[part] for part in parts) for r in reversed(rows)])
+    figure.supxlabel("minilm / the other: time (filled, bar: quartiles), peak memory (square). Left of 1 we win",
+                     fontsize=10)
     axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=150)
 
@@ -244,9 +290,13 @@ def finish(asked, rows, title):
         draw(asked.figure, rows, title)
 
 
-def arguments(description, sizes, peers):
+def arguments(description, sizes, peers, works=(), unasked=()):
+    """unasked: sizes that are there only for those who name them."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--sizes", default=",".join(sizes), help="of the work, with commas (default: %(default)s)")
+    if works:
+        parser.add_argument("--works", default=",".join(works), help="with commas (default: %(default)s)")
+    parser.add_argument("--sizes", default=",".join(size for size in sizes if size not in unasked),
+                        help="of the work, with commas (default: %(default)s)")
     parser.add_argument("--peers", default=",".join(peers), help="with commas (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="of turns (default: %(default)s)")
     parser.add_argument("--csv", metavar="FILE", help="write the ratios there")
@@ -254,7 +304,9 @@ def arguments(description, sizes, peers):
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     asked.sizes, asked.peers = asked.sizes.split(","), asked.peers.split(",")
-    for kind, given, known in (("size", asked.sizes, sizes), ("peer", asked.peers, peers)):
+    asked.works = asked.works.split(",") if works else []
+    for kind, given, known in (("work", asked.works, works), ("size", asked.sizes, sizes),
+                               ("peer", asked.peers, peers)):
         if unknown := set(given) - set(known):
             raise UsageError(f"no {kind} {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if asked.rounds < 1:

@@ -7,7 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bench_gemm
+import bench_scaling
+import bench_table
 import measuring
+from minilm.model import Config, Transformer
 from run_folder import UsageError
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -78,3 +82,122 @@ def test_a_training_step_computes_what_pytorchs_does_and_is_timed(tmp_path):
     assert ratios[0] == ",".join(measuring.HEADER) and ratios[1].startswith("training step,XS,torch,")
     assert float(ratios[1].split(",")[3]) > 0
     assert "autograd: not installed" in run.stdout or ratios[2].startswith("training step,XS,autograd,")
+
+
+def test_works_are_named_and_refused_like_sizes_and_a_size_may_be_there_for_those_who_ask(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    asked = measuring.arguments("", ["tiny", "8M"], ["trl"], ["sft", "dpo"], unasked=["tiny"])
+    assert (asked.works, asked.sizes, asked.peers) == (["sft", "dpo"], ["8M"], ["trl"])
+    monkeypatch.setattr(sys, "argv", ["bench", "--works=ppo", "--sizes=tiny"])
+    with pytest.raises(UsageError, match="no work ppo; there are sft, dpo"):
+        measuring.arguments("", ["tiny", "8M"], ["trl"], ["sft", "dpo"], unasked=["tiny"])
+
+
+@pytest.mark.parity
+def test_a_step_of_every_objective_computes_what_trls_does_and_is_timed(tmp_path):
+    pytest.importorskip("trl", reason="parity with TRL needs it: pip install trl==1.16.0")
+    run = subprocess.run([sys.executable, SCRIPTS / "bench_objectives.py", "--sizes", "tiny", "--peers", "trl-best",
+                          "--rounds", "1", "--csv", tmp_path / "ratios.csv"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    header, *ratios = (line.split(",") for line in (tmp_path / "ratios.csv").read_text().splitlines())
+    assert header == measuring.HEADER
+    assert [row[:3] for row in ratios] == [[f"{work} step", "tiny", "trl-best"] for work in ("SFT", "DPO", "RLOO")]
+    assert all(float(ratio) > 0 for row in ratios for ratio in row[3:])
+
+
+def test_the_products_of_a_step_are_those_of_every_weight_however_they_are_dealt_out():
+    V, D, L, H, T, B = measuring.SIZES["XS"]
+    model = Transformer(Config(vocab_size=V, width=D, layers=L, heads=H), np.random.default_rng(0))
+    weights = sum(p.size for name, p in model.parameters().items() if p.ndim == 2 and name != "embedding")
+    assert bench_gemm.flops("XS") == 6 * B * T * weights
+    for threads in (1, 3):
+        assert bench_gemm.flops("XS") == sum(
+            2 * a.shape[0] * a.shape[1] * b.shape[1] * times
+            for mine in bench_gemm.products("XS", threads, out_first=False) for a, b, _, times in mine)
+    results = [bench_gemm.multiplying("XS", np.matmul, threads, out_first=out_first)[1]()
+               for threads, out_first in ((1, False), (3, False), (1, True))]
+    for name, expected in results[0].items():
+        for other in results[1:]:
+            assert np.abs(other[name] - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_a_step_is_compared_with_its_products_in_the_table():
+    rows = [{"size": "XS", "flops": 2e9, "step_ms": 40.0, "compared": [row(ours_ms=10.0, theirs_ms=20.0)]}]
+    assert bench_gemm.table(rows).splitlines()[2] == "| XS | 2 | 200 | 100 | 40.0 ms | 25% |"
+
+
+def test_exponents_are_those_of_a_power_law_and_tokens_stay_as_many_when_t_grows():
+    T = np.array(bench_scaling.POINTS["T"])
+    assert bench_scaling.exponent(T, 0.3 * T ** 1.25) == pytest.approx(1.25)
+    assert all(point["T"] * point["B"] == 8192 for point in (bench_scaling.shape("T", int(t)) for t in T))
+    assert bench_scaling.shape("V", 512) == {**bench_scaling.BASE, "V": 512}
+
+
+def test_memory_over_what_is_allowed_is_called_so():
+    for peak, words in ((1023.0, "1023 MiB at the peak, under"), (1025.0, "1025 MiB at the peak, NOT UNDER")):
+        assert words in bench_scaling.verdict({"variable": "T", "value": 8192, "peak_mb": peak})
+
+
+def test_scaling_measures_every_point_in_a_process_of_its_own(tmp_path):
+    run = subprocess.run([sys.executable, SCRIPTS / "bench_scaling.py", "--variables", "B", "--quick",
+                          "--rounds", "1", "--csv", tmp_path / "points.csv"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    header, *points = (line.split(",") for line in (tmp_path / "points.csv").read_text().splitlines())
+    assert header == bench_scaling.HEADER and [point[:2] for point in points] == [["B", "1"], ["B", "2"], ["B", "4"]]
+    times, peaks = ([float(point[column]) for point in points] for column in (2, 3))
+    assert min(times) > 0 and 0 < peaks[0] < peaks[2]
+    assert float(points[0][5]) == pytest.approx(bench_scaling.exponent([1, 2, 4], peaks), abs=1e-3)
+
+
+def test_an_unknown_variable_is_refused_by_name():
+    run = subprocess.run([sys.executable, SCRIPTS / "bench_scaling.py", "--variables", "T,H"],
+                         capture_output=True, text=True)
+    assert run.returncode != 0 and "no variable H; there are T, B, V, D" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parity
+def test_matrix_products_are_the_same_in_pytorch_and_are_timed(tmp_path):
+    pytest.importorskip("torch", reason="parity needs PyTorch: pip install torch")
+    run = subprocess.run([sys.executable, SCRIPTS / "bench_gemm.py", "--sizes", "XS", "--rounds", "1",
+                          "--csv", tmp_path / "ratios.csv"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    header, *ratios = (line.split(",") for line in (tmp_path / "ratios.csv").read_text().splitlines())
+    assert header == measuring.HEADER
+    assert [row[:3] for row in ratios] == [["matrix products", "XS", "blas-threads"], ["matrix products", "XS", "torch"],
+                                           ["training step", "XS", "its products alone"]]
+    assert float(ratios[2][3]) > 1
+    assert all(float(row[3]) > 0 and row[6] == "nan" for row in ratios)
+
+
+@pytest.mark.parity
+def test_what_minilm_samples_has_the_log_probs_of_hugging_face_and_pytorch_with_their_caches(tmp_path):
+    pytest.importorskip("transformers", reason="parity needs transformers: pip install transformers")
+    run = subprocess.run([sys.executable, SCRIPTS / "bench_generate.py", "--sizes", "B1", "--peers", "hf,torch",
+                          "--rounds", "1", "--csv", tmp_path / "ratios.csv"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    ratios = [line.split(",") for line in (tmp_path / "ratios.csv").read_text().splitlines()[1:]]
+    assert [row[:3] for row in ratios] == [["sampling", "B1", peer] for peer in ("hf", "torch")]
+    assert all(float(ratio) > 0 for row in ratios for ratio in row[3:])
+
+
+def test_the_table_of_goals_has_every_goal_with_its_verdict_and_says_what_was_not_measured(tmp_path, monkeypatch, capsys):
+    measuring.write_csv(tmp_path / "train.csv", [row(size="S", time_ratio=0.99), row(size="M", memory_ratio=0.7)])
+    (tmp_path / "scaling.csv").write_text("variable,value,time_exponent,memory_exponent\n"
+                                          "T,4096,1.6,0.9\nT,8192,1.6,0.9\nB,64,1.0,1.0\n")
+    monkeypatch.setattr(sys, "argv", ["bench_table", str(tmp_path), "--print"])
+    bench_table.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "| training step | S | torch | 0.99 [0.40, 0.60] | 1.00 | yes | 0.25 | 0.6 | yes |" in lines
+    assert "| training step | M | torch | 0.50 [0.40, 0.60] | 1.00 | yes | 0.70 | 0.6 | **no** |" in lines
+    assert "| training step | XS | torch | not measured | 0.80 | | | | |" in lines
+    assert "| time of a step of 8192 tokens | T to 8192 | | T^1.60 | T^1.5 | **no** | | | |" in lines
+    goals = sum(len(sizes) for _, _, sizes in bench_table.GOALS)
+    assert sum(line.count("not measured") for line in lines) == goals - 2
+    assert "The machine was not recorded." in lines
+
+
+def test_a_table_of_nothing_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench_table", str(tmp_path), "--print"])
+    with pytest.raises(UsageError, match="nothing in"):
+        bench_table.main()

@@ -1,9 +1,12 @@
 """minilm.generate: what is drawn, with which probability, and that the log-probs returned are those drawn with."""
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
 from helpers import assert_close, rngs, small_transformer
+from minilm import generate as module
 from minilm.generate import distribution, draw, entropy, generate
 
 PROMPTS = [[1], [2, 3, 4], [5, 6]]
@@ -39,7 +42,8 @@ def assert_drawn_with(samples, expected):
 # The log-probs that come with a sample.
 
 MODELS = {"untied": {}, "tied": {"tied": True}, "smeared keys": {"layers": 2, "kv_heads": 1, "key_smear": True},
-          "grouped, deeper": {"layers": 2, "heads": 4, "kv_heads": 2, "head_width": 2, "rope_pairing": "interleaved"}}
+          "grouped, deeper": {"layers": 2, "heads": 4, "kv_heads": 2, "head_width": 4, "rope_pairing": "interleaved",
+                              "rope_base": 50.0, "norm_eps": 0.1}}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -168,7 +172,7 @@ def test_the_token_that_crosses_top_p_is_kept():
 @given(rng=rngs)
 def test_draws_at_evenly_spaced_uniforms_come_as_often_as_their_probability_says(rng):
     p, n = rng.dirichlet(np.ones(6)), 1000
-    drawn = draw(np.tile(np.log(p), (n, 1)), (np.arange(n) + 0.5) / n)
+    drawn = draw(np.tile(p, (n, 1)), (np.arange(n) + 0.5) / n)
     assert np.abs(np.bincount(drawn, minlength=6) - n * p).max() <= 1
     assert (np.diff(drawn) >= 0).all()
 
@@ -176,8 +180,16 @@ def test_draws_at_evenly_spaced_uniforms_come_as_often_as_their_probability_says
 def test_draws_from_a_large_vocabulary_in_float32_do_not_drift():
     V = 50_000
     u = (np.array([0, V // 2, V - 1]) + 0.5) / V
-    drawn = draw(np.full((3, V), -np.log(V), np.float32), u)
+    drawn = draw(np.full((3, V), 1 / V, np.float32), u)
     assert drawn.tolist() == [0, V // 2, V - 1]
+
+
+@given(rng=rngs)
+def test_each_token_is_drawn_with_the_number_of_its_row_and_position(rng):
+    model, uniforms = small_transformer(rng), rng.random((3, 8))
+    for prompt, response, u in zip(PROMPTS, generate(model, PROMPTS, 8, uniforms, EOS).responses(), uniforms):
+        laws = [plain_distribution(row) for row in logits_before_each(model, prompt, response)]
+        assert response == [np.searchsorted(law.cumsum(), number, side="right") for law, number in zip(laws, u)]
 
 
 @given(rng=rngs)
@@ -196,7 +208,7 @@ def test_samples_come_as_often_as_their_probability_says(rng):
 def test_a_token_of_probability_zero_is_never_drawn_and_some_token_always_is(dtype, u, rng, size):
     with np.errstate(divide="ignore"):
         log_probs = np.log(rng.dirichlet(np.ones(size)) * (rng.permutation(size) <= size // 2)).astype(dtype)[None]
-    token = draw(log_probs - 0.001, np.array([u]))[0]           # what rounding leaves off 1, and more
+    token = draw(np.exp(log_probs - 0.001), np.array([u]))[0]           # what rounding leaves off 1, and more
     assert token < size and np.isfinite(log_probs[0, token])
 
 
@@ -234,19 +246,19 @@ def test_a_bidirectional_model_does_not_generate(rng):
 def test_entropy_below_zero_or_above_log_V_is_never_reported(seed, temperature, top_k):
     rng = np.random.default_rng(seed)
     log_probs = distribution(rng.normal(size=(4, 7)) * 10, temperature, top_k=top_k)
-    values = entropy(log_probs)
+    values = entropy(np.exp(log_probs), log_probs)
     assert (values >= 0).all() and (values <= np.log(top_k or 7) + 1e-12).all()
     p = np.exp(log_probs)
     assert_close(values, [-sum(q * np.log(q) for q in row if q > 0) for row in p], 1e-10, "entropy")
 
 
 def test_entropy_of_a_uniform_distribution_is_log_V_and_of_a_certain_one_zero():
-    assert_close(entropy(np.full((1, 5), -np.log(5))), [np.log(5)], 1e-12, "entropy")
-    assert entropy(np.array([[0.0, -np.inf, -np.inf]])) == [0]
+    assert_close(entropy(np.full((1, 5), 0.2), np.full((1, 5), -np.log(5))), [np.log(5)], 1e-12, "entropy")
+    assert entropy(np.array([[1.0, 0.0, 0.0]]), np.array([[0.0, -np.inf, -np.inf]])) == [0]
 
 
 def test_a_probability_that_rounding_lifts_above_1_has_no_entropy_below_zero():
-    assert entropy(np.array([[np.float32(1e-7), -np.inf]])) == [0]
+    assert entropy(np.array([[np.float32(1), 0]]), np.array([[np.float32(1e-7), -np.inf]])) == [0]
 
 
 @pytest.mark.parametrize("smear", [False, True], ids=["plain", "smeared keys"])
@@ -254,9 +266,31 @@ def test_a_prompt_asked_again_after_others_is_read_once_and_answered_as_if_alone
     model, uniforms = small_transformer(rng, key_smear=smear), rng.random((5, 6))
     prompts = [[1, 2], [3, 4, 5, 6], [1, 2], [2, 1], [3, 4, 5, 6]]
     alone = [generate(model, [prompt], 6, u[None], eos=None) for prompt, u in zip(prompts, uniforms)]
-    hidden, read = model.hidden, []
-    monkeypatch.setattr(model, "hidden", lambda tokens, **o: read.append(len(tokens)) or hidden(tokens, **o))
+    advance, read = module.advance, []
+    monkeypatch.setattr(module, "advance", lambda model, tokens, *rest: read.append(len(tokens))
+                        or advance(model, tokens, *rest))
     together = generate(model, prompts, 6, uniforms, eos=None)
     assert read == [3] + 5 * [5]
     assert np.array_equal(together.tokens, np.concatenate([one.tokens for one in alone]))
     assert_close(together.log_probs, np.concatenate([one.log_probs for one in alone]))
+
+
+@pytest.mark.parametrize("eos", [EOS, None])
+def test_threads_share_the_rows_and_change_none(eos, rng):
+    model, uniforms = small_transformer(rng), rng.random((7, 9))
+    prompts = [[1], [2, 3, 4], [5, 6], [1], [2, 3, 4], [1, 1], [6]]
+    one, three = (generate(model, prompts, 9, uniforms, eos, threads=threads) for threads in (1, 3))
+    assert np.array_equal(three.tokens, one.tokens) and np.array_equal(three.mask, one.mask)
+    assert_close(three.log_probs, one.log_probs)
+    assert_close(three.entropies, one.entropies)
+
+
+@given(rng=rngs, going=st.sampled_from([0.0, 0.5, 1.0]))
+def test_when_rows_that_have_ended_leave_changes_nothing(rng, going):
+    model, uniforms = small_transformer(rng), rng.random((9, 10))
+    reference = generate(model, PROMPTS * 3, 10, uniforms, EOS)
+    with mock.patch.object(module, "GOING", going):
+        again = generate(model, PROMPTS * 3, 10, uniforms, EOS)
+    assert again.responses() == reference.responses()
+    for field in ("tokens", "mask", "log_probs", "entropies"):
+        assert_close(getattr(again, field), getattr(reference, field))

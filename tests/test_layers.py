@@ -1,6 +1,7 @@
 """minilm.layers: the fused primitives against their plain formulas (1e-10) and finite differences (1e-6), value
 and gradient; then the identities that each must obey."""
 import inspect
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ CASES = {f.__name__: f for f in (rms_norm, swiglu, rope, smear, attention, token
 
 
 def test_every_primitive_of_layers_has_a_case_and_a_formula():
-    of_arrays = {"rope_tables", "attention_mask"}
+    of_arrays = {"rope_tables", "rotate", "pair_slices", "blend", "decode_attention"}
     for module in (layers, formulas):
         public = {name for name, f in inspect.getmembers(module, inspect.isfunction)
                   if f.__module__ == module.__name__ and not name.startswith("_")}
@@ -147,6 +148,38 @@ def test_queries_after_a_cache_are_the_last_rows_of_full_attention(rng, T, S):
     q, k, v = (normal(rng, 1, 2, S, 4) for _ in range(3))
     assert_same(lambda q, k, v: layers.attention(q[:, :, S - T:], k, v),
                 lambda q, k, v: layers.attention(q, k, v)[:, :, S - T:], q, k, v)
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 22], ids=["scores computed again", "scores kept"])
+@given(data=st.data(), rng=rngs, T=st.integers(1, 9), queries=st.integers(1, 4))
+def test_attention_in_tiles_of_any_size_is_the_formula_whether_its_scores_are_kept_or_not(kept, data, rng, T, queries):
+    function, tensors = attention(data.draw, rng, T)
+    with mock.patch.multiple(layers, QUERIES=queries, SCORES_KEPT=kept):
+        assert_same(lambda *t: function(layers, *t), lambda *t: function(formulas, *t), *tensors)
+
+
+def test_scores_that_are_many_are_not_kept(rng, monkeypatch):
+    T, (q, k, v) = 1024, (normal(rng, 1, 1, 1024, 2) for _ in range(3))
+    monkeypatch.setattr(layers, "SCORES_KEPT", T * T - 1)
+    assert peak_memory(lambda: layers.attention(q, k, v).sum().backward()) < T * T * 8 / 3
+
+
+@given(rng=rngs, scale=st.sampled_from([0.3, 1, 2]))
+def test_attention_takes_a_scale_and_writes_to_the_array_it_is_given(rng, scale):
+    q, k, v = (normal(rng, 2, 2, 5, 4) for _ in range(3))
+    out = np.full(q.shape, np.nan)
+    assert_same(lambda q, k, v: layers.attention(q, k, v, scale=scale, out=out),
+                lambda q, k, v: formulas.attention(q * (2 * scale), k, v), q, k, v)
+    assert_close(out, formulas.attention(q * (2 * scale), k, v))
+
+
+@given(rng=rngs, masked=st.booleans(), large=st.sampled_from([1, 1e3]))
+def test_the_last_position_alone_is_the_last_row_of_attention(rng, masked, large):
+    q, k, v = normal(rng, 3, 6, 1, 4), normal(rng, 3, 2, 5, 4), normal(rng, 3, 2, 5, 4)
+    mask = np.arange(5) >= rng.integers(5, size=(3, 1)) if masked else None
+    with np.errstate(all="raise", under="ignore"):
+        last = layers.decode_attention(q.data[:, :, 0] * large, k.data, v.data, mask)
+    assert_close(last, formulas.attention(q * large, k, v, key_mask=mask).data[:, :, 0])
 
 
 @given(rng=rngs)
@@ -285,6 +318,14 @@ def test_chunks_of_any_size_give_what_one_chunk_gives(rng, rows, chunk):
     hidden, unembedding, targets = normal(rng, rows, 4), normal(rng, 9, 4), rng.integers(9, size=rows)
     assert_same(lambda h, u: layers.token_log_probs(h, u, targets, chunk=chunk),
                 lambda h, u: layers.token_log_probs(h, u, targets, chunk=rows), hidden, unembedding, tolerance=1e-12)
+
+
+@given(rng=rngs, rows=st.integers(1, 20), at_a_time=st.integers(1, 5), chunk=st.integers(1, 25))
+def test_a_few_rows_at_a_time_are_normalised_each_by_its_own_sum(rng, rows, at_a_time, chunk):
+    hidden, unembedding, targets = normal(rng, rows, 4), normal(rng, 9, 4), rng.integers(9, size=rows)
+    with mock.patch.object(layers, "IN_CACHE", 9 * at_a_time):
+        assert_same(lambda h, u: layers.token_log_probs(h, u, targets, chunk=chunk),
+                    lambda h, u: formulas.token_log_probs(h, u, targets), hidden, unembedding)
 
 
 @pytest.mark.parametrize("chunk, held", [(25, 1 << 22), (None, 25 * 1000)], ids=["asked for", "by default"])

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from helpers import assert_close, assert_same, gradients, padded, rngs, small_transformer
-from minilm import no_grad, ops
+from helpers import assert_close, assert_same, gradients, padded, peak_memory, rngs, small_transformer
+from minilm import layers, no_grad, ops
 from minilm.gradcheck import gradcheck
 from minilm.model import Config, RewardModel, Transformer
 
@@ -47,6 +47,37 @@ def test_every_parameter_of_the_reward_model_has_the_gradient_of_finite_differen
     model = reward_model(rng, **KINDS[kind])
     tokens, mask = rng.integers(7, size=(2, 4)), np.array([[0, 1, 1, 1], [1, 1, 0, 0]])
     gradcheck(lambda *_: model.rewards(tokens, mask), *model.parameters().values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputed_blocks_give_the_same_bits(kind, rng):
+    model, tokens = small_transformer(rng, layers=3, **KINDS[kind]), rng.integers(7, size=(2, 4))
+    value, expected = gradients(lambda *_: model.log_probs(tokens), *model.parameters().values())
+    model.recompute = True
+    again, found = gradients(lambda *_: model.over(model.parameters()).log_probs(tokens), *model.parameters().values())
+    assert np.array_equal(again, value)
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected))
+
+
+def test_memory_grows_with_the_number_of_tokens_and_not_with_its_square(rng, monkeypatch):
+    monkeypatch.setattr(layers, "SCORES_KEPT", 0)
+    model = small_transformer(rng, heads=2, context=4096)
+
+    def peak(T):
+        tokens = rng.integers(7, size=(1, T))
+        return peak_memory(lambda: model.log_probs(tokens).sum().backward())
+    assert peak(4096) < 2.2 * peak(2048), (peak(4096), peak(2048))
+
+
+def test_recomputed_blocks_keep_their_input_alone(rng):
+    model, tokens = small_transformer(rng, layers=16, width=16, ffn_width=64, context=64), rng.integers(7, size=(4, 64))
+
+    def held():
+        kept, twin = [], model.over(model.parameters())
+        return peak_memory(lambda: kept.append(twin.hidden(tokens)))
+    every_result = held()
+    model.recompute = True
+    assert held() < every_result / 8, (held(), every_result)
 
 
 def test_tied_embeddings_get_the_gradients_of_both_uses(rng):
@@ -105,7 +136,8 @@ def test_the_logits_are_those_of_the_architecture_written_plainly(kind, rng):
     """Without torch: residuals, order of q, k, v in their matrix, every setting of Config that is a number."""
     model = small_transformer(rng, **{"layers": 2, "rope_base": 50.0, "norm_eps": 0.1, **KINDS[kind]})
     tokens = rng.integers(7, size=9)
-    assert_close(model(tokens[None]).data[0], plain_logits(model, tokens))
+    for key_mask in (None, np.ones((1, 9))):                            # packed, and with room for padding
+        assert_close(model(tokens[None], key_mask).data[0], plain_logits(model, tokens))
 
 
 # Who sees whom.

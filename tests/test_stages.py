@@ -227,6 +227,15 @@ def test_no_thread_works_on_after_another_has_failed():
     assert done.is_set()
 
 
+def test_a_thread_that_gets_no_part_adds_nothing_not_even_what_it_found_in_the_step_before():
+    trainings = [make_training("pretraining", threads, np.float64) for threads in (1, 2)]
+    for training in trainings:
+        for parts in ([STREAM[None, :6], STREAM[None, 6:12]], [STREAM[None, 12:18]]):
+            optimise(training, lambda model, part: (-ops.sum(model.log_probs(part)), None), parts, 0.01, "here")
+    one, two = trainings
+    assert_close(two.optimizer.grad, one.optimizer.grad)
+
+
 # The gradient of a step, in closed form. After a step it stands in the optimiser, clipped to a norm of 1.
 
 class LogProbsAsParameters:
@@ -563,7 +572,7 @@ def test_an_update_that_overflows_is_reported_in_its_own_step():
 # Graphs.
 
 def test_what_nobody_differentiates_records_no_graph(rng, monkeypatch):
-    """A graph that nobody walks is freed by nobody: sampling, measuring, references."""
+    """A graph that nobody walks is freed by nobody: measuring, references. (Sampling uses no Tensors.)"""
     recorded, blocks = [], Transformer._blocks
 
     def watched(self, *arguments):
@@ -571,8 +580,7 @@ def test_what_nobody_differentiates_records_no_graph(rng, monkeypatch):
         return blocks(self, *arguments)
     monkeypatch.setattr(Transformer, "_blocks", watched)
     model, prompts, responses = small_transformer(rng), [[1, 2], [3]], [[3, 0], [5, 1]]
-    for work in (lambda: generate(model, prompts, 2, rng, 0),
-                 lambda: evaluate.sequence_kl(model, model, prompts, responses),
+    for work in (lambda: evaluate.sequence_kl(model, model, prompts, responses),
                  lambda: evaluate.predicted_rewards(RewardModel(model, rng), prompts, responses),
                  lambda: reference_log_probs(model, prompts, responses)):
         recorded.clear()
@@ -580,11 +588,22 @@ def test_what_nobody_differentiates_records_no_graph(rng, monkeypatch):
         assert recorded and not any(recorded)
 
 
-@pytest.mark.parametrize("threads, micro_batches", [(1, 2), (2, None), (1, 1)])
-def test_the_samples_of_a_prompt_stay_together_so_that_it_is_read_once(threads, micro_batches, monkeypatch):
-    asked, draw = [], rlhf_module.generate
-    monkeypatch.setattr(rlhf_module, "generate", lambda policy, prompts, *rest: asked.append(prompts)
+@pytest.fixture
+def asked(monkeypatch):
+    """The prompts of every call of generate in RLHF."""
+    calls, draw = [], rlhf_module.generate
+    monkeypatch.setattr(rlhf_module, "generate", lambda policy, prompts, *rest: calls.append(prompts)
                         or draw(policy, prompts, *rest))
+    return calls
+
+
+@pytest.mark.parametrize("threads, micro_batches", [(1, 2), (2, None), (1, 1)])
+def test_the_samples_of_a_prompt_stay_together_so_that_it_is_read_once(threads, micro_batches, asked):
     next(rlhf_stage(make_training("rlhf", threads), 1, micro_batches=micro_batches))
     assert sorted(map(len, asked)) == ([6] if micro_batches == 1 else [2, 4])
     assert all(prompts[0::2] == prompts[1::2] for prompts in asked)
+
+
+def test_with_fewer_prompts_than_threads_every_thread_has_samples_to_draw(asked):
+    next(rlhf_stage(make_training("rlhf", threads=4), 1))
+    assert sorted(map(len, asked)) == [1, 1, 2, 2]

@@ -28,7 +28,7 @@ FLOORS = {
     "stages": ARRAYS | {"layers", "model", "generate", "optim", "objectives", "data", "packing", "stages"},
 }
 TEACHING = set(FLOORS) - {"formulas", "world"}
-SHARED_BY_SCRIPTS = {"evaluation", "figures", "measuring", "run_folder", "torch_llama"}
+SHARED_BY_SCRIPTS = {"evaluation", "figures", "hf_llama", "measuring", "run_folder", "torch_llama", "trl_trainers"}
 
 
 @functools.cache

@@ -5,10 +5,10 @@ import weakref
 import numpy as np
 import pytest
 
-from helpers import normal
+from helpers import assert_close, normal, peak_memory
 from minilm import Tensor, no_grad, ops, primitive
 from minilm.backend import array_module, to_device
-from minilm.tensor import first_nonfinite
+from minilm.tensor import first_nonfinite, recomputed
 
 
 # What backward adds up.
@@ -89,6 +89,21 @@ def test_a_sum_of_gradients_is_not_made_in_an_array_that_others_hold(rng):
     assert x.grad.tolist() == [3, 3, 3] and w.grad.tolist() == [1, 1, 1] and dz.tolist() == [1, 1, 1]
 
 
+def test_a_gradient_is_written_into_its_buffer_and_then_added_there_whatever_it_is_made_of(rng):
+    """An array, a Product, or Rows; and in the buffer stands what nobody wants any more."""
+    x = rng.normal(size=(4, 3))
+    uses = {"array": (lambda w: w * x, x),
+            "product": (lambda w: x.T @ w, np.tile(x.sum(axis=1)[:, None], 3)),
+            "rows": (lambda w: ops.embed(w, np.array([2, 0, 2])), np.array([[1], [0], [2], [0]]) * np.ones(3))}
+    for use, expected in uses.values():
+        w = normal(rng, 4, 3)
+        w.grad_buffer = np.full((4, 3), np.nan)
+        for times in (1, 2):
+            use(w).sum().backward()
+            assert w.grad is w.grad_buffer
+            assert_close(w.grad, times * expected)
+
+
 # Once only.
 
 def test_a_second_backward_raises(rng):
@@ -124,7 +139,8 @@ def test_what_a_primitive_kept_and_returned_is_freed_before_the_next_vjp_runs(rn
 
     y = hold(hold(hold(normal(rng, 3)))).sum()
     y.backward()
-    assert alive == [[[i <= current for i in range(3)]] * 2 for current in (2, 1, 0)]
+    # What was returned went even before: no vjp needs it.
+    assert alive == [[[i <= current for i in range(3)], [False] * 3] for current in (2, 1, 0)]
     assert not any(ref() is not None for ref in kept + returned)
 
 
@@ -281,5 +297,37 @@ def test_integers_and_lists_become_float64():
 def test_first_nonfinite_names_the_oldest_primitive_that_went_wrong():
     x = Tensor([-1.0, 1.0], requires_grad=True)
     with np.errstate(invalid="ignore"):
-        assert first_nonfinite((ops.log(x) * 2.0).sum()) == "the output of log, shape (2,)"
-    assert first_nonfinite((x * 2.0).sum()) is None
+        assert first_nonfinite(lambda: (ops.log(x) * 2.0).sum()) == "the output of log, shape (2,)"
+    assert first_nonfinite(lambda: (x * 2.0).sum()) is None
+
+
+def test_what_is_recomputed_has_the_same_gradients_also_for_what_the_function_holds(rng):
+    x, w = normal(rng, 3), normal(rng, 3)
+
+    def function(x):
+        return ops.tanh(x * w) * x
+    (function(x) * function(x)).sum().backward()
+    expected = x.grad, w.grad
+    x.grad = w.grad = None
+    (recomputed(function, x) * recomputed(function, x)).sum().backward()
+    assert np.array_equal(x.grad, expected[0]) and np.array_equal(w.grad, expected[1])
+    with no_grad():
+        assert recomputed(function, x).node is None
+    w.grad = None
+    recomputed(function, Tensor(x.data)).sum().backward()               # an input that wants none
+    assert_close(w.grad, (1 - np.tanh(x.data * w.data) ** 2) * x.data ** 2)
+
+
+def test_the_tape_keeps_what_a_vjp_needs_and_no_other_result(rng):
+    x = Tensor(rng.normal(size=1 << 16), requires_grad=True)
+
+    def forward():
+        y = x
+        for _ in range(20):
+            y = y + 1.0                         # needs nothing of y
+        return y
+    kept = []
+    peak = peak_memory(lambda: kept.append(forward()))
+    assert peak < 3.5 * x.data.nbytes, peak / x.data.nbytes
+    kept[0].backward(np.ones(1 << 16))
+    assert np.array_equal(x.grad, np.ones(1 << 16))

@@ -382,7 +382,7 @@ def parameters(steps):
 
 def set_gradients(ours, torchs, gradients):
     for name, g in gradients.items():
-        ours[name].grad[...], torchs[name].grad = g, torch.tensor(g)
+        ours[name].grad, torchs[name].grad = g, torch.tensor(g)
 
 
 def test_twenty_steps_of_adamw():

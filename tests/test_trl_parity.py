@@ -32,7 +32,8 @@ from minilm.tensor import Tensor
 os.environ["HF_HUB_OFFLINE"] = "1"      # nothing has a reason to ask it; read when TRL is imported
 torch = pytest.importorskip("torch", reason="parity needs PyTorch: pip install torch")
 pytest.importorskip("trl", reason="parity with TRL needs it: pip install trl==1.16.0")
-import trl_reference as theirs  # noqa: E402  (it imports both)
+import hf_llama  # noqa: E402  (they import both)
+import trl_reference as theirs  # noqa: E402
 
 # TRL 1.16.0 sets an option by a name that transformers is about to drop.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:.*checkpointing:FutureWarning")]
@@ -138,7 +139,8 @@ def test_sft_has_trls_loss_gradients_and_metrics(tmp_path, config):
 
     logits = model(batch.tokens[:, :-1])
     metrics = sft.sft_metrics(log_probs.data, batch.target_mask, predictions=logits.data.argmax(axis=-1),
-                              targets=batch.tokens[:, 1:], entropies=entropy(ops.log_softmax(logits).data))
+                              targets=batch.tokens[:, 1:],
+                              entropies=entropy(ops.softmax(logits).data, ops.log_softmax(logits).data))
     assert 0 < logged["mean_token_accuracy"] < 1
     assert_metrics(metrics, logged, alone={"trained_tokens"})
     assert (metrics["trained_tokens"], logged["num_tokens"]) == (batch.mask.sum(), batch.real.sum())
@@ -305,7 +307,7 @@ def online_by_trl(name, folder, config, beta, temperature, off_policy=False, **o
     trainer = theirs.online_trainer(name, folder, config, older if off_policy else policy, reference, REWARDS,
                                     beta=beta, temperature=temperature, **options)
     batch = theirs.rollout(trainer, PROMPTS, COMPLETIONS)
-    theirs.load(trainer.model, policy)
+    hf_llama.load(trainer.model, policy)
     return batch["advantages"].numpy().reshape(REWARDS.shape), *theirs.step(trainer, batch)
 
 
@@ -320,7 +322,8 @@ class Online:
                                     for values in (older if off_policy else policy, reference))
         k1 = layers.sequence_log_probs(self.old - self.reference, MASK).data
         self.kl = k1.reshape(REWARDS.shape)
-        self.entropies = entropy(ops.log_softmax(self.policy(SAMPLED.tokens[:, :-1]) * (1 / temperature)).data)
+        scaled = self.policy(SAMPLED.tokens[:, :-1]) * (1 / temperature)
+        self.entropies = entropy(ops.softmax(scaled).data, ops.log_softmax(scaled).data)
 
     def advantages(self, beta, baseline="leave_one_out"):
         return policy_gradient.advantages(REWARDS, self.kl, beta, baseline)

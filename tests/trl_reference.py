@@ -4,7 +4,7 @@ The other side of test_trl_parity.py, and nothing of TRL is written a second tim
 tokenise the text, mask, pad, score, reward and differentiate, and log. We give them weights and text
 (and, instead of sampling, the completions), and read what they computed. Three things stand between:
 
-weights   transformers keeps apart, and transposed, the matrices that minilm joins: `layout`
+weights   transformers keeps apart, and transposed, the matrices that minilm joins: `hf_llama`
 float64   both libraries ask for float32 by name in places, and are given float64: `Float64`
 silence   nothing is fetched, reported or saved: `make`
 
@@ -16,9 +16,11 @@ To hold a loss of your own against TRL's:
 """
 
 import contextlib
+import dataclasses
 from unittest import mock
 
 import datasets
+import hf_llama
 import tokenizers
 import torch
 import transformers
@@ -26,7 +28,7 @@ import trl
 from torch.overrides import TorchFunctionMode
 from trl.kernels import ChunkedLogProbFunction
 
-PAD, EOS = 0, 1         # two tokens: TRL's reward model reads the score before the padding, by the token's id
+PAD, EOS = hf_llama.PAD, 1         # two tokens: TRL's reward model reads the score before the padding, by the token's id
 
 
 # float64.
@@ -66,58 +68,9 @@ def float64():
 
 # Weights.
 
-BLOCK = {"attention_norm": ["input_layernorm"],
-         "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-         "attention_out": ["self_attn.o_proj"],
-         "ffn_norm": ["post_attention_layernorm"],
-         "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
-         "ffn_out": ["mlp.down_proj"]}
-
-
-def layout(model):
-    """minilm's name of each parameter, and the transformers parameters that it holds side by side."""
-    modules = {"embedding": ["model.embed_tokens"], "final_norm": ["model.norm"],
-               "unembedding": ["lm_head"], "reward_head": ["score"]}
-    for i in range(model.config.num_hidden_layers):
-        modules |= {f"blocks.{i}.{name}": [f"model.layers.{i}.{part}" for part in parts]
-                    for name, parts in BLOCK.items()}
-    theirs = dict(model.named_parameters())     # no lm_head if tied, and either lm_head or score
-    found = {name: [theirs.pop(f"{part}.weight") for part in parts]
-             for name, parts in modules.items() if f"{parts[0]}.weight" in theirs}
-    assert not theirs, f"parameters that minilm does not have: {list(theirs)}"
-    return found
-
-
-def transpose(name, array):
-    """Tables of tokens have one row a token in both; other matrices are (in, out) here and (out, in) there."""
-    return array if name.endswith("embedding") else array.T
-
-
-def load(model, weights):
-    """Put minilm's weights, arrays by name, into a model of transformers."""
-    for name, parts in layout(model).items():
-        rows = torch.tensor(transpose(name, weights[name])).split([len(p) for p in parts])
-        for p, of_p in zip(parts, rows, strict=True):
-            p.data.copy_(of_p)
-
-
-def gradients(model):
-    """The gradient of every parameter, as minilm names and shapes it."""
-    return {name: transpose(name, torch.cat([p.grad for p in parts]).numpy())
-            for name, parts in layout(model).items()}
-
-
 def llama(config, weights, kind=transformers.LlamaForCausalLM):
     """minilm's Transformer (or, with kind LlamaForSequenceClassification, RewardModel) in transformers."""
-    assert config.causal and not config.key_smear and config.rope_pairing == "half", "no Llama"
-    model = kind(transformers.LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.width, num_hidden_layers=config.layers,
-        num_attention_heads=config.heads, num_key_value_heads=config.kv_heads, head_dim=config.head_width,
-        intermediate_size=config.ffn_width, max_position_embeddings=config.context, rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
-        tie_word_embeddings=config.tied, num_labels=1, pad_token_id=PAD, bos_token_id=None, eos_token_id=EOS))
-    load(model, weights)
-    return model
+    return hf_llama.llama(dataclasses.asdict(config), weights, kind, EOS)
 
 
 # Text.
@@ -211,4 +164,4 @@ def step(trainer, *batches):
     loss = sum(trainer.compute_loss(model, batch, num_items_in_batch=num_items) for batch in batches)
     loss.backward()
     trainer.log({"loss": loss.item()})
-    return {"loss": loss.detach().numpy(), **gradients(model)}, trainer.state.log_history[-1]
+    return {"loss": loss.detach().numpy(), **hf_llama.gradients(model)}, trainer.state.log_history[-1]

@@ -29,9 +29,10 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
         drawn = training.rng.integers(len(prompts), size=prompts_per_step)
         asked = [prompts[i] for i in drawn for _ in range(samples_per_prompt)]
         uniforms = training.rng.random((len(asked), max_new_tokens))
-        # A prompt's samples stay together: they share it.
-        parts = [np.arange(len(asked)).reshape(shape)[part].reshape(-1)
-                 for part in split(prompts_per_step, micro_batches or training.threads)]
+        # A prompt's samples stay together, for they share it, unless there are fewer prompts than parts.
+        parts, rows = micro_batches or training.threads, np.arange(len(asked))
+        parts = ([rows.reshape(shape)[part].reshape(-1) for part in split(prompts_per_step, parts)]
+                 if prompts_per_step >= parts else [rows[part] for part in split(len(rows), parts)])
 
         def sample(policy, rows):
             # The policy's own log-probs come with the draw: no second pass for them.

@@ -9,7 +9,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from minilm.backend import array_module, to_numpy
-from minilm.optim import AdamW
+from minilm.optim import AdamW, complete, forget
 from minilm.tensor import Tensor, first_nonfinite
 
 
@@ -38,7 +38,7 @@ class Training:
             gradient = array_module(self.optimizer.grad).zeros_like(self.optimizer.grad)
             twins = {name: Tensor(p.data, requires_grad=True) for name, p in model.parameters().items()}
             for name, view in self.optimizer.views(gradient).items():
-                twins[name].grad = view
+                twins[name].grad_buffer = view
             self._models.append(model.over(twins))
             self._gradients.append(gradient)
 
@@ -55,13 +55,14 @@ class Training:
         return [by_worker[i % self.threads][i // self.threads] for i in range(len(parts))]
 
     def zero_grad(self):
-        self.optimizer.zero_grad()
-        for gradient in self._gradients:
-            gradient.fill(0)
+        for model in self._models:
+            forget(model.parameters())
 
     def gather_gradients(self):
         """Add what the other threads found to the optimiser's gradient."""
         if self._gradients:
+            for twin in self._models[1:]:
+                complete(twin.parameters())
             self.optimizer.add_gradients(self._gradients)
 
     def state(self):
@@ -100,7 +101,7 @@ def optimise(training, loss, parts, learning_rate, stage, clip=1.0):
         value, report = loss(model, part)
         if not math.isfinite(value.item()):
             raise Diverged(f"{stage}, step {training.step + 1}: the loss is {value.item()}; first bad tensor: "
-                           f"{_first_bad_parameter(training, 'data') or first_nonfinite(value)}")
+                           f"{_first_bad_parameter(training, 'data') or first_nonfinite(lambda: loss(model, part))}")
         value.backward()
         return value.item(), report
 

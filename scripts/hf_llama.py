@@ -1,0 +1,65 @@
+"""minilm's transformer in Hugging Face's transformers: the same weights, by their names and in their layout there.
+
+transformers keeps apart, and transposed, the matrices that minilm joins. Used by the benchmarks, and by the tests
+that hold minilm against TRL.
+"""
+
+import torch
+import transformers
+
+PAD = 0
+BLOCK = {"attention_norm": ["input_layernorm"],
+         "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+         "attention_out": ["self_attn.o_proj"],
+         "ffn_norm": ["post_attention_layernorm"],
+         "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+         "ffn_out": ["mlp.down_proj"]}
+
+
+def layout(model):
+    """minilm's name of each parameter, and the transformers parameters that it holds side by side."""
+    modules = {"embedding": ["model.embed_tokens"], "final_norm": ["model.norm"],
+               "unembedding": ["lm_head"], "reward_head": ["score"]}
+    for i in range(model.config.num_hidden_layers):
+        modules |= {f"blocks.{i}.{name}": [f"model.layers.{i}.{part}" for part in parts]
+                    for name, parts in BLOCK.items()}
+    theirs = dict(model.named_parameters())     # no lm_head if tied, and either lm_head or score
+    found = {name: [theirs.pop(f"{part}.weight") for part in parts]
+             for name, parts in modules.items() if f"{parts[0]}.weight" in theirs}
+    assert not theirs, f"parameters that minilm does not have: {list(theirs)}"
+    return found
+
+
+def transpose(name, array):
+    """Tables of tokens have one row a token in both; other matrices are (in, out) here and (out, in) there."""
+    return array if name.endswith("embedding") else array.T
+
+
+def llama(config, weights, kind=transformers.LlamaForCausalLM, eos=None):
+    """config: a dictionary of minilm.model.Config's fields; weights: arrays by minilm's names.
+
+    With kind LlamaForSequenceClassification it is a RewardModel.
+    """
+    c = config
+    assert c["causal"] and not c["key_smear"] and c["rope_pairing"] == "half", "no Llama"
+    model = kind(transformers.LlamaConfig(
+        vocab_size=c["vocab_size"], hidden_size=c["width"], num_hidden_layers=c["layers"],
+        num_attention_heads=c["heads"], num_key_value_heads=c["kv_heads"], head_dim=c["head_width"],
+        intermediate_size=c["ffn_width"], max_position_embeddings=c["context"], rms_norm_eps=c["norm_eps"],
+        rope_parameters={"rope_type": "default", "rope_theta": c["rope_base"]}, tie_word_embeddings=c["tied"],
+        num_labels=1, pad_token_id=PAD, bos_token_id=None, eos_token_id=eos))
+    load(model, weights)
+    return model
+
+
+def load(model, weights):
+    """Put minilm's weights, arrays by name, into a model of transformers."""
+    for name, parts in layout(model).items():
+        rows = torch.from_numpy(transpose(name, weights[name])).split([len(p) for p in parts])
+        for p, of_p in zip(parts, rows, strict=True):
+            p.data.copy_(of_p)
+
+
+def gradients(model):
+    """The gradient of every parameter, as minilm names and shapes it."""
+    return {name: transpose(name, torch.cat([p.grad for p in parts]).numpy()) for name, parts in layout(model).items()}

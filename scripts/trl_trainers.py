@@ -1,0 +1,126 @@
+"""TRL's trainers with minilm's weights and tokens, and one optimiser step of theirs: the peer of bench_objectives.py.
+
+TRL tokenises, masks, pads, samples, scores and differentiates; only the loop around it is written again, `step`.
+In float32 on the CPU, without gradient checkpointing (a CPU has the memory, and TRL needs less time without), all
+else as TRL has it by default. Nothing is fetched, reported or saved.
+"""
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}      # read when the next are imported
+
+import warnings  # noqa: E402
+from tempfile import TemporaryDirectory  # noqa: E402
+from unittest import mock  # noqa: E402
+
+import datasets  # noqa: E402
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import trl  # noqa: E402
+
+from hf_llama import PAD, gradients, llama  # noqa: E402
+
+datasets.disable_progress_bars()
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+# Tokens. TRL reads text: the numbers of the tokens.
+
+def tokenizer(vocab_size, eos):
+    words = {"<pad>": PAD, "<eos>": eos, **{str(i): i for i in range(1, vocab_size) if i != eos}}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<pad>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+
+
+def text(tokens):
+    return "".join(f"{token} " for token in tokens)
+
+
+def response(tokens):
+    """Less the EOS, which the SFT and DPO trainers append."""
+    return text(tokens[:-1])
+
+
+# Trainers.
+
+def make(name, model, rows, eos, options, **others):
+    with TemporaryDirectory() as folder:
+        arguments = getattr(trl, f"{name}Config")(
+            output_dir=folder, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False,
+            gradient_checkpointing=False, **options)
+        trainer = getattr(trl, f"{name}Trainer")(
+            model, args=arguments, processing_class=tokenizer(model.config.vocab_size, eos),
+            train_dataset=datasets.Dataset.from_list(rows), **others)
+    trainer.create_optimizer()
+    return trainer
+
+
+def sft_trainer(config, weights, data, eos, **options):
+    rows = [{"prompt": text(p), "completion": response(r)} for p, r in zip(data["prompts"], data["responses"])]
+    return make("SFT", llama(config, weights), rows, eos, {
+        "per_device_train_batch_size": len(rows), "max_length": None, **options})
+
+
+def dpo_trainer(config, weights, data, eos, precompute_ref_log_probs, **options):
+    """The reference is the policy as it starts. precompute_ref_log_probs: once, without a second model."""
+    rows = [{"prompt": text(p), "chosen": response(c), "rejected": response(r)}
+            for p, c, r in zip(data["prompts"], data["chosen"], data["rejected"])]
+    return make("DPO", llama(config, weights), rows, eos, {
+        "per_device_train_batch_size": len(rows), "precompute_ref_log_probs": precompute_ref_log_probs, **options},
+        ref_model=None if precompute_ref_log_probs else llama(config, weights))
+
+
+def rloo_trainer(config, weights, reference, data, reward, **options):
+    """reward: of a list of token lists. Responses are as long as those of data: the EOS is no token of the model."""
+    prompts, K = data["prompts"], len(data["responses"]) // len(data["prompts"])
+    rows, model = [{"prompt": text(p)} for p in prompts for _ in range(K)], llama(config, weights)
+    with TemporaryDirectory() as folder:        # whence TRL loads the reference itself
+        llama(config, reference).save_pretrained(folder)
+        model.config._name_or_path = folder
+        return make("RLOO", model, rows, config["vocab_size"], {
+            "per_device_train_batch_size": len(rows), "num_generations": K,
+            "max_completion_length": len(data["responses"][0]), **options},
+            reward_funcs=lambda completion_ids, **_: reward(completion_ids))
+
+
+# One step, as transformers' Trainer takes it.
+
+def rows(trainer):
+    """The whole data, tokenised."""
+    return [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
+
+
+def backward(trainer, rows):
+    """The loss (RLOO: samples and rewards first), and the gradients in the model."""
+    trainer.current_gradient_accumulation_steps = 1
+    batches, items = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, trainer.args.device)
+    return trainer.training_step(trainer.model, batches[0], items)
+
+
+def step(trainer, rows):
+    backward(trainer, rows)
+    trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
+    trainer.optimizer.step()
+    trainer.model.zero_grad()
+
+
+def check(trainer, rows, responses):
+    """For the comparison: the loss and its gradients (RLOO: rewards and KL of the responses, which it is given)."""
+    if isinstance(trainer, trl.RLOOTrainer):
+        with mock.patch.object(trainer, "_generate_single_turn", lambda *_: responses):
+            backward(trainer, rows)
+        logged = trainer._metrics["train"]
+        found = {"reward": logged["reward"][-1], "kl_token": logged["kl"][-1]}
+    else:
+        found = {"loss": backward(trainer, rows).item()}
+    if isinstance(trainer, trl.DPOTrainer):
+        batch = trainer.data_collator(rows)
+        found["reference"] = torch.stack(
+            [batch["ref_chosen_logps"], batch["ref_rejected_logps"]] if trainer.ref_model is None else
+            [*trainer.compute_ref_log_probs(trainer.ref_model, batch)]).numpy()
+    found |= gradients(trainer.model)
+    trainer.model.zero_grad()
+    return found

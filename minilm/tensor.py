@@ -261,7 +261,8 @@ def recomputed(function, *inputs):
     """function(*inputs), Tensors to a Tensor, of which the inputs alone are kept: backward computes it again.
 
     Chen et al. 2016, arXiv:1604.06174. Memory is paid for with another forward; the results are the same
-    bit for bit. Other Tensors that the function uses get their gradients too.
+    bit for bit. Leaves that the function uses beside its inputs get their gradients too; it may hold no
+    other Tensor, whose history backward would walk twice.
     """
     if not grad_enabled():
         return function(*inputs)

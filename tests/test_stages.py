@@ -1,6 +1,7 @@
 """minilm/stages: each loop does what its formula says, stops and resumes bit for bit, and names what went wrong."""
 import threading
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -188,6 +189,17 @@ def assert_same_training(trainings, metrics):
 def test_threads_change_nothing_but_rounding(stage, threads):
     trainings = [make_training(stage, n, np.float64) for n in (1, threads)]
     assert_same_training(trainings, [run(stage, t, 3) for t in trainings])
+
+
+def test_the_samples_of_a_prompt_are_dealt_out_where_there_are_fewer_prompts_than_threads():
+    """Three prompts, six samples, four threads: none is idle, none is asked twice."""
+    trainings = [make_training("rlhf", n, np.float64) for n in (1, 4)]
+    asked, draw = [], rlhf_module.generate
+    with mock.patch.object(rlhf_module, "generate", lambda policy, prompts, *rest: asked.append(len(prompts))
+                           or draw(policy, prompts, *rest)):
+        runs = [run("rlhf", training, 3) for training in trainings]
+    assert sorted(asked[3:7]) == [1, 1, 2, 2]
+    assert_same_training(trainings, runs)
 
 
 @pytest.mark.parametrize("stage", ["pretraining", "instruction tuning"])
@@ -588,22 +600,11 @@ def test_what_nobody_differentiates_records_no_graph(rng, monkeypatch):
         assert recorded and not any(recorded)
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """The prompts of every call of generate in RLHF."""
-    calls, draw = [], rlhf_module.generate
-    monkeypatch.setattr(rlhf_module, "generate", lambda policy, prompts, *rest: calls.append(prompts)
-                        or draw(policy, prompts, *rest))
-    return calls
-
-
 @pytest.mark.parametrize("threads, micro_batches", [(1, 2), (2, None), (1, 1)])
-def test_the_samples_of_a_prompt_stay_together_so_that_it_is_read_once(threads, micro_batches, asked):
+def test_the_samples_of_a_prompt_stay_together_so_that_it_is_read_once(threads, micro_batches, monkeypatch):
+    asked, draw = [], rlhf_module.generate
+    monkeypatch.setattr(rlhf_module, "generate", lambda policy, prompts, *rest: asked.append(prompts)
+                        or draw(policy, prompts, *rest))
     next(rlhf_stage(make_training("rlhf", threads), 1, micro_batches=micro_batches))
     assert sorted(map(len, asked)) == ([6] if micro_batches == 1 else [2, 4])
     assert all(prompts[0::2] == prompts[1::2] for prompts in asked)
-
-
-def test_with_fewer_prompts_than_threads_every_thread_has_samples_to_draw(asked):
-    next(rlhf_stage(make_training("rlhf", threads=4), 1))
-    assert sorted(map(len, asked)) == [1, 1, 2, 2]

@@ -30,9 +30,11 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
         asked = [prompts[i] for i in drawn for _ in range(samples_per_prompt)]
         uniforms = training.rng.random((len(asked), max_new_tokens))
         # A prompt's samples stay together, for they share it, unless there are fewer prompts than parts.
-        parts, rows = micro_batches or training.threads, np.arange(len(asked))
-        parts = ([rows.reshape(shape)[part].reshape(-1) for part in split(prompts_per_step, parts)]
-                 if prompts_per_step >= parts else [rows[part] for part in split(len(rows), parts)])
+        count, rows = micro_batches or training.threads, np.arange(len(asked))
+        if count <= prompts_per_step:
+            parts = [rows.reshape(shape)[part].reshape(-1) for part in split(prompts_per_step, count)]
+        else:
+            parts = [rows[part] for part in split(len(rows), count)]
 
         def sample(policy, rows):
             # The policy's own log-probs come with the draw: no second pass for them.

@@ -18,7 +18,7 @@ from minilm import checkpoint
 from run_folder import UsageError, main_guard
 
 SCRIPTS = Path(__file__).resolve().parent
-RUNS = {"train": ("train", "--rounds", "9"), "generate": ("generate", "--rounds", "7"),
+RUNS = {"train": ("train", "--rounds", "7"), "generate": ("generate", "--rounds", "7"),
         "objectives": ("objectives", "--sizes", "8M", "--rounds", "7"), "gemm": ("gemm", "--rounds", "7"),
         "scaling": ("scaling",), "objectives-135M": ("objectives", "--sizes", "135M", "--rounds", "3")}
 

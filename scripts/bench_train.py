@@ -85,11 +85,11 @@ def load_autograd():
         hidden = np.triu(np.full((T, T), -1e30, np.float32), 1)
 
         def rotate(x):
-            a, b = x[..., :K // 2], x[..., K // 2:]
+            a, b = anp.split(x, 2, axis=-1)         # slices would be added up one element at a time in backward
             return anp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
         def loss_of(p):
-            x = p["embedding"][inputs]
+            x = p["embedding"][inputs.reshape(-1)]          # (B T,D): np.dot has BLAS for matrices alone
             for i in range(c["layers"]):
                 name = f"blocks.{i}."
                 qkv = anp.dot(norm(x, p[name + "attention_norm"], c["norm_eps"]), p[name + "qkv"])
@@ -97,13 +97,14 @@ def load_autograd():
                 scores = anp.matmul(rotate(q), anp.swapaxes(rotate(k), -1, -2)) * np.float32(K ** -0.5) + hidden
                 weight = anp.exp(scores - anp.max(scores, axis=-1, keepdims=True))
                 mixed = anp.matmul(weight / anp.sum(weight, axis=-1, keepdims=True), v)
-                x = x + anp.dot(anp.reshape(anp.transpose(mixed, (0, 2, 1, 3)), (B, T, H * K)), p[name + "attention_out"])
+                mixed = anp.reshape(anp.transpose(mixed, (0, 2, 1, 3)), (B * T, H * K))
+                x = x + anp.dot(mixed, p[name + "attention_out"])
                 gate_up = anp.dot(norm(x, p[name + "ffn_norm"], c["norm_eps"]), p[name + "gate_up"])
-                gate, up = gate_up[..., :c["ffn_width"]], gate_up[..., c["ffn_width"]:]
+                gate, up = anp.split(gate_up, 2, axis=-1)
                 x = x + anp.dot(gate / (1 + anp.exp(-gate)) * up, p[name + "ffn_out"])
             logits = anp.dot(norm(x, p["final_norm"], c["norm_eps"]), p["unembedding"].T)
             logits = logits - anp.max(logits, axis=-1, keepdims=True)
-            picked = logits[np.arange(B)[:, None], np.arange(T), targets]
+            picked = logits[np.arange(B * T), targets.reshape(-1)]
             return anp.mean(anp.log(anp.sum(anp.exp(logits), axis=-1)) - picked)
 
         gradient = autograd.value_and_grad(loss_of)

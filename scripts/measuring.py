@@ -3,7 +3,7 @@
 Each library runs in a process of its own, on the same weights and the same tokens. First their results are
 compared: what is wrong is not timed. Then they take turns, round after round. A turn is a number of steps
 that takes about as long for everybody, and its median counts; a round in which the machine was busy with
-something else before or after a turn is dropped. Reported is ours over the peer's within a round: the median
+something else during a turn is dropped. Reported is ours over the peer's within a round: the median
 of the rounds, and their quartiles. Below 1 we are faster.
 
 Memory is the most that was ever resident (the system's VmHWM), less what importing the library took.
@@ -36,7 +36,7 @@ from run_folder import UsageError
 
 HEADER = ["work", "size", "peer", "time_ratio", "time_ratio_low", "time_ratio_high", "memory_ratio"]
 TURN = 0.6              # seconds, about
-IDLE = 0.75             # of all cores, for a round to count
+OTHERS = 0.1            # of all cores: what other processes may take in a turn for its round to count
 # glibc told to keep what was freed: the fair bar for those who allocate much (and what minilm asks for itself).
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_TOP_PAD_": str(1 << 26),
                "MALLOC_ARENA_MAX": "1"}
@@ -123,6 +123,14 @@ class Worker:
         self.memory = message["peak"] - self.base
         return message["times"]
 
+    def ticks(self):
+        """The processor time that all its threads have had, in the system's ticks."""
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        except OSError:
+            return 0
+        return sum(map(int, stat.rpartition(")")[2].split()[11:13]))
+
     def _read(self):
         line = self.process.stdout.readline()
         if not line:
@@ -136,25 +144,33 @@ class Worker:
 
 # Taking turns.
 
-def idle(seconds=0.1):
-    """The share of all cores that did nothing for a moment (1.0 where the system does not say)."""
-    def ticks():
-        with open("/proc/stat") as stat:
-            return [int(n) for n in stat.readline().split()[1:9]]
+def busy_ticks():
+    """(busy, all) of all cores since the system started, in its ticks; (0, 0) where it does not say."""
     try:
-        before = ticks()
-        time.sleep(seconds)
-        spent = [b - a for a, b in zip(before, ticks())]
+        with open("/proc/stat") as stat:
+            ticks = [int(n) for n in stat.readline().split()[1:9]]
     except OSError:
-        return 1.0
-    return (spent[3] + spent[4]) / max(1, sum(spent))
+        return 0, 0
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
-def wait_until_idle(patience=3.0):
-    deadline = time.monotonic() + patience
-    while (share := idle()) < IDLE and time.monotonic() < deadline:
-        pass
-    return share
+def wait_until_quiet(patience=3.0):
+    """Until whoever had the last turn has let go of the cores: threads of BLAS and OpenMP go on spinning for a while."""
+    deadline, share = time.monotonic() + patience, 1.0
+    while share > OTHERS and time.monotonic() < deadline:
+        busy, everything = busy_ticks()
+        time.sleep(0.05)
+        busy, everything = (now - then for now, then in zip(busy_ticks(), (busy, everything)))
+        share = busy / max(1, everything)
+
+
+def turn_of(worker, steps):
+    """The median of its steps in seconds, and the share of all cores that others than the worker took meanwhile."""
+    wait_until_quiet()
+    (busy, everything), own = busy_ticks(), worker.ticks()
+    seconds = statistics.median(worker.run(steps))
+    own, (busy_now, everything_now) = worker.ticks() - own, busy_ticks()
+    return seconds, (busy_now - busy - own) / max(1, everything_now - everything)
 
 
 def take_turns(workers, rounds, turn):
@@ -164,9 +180,8 @@ def take_turns(workers, rounds, turn):
     medians, undisturbed = np.empty((rounds, len(workers))), np.ones(rounds, bool)
     for i in range(rounds):
         for j, worker in enumerate(workers):
-            before = wait_until_idle()
-            medians[i, j] = statistics.median(worker.run(steps[j]))
-            undisturbed[i] &= min(before, idle()) >= IDLE
+            medians[i, j], others = turn_of(worker, steps[j])
+            undisturbed[i] &= others <= OTHERS
         print(f"  round {i + 1}/{rounds}: " + ", ".join(
             f"{worker.name} {1e3 * t:.1f} ms" for worker, t in zip(workers, medians[i]))
             + ("" if undisturbed[i] else " (disturbed)"), file=sys.stderr, flush=True)

@@ -21,16 +21,23 @@ class FakeWorker:
     """Takes a fixed time a step, by its own account."""
 
     def __init__(self, name, seconds, **results):
-        self.name, self.seconds, self.memory = name, seconds, 100.0
+        self.name, self.seconds, self.memory, self.used = name, seconds, 100.0, 0
         self.results = {key: np.array(value) for key, value in results.items()}
 
     def run(self, steps):
+        self.used += 40
         return [self.seconds] * steps
+
+    def ticks(self):
+        return self.used
 
 
 def test_medians_are_of_each_workers_turns_and_a_busy_machine_is_noticed(monkeypatch):
-    shares = iter([1.0, 1.0, 1.0, 1.0] + [1.0, 0.2, 1.0, 1.0] + [1.0] * 4)
-    monkeypatch.setattr(measuring, "idle", lambda: next(shares))
+    """Of 100 ticks a turn a worker has 40; in the second round somebody else takes 20 while the first of them works."""
+    clock = iter(range(0, 10**6, 100))
+    busy = iter(np.cumsum([0, 40, 0, 40] + [0, 60, 0, 40] + [0, 40, 0, 40]).tolist())
+    monkeypatch.setattr(measuring, "busy_ticks", lambda: (next(busy), next(clock)))
+    monkeypatch.setattr(measuring, "wait_until_quiet", lambda: None)
     medians, undisturbed = measuring.take_turns([FakeWorker("a", 0.5), FakeWorker("b", 0.25)], rounds=3, turn=1.0)
     assert medians.tolist() == [[0.5, 0.25]] * 3
     assert undisturbed.tolist() == [True, False, True]

@@ -53,7 +53,7 @@ from minilm.stages.preference_tuning import preference_tuning, reference_log_pro
 from minilm.stages.pretraining import pretraining
 from minilm.stages.reward_modelling import reward_modelling
 from minilm.stages.rlhf import rlhf
-from minilm.stages.training import Diverged, Training
+from minilm.stages.training import Diverged, Training, threads_for
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, corpus, tasks
 from run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
@@ -64,6 +64,7 @@ RLHF_BETAS, DPO_BETAS = (1.0, 0.3, 0.1, 0.0), (1.0, 0.3, 0.1)
 MAIN_BETA = 0.3
 DOCUMENTS, DEMONSTRATIONS, COMPARISONS, UNLABELLED, HELD_OUT = 24000, 8000, 2000, 3000, 540
 VOCABULARY, MAX_NEW_TOKENS, BEST_OF = 640, 40, 8
+WINDOWS, LENGTH = 16, 128       # of a step of pretraining; the other stages' steps have about as many tokens
 SAVE_EVERY = 30.0     # seconds
 MAX_SCALE, MAX_THREADS = 50, 64    # beyond: a history too long for a checkpoint's header, threads without work
 
@@ -238,7 +239,7 @@ def run_stages(job):
                     **SIZES[options.size])
 
     base = job.train("base", "pretraining", lambda: Transformer(config, job.rng("weights")),
-                     lambda training, steps: pretraining(training, stream, steps, batch_size=16, length=128,
+                     lambda training, steps: pretraining(training, stream, steps, batch_size=WINDOWS, length=LENGTH,
                                                          learning_rate=5e-3))
     demonstrations = corpus.demonstrations(job.rng("demonstrations"), job.count(DEMONSTRATIONS))
     prompts, responses = zip(*[data.encode_dialogue(job.tokenizer, q.text, r) for q, r in demonstrations])
@@ -284,14 +285,16 @@ def parse():
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model (default: %(default)s)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="another run of chance (default: %(default)s)")
     parser.add_argument("--threads", metavar="N", type=int,
-                        help="threads that a training step is split over (default: 2, or what a resumed run had)")
+                        help="threads that a training step is split over (default: what pays on this machine, or "
+                             "what a resumed run had)")
     parser.add_argument("--text", metavar="FILE",
                         help="a UTF-8 text file for the real English in the corpus (default: Python's own help topics)")
     options = parser.parse_args()
     if not 0 < options.scale <= MAX_SCALE:
         raise UsageError(f"--scale {options.scale} must be above 0 and at most {MAX_SCALE}; 0.1 is a tenth of the steps")
     if options.threads is None:
-        options.threads = RunFolder.recorded(options.out).get("threads", 2) if options.resume else 2
+        recorded = RunFolder.recorded(options.out).get("threads") if options.resume else None
+        options.threads = recorded or threads_for(WINDOWS * LENGTH)
     if not 1 <= options.threads <= MAX_THREADS:
         raise UsageError(f"--threads {options.threads} must be from 1 to {MAX_THREADS}; there are {os.cpu_count()} cores here")
     if options.seed < 0:

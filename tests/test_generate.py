@@ -276,7 +276,8 @@ def test_a_prompt_asked_again_after_others_is_read_once_and_answered_as_if_alone
 
 
 @pytest.mark.parametrize("eos", [EOS, None])
-def test_threads_share_the_rows_and_change_none(eos, rng):
+def test_threads_share_the_rows_and_change_none(eos, rng, monkeypatch):
+    monkeypatch.setattr(module, "ROWS_A_THREAD", 1)
     model, uniforms = small_transformer(rng), rng.random((7, 9))
     prompts = [[1], [2, 3, 4], [5, 6], [1], [2, 3, 4], [1, 1], [6]]
     one, three = (generate(model, prompts, 9, uniforms, eos, threads=threads) for threads in (1, 3))

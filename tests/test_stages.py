@@ -1,4 +1,5 @@
 """minilm/stages: each loop does what its formula says, stops and resumes bit for bit, and names what went wrong."""
+import os
 import threading
 import time
 from unittest import mock
@@ -21,7 +22,7 @@ from minilm.stages.pretraining import pretraining
 from minilm.stages.reward_modelling import reward_modelling
 from minilm.stages.rlhf import rlhf
 from minilm.stages import rlhf as rlhf_module
-from minilm.stages.training import Diverged, Training, optimise, split
+from minilm.stages.training import Diverged, Training, optimise, split, threads_for
 from minilm.tensor import Tensor, grad_enabled
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")      # of arithmetic with NaN and infinity
@@ -184,6 +185,12 @@ def assert_same_training(trainings, metrics):
         assert_close(other.model.parameters()[name].data, p.data, name=name)
 
 
+@pytest.mark.parametrize("cores, tokens, threads", [(8, 1, 1), (8, 1024, 2), (8, 10**6, 8), (1, 10**6, 1), (2, 2048, 2)])
+def test_a_step_gets_no_more_threads_than_cores_and_than_it_has_work_for(cores, tokens, threads, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    assert threads_for(tokens) == threads
+
+
 @every_stage
 @pytest.mark.parametrize("threads", [2, 3, 8])
 def test_threads_change_nothing_but_rounding(stage, threads):
@@ -194,11 +201,11 @@ def test_threads_change_nothing_but_rounding(stage, threads):
 def test_the_samples_of_a_prompt_are_dealt_out_where_there_are_fewer_prompts_than_threads():
     """Three prompts, six samples, four threads: none is idle, none is asked twice."""
     trainings = [make_training("rlhf", n, np.float64) for n in (1, 4)]
-    asked, draw = [], rlhf_module.generate
-    with mock.patch.object(rlhf_module, "generate", lambda policy, prompts, *rest: asked.append(len(prompts))
-                           or draw(policy, prompts, *rest)):
+    packed, pack = [], rlhf_module.pack
+    with mock.patch.object(rlhf_module, "pack", lambda prompts, *rest: packed.append(len(prompts))
+                           or pack(prompts, *rest)):
         runs = [run("rlhf", training, 3) for training in trainings]
-    assert sorted(asked[3:7]) == [1, 1, 2, 2]
+    assert sorted(packed[3:7]) == [1, 1, 2, 2]
     assert_same_training(trainings, runs)
 
 
@@ -602,9 +609,8 @@ def test_what_nobody_differentiates_records_no_graph(rng, monkeypatch):
 
 @pytest.mark.parametrize("threads, micro_batches", [(1, 2), (2, None), (1, 1)])
 def test_the_samples_of_a_prompt_stay_together_so_that_it_is_read_once(threads, micro_batches, monkeypatch):
-    asked, draw = [], rlhf_module.generate
-    monkeypatch.setattr(rlhf_module, "generate", lambda policy, prompts, *rest: asked.append(prompts)
-                        or draw(policy, prompts, *rest))
+    packed, pack = [], rlhf_module.pack
+    monkeypatch.setattr(rlhf_module, "pack", lambda prompts, *rest: packed.append(prompts) or pack(prompts, *rest))
     next(rlhf_stage(make_training("rlhf", threads), 1, micro_batches=micro_batches))
-    assert sorted(map(len, asked)) == ([6] if micro_batches == 1 else [2, 4])
-    assert all(prompts[0::2] == prompts[1::2] for prompts in asked)
+    assert sorted(map(len, packed)) == ([6] if micro_batches == 1 else [2, 4])
+    assert all(prompts[0::2] == prompts[1::2] for prompts in packed)

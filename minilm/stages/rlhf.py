@@ -29,37 +29,25 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
         drawn = training.rng.integers(len(prompts), size=prompts_per_step)
         asked = [prompts[i] for i in drawn for _ in range(samples_per_prompt)]
         uniforms = training.rng.random((len(asked), max_new_tokens))
+        # The policy's own log-probs come with the draw: no second pass for them.
+        samples = generate(training.model, asked, max_new_tokens, uniforms, eos, temperature, threads=training.threads)
+        answers, mask = samples.responses(), samples.mask > 0
         # A prompt's samples stay together, for they share it, unless there are fewer prompts than parts.
         count, rows = micro_batches or training.threads, np.arange(len(asked))
         if count <= prompts_per_step:
             parts = [rows.reshape(shape)[part].reshape(-1) for part in split(prompts_per_step, count)]
         else:
             parts = [rows[part] for part in split(len(rows), count)]
-
-        def sample(policy, rows):
-            # The policy's own log-probs come with the draw: no second pass for them.
-            samples = generate(policy, [asked[i] for i in rows], max_new_tokens, uniforms[rows], eos, temperature)
-            drawn_entropies = [e[m > 0] for e, m in zip(samples.entropies, samples.mask)]
-            return samples.responses(), (samples.log_probs * samples.mask).sum(axis=1), drawn_entropies
-
-        answers, entropies = [None] * len(asked), []
-        log_pi, log_pi_ref = np.empty(len(asked)), np.empty(len(asked))
-        for rows, (responses, log_probs, drawn_entropies) in zip(parts, training.each(sample, parts)):
-            log_pi[rows] = log_probs
-            entropies += drawn_entropies
-            for i, response in zip(rows, responses):
-                answers[i] = response
-        lengths = np.array([len(answer) for answer in answers])
-        mask = np.arange(lengths.max()) < lengths[:, None]
         packs = [pack([asked[i] for i in rows], [answers[i] for i in rows], context) for rows in parts]
 
         def score(_, part):
             with no_grad():
                 return reference.response_log_probs(part, temperature).data.sum(axis=1)
 
+        log_pi_ref = np.empty(len(asked))
         for rows, log_probs in zip(parts, training.each(score, packs)):
             log_pi_ref[rows] = log_probs
-        kl = log_pi - log_pi_ref
+        kl = (samples.log_probs * mask).sum(axis=1) - log_pi_ref
         rewards = np.asarray(reward(asked, answers)).reshape(shape)
         A = advantages(rewards, kl.reshape(shape), beta, baseline).reshape(-1)
 
@@ -71,4 +59,4 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(5, steps // 10 + 1), floor=0.3)
         metrics, _ = optimise(training, loss, list(zip(parts, packs)), rate, "rlhf")
         yield {**metrics, **policy_gradient_metrics(rewards, kl.reshape(shape), mask),
-               "entropy": float(np.concatenate(entropies).mean())}
+               "entropy": float(samples.entropies[mask].mean())}

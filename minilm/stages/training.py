@@ -6,11 +6,14 @@ as if it had never stopped, bit for bit on one machine with one number of thread
 """
 
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from minilm.backend import array_module, to_numpy
 from minilm.optim import AdamW, complete, forget
 from minilm.tensor import Tensor, first_nonfinite
+
+TOKENS_A_THREAD = 512
 
 
 class Diverged(ArithmeticError):
@@ -116,6 +119,16 @@ def optimise(training, loss, parts, learning_rate, stage, clip=1.0):
     if not math.isfinite(length) and (bad := _first_bad_parameter(training, "data")):     # a norm may overflow
         raise Diverged(f"{stage}, step {training.step}: the update went to NaN or infinity; first bad tensor: {bad}")
     return {"loss": sum(losses), "grad_norm": norm, "learning_rate": learning_rate}, reports
+
+
+def threads_for(tokens):
+    """How many threads pay for steps of so many tokens on this machine: a core for each, and work enough for each.
+
+    With fewer than TOKENS_A_THREAD tokens, handing over the interpreter lock takes the time that another core saves
+    (the smallest size of scripts/bench_train.py, 1024 tokens, is where two threads are hardly faster than one).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, tokens // TOKENS_A_THREAD))
 
 
 def split(count, parts):

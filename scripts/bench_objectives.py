@@ -112,7 +112,7 @@ def for_comparison(work, responses):
     """A stage does not clip, and does not sample: it is given these responses."""
     left = iter(responses)
 
-    def given(policy, prompts, *_):
+    def given(policy, prompts, *_, **__):
         tokens = [next(left) for _ in prompts]
         with no_grad():
             log_probs = policy.response_log_probs(pack(prompts, tokens)).data

@@ -92,21 +92,7 @@ def load_torch():
     return lambda spec: multiplying(spec["size"], torch.matmul, convert=torch.from_numpy, out_first=True)
 
 
-def load_step():
-    from minilm.backend import keep_freed_memory
-    from minilm.model import Config, Transformer
-    keep_freed_memory()
-
-    def make(spec):
-        V, D, L, H, T, B = measuring.SIZES[spec["size"]]
-        rng = np.random.default_rng(0)
-        model = Transformer(Config(vocab_size=V, width=D, layers=L, heads=H, context=T), rng)
-        step = measuring.training_step(model, rng.integers(V, size=(B, T + 1)), CORES)
-        return step, lambda: {"loss": step(learning_rate=0.0)}
-    return make
-
-
-LOADERS = {"numpy": load_numpy, "blas-threads": load_blas_threads, "torch": load_torch, "step": load_step}
+LOADERS = {"numpy": load_numpy, "blas-threads": load_blas_threads, "torch": load_torch, "step": measuring.load_step}
 
 
 def table(rows):
@@ -141,7 +127,7 @@ def main():
     print(f"{measuring.machine('torch')}; NumPy's BLAS is {blas['name']} {blas['version']}")
     rows = []
     for size in asked.sizes:
-        spec = {"size": size}
+        spec = {"size": size, "shape": measuring.SIZES[size], "threads": CORES}
         compared = measuring.compare("matrix products", size, spec, names, environments, TOLERANCE, asked.rounds)
         seconds, _ = measuring.alone("step", spec, measuring.blas_threads(1), asked.rounds)
         # Memory is that of the operands, the same for all.

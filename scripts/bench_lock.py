@@ -15,31 +15,16 @@ import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 import measuring
 from run_folder import UsageError, main_guard
 
 
-def load():
-    from minilm.backend import keep_freed_memory
-    from minilm.model import Config, Transformer
-    keep_freed_memory()
-
-    def make(spec):
-        V, D, L, H, T, B = measuring.SIZES[spec["size"]]
-        rng = np.random.default_rng(0)
-        model = Transformer(Config(vocab_size=V, width=D, layers=L, heads=H, context=T), rng)
-        step = measuring.training_step(model, rng.integers(V, size=(B // spec["parts"], T + 1)), spec["threads"])
-        return step, lambda: {"loss": step(learning_rate=0.0)}
-    return make
-
-
 def measure(size, cores, rounds, turn=1.0):
     """Medians in ms, of the rounds: a part alone, the parts in processes at once, the whole batch in threads."""
-    environment, part = measuring.blas_threads(1), {"size": size, "parts": cores, "threads": 1}
-    workers = [measuring.Worker("part", part, environment) for _ in range(cores)]
-    workers.append(measuring.Worker("threads", {"size": size, "parts": 1, "threads": cores}, environment))
+    environment, (*shape, B) = measuring.blas_threads(1), measuring.SIZES[size]
+    workers = [measuring.Worker("part", {"shape": [*shape, B // cores], "threads": 1}, environment)
+               for _ in range(cores)]
+    workers.append(measuring.Worker("threads", {"shape": [*shape, B], "threads": cores}, environment))
     *processes, threads = workers
     try:
         steps = [max(1, round(turn / min(worker.run(3)))) for worker in (processes[0], threads)]
@@ -77,6 +62,6 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        measuring.serve(load, json.loads(sys.argv[3]))
+        measuring.serve(measuring.load_step, json.loads(sys.argv[3]))
     else:
         sys.exit(main_guard(main))

@@ -29,22 +29,10 @@ ALLOWED = 1024          # MiB at the longest T: attention that holds T x T score
 HEADER = ["variable", "value", "time_ms", "peak_mb", "time_exponent", "memory_exponent"]
 
 
-def load_minilm():
-    from minilm.backend import keep_freed_memory
-    from minilm.model import Config, Transformer
-    keep_freed_memory()
-
-    def make(spec):
-        rng = np.random.default_rng(0)
-        model = Transformer(Config(vocab_size=spec["V"], width=spec["D"], layers=2, heads=4, context=spec["T"]), rng)
-        step = measuring.training_step(model, rng.integers(spec["V"], size=(spec["B"], spec["T"] + 1)), threads=1)
-        return step, lambda: {}         # there is nobody to compare with
-    return make
-
-
 def shape(variable, value):
-    """The numbers of a point by name."""
-    return {**BASE, variable: value, **({"B": TOKENS // value} if variable == "T" else {})}
+    """V, D, L, H, T, B of a point."""
+    numbers = {**BASE, variable: value, **({"B": TOKENS // value} if variable == "T" else {})}
+    return numbers["V"], numbers["D"], 2, 4, numbers["T"], numbers["B"]
 
 
 def exponent(values, measured):
@@ -57,7 +45,8 @@ def measure(variable, values, rounds):
     rows = []
     for value in values:
         print(f"{variable} = {value}", file=sys.stderr, flush=True)
-        seconds, peak = measuring.alone("minilm", shape(variable, value), measuring.blas_threads(1), rounds)
+        seconds, peak = measuring.alone("minilm", {"shape": shape(variable, value), "threads": 1},
+                                          measuring.blas_threads(1), rounds)
         rows.append({"variable": variable, "value": value, "time_ms": 1e3 * seconds, "peak_mb": peak / 2**20})
     time, memory = (exponent(values, [row[key] for row in rows]) for key in ("time_ms", "peak_mb"))
     return [{**row, "time_exponent": time, "memory_exponent": memory} for row in rows]
@@ -137,6 +126,6 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        measuring.serve(load_minilm, json.loads(sys.argv[3]))
+        measuring.serve(measuring.load_step, json.loads(sys.argv[3]))
     else:
         sys.exit(main_guard(main))

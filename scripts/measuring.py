@@ -67,6 +67,20 @@ def training_step(model, tokens, threads, **settings):
     return step
 
 
+def load_step():
+    """For serve(): the training step alone, of random weights and tokens. spec: its "shape" (as in SIZES) and "threads"."""
+    from minilm.backend import keep_freed_memory
+    from minilm.model import Config, Transformer
+    keep_freed_memory()
+
+    def make(spec):
+        (V, D, L, H, T, B), rng = spec["shape"], np.random.default_rng(0)
+        model = Transformer(Config(vocab_size=V, width=D, layers=L, heads=H, context=T), rng)
+        step = training_step(model, rng.integers(V, size=(B, T + 1)), spec["threads"])
+        return step, lambda: {"loss": step(learning_rate=0.0)}
+    return make
+
+
 # A worker.
 
 def peak_memory():

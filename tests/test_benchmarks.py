@@ -1,5 +1,6 @@
 """The benchmarks: what they report is what was measured, and nothing is timed that does not compute the same."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,8 +137,8 @@ def test_a_step_is_compared_with_its_products_in_the_table():
 def test_exponents_are_those_of_a_power_law_and_tokens_stay_as_many_when_t_grows():
     T = np.array(bench_scaling.POINTS["T"])
     assert bench_scaling.exponent(T, 0.3 * T ** 1.25) == pytest.approx(1.25)
-    assert all(point["T"] * point["B"] == 8192 for point in (bench_scaling.shape("T", int(t)) for t in T))
-    assert bench_scaling.shape("V", 512) == {**bench_scaling.BASE, "V": 512}
+    assert all(t * b == 8192 for *_, t, b in (bench_scaling.shape("T", int(t)) for t in T))
+    assert bench_scaling.shape("V", 512) == (512, 64, 2, 4, 128, 16)
 
 
 def test_memory_over_what_is_allowed_is_called_so():
@@ -208,3 +209,12 @@ def test_a_table_of_nothing_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_table", str(tmp_path), "--print"])
     with pytest.raises(UsageError, match="nothing in"):
         bench_table.main()
+
+
+@pytest.mark.skipif(os.cpu_count() < 2, reason="nothing is done at once on one core")
+def test_what_the_interpreter_lock_costs_is_measured():
+    run = subprocess.run([sys.executable, SCRIPTS / "bench_lock.py", "--sizes", "XS", "--rounds", "1"],
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    alone, at_once, whole = (float(cell.split()[0]) for cell in run.stdout.splitlines()[-1].split("|")[2:5])
+    assert 0 < alone and 0 < at_once and 0 < whole

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from minilm import layers
+from minilm import layers, ops
 from minilm.backend import array_module, to_numpy
 
 
@@ -93,7 +93,7 @@ def advance(model, tokens, real, cache):
     def norm(x, name):
         return layers.rms_norm.__wrapped__(x, p[name], c.norm_eps)[0]
 
-    x = p["embedding"][tokens.reshape(-1)]
+    x = ops.embed.__wrapped__(p["embedding"], tokens.reshape(-1))[0]        # which refuses what is no token
     for i in range(c.layers):
         block = f"blocks.{i}."
         heads = (norm(x, block + "attention_norm") @ p[block + "qkv"]).reshape(B, T, HG + c.kv_heads, -1).swapaxes(1, 2)

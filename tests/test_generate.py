@@ -295,3 +295,9 @@ def test_when_rows_that_have_ended_leave_changes_nothing(rng, going):
     assert again.responses() == reference.responses()
     for field in ("tokens", "mask", "log_probs", "entropies"):
         assert_close(getattr(again, field), getattr(reference, field))
+
+
+@pytest.mark.parametrize("token", [-1, 7])
+def test_a_prompt_with_a_token_outside_the_vocabulary_is_refused(token, rng):
+    with pytest.raises(IndexError, match=f"{token}"):
+        generate(small_transformer(rng), [[1, 2], [token]], 2, rng, EOS)

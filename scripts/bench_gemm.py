@@ -118,10 +118,7 @@ def of_step(row):
 
 def main():
     asked = measuring.arguments(__doc__.partition("\n")[0], measuring.SIZES, PEERS)
-    absent = [name for name in asked.peers if not measuring.installed(PEERS[name])]
-    for name in absent:
-        print(f"{name}: not installed, skipped (pip install -e '.[bench]')")
-    names = ["numpy", "blas-threads", *(name for name in asked.peers if name not in absent)]
+    names = ["numpy", "blas-threads", *measuring.present(asked.peers, PEERS)]
     environments = {"numpy": measuring.blas_threads(1), "blas-threads": measuring.blas_threads(CORES)}
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     print(f"{measuring.machine('torch')}; NumPy's BLAS is {blas['name']} {blas['version']}")

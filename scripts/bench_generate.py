@@ -158,10 +158,7 @@ def write(folder, size):
 
 def main():
     asked = measuring.arguments(__doc__.partition("\n")[0], SIZES, PEERS)
-    absent = [name for name in asked.peers if not measuring.installed(PEERS[name])]
-    for name in absent:
-        print(f"{name}: not installed, skipped (pip install {PEERS[name]})")
-    peers = [name for name in asked.peers if name not in absent]
+    peers = measuring.present(asked.peers, PEERS)
     print(measuring.machine("torch", "transformers"))
     rows = []
     for size in asked.sizes:

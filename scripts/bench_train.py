@@ -157,10 +157,7 @@ def write(path, size):
 
 def main():
     asked = measuring.arguments(__doc__.partition("\n")[0], measuring.SIZES, PEERS)
-    absent = [name for name in asked.peers if not measuring.installed(PEERS[name])]
-    for name in absent:
-        print(f"{name}: not installed, skipped (pip install -e '.[bench]')")
-    peers = [name for name in asked.peers if name not in absent]
+    peers = measuring.present(asked.peers, PEERS)
     print(measuring.machine("torch", "autograd"))
     rows = []
     for size in asked.sizes:

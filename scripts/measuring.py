@@ -272,6 +272,14 @@ def installed(package):
     return importlib.util.find_spec(package) is not None
 
 
+def present(names, packages):
+    """Those of the peers whose package is installed; the others are named."""
+    absent = [name for name in names if not installed(packages[name])]
+    for name in absent:
+        print(f"{name}: not installed, skipped (pip install -e '.[bench]')")
+    return [name for name in names if name not in absent]
+
+
 def table(rows):
     lines = ["| work | size | against | time, ours / theirs | quartiles | memory | ours | theirs |",
              "|---|---|---|---|---|---|---|---|"]

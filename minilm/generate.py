@@ -1,18 +1,17 @@
 """Sampling from a language model, one token at a time, with a cache of keys and values."""
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from minilm import layers, ops
+from minilm import layers, ops, parallel
 from minilm.backend import array_module, to_numpy
 
 
 # Rows that have ended leave the batch once no more than this share of it is still going: what stays must be copied.
 GOING = 0.75
-# With fewer, threads wait for each other (the interpreter lock is handed over between any two operations).
-ROWS_A_THREAD = 16
+# With fewer, a product takes hardly less time than with twice as many.
+ROWS_A_WORKER = 4
 
 
 class Cache:
@@ -71,6 +70,16 @@ class Samples:
     mask: np.ndarray
     log_probs: np.ndarray
     entropies: np.ndarray
+
+    def arrays(self):
+        return self.tokens, self.mask, self.log_probs, self.entropies
+
+    @classmethod
+    def joined(cls, pieces, order):
+        """The rows of several Samples' arrays(), one after the other, then in this order (B,)."""
+        width = max(tokens.shape[1] for tokens, *_ in pieces)
+        padded = [[np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in arrays] for arrays in pieces]
+        return cls(*(np.concatenate(arrays)[order] for arrays in zip(*padded)))
 
     def responses(self):
         """A list of token lists, without padding."""
@@ -158,7 +167,7 @@ def draw(p, uniforms):
     return (cumulative > uniforms[:, None] * cumulative[:, -1:]).argmax(axis=-1)
 
 
-def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=None, top_p=None, threads=1):
+def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=None, top_p=None, workers=1):
     """Draw a response to each prompt, until EOS or max_new_tokens.
 
     prompts      list of B token lists, of any lengths (at least 1)
@@ -167,8 +176,8 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
                  not depend on when the others stop, nor on the device
     eos          token id that ends a response; None never ends
     temperature  0 is greedy decoding
-    threads      that share the rows, as far as there are ROWS_A_THREAD for each; it pays where BLAS
-                 itself is held to one thread
+    workers      processes that share the rows (parallel.py), as far as there are ROWS_A_WORKER for each; it
+                 pays where BLAS itself is held to one thread
     Returns Samples. Raises ValueError for an empty prompt, one that does not fit the context
     with its response, or settings out of range.
     """
@@ -190,15 +199,10 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
     def rows_of(part):
         return _generate(model, [prompts[i] for i in part], uniforms[part], eos, temperature, top_k, top_p)
 
-    parts = np.array_split(np.arange(B), max(1, min(threads, B // ROWS_A_THREAD)))
+    parts = np.array_split(np.arange(B), max(1, min(workers, B // ROWS_A_WORKER)))
     if len(parts) == 1:
         return rows_of(parts[0])
-    with ThreadPoolExecutor(len(parts)) as pool:
-        samples = list(pool.map(rows_of, parts))
-    width = max(s.tokens.shape[1] for s in samples)
-    padded = [[np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in (s.tokens, s.mask, s.log_probs, s.entropies)]
-              for s in samples]
-    return Samples(*map(np.concatenate, zip(*padded)))
+    return Samples.joined(parallel.each(lambda part: rows_of(part).arrays(), parts, workers), np.arange(B))
 
 
 def _generate(model, prompts, uniforms, eos, temperature, top_k, top_p):

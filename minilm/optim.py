@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from minilm.backend import array_module
+from minilm.parallel import Team
 
 # Elements updated at a time: the five arrays of a block stay in the cache of one core.
 BLOCK = 1 << 15
@@ -25,12 +26,11 @@ class AdamW:
     per set of parameters, after the model is on its device; assign to p.data[...] and not to p.data
     afterwards.
 
-    pool, threads: an executor and how many of its threads share the work on the flat arrays, each on a
-    stretch of its own; with none, the caller does it all.
+    team: the workers that share what is done to the flat arrays, each on a stretch of its own.
     """
 
-    def __init__(self, parameters, learning_rate=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01,
-                 pool=None, threads=1):
+    def __init__(self, parameters, learning_rate=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, team=None):
+        self.team = team or Team(1)
         self.parameters = dict(parameters)
         self.learning_rate, self.betas, self.eps, self.weight_decay = learning_rate, betas, eps, weight_decay
         self.steps = 0
@@ -41,18 +41,13 @@ class AdamW:
         ordered = [self.parameters[name] for name in names]
         xp = array_module(*(p.data for p in ordered))
         self.decayed = sum(p.size for p in ordered if p.ndim >= 2)
-        self.data = xp.concatenate([p.data.reshape(-1) for p in ordered])
-        self.grad, self.m, self.v = (xp.zeros_like(self.data) for _ in range(3))
         ends = np.cumsum([p.size for p in ordered])
+        self.data, self.grad, self.m, self.v = (self.team.zeros(int(ends[-1]), ordered[0].dtype, xp) for _ in range(4))
         self._layout = {name: (slice(int(end) - p.size, int(end)), p.shape) for name, p, end in zip(names, ordered, ends)}
         data, grad = self.views(self.data), self.views(self.grad)
         for name, p in self.parameters.items():
+            data[name][...] = p.data
             p.data, p.grad_buffer, p.grad = data[name], grad[name], None
-        # Too little for a thread of its own is not worth handing over.
-        stretches = max(1, min(threads, self.data.size // (8 * BLOCK)))
-        self._map = pool.map if pool and stretches > 1 else map
-        edges = np.linspace(0, self.data.size, stretches + 1).astype(int)
-        self._stretches = [slice(int(a), int(b)) for a, b in zip(edges, edges[1:])]
 
     def views(self, flat):
         """A flat array in the layout of the parameters, as {name: view of the parameter's shape}."""
@@ -65,15 +60,14 @@ class AdamW:
     def add_gradients(self, others):
         """Add gradients found elsewhere: flat arrays in the layout of views()."""
         complete(self.parameters)
+        for b in self._blocks():
+            for other in others:
+                self.grad[b] += other[b]
 
-        def add(s):
-            for b in _blocks(s):
-                for other in others:
-                    self.grad[b] += other[b]
-        self._on_each_stretch(add)
-
-    def _on_each_stretch(self, work):
-        return list(self._map(work, self._stretches))
+    def _blocks(self):
+        """Slices of this worker's stretch of the flat arrays."""
+        start, stop = (self.data.size * rank // self.team.at_work for rank in (self.team.rank, self.team.rank + 1))
+        return [slice(i, min(i + BLOCK, stop)) for i in range(start, stop, BLOCK)]
 
     def clip(self, max_norm):
         """Scale the gradient so that its norm over all parameters is at most max_norm.
@@ -82,12 +76,11 @@ class AdamW:
         plus 1e-6; we do not.
         """
         complete(self.parameters)
-        squares = self._on_each_stretch(lambda s: sum(float(self.grad[b] @ self.grad[b]) for b in _blocks(s)))
-        norm = math.sqrt(sum(squares))
+        squares = sum(float(self.grad[b] @ self.grad[b]) for b in self._blocks())
+        norm = math.sqrt(sum(self.team.exchange(squares)))
         if norm > max_norm:
-            def scale(s):
-                self.grad[s] *= max_norm / norm
-            self._on_each_stretch(scale)
+            for b in self._blocks():
+                self.grad[b] *= max_norm / norm
         return norm
 
     def step(self, learning_rate=None):
@@ -103,27 +96,24 @@ class AdamW:
         # lr m' / (sqrt(v') + eps) with the corrected moments, as rate m / (sqrt(v) + eps_t).
         second = math.sqrt(1 - b2 ** self.steps)
         rate, eps = lr * second / (1 - b1 ** self.steps), self.eps * second
-
-        def update(stretch):
-            squares = 0.0
-            for block in _blocks(stretch):
-                p, g, m, v = self.data[block], self.grad[block], self.m[block], self.v[block]
-                change = g - m
-                change *= 1 - b1
-                m += change
-                xp.multiply(g, g, out=change)
-                change -= v
-                change *= 1 - b2
-                v += change
-                p[:max(0, self.decayed - block.start)] *= 1 - lr * self.weight_decay
-                xp.sqrt(v, out=change)
-                change += eps
-                xp.divide(m, change, out=change)
-                change *= rate
-                p -= change
-                squares += float(p @ p)
-            return squares
-        return math.sqrt(sum(self._on_each_stretch(update)))
+        squares = 0.0
+        for block in self._blocks():
+            p, g, m, v = self.data[block], self.grad[block], self.m[block], self.v[block]
+            change = g - m
+            change *= 1 - b1
+            m += change
+            xp.multiply(g, g, out=change)
+            change -= v
+            change *= 1 - b2
+            v += change
+            p[:max(0, self.decayed - block.start)] *= 1 - lr * self.weight_decay
+            xp.sqrt(v, out=change)
+            change += eps
+            xp.divide(m, change, out=change)
+            change *= rate
+            p -= change
+            squares += float(p @ p)
+        return math.sqrt(sum(self.team.exchange(squares)))
 
     def state(self):
         """Arrays to save, by name; `steps` among them. See load_state."""
@@ -148,10 +138,6 @@ def complete(parameters):
         if p.grad is not p.grad_buffer:
             p.grad_buffer[...] = 0 if p.grad is None else p.grad
             p.grad = p.grad_buffer
-
-
-def _blocks(stretch):
-    return (slice(i, min(i + BLOCK, stretch.stop)) for i in range(stretch.start, stretch.stop, BLOCK))
 
 
 def warmup_cosine(step, steps, peak, warmup, floor=0.1):

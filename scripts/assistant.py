@@ -12,7 +12,7 @@
 
 Written to the folder: a model file a stage (safetensors, with config and tokenizer), comparisons.json,
 results.json, training_curves.png, reward_against_kl.png. Ctrl-C saves; --resume goes on.
-Everything is determined by the options and, for the last bits, by --threads. --scale below 0.1 shrinks
+Everything is determined by the options and, for the last bits, by --workers. --scale below 0.1 shrinks
 the numbers of texts and questions too, so that a trial run takes seconds.
 """
 
@@ -24,7 +24,7 @@ import sys
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-# One thread for BLAS: each of our threads works on its own part of a batch (stages/training.py).
+# One thread for BLAS: each of our workers, a process, has its own part of a batch (stages/training.py).
 # NumPy reads this when it is imported, hence the order.
 for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ[variable] = "1"
@@ -36,13 +36,12 @@ import json
 import platform
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 import figures
 from evaluation import Evaluation
-from minilm import data, evaluate
+from minilm import data, evaluate, parallel
 from minilm.backend import keep_freed_memory
 from minilm.checkpoint import CheckpointError, load, load_into, write_text
 from minilm.generate import generate
@@ -53,7 +52,7 @@ from minilm.stages.preference_tuning import preference_tuning, reference_log_pro
 from minilm.stages.pretraining import pretraining
 from minilm.stages.reward_modelling import reward_modelling
 from minilm.stages.rlhf import rlhf
-from minilm.stages.training import Diverged, Training, threads_for
+from minilm.stages.training import Diverged, Training, workers_for
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, corpus, tasks
 from run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
@@ -66,7 +65,7 @@ DOCUMENTS, DEMONSTRATIONS, COMPARISONS, UNLABELLED, HELD_OUT = 24000, 8000, 2000
 VOCABULARY, MAX_NEW_TOKENS, BEST_OF = 640, 40, 8
 WINDOWS, LENGTH = 16, 128       # of a step of pretraining; the other stages' steps have about as many tokens
 SAVE_EVERY = 30.0     # seconds
-MAX_SCALE, MAX_THREADS = 50, 64    # beyond: a history too long for a checkpoint's header, threads without work
+MAX_SCALE, MAX_WORKERS = 50, 64    # beyond: a history too long for a checkpoint's header, workers without work
 
 
 class Stopped(Exception):
@@ -118,7 +117,7 @@ class Job:
             self.history[name], self.seconds[name] = metadata["history"], metadata["seconds"]
             self.run.drop_state(state_name)
             return model
-        training = Training(model, self.rng(name), threads=self.options.threads, **settings)
+        training = Training(model, self.rng(name), workers=self.options.workers, **settings)
         history, before, began = [], 0.0, time.monotonic()
         if saved := self.run.load_state(state_name):
             arrays, metadata = saved
@@ -155,10 +154,11 @@ class Job:
         def draw(i):
             self.stop_if_asked()
             block = slice(i, i + 128)
-            return generate(model, prompts[block], MAX_NEW_TOKENS, uniforms[block], self.tokenizer.eos, temperature)
+            return generate(model, prompts[block], MAX_NEW_TOKENS, uniforms[block], self.tokenizer.eos,
+                            temperature).responses()
 
-        with ThreadPoolExecutor(self.options.threads) as pool:
-            return [r for block in pool.map(draw, range(0, len(prompts), 128)) for r in block.responses()]
+        blocks = parallel.each(draw, range(0, len(prompts), 128), self.options.workers)
+        return [response for block in blocks for response in block]
 
     def read(self, responses):
         """(text, whether it was finished) of each response."""
@@ -262,7 +262,7 @@ def run_stages(job):
     job.seconds["evaluation"] = time.monotonic() - began
     return {**measured, "turning_point": figures.turning_point(job.history[f"rlhf-beta-{min(RLHF_BETAS)}"]),
             "main_beta": MAIN_BETA, "history": job.history,
-            "seed": options.seed, "scale": options.scale, "size": options.size, "threads": options.threads,
+            "seed": options.seed, "scale": options.scale, "size": options.size, "workers": options.workers,
             "config": dataclasses.asdict(config), "parameters": sum(p.size for p in base.parameters().values()),
             "steps": {stage: job.steps(stage) for stage in STEPS}, "seconds": job.seconds,
             "text": job.text_source,
@@ -284,19 +284,19 @@ def parse():
                         help="multiplies every stage's number of steps (default: %(default)s); try 0.01 first")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model (default: %(default)s)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="another run of chance (default: %(default)s)")
-    parser.add_argument("--threads", metavar="N", type=int,
-                        help="threads that a training step is split over (default: what pays on this machine, or "
+    parser.add_argument("--workers", "--threads", metavar="N", type=int,
+                        help="processes that a training step is split over (default: what pays on this machine, or "
                              "what a resumed run had)")
     parser.add_argument("--text", metavar="FILE",
                         help="a UTF-8 text file for the real English in the corpus (default: Python's own help topics)")
     options = parser.parse_args()
     if not 0 < options.scale <= MAX_SCALE:
         raise UsageError(f"--scale {options.scale} must be above 0 and at most {MAX_SCALE}; 0.1 is a tenth of the steps")
-    if options.threads is None:
-        recorded = RunFolder.recorded(options.out).get("threads") if options.resume else None
-        options.threads = recorded or threads_for(WINDOWS * LENGTH)
-    if not 1 <= options.threads <= MAX_THREADS:
-        raise UsageError(f"--threads {options.threads} must be from 1 to {MAX_THREADS}; there are {os.cpu_count()} cores here")
+    if options.workers is None:
+        recorded = RunFolder.recorded(options.out).get("workers") if options.resume else None
+        options.workers = recorded or workers_for(WINDOWS * LENGTH)
+    if not 1 <= options.workers <= MAX_WORKERS:
+        raise UsageError(f"--workers {options.workers} must be from 1 to {MAX_WORKERS}; there are {os.cpu_count()} cores here")
     if options.seed < 0:
         raise UsageError(f"--seed {options.seed} must not be negative")
     return options
@@ -315,7 +315,7 @@ def main():
     text_hash = hashlib.sha256(text.encode()).hexdigest()
     keep_freed_memory()
     warnings.simplefilter("ignore", RuntimeWarning)    # of NumPy, at NaN: Diverged says it better
-    fingerprint = {"text": text_hash, **{name: getattr(options, name) for name in ("scale", "size", "seed", "threads")}}
+    fingerprint = {"text": text_hash, **{name: getattr(options, name) for name in ("scale", "size", "seed", "workers")}}
     with StopRequest() as stop, RunFolder(options.out, options.resume, fingerprint) as run:
         if run.finished:
             print(f"{options.out} holds a finished run; its results are in {run.path('results.json')}")

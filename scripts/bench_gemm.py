@@ -124,7 +124,7 @@ def main():
     print(f"{measuring.machine('torch')}; NumPy's BLAS is {blas['name']} {blas['version']}")
     rows = []
     for size in asked.sizes:
-        spec = {"size": size, "shape": measuring.SIZES[size], "threads": CORES}
+        spec = {"size": size, "shape": measuring.SIZES[size], "workers": CORES}
         compared = measuring.compare("matrix products", size, spec, names, environments, TOLERANCE, asked.rounds)
         seconds, _ = measuring.alone("step", spec, measuring.blas_threads(1), asked.rounds)
         # Memory is that of the operands, the same for all.

@@ -10,7 +10,6 @@ token by token through their caches.
 """
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +27,7 @@ TOLERANCE = 1e-4        # of log-probs in float32, relative to the largest
 
 
 def load_minilm():
+    from minilm import parallel
     from minilm.backend import keep_freed_memory
     from minilm.generate import generate
     from minilm.model import Config, Transformer
@@ -41,7 +41,7 @@ def load_minilm():
         prompts = prompts.tolist()
 
         def step():
-            return generate(model, prompts, NEW, rng, eos=None, threads=os.cpu_count())
+            return generate(model, prompts, NEW, rng, eos=None, workers=parallel.cores())
 
         def check():
             samples = step()

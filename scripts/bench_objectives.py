@@ -30,6 +30,7 @@ from unittest import mock
 import numpy as np
 
 import measuring
+from minilm import parallel
 from minilm.backend import keep_freed_memory
 from minilm.generate import Samples
 from minilm.model import Config, Transformer
@@ -80,7 +81,10 @@ class InOrder:
     """In place of a stage's Generator: all the examples, in their order, where it draws some of them."""
 
     def __init__(self):
-        self.random = np.random.default_rng(0).random
+        self.generator = np.random.default_rng(0)
+
+    def random(self, shape):
+        return self.generator.random(shape)
 
     def integers(self, n, size):
         return np.arange(size) % n
@@ -109,18 +113,16 @@ def stage_of(work, training, data, model):
 
 @contextlib.contextmanager
 def for_comparison(work, responses):
-    """A stage does not clip, and does not sample: it is given these responses."""
-    left = iter(responses)
-
-    def given(policy, prompts, *_, **__):
-        tokens = [next(left) for _ in prompts]
+    """A stage does not clip, and does not sample: its rows are given these responses, in place of uniform numbers."""
+    def given(policy, prompts, _, tokens, *__):
         with no_grad():
-            log_probs = policy.response_log_probs(pack(prompts, tokens)).data
-        return Samples(np.array(tokens), np.ones(log_probs.shape), log_probs, np.zeros(log_probs.shape))
+            log_probs = policy.response_log_probs(pack(prompts, tokens.tolist())).data
+        return Samples(tokens, np.ones(log_probs.shape), log_probs, np.zeros(log_probs.shape))
 
     module = {"sft": instruction_tuning, "dpo": preference_tuning, "rloo": rlhf}[work]
     with (mock.patch.object(module, "optimise", functools.partial(optimise, clip=np.inf)),
-          mock.patch.object(rlhf, "generate", given)):
+          mock.patch.object(rlhf, "generate", given),
+          mock.patch.object(InOrder, "random", lambda self, shape: np.array(responses))):
         yield
 
 
@@ -138,7 +140,7 @@ def load_minilm():
             scaled.recompute = sum(a.size for a in weights.values()) > RECOMPUTED
             return scaled
 
-        training = Training(model(), InOrder(), os.cpu_count(), betas=(0.9, 0.999), weight_decay=0.0)
+        training = Training(model(), InOrder(), parallel.cores(), betas=(0.9, 0.999), weight_decay=0.0)
         stage, found = stage_of(work, training, data, model)
         weights = None          # RLOO's reference has its own, and AdamW a copy
 

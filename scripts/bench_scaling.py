@@ -4,7 +4,7 @@
 
 A tiny model (D 64, L 2, H 4, V 256; 16 windows of 128 tokens) of which one number is changed at a time; with T, B is
 changed too, so that a step always has 8192 tokens. A step is forward, backward, clipping and AdamW, in float32 on one
-thread: it is the work that is to grow, not its division among threads. Each point has a process of its own, whose
+worker: it is the work that is to grow, not its division among workers. Each point has a process of its own, whose
 peak memory is less what the imports took. Exponents are those of least squares through the logarithms.
 """
 
@@ -45,7 +45,7 @@ def measure(variable, values, rounds):
     rows = []
     for value in values:
         print(f"{variable} = {value}", file=sys.stderr, flush=True)
-        seconds, peak = measuring.alone("minilm", {"shape": shape(variable, value), "threads": 1},
+        seconds, peak = measuring.alone("minilm", {"shape": shape(variable, value), "workers": 1},
                                           measuring.blas_threads(1), rounds)
         rows.append({"variable": variable, "value": value, "time_ms": 1e3 * seconds, "peak_mb": peak / 2**20})
     time, memory = (exponent(values, [row[key] for row in rows]) for key in ("time_ms", "peak_mb"))

@@ -7,8 +7,8 @@ in float32. `autograd` is HIPS autograd, the same formulas written in its NumPy;
 with glibc told to keep freed memory. What is not installed is named and skipped.
 """
 
+import functools
 import json
-import os
 import sys
 import tempfile
 
@@ -24,8 +24,10 @@ OPTIMISER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01
 
 
 def load_minilm():
+    from minilm import parallel
     from minilm.backend import keep_freed_memory
     from minilm.model import Config, Transformer
+    from minilm.stages.training import Training
     from minilm.tensor import Tensor
     keep_freed_memory()
 
@@ -33,13 +35,13 @@ def load_minilm():
         weights, tokens = read(spec)
         model = Transformer(Config(**spec["config"]), np.random.default_rng(0)).over(
             {name: Tensor(a, requires_grad=True) for name, a in weights.items()})
-        step = measuring.training_step(model, tokens, os.cpu_count(), betas=OPTIMISER["betas"],
-                                       weight_decay=OPTIMISER["weight_decay"])
+        training = Training(model, np.random.default_rng(0), parallel.cores(), betas=OPTIMISER["betas"],
+                            weight_decay=OPTIMISER["weight_decay"])
 
         def check():
-            loss = step(learning_rate=0.0, clip=np.inf)
+            loss = next(measuring.training_steps(training, tokens, learning_rate=0.0, clip=np.inf))
             return {"loss": loss, **{name: p.grad for name, p in model.parameters().items()}}
-        return lambda: step(OPTIMISER["lr"]), check
+        return functools.partial(next, measuring.training_steps(training, tokens, OPTIMISER["lr"])), check
     return make
 
 

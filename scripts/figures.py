@@ -76,7 +76,7 @@ def summary(results):
         lines.append(f"{example['question']}    (right: {example['answer']})")
         lines += [f"    {NAMES[stage]:<12}{example[stage]}" for stage in NAMES if stage in example]
     total = sum(results["seconds"].values())
-    lines += ["", f"{results['parameters']:,} parameters, seed {results['seed']}, {results['threads']} threads, "
+    lines += ["", f"{results['parameters']:,} parameters, seed {results['seed']}, {results['workers']} workers, "
               f"{total:.0f} s: " + ", ".join(f"{name} {s:.0f}" for name, s in results["seconds"].items())]
     return "\n".join(lines)
 
@@ -97,7 +97,7 @@ def across_seeds(runs):
     seeds = ", ".join(str(run["seed"]) for run in runs)
     lines += ["", f"Seeds {seeds}: mean [least, greatest]. Base, given statements to complete: accuracy "
               f"{np.mean(completed):.2f} [{min(completed):.2f}, {max(completed):.2f}]. {runs[0]['parameters']:,} parameters, "
-              f"{runs[0]['threads']} threads, {min(seconds):.0f} to {max(seconds):.0f} s a run."]
+              f"{runs[0]['workers']} workers, {min(seconds):.0f} to {max(seconds):.0f} s a run."]
     for stage, other, column in (("instructed", "base", "task_accuracy"), ("instructed", "base", "gold_reward"),
                                  ("rlhf", "instructed", "gold_reward"), ("rlhf", "instructed", "win_rate"),
                                  ("dpo", "instructed", "gold_reward"), ("dpo", "instructed", "win_rate")):

@@ -6,7 +6,8 @@ that takes about as long for everybody, and its median counts; a round in which 
 something else during a turn is dropped. Reported is ours over the peer's within a round: the median
 of the rounds, and their quartiles. Below 1 we are faster.
 
-Memory is the most that was ever resident (the system's VmHWM), less what importing the library took.
+Memory is the most that was ever resident (the system's VmHWM), less what importing the library took, and what the
+processes that a library forks have for themselves.
 
 A script gives peers(spec), the work of each by its name, and calls main(); the same script, started again as
 `--worker`, does that work (serve).
@@ -14,12 +15,14 @@ A script gives peers(spec), the work of each by its name, and calls main(); the 
 
 import argparse
 import csv
+import functools
 import importlib.metadata
 import importlib.util
 import io
 import json
 import os
 import platform
+import select
 import statistics
 import subprocess
 import sys
@@ -31,7 +34,7 @@ import numpy as np
 
 from minilm import checkpoint
 from minilm.objectives.sft import sft_loss
-from minilm.stages.training import Training, optimise, split
+from minilm.stages.training import Training, optimise, split, stage
 from run_folder import UsageError
 
 HEADER = ["work", "size", "peer", "time_ratio", "time_ratio_low", "time_ratio_high", "memory_ratio"]
@@ -43,7 +46,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33), 
 
 
 def blas_threads(count):
-    """The environment in which NumPy's BLAS has so many threads: 1 for minilm, whose threads are its own."""
+    """The environment in which NumPy's BLAS has so many threads: 1 for minilm, whose workers are processes."""
     return dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), str(count))
 
 
@@ -54,21 +57,20 @@ SIZES = {"XS": (128, 64, 2, 4, 64, 16), "S": (512, 128, 4, 4, 128, 16), "M": (40
          "G": (50257, 768, 12, 12, 256, 2)}
 
 
-def training_step(model, tokens, threads, **settings):
-    """minilm's step(learning_rate, clip) on windows of tokens (B,T+1), which returns the loss. settings: AdamW's."""
-    training = Training(model, np.random.default_rng(0), threads, **settings)
-    parts, total = [tokens[part] for part in split(len(tokens), threads)], tokens[:, 1:].size
+@stage
+def training_steps(training, tokens, learning_rate=1e-3, clip=1.0):
+    """minilm's steps on windows of tokens (B,T+1), without end. Yields the loss."""
+    parts, total = [tokens[part] for part in split(len(tokens), training.workers)], tokens[:, 1:].size
 
     def loss(model, part):
         return sft_loss(model.log_probs(part), np.ones(part[:, 1:].shape), total=total), None
 
-    def step(learning_rate=1e-3, clip=1.0):
-        return optimise(training, loss, parts, learning_rate, "benchmark", clip)[0]["loss"]
-    return step
+    while True:
+        yield optimise(training, loss, parts, learning_rate, "benchmark", clip)[0]["loss"]
 
 
 def load_step():
-    """For serve(): the training step alone, of random weights and tokens. spec: its "shape" (as in SIZES) and "threads"."""
+    """For serve(): the training step alone, of random weights and tokens. spec: its "shape" (as in SIZES) and "workers"."""
     from minilm.backend import keep_freed_memory
     from minilm.model import Config, Transformer
     keep_freed_memory()
@@ -76,8 +78,9 @@ def load_step():
     def make(spec):
         (V, D, L, H, T, B), rng = spec["shape"], np.random.default_rng(0)
         model = Transformer(Config(vocab_size=V, width=D, layers=L, heads=H, context=T), rng)
-        step = training_step(model, rng.integers(V, size=(B, T + 1)), spec["threads"])
-        return step, lambda: {"loss": step(learning_rate=0.0)}
+        training, tokens = Training(model, rng, spec["workers"]), rng.integers(V, size=(B, T + 1))
+        return (functools.partial(next, training_steps(training, tokens)),
+                lambda: {"loss": next(training_steps(training, tokens, learning_rate=0.0))})
     return make
 
 
@@ -87,6 +90,24 @@ def peak_memory():
     """The most bytes that this process ever had resident."""
     with open("/proc/self/status") as status:
         return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+
+
+def of_process(pid, what):
+    """The text of that file of /proc; nothing where the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/{what}").read_text()
+    except OSError:
+        return ""
+
+
+def children(pid):
+    return of_process(pid, f"task/{pid}/children").split()
+
+
+def private_memory(pid):
+    """The bytes resident in a process that no other has too."""
+    return 1024 * sum(int(line.split()[1]) for line in of_process(pid, "smaps_rollup").splitlines()
+                      if line.startswith("Private_"))
 
 
 def serve(load, spec):
@@ -124,26 +145,25 @@ class Worker:
             [sys.executable, sys.argv[0], "--worker", name, json.dumps(spec)], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **environment})
         message = self._read()
-        self.base = message["base"]
+        self.base, self.helpers = message["base"], 0
         with np.load(message["results"]) as results:
             self.results = dict(results)
         os.unlink(message["results"])
 
-    def run(self, steps):
-        """The times of so many steps, in seconds."""
+    def run(self, steps, watched=False):
+        """The times of so many steps, in seconds. watched: look again and again what memory its helpers have."""
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
+        while watched and not select.select([self.process.stdout], [], [], 0.02)[0]:
+            self.helpers = max(self.helpers, sum(map(private_memory, children(self.process.pid))))
         message = self._read()
-        self.memory = message["peak"] - self.base
+        self.memory = message["peak"] - self.base + self.helpers
         return message["times"]
 
     def ticks(self):
-        """The processor time that all its threads have had, in the system's ticks."""
-        try:
-            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
-        except OSError:
-            return 0
-        return sum(map(int, stat.rpartition(")")[2].split()[11:13]))
+        """The processor time that it and its helpers, those that ended too, have had, in the system's ticks."""
+        return sum(sum(map(int, text.rpartition(")")[2].split()[11:15])) for text in
+                   (of_process(pid, "stat") for pid in (self.process.pid, *children(self.process.pid))))
 
     def _read(self):
         line = self.process.stdout.readline()
@@ -189,7 +209,7 @@ def turn_of(worker, steps):
 
 def take_turns(workers, rounds, turn):
     """Medians (rounds, workers) in seconds, and which rounds were undisturbed (rounds,)."""
-    warm = [worker.run(2) for worker in workers]
+    warm = [worker.run(2, watched=True) for worker in workers]
     steps = [max(1, round(turn / min(times))) for times in warm]
     medians, undisturbed = np.empty((rounds, len(workers))), np.ones(rounds, bool)
     for i in range(rounds):

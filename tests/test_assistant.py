@@ -57,17 +57,21 @@ for module, name in [(os, "fsync"), (assistant, "generate"), (assistant, "prepar
     ticking(module, name)
 if "POISON" in os.environ:
     class Poisoned(assistant.Training):
-        def zero_grad(self):
-            super().zero_grad()
-            if self.step == 2:
-                self.model.parameters()["embedding"].data[:] = float("nan")
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            zero_grad = self.optimizer.zero_grad
+            def poisoned():
+                zero_grad()
+                if self.step == 2:
+                    self.model.parameters()["embedding"].data[:] = float("nan")
+            self.optimizer.zero_grad = poisoned
     assistant.Training = Poisoned
 status = assistant.main_guard(assistant.main)
 if "TICKS" in os.environ:
     print("ticks", ticks)
 sys.exit(status)
 """
-SMALL = [sys.executable, "-c", RUNNER, "--scale", "0.001", "--threads", "2"]
+SMALL = [sys.executable, "-c", RUNNER, "--scale", "0.001", "--workers", "2"]
 
 
 def environment(**variables):
@@ -234,7 +238,7 @@ def test_a_terminal_shows_a_bar_with_the_time_left(tmp_path):
 def test_help_is_clear():
     done = run(SCRIPT, "--help")
     assert done.returncode == 0 and done.stderr == ""
-    for words in ("--scale", "--size", "--seed", "--out DIR", "--resume", "--text FILE", "--threads", "runs/assistant",
+    for words in ("--scale", "--size", "--seed", "--out DIR", "--resume", "--text FILE", "--workers", "runs/assistant",
                   "default: 1.0", "Ctrl-C", "results.json"):
         assert words in " ".join(done.stdout.split())
     assert "None" not in done.stdout and "False" not in done.stdout
@@ -258,8 +262,8 @@ def test_a_text_that_is_none_is_refused(tmp_path, monkeypatch, capsys, content, 
 
 
 @pytest.mark.parametrize("options", [
-    "--scale 0", "--scale -1", "--scale nan", "--scale inf", "--scale 1e9", "--scale much", "--threads 0",
-    "--threads -2", "--threads 1000000", "--size huge", "--seed -1", "--seed x", "--seed", "--unknown", "--res",
+    "--scale 0", "--scale -1", "--scale nan", "--scale inf", "--scale 1e9", "--scale much", "--workers 0",
+    "--workers -2", "--workers 1000000", "--size huge", "--seed -1", "--seed x", "--seed", "--unknown", "--res",
     "stray", "--text ''"])
 def test_a_bad_option_is_refused_by_name(tmp_path, monkeypatch, capsys, options):
     message = refused_here(monkeypatch, capsys, "--out", tmp_path / "run", *shlex.split(options))

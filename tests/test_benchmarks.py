@@ -1,6 +1,5 @@
 """The benchmarks: what they report is what was measured, and nothing is timed that does not compute the same."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ class FakeWorker:
         self.name, self.seconds, self.memory, self.used = name, seconds, 100.0, 0
         self.results = {key: np.array(value) for key, value in results.items()}
 
-    def run(self, steps):
+    def run(self, steps, watched=False):
         self.used += 40
         return [self.seconds] * steps
 
@@ -209,12 +208,3 @@ def test_a_table_of_nothing_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_table", str(tmp_path), "--print"])
     with pytest.raises(UsageError, match="nothing in"):
         bench_table.main()
-
-
-@pytest.mark.skipif(os.cpu_count() < 2, reason="nothing is done at once on one core")
-def test_what_the_interpreter_lock_costs_is_measured():
-    run = subprocess.run([sys.executable, SCRIPTS / "bench_lock.py", "--sizes", "XS", "--rounds", "1"],
-                         capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    alone, at_once, whole = (float(cell.split()[0]) for cell in run.stdout.splitlines()[-1].split("|")[2:5])
-    assert 0 < alone and 0 < at_once and 0 < whole

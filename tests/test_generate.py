@@ -276,11 +276,11 @@ def test_a_prompt_asked_again_after_others_is_read_once_and_answered_as_if_alone
 
 
 @pytest.mark.parametrize("eos", [EOS, None])
-def test_threads_share_the_rows_and_change_none(eos, rng, monkeypatch):
-    monkeypatch.setattr(module, "ROWS_A_THREAD", 1)
+def test_workers_share_the_rows_and_change_none(eos, rng, monkeypatch):
+    monkeypatch.setattr(module, "ROWS_A_WORKER", 1)
     model, uniforms = small_transformer(rng), rng.random((7, 9))
     prompts = [[1], [2, 3, 4], [5, 6], [1], [2, 3, 4], [1, 1], [6]]
-    one, three = (generate(model, prompts, 9, uniforms, eos, threads=threads) for threads in (1, 3))
+    one, three = (generate(model, prompts, 9, uniforms, eos, workers=workers) for workers in (1, 3))
     assert np.array_equal(three.tokens, one.tokens) and np.array_equal(three.mask, one.mask)
     assert_close(three.log_probs, one.log_probs)
     assert_close(three.entropies, one.entropies)

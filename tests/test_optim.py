@@ -1,6 +1,5 @@
 """minilm.optim: AdamW against the plain loop over parameters, its flat views, clipping, state and schedule."""
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,7 +7,8 @@ from hypothesis import given, strategies as st
 
 from helpers import assert_close, normal, rngs, small_transformer
 from minilm import Tensor, optim
-from minilm.optim import AdamW, warmup_cosine
+from minilm.optim import AdamW, complete, warmup_cosine
+from minilm.parallel import Team
 
 SHAPES = {"norm": (4,), "matrix": (3, 4), "bias": (2,), "cube": (2, 2, 3)}       # matrices not first, on purpose
 
@@ -187,26 +187,32 @@ def test_a_run_that_is_nothing_but_warm_up_has_a_schedule():
 
 
 @pytest.mark.parametrize("block", [1, 4])
-def test_several_threads_do_to_every_element_what_one_does(block, rng, monkeypatch):
+def test_several_workers_do_to_every_element_what_one_does(block, rng, monkeypatch):
     """On stretches that do not end where blocks, parameters or the decay do."""
     shapes = {"norm": (7,), "matrix": (11, 5), "bias": (3,), "cube": (2, 3, 8)}
     weights, others = {name: rng.normal(size=shape) for name, shape in shapes.items()}, rng.normal(size=(4, 3, 113))
     monkeypatch.setattr(optim, "BLOCK", block)
     results = []
-    with ThreadPoolExecutor(3) as pool:
-        for options in ({}, {"pool": pool, "threads": 3}):
-            tensors = {name: normal(rng, *shape) for name, shape in shapes.items()}
-            for name, p in tensors.items():
-                p.data[...] = weights[name]
-            optimizer = AdamW(tensors, learning_rate=0.1, weight_decay=0.3, **options)
-            norms = []
+    for team in (Team(1), Team(3)):
+        tensors = {name: normal(rng, *shape) for name, shape in shapes.items()}
+        for name, p in tensors.items():
+            p.data[...] = weights[name]
+        optimizer = AdamW(tensors, learning_rate=0.1, weight_decay=0.3, team=team)
+        norms = []
+        with team:
             for gradients in others:
-                optimizer.zero_grad()
+                if team.rank == 0:
+                    optimizer.zero_grad()
+                    complete(optimizer.parameters)
+                team.exchange(None)
+                for p in optimizer.parameters.values():
+                    p.grad = p.grad_buffer
                 optimizer.add_gradients(list(gradients))
+                team.exchange(None)
                 assert_close(optimizer.grad, gradients.sum(axis=0), 1e-14)
+                team.exchange(None)
                 norms += [optimizer.clip(0.5), optimizer.step()]
                 assert_close(norms[-1], np.linalg.norm(optimizer.data), 1e-14)
-            results.append((optimizer.data, optimizer.m, optimizer.v, optimizer.grad, np.array(norms)))
-            assert len(optimizer._stretches) == (3 if options else 1)
+        results.append((optimizer.data, optimizer.m, optimizer.v, optimizer.grad, np.array(norms)))
     for one, three in zip(*results):
         assert_close(three, one, 1e-14)

@@ -1,8 +1,6 @@
 """minilm/stages: each loop does what its formula says, stops and resumes bit for bit, and names what went wrong."""
 import os
-import threading
 import time
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,13 +14,13 @@ from minilm.objectives import dpo
 from minilm.objectives.policy_gradient import advantages
 from minilm.optim import AdamW
 from minilm.packing import spread
+from minilm.stages import rlhf as rlhf_module
 from minilm.stages.instruction_tuning import instruction_tuning
 from minilm.stages.preference_tuning import preference_tuning, reference_log_probs
 from minilm.stages.pretraining import pretraining
 from minilm.stages.reward_modelling import reward_modelling
-from minilm.stages.rlhf import rlhf
-from minilm.stages import rlhf as rlhf_module
-from minilm.stages.training import Diverged, Training, optimise, split, threads_for
+from minilm.stages.rlhf import deal, rlhf
+from minilm.stages.training import Diverged, Training, optimise, split, stage, workers_for
 from minilm.tensor import Tensor, grad_enabled
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")      # of arithmetic with NaN and infinity
@@ -72,14 +70,14 @@ STAGES = {
     "preference tuning": dpo_stage,
 }
 every_stage = pytest.mark.parametrize("stage", STAGES)
-one_or_two_threads = pytest.mark.parametrize("threads", [1, 2])
+one_or_two_workers = pytest.mark.parametrize("workers", [1, 2])
 
 
-def make_training(stage, threads=1, dtype=np.float32, seed=4):
+def make_training(stage, workers=1, dtype=np.float32, seed=4):
     model = transformer(dtype)
     if stage == "reward modelling":
         model = RewardModel(model, np.random.default_rng(5))
-    return Training(model, np.random.default_rng(seed), threads)
+    return Training(model, np.random.default_rng(seed), workers)
 
 
 def run(stage, training, steps, until=None, **options):
@@ -111,9 +109,9 @@ KEYS = {        # of which those with a name in TRL have that one
 
 
 @every_stage
-@one_or_two_threads
-def test_a_stage_yields_finite_metrics_under_the_documented_names_and_ends_after_its_steps(stage, threads):
-    training = make_training(stage, threads)
+@one_or_two_workers
+def test_a_stage_yields_finite_metrics_under_the_documented_names_and_ends_after_its_steps(stage, workers):
+    training = make_training(stage, workers)
     before = everything(training)
     metrics = list(STAGES[stage](training, 3))
     assert len(metrics) == training.step == training.optimizer.steps == 3
@@ -138,25 +136,25 @@ def test_response_tokens_are_counted_without_prompts_and_pads():
 # Stop and resume.
 
 @every_stage
-@one_or_two_threads
-def test_a_stage_restored_from_a_file_goes_on_bit_for_bit(stage, threads, tmp_path):
+@one_or_two_workers
+def test_a_stage_restored_from_a_file_goes_on_bit_for_bit(stage, workers, tmp_path):
     pytest.importorskip("safetensors")
-    whole = make_training(stage, threads)
+    whole = make_training(stage, workers)
     expected = run(stage, whole, 5)
 
-    stopped = make_training(stage, threads)
+    stopped = make_training(stage, workers)
     before = run(stage, stopped, 5, until=2)
     checkpoint.save(tmp_path / "state", *stopped.state())
-    resumed = make_training(stage, threads, seed=99)
+    resumed = make_training(stage, workers, seed=99)
     resumed.restore(*checkpoint.load(tmp_path / "state"))
     assert before + run(stage, resumed, 5) == expected
     assert everything(resumed) == everything(whole)
 
 
 @every_stage
-@one_or_two_threads
-def test_a_stage_ends_in_the_same_bits_every_time(stage, threads):
-    runs = [make_training(stage, threads) for _ in range(2)]
+@one_or_two_workers
+def test_a_stage_ends_in_the_same_bits_every_time(stage, workers):
+    runs = [make_training(stage, workers) for _ in range(2)]
     assert run(stage, runs[0], 3) == run(stage, runs[1], 3)
     assert everything(runs[0]) == everything(runs[1])
 
@@ -171,7 +169,7 @@ def test_the_state_of_another_model_is_refused(other):
             target.restore(*saved.state())
 
 
-# Threads and micro-batches.
+# Workers and micro-batches.
 
 def assert_same_training(trainings, metrics):
     (one, other), (expected, actual) = trainings, metrics
@@ -185,35 +183,32 @@ def assert_same_training(trainings, metrics):
         assert_close(other.model.parameters()[name].data, p.data, name=name)
 
 
-@pytest.mark.parametrize("cores, tokens, threads", [(8, 1, 1), (8, 1024, 2), (8, 10**6, 8), (1, 10**6, 1), (2, 2048, 2)])
-def test_a_step_gets_no_more_threads_than_cores_and_than_it_has_work_for(cores, tokens, threads, monkeypatch):
+@pytest.mark.parametrize("cores, tokens, workers", [(8, 1, 1), (8, 1024, 2), (8, 10**6, 8), (1, 10**6, 1), (2, 2048, 2)])
+def test_a_step_gets_no_more_workers_than_cores_and_than_it_has_work_for(cores, tokens, workers, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
-    assert threads_for(tokens) == threads
+    assert workers_for(tokens) == workers
 
 
 @every_stage
-@pytest.mark.parametrize("threads", [2, 3, 8])
-def test_threads_change_nothing_but_rounding(stage, threads):
-    trainings = [make_training(stage, n, np.float64) for n in (1, threads)]
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_workers_change_nothing_but_rounding(stage, workers):
+    trainings = [make_training(stage, n, np.float64) for n in (1, workers)]
     assert_same_training(trainings, [run(stage, t, 3) for t in trainings])
 
 
-def test_the_samples_of_a_prompt_are_dealt_out_where_there_are_fewer_prompts_than_threads():
-    """Three prompts, six samples, four threads: none is idle, none is asked twice."""
+def test_the_samples_of_a_prompt_are_dealt_out_where_there_are_fewer_prompts_than_workers():
+    """Three prompts, six samples, four workers: none is idle, none is asked twice."""
+    parts = deal((3, 2), 4)
+    assert sorted(map(len, parts)) == [1, 1, 2, 2] and sorted(np.concatenate(parts)) == list(range(6))
     trainings = [make_training("rlhf", n, np.float64) for n in (1, 4)]
-    packed, pack = [], rlhf_module.pack
-    with mock.patch.object(rlhf_module, "pack", lambda prompts, *rest: packed.append(len(prompts))
-                           or pack(prompts, *rest)):
-        runs = [run("rlhf", training, 3) for training in trainings]
-    assert sorted(packed[3:7]) == [1, 1, 2, 2]
-    assert_same_training(trainings, runs)
+    assert_same_training(trainings, [run("rlhf", training, 3) for training in trainings])
 
 
 @pytest.mark.parametrize("stage", ["pretraining", "instruction tuning"])
-@one_or_two_threads
-def test_gradient_accumulation_normalised_per_micro_batch(stage, threads):
+@one_or_two_workers
+def test_gradient_accumulation_normalised_per_micro_batch(stage, workers):
     """Parts of unequal length (two of five dialogues here, one there) are the whole batch, not an average of means."""
-    trainings = [make_training(stage, 1, np.float64), make_training(stage, threads, np.float64)]
+    trainings = [make_training(stage, 1, np.float64), make_training(stage, workers, np.float64)]
     assert_same_training(trainings, [run(stage, trainings[0], 3, micro_batches=1),
                                      run(stage, trainings[1], 3, micro_batches=4)])
 
@@ -226,33 +221,42 @@ def test_a_split_deals_every_item_to_one_part_and_leaves_none_empty(count, parts
     assert max(map(len, items)) - min(map(len, items)) <= 1
 
 
-def test_results_come_in_the_order_of_the_parts():
-    training = make_training("pretraining", threads=3)
-    assert training.each(lambda model, part: (time.sleep(0.01 * (part % 2)), part)[1], range(8)) == list(range(8))
+@stage
+def steps_on(training, batches):
+    """A stage of steps on the parts of these batches. Yields how many workers there were."""
+    for parts in batches:
+        optimise(training, lambda model, part: (-ops.sum(model.log_probs(part)), None), parts, 0.01, "here")
+        yield training.team.at_work
 
 
-def test_no_thread_works_on_after_another_has_failed():
-    """Or it would write into gradients that the next step has begun with."""
-    training, done = make_training("pretraining", threads=2), threading.Event()
-
-    def work(model, part):
-        if part == 0:
-            raise ZeroDivisionError
-        time.sleep(0.2)
-        done.set()
-
-    with pytest.raises(ZeroDivisionError):
-        training.each(work, [0, 1])
-    assert done.is_set()
-
-
-def test_a_thread_that_gets_no_part_adds_nothing_not_even_what_it_found_in_the_step_before():
-    trainings = [make_training("pretraining", threads, np.float64) for threads in (1, 2)]
-    for training in trainings:
-        for parts in ([STREAM[None, :6], STREAM[None, 6:12]], [STREAM[None, 12:18]]):
-            optimise(training, lambda model, part: (-ops.sum(model.log_probs(part)), None), parts, 0.01, "here")
+def test_a_worker_that_gets_no_part_adds_nothing_not_even_what_it_found_in_the_step_before():
+    trainings = [make_training("pretraining", workers, np.float64) for workers in (1, 2)]
+    for workers, training in enumerate(trainings, start=1):
+        assert list(steps_on(training, [[STREAM[None, :6], STREAM[None, 6:12]], [STREAM[None, 12:18]]])) == [workers] * 2
     one, two = trainings
     assert_close(two.optimizer.grad, one.optimizer.grad)
+
+
+def test_a_step_outside_of_a_stage_is_done_by_one_worker_and_adds_nothing_old():
+    trainings = [make_training("pretraining", workers, np.float64) for workers in (1, 2)]
+    parts = [STREAM[None, :6], STREAM[None, 6:12]]
+    for training in trainings:
+        next(steps_on(training, [parts, parts]))
+        optimise(training, lambda model, part: (-ops.sum(model.log_probs(part)), None), parts, 0.01, "here")
+    one, two = trainings
+    assert_close(two.optimizer.grad, one.optimizer.grad)
+    assert two.step == 2
+
+
+def test_workers_wait_while_whoever_drives_the_stage_looks_and_go_on_from_the_arrays_as_they_are_then():
+    trainings = [make_training("pretraining", workers, np.float64) for workers in (1, 2)]
+    for training in trainings:
+        loop = STAGES["pretraining"](training, 2)
+        next(loop)
+        time.sleep(0.05)
+        training.model.parameters()["final_norm"].data[...] = 0.5
+        next(loop)
+    assert_same_training(trainings, [[], []])
 
 
 # The gradient of a step, in closed form. After a step it stands in the optimiser, clipped to a norm of 1.
@@ -306,7 +310,7 @@ def test_dpo_pushes_chosen_up_and_rejected_down_alike_and_never_touches_a_prompt
 
 
 def test_pretraining_minimises_the_mean_over_every_position_of_every_window():
-    training = make_training("pretraining", threads=2, dtype=np.float64)
+    training = make_training("pretraining", workers=2, dtype=np.float64)
     before = training.model.copy()
     metrics = run("pretraining", training, 1)[0]
     loss = -before.log_probs(windows(STREAM, np.random.default_rng(4), 5, 7)).mean()
@@ -321,9 +325,9 @@ def assert_step_is_down_the_gradient_of(loss, before, training, metrics):
         assert_close(p.grad * max(1.0, metrics["grad_norm"]), before.parameters()[name].grad, name=name)
 
 
-@one_or_two_threads
+@one_or_two_workers
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
-def test_temperature_ignored_when_log_probs_are_recomputed(temperature, threads):
+def test_temperature_ignored_when_log_probs_are_recomputed(temperature, workers):
     """The second step of RLHF, recomputed from what the reward function saw, policy and reference at that temperature.
 
     The divergence here comes from scoring anew, in the stage from the draw itself: they are the same only if samples,
@@ -335,7 +339,7 @@ def test_temperature_ignored_when_log_probs_are_recomputed(temperature, threads)
         seen.append((prompts, answers))
         return [a.count(5) - 0.1 * p.count(4) for p, a in zip(prompts, answers)]
 
-    training, reference = make_training("rlhf", threads, np.float64), transformer(np.float64)
+    training, reference = make_training("rlhf", workers, np.float64), transformer(np.float64)
     loop = rlhf_stage(training, 9, temperature, reward, reference=reference, beta=beta, learning_rate=0.02)
     next(loop)
     before = training.model.copy()
@@ -367,10 +371,10 @@ def comparisons(training):
     return rows, *([answers[i] for i in rows] for answers in (PROMPTS, RESPONSES, REJECTED))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_step_of_reward_modelling_is_down_the_gradient_of_its_loss(threads):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_step_of_reward_modelling_is_down_the_gradient_of_its_loss(workers):
     """Prompt and response are seen, the centring is there, and the figures are of the same rewards."""
-    training = make_training("reward modelling", threads, np.float64)
+    training = make_training("reward modelling", workers, np.float64)
     loop = STAGES["reward modelling"](training, 5, centering=0.3)
     next(loop)
     before, (_, prompts, chosen, rejected) = copied(training.model), comparisons(training)
@@ -382,10 +386,10 @@ def test_a_step_of_reward_modelling_is_down_the_gradient_of_its_loss(threads):
     assert_step_is_down_the_gradient_of(loss, before, training, metrics)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_step_of_dpo_is_down_the_gradient_of_its_loss(threads):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_step_of_dpo_is_down_the_gradient_of_its_loss(workers):
     """The second one, away from the reference: each pair beside its own references, beta in loss and figures."""
-    training, reference = make_training("preference tuning", threads, np.float64), transformer(np.float64)
+    training, reference = make_training("preference tuning", workers, np.float64), transformer(np.float64)
     references = [reference_log_probs(reference, PROMPTS, answers) for answers in (RESPONSES, REJECTED)]
     loop = preference_tuning(training, PROMPTS, RESPONSES, REJECTED, *references, 5, 5, beta=0.7,
                              learning_rate=0.02)
@@ -414,23 +418,23 @@ def test_the_learning_rate_warms_up_and_falls_and_is_the_one_that_the_optimiser_
 
 # RLHF and DPO.
 
-@one_or_two_threads
+@one_or_two_workers
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
-def test_a_policy_that_is_its_reference_has_no_divergence(temperature, threads):
+def test_a_policy_that_is_its_reference_has_no_divergence(temperature, workers):
     """On policy at every temperature: the log-probs of the draw are those that the reference finds."""
-    metrics = next(rlhf_stage(make_training("rlhf", threads, np.float64), 1, temperature))
+    metrics = next(rlhf_stage(make_training("rlhf", workers, np.float64), 1, temperature))
     assert abs(metrics["kl_sequence"]) < 1e-12 and abs(metrics["kl_token"]) < 1e-12
 
 
-@one_or_two_threads
-def test_the_reward_function_sees_each_prompt_beside_the_samples_drawn_for_it(threads):
+@one_or_two_workers
+def test_the_reward_function_sees_each_prompt_beside_the_samples_drawn_for_it(workers):
     seen = []
 
     def reward(prompts, answers):
         seen.append((prompts, answers))
         return np.zeros(len(answers))
 
-    training = make_training("rlhf", threads)
+    training = make_training("rlhf", workers)
     list(rlhf_stage(training, 3, reward=reward))
     for prompts, answers in seen:
         assert len(prompts) == len(answers) == 6 and prompts[0::2] == prompts[1::2]
@@ -460,7 +464,7 @@ def test_kl_sign_reversed_drift_is_rewarded():
 
 @pytest.mark.parametrize("stage", ["rlhf", "preference tuning"])
 def test_the_reference_does_not_change_by_a_bit(stage):
-    reference, training = transformer(np.float32), make_training(stage, threads=2)
+    reference, training = transformer(np.float32), make_training(stage, workers=2)
     weights = {name: p.data.tobytes() for name, p in reference.parameters().items()}
     if stage == "rlhf":
         run(stage, training, 3, reference=reference)
@@ -473,10 +477,10 @@ def test_the_reference_does_not_change_by_a_bit(stage):
     assert all(p.grad is None for p in reference.parameters().values())
 
 
-@one_or_two_threads
-def test_dropout_in_the_reference(threads):
+@one_or_two_workers
+def test_dropout_in_the_reference(workers):
     """DPO starts at log 2, though the policy's batches are put together and padded otherwise than the reference's."""
-    metrics = next(dpo_stage(make_training("preference tuning", threads), 1))
+    metrics = next(dpo_stage(make_training("preference tuning", workers), 1))
     assert abs(metrics["loss"] - np.log(2)) < 1e-6
     assert abs(metrics["rewards/margins"]) < 1e-5
 
@@ -497,11 +501,11 @@ def test_rlhf_takes_another_baseline():
     assert metrics["mean"]["loss"] == metrics["leave_one_out"]["loss"] == 0
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_without_a_baseline_rlhf_reinforces_responses_and_never_a_prompt(threads):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_without_a_baseline_rlhf_reinforces_responses_and_never_a_prompt(workers):
     """Leave-one-out would hide it: a prompt's advantages add up to 0, so what its samples share cancels."""
     seen, rewards = [], np.array([1.0, 2, 3, 4, 5, 6])
-    training = make_training("rlhf", threads, np.float64)
+    training = make_training("rlhf", workers, np.float64)
     loop = rlhf_stage(training, 5, 0.7, lambda *sample: (seen.append(sample), rewards)[1], beta=0.0, baseline="none")
     next(loop)
     before, metrics = training.model.copy(), next(loop)
@@ -510,10 +514,10 @@ def test_without_a_baseline_rlhf_reinforces_responses_and_never_a_prompt(threads
     assert_step_is_down_the_gradient_of(loss, before, training, metrics)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("temperature", [0.6, 1.7])
-def test_the_entropy_of_rlhf_is_per_token_drawn_at_the_temperature_of_the_draw(temperature, threads):
-    training, seen = make_training("rlhf", threads, np.float64), []
+def test_the_entropy_of_rlhf_is_per_token_drawn_at_the_temperature_of_the_draw(temperature, workers):
+    training, seen = make_training("rlhf", workers, np.float64), []
     loop = rlhf_stage(training, 5, temperature, lambda *sample: (seen.append(sample), np.zeros(6))[1])
     next(loop)
     before, metrics = training.model.copy(), next(loop)
@@ -528,17 +532,17 @@ def test_the_reference_of_rlhf_is_scored_without_a_graph():
     reference, recorded = transformer(np.float32), []
     log_probs = reference.response_log_probs
     reference.response_log_probs = lambda *arguments: (recorded.append(grad_enabled()), log_probs(*arguments))[1]
-    next(rlhf_stage(make_training("rlhf", threads=2), 1, reference=reference))
-    assert recorded == [False, False]
+    next(rlhf_stage(make_training("rlhf"), 1, reference=reference))
+    assert recorded == [False]
 
 
 # Divergence.
 
 @every_stage
-@one_or_two_threads
+@one_or_two_workers
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_bad_parameter_stops_the_stage_by_name_before_anything_is_updated(stage, threads, bad):
-    training = make_training(stage, threads)
+def test_a_bad_parameter_stops_the_stage_by_name_before_anything_is_updated(stage, workers, bad):
+    training = make_training(stage, workers)
     loop = STAGES[stage](training, 5)
     next(loop)
     training.model.parameters()["blocks.0.gate_up"].data[1, 2] = bad
@@ -571,12 +575,12 @@ def test_a_reward_that_is_no_number_is_traced_to_the_policy_gradient():
     (lambda p: ops.sum(ops.sqrt(p * 0.0)), "norm is nan; first bad tensor: the gradient of parameter final_norm, "),
     (lambda p: ops.sum(p * 1e30), r"norm is inf; first bad tensor: none \(the sum of squares overflowed\)"),
 ], ids=["infinite slope", "overflow"])
-@one_or_two_threads
-def test_a_finite_loss_with_a_gradient_that_is_not_stops_before_anything_is_updated(loss, message, threads):
-    training = make_training("pretraining", threads)
+@one_or_two_workers
+def test_a_finite_loss_with_a_gradient_that_is_not_stops_before_anything_is_updated(loss, message, workers):
+    training = make_training("pretraining", workers)
     before = everything(training)
     with pytest.raises(Diverged, match=f"^here, step 1: the gradient's {message}"):
-        optimise(training, lambda model, part: (loss(model.parameters()["final_norm"]), None), [0] * threads, 1e-3,
+        optimise(training, lambda model, part: (loss(model.parameters()["final_norm"]), None), [0] * workers, 1e-3,
                  "here")
     assert everything(training) == before
 
@@ -607,10 +611,11 @@ def test_what_nobody_differentiates_records_no_graph(rng, monkeypatch):
         assert recorded and not any(recorded)
 
 
-@pytest.mark.parametrize("threads, micro_batches", [(1, 2), (2, None), (1, 1)])
-def test_the_samples_of_a_prompt_stay_together_so_that_it_is_read_once(threads, micro_batches, monkeypatch):
+@pytest.mark.parametrize("micro_batches, sizes", [(2, [6, 4, 2]), (None, [6, 6]), (3, [6, 2, 2, 2])])
+def test_the_samples_of_a_prompt_stay_together_so_that_it_is_read_once(micro_batches, sizes, monkeypatch):
+    """All of the worker's are sampled at once, and learnt from in as many parts as asked for."""
     packed, pack = [], rlhf_module.pack
     monkeypatch.setattr(rlhf_module, "pack", lambda prompts, *rest: packed.append(prompts) or pack(prompts, *rest))
-    next(rlhf_stage(make_training("rlhf", threads), 1, micro_batches=micro_batches))
-    assert sorted(map(len, packed)) == ([6] if micro_batches == 1 else [2, 4])
+    next(rlhf_stage(make_training("rlhf"), 1, micro_batches=micro_batches))
+    assert list(map(len, packed)) == sizes
     assert all(prompts[0::2] == prompts[1::2] for prompts in packed)

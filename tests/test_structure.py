@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARRAYS = {"backend", "tensor", "ops"}
 FLOORS = {
     "backend": set(),
+    "parallel": set(),
     "tensor": {"backend"},
     "ops": {"backend", "tensor"},
     "layers": ARRAYS | {"kernels"},
@@ -21,11 +22,12 @@ FLOORS = {
     "gradcheck": ARRAYS,
     "packing": ARRAYS | {"layers"},
     "model": ARRAYS | {"layers", "packing"},
-    "generate": ARRAYS | {"layers", "model", "kernels"},
-    "optim": ARRAYS | {"kernels"},
+    "generate": ARRAYS | {"layers", "model", "parallel", "kernels"},
+    "optim": ARRAYS | {"parallel", "kernels"},
     "objectives": ARRAYS | {"objectives"},
     "world": ARRAYS | {"layers", "optim", "data", "world"},
-    "stages": ARRAYS | {"layers", "model", "generate", "optim", "objectives", "data", "packing", "stages"},
+    "stages": ARRAYS | {"layers", "model", "generate", "optim", "objectives", "data", "packing", "parallel",
+                        "stages"},
 }
 TEACHING = set(FLOORS) - {"formulas", "world"}
 SHARED_BY_SCRIPTS = {"evaluation", "figures", "hf_llama", "measuring", "run_folder", "torch_llama", "trl_trainers"}

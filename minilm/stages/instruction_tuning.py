@@ -3,26 +3,27 @@
 from minilm.objectives.sft import sft_loss
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
-from minilm.stages.training import optimise, split
+from minilm.stages.training import optimise, split, stage
 
 
+@stage
 def instruction_tuning(training, prompts, responses, steps, batch_size, learning_rate=1e-3, micro_batches=None):
     """Finetune training.model on demonstrations, token lists as of data.encode_dialogue.
 
-    batch_size demonstrations a step, drawn at random, in micro_batches parts (None: one a thread); the loss is the mean
+    batch_size demonstrations a step, drawn at random, in micro_batches parts (None: one a worker); the loss is the mean
     over the response tokens of the whole step. Yields {"loss", "grad_norm", "learning_rate",
     "trained_tokens"} a step, the last being the response tokens.
     """
     context = training.model.config.context
     while training.step < steps:
         drawn = training.rng.integers(len(prompts), size=batch_size)
-        packs = [pack([prompts[i] for i in part], [responses[i] for i in part], context)
-                 for part in (drawn[s] for s in split(batch_size, micro_batches or training.threads))]
-        total = float(sum(len(part.targets) for part in packs))
+        parts = [drawn[s] for s in split(batch_size, micro_batches or training.workers)]
+        total = float(sum(len(responses[i]) for i in drawn))
 
-        def loss(model, part):
+        def loss(model, rows):
+            part = pack([prompts[i] for i in rows], [responses[i] for i in rows], context)
             return sft_loss(model.response_log_probs(part), part.mask, total=total), None
 
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(20, steps // 10 + 1))
-        metrics, _ = optimise(training, loss, packs, rate, "instruction tuning")
+        metrics, _ = optimise(training, loss, parts, rate, "instruction tuning")
         yield {**metrics, "trained_tokens": total}

@@ -6,7 +6,7 @@ from minilm import layers
 from minilm.objectives.dpo import dpo_loss, dpo_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import pack, packs
-from minilm.stages.training import optimise, split
+from minilm.stages.training import optimise, split, stage
 from minilm.tensor import no_grad
 
 
@@ -22,18 +22,19 @@ def reference_log_probs(reference, prompts, responses, batch_size=64):
                                in packs(prompts, responses, batch_size, reference.config.context)])
 
 
+@stage
 def preference_tuning(training, prompts, chosen, rejected, reference_chosen, reference_rejected, steps, batch_size,
                       beta=0.1, learning_rate=3e-4, loss=dpo_loss, micro_batches=None):
     """Train training.model, the policy, on comparisons: token lists, chosen[i] preferred to rejected[i].
 
     reference_chosen, reference_rejected: their summed log-probs under the reference, arrays (N,), from
     reference_log_probs. loss: of four arrays of summed log-probs and beta, as dpo_loss (with
-    functools.partial for its options). micro_batches: parts of a step, None for one a thread. Yields
+    functools.partial for its options). micro_batches: parts of a step, None for one a worker. Yields
     {"loss", "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins", "logps/chosen", ...}.
     """
     while training.step < steps:
         drawn = training.rng.integers(len(prompts), size=batch_size)
-        parts = [drawn[s] for s in split(batch_size, micro_batches or training.threads)]
+        parts = [drawn[s] for s in split(batch_size, micro_batches or training.workers)]
 
         def part_loss(policy, pairs):
             log_probs = summed_log_probs(policy, pack([prompts[i] for i in pairs] * 2,

@@ -5,19 +5,20 @@ import numpy as np
 from minilm.data import windows
 from minilm.objectives.sft import sft_loss
 from minilm.optim import warmup_cosine
-from minilm.stages.training import optimise, split
+from minilm.stages.training import optimise, split, stage
 
 
+@stage
 def pretraining(training, stream, steps, batch_size, length, learning_rate=3e-3, micro_batches=None):
     """Train training.model on random windows of a stream of tokens (N,), up to `steps` steps in all.
 
-    batch_size windows of `length` + 1 tokens a step, in micro_batches parts (None: one a thread).
+    batch_size windows of `length` + 1 tokens a step, in micro_batches parts (None: one a worker).
     Every position counts.
     Yields {"loss" in nats per token, "grad_norm", "learning_rate", "trained_tokens"} a step.
     """
     while training.step < steps:
         tokens = windows(stream, training.rng, batch_size, length + 1)
-        parts = [tokens[part] for part in split(batch_size, micro_batches or training.threads)]
+        parts = [tokens[part] for part in split(batch_size, micro_batches or training.workers)]
 
         def loss(model, part):
             return sft_loss(model.log_probs(part), np.ones(part[:, 1:].shape), total=batch_size * length), None

@@ -2,14 +2,15 @@
 
 import numpy as np
 
-from minilm.generate import generate
+from minilm.generate import Samples, generate
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
-from minilm.stages.training import optimise, split
+from minilm.stages.training import optimise, split, stage
 from minilm.tensor import no_grad
 
 
+@stage
 def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_per_prompt, max_new_tokens,
          eos, beta=0.1, learning_rate=3e-4, temperature=1.0, baseline="leave_one_out",
          micro_batches=None):
@@ -19,7 +20,7 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
     prompts    token lists to sample answers to; no comparisons needed
     temperature  of sampling; policy and reference are both scored at it, with neither top-k nor
                top-p, or the log-probs would not be those of what was drawn
-    micro_batches  parts of a step, None for one a thread
+    micro_batches  parts of a step, None for one a worker
     One update per batch of samples, so they are always the policy's own.
     Yields {"loss", "grad_norm", "learning_rate", "reward", "kl_sequence", "kl_token", ...} a step.
     """
@@ -29,34 +30,38 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
         drawn = training.rng.integers(len(prompts), size=prompts_per_step)
         asked = [prompts[i] for i in drawn for _ in range(samples_per_prompt)]
         uniforms = training.rng.random((len(asked), max_new_tokens))
-        # The policy's own log-probs come with the draw: no second pass for them.
-        samples = generate(training.model, asked, max_new_tokens, uniforms, eos, temperature, threads=training.threads)
-        answers, mask = samples.responses(), samples.mask > 0
-        # A prompt's samples stay together, for they share it, unless there are fewer prompts than parts.
-        count, rows = micro_batches or training.threads, np.arange(len(asked))
-        if count <= prompts_per_step:
-            parts = [rows.reshape(shape)[part].reshape(-1) for part in split(prompts_per_step, count)]
-        else:
-            parts = [rows[part] for part in split(len(rows), count)]
-        packs = [pack([asked[i] for i in rows], [answers[i] for i in rows], context) for rows in parts]
 
-        def score(_, part):
+        def sample(rows):
+            # The policy's own log-probs come with the draw: no second pass for them.
+            samples = generate(training.model, [asked[i] for i in rows], max_new_tokens, uniforms[rows], eos, temperature)
+            part = pack([asked[i] for i in rows], samples.responses(), context)
             with no_grad():
-                return reference.response_log_probs(part, temperature).data.sum(axis=1)
+                return samples.arrays(), reference.response_log_probs(part, temperature).data.sum(axis=1)
 
-        log_pi_ref = np.empty(len(asked))
-        for rows, log_probs in zip(parts, training.each(score, packs)):
-            log_pi_ref[rows] = log_probs
+        parts = deal(shape, training.workers)
+        pieces, log_pi_ref = zip(*training.team.each(sample, parts))
+        order = np.argsort(np.concatenate(parts))
+        samples, log_pi_ref = Samples.joined(pieces, order), np.concatenate(log_pi_ref)[order]
+        answers, mask = samples.responses(), samples.mask > 0
         kl = (samples.log_probs * mask).sum(axis=1) - log_pi_ref
-        rewards = np.asarray(reward(asked, answers)).reshape(shape)
+        rewards = training.team.once(lambda: np.asarray(reward(asked, answers))).reshape(shape)
         A = advantages(rewards, kl.reshape(shape), beta, baseline).reshape(-1)
 
-        def loss(policy, rows_and_part):
-            rows, part = rows_and_part
+        def loss(policy, rows):
+            part = pack([asked[i] for i in rows], [answers[i] for i in rows], context)
             log_probs = policy.response_log_probs(part, temperature)
             return policy_gradient_loss(log_probs, A[rows], part.mask) * (len(rows) / len(A)), None
 
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(5, steps // 10 + 1), floor=0.3)
-        metrics, _ = optimise(training, loss, list(zip(parts, packs)), rate, "rlhf")
+        metrics, _ = optimise(training, loss, deal(shape, micro_batches or training.workers), rate, "rlhf")
         yield {**metrics, **policy_gradient_metrics(rewards, kl.reshape(shape), mask),
                "entropy": float(samples.entropies[mask].mean())}
+
+
+def deal(shape, count):
+    """The rows of (prompts, samples) in at most `count` parts. A prompt's samples stay together, for they share it,
+    unless there are fewer prompts than parts."""
+    rows = np.arange(np.prod(shape)).reshape(shape)
+    if count > len(rows):
+        rows = rows.reshape(-1, 1)
+    return [rows[part].reshape(-1) for part in split(len(rows), count)]

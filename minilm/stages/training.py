@@ -2,18 +2,18 @@
 
 A stage is a generator function over a Training. Between two yields the Training is consistent:
 whoever drives the stage may save it there, and a stage started on a restored Training goes on
-as if it had never stopped, bit for bit on one machine with one number of threads.
+as if it had never stopped, bit for bit on one machine with one number of workers.
 """
 
+import functools
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor, wait
 
 from minilm.backend import array_module, to_numpy
-from minilm.optim import AdamW, complete, forget
-from minilm.tensor import Tensor, first_nonfinite
+from minilm.optim import AdamW, complete
+from minilm.parallel import Team, cores
+from minilm.tensor import first_nonfinite
 
-TOKENS_A_THREAD = 512
+TOKENS_A_WORKER = 512
 
 
 class Diverged(ArithmeticError):
@@ -23,50 +23,29 @@ class Diverged(ArithmeticError):
 class Training:
     """A model in training: its optimiser, the Generator that draws its data, the steps done.
 
-    threads: each step's batch is split into that many parts, each worked on by a thread of its
-    own with a tape and a gradient of its own (NumPy lets go of the interpreter lock inside large
-    operations); the gradients are added in a fixed order. Results depend on the number of threads
-    by rounding only, and are the same bit for bit every time for a given number. It pays where
-    BLAS itself is held to one thread. `settings` are those of AdamW.
+    workers: each step's batch is split into that many parts, each worked on by a process of its
+    own (parallel.py) with a tape and a gradient of its own; the gradients are added in a fixed order.
+    Results depend on the number of workers by rounding only, and are the same bit for bit every time
+    for a given number. It pays where BLAS itself is held to one thread. `settings` are those of AdamW.
     """
 
-    def __init__(self, model, rng, threads=1, **settings):
-        self.model, self.rng, self.threads, self.step = model, rng, threads, 0
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
-        self.optimizer = AdamW(model.parameters(), pool=self._pool, threads=threads, **settings)
-        # The first thread works on the model itself, the others on twins: the same arrays of
-        # parameters, gradients apart.
-        self._models, self._gradients = [model], []
-        for _ in range(threads - 1):
-            gradient = array_module(self.optimizer.grad).zeros_like(self.optimizer.grad)
-            twins = {name: Tensor(p.data, requires_grad=True) for name, p in model.parameters().items()}
-            for name, view in self.optimizer.views(gradient).items():
-                twins[name].grad_buffer = view
-            self._models.append(model.over(twins))
-            self._gradients.append(gradient)
+    def __init__(self, model, rng, workers=1, **settings):
+        self.model, self.rng, self.workers, self.step = model, rng, workers, 0
+        self.team = Team(workers)
+        self.optimizer = AdamW(model.parameters(), team=self.team, **settings)
+        # Worker 0 has the optimiser's own gradient, each other one of these.
+        self._gradients = [self.team.zeros(self.optimizer.grad.size, self.optimizer.grad.dtype) for _ in range(workers - 1)]
 
-    def each(self, work, parts):
-        """work(model, part) for every part, part i by thread i mod threads: a list of the results."""
-        if self._pool is None:
-            return [work(self.model, part) for part in parts]
-
-        def run(worker):
-            return [work(self._models[worker], part) for part in parts[worker::self.threads]]
-        futures = [self._pool.submit(run, worker) for worker in range(self.threads)]
-        wait(futures)                       # all of them, also when one has failed
-        by_worker = [future.result() for future in futures]
-        return [by_worker[i % self.threads][i // self.threads] for i in range(len(parts))]
-
-    def zero_grad(self):
-        for model in self._models:
-            forget(model.parameters())
+    def use_own_gradient(self):
+        """For a worker just forked: let backward write into this worker's gradient."""
+        if self.team.rank:
+            for name, view in self.optimizer.views(self._gradients[self.team.rank - 1]).items():
+                p = self.model.parameters()[name]
+                p.grad_buffer, p.grad = view, None
 
     def gather_gradients(self):
-        """Add what the other threads found to the optimiser's gradient."""
-        if self._gradients:
-            for twin in self._models[1:]:
-                complete(twin.parameters())
-            self.optimizer.add_gradients(self._gradients)
+        """Add what the other workers found to the optimiser's gradient."""
+        self.optimizer.add_gradients(self._gradients[:self.team.at_work - 1])
 
     def state(self):
         """(arrays, metadata) to save: parameters, moments, Generator, step. The arrays are views: save them at once."""
@@ -90,17 +69,31 @@ class Training:
         self.step = metadata["step"]
 
 
+def stage(loop):
+    """Makes a stage of a generator function over a Training: all its workers run it, and worker 0 yields."""
+    @functools.wraps(loop)
+    def run(training, *args, **options):
+        with training.team as team:
+            training.use_own_gradient()
+            for metrics in loop(training, *args, **options):
+                if team.rank == 0:
+                    yield metrics
+                team.exchange(None)         # the others go on when worker 0 is asked to
+    return run
+
+
 def optimise(training, loss, parts, learning_rate, stage, clip=1.0):
     """One step down the sum of loss(model, part) over the parts of a batch.
 
-    loss returns (scalar Tensor, report), computed with the model it is given; each thread holds one
-    part in memory at a time, so more parts than threads is gradient accumulation. `stage` names the
-    stage in errors. Returns {"loss", "grad_norm", "learning_rate"} and the list of the parts' reports.
+    loss returns (scalar Tensor, report), computed with the model it is given; each worker holds one
+    part in memory at a time, so more parts than workers is gradient accumulation. A report is what
+    parallel.Team can exchange. `stage` names the stage in errors. Returns {"loss", "grad_norm", "learning_rate"} and the list of the parts' reports.
     Raises Diverged, before anything is updated or when the update itself overflowed.
     """
-    training.zero_grad()
+    model = training.model
+    training.optimizer.zero_grad()
 
-    def forward_backward(model, part):
+    def forward_backward(part):
         value, report = loss(model, part)
         if not math.isfinite(value.item()):
             raise Diverged(f"{stage}, step {training.step + 1}: the loss is {value.item()}; first bad tensor: "
@@ -108,7 +101,7 @@ def optimise(training, loss, parts, learning_rate, stage, clip=1.0):
         value.backward()
         return value.item(), report
 
-    losses, reports = zip(*training.each(forward_backward, parts))
+    losses, reports = zip(*training.team.each(forward_backward, parts, then=lambda: complete(model.parameters())))
     training.gather_gradients()
     norm = training.optimizer.clip(clip)
     if not math.isfinite(norm):
@@ -121,14 +114,9 @@ def optimise(training, loss, parts, learning_rate, stage, clip=1.0):
     return {"loss": sum(losses), "grad_norm": norm, "learning_rate": learning_rate}, reports
 
 
-def threads_for(tokens):
-    """How many threads pay for steps of so many tokens on this machine: a core for each, and work enough for each.
-
-    With fewer than TOKENS_A_THREAD tokens, handing over the interpreter lock takes the time that another core saves
-    (the smallest size of scripts/bench_train.py, 1024 tokens, is where two threads are hardly faster than one).
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, tokens // TOKENS_A_THREAD))
+def workers_for(tokens):
+    """How many workers pay for steps of so many tokens on this machine: a core for each, and work enough for each."""
+    return max(1, min(cores(), tokens // TOKENS_A_WORKER))
 
 
 def split(count, parts):

@@ -59,10 +59,14 @@ class AdamW:
 
     def add_gradients(self, others):
         """Add gradients found elsewhere: flat arrays in the layout of views()."""
-        complete(self.parameters)
+        self._complete()
         for b in self._blocks():
             for other in others:
                 self.grad[b] += other[b]
+
+    def _complete(self):
+        if self.team.at_work == 1:          # or each worker has, before the gradients were added up
+            complete(self.parameters)
 
     def _blocks(self):
         """Slices of this worker's stretch of the flat arrays."""
@@ -75,7 +79,7 @@ class AdamW:
         Returns the norm before (Pascanu et al. 2013, arXiv:1211.5063). PyTorch divides by the norm
         plus 1e-6; we do not.
         """
-        complete(self.parameters)
+        self._complete()
         squares = sum(float(self.grad[b] @ self.grad[b]) for b in self._blocks())
         norm = math.sqrt(sum(self.team.exchange(squares)))
         if norm > max_norm:
@@ -88,7 +92,7 @@ class AdamW:
 
         Returns the norm of the parameters after it: finite only if each of them is.
         """
-        complete(self.parameters)
+        self._complete()
         lr = self.learning_rate if learning_rate is None else learning_rate
         self.steps += 1
         b1, b2 = self.betas

@@ -259,6 +259,18 @@ def test_workers_wait_while_whoever_drives_the_stage_looks_and_go_on_from_the_ar
     assert_same_training(trainings, [[], []])
 
 
+def test_the_reward_function_is_asked_once_a_step_and_not_by_every_worker():
+    here, calls = os.getpid(), []
+
+    def reward(prompts, answers):
+        calls.append(len(answers))
+        return [float(sum(answer)) if os.getpid() == here else 0.0 for answer in answers]
+
+    trainings = [make_training("rlhf", workers, np.float64) for workers in (1, 2)]
+    assert_same_training(trainings, [run("rlhf", training, 2, reward=reward) for training in trainings])
+    assert calls == [6] * 4
+
+
 # The gradient of a step, in closed form. After a step it stands in the optimiser, clipped to a norm of 1.
 
 class LogProbsAsParameters:

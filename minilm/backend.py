@@ -47,6 +47,11 @@ def to_numpy(x):
     return x.get() if is_cupy(x) else np.asarray(x)
 
 
+def joined(arrays):
+    """Arrays of either device end to end, as one NumPy array."""
+    return np.concatenate([to_numpy(a) for a in arrays])
+
+
 def keep_freed_memory():
     """Ask the C library to keep the memory of freed arrays instead of giving it back to the system.
 
@@ -65,3 +70,12 @@ def keep_freed_memory():
     # No arrays outside the heap, nothing trimmed off its top, one heap for all threads.
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26), (M_ARENA_MAX, 1))
     return all([mallopt(option, value) == 1 for option, value in settings])
+
+
+def return_freed_memory():
+    """Give back to the system, once, what was freed until now, also where keep_freed_memory keeps it (glibc only)."""
+    import ctypes
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        pass

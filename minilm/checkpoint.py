@@ -21,6 +21,8 @@ import secrets
 
 import numpy as np
 
+from minilm.backend import array_module
+
 KEY, FORMAT, VERSION = "minilm", "minilm checkpoint", 1
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64",
           "uint8", "uint16", "uint32", "uint64", "bool")
@@ -102,7 +104,7 @@ def load_into(parameters, arrays, path=""):
                               f"{'; '.join(differences)}. "
                               "Build the model with the settings it was saved with.")
     for name, parameter in parameters.items():
-        parameter.data[...] = arrays[name]
+        parameter.data[...] = array_module(parameter.data).asarray(arrays[name])
 
 
 def write_text(path, text):

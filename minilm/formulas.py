@@ -8,6 +8,7 @@ gradient.
 import numpy as np
 
 from minilm import ops
+from minilm.backend import array_module, to_numpy
 
 
 def rms_norm(x, weight, eps=1e-6):
@@ -39,13 +40,13 @@ def smear(k, amount, before):
 def attention(q, k, v, causal=True, key_mask=None):
     """Every key/value head repeated for the query heads that share it; one softmax."""
     (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
-    share = np.repeat(np.arange(G), H // G)
+    share = array_module(q.data).asarray(np.repeat(np.arange(G), H // G))
     scores = q @ ops.swapaxes(k[:, share], -1, -2) / K ** 0.5
     # Query t stands at position S - T + t, and sees the keys up to there that are not masked.
     allowed = np.tri(T, S, S - T, dtype=bool) if causal else np.ones((T, S), bool)
     allowed = np.broadcast_to(allowed, (B, 1, T, S))
     if key_mask is not None:
-        allowed = allowed & np.asarray(key_mask, bool)[:, None, None, :]
+        allowed = allowed & to_numpy(key_mask).astype(bool)[:, None, None, :]
     weights = ops.softmax(ops.where(allowed, scores, -1e30))
     return ops.where(allowed.any(axis=-1, keepdims=True), weights @ v[:, share], 0.0)
 
@@ -55,4 +56,4 @@ def token_log_probs(hidden, unembedding, targets):
 
 
 def sequence_log_probs(log_probs, mask):
-    return ops.sum(log_probs * mask, axis=-1)
+    return ops.sum(log_probs * array_module(log_probs.data).asarray(mask), axis=-1)

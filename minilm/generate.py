@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 
 from minilm import layers, ops, parallel
-from minilm.backend import array_module, to_numpy
+from minilm.backend import array_module, is_cupy, to_numpy
+from minilm.kernels import sampling
 
 
 # Rows that have ended leave the batch once no more than this share of it is still going: what stays must be copied.
@@ -86,10 +87,10 @@ class Samples:
         return [row[m > 0].tolist() for row, m in zip(self.tokens, self.mask)]
 
 
-def advance(model, tokens, real, cache):
+def advance(model, tokens, first, cache):
     """The final hidden state (B,D) of the last of tokens (B,T), which go on from what the cache holds.
 
-    real (B,S): False on padding, of all S positions, T new ones included; None without any. What Transformer.hidden
+    first (B,): the position of each row's first real token, after padding; None without any. What Transformer.hidden
     computes, and with the same layers, but on plain arrays and with nothing for a backward: where each row
     adds one token, the tape would take longer than the arithmetic.
     """
@@ -98,6 +99,7 @@ def advance(model, tokens, real, cache):
     xp, H, HG, start = array_module(p["embedding"]), c.heads, c.heads + c.kv_heads, cache.length
     cos, sin = layers.rope_tables(xp.arange(start, start + T), c.head_width, c.rope_base, model.dtype)
     turn = cos + 1j * sin
+    real = None if first is None or T == 1 else xp.arange(start + T) >= first[:, None]
 
     def norm(x, name):
         return layers.rms_norm.__wrapped__(x, p[name], c.norm_eps)[0]
@@ -108,13 +110,13 @@ def advance(model, tokens, real, cache):
         heads = (norm(x, block + "attention_norm") @ p[block + "qkv"]).reshape(B, T, HG + c.kv_heads, -1).swapaxes(1, 2)
         if c.key_smear:
             k = heads[:, H:HG]                  # (B,G,T,K)
-            if real is not None and T > 1:      # padding is no predecessor: as if nothing stood there
+            if real is not None:                # padding is no predecessor: as if nothing stood there
                 k = xp.where(real[:, None, start:, None], k, 0)
             heads[:, H:HG] = layers.smear.__wrapped__(k, p[block + "key_smear"], cache.previous_key(i, k))[0]
         q_and_k = layers.rotate(heads[:, :HG], turn, c.rope_pairing)
         q, (keys, values) = q_and_k[:, :H], cache.extend(i, q_and_k[:, H:], heads[:, HG:])
         if T == 1:
-            mixed = layers.decode_attention(q[:, :, 0], keys, values, real)
+            mixed = layers.decode_attention(q[:, :, 0], cache.keys[i], cache.values[i], start + 1, first)
         else:
             mixed = layers.attention.__wrapped__(q, keys, values, True, real)[0].swapaxes(1, 2)
         x += mixed.reshape(B * T, -1) @ p[block + "attention_out"]
@@ -139,11 +141,11 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
         z = xp.where(z >= kth, z, -xp.inf)
     z -= xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
     if top_p is not None and top_p < 1:
-        order = xp.argsort(-z, axis=-1)
+        order = xp.argsort(-z, axis=-1, kind="stable")
         p = xp.exp(xp.take_along_axis(z, order, axis=-1))
-        before = p.cumsum(axis=-1) - p
+        cumulative = p.cumsum(axis=-1, dtype="float64")
         keep = xp.empty(z.shape, bool)
-        xp.put_along_axis(keep, order, before < top_p, axis=-1)
+        xp.put_along_axis(keep, order, cumulative - p < top_p * cumulative[:, -1:], axis=-1)
         z = _log_softmax(xp.where(keep, z, -xp.inf))
     return z
 
@@ -167,6 +169,24 @@ def draw(p, uniforms):
     return (cumulative > uniforms[:, None] * cumulative[:, -1:]).argmax(axis=-1)
 
 
+def sample(logits, uniforms, temperature=1.0, top_k=None, top_p=None, kernel=True):
+    """A token for each row of logits (B,V) and uniform numbers (B,), its log-prob, and the entropy of what it is from.
+
+    Temperature 0 takes the most likely token, and gives the model's own log-prob of it.
+    """
+    xp = array_module(logits)
+    if kernel and is_cupy(logits):
+        return sampling.sample(logits, uniforms, temperature, top_k, top_p)
+    if temperature == 0:
+        scores = _log_softmax(logits)
+        p, drawn = xp.exp(scores), logits.argmax(axis=-1)
+    else:
+        scores = distribution(logits, temperature, top_k, top_p)
+        p = xp.exp(scores)
+        drawn = draw(p, uniforms)
+    return drawn, scores[xp.arange(len(drawn)), drawn], entropy(p, scores)
+
+
 def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=None, top_p=None, workers=1):
     """Draw a response to each prompt, until EOS or max_new_tokens.
 
@@ -186,15 +206,17 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
                          f"top_p {top_p} in (0, 1]")
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("every prompt needs at least one token (a BOS, say)")
-    c, xp = model.config, array_module(model.unembedding.data)
+    c = model.config
     if not c.causal:
         raise ValueError("only a causal model generates: what a bidirectional one computed changes with every token")
     longest = max(map(len, prompts))
     if longest + max_new_tokens > c.context:
         raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context "
                          f"of {c.context}; shorten one of them")
+    if workers > 1 and is_cupy(model.unembedding.data):
+        raise ValueError(f"{workers} workers are processes that share a CPU's memory; on a GPU, ask for 1")
     B = len(prompts)
-    uniforms = xp.asarray(rng.random((B, max_new_tokens)) if isinstance(rng, np.random.Generator) else rng)
+    uniforms = rng.random((B, max_new_tokens)) if isinstance(rng, np.random.Generator) else to_numpy(rng)
 
     def rows_of(part):
         return _generate(model, [prompts[i] for i in part], uniforms[part], eos, temperature, top_k, top_p)
@@ -206,45 +228,39 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
 
 
 def _generate(model, prompts, uniforms, eos, temperature, top_k, top_p):
-    c, xp, B, max_new_tokens = model.config, array_module(uniforms), *uniforms.shape
+    c, xp, B, max_new_tokens = model.config, array_module(model.unembedding.data), *uniforms.shape
     longest = max(map(len, prompts))
     # Each prompt is read once, however many responses to it are drawn. Padded on the left, so that every
     # row's next token goes into the same column of the cache.
     distinct = {}
     of = [distinct.setdefault(tuple(prompt), len(distinct)) for prompt in prompts]
-    padded = np.zeros((len(distinct), longest), np.int64)
-    real = np.zeros((len(distinct), longest + max_new_tokens), bool)
+    padded, first = np.zeros((len(distinct), longest), np.int64), np.zeros(len(distinct), np.int32)
     for i, prompt in enumerate(distinct):
-        padded[i, longest - len(prompt):] = prompt
-        real[i, longest - len(prompt):] = True
+        first[i] = longest - len(prompt)
+        padded[i, first[i]:] = prompt
     tokens, mask = np.zeros((B, max_new_tokens), np.int64), np.zeros((B, max_new_tokens))
     log_probs, entropies = (np.zeros((B, max_new_tokens), model.dtype) for _ in range(2))
 
-    cache, real = Cache(c, len(distinct), longest, xp, model.dtype), xp.asarray(real)
-    padding = not real[:, :longest].all()
-    hidden = advance(model, xp.asarray(padded), real[:, :longest] if padding else None, cache)[of]
-    cache, real = cache.copies(of, longest + max_new_tokens), real[of]
+    first, of = xp.asarray(first) if first.any() else None, xp.asarray(of)
+    cache = Cache(c, len(distinct), longest, xp, model.dtype)
+    hidden = advance(model, padded, first, cache)[of]
+    cache, first = cache.copies(of, longest + max_new_tokens), None if first is None else first[of]
     rows, going = np.arange(B), np.ones(B, bool)        # those computed, and which of them have not ended
     for t in range(max_new_tokens):
         if t:
-            hidden = advance(model, drawn[:, None], real[rows, :longest + t] if padding else None, cache)
+            hidden = advance(model, drawn[:, None], first, cache)
         # In this order, and then copied: for a few rows BLAS takes half the time of hidden @ U^T.
         logits = xp.ascontiguousarray((model.unembedding.data @ hidden.T).T)
-        if temperature == 0:
-            scores = _log_softmax(logits)
-            p, drawn = xp.exp(scores), scores.argmax(axis=-1)
-        else:
-            scores = distribution(logits, temperature, top_k, top_p)
-            p = xp.exp(scores)
-            drawn = draw(p, uniforms[rows, t])
-        of_drawn = scores[xp.arange(len(rows)), drawn]
-        for kept, new in (tokens, drawn), (mask, going), (log_probs, of_drawn), (entropies, entropy(p, scores)):
-            kept[rows[going], t] = to_numpy(new)[going]
-        going &= to_numpy(drawn) != eos
+        drawn, of_drawn, surprise = map(to_numpy, sample(logits, xp.asarray(uniforms[rows, t]), temperature, top_k, top_p))
+        for kept, new in (tokens, drawn), (mask, going), (log_probs, of_drawn), (entropies, surprise):
+            kept[rows[going], t] = new[going]
+        going &= drawn != eos
         if not going.any():
             break
         if going.sum() <= GOING * len(going):
-            cache.keep(going)
+            stay = xp.asarray(np.flatnonzero(going))
+            cache.keep(stay)
+            first = None if first is None else first[stay]
             rows, drawn, going = rows[going], drawn[going], going[going]
     used = t + 1 if max_new_tokens else 0
     return Samples(tokens[:, :used], mask[:, :used], log_probs[:, :used], entropies[:, :used])

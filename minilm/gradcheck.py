@@ -14,6 +14,7 @@ term that is small next to the others passes any tolerance.
 import numpy as np
 
 from minilm import ops
+from minilm.backend import array_module, to_numpy
 from minilm.tensor import Tensor
 
 # Below this, an error is compared with the floor and not with the gradient itself.
@@ -49,6 +50,7 @@ def gradcheck(function, *tensors, tolerance=1e-6, step=6e-6, directions=None, rn
 
     output = function(*tensors)
     cotangent = rng.normal(size=output.shape) if output.size > 1 else np.ones(output.shape)
+    cotangent = array_module(output.data).asarray(cotangent)
 
     def value():
         return float((function(*tensors).data * cotangent).sum())
@@ -57,7 +59,7 @@ def gradcheck(function, *tensors, tolerance=1e-6, step=6e-6, directions=None, rn
     for t in checked:
         t.grad = None
     ops.sum(output * cotangent).backward()
-    analytic = [t.grad for t in checked]
+    analytic = [None if t.grad is None else to_numpy(t.grad) for t in checked]
     for t, before in zip(checked, kept):
         t.grad = before
     missing = [i for i, a in enumerate(analytic) if a is None]
@@ -81,9 +83,9 @@ def relative_error(actual, expected):
 
 
 def _every_element(which, tensor, analytic, value, step, tolerance):
-    numeric = np.empty_like(tensor.data)
+    numeric = np.empty(tensor.shape)
     for index in np.ndindex(tensor.shape):
-        x = tensor.data[index]
+        x = tensor.data[index].item()       # a number: on a GPU, tensor.data[index] is a view
         h = step * max(1.0, abs(x))
         try:
             tensor.data[index] = x + h
@@ -107,7 +109,7 @@ def _one_direction(which, tensors, analytic, value, step, tolerance, rng):
     values = []
     for sign in (1, -1):
         for t, x, a in zip(tensors, before, arrows):
-            t.data[...] = x + sign * step * a / length
+            t.data[...] = x + array_module(x).asarray(sign * step * a / length)
         values.append(value())
     for t, x in zip(tensors, before):
         t.data[...] = x

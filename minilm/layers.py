@@ -4,10 +4,12 @@ One node of the graph each, so that training spends its time in a few large oper
 `formulas.py` says the same plainly, from elementary operations; the tests hold the two
 together. Shapes: B batch, T tokens, V vocabulary, D width, H query heads, G key/value
 heads (G divides H), K head width, F hidden width of the feed-forward.
+On a GPU they are CUDA kernels (kernels/), which refuse what they do not serve; kernel=False takes these.
 """
 
 from minilm import ops
-from minilm.backend import array_module
+from minilm.backend import array_module, is_cupy
+from minilm.kernels import decode, layers as on_gpu
 from minilm.tensor import Product, primitive
 
 # Logits that token_log_probs holds at a time: 2^25 are 128 MB in float32.
@@ -20,13 +22,15 @@ SCORES_KEPT = 1 << 22
 
 
 @primitive
-def rms_norm(x, weight, eps=1e-6):
+def rms_norm(x, weight, eps=1e-6, kernel=True):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis.  (..,D), (D,) -> (..,D)
 
     Zhang and Sennrich 2019, arXiv:1910.07467. With n = x r the normalised input, r the
     reciprocal root, and dn = dy weight:  dx = r (dn - n mean(dn n)), the second term because
     dr/dx = -r^3 x / D.
     """
+    if kernel and is_cupy(x):
+        return on_gpu.rms_norm(x, weight, eps)
     xp = array_module(x)
     D = x.shape[-1]
     r = 1 / xp.sqrt(_dot_rows(x, x) / D + eps)
@@ -46,12 +50,14 @@ def _dot_rows(a, b):
 
 
 @primitive
-def swiglu(gate_up):
+def swiglu(gate_up, kernel=True):
     """silu(gate) * up, with gate and up the two halves of the last axis.  (..,2F) -> (..,F)
 
     Shazeer 2020, arXiv:2002.05202. silu(g) = g s with s = sigmoid(g), and
     silu'(g) = s + silu(g) (1 - s).
     """
+    if kernel and is_cupy(gate_up):
+        return on_gpu.swiglu(gate_up)
     xp = array_module(gate_up)
     width = gate_up.shape[-1] // 2
     if gate_up.shape[-1] % 2:
@@ -154,7 +160,7 @@ def blend(k, previous, amount):
 
 
 @primitive
-def attention(q, k, v, causal=True, key_mask=None, scale=None, out=None):
+def attention(q, k, v, causal=True, key_mask=None, scale=None, out=None, kernel=True):
     """softmax(q k^T / sqrt(K)) v.  q (B,H,T,K); k, v (B,G,S,K) -> (B,H,T,K)
 
     Vaswani et al. 2017, arXiv:1706.03762; grouped queries: Ainslie et al. 2023,
@@ -177,8 +183,10 @@ def attention(q, k, v, causal=True, key_mask=None, scale=None, out=None):
     if k.shape != (B, G, S, K) or v.shape != k.shape or H % G or (causal and S < T):
         raise ValueError("expected q (B,H,T,K) and k, v (B,G,S,K) with G dividing H"
                          + (", and S >= T when causal" if causal else ""))
-    padding = None if key_mask is None else ~xp.asarray(key_mask).astype(bool)[:, None, :, None]
     scale = K ** -0.5 if scale is None else scale
+    if kernel and is_cupy(q):
+        return on_gpu.attention(q, k, v, causal, key_mask, scale)
+    padding = None if key_mask is None else ~xp.asarray(key_mask).astype(bool)[:, None, :, None]
     scaled_q = (q if scale == 1 else q * scale).reshape(B, G, H // G, T, K)
     out = xp.empty(q.shape, q.dtype) if out is None else out
     O = out.reshape(scaled_q.shape)
@@ -242,13 +250,24 @@ def attention(q, k, v, causal=True, key_mask=None, scale=None, out=None):
     return out, vjp
 
 
-def decode_attention(q, k, v, key_mask=None):
-    """attention for the last position alone, on arrays, without a gradient.  q (B,H,K); k, v (B,G,S,K) -> (B,H,K)"""
-    xp = array_module(q, k, v)
-    (B, H, K), G = q.shape, k.shape[1]
+@primitive
+def segment_attention(qkv, cos, sin, heads, kv_heads, plan, pairing="half"):
+    """packing.packed_attention without smearing, on a GPU: (N,(H+2G)K) -> (N,H K)"""
+    return on_gpu.segment_attention(qkv, cos, sin, heads, kv_heads, plan, pairing)
+
+
+def decode_attention(q, keys, values, length, first=None, kernel=True):
+    """attention for the last position alone, on arrays, without a gradient.  q (B,H,K) -> (B,H,K)
+
+    keys, values (B,G,capacity,K), `length` positions filled in; first (B,): where each row's keys begin, int32, or None.
+    """
+    xp, (B, H, K), G = array_module(q, keys, values), q.shape, keys.shape[1]
+    if kernel and is_cupy(q):
+        return decode.decode(xp.ascontiguousarray(q), keys, values, length, first)
+    k, v = keys[:, :, :length], values[:, :, :length]
     E = (q * K ** -0.5).reshape(B, G, H // G, K) @ k.swapaxes(-1, -2)
-    if key_mask is not None:
-        xp.copyto(E, -xp.inf, where=~key_mask[:, None, None, :])
+    if first is not None:
+        xp.copyto(E, -xp.inf, where=(xp.arange(length) < first[:, None])[:, None, None, :])
     E -= E.max(axis=-1, keepdims=True)
     xp.exp(E, out=E)
     mixed = E @ v
@@ -257,7 +276,7 @@ def decode_attention(q, k, v, key_mask=None):
 
 
 @primitive
-def token_log_probs(hidden, unembedding, targets, chunk=None):
+def token_log_probs(hidden, unembedding, targets, chunk=None, kernel=True):
     """log softmax(hidden unembedding^T)[target].  (..,D), (V,D), integers (..) -> (..)
 
     It does not shift: for next-token log-probs pass hidden[:, :-1] and tokens[:, 1:].
@@ -273,11 +292,13 @@ def token_log_probs(hidden, unembedding, targets, chunk=None):
         raise ValueError("expected hidden (..,D), unembedding (V,D), targets (..)")
     if targets.size and not 0 <= int(targets.min()) <= int(targets.max()) < V:
         raise IndexError(f"targets from {int(targets.min())} to {int(targets.max())}, vocabulary {V}")
-    rows, flat = hidden.reshape(-1, D), targets.reshape(-1)
+    rows, flat = hidden.reshape(-1, D), xp.asarray(targets).reshape(-1)
     N = len(rows)
     chunk = max(1, LOGITS_HELD // V) if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
+    if kernel and is_cupy(hidden):
+        return on_gpu.token_log_probs(hidden, unembedding, flat, chunk)
     chunks = [slice(i, i + chunk) for i in range(0, N, chunk)]
 
     def exponentials(s):

@@ -13,8 +13,8 @@ import functools
 import numpy as np
 
 from minilm import layers, ops
-from minilm.backend import array_module, to_device
-from minilm.packing import packed_attention, rectangle, spread
+from minilm.backend import array_module, is_cupy, to_device, to_numpy
+from minilm.packing import first_tokens, packed_attention, rectangle, smeared_keys, spread
 from minilm.tensor import Tensor, recomputed
 
 
@@ -139,8 +139,7 @@ class Transformer:
         Raises IndexError for a token outside the vocabulary, ValueError past the context.
         """
         c, p = self.config, self._parameters
-        xp = array_module(p["embedding"].data)
-        tokens = xp.asarray(tokens)
+        xp, tokens = array_module(p["embedding"].data), to_numpy(tokens)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens must be integers of shape (B,T); got {tokens.dtype} {tokens.shape}")
         B, T = tokens.shape
@@ -153,6 +152,7 @@ class Transformer:
         if key_mask is None and c.causal and T:
             return self.packed_hidden(rectangle(tokens)).reshape(B, T, c.width)
         cos, sin = layers.rope_tables(xp.arange(T), c.head_width, c.rope_base, self.dtype)
+        key_mask = None if key_mask is None else xp.asarray(key_mask)
         return self._blocks(tokens, lambda i, qkv: self._padded_attention(i, qkv, cos, sin, key_mask))
 
     def packed_hidden(self, pack):
@@ -163,12 +163,21 @@ class Transformer:
         if (longest := int(pack.positions.max(initial=-1)) + 1) > c.context:
             raise ValueError(f"{longest} tokens do not fit the context of {c.context}; "
                              "shorten them, or use a model with a longer context")
-        cos, sin = layers.rope_tables(pack.positions, c.head_width, c.rope_base, self.dtype)
+        positions = array_module(p["embedding"].data).asarray(pack.positions)
+        cos, sin = layers.rope_tables(positions, c.head_width, c.rope_base, self.dtype)
+        shape = {"heads": c.heads, "kv_heads": c.kv_heads, "pairing": c.rope_pairing}
         turn, groups = cos + 1j * sin, pack.groups()
 
         def attend(i, qkv):
-            return packed_attention(qkv, p.get(f"blocks.{i}.key_smear"), turn, c.heads, c.kv_heads, groups,
-                                    pairing=c.rope_pairing)
+            return packed_attention(qkv, p.get(f"blocks.{i}.key_smear"), turn=turn, groups=groups, **shape)
+
+        if is_cupy(positions):
+            plan, before = layers.on_gpu.segment_plan(pack.segments, positions), first_tokens(pack.segments, positions)
+
+            def attend(i, qkv):
+                if c.key_smear:
+                    qkv = smeared_keys(qkv, p[f"blocks.{i}.key_smear"], *before, c.heads, c.kv_heads)
+                return layers.segment_attention(qkv, cos, sin, plan=plan, **shape)
         return self._blocks(pack.tokens, attend)
 
     def response_log_probs(self, pack, temperature=1.0):
@@ -232,7 +241,7 @@ class Transformer:
         """
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; log-probs are of a temperature above 0")
-        tokens = array_module(self.unembedding.data).asarray(tokens)
+        tokens = to_numpy(tokens)
         hidden = self.hidden(tokens[:, :-1])
         if temperature != 1.0:
             hidden = hidden * (1.0 / temperature)
@@ -256,6 +265,12 @@ class RewardModel:
         body = {name: p for name, p in self.transformer.parameters().items() if name != "unembedding"}
         return {**body, "reward_head": self.head}
 
+    def to_device(self, device):
+        """As Transformer.to_device."""
+        self.transformer.to_device(device)
+        self.head.data, self.head.grad, self.head.grad_buffer = to_device(self.head.data, device), None, None
+        return self
+
     def over(self, parameters):
         """The same RewardModel over other Tensors: a mapping like the one parameters() returns."""
         other, body = object.__new__(type(self)), dict(parameters)
@@ -269,9 +284,9 @@ class RewardModel:
         tokens (B,T); mask (B,T) is 1 on real tokens (prompt, response and EOS), 0 on padding,
         which may be on either side. Raises ValueError for a sequence of padding alone.
         """
-        mask = array_module(self.head.data).asarray(mask).astype(bool)
-        if mask.shape != np.shape(tokens):
-            raise ValueError(f"mask {mask.shape} and tokens {np.shape(tokens)} must have one shape")
+        mask, tokens = array_module(self.head.data).asarray(mask).astype(bool), to_numpy(tokens)
+        if mask.shape != tokens.shape:
+            raise ValueError(f"mask {mask.shape} and tokens {tokens.shape} must have one shape")
         if not mask.any(axis=1).all():
             raise ValueError(f"row {int((~mask.any(axis=1)).argmax())} is all padding: nothing to reward")
         T = mask.shape[1]

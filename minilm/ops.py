@@ -7,7 +7,7 @@ array per differentiable argument. The operators of Tensor are bound at the end.
 
 import math
 
-from minilm.backend import array_module
+from minilm.backend import array_module, is_cupy
 from minilm.tensor import Product, Rows, Tensor, primitive
 
 
@@ -163,7 +163,8 @@ def minimum(x, y):
 @primitive
 def where(condition, x, y):
     """x where condition holds, y elsewhere. What is not selected gets a zero, even if it is NaN."""
-    xp, (of_x, of_y) = array_module(condition), _shapes(x, y)
+    xp, (of_x, of_y) = array_module(x, y), _shapes(x, y)
+    condition = xp.asarray(condition, dtype=bool)
     def vjp(dz):
         return None, unbroadcast(xp.where(condition, dz, 0), of_x), unbroadcast(xp.where(condition, 0, dz), of_y)
     return xp.where(condition, x, y), vjp
@@ -290,22 +291,24 @@ def embed(table, indices):
     if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < len(table):
         raise IndexError(f"indices from {int(indices.min())} to {int(indices.max())} "
                          f"in a table of {len(table)} rows")
+    at = xp.asarray(indices)
     def vjp(dy):
-        # One row sum per distinct index; np.add.at would visit every element one by one.
-        flat, dy = indices.reshape(-1), dy.reshape(-1, table.shape[1])
+        # One row sum per distinct index; np.add.at would visit every element one by one. CuPy's row sum is the
+        # difference of two running sums, in which a small one would drown if they were not of double precision.
+        flat, dy, wide = at.reshape(-1), dy.reshape(-1, table.shape[1]), "float64" if is_cupy(dy) else None
         if flat.size:
             order = xp.argsort(flat, kind="stable")
             flat, starts = xp.unique(flat[order], return_index=True)
-            dy = xp.add.reduceat(dy[order], starts, axis=0)
+            dy = xp.add.reduceat(dy[order], starts, axis=0, dtype=wide).astype(dy.dtype, copy=False)
         return Rows(table, flat, dy)
-    return table[indices], vjp
+    return table[at], vjp
 
 
 @primitive
 def gather(x, indices):
     """x[..., indices]: from the last axis of x (...,V), one entry for each index (...)."""
     xp = array_module(x)
-    at = xp.expand_dims(indices, -1)
+    at = xp.expand_dims(xp.asarray(indices), -1)
     def vjp(dy):
         dx = xp.zeros_like(x)
         xp.put_along_axis(dx, at, xp.expand_dims(dy, -1), axis=-1)

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from minilm.backend import array_module
+from minilm.backend import array_module, is_cupy
+from minilm.kernels import fused
 from minilm.parallel import Team
 
 # Elements updated at a time: the five arrays of a block stay in the cache of one core.
@@ -69,9 +70,10 @@ class AdamW:
             complete(self.parameters)
 
     def _blocks(self):
-        """Slices of this worker's stretch of the flat arrays."""
+        """Slices of this worker's stretch of the flat arrays; on a GPU, all of it."""
         start, stop = (self.data.size * rank // self.team.at_work for rank in (self.team.rank, self.team.rank + 1))
-        return [slice(i, min(i + BLOCK, stop)) for i in range(start, stop, BLOCK)]
+        block = self.data.size if is_cupy(self.data) else BLOCK
+        return [slice(i, min(i + block, stop)) for i in range(start, stop, block)]
 
     def clip(self, max_norm):
         """Scale the gradient so that its norm over all parameters is at most max_norm.
@@ -80,7 +82,10 @@ class AdamW:
         plus 1e-6; we do not.
         """
         self._complete()
-        squares = sum(float(self.grad[b] @ self.grad[b]) for b in self._blocks())
+        if is_cupy(self.grad):
+            squares = fused.squared_norm(self.grad).item()
+        else:
+            squares = sum(float(self.grad[b] @ self.grad[b]) for b in self._blocks())
         norm = math.sqrt(sum(self.team.exchange(squares)))
         if norm > max_norm:
             for b in self._blocks():
@@ -95,8 +100,10 @@ class AdamW:
         self._complete()
         lr = self.learning_rate if learning_rate is None else learning_rate
         self.steps += 1
+        if is_cupy(self.data):
+            return math.sqrt(fused.adamw_step(self.data, self.grad, self.m, self.v, self.decayed, lr, self.betas, self.eps,
+                                              self.weight_decay, self.steps).item())
         b1, b2 = self.betas
-        xp = array_module(self.data)
         # lr m' / (sqrt(v') + eps) with the corrected moments, as rate m / (sqrt(v) + eps_t).
         second = math.sqrt(1 - b2 ** self.steps)
         rate, eps = lr * second / (1 - b1 ** self.steps), self.eps * second
@@ -106,14 +113,14 @@ class AdamW:
             change = g - m
             change *= 1 - b1
             m += change
-            xp.multiply(g, g, out=change)
+            np.multiply(g, g, out=change)
             change -= v
             change *= 1 - b2
             v += change
             p[:max(0, self.decayed - block.start)] *= 1 - lr * self.weight_decay
-            xp.sqrt(v, out=change)
+            np.sqrt(v, out=change)
             change += eps
-            xp.divide(m, change, out=change)
+            np.divide(m, change, out=change)
             change *= rate
             p -= change
             squares += float(p @ p)
@@ -127,7 +134,8 @@ class AdamW:
         """Go on exactly where state() was taken. The parameters are saved apart."""
         if arrays["m"].shape != self.m.shape:
             raise ValueError(f"optimiser state for {arrays['m'].size} parameters, model of {self.m.size}")
-        self.m[...], self.v[...], self.steps = arrays["m"], arrays["v"], int(arrays["steps"])
+        xp = array_module(self.m)
+        self.m[...], self.v[...], self.steps = xp.asarray(arrays["m"]), xp.asarray(arrays["v"]), int(arrays["steps"])
 
 
 def forget(parameters):

@@ -214,11 +214,7 @@ def _smeared_and_rotated(x, H, amount, turn, groups, pairing):
     xp, K, k = array_module(x), x.shape[-1], x[H:]
     first, second = layers.pair_slices(K, pairing)
     if amount is not None:
-        starts, before = _starts(groups, xp)
-        previous = xp.empty(k.shape, k.dtype)
-        previous[:, 1:] = k[:, :-1]
-        previous[:, starts] = xp.where((before >= 0)[:, None], k[:, before], 0)
-        k, blend_vjp = layers.blend(k, previous, amount)
+        k, smeared_vjp = _smeared(k, amount, *first_tokens([s for group in groups for s in group], x))
     scaled = turn * K ** -0.5
     z = xp.empty((*x.shape[:2], K // 2), turn.dtype)
     for to, part, by in ((z[:H], x[:H], scaled), (z[H:], k, turn)):
@@ -233,20 +229,49 @@ def _smeared_and_rotated(x, H, amount, turn, groups, pairing):
             dz *= by.conj()
             to[..., first], to[..., second] = dz.real, dz.imag
         if amount is not None:
-            dk, dprevious, damount = blend_vjp(dx[H:])
-            at_starts = dprevious[:, starts]
-            dprevious[:, starts] = 0
-            dk[:, :-1] += dprevious[:, 1:]
-            xp.add.at(dk, (slice(None), before[before >= 0]), at_starts[:, before >= 0])
-            dx[H:] = dk
+            dx[H:], damount = smeared_vjp(dx[H:])
         return damount
     return z.view(x.dtype), vjp
 
 
-def _starts(groups, xp):
-    """Of each segment: its first row, and the row of the token before that, -1 for none."""
-    segments = [s for group in groups for s in group]
+def first_tokens(segments, like):
+    """Of each segment: its first row, and the row of the token before that, -1 for none; on the device of `like`."""
+    xp = array_module(like)
     return xp.array([s.start for s in segments]), xp.array([s.prefix_stop - 1 for s in segments])
+
+
+def _smeared(k, amount, starts, before):
+    """layers.smear of keys (G,N,K) in segments, as first_tokens has them; and the vjp, for k and amount."""
+    xp, follows = array_module(k), before >= 0
+    previous = xp.empty(k.shape, k.dtype)
+    previous[:, 1:] = k[:, :-1]
+    previous[:, starts] = xp.where(follows[:, None], k[:, before], 0)
+    mixed, blend_vjp = layers.blend(k, previous, amount)
+
+    def vjp(dy):
+        dk, dprevious, damount = blend_vjp(dy)
+        at_starts = dprevious[:, starts]
+        dprevious[:, starts] = 0
+        dk[:, :-1] += dprevious[:, 1:]
+        xp.add.at(dk, (slice(None), before[follows]), at_starts[:, follows])
+        return dk, damount
+    return mixed, vjp
+
+
+@primitive
+def smeared_keys(qkv, amount, starts, before, heads, kv_heads):
+    """qkv (N,(H+2G)K) of packed_attention with its keys smeared, and nothing else changed."""
+    N, by_head, keys = len(qkv), qkv.reshape(len(qkv), heads + 2 * kv_heads, -1), slice(heads, heads + kv_heads)
+    mixed, smeared_vjp = _smeared(by_head[:, keys].swapaxes(0, 1), amount, starts, before)
+    out = by_head.copy()
+    out[:, keys] = mixed.swapaxes(0, 1)
+
+    def vjp(dy):
+        dqkv = dy.reshape(by_head.shape).copy()
+        dk, damount = smeared_vjp(dqkv[:, keys].swapaxes(0, 1))
+        dqkv[:, keys] = dk.swapaxes(0, 1)
+        return dqkv.reshape(qkv.shape), damount
+    return out.reshape(N, -1), vjp
 
 
 @primitive

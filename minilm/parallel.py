@@ -50,6 +50,8 @@ class Team:
         dtype = np.dtype(dtype)
         if self.size == 1 or count == 0:
             return xp.zeros(count, dtype)
+        if xp is not np:
+            raise ValueError(f"{self.size} workers are processes that share a CPU's memory; on a GPU, ask for 1")
         return np.frombuffer(mmap(-1, count * dtype.itemsize), dtype)
 
     def __enter__(self):

@@ -224,7 +224,8 @@ def primitive(function):
 
     Arguments may be Tensors, arrays or scalars, given by position or by name. vjp returns one array
     per argument from the first on (a tuple, or a single array for the first alone); trailing
-    arguments that have no gradient may be left out.
+    arguments that have no gradient may be left out. Tensors are all on one device; a primitive that
+    takes masks, indices or references beside them takes them from the CPU too, and moves them.
     The result is always a Tensor. Errors name the primitive and the shapes it was given.
     """
     name, signature = function.__name__, inspect.signature(function)
@@ -238,7 +239,7 @@ def primitive(function):
         options = {key: _array(option) for key, option in options.items()}
         dtypes = {x.dtype for x in inputs if isinstance(x, Tensor)}
         try:
-            array_module(*arrays)
+            array_module(*(x.data for x in inputs if isinstance(x, Tensor)))
             output, vjp = function(*arrays, **options)
         except (IndexError, TypeError, ValueError) as error:
             kind = next(k for k in (IndexError, TypeError, ValueError) if isinstance(error, k))

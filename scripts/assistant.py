@@ -42,7 +42,7 @@ import numpy as np
 import figures
 from evaluation import Evaluation
 from minilm import data, evaluate, parallel
-from minilm.backend import keep_freed_memory
+from minilm.backend import keep_freed_memory, to_device
 from minilm.checkpoint import CheckpointError, load, load_into, write_text
 from minilm.generate import generate
 from minilm.model import Config, RewardModel, Transformer
@@ -108,7 +108,7 @@ class Job:
         path, state_name, origin = self.run.path(f"{name}.safetensors"), f"{name}-state", self.run.fingerprint
         foreign = "of another run or another architecture. Delete it, and --resume trains that stage again."
         self.stop_if_asked()
-        model = start()
+        model = start().to_device(self.options.device)
         if os.path.exists(path):
             arrays, metadata = load(path)
             if not isinstance(metadata, dict) or metadata.get("run") != origin:
@@ -262,7 +262,7 @@ def run_stages(job):
     job.seconds["evaluation"] = time.monotonic() - began
     return {**measured, "turning_point": figures.turning_point(job.history[f"rlhf-beta-{min(RLHF_BETAS)}"]),
             "main_beta": MAIN_BETA, "history": job.history,
-            "seed": options.seed, "scale": options.scale, "size": options.size, "workers": options.workers,
+            "seed": options.seed, "scale": options.scale, "size": options.size, "workers": options.workers, "device": options.device,
             "config": dataclasses.asdict(config), "parameters": sum(p.size for p in base.parameters().values()),
             "steps": {stage: job.steps(stage) for stage in STEPS}, "seconds": job.seconds,
             "text": job.text_source,
@@ -287,6 +287,8 @@ def parse():
     parser.add_argument("--workers", "--threads", metavar="N", type=int,
                         help="processes that a training step is split over (default: what pays on this machine, or "
                              "what a resumed run had)")
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu",
+                        help="where the models are; gpu needs CuPy, pip install -e '.[gpu]' (default: %(default)s)")
     parser.add_argument("--text", metavar="FILE",
                         help="a UTF-8 text file for the real English in the corpus (default: Python's own help topics)")
     options = parser.parse_args()
@@ -294,9 +296,16 @@ def parse():
         raise UsageError(f"--scale {options.scale} must be above 0 and at most {MAX_SCALE}; 0.1 is a tenth of the steps")
     if options.workers is None:
         recorded = RunFolder.recorded(options.out).get("workers") if options.resume else None
-        options.workers = recorded or workers_for(WINDOWS * LENGTH)
+        options.workers = recorded or (workers_for(WINDOWS * LENGTH) if options.device == "cpu" else 1)
     if not 1 <= options.workers <= MAX_WORKERS:
         raise UsageError(f"--workers {options.workers} must be from 1 to {MAX_WORKERS}; there are {os.cpu_count()} cores here")
+    if options.device == "gpu":
+        if options.workers > 1:
+            raise UsageError(f"--workers {options.workers} are processes on the CPU; with --device gpu there is one")
+        try:
+            to_device(np.zeros(1), "gpu")
+        except (ImportError, RuntimeError) as error:            # of CuPy, or of CUDA's for want of a device
+            raise UsageError(f"--device gpu: {error}") from error
     if options.seed < 0:
         raise UsageError(f"--seed {options.seed} must not be negative")
     return options
@@ -315,7 +324,7 @@ def main():
     text_hash = hashlib.sha256(text.encode()).hexdigest()
     keep_freed_memory()
     warnings.simplefilter("ignore", RuntimeWarning)    # of NumPy, at NaN: Diverged says it better
-    fingerprint = {"text": text_hash, **{name: getattr(options, name) for name in ("scale", "size", "seed", "workers")}}
+    fingerprint = {"text": text_hash, **{name: getattr(options, name) for name in ("scale", "size", "seed", "workers", "device")}}
     with StopRequest() as stop, RunFolder(options.out, options.resume, fingerprint) as run:
         if run.finished:
             print(f"{options.out} holds a finished run; its results are in {run.path('results.json')}")

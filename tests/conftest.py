@@ -24,6 +24,29 @@ settings.load_profile("minilm")
 
 
 @pytest.fixture
+def emulated():
+    """The stand-in for CuPy, on which the kernels run on any machine with g++."""
+    from minilm.kernels import emulator
+    if reason := emulator.available():
+        pytest.skip(reason)
+    with emulator.as_cupy() as cupy:
+        yield cupy
+
+
+@pytest.fixture(params=["emulated", pytest.param("cupy", marks=pytest.mark.gpu)])
+def xp(request):
+    """CuPy, with which arrays on a device are made: its stand-in, and the real one."""
+    if request.param == "emulated":
+        return request.getfixturevalue("emulated")
+    cupy = pytest.importorskip("cupy", reason="needs CuPy: pip install cupy-cuda13x")
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        pytest.skip(f"needs a GPU: {error}")
+    return cupy
+
+
+@pytest.fixture
 def rng():
     """For what does not depend on the numbers; where it might, hypothesis chooses the seed (helpers.rngs)."""
     return np.random.default_rng(0)

@@ -29,8 +29,8 @@ FLOORS = {
     "stages": ARRAYS | {"layers", "model", "generate", "optim", "objectives", "data", "packing", "parallel",
                         "stages"},
 }
-TEACHING = set(FLOORS) - {"formulas", "world"}
-SHARED_BY_SCRIPTS = {"evaluation", "figures", "hf_llama", "measuring", "run_folder", "torch_llama", "trl_trainers"}
+TEACHING = set(FLOORS) - {"formulas", "world", "parallel"}
+SHARED_BY_SCRIPTS = {"evaluation", "figures", "gpu_measuring", "hf_llama", "measuring", "run_folder", "torch_llama", "trl_trainers"}
 
 
 @functools.cache

@@ -25,7 +25,7 @@ Tests: tests/test_dpo.py; by enumeration: tests/test_exact_optimum.py, tests/tes
 
 import numpy as np
 
-from minilm.backend import array_module
+from minilm.backend import array_module, to_numpy
 from minilm.ops import stable_sigmoid
 from minilm.tensor import primitive
 
@@ -94,7 +94,9 @@ def length_normalised_dpo_loss(policy_chosen, policy_rejected, reference_chosen,
     if min(map(np.min, (chosen_lengths, rejected_lengths))) < 1:
         raise ValueError("length_normalised_dpo_loss: a response of length 0 has no mean; "
                          "every length must be at least 1")
-    c, r = ((1 / np.asarray(n)).astype(policy_chosen.dtype) for n in (chosen_lengths, rejected_lengths))
+    xp = array_module(policy_chosen.data)
+    c, r = (xp.asarray((1 / np.asarray(n)).astype(policy_chosen.dtype)) for n in (chosen_lengths, rejected_lengths))
+    reference_chosen, reference_rejected = xp.asarray(reference_chosen), xp.asarray(reference_rejected)
     return dpo_loss(policy_chosen * c, policy_rejected * r, reference_chosen * c, reference_rejected * r, beta=beta)
 
 
@@ -104,6 +106,8 @@ def dpo_metrics(policy_chosen, policy_rejected, reference_chosen, reference_reje
     rewards/... are the implied rewards beta (l - l^ref); rewards/accuracies counts strictly
     greater ones, so it is 0 at the first step, when all are equal; `rewards/ties` is ours.
     """
+    policy_chosen, policy_rejected = to_numpy(policy_chosen), to_numpy(policy_rejected)
+    reference_chosen, reference_rejected = to_numpy(reference_chosen), to_numpy(reference_rejected)
     chosen, rejected = beta * (policy_chosen - reference_chosen), beta * (policy_rejected - reference_rejected)
     return {"rewards/chosen": float(chosen.mean()),
             "rewards/rejected": float(rejected.mean()),
@@ -115,8 +119,8 @@ def dpo_metrics(policy_chosen, policy_rejected, reference_chosen, reference_reje
 
 
 def _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected):
-    xp = array_module(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    shapes = {np.shape(a) for a in (policy_chosen, policy_rejected, reference_chosen, reference_rejected)}
+    xp = array_module(policy_chosen, policy_rejected)
+    shapes = {xp.asarray(a).shape for a in (policy_chosen, policy_rejected, reference_chosen, reference_rejected)}
     if len(shapes) > 1 or policy_chosen.ndim != 1 or not policy_chosen.size:
         raise ValueError("expected four arrays of summed log-probs, each (B,), B at least 1")
     delta = (policy_chosen - xp.asarray(reference_chosen)) - (policy_rejected - xp.asarray(reference_rejected))

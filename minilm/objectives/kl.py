@@ -30,6 +30,7 @@ Tests: tests/test_kl.py; the table, proved by enumeration: tests/test_exact_kl.p
 import numpy as np
 
 from minilm import ops
+from minilm.backend import to_numpy
 
 
 def k1(policy, reference):
@@ -54,7 +55,7 @@ def kl_metrics(policy, reference, mask):
     kl_token     the same sum divided by the number of tokens, in nats per token (the `kl` of TRL's RLOO)
     Either may come out negative from few samples; the divergence itself never is.
     """
-    selected = np.asarray(mask).astype(bool)
+    policy, reference, selected = to_numpy(policy), to_numpy(reference), to_numpy(mask).astype(bool)
     x = np.where(selected, policy - reference, 0.0)
     return {"kl_sequence": float(x.sum(axis=-1).mean()),
             "kl_token": float(x.sum() / max(1, selected.sum()))}

@@ -116,9 +116,10 @@ def ppo_clip_loss(log_probs, old_log_probs, advantages, mask, epsilon=0.2, level
     xp = array_module(log_probs)
     weights = _token_weights(log_probs, advantages, mask, xp)
     selected = xp.asarray(mask).astype(bool)
+    old_log_probs, advantages = xp.asarray(old_log_probs), xp.asarray(advantages)
     log_ratio = xp.where(selected, log_probs - old_log_probs, 0)
     if level == "sequence":
-        if np.ndim(advantages) != 1:
+        if advantages.ndim != 1:
             raise ValueError("one ratio for a whole response needs one advantage for it: advantages (N,)")
         log_ratio, A = log_ratio.sum(axis=-1, keepdims=True), xp.asarray(advantages)[:, None]
     elif level == "token":

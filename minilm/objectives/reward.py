@@ -20,7 +20,7 @@ Tests: tests/test_reward.py; what comparisons can recover: tests/test_exact_rewa
 
 import numpy as np
 
-from minilm.backend import array_module
+from minilm.backend import array_module, to_numpy
 from minilm.ops import stable_sigmoid
 from minilm.tensor import primitive
 
@@ -35,8 +35,7 @@ def reward_loss(chosen_rewards, rejected_rewards, margin=0.0, centering=0.0):
     if chosen_rewards.shape != rejected_rewards.shape or not chosen_rewards.size:
         raise ValueError("expected chosen and rejected rewards of one shape (B,), B at least 1")
     B = chosen_rewards.size
-    if np.ndim(margin):
-        margin = xp.asarray(margin, dtype=chosen_rewards.dtype)
+    margin = xp.asarray(margin, dtype=chosen_rewards.dtype)
     z = chosen_rewards - rejected_rewards - margin
     total = chosen_rewards + rejected_rewards
     loss = xp.logaddexp(-z, 0).mean() + centering * (total * total).mean()
@@ -49,6 +48,7 @@ def reward_loss(chosen_rewards, rejected_rewards, margin=0.0, centering=0.0):
 def reward_metrics(chosen_rewards, rejected_rewards):
     """Floats under TRL's names. `accuracy` counts strictly greater rewards, so two equal ones
     count as wrong; `ties`, the share of those, is ours."""
+    chosen_rewards, rejected_rewards = to_numpy(chosen_rewards), to_numpy(rejected_rewards)
     both = np.concatenate([chosen_rewards, rejected_rewards])
     return {"accuracy": float((chosen_rewards > rejected_rewards).mean()),
             "ties": float((chosen_rewards == rejected_rewards).mean()),

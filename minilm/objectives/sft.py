@@ -14,9 +14,7 @@ prompt and padding. Pretraining is the same loss with a mask of ones on all real
 Tests: tests/test_sft.py.
 """
 
-import numpy as np
-
-from minilm.backend import array_module
+from minilm.backend import array_module, to_numpy
 from minilm.tensor import primitive
 
 
@@ -45,13 +43,14 @@ def sft_metrics(log_probs, mask, predictions=None, targets=None, entropies=None)
     """Floats under TRL's names, over selected tokens only: `loss`, `mean_token_accuracy` (if
     predictions and targets (B,T) are given), `entropy` (if given, per token in nats); and how many
     they are, `trained_tokens` (TRL's num_tokens counts prompts too). All are 0 if nothing is selected."""
-    selected = np.asarray(mask).astype(bool)
+    selected = to_numpy(mask).astype(bool)
     def mean(values):
+        values = to_numpy(values)
         return float(values[selected].sum() / max(1, selected.sum()))
 
     metrics = {"loss": -mean(log_probs), "trained_tokens": float(selected.sum())}
     if predictions is not None:
-        metrics["mean_token_accuracy"] = mean(predictions == targets)
+        metrics["mean_token_accuracy"] = mean(to_numpy(predictions) == to_numpy(targets))
     if entropies is not None:
         metrics["entropy"] = mean(entropies)
     return metrics

@@ -1,8 +1,7 @@
 """Stage 3, the direct way. DPO: two answers, one preferred, train the policy. No reward model, no sampling."""
 
-import numpy as np
-
 from minilm import layers
+from minilm.backend import joined
 from minilm.objectives.dpo import dpo_loss, dpo_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import pack, packs
@@ -18,8 +17,8 @@ def summed_log_probs(model, part):
 def reference_log_probs(reference, prompts, responses, batch_size=64):
     """The same under a frozen model, as an array (N,). Compute it once and keep it: the reference never moves."""
     with no_grad():
-        return np.concatenate([summed_log_probs(reference, part).data for part
-                               in packs(prompts, responses, batch_size, reference.config.context)])
+        return joined([summed_log_probs(reference, part).data for part
+                       in packs(prompts, responses, batch_size, reference.config.context)])
 
 
 @stage
@@ -47,4 +46,4 @@ def preference_tuning(training, prompts, chosen, rejected, reference_chosen, ref
 
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
         metrics, log_probs = optimise(training, part_loss, parts, rate, "preference tuning")
-        yield {**metrics, **dpo_metrics(*map(np.concatenate, zip(*log_probs)), beta=beta)}
+        yield {**metrics, **dpo_metrics(*map(joined, zip(*log_probs)), beta=beta)}

@@ -1,7 +1,6 @@
 """Stage 3a. The reward model: predict which of two answers people prefer."""
 
-import numpy as np
-
+from minilm.backend import joined
 from minilm.objectives.reward import reward_loss, reward_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
@@ -32,4 +31,4 @@ def reward_modelling(training, prompts, chosen, rejected, steps, batch_size, lea
 
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
         metrics, rewards = optimise(training, loss, parts, rate, "reward modelling")
-        yield {**metrics, **reward_metrics(*map(np.concatenate, zip(*rewards)))}
+        yield {**metrics, **reward_metrics(*map(joined, zip(*rewards)))}

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from minilm.backend import joined
 from minilm.generate import Samples, generate
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
 from minilm.optim import warmup_cosine
@@ -41,7 +42,7 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
         parts = deal(shape, training.workers)
         pieces, log_pi_ref = zip(*training.team.each(sample, parts))
         order = np.argsort(np.concatenate(parts))
-        samples, log_pi_ref = Samples.joined(pieces, order), np.concatenate(log_pi_ref)[order]
+        samples, log_pi_ref = Samples.joined(pieces, order), joined(log_pi_ref)[order]
         answers, mask = samples.responses(), samples.mask > 0
         kl = (samples.log_probs * mask).sum(axis=1) - log_pi_ref
         rewards = training.team.once(lambda: np.asarray(reward(asked, answers))).reshape(shape)

@@ -8,7 +8,7 @@ as if it had never stopped, bit for bit on one machine with one number of worker
 import functools
 import math
 
-from minilm.backend import array_module, to_numpy
+from minilm.backend import array_module, return_freed_memory, to_numpy
 from minilm.optim import AdamW, complete
 from minilm.parallel import Team, cores
 from minilm.tensor import first_nonfinite
@@ -33,6 +33,7 @@ class Training:
         self.model, self.rng, self.workers, self.step = model, rng, workers, 0
         self.team = Team(workers)
         self.optimizer = AdamW(model.parameters(), team=self.team, **settings)
+        return_freed_memory()           # where the parameters were before, which is as much again as they are
         # Worker 0 has the optimiser's own gradient, each other one of these.
         self._gradients = [self.team.zeros(self.optimizer.grad.size, self.optimizer.grad.dtype) for _ in range(workers - 1)]
 
@@ -63,7 +64,7 @@ class Training:
             if (arrays[name].shape, arrays[name].dtype) != (p.shape, p.dtype):
                 raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape} there, {p.dtype} {p.shape} here")
         for name, p in parameters.items():
-            p.data[...] = arrays[name]
+            p.data[...] = array_module(p.data).asarray(arrays[name])
         self.optimizer.load_state({name: arrays[f"optimizer.{name}"] for name in ("m", "v", "steps")})
         self.rng.bit_generator.state = metadata["rng"]
         self.step = metadata["step"]

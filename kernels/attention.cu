@@ -1,0 +1,355 @@
+// Attention without the matrix of scores: FlashAttention-2 (Dao 2023, arXiv:2307.08691, algorithms 1 and 2).
+//
+//   S = scale Q K^T,  P = softmax(S) by rows,  O = P V        of one head, in tiles of ROWS queries and COLS keys.
+//   forward: a block has B_r = ROWS queries, and goes through the keys that these may see. Per row it keeps the largest
+//     score m, the sum l of exp(S - m), and O yet undivided. With a tile's S:  m' = max(m, rowmax S),
+//     P~ = exp(S - m'),  l = exp(m - m') l + rowsum P~,  O = exp(m - m') O + P~ V.  At the end O / l, and L = m + log l,
+//     which is all that backward needs to have P = exp(S - L) again.
+//   backward: with D = rowsum(dO O),  dP = dO V^T,  dS = P (dP - D):   dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO.
+//     One kernel has queries and goes through keys (dQ), another has keys and goes through queries (dK, dV): S is
+//     computed twice, and nobody adds to what another block writes. So the results are the same bits every time.
+//
+// Tokens come in segments (packing.py): some queries in a row, which see keys in a row of their own, key j from query i
+// if j <= i + diagonal, and before these a prefix, all of it, which may be the prefix of other segments too. A batch
+// (B,H,T,K) is B segments without one; padding is where no segment has its keys. Query head h reads key head h / group.
+//
+// Tiles: a block is THREADS = 8 TY threads; thread (ty, tx) has rows ty, ty + TY, ... and columns tx, tx + 8, ... of
+// every tile, so that a row lies with 8 neighbouring lanes, and 4 rows are read by a warp at once, each by one address.
+// Shared rows are HEAD + 1 long: 8 lanes that read 8 rows at one column then find 8 different banks. attention.py
+// chooses ROWS and COLS to stay below 64 KiB of shared memory (sm_75).
+//
+// Bytes: forward reads Q once and, for each tile of queries, the keys and values that it sees; it writes O and L.
+// The least possible reads K and V once: larger tiles come nearer, and so does the L2 cache, which the counts of
+// attention.py do not know about. Left on the table: tensor cores, asynchronous copies into a second buffer, float4 loads.
+
+#define TY (THREADS / 8)
+#define ROWS_A_THREAD (ROWS / TY)
+#define COLS_A_THREAD (COLS / 8)
+#define WIDTH_A_THREAD (HEAD / 8)
+#define PITCH (HEAD + 1)
+
+// Where the numbers of token t, head h of an operand begin: offset + t token + h head. One row of three a operand.
+enum { Q, K, V, O, DO, DQ, DK, DV };
+
+__device__ __forceinline__ size_t at(const int* __restrict__ places, int operand, int token, int head) {
+    return places[3 * operand] + (size_t)token * places[3 * operand + 1] + (size_t)head * places[3 * operand + 2];
+}
+
+struct Segment {
+    int query, queries;         // the token of the first query, and how many there are
+    int key, keys;              // the same of its own keys
+    int diagonal;               // query i sees own key j if j <= i + diagonal
+    int prefix, prefix_keys;    // keys before these, all seen
+};
+
+__device__ __forceinline__ Segment segment_of(const int* __restrict__ segments, int i) {
+    const int* s = segments + 7 * i;
+    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6]};
+}
+
+// `count` tokens of an operand, the first of them `token`, times `scale` into shared memory; zeros up to MOST.
+template <int MOST>
+__device__ __forceinline__ void load(real (*tile)[PITCH], const real* __restrict__ from, const int* __restrict__ places,
+                                     int operand, int token, int head, int count, real scale) {
+    const real* first = from + at(places, operand, token, head);
+    const int stride = places[3 * operand + 1];
+    for (int i = threadIdx.x; i < MOST * HEAD; i += THREADS) {
+        const int row = i / HEAD, d = i % HEAD;
+        tile[row][d] = row < count ? scale * first[(size_t)row * stride + d] : real(0);
+    }
+}
+
+// product[i][j] = <a row of thread, b row of thread>: S = Q K^T and dP = dO V^T.
+__device__ __forceinline__ void rows_by_rows(real product[ROWS_A_THREAD][COLS_A_THREAD], const real (*a)[PITCH],
+                                             const real (*b)[PITCH], int ty, int tx) {
+#pragma unroll
+    for (int i = 0; i < ROWS_A_THREAD; ++i)
+#pragma unroll
+        for (int j = 0; j < COLS_A_THREAD; ++j) product[i][j] = 0;
+#pragma unroll 4
+    for (int d = 0; d < HEAD; ++d) {
+        real of_b[COLS_A_THREAD];
+#pragma unroll
+        for (int j = 0; j < COLS_A_THREAD; ++j) of_b[j] = b[tx + 8 * j][d];
+#pragma unroll
+        for (int i = 0; i < ROWS_A_THREAD; ++i) {
+            const real of_a = a[ty + TY * i][d];
+#pragma unroll
+            for (int j = 0; j < COLS_A_THREAD; ++j) product[i][j] += of_a * of_b[j];
+        }
+    }
+}
+
+// What shared memory is dealt out to.
+typedef real (*Tile)[PITCH];
+typedef real (*Scores)[COLS + 1];
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+attention_forward(const real* __restrict__ q, const real* __restrict__ k, const real* __restrict__ v,
+                  real* __restrict__ o, real* __restrict__ lse, const int* __restrict__ segments,
+                  const int* __restrict__ tiles, const int* __restrict__ places, int lse_head, int group, real scale) {
+    const int ty = threadIdx.x / 8, tx = threadIdx.x % 8, head = blockIdx.y;
+    const Segment s = segment_of(segments, tiles[2 * blockIdx.x]);
+    const int i0 = tiles[2 * blockIdx.x + 1], queries = min(ROWS, s.queries - i0);
+    extern __shared__ real shared[];
+    Tile sQ = (Tile)shared, sK = sQ + ROWS, sV = sK + COLS;
+    Scores sP = (Scores)(sV + COLS);
+
+    real m[ROWS_A_THREAD], l[ROWS_A_THREAD], acc[ROWS_A_THREAD][WIDTH_A_THREAD];
+#pragma unroll
+    for (int i = 0; i < ROWS_A_THREAD; ++i) {
+        m[i] = NEGATIVE_INFINITY;
+        l[i] = 0;
+#pragma unroll
+        for (int d = 0; d < WIDTH_A_THREAD; ++d) acc[i][d] = 0;
+    }
+    load<ROWS>(sQ, q, places, Q, s.query + i0, head, queries, scale);
+
+    for (int own = 0; own < 2; ++own) {                 // the prefix, then the segment's own keys
+        const int first = own ? s.key : s.prefix;
+        const int keys = own ? min(s.keys, i0 + queries + s.diagonal) : s.prefix_keys;
+        for (int j0 = 0; j0 < keys; j0 += COLS) {
+            const int count = min(COLS, keys - j0);
+            __syncthreads();                            // everybody is through with the tile before
+            load<COLS>(sK, k, places, K, first + j0, head / group, count, 1);
+            load<COLS>(sV, v, places, V, first + j0, head / group, count, 1);
+            __syncthreads();
+
+            real S[ROWS_A_THREAD][COLS_A_THREAD];
+            rows_by_rows(S, sQ, sK, ty, tx);
+#pragma unroll
+            for (int i = 0; i < ROWS_A_THREAD; ++i) {
+                const int row = ty + TY * i;
+                real highest = m[i];
+#pragma unroll
+                for (int j = 0; j < COLS_A_THREAD; ++j) {
+                    const int col = tx + 8 * j;
+                    if (col >= count || (own && j0 + col > i0 + row + s.diagonal)) S[i][j] = NEGATIVE_INFINITY;
+                    highest = fmax(highest, S[i][j]);
+                }
+                highest = lanes_max<8>(highest);
+                // A row that has seen no key yet: exp(-inf - 0) is 0, exp(-inf + inf) would be NaN.
+                const real shift = highest == NEGATIVE_INFINITY ? real(0) : highest;
+                const real rescale = exp(m[i] - shift);
+                real sum = 0;
+#pragma unroll
+                for (int j = 0; j < COLS_A_THREAD; ++j) {
+                    const real p = exp(S[i][j] - shift);
+                    sP[row][tx + 8 * j] = p;
+                    sum += p;
+                }
+                l[i] = rescale * l[i] + lanes_sum<8>(sum);
+                m[i] = highest;
+#pragma unroll
+                for (int d = 0; d < WIDTH_A_THREAD; ++d) acc[i][d] *= rescale;
+            }
+            __syncwarp();                               // a row of P is written and read by one warp
+#pragma unroll 2
+            for (int j = 0; j < COLS; ++j) {
+                real of_v[WIDTH_A_THREAD];
+#pragma unroll
+                for (int d = 0; d < WIDTH_A_THREAD; ++d) of_v[d] = sV[j][tx + 8 * d];
+#pragma unroll
+                for (int i = 0; i < ROWS_A_THREAD; ++i) {
+                    const real p = sP[ty + TY * i][j];
+#pragma unroll
+                    for (int d = 0; d < WIDTH_A_THREAD; ++d) acc[i][d] += p * of_v[d];
+                }
+            }
+        }
+    }
+
+#pragma unroll
+    for (int i = 0; i < ROWS_A_THREAD; ++i) {
+        const int row = ty + TY * i;
+        if (row >= queries) continue;
+        real* out = o + at(places, O, s.query + i0 + row, head);
+#pragma unroll
+        for (int d = 0; d < WIDTH_A_THREAD; ++d) out[tx + 8 * d] = l[i] > 0 ? acc[i][d] / l[i] : real(0);
+        if (tx == 0) lse[(size_t)head * lse_head + s.query + i0 + row] = m[i] + log(l[i]);     // -inf where no key is seen
+    }
+}
+
+// D = rowsum(dO O), for the tiles of attention_forward.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+attention_delta(const real* __restrict__ o, const real* __restrict__ dout, real* __restrict__ delta,
+                const int* __restrict__ segments, const int* __restrict__ tiles, const int* __restrict__ places, int lse_head) {
+    const int ty = threadIdx.x / 8, tx = threadIdx.x % 8, head = blockIdx.y;
+    const Segment s = segment_of(segments, tiles[2 * blockIdx.x]);
+    const int i0 = tiles[2 * blockIdx.x + 1], queries = min(ROWS, s.queries - i0);
+    for (int i = 0; i < ROWS_A_THREAD; ++i) {
+        const int row = ty + TY * i, token = s.query + i0 + min(row, queries - 1);     // all lanes take part in the sum
+        const real *of_o = o + at(places, O, token, head), *of_do = dout + at(places, DO, token, head);
+        real sum = 0;
+        if (row < queries)
+            for (int d = tx; d < HEAD; d += 8) sum += of_o[d] * of_do[d];
+        sum = lanes_sum<8>(sum);
+        if (row < queries && tx == 0) delta[(size_t)head * lse_head + token] = sum;
+    }
+}
+
+// L and D of a tile's queries, for everybody.
+__device__ __forceinline__ void load_rows(real* tile, const real* __restrict__ from, size_t first, int count) {
+    for (int row = threadIdx.x; row < ROWS; row += THREADS) tile[row] = row < count ? from[first + row] : real(0);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+attention_dq(const real* __restrict__ q, const real* __restrict__ k, const real* __restrict__ v,
+             const real* __restrict__ dout, const real* __restrict__ lse, const real* __restrict__ delta,
+             real* __restrict__ dq, const int* __restrict__ segments, const int* __restrict__ tiles,
+             const int* __restrict__ places, int lse_head, int group, real scale) {
+    const int ty = threadIdx.x / 8, tx = threadIdx.x % 8, head = blockIdx.y;
+    const Segment s = segment_of(segments, tiles[2 * blockIdx.x]);
+    const int i0 = tiles[2 * blockIdx.x + 1], queries = min(ROWS, s.queries - i0);
+    extern __shared__ real shared[];
+    Tile sQ = (Tile)shared, sdO = sQ + ROWS, sK = sdO + ROWS, sV = sK + COLS;
+    Scores sdS = (Scores)(sV + COLS);
+    real *sL = (real*)(sdS + ROWS), *sD = sL + ROWS;
+
+    const size_t first_row = (size_t)head * lse_head + s.query + i0;
+    load<ROWS>(sQ, q, places, Q, s.query + i0, head, queries, scale);
+    load<ROWS>(sdO, dout, places, DO, s.query + i0, head, queries, 1);
+    load_rows(sL, lse, first_row, queries);
+    load_rows(sD, delta, first_row, queries);
+    real acc[ROWS_A_THREAD][WIDTH_A_THREAD];
+#pragma unroll
+    for (int i = 0; i < ROWS_A_THREAD; ++i)
+#pragma unroll
+        for (int d = 0; d < WIDTH_A_THREAD; ++d) acc[i][d] = 0;
+
+    for (int own = 0; own < 2; ++own) {
+        const int first = own ? s.key : s.prefix;
+        const int keys = own ? min(s.keys, i0 + queries + s.diagonal) : s.prefix_keys;
+        for (int j0 = 0; j0 < keys; j0 += COLS) {
+            const int count = min(COLS, keys - j0);
+            __syncthreads();
+            load<COLS>(sK, k, places, K, first + j0, head / group, count, 1);
+            load<COLS>(sV, v, places, V, first + j0, head / group, count, 1);
+            __syncthreads();
+
+            real S[ROWS_A_THREAD][COLS_A_THREAD], dP[ROWS_A_THREAD][COLS_A_THREAD];
+            rows_by_rows(S, sQ, sK, ty, tx);
+            rows_by_rows(dP, sdO, sV, ty, tx);
+#pragma unroll
+            for (int i = 0; i < ROWS_A_THREAD; ++i) {
+                const int row = ty + TY * i;
+#pragma unroll
+                for (int j = 0; j < COLS_A_THREAD; ++j) {
+                    const int col = tx + 8 * j;
+                    const bool seen = row < queries && col < count && (!own || j0 + col <= i0 + row + s.diagonal);
+                    const real p = seen ? exp(S[i][j] - sL[row]) : real(0);
+                    sdS[row][col] = p * (dP[i][j] - sD[row]);
+                }
+            }
+            __syncwarp();
+#pragma unroll 2
+            for (int j = 0; j < COLS; ++j) {
+                real of_k[WIDTH_A_THREAD];
+#pragma unroll
+                for (int d = 0; d < WIDTH_A_THREAD; ++d) of_k[d] = sK[j][tx + 8 * d];
+#pragma unroll
+                for (int i = 0; i < ROWS_A_THREAD; ++i) {
+                    const real ds = sdS[ty + TY * i][j];
+#pragma unroll
+                    for (int d = 0; d < WIDTH_A_THREAD; ++d) acc[i][d] += ds * of_k[d];
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < ROWS_A_THREAD; ++i) {
+        const int row = ty + TY * i;
+        if (row >= queries) continue;
+        real* out = dq + at(places, DQ, s.query + i0 + row, head);
+#pragma unroll
+        for (int d = 0; d < WIDTH_A_THREAD; ++d) out[tx + 8 * d] = scale * acc[i][d];
+    }
+}
+
+// A tile of keys (first token, how many, j of the first, and which of `users` they have) and every query that sees
+// them: of the segment itself, and of each one that has them for its prefix. users: (segment, whether they are its own).
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+attention_dk_dv(const real* __restrict__ q, const real* __restrict__ k, const real* __restrict__ v,
+                const real* __restrict__ dout, const real* __restrict__ lse, const real* __restrict__ delta,
+                real* dk, real* dv,             // parts of one array, it may be
+                const int* __restrict__ segments, const int* __restrict__ key_tiles, const int* __restrict__ users,
+                const int* __restrict__ places, int lse_head, int group, real scale) {
+    const int ty = threadIdx.x / 8, tx = threadIdx.x % 8, key_head = blockIdx.y;
+    const int* tile = key_tiles + 5 * blockIdx.x;
+    const int token = tile[0], count = tile[1], j0 = tile[2], users_end = tile[4];
+    extern __shared__ real shared[];
+    Tile sQ = (Tile)shared, sdO = sQ + ROWS, sK = sdO + ROWS, sV = sK + COLS;
+    Scores sP = (Scores)(sV + COLS), sdS = sP + ROWS;
+    real *sL = (real*)(sdS + ROWS), *sD = sL + ROWS;
+
+    load<COLS>(sK, k, places, K, token, key_head, count, 1);
+    load<COLS>(sV, v, places, V, token, key_head, count, 1);
+    real of_dk[COLS / TY][WIDTH_A_THREAD], of_dv[COLS / TY][WIDTH_A_THREAD];
+#pragma unroll
+    for (int c = 0; c < COLS / TY; ++c)
+#pragma unroll
+        for (int d = 0; d < WIDTH_A_THREAD; ++d) of_dk[c][d] = of_dv[c][d] = 0;
+
+    for (int user = tile[3]; user < users_end; ++user) {
+        const Segment s = segment_of(segments, users[2 * user]);
+        const bool own = users[2 * user + 1];
+        for (int head = key_head * group; head < (key_head + 1) * group; ++head) {
+            for (int i0 = own ? max(0, j0 - s.diagonal) : 0; i0 < s.queries; i0 += ROWS) {
+                const int queries = min(ROWS, s.queries - i0);
+                const size_t first_row = (size_t)head * lse_head + s.query + i0;
+                __syncthreads();                        // everybody is through with the tile before
+                load<ROWS>(sQ, q, places, Q, s.query + i0, head, queries, scale);
+                load<ROWS>(sdO, dout, places, DO, s.query + i0, head, queries, 1);
+                load_rows(sL, lse, first_row, queries);
+                load_rows(sD, delta, first_row, queries);
+                __syncthreads();
+
+                real S[ROWS_A_THREAD][COLS_A_THREAD], dP[ROWS_A_THREAD][COLS_A_THREAD];
+                rows_by_rows(S, sQ, sK, ty, tx);
+                rows_by_rows(dP, sdO, sV, ty, tx);
+#pragma unroll
+                for (int i = 0; i < ROWS_A_THREAD; ++i) {
+                    const int row = ty + TY * i;
+#pragma unroll
+                    for (int j = 0; j < COLS_A_THREAD; ++j) {
+                        const int col = tx + 8 * j;
+                        const bool seen = row < queries && col < count && (!own || j0 + col <= i0 + row + s.diagonal);
+                        const real p = seen ? exp(S[i][j] - sL[row]) : real(0);
+                        sP[row][col] = p;
+                        sdS[row][col] = p * (dP[i][j] - sD[row]);
+                    }
+                }
+                __syncthreads();                        // its columns are read by all the warps
+#pragma unroll 2
+                for (int row = 0; row < ROWS; ++row) {
+                    real of_q[WIDTH_A_THREAD], of_do[WIDTH_A_THREAD];
+#pragma unroll
+                    for (int d = 0; d < WIDTH_A_THREAD; ++d) {
+                        of_q[d] = sQ[row][tx + 8 * d];
+                        of_do[d] = sdO[row][tx + 8 * d];
+                    }
+#pragma unroll
+                    for (int c = 0; c < COLS / TY; ++c) {
+                        const real p = sP[row][ty + TY * c], ds = sdS[row][ty + TY * c];
+#pragma unroll
+                        for (int d = 0; d < WIDTH_A_THREAD; ++d) {
+                            of_dv[c][d] += p * of_do[d];
+                            of_dk[c][d] += ds * of_q[d];        // Q carries the scale
+                        }
+                    }
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < COLS / TY; ++c) {
+        const int col = ty + TY * c;
+        if (col >= count) continue;
+        real *to_dk = dk + at(places, DK, token + col, key_head), *to_dv = dv + at(places, DV, token + col, key_head);
+#pragma unroll
+        for (int d = 0; d < WIDTH_A_THREAD; ++d) {
+            to_dk[tx + 8 * d] = of_dk[c][d];
+            to_dv[tx + 8 * d] = of_dv[c][d];
+        }
+    }
+}

@@ -1,0 +1,77 @@
+"""Attention of one new token to a cache of keys and values: what decode.cu needs to know, checked, and its launches."""
+
+import itertools
+
+import numpy as np
+
+from minilm.backend import array_module
+from minilm.kernels.launch import check, function, launch, options, real
+
+WIDTHS, GROUPS = (16, 32, 64, 128), range(1, 9)
+THREADS = 128
+# Keys that a block takes. Fixed, so that a row's numbers do not depend on how many rows there are.
+CHUNK = 128
+
+
+def decode(q, keys, values, length, first=None, scale=None):
+    """softmax(scale q k^T) v over the first `length` positions of a cache.  q (B,H,K) -> (B,H,K)
+
+    keys, values (B,G,capacity,K), G dividing H; first (B,): where each row's real keys begin (int32 on the
+    device; None: at 0). scale: 1/sqrt(K) unless given. A row without keys gives zeros. Raises TypeError and
+    ValueError for what is not served.
+    """
+    xp, (B, H, K), (_, G, capacity, _) = array_module(q, keys, values), q.shape, keys.shape
+    real(q.dtype)
+    if K not in WIDTHS or H % G or H // G not in GROUPS:
+        raise ValueError(f"decode: {H} heads over {G}, of width {K}; this kernel serves widths "
+                         f"{', '.join(map(str, WIDTHS))} and up to {GROUPS[-1]} query heads for each key/value head")
+    check("q", q, q.dtype, (B, H, K))
+    for name, array in ("keys", keys), ("values", values):
+        check(name, array, q.dtype, (B, G, capacity, K))
+    if not 0 <= length <= capacity:
+        raise ValueError(f"decode: {length} positions of a cache of {capacity}")
+    first = xp.zeros(B, np.int32) if first is None else first
+    check("first", first, np.int32, (B,))
+    splits, out = -(-length // CHUNK), xp.zeros(q.shape, q.dtype)
+    if not splits or not q.size:
+        return out
+    o, m, l = (xp.empty((splits, B, H, *more), q.dtype) for more in ((K,), (), ()))
+    launch(function(xp, "decode", "decode_split", q.dtype, **constants(K, H // G)), (splits, G, B), (THREADS,),
+           q, keys, values, first, o, m, l, length, capacity, CHUNK, float(K ** -0.5 if scale is None else scale))
+    launch(function(xp, "decode", "decode_combine", q.dtype, **constants(K, H // G)), (B * H,), (max(32, K),),
+           o, m, l, out, splits)
+    return out
+
+
+def constants(width, group):
+    """The -D of decode.cu."""
+    return {"HEAD": width, "GROUP": group, "THREADS": THREADS}
+
+
+def variants():
+    """(name, compiler's options, threads, dynamic shared bytes) of everything that can be launched."""
+    for dtype, width, group in itertools.product(("float32", "float64"), WIDTHS, (1, 4, 8)):
+        yield "decode_split", options(dtype, constants(width, group)), THREADS, 0
+    for dtype, width in itertools.product(("float32", "float64"), WIDTHS):
+        yield "decode_combine", options(dtype, constants(width, 1)), max(32, width), 0
+
+
+def decode_bytes(B, H, G, K, lengths, longest, dtype):
+    """{kernel: {array: (bytes read, bytes written)}}: lengths (B,) real keys a row, in a cache filled to `longest`.
+
+    The partial results are read by HEAD threads, so their m and l count once for each.
+    """
+    item, splits = np.dtype(dtype).itemsize, -(-longest // CHUNK)
+    keys, partial = G * int(np.sum(lengths)) * K * item, splits * B * H * item
+    readers = max(32, K)
+    return {"decode_split": {"q": (splits * B * H * K * item * (THREADS // 32), 0), "keys": (keys, 0),
+                             "values": (keys, 0), "o": (0, partial * K), "m": (0, partial), "l": (0, partial)},
+            "decode_combine": {"o": (partial * K, 0), "m": (partial * (readers + K), 0), "l": (partial * K, 0),
+                               "out": (0, B * H * K * item)}}
+
+
+def example(xp, rng, B=2, H=4, G=2, T=200, K=32, dtype="float32"):
+    """One token's attention to a cache of T random ones."""
+    q = xp.asarray(rng.normal(size=(B, H, K)).astype(dtype))
+    keys, values = (xp.asarray(rng.normal(size=(B, G, T, K)).astype(dtype)) for _ in range(2))
+    return decode(q, keys, values, T)

@@ -1,0 +1,275 @@
+"""CuPy's array on a machine without a GPU: a NumPy array behind a wall.
+
+What passes the wall in CuPy passes it here, by the same names: numbers in, `.get()` and `.item()` out. Whatever
+would bring an array across unasked raises TypeError, be it NumPy that is handed one of these, or one of these
+that meets an array of NumPy. That is stricter than CuPy, which takes NumPy's arrays as indices, and wraps an index
+that is out of bounds, where this raises IndexError.
+
+Where CuPy differs from NumPy, this differs alike: an element is an array without axes and no number, a view when it
+was picked (x[0] changes when x does); so is the result of a reduction; two values assigned to one place are refused,
+for on a GPU nobody knows which of them stays. What minilm does not use is not here.
+Tests: tests/test_cupy_double.py, which asks the real package whether it has all of this; tests/test_device.py.
+"""
+
+import operator
+from types import SimpleNamespace
+
+import numpy as np
+
+NUMBERS = bool, int, float, complex, np.bool_, np.number
+DTYPES = tuple(map(np.dtype, "? b h i l q B H I L Q e f d F D".split()))
+
+
+class ndarray:
+    """See the module. `backing` is the NumPy array behind it, which is nobody else's."""
+
+    __module__ = "cupy"             # which is how minilm.backend knows an array of CuPy's
+    __slots__ = ("_backing",)
+    __hash__ = None
+    __array_ufunc__ = None          # np.float64(2) * x asks x; np.exp(x) raises TypeError
+
+    def __init__(self, backing):
+        backing = np.asarray(backing)
+        if backing.dtype not in DTYPES:
+            raise TypeError(f"Unsupported dtype {backing.dtype}")
+        self._backing = backing
+
+    # What does not cross the wall, and what does.
+
+    def __array__(self, *args, **options):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. "
+                        "Please use `.get()` to construct a NumPy array explicitly.")
+
+    def __array_function__(self, function, *rest):
+        raise TypeError(f"numpy.{function.__name__} of an array on the GPU: use the function of array_module(x)")
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("an array on the GPU is neither pickled nor copied by the module copy; use .get() or .copy()")
+
+    def __getattr__(self, name):
+        raise AttributeError(f"minilm uses no cupy.ndarray.{name}. If it is to: check that CuPy has it, and what it "
+                             "does differently from NumPy; then add it to kernels/emulator/arrays.py")
+
+    def __minilm_buffer__(self):
+        """For the emulator's kernels, and nobody else: the NumPy array itself."""
+        return self._backing
+
+    def get(self):
+        return self._backing.copy()
+
+    def item(self):
+        if self.size != 1:
+            raise ValueError("can only convert an array of size 1 to a Python scalar")
+        return self._backing.item()
+
+    def __float__(self):
+        return float(self._one())
+
+    def __int__(self):
+        return int(self._one())
+
+    def _one(self):
+        if self.size != 1:
+            raise TypeError("only an array of one element can be converted to a number")
+        return self._backing.item()
+
+    def __bool__(self):
+        if self.size != 1:
+            raise ValueError("The truth value of an array with more or fewer elements than one is ambiguous")
+        return bool(self._backing.item())
+
+    def __repr__(self):
+        return repr(self._backing)
+
+    # What it is.
+
+    shape = property(lambda self: self._backing.shape)
+    ndim = property(lambda self: self._backing.ndim)
+    size = property(lambda self: self._backing.size)
+    dtype = property(lambda self: self._backing.dtype)
+    strides = property(lambda self: self._backing.strides)
+    nbytes = property(lambda self: self._backing.nbytes)
+    itemsize = property(lambda self: self._backing.itemsize)
+    T = property(lambda self: ndarray(self._backing.T))
+
+    @property
+    def flags(self):
+        flags = self._backing.flags
+        return SimpleNamespace(c_contiguous=flags.c_contiguous, f_contiguous=flags.f_contiguous)
+
+    @property
+    def real(self):
+        return ndarray(self._backing.real)
+
+    @real.setter
+    def real(self, value):
+        self._backing.real = backing(value)
+
+    @property
+    def imag(self):
+        return ndarray(self._backing.imag)
+
+    @imag.setter
+    def imag(self, value):
+        self._backing.imag = backing(value)
+
+    # Parts of it.
+
+    def __len__(self):
+        return len(self._backing)
+
+    def __iter__(self):
+        if not self.ndim:
+            raise TypeError("iteration over a 0-d array")
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, key):
+        index = _index(key)
+        found = self._backing[index]
+        # CuPy gathers in C's order; NumPy may choose another.
+        return ndarray(np.ascontiguousarray(found) if any(isinstance(part, np.ndarray) for part in index) else found)
+
+    def __setitem__(self, key, value):
+        index, value = _index(key), backing(value)
+        if np.size(value) > 1 and any(isinstance(part, np.ndarray) and part.dtype != bool for part in index):
+            places = np.arange(self.size).reshape(self.shape)[index]
+            if np.unique(places).size < places.size:
+                raise ValueError("several values are assigned to one place: which one stays is undefined on a GPU")
+        self._backing[index] = value
+
+    def take(self, indices, axis=None):
+        return ndarray(self._backing.take(backing(indices), axis))
+
+    # Other forms of it.
+
+    def astype(self, dtype, *, copy=True):
+        return self if not copy and self.dtype == dtype else ndarray(self._backing.astype(dtype))
+
+    def copy(self):
+        return ndarray(self._backing.copy())
+
+    def view(self, dtype):
+        return ndarray(self._backing.view(dtype))
+
+    def reshape(self, *shape):
+        return ndarray(self._backing.reshape(*shape))
+
+    def transpose(self, *axes):
+        return ndarray(self._backing.transpose(*axes))
+
+    def swapaxes(self, axis1, axis2):
+        return ndarray(self._backing.swapaxes(axis1, axis2))
+
+    def squeeze(self, axis=None):
+        return ndarray(self._backing.squeeze(axis))
+
+    def fill(self, value):
+        if not isinstance(value, NUMBERS):
+            raise TypeError("fill takes a number")
+        self._backing.fill(value)
+
+    def conj(self):
+        return ndarray(self._backing.conj())
+
+    def clip(self, min=None, max=None):
+        return ndarray(self._backing.clip(min, max))
+
+    # Reductions.
+
+    def sum(self, axis=None, *, out=None, keepdims=False):
+        return _to(out, self._backing.sum(axis=axis, out=_given(out), keepdims=keepdims))
+
+    def mean(self, axis=None, *, keepdims=False):
+        return ndarray(self._backing.mean(axis=axis, keepdims=keepdims))
+
+    def max(self, axis=None, *, keepdims=False):
+        return ndarray(self._backing.max(axis=axis, keepdims=keepdims))
+
+    def min(self, axis=None, *, keepdims=False):
+        return ndarray(self._backing.min(axis=axis, keepdims=keepdims))
+
+    def all(self, axis=None):
+        return ndarray(self._backing.all(axis=axis))
+
+    def any(self, axis=None):
+        return ndarray(self._backing.any(axis=axis))
+
+    def argmax(self, axis=None):
+        return ndarray(self._backing.argmax(axis=axis))
+
+    def cumsum(self, axis=None, dtype=None):
+        return ndarray(self._backing.cumsum(axis=axis, dtype=dtype))
+
+
+def backing(x):
+    """The NumPy array behind x, or x if it is a number. Raises TypeError for anything else, NumPy's arrays first."""
+    if isinstance(x, ndarray):
+        return x._backing
+    if isinstance(x, NUMBERS):
+        return x
+    raise TypeError(f"Unsupported type {type(x)}: arrays on the GPU go with such arrays and with numbers alone; "
+                    "move it there with asarray")
+
+
+def _given(out):
+    return None if out is None else backing(out)
+
+
+def _to(out, result):
+    """What a function returns: the array it was given to write to, or a new one."""
+    return ndarray(result) if out is None else out
+
+
+def _index(key):
+    """A key for NumPy, as a tuple. Without arrays it ends in Ellipsis, so that even a single element is a view."""
+    parts = [_index_part(part) for part in (key if isinstance(key, tuple) else (key,))]
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    if len(arrays) > 1 and any(array.dtype == bool for array in arrays):
+        raise TypeError("CuPy takes one mask, and no index array beside it")
+    if not arrays and not any(part is Ellipsis for part in parts):
+        parts.append(Ellipsis)
+    return tuple(parts)
+
+
+def _index_part(part):
+    if isinstance(part, ndarray) and part.dtype.kind in "iub":
+        return part._backing
+    if isinstance(part, list) and all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in part):
+        return np.array(part, np.int64)
+    number = isinstance(part, (int, np.integer)) and not isinstance(part, bool)
+    if number or part is None or part is Ellipsis or isinstance(part, slice):
+        return part
+    raise TypeError(f"an index of type {type(part)}: move it to the GPU with asarray")
+
+
+def _operators():
+    """x + y, y + x, x += y and the like."""
+    def reflects(y):            # a minilm.Tensor, say, whose own operator is to be asked
+        return not isinstance(y, ndarray) and getattr(y, "__array_ufunc__", False) is None
+
+    def define(name, function, in_place):
+        def forward(x, y):
+            return NotImplemented if reflects(y) else ndarray(function(x._backing, backing(y)))
+
+        def reflected(x, y):
+            return NotImplemented if reflects(y) else ndarray(function(backing(y), x._backing))
+
+        def assigned(x, y):
+            in_place(x._backing, backing(y), out=x._backing)
+            return x
+
+        setattr(ndarray, f"__{name}__", forward)
+        if in_place is not None:
+            setattr(ndarray, f"__r{name}__", reflected)
+            setattr(ndarray, f"__i{name}__", assigned)
+
+    for name, ufunc in (("add", np.add), ("sub", np.subtract), ("mul", np.multiply), ("truediv", np.divide),
+                        ("pow", np.power), ("matmul", None), ("and", np.bitwise_and), ("or", np.bitwise_or)):
+        define(name, getattr(operator, f"__{name}__"), ufunc)
+    for name in ("lt", "le", "eq", "ne", "gt", "ge"):
+        define(name, getattr(operator, name), None)
+    for name in ("neg", "invert"):
+        setattr(ndarray, f"__{name}__", lambda x, function=getattr(operator, name): ndarray(function(x._backing)))
+
+
+_operators()

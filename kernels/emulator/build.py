@@ -1,0 +1,185 @@
+"""g++ on the text of a kernel: one library for each text, options and mode, kept in the user's cache folder.
+
+A library's name is a hash of all that went into it (the text, the options, the runtime, the compiler, the processor),
+so it is never stale. It is built aside and moved to its name when it is whole: two processes may build it at once.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RUNTIME = "scheduler.cpp", "memory.cpp", "undefined.cpp"
+RUNTIME_HEADERS, KERNEL_HEADERS = ("bridge.h", "runtime.h", "races.h"), ("bridge.h", "device.h")
+
+# -nostdinc: a kernel gets no header, as with NVRTC. -fno-strict-aliasing: nvcc lets a float4* look at floats.
+# -fno-gnu-unique: or two libraries in one process would share the static variables of their templates.
+# -fno-optimize-sibling-calls: a barrier in the last line of a kernel is to return to it, which names the line.
+# -gdwarf-4: addr2line loses the names that #line gives in version 5.
+FLAGS = ("-std=c++17", "-nostdinc", "-nostdinc++", "-fPIC", "-fno-builtin", "-fno-strict-aliasing", "-fno-math-errno",
+         "-ffp-contract=off", "-fno-gnu-unique", "-fno-threadsafe-statics", "-fno-exceptions",
+         "-fno-optimize-sibling-calls", "-march=native", "-gdwarf-4", "-w")
+# -O2 with these compiles twice as fast as -O3, and its loops run faster. No two barriers are made one, nor part of a
+# kernel another function: faults are to name their line.
+# In checked builds loads and stores are neither merged nor moved: they are counted as the source has them.
+MODES = {
+    "fast": ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-funroll-loops", "-fno-partial-inlining",
+             "-fno-crossjumping", "-fno-tree-tail-merge"),
+    "checked": ("-O1", "-fsanitize=thread,bounds,object-size,alignment,null,shift,signed-integer-overflow,"
+                "integer-divide-by-zero,float-cast-overflow", "-fno-tree-fre", "-fno-tree-pre", "-fno-tree-loop-im",
+                "-fno-tree-dominator-opts", "-fno-tree-sra", "-fno-gcse", "-fno-tree-dse"),
+    "debug": ("-O0", "-ggdb3", "-gdwarf-4"),
+}
+RUNTIME_FLAGS = ("-std=c++17", "-O2", "-g", "-fPIC", "-fno-gnu-unique", "-fno-exceptions", "-march=native", "-w")
+
+# `__shared__ real tile[8][9];` is one array for a block, and blocks run one after another: a static variable. A
+# checked build asks the runtime for memory of its own instead, with nothing beside it. `extern __shared__ real all[];`
+# is a pointer. A rewritten declaration has as many lines as it had.
+ALIGN = r"(?:__align__\s*\([^)]*\)\s*|alignas\s*\([^)]*\)\s*)?"
+DYNAMIC = re.compile(rf"extern\s+__shared__\s+{ALIGN}([\w:]+(?:\s+\w+)*?)\s+(\w+)\s*\[\s*\]\s*;")
+STATIC = re.compile(rf"__shared__\s+({ALIGN})([\w:]+(?:\s+\w+)*?)\s+(\w+)\s*((?:\[[^\];]*\]\s*)*);")
+COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+PARENTHESES = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
+KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+'
+                    rf'((?:void\s+|__launch_bounds__\s*{PARENTHESES}\s*)+)(\w+)\s*\(([^)]*)\)')
+
+
+class CompileError(RuntimeError):
+    """g++ refused the text of a kernel; says where and why."""
+
+
+@functools.lru_cache(maxsize=None)
+def available():
+    """None where kernels can be run by the emulator, otherwise the reason why not."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return f"the emulator runs on Linux on x86-64, not on {platform.system()} on {platform.machine()}"
+    for program in ("g++", "addr2line"):
+        if not shutil.which(program):
+            return f"the emulator needs {program} (Debian: apt-get install g++)"
+    version = _output("g++", "-dumpfullversion", "-dumpversion").strip()
+    if int(version.split(".")[0]) < 11:
+        return f"the emulator needs g++ 11 or newer, and this is {version}"
+
+
+def library(code, options, mode):
+    """The path of the library built from that text: from the cache, or by g++. Raises CompileError."""
+    runtime = _cached("runtime", "o", RUNTIME_HEADERS + RUNTIME, RUNTIME_FLAGS, _compile_runtime)
+    definitions = tuple(option for option in options if _checked_option(option))
+    return _cached(mode, "so", KERNEL_HEADERS, (code, definitions, MODES[mode], FLAGS, runtime.name),
+                   functools.partial(_compile, code, definitions, mode, runtime))
+
+
+def _checked_option(option):
+    """Whether it is a definition; others that say what is so anyway are dropped."""
+    if option in ("-std=c++17", "--std=c++17"):
+        return False
+    if not re.fullmatch(r"-D\w+(=.*)?", option):
+        raise ValueError(f"the emulator knows the options -DNAME=VALUE and --std=c++17, not {option!r}")
+    return True
+
+
+def cache_folder():
+    """minilm/kernels in $XDG_CACHE_HOME or ~/.cache; a folder of this process where that cannot be written to."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minilm" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return _passing_folder()
+    return folder if os.access(folder, os.W_OK) else _passing_folder()
+
+
+@functools.lru_cache(maxsize=None)
+def _passing_folder():
+    holder = tempfile.TemporaryDirectory(prefix="minilm-kernels-")
+    _passing_folder.holder = holder         # removed when the process ends
+    return Path(holder.name)
+
+
+def _cached(kind, suffix, files, content, make):
+    """The path of what make(folder) makes, whole, under a name that says what it was made from."""
+    texts = [(HERE / name).read_text() for name in files]
+    key = hashlib.sha256(repr((content, texts, _machine())).encode()).hexdigest()[:32]
+    path = cache_folder() / f"{kind}-{key}.{suffix}"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as folder:
+            os.replace(make(Path(folder)), path)
+    return path
+
+
+@functools.lru_cache(maxsize=None)
+def _machine():
+    """The compiler, and the processor that -march=native stands for."""
+    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    return _output("g++", "--version").splitlines()[0], flags
+
+
+def _output(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _gxx(*arguments):
+    result = subprocess.run(["g++", *map(str, arguments)], capture_output=True, text=True)
+    if result.returncode:
+        raise CompileError("\n".join(result.stderr.splitlines()[:40]))
+    return result.stdout
+
+
+def _compile_runtime(folder):
+    _gxx(*RUNTIME_FLAGS, "-r", "-nostdlib", *(HERE / name for name in RUNTIME), "-o", folder / "runtime.o")
+    return folder / "runtime.o"
+
+
+def _compile(code, definitions, mode, runtime, folder):
+    text = '#line 1 "kernel.cu"\n' + rewritten(code, mode)
+    source = folder / "kernel.cc"
+    source.write_text(text)
+    include = "-include", HERE / "device.h", f"-fdebug-prefix-map={os.getcwd()}=.", *definitions
+    # Macros may make kernels, so their names are sought after the preprocessor; it leaves these two words alone.
+    unexpanded = [f"-D{word}={word}" for word in ("__global__", "__launch_bounds__")]
+    expanded = _gxx(*FLAGS, *include, *unexpanded, "-E", "-P", source)
+    exports = "".join(_export(*found) for found in KERNEL.findall(expanded))
+    source.write_text(f'{text}\n#line 1 "exports"\n{exports}')
+    _gxx(*FLAGS, *MODES[mode], *include, "-c", source, "-o", folder / "kernel.o")
+    _gxx("-shared", "-Wl,-Bsymbolic", folder / "kernel.o", runtime, "-o", folder / "kernel.so")
+    return folder / "kernel.so"
+
+
+def rewritten(code, mode):
+    """The text with its __shared__ declarations in C++. Raises CompileError for one of another form."""
+    def dynamic(match):
+        kind, name = match.groups()
+        return f"{kind}* {name} = ({kind}*)::emulator::dynamic_shared();" + "\n" * match[0].count("\n")
+
+    def static(match):
+        align, kind, name, extent = match.groups()
+        lines = "\n" * (match[0].count("\n") - extent.count("\n"))
+        if mode == "checked":
+            return f'auto& {name} = ::emulator::shared_variable<{kind}{extent}>("{name}", [] {{}});{lines}'
+        return f"static {align}{kind} {name}{extent}; ::emulator::declare_shared(&{name}, sizeof {name});{lines}"
+
+    text = STATIC.sub(static, DYNAMIC.sub(dynamic, code))
+    bare = COMMENT.sub(lambda comment: "\n" * comment[0].count("\n"), text)
+    for number, line in enumerate(bare.splitlines(), 1):
+        if "__shared__" in line:
+            raise CompileError(f"__shared__ takes one variable a declaration: __shared__ type name[n]; or extern "
+                               f"__shared__ type name[];  not (line {number} of the text): {line.strip()}")
+    return text
+
+
+def _export(qualifiers, name, parameters):
+    bounds = re.search(rf"__launch_bounds__\s*({PARENTHESES})", qualifiers)
+    first, depth = "", 0
+    for letter in bounds[1][1:-1] if bounds else "0":
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            break
+        first += letter
+    words = " ".join(parameters.split()).replace("\\", "\\\\").replace('"', '\\"')
+    return f'EMULATOR_EXPORT({name}, ({first}), "{words}")\n'

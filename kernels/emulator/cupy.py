@@ -1,0 +1,223 @@
+"""CuPy on a machine without a GPU: the functions of it that minilm calls, on the arrays of arrays.py.
+
+    with as_cupy():                 # sys.modules["cupy"] is the stand-in, until the end
+        model.to_device("gpu")
+
+Nothing is here that minilm does not use: what nobody called was never held against CuPy. Each function takes its
+arguments as CuPy's does, or fewer of them (tests/test_cupy_double.py asks the real package), and does what CuPy's
+does where that is not what NumPy's does: argsort is stable, and add.reduceat takes differences of a running sum.
+Memory that nobody has written to is marked (running.poison), so that reading it shows.
+"""
+
+import sys
+import types
+
+import numpy as np
+
+from minilm.kernels.emulator.arrays import ndarray, backing, _given, _to
+from minilm.kernels.emulator.running import poison
+
+FUNCTIONS = {"finfo": np.finfo, "inf": np.inf}
+
+
+def _function(function):
+    FUNCTIONS[function.__name__] = function
+    return function
+
+
+# Arrays from numbers and from NumPy.
+
+@_function
+def array(obj, dtype=None):
+    return ndarray(np.array(obj._backing if isinstance(obj, ndarray) else obj, dtype))
+
+
+@_function
+def asarray(a, dtype=None):
+    return a if isinstance(a, ndarray) and dtype in (None, a.dtype) else array(a, dtype)
+
+
+@_function
+def ascontiguousarray(a):
+    return ndarray(np.ascontiguousarray(backing(a)))
+
+
+@_function
+def empty(shape, dtype=float):
+    host = np.ones(shape, dtype)
+    poison(host.reshape(-1))            # which the checkers know, and arithmetic turns into NaN
+    return ndarray(host)
+
+
+@_function
+def empty_like(prototype, /):
+    return empty(prototype.shape, prototype.dtype)
+
+
+@_function
+def zeros(shape, dtype=float):
+    return ndarray(np.zeros(shape, dtype))
+
+
+@_function
+def zeros_like(a, /):
+    return ndarray(np.zeros_like(backing(a)))
+
+
+@_function
+def ones(shape, dtype=float):
+    return ndarray(np.ones(shape, dtype))
+
+
+@_function
+def ones_like(a, /):
+    return ndarray(np.ones_like(backing(a)))
+
+
+@_function
+def arange(start, stop=None, step=1, dtype=None):
+    return ndarray(np.arange(*((0, start) if stop is None else (start, stop)), step, dtype))
+
+
+@_function
+def tri(N, M=None, k=0, dtype=float):
+    return ndarray(np.tri(N, M, k, dtype))
+
+
+# Element by element.
+
+class ufunc:
+    def __init__(self, name):
+        self.function = getattr(np, name)
+
+    def __call__(self, *inputs, out=None):
+        if len(inputs) != self.function.nin:
+            raise TypeError(f"{self.function.__name__} takes {self.function.nin} arguments, and out by its name")
+        return _to(out, self.function(*map(backing, inputs), out=_given(out)))
+
+
+class add(ufunc):
+    def at(self, a, indices, b):
+        if a.dtype not in (np.int32, np.int64, np.float32, np.float64, np.uint32, np.uint64):
+            raise TypeError(f"cupy.add.at does not add {a.dtype}")
+        parts = indices if isinstance(indices, tuple) else (indices,)
+        np.add.at(backing(a), tuple(p if isinstance(p, slice) else backing(p) for p in parts), backing(b))
+
+    def reduceat(self, array, indices, axis=0, dtype=None):
+        at, n, sums = backing(indices), array.shape[axis], np.cumsum(backing(array), axis, dtype)
+        sums = np.concatenate([np.zeros_like(sums.take([0], axis)), sums], axis)
+        ends = np.append(at[1:], n)
+        if (at >= ends).any():
+            raise ValueError("minilm sums over stretches that are not empty")
+        return ndarray(sums.take(ends, axis) - sums.take(at, axis))
+
+
+for _name in ("exp", "log", "sqrt", "tanh", "sin", "cos", "abs", "isfinite",
+              "subtract", "multiply", "divide", "minimum", "maximum", "logaddexp"):
+    FUNCTIONS[_name] = ufunc(_name)
+FUNCTIONS["add"] = add("add")
+
+
+@_function
+def clip(a, a_min, a_max):
+    return ndarray(np.clip(backing(a), backing(a_min), backing(a_max)))
+
+
+@_function
+def where(condition, x, y):
+    if not isinstance(condition, ndarray):
+        raise TypeError(f"where asks an array of the GPU, and not {type(condition)}")
+    return ndarray(np.where(backing(condition), backing(x), backing(y)))
+
+
+@_function
+def copyto(dst, src, *, where):
+    np.copyto(backing(dst), backing(src), where=backing(where))
+
+
+# Products.
+
+@_function
+def matmul(x1, x2, /, *, out=None):
+    return _to(out, np.matmul(backing(x1), backing(x2), out=_given(out)))
+
+
+@_function
+def einsum(subscripts, /, *operands):
+    return ndarray(np.einsum(subscripts, *map(backing, operands)))
+
+
+# Order and place.
+
+@_function
+def concatenate(tup, axis=0):
+    return ndarray(np.concatenate([backing(a) for a in tup], axis))
+
+
+@_function
+def expand_dims(a, axis):
+    return ndarray(np.expand_dims(backing(a), axis))
+
+
+@_function
+def broadcast_to(array, shape):
+    return ndarray(np.broadcast_to(backing(array), shape))
+
+
+@_function
+def take_along_axis(a, indices, axis):
+    return ndarray(np.take_along_axis(backing(a), backing(indices), axis))
+
+
+@_function
+def put_along_axis(arr, indices, values, axis):
+    index, arr = backing(indices), backing(arr)
+    if np.unique(index, axis=axis).shape[axis] and (np.diff(np.sort(index, axis), axis=axis) == 0).any():
+        raise ValueError("several values are put into one place: which one stays is undefined on a GPU")
+    np.put_along_axis(arr, index, backing(values), axis)
+
+
+@_function
+def argsort(a, axis=-1, kind=None):
+    if kind not in (None, "stable"):
+        raise ValueError("kind can only be None or 'stable'")
+    return ndarray(np.argsort(backing(a), axis, kind="stable"))
+
+
+@_function
+def partition(a, kth, axis=-1):
+    return ndarray(np.partition(backing(a), kth, axis))
+
+
+@_function
+def unique(ar, return_index=False):
+    found = np.unique(backing(ar), return_index)
+    return tuple(map(ndarray, found)) if return_index else ndarray(found)
+
+
+class _CuPy(types.ModuleType):
+    def __getattr__(self, name):
+        if name == "RawModule":
+            from minilm.kernels.emulator.module import RawModule
+            return RawModule
+        raise AttributeError(f"minilm uses no cupy.{name}. If it is to: check that CuPy has it, and what it does "
+                             "differently from NumPy; then add it to kernels/emulator/cupy.py")
+
+
+cupy = _CuPy("cupy", __doc__)
+vars(cupy).update(FUNCTIONS)
+
+
+class as_cupy:
+    """Put the stand-in where `import cupy` finds it; at the end of a `with`, put back what was there."""
+
+    def __init__(self):
+        self.before = {name: sys.modules[name] for name in ("cupy",) if name in sys.modules}
+        sys.modules["cupy"] = cupy
+
+    def __enter__(self):
+        return cupy
+
+    def __exit__(self, *error):
+        del sys.modules["cupy"]
+        sys.modules.update(self.before)

@@ -1,0 +1,245 @@
+"""The launches of fused.cu: RMSNorm, SwiGLU, rotary positions, AdamW, and the norm of a gradient.
+
+All take contiguous arrays of float32 or float64, of one dtype in a call, and raise TypeError or ValueError for
+anything else before a kernel runs. Grids depend on shapes alone, so the same arrays give the same bits.
+"""
+
+import math
+
+import numpy as np
+
+from minilm.backend import array_module
+from minilm.kernels.launch import check, function, launch, options, real
+
+ROW_BYTES = 16 * 1024           # the longest row that rms_norm holds in registers: 512 threads, 32 bytes each
+BLOCK = 256                     # threads of a block, unless a row needs more
+ROW_BLOCKS = 512                # of rms_norm, which go on from row to row; as many partial sums of dweight
+FLAT_BLOCKS = 1024              # of flat arrays, likewise
+PER_BLOCK = 4 * BLOCK           # numbers of a flat array that are worth a block
+ROPE_BLOCK = 128
+
+
+def rms_norm_forward(x, weight, eps=1e-6):
+    """x / sqrt(mean(x^2) + eps) * weight, and the reciprocal root.  (..,D), (D,) -> (..,D), (N,) for N rows"""
+    xp, N, D = _rms_norm(x, weight)
+    y, r = xp.empty(x.shape, x.dtype), xp.empty(N, x.dtype)
+    launch(_kernel(xp, "rms_norm_forward", x.dtype), *_grid_of_rows(N, D, x.dtype), x, weight, y, r, N, D, float(eps))
+    return y, r
+
+
+def rms_norm_backward(dy, x, weight, r):
+    """dx (..,D) and dweight (D,), from dy (..,D) and what forward had and returned."""
+    xp, N, D = _rms_norm(x, weight)
+    check("dy", dy, x.dtype, x.shape)
+    check("r", r, x.dtype, (N,))
+    if not N:
+        return xp.empty(x.shape, x.dtype), xp.zeros(D, x.dtype)
+    grid, block = _grid_of_rows(N, D, x.dtype)
+    dx, dweight, partial = xp.empty(x.shape, x.dtype), xp.empty(D, x.dtype), xp.empty((grid[0], D), x.dtype)
+    launch(_kernel(xp, "rms_norm_backward", x.dtype), grid, block, dy, x, weight, r, dx, partial, N, D,
+           shared=block[1] * D * x.dtype.itemsize)
+    launch(_kernel(xp, "column_sums", x.dtype), (-(-D // 32),), (32, 8), partial, dweight, grid[0], D)
+    return dx, dweight
+
+
+def swiglu_forward(gate_up):
+    """silu(gate) * up, with gate and up the two halves of the last axis.  (..,2F) -> (..,F)"""
+    xp, N, F = _swiglu(gate_up)
+    y = xp.empty((*gate_up.shape[:-1], F), gate_up.dtype)
+    launch(_kernel(xp, "swiglu_forward", gate_up.dtype), *_grid_of_vectors(N, F, gate_up.dtype), gate_up, y, N, F)
+    return y
+
+
+def swiglu_backward(dy, gate_up):
+    """The gradient of gate_up (..,2F), from dy (..,F)."""
+    xp, N, F = _swiglu(gate_up)
+    check("dy", dy, gate_up.dtype, (*gate_up.shape[:-1], F))
+    dgate_up = xp.empty(gate_up.shape, gate_up.dtype)
+    launch(_kernel(xp, "swiglu_backward", dy.dtype), *_grid_of_vectors(N, F, dy.dtype), dy, gate_up, dgate_up, N, F)
+    return dgate_up
+
+
+def rope(qkv, cos, sin, heads, kv_heads, pairing="half", scale=1.0, backward=False, out=None):
+    """Queries and keys turned by the angles of their tokens: the first H+G heads of (N,H+2G,K) -> (N,H+G,K)
+
+    cos, sin (N,K/2), as layers.rope_tables makes them; pairing as in layers.rope; scale is that of the H query heads.
+    qkv may also have H+G heads. out: an array of N tokens and H+G or H+2G heads to write to, of which the last G
+    of H+2G are left alone; it may be qkv itself. backward: turn back, so that a gradient of what came out
+    becomes one of what went in.
+    """
+    xp, H, G = array_module(qkv, cos, sin), heads, kv_heads
+    real(qkv.dtype)
+    if H < 0 or G < 0 or len(qkv.shape) != 3 or qkv.shape[1] not in (H + G, H + 2 * G) or qkv.shape[2] % 2:
+        raise ValueError(f"qkv has shape {qkv.shape}; this kernel takes (N,H+2G,K) or (N,H+G,K), K even, "
+                         f"with H = {H} and G = {G}")
+    if pairing not in ("half", "interleaved"):
+        raise ValueError(f"pairing is {pairing!r}; it must be 'half' or 'interleaved'")
+    N, x_heads, K = qkv.shape
+    out = xp.empty((N, H + G, K), qkv.dtype) if out is None else out
+    y_heads = x_heads if out.shape == qkv.shape else H + 2 * G if out.shape == (N, H + 2 * G, K) else H + G
+    for name, array, shape in (("qkv", qkv, qkv.shape), ("cos", cos, (N, K // 2)), ("sin", sin, (N, K // 2)),
+                               ("out", out, (N, y_heads, K))):
+        check(name, array, qkv.dtype, shape)
+    blocks = -(-N * (K // 2) // (ROPE_BLOCK * _vector(qkv.dtype)))
+    launch(_kernel(xp, "rope", qkv.dtype), (blocks,), (ROPE_BLOCK,), qkv, cos, sin, out, N, H, G, x_heads, y_heads, K,
+           int(pairing == "interleaved"), -1.0 if backward else 1.0, float(scale))
+    return out
+
+
+def adamw_step(p, g, m, v, decayed, learning_rate, betas, eps, weight_decay, steps, scale=1.0):
+    """One step of AdamW on flat arrays, p, m and v in place: what minilm.optim.AdamW.step does, step number `steps`.
+
+    g is multiplied by `scale` first (that is clipping). The first `decayed` parameters decay. Returns the squared
+    norm of p after the step, as an array without axes.
+    """
+    xp = array_module(p, g, m, v)
+    real(p.dtype)
+    for name, array in (("p", p), ("g", g), ("m", m), ("v", v)):
+        check(name, array, p.dtype, (p.size,))
+    if not 0 <= decayed <= p.size or steps < 1:
+        raise ValueError(f"decayed is {decayed} of {p.size} parameters and steps {steps}; "
+                         "expected 0 to all of them, and 1 or more")
+    b1, b2 = betas
+    second = math.sqrt(1 - b2 ** steps)         # the corrections of both moments, moved into rate and eps
+    return _sum_of_blocks(xp, "adamw", p.size, p.dtype, p, g, m, v, after=(
+        np.int64(p.size), np.int64(decayed), float(scale), 1.0 - b1, 1.0 - b2, 1.0 - learning_rate * weight_decay,
+        float(learning_rate * second / (1 - b1 ** steps)), float(eps * second)))
+
+
+def squared_norm(g):
+    """The sum of the squares of a flat array (P,), as an array without axes."""
+    real(g.dtype)
+    check("g", g, g.dtype, (g.size,))
+    return _sum_of_blocks(array_module(g), "squares", g.size, g.dtype, g, after=(np.int64(g.size),))
+
+
+def _sum_of_blocks(xp, name, n, dtype, *arrays, after):
+    """A kernel on flat arrays of n numbers, which leaves a sum of each block; the sum of these."""
+    blocks = _flat_blocks(n)
+    if not blocks:
+        return xp.zeros((), dtype)
+    partial, sum_of_all = xp.empty(blocks, dtype), xp.empty(1, dtype)
+    launch(_kernel(xp, name, dtype), (blocks,), (BLOCK,), *arrays, partial, *after)
+    launch(_kernel(xp, "total", dtype), (1,), (BLOCK,), partial, sum_of_all, blocks)
+    return sum_of_all.reshape(())
+
+
+# Grids.
+
+def _grid_of_rows(N, D, dtype):
+    """(grid, block): threads along a row of 32 bytes each, rows for the rest of a block."""
+    along = 32 * -(-D * dtype.itemsize // 1024)
+    rows = max(1, BLOCK // along)
+    return (min(ROW_BLOCKS, -(-N // rows)),), (along, rows)
+
+
+def _grid_of_vectors(N, F, dtype):
+    """(grid, block): a warp along a row, a vector each, eight rows."""
+    return (-(-N // 8), -(-F // (32 * _vector(dtype)))), (32, 8)
+
+
+def _vector(dtype):
+    """How many numbers 16 bytes are."""
+    return 16 // dtype.itemsize
+
+
+def _flat_blocks(n):
+    return min(FLAT_BLOCKS, -(-n // PER_BLOCK))
+
+
+def _kernel(xp, name, dtype):
+    return function(xp, "fused", name, dtype)
+
+
+def _rms_norm(x, weight):
+    """What both directions check: xp, N rows, their length D."""
+    xp, most = array_module(x, weight), ROW_BYTES // np.dtype(x.dtype).itemsize
+    real(x.dtype)
+    D = x.shape[-1] if x.shape else 0
+    if not 1 <= D <= most:
+        raise ValueError(f"x has shape {x.shape}; this kernel takes (..,D) with D from 1 to {most} in {x.dtype}")
+    check("x", x, x.dtype, x.shape)
+    check("weight", weight, x.dtype, (D,))
+    return xp, x.size // D, D
+
+
+def _swiglu(gate_up):
+    real(gate_up.dtype)
+    if not gate_up.shape or gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up has shape {gate_up.shape}; this kernel takes (..,2F), gate and up side by side")
+    check("gate_up", gate_up, gate_up.dtype, gate_up.shape)
+    F = gate_up.shape[-1] // 2
+    return array_module(gate_up), math.prod(gate_up.shape[:-1]), F
+
+
+# Bytes that each launch (reads, writes), by kernel and argument.
+
+def rms_norm_forward_bytes(N, D, dtype):
+    """A weight is read once by each row of a block, and kept."""
+    size, (grid, block) = np.dtype(dtype).itemsize, _grid_of_rows(N, D, np.dtype(dtype))
+    return {"rms_norm_forward": {"x": (N * D * size, 0), "weight": (grid[0] * block[1] * D * size, 0),
+                                 "y": (0, N * D * size), "r": (0, N * size)}}
+
+
+def rms_norm_backward_bytes(N, D, dtype):
+    """r is read by each thread of its row, which on a GPU is one transaction a warp."""
+    size, (grid, block) = np.dtype(dtype).itemsize, _grid_of_rows(N, D, np.dtype(dtype))
+    partial = grid[0] * D * size
+    return {"rms_norm_backward": {"dy": (N * D * size, 0), "x": (N * D * size, 0), "weight": (block[1] * partial, 0),
+                                  "r": (N * block[0] * size, 0), "dx": (0, N * D * size), "partial": (0, partial)},
+            "column_sums": {"x": (partial, 0), "y": (0, D * size)}}
+
+
+def swiglu_forward_bytes(N, F, dtype):
+    size = np.dtype(dtype).itemsize
+    return {"swiglu_forward": {"gate_up": (2 * N * F * size, 0), "y": (0, N * F * size)}}
+
+
+def swiglu_backward_bytes(N, F, dtype):
+    size = np.dtype(dtype).itemsize
+    return {"swiglu_backward": {"dy": (N * F * size, 0), "gate_up": (2 * N * F * size, 0),
+                                "dgate_up": (0, 2 * N * F * size)}}
+
+
+def rope_bytes(N, heads, kv_heads, K, dtype):
+    """Whatever else the arrays hold is not touched."""
+    size = np.dtype(dtype).itemsize
+    moved, table = N * (heads + kv_heads) * K * size, (N * (K // 2) * size, 0)
+    return {"rope": {"x": (moved, 0), "cos": table, "sin": table, "y": (0, moved)}}
+
+
+def adamw_step_bytes(P, dtype):
+    size, partial = np.dtype(dtype).itemsize, _flat_blocks(P) * np.dtype(dtype).itemsize
+    both = (P * size, P * size)
+    return {"adamw": {"p": both, "g": (P * size, 0), "m": both, "v": both, "partial": (0, partial)},
+            "total": {"x": (partial, 0), "y": (0, size)}}
+
+
+def squared_norm_bytes(P, dtype):
+    size, partial = np.dtype(dtype).itemsize, _flat_blocks(P) * np.dtype(dtype).itemsize
+    return {"squares": {"g": (P * size, 0), "partial": (0, partial)}, "total": {"x": (partial, 0), "y": (0, size)}}
+
+
+def variants():
+    """(name, compiler's options, threads, dynamic shared bytes) of all that can be launched; the shortest and longest
+    rows that rms_norm takes."""
+    for dtype in ("float32", "float64"):
+        for D in (1024 // np.dtype(dtype).itemsize, ROW_BYTES // np.dtype(dtype).itemsize):
+            along, rows = _grid_of_rows(1, D, np.dtype(dtype))[1]
+            yield "rms_norm_forward", options(dtype, {}), along * rows, 0
+            yield "rms_norm_backward", options(dtype, {}), along * rows, rows * D * np.dtype(dtype).itemsize
+        for name in ("column_sums", "swiglu_forward", "swiglu_backward", "squares", "adamw", "total"):
+            yield name, options(dtype, {}), BLOCK, 0
+        yield "rope", options(dtype, {}), ROPE_BLOCK, 0
+
+
+def example(xp, rng, N=3, D=33, F=5, H=2, G=1, K=8, P=1100, dtype="float32"):
+    """Every kernel of this room once on random numbers; what python -m minilm.kernels.emulator fused runs."""
+    def normal(shape):
+        return xp.asarray(rng.normal(size=shape).astype(dtype))
+    x, weight, gate_up, qkv, angles = map(normal, [(N, D), D, (N, 2 * F), (N, H + 2 * G, K), (N, K // 2)])
+    y, r = rms_norm_forward(x, weight)
+    p, g, m, v = normal(P), normal(P), normal(P), xp.zeros(P, dtype)
+    return (y, *rms_norm_backward(y, x, weight, r), swiglu_forward(gate_up), swiglu_backward(normal((N, F)), gate_up),
+            rope(qkv, xp.cos(angles), xp.sin(angles), H, G, scale=K ** -0.5), squared_norm(g),
+            adamw_step(p, g, m, v, P // 2, 0.1, (0.9, 0.95), 1e-8, 0.01, 1), p, m, v)

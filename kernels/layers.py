@@ -1,0 +1,87 @@
+"""The fused layers of minilm/layers.py on a GPU: (output, vjp) each, from the kernels of this folder.
+
+Shapes are those of minilm/layers.py. What is not contiguous is copied here, once, before the kernels would refuse it.
+"""
+
+from minilm.backend import array_module, to_numpy
+from minilm.kernels import attention as attention_kernel, fused, log_probs
+
+
+def _contiguous(x):
+    return array_module(x).ascontiguousarray(x)
+
+
+def rms_norm(x, weight, eps):
+    x = _contiguous(x)
+    y, r = fused.rms_norm_forward(x, weight, eps)
+
+    def vjp(dy):
+        return fused.rms_norm_backward(_contiguous(dy), x, weight, r)
+    return y, vjp
+
+
+def swiglu(gate_up):
+    gate_up = _contiguous(gate_up)
+
+    def vjp(dy):
+        return fused.swiglu_backward(_contiguous(dy), gate_up)
+    return fused.swiglu_forward(gate_up), vjp
+
+
+def attention(q, k, v, causal, key_mask, scale):
+    """The keys of a row that count must stand together: padding may be on the left and on the right of them."""
+    q, k, v, first, stop = _contiguous(q), _contiguous(k), _contiguous(v), None, None
+    if key_mask is not None:
+        real = to_numpy(key_mask).astype(bool)
+        first = real.argmax(axis=1)
+        stop = first + real.sum(axis=1)
+        if (real != [[f <= s < t for s in range(real.shape[1])] for f, t in zip(first, stop)]).any():
+            raise ValueError("this kernel serves padding on the left and on the right, and a key_mask here has a gap; "
+                             "pass kernel=False")
+    plan = attention_kernel.batch_plan(array_module(q), q.shape, k.shape, causal, first, stop)
+    o, lse = attention_kernel.batch_forward(q, k, v, plan, scale)
+
+    def vjp(dy):
+        return attention_kernel.batch_backward(q, k, v, o, _contiguous(dy), lse, plan, scale)
+    return o, vjp
+
+
+def segment_plan(segments, like):
+    """Who sees whom among the segments of a packing.Pack, on the device of an array like that."""
+    rows = [(s.start, s.queries, s.start, s.queries, 0, s.prefix_start, s.keys - s.queries) for s in segments]
+    return attention_kernel.Plan(array_module(like), rows)
+
+
+def segment_attention(qkv, cos, sin, heads, kv_heads, plan, pairing):
+    """Rotations, then causal attention over a whole packing.Pack in one launch: (N,(H+2G)K) -> (N,H K)."""
+    (N, width), H, G, xp = qkv.shape, heads, kv_heads, array_module(qkv)
+    K = width // (H + 2 * G)
+    qkv = _contiguous(qkv).reshape(N, H + 2 * G, K)
+    turned = fused.rope(qkv, cos, sin, H, G, pairing)                       # (N,H+G,K)
+    o, lse = xp.empty((N, H, K), qkv.dtype), xp.empty((H, N), qkv.dtype)
+    shape = {"plan": plan, "heads": H, "kv_heads": G, "width": K, "lse_head": N, "scale": K ** -0.5}
+
+    def heads_from(array, first):
+        return attention_kernel.Operand(array, first * K, array.shape[1] * K, K)
+    operands = heads_from(turned, 0), heads_from(turned, H), heads_from(qkv, H + G), heads_from(o, 0)
+    attention_kernel.forward(*operands, lse, **shape)
+
+    def vjp(dy):
+        dqkv = xp.empty(qkv.shape, qkv.dtype)
+        attention_kernel.backward(*operands, heads_from(_contiguous(dy).reshape(N, H, K), 0), lse, heads_from(dqkv, 0),
+                                  heads_from(dqkv, H), heads_from(dqkv, H + G), **shape)
+        fused.rope(dqkv, cos, sin, H, G, pairing, backward=True, out=dqkv)
+        return dqkv.reshape(N, width)
+    return o.reshape(N, H * K), vjp
+
+
+def token_log_probs(hidden, unembedding, targets, chunk):
+    """hidden (..,D), targets (N,), which are in the vocabulary."""
+    shape, rows = hidden.shape, _contiguous(hidden).reshape(-1, hidden.shape[-1])
+    found, lse, _, logits = log_probs.linear_forward(rows, unembedding, targets, chunk)
+
+    def vjp(dy):
+        dhidden, dunembedding = log_probs.linear_backward(rows, unembedding, targets, lse, _contiguous(dy).reshape(-1),
+                                                          logits, chunk)
+        return dhidden.reshape(shape), dunembedding
+    return found.reshape(shape[:-1]), vjp

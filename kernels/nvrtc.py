@@ -1,0 +1,110 @@
+"""NVRTC, the compiler that CuPy hands our kernels to, called through ctypes: it needs no GPU.
+
+    pip install nvidia-cuda-nvrtc           (or nvidia-cuda-nvrtc-cu12)
+
+What a GPU of a given architecture would get is compiled here, with the options that CuPy would pass, and the
+assembler says how many registers and how much memory each kernel takes (scripts/kernel_report.py).
+"""
+
+import ctypes
+import ctypes.util
+import dataclasses
+import functools
+import re
+import sys
+from pathlib import Path
+
+INSTALL = "NVRTC is not installed: pip install nvidia-cuda-nvrtc (or nvidia-cuda-nvrtc-cu12)"
+
+
+class CompileError(RuntimeError):
+    """The compiler refused the source; the message is its log."""
+
+
+@functools.cache
+def library():
+    """The shared library, from the wheel or the system; None where there is neither."""
+    folders = [Path(folder or ".") / "nvidia" for folder in sys.path]
+    found = sorted((path for folder in folders for path in folder.glob("*/lib/libnvrtc.so.1*")),
+                   key=lambda path: int(path.suffix[1:]))
+    name = str(found[-1]) if found else ctypes.util.find_library("nvrtc")
+    return ctypes.CDLL(name) if name else None
+
+
+def architectures():
+    """The architectures that this NVRTC compiles for, as integers: 75 is sm_75."""
+    count = ctypes.c_int()
+    _call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
+    found = (ctypes.c_int * count.value)()
+    _call("nvrtcGetSupportedArchs", found)
+    return list(found)
+
+
+def version():
+    """(major, minor)"""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+def cupy_options(options, architecture):
+    """What CuPy 14 makes of a RawModule's options, in its order, less the folders of headers, of which we use none.
+
+    cupy/_core/core.pyx, assemble_cupy_compiler_options; cupy/cuda/compiler.py, _compile_module_with_cache and
+    _compile_using_nvrtc_no_warning.
+    """
+    standard = () if any("-std=" in option for option in options) else ("--std=c++17",)
+    return (*options, *standard, "-ftz=true", f"-arch=sm_{architecture}", "--device-as-default-execution-space")
+
+
+def compile(code, options, architecture):
+    """CUDA C to (cubin, what the assembler said of it), as on a GPU of that architecture. Raises CompileError."""
+    options = [o.encode() for o in (*cupy_options(options, architecture), "--ptxas-options=-v")]
+    program = ctypes.c_void_p()
+    _call("nvrtcCreateProgram", ctypes.byref(program), code.encode(), b"kernels.cu", 0, None, None)
+    try:
+        status = library().nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        log = _text(program, "ProgramLog").rstrip(b"\0").decode()
+        if status:
+            raise CompileError(log)
+        return _text(program, "CUBIN"), log
+    finally:
+        _call("nvrtcDestroyProgram", ctypes.byref(program))
+
+
+def _text(program, what):
+    size = ctypes.c_size_t()
+    _call(f"nvrtcGet{what}Size", program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    _call(f"nvrtcGet{what}", program, text)
+    return text.raw
+
+
+def _call(name, *arguments):
+    if library() is None:
+        raise ImportError(INSTALL)
+    status = getattr(library(), name)(*arguments)
+    if status:
+        library().nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise RuntimeError(f"{name}: {library().nvrtcGetErrorString(status).decode()}")
+
+
+@dataclasses.dataclass
+class Resources:
+    """What the assembler gave a kernel: registers a thread, bytes of stack and spills, static shared bytes a block."""
+
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+def resources(log):
+    """{kernel: Resources} from what ptxas -v prints, through NVRTC or nvcc."""
+    found = {}
+    for part in log.split("Compiling entry function ")[1:]:
+        registers, stack, stores, loads, shared = (
+            max((int(number) for number in re.findall(rf"(\d+) {what}", part)), default=0)
+            for what in ("registers", "bytes stack frame", "bytes spill stores", "bytes spill loads", "bytes smem"))
+        found[re.match(r"'(\w+)'", part)[1]] = Resources(registers, stack, stores + loads, shared)
+    return found

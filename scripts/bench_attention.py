@@ -1,0 +1,118 @@
+"""The attention kernels: bytes that they move, and on a GPU their time against PyTorch's and plain CuPy's.
+
+    python scripts/bench_attention.py [--lengths 128,1024,8192]
+
+Without a GPU it prints what can be known without one: bytes moved, counted by the formula that the tests hold to the
+emulator's count, against attention with a matrix of scores, and against the least possible.
+"""
+
+import argparse
+import functools
+import sys
+
+import numpy as np
+
+import gpu_measuring as measuring
+from minilm.kernels import attention
+from run_folder import UsageError, main_guard
+
+B, H, G, K = 4, 8, 8, 64
+TOLERANCE = 1e-4
+
+
+def traffic(T, B=B, H=H, G=G, K=K, dtype="float32"):
+    """Bytes of causal attention at length T: {direction: (ours, with a matrix of scores, the least possible)}."""
+    plan, item = attention.batch_plan(np, (B, H, T, K), (B, G, T, K), True), np.dtype(dtype).itemsize
+    forward = sum(map(sum, attention.forward_bytes(plan, H, G, K, dtype).values()))
+    backward = sum(sum(map(sum, operands.values()))
+                   for operands in attention.backward_bytes(plan, H, G, K, dtype).values())
+    queries, keys, scores = B * H * T * K * item, B * G * T * K * item, B * H * T * T * item
+    # With a matrix: the products read their operands and write their results once; softmax and its gradient read and
+    # write the scores, P is kept. S, P; dP, P, dS, which two products read.
+    naive = 2 * queries + 2 * keys + 4 * scores, 4 * queries + 4 * keys + 8 * scores
+    least = 2 * queries + 2 * keys, 4 * queries + 4 * keys
+    return {"forward": (forward, naive[0], least[0]), "backward": (backward, naive[1], least[1])}
+
+
+def print_traffic(lengths):
+    print(f"Bytes moved by causal attention, B {B}, H {H}, K {K}, float32, in MB; counted, if no cache helps:\n\n"
+          "| T | direction | ours | with a matrix of scores | the least | ours / matrix |\n|---|---|---|---|---|---|")
+    for T in lengths:
+        for direction, (ours, naive, least) in traffic(T).items():
+            print(f"| {T} | {direction} | {ours / 1e6:.1f} | {naive / 1e6:.1f} | {least / 1e6:.1f} | {ours / naive:.2f} |")
+
+
+def ours(q, k, v, do, plan):
+    o, lse = attention.batch_forward(q, k, v, plan, K ** -0.5)
+    return o, lambda: attention.batch_backward(q, k, v, o, do, lse, plan, K ** -0.5)
+
+
+def plain(q, k, v, do):
+    """The formula of layers.attention, on CuPy's arrays."""
+    from minilm.layers import attention as layer
+    o, vjp = layer.__wrapped__(q, k, v, True, kernel=False)
+    return o, lambda: vjp(do)
+
+
+def pytorch(backend, q, k, v, do):
+    """PyTorch's scaled_dot_product_attention, by one of its kernels ("math": unfused)."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    leaves = [torch.from_dlpack(a).requires_grad_() for a in (q, k, v)]
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        o = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+    gradient = torch.from_dlpack(do)
+    return o, lambda: torch.autograd.grad(o, leaves, gradient, retain_graph=True)
+
+
+def time_on(cupy, T, ceiling):
+    rng = cupy.random.default_rng(0)
+    q, k, v, do = (rng.standard_normal((B, heads, T, K), dtype=cupy.float32) for heads in (H, G, G, H))
+    plan = attention.batch_plan(cupy, q.shape, k.shape, True)
+    peers = {"minilm": functools.partial(ours, q, k, v, do, plan), "plain CuPy": functools.partial(plain, q, k, v, do)}
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        print("PyTorch: not installed, skipped")
+    else:
+        peers |= {f"torch, {backend.lower()}": functools.partial(pytorch, backend, q, k, v, do)
+                  for backend in ("EFFICIENT_ATTENTION", "MATH")}
+    reference = None
+    for name, call in peers.items():
+        o, backward = call()
+        results = [cupy.from_dlpack(a.detach()) if hasattr(a, "detach") else a for a in (o, *backward())]
+        reference = reference or results
+        for what, a, b in zip(("o", "dq", "dk", "dv"), reference, results):
+            measuring.assert_same(f"{name}'s {what}", a, b, TOLERANCE)
+    moved, pairs = traffic(T), 2 * B * H * K * T * (T + 1) // 2         # operations of one product of the causal half
+    for direction, products in (("forward", 2), ("backward", 5)):
+        print(f"\nT = {T}, {direction}\n\n{measuring.HEADER}")
+        for name, call in peers.items():
+            timed = call if direction == "forward" else call()[1]
+            print(measuring.row(name, measuring.seconds(timed), moved[direction][0] if name == "minilm" else None,
+                                products * pairs, measuring.extra_bytes(cupy, timed), ceiling), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--lengths", default="128,256,512,1024,2048,4096,8192", help="with commas (default: %(default)s)")
+    asked = parser.parse_args()
+    try:
+        lengths = [int(T) for T in asked.lengths.split(",")]
+    except ValueError:
+        raise UsageError(f"--lengths {asked.lengths}: numbers with commas between them, please") from None
+    if min(lengths) < 1:
+        raise UsageError(f"--lengths {asked.lengths}: a sequence has at least one token")
+    print_traffic(lengths)
+    cupy, reason = measuring.gpu()
+    if cupy is None:
+        print(f"\nNot timed: {reason}. Registers, shared memory and occupancy: python scripts/kernel_report.py")
+        return
+    ceiling = measuring.ceilings(cupy)
+    print(f"\n{measuring.machine(cupy)}; a copy {ceiling[0] / 1e9:.0f} GB/s, a product {ceiling[1] / 1e12:.1f} TFLOP/s")
+    for T in lengths:
+        time_on(cupy, T, ceiling)
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

@@ -1,0 +1,160 @@
+"""The log-prob kernels: bytes that they move, and on a GPU their time against PyTorch's, Liger's and plain CuPy's.
+
+    python scripts/bench_log_probs.py [--vocabularies 4096,50257]
+
+From logits (N,V), forward and backward; and fused with the product that makes the logits, hidden (N,D) times the
+unembedding. Without a GPU it prints what can be known without one: bytes moved, by the formula that the tests hold to
+the emulator's count, against one operation at a time, and against the least possible.
+"""
+
+import argparse
+import sys
+
+import numpy as np
+
+import gpu_measuring as measuring
+from minilm.kernels import log_probs
+from run_folder import UsageError, main_guard
+
+N, D = 4096, 768
+TOLERANCE = 1e-4
+
+
+def traffic(V, N=N, dtype="float32"):
+    """Bytes: {direction: (ours, one operation at a time, the least possible)}."""
+    numbers = N * V * np.dtype(dtype).itemsize
+    # One at a time: max; subtract (read, write); exp (read, write); sum; and for the gradient multiply (read, write).
+    return {"forward": (sum(log_probs.forward_bytes(N, V, dtype)), 6 * numbers, numbers),
+            "backward": (sum(log_probs.backward_bytes(N, V, dtype)), 4 * numbers, 2 * numbers)}
+
+
+def print_traffic(vocabularies):
+    print(f"Bytes moved by log-probs of {N} rows of logits, float32, in MB:\n\n"
+          "| V | direction | ours | one operation at a time | the least | ours / the least |\n|---|---|---|---|---|---|")
+    for V in vocabularies:
+        for direction, (ours, naive, least) in traffic(V).items():
+            print(f"| {V} | {direction} | {ours / 1e6:.1f} | {naive / 1e6:.1f} | {least / 1e6:.1f} | {ours / least:.3f} |")
+
+
+def from_logits(cupy, V):
+    """{peer: call() -> log-probs, backward()}"""
+    rng = cupy.random.default_rng(0)
+    logits, dy = rng.standard_normal((N, V), dtype=cupy.float32), rng.standard_normal(N, dtype=cupy.float32)
+    targets = rng.integers(0, V, N)
+
+    def ours():
+        found, lse, _ = log_probs.forward(logits, targets)
+        return found, lambda: log_probs.backward(logits, targets, lse, dy)
+
+    def plain():
+        z = logits - logits.max(axis=1, keepdims=True)
+        total = cupy.exp(z).sum(axis=1, keepdims=True)
+        rows = cupy.arange(N)
+
+        def backward():
+            dlogits = cupy.exp(z) * (-dy[:, None] / total)
+            dlogits[rows, targets] += dy
+            return dlogits
+        return (z[rows, targets] - cupy.log(total[:, 0])), backward
+
+    def pytorch(cross_entropy):
+        def call():
+            import torch
+            leaf = torch.from_dlpack(logits).detach().requires_grad_()
+            found = -cross_entropy(leaf, torch.from_dlpack(targets))
+            return found, lambda: torch.autograd.grad(found, leaf, torch.from_dlpack(dy), retain_graph=True)[0]
+        return call
+
+    peers = {"minilm": ours, "plain CuPy": plain}
+    try:
+        import torch
+        peers["torch"] = pytorch(lambda x, y: torch.nn.functional.cross_entropy(x, y, reduction="none"))
+        # Liger's own cross entropy overwrites its logits with the gradient of the mean: not this function.
+    except ImportError:
+        print("PyTorch: not installed, skipped")
+    return peers
+
+
+def from_hidden(cupy, V):
+    """The same with the product that makes the logits, the loss their mean: what training does. {peer: call()}"""
+    rng = cupy.random.default_rng(1)
+    hidden = rng.standard_normal((N, D), dtype=cupy.float32)
+    unembedding = rng.standard_normal((V, D), dtype=cupy.float32) * cupy.float32(D ** -0.5)
+    targets, dy = rng.integers(0, V, N), cupy.full(N, -1 / N, cupy.float32)
+
+    def ours():
+        _, lse, _, logits = log_probs.linear_forward(hidden, unembedding, targets)
+        return log_probs.linear_backward(hidden, unembedding, targets, lse, dy, logits)
+
+    def pytorch(loss):
+        def call():
+            import torch
+            leaves = [torch.from_dlpack(a).detach().requires_grad_() for a in (hidden, unembedding)]
+            return torch.autograd.grad(loss(*leaves, torch.from_dlpack(targets)), leaves)
+        return call
+
+    peers = {"minilm": ours}
+    try:
+        import torch
+        peers["torch"] = pytorch(lambda h, u, y: torch.nn.functional.cross_entropy(h @ u.T, y))
+    except ImportError:
+        print("PyTorch: not installed, skipped")
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        peers["Liger"] = pytorch(lambda h, u, y: LigerFusedLinearCrossEntropyLoss()(u, h, y))
+    except ImportError:
+        print("Liger: not installed, skipped (pip install liger-kernel)")
+    return peers
+
+
+def compared(cupy, name, reference, results):
+    for a, b in zip(reference, results):
+        b = cupy.from_dlpack(b.detach()) if hasattr(b, "detach") else b
+        measuring.assert_same(name, a, b, TOLERANCE)
+
+
+def time_on(cupy, V, ceiling):
+    peers, moved = from_logits(cupy, V), traffic(V)
+    reference = None
+    for name, call in peers.items():
+        found, backward = call()
+        reference = reference or (found, backward())
+        compared(cupy, name, reference, (found, backward()))
+    for direction in moved:
+        print(f"\nV = {V}, from logits, {direction}\n\n{measuring.HEADER}")
+        for name, call in peers.items():
+            timed = call if direction == "forward" else call()[1]
+            print(measuring.row(name, measuring.seconds(timed), moved[direction][0] if name == "minilm" else None, None,
+                                measuring.extra_bytes(cupy, timed), ceiling), flush=True)
+    peers = from_hidden(cupy, V)
+    reference = peers["minilm"]()
+    print(f"\nV = {V}, with the product, forward and backward\n\n{measuring.HEADER}")
+    for name, call in peers.items():
+        compared(cupy, name, reference, call())
+        print(measuring.row(name, measuring.seconds(call), None, 6 * N * V * D, measuring.extra_bytes(cupy, call), ceiling),
+              flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--vocabularies", default="4096,50257,151936", help="with commas (default: %(default)s)")
+    asked = parser.parse_args()
+    try:
+        vocabularies = [int(V) for V in asked.vocabularies.split(",")]
+    except ValueError:
+        raise UsageError(f"--vocabularies {asked.vocabularies}: numbers with commas between them, please") from None
+    if min(vocabularies) < 1:
+        raise UsageError(f"--vocabularies {asked.vocabularies}: a vocabulary has at least one token")
+    print_traffic(vocabularies)
+    cupy, reason = measuring.gpu()
+    if cupy is None:
+        print(f"\nNot timed: {reason}. Registers, shared memory and occupancy: python scripts/kernel_report.py")
+        return
+    ceiling = measuring.ceilings(cupy)
+    print(f"\n{measuring.machine(cupy)}; a copy {ceiling[0] / 1e9:.0f} GB/s, a product {ceiling[1] / 1e12:.1f} TFLOP/s")
+    for V in vocabularies:
+        time_on(cupy, V, ceiling)
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

@@ -1,0 +1,80 @@
+"""How kernels are timed on a GPU; what bench_attention.py and bench_log_probs.py share.
+
+Results are compared first: what is wrong is not timed. Then CUDA events around each call (cupyx.profiler.benchmark), the
+median of many calls after some to warm up; memory is the most that the call held beyond its inputs and outputs. The
+ceilings are measured too: a copy for bytes a second, a matrix product of cuBLAS for operations a second.
+"""
+
+import importlib.util
+
+import numpy as np
+
+REPEATS, WARM_UP = 50, 5
+
+
+def gpu():
+    """CuPy and None, or None and why there is nothing to time with."""
+    if importlib.util.find_spec("cupy") is None:
+        return None, "CuPy is not installed (pip install cupy-cuda13x)"
+    import cupy
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return None, f"no GPU: {error}"
+    return cupy, None
+
+
+def machine(cupy):
+    """The device and the versions, in one line."""
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    versions = [f"cupy {cupy.__version__}", f"CUDA {cupy.cuda.runtime.runtimeGetVersion()}"]
+    if importlib.util.find_spec("torch"):
+        import torch
+        versions.append(f"torch {torch.__version__}")
+    return f"{properties['name'].decode()}, {', '.join(versions)}"
+
+
+def seconds(call):
+    """Median and quartiles of the time of call() on the device."""
+    from cupyx.profiler import benchmark
+    times = benchmark(call, n_repeat=REPEATS, n_warmup=WARM_UP).gpu_times[0]
+    return np.quantile(times, [0.5, 0.25, 0.75])
+
+
+def extra_bytes(cupy, call):
+    """The most bytes of CuPy's memory pool that call() takes beyond what is taken before."""
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    before = pool.total_bytes()
+    call()
+    cupy.cuda.Device().synchronize()
+    return pool.total_bytes() - before
+
+
+def ceilings(cupy):
+    """Bytes a second of a copy, operations a second of a product in float32 (without TF32)."""
+    a = cupy.ones(1 << 28, cupy.float32)
+    b = cupy.empty_like(a)
+    copied = 2 * a.nbytes / seconds(lambda: cupy.copyto(b, a))[0]
+    x = cupy.ones((8192, 8192), cupy.float32)
+    return copied, 2 * 8192 ** 3 / seconds(lambda: x @ x)[0]
+
+
+def assert_same(name, ours, theirs, tolerance):
+    """Raises ValueError if an array differs by more than the tolerance, relative to its largest entry."""
+    error = float(abs(ours - theirs).max() / abs(theirs).max())
+    if not error <= tolerance:
+        raise ValueError(f"{name}: differs from ours by {error:.1e} of its largest entry (allowed: {tolerance:.0e}). "
+                         "Nothing was timed.")
+
+
+def row(name, time, bytes_moved, operations, extra, ceiling):
+    """One line of a table; ceiling: what ceilings() returned."""
+    median, low, high = 1e6 * time
+    cells = [name, f"{median:.0f} us [{low:.0f}, {high:.0f}]"]
+    for amount, most, unit, scale in ((bytes_moved, ceiling[0], "GB/s", 1e9), (operations, ceiling[1], "TFLOP/s", 1e12)):
+        cells.append("" if amount is None else f"{amount / time[0] / scale:.1f} {unit}, {amount / time[0] / most:.0%}")
+    return f"| {' | '.join(cells)} | {extra / 2**20:.0f} MB |"
+
+
+HEADER = "| | time [quartiles] | bytes, of a copy's | operations, of a product's | memory beside |\n|---|---|---|---|---|"

@@ -1,0 +1,31 @@
+"""How the tests of the emulator launch a kernel of their own, given as text."""
+import numpy as np
+
+from minilm.kernels import emulator
+
+SCHEDULES = "forward", "reversed", 1, 2, 3
+
+
+class Device:
+    """An array of the device, as RawModule sees it."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __minilm_buffer__(self):
+        return self.array
+
+
+def kernel(code, name, *options):
+    return emulator.RawModule(code=f'#line 1 "test.cu"\n{code}', options=options).get_function(name)
+
+
+def run(code, name, *args, grid=(1,), block=(64,), shared=0, options=()):
+    """Launches it; NumPy arrays go as arrays of the device, Python numbers as 32 bits."""
+    kinds = {np.ndarray: Device, int: np.int32, float: np.float32}
+    args = tuple(kinds.get(type(a), lambda a: a)(a) for a in args)
+    kernel(code, name, *options)(grid, block, args, shared_mem=shared)
+
+
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)

@@ -1,0 +1,335 @@
+"""kernels/attention.cu: the plain formula, in float64 to 1e-10, at every ragged size; clean under the checkers; counted."""
+import contextlib
+
+import numpy as np
+import pytest
+
+from helpers import assert_close
+from minilm.kernels import attention, emulator
+from minilm.kernels.launch import source
+
+LENGTHS = [1, 7, 31, 32, 33, 65, 128, 200]
+NAMES = ("dq", "dk", "dv")
+
+
+def by_segment(segments, q, k, v, do, scale, dtype=np.float64):
+    """softmax(scale q k^T) v and its gradients, one segment and head at a time.  q (N,H,K), k, v (M,G,K), token-major
+
+    Returns o (N,H,K), the log-sum-exp (H,N), dq, dk, dv; zeros (-inf) where no segment has a token.
+    """
+    q, k, v, do = (a.astype(dtype) for a in (q, k, v, do))
+    group, scale = q.shape[1] // k.shape[1], dtype(scale)
+    o, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    lse = np.full(q.shape[1::-1], -np.inf, dtype)
+    for first, count, key, keys, diagonal, prefix, prefix_keys in segments:
+        rows, columns = np.arange(first, first + count), np.r_[prefix:prefix + prefix_keys, key:key + keys]
+        hidden = np.arange(keys) > np.arange(count)[:, None] + diagonal
+        hidden = np.concatenate([np.zeros((count, prefix_keys), bool), hidden], axis=1)
+        seeing = ~hidden.all(axis=1)
+        for h in range(q.shape[1]):
+            S = np.where(hidden, -np.inf, scale * (q[rows, h] @ k[columns, h // group].T))[seeing]
+            if not S.size:
+                continue
+            m = S.max(axis=1, keepdims=True)
+            E = np.exp(S - m)
+            P = E / E.sum(axis=1, keepdims=True)
+            of_o, of_do = P @ v[columns, h // group], do[rows, h][seeing]
+            dP = of_do @ v[columns, h // group].T
+            dS = P * (dP - (of_do * of_o).sum(axis=1, keepdims=True))
+            o[rows[seeing], h] = of_o
+            lse[h, rows[seeing]] = (m + np.log(E.sum(axis=1, keepdims=True)))[:, 0]
+            dq[rows[seeing], h] = scale * dS @ k[columns, h // group]
+            np.add.at(dk[:, h // group], columns, scale * dS.T @ q[rows, h][seeing])
+            np.add.at(dv[:, h // group], columns, P.T @ of_do)
+    return o, lse, dq, dk, dv
+
+
+def run(xp, segments, q, k, v, do, scale, plan=None):
+    """The same by the kernels, of token-major arrays."""
+    (N, H, K), (M, G, _) = q.shape, k.shape
+    plan = attention.Plan(xp, segments) if plan is None else plan
+    device = {"q": q, "k": k, "v": v, "do": do, "o": np.zeros_like(q), "dq": np.zeros_like(q), "dk": np.zeros_like(k),
+              "dv": np.zeros_like(v)}
+    operands = {name: attention.Operand(xp.asarray(a), 0, a.shape[1] * K, K) for name, a in device.items()}
+    q, k, v, o = (operands[name] for name in "qkvo")
+    lse = xp.asarray(np.full((H, N), -np.inf, q.array.dtype))
+    attention.forward(q, k, v, o, lse, plan, H, G, K, N, scale)
+    attention.backward(q, k, v, o, operands["do"], lse, *(operands[name] for name in NAMES), plan, H, G, K, N, scale)
+    return o.array.get(), lse.get(), *(operands[name].array.get() for name in NAMES)
+
+
+def inputs(rng, N, M, H, G, K, dtype=np.float64, size=1.0):
+    return [(size * rng.normal(size=shape)).astype(dtype) for shape in ((N, H, K), (M, G, K), (M, G, K), (N, H, K))]
+
+
+def rectangle(B, T, S, causal):
+    """Segments of B sequences side by side, T queries and S keys each."""
+    return [(b * T, T, b * S, S, S - T if causal else S, 0, 0) for b in range(B)]
+
+
+RESPONSES = [(0, 40, 0, 40, 0, 0, 0), (40, 33, 40, 33, 0, 0, 40), (73, 1, 73, 1, 0, 0, 40), (74, 7, 74, 7, 0, 0, 0),
+             (81, 20, 81, 20, 0, 74, 7)]
+"""Two prompts, of 40 and 7 tokens; two responses to the one, one to the other."""
+
+
+def agree(actual, expected, tolerance=1e-10):
+    for name, a, b in zip(("o", "lse", *NAMES), actual, expected):
+        seen = np.isfinite(b)
+        assert (np.isfinite(a) == seen).all(), name
+        assert_close(np.where(seen, a, 0), np.where(seen, b, 0), tolerance, name)
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_any_length_gives_the_plain_formula(T, causal, xp, rng):
+    segments, arrays = rectangle(2, T, T, causal), inputs(rng, 2 * T, 2 * T, 2, 1, 16)
+    agree(run(xp, segments, *arrays, 0.25), by_segment(segments, *arrays, 0.25))
+
+
+@pytest.mark.parametrize("K", attention.WIDTHS)
+@pytest.mark.parametrize("H, G", [(1, 1), (3, 1), (8, 1), (8, 8), (6, 2)])
+def test_any_head_width_and_grouping_gives_the_plain_formula(K, H, G, xp, rng):
+    segments, arrays = rectangle(1, 40, 40, True), inputs(rng, 40, 40, H, G, K)
+    agree(run(xp, segments, *arrays, K ** -0.5), by_segment(segments, *arrays, K ** -0.5))
+
+
+@pytest.mark.parametrize("T, S", [(1, 70), (5, 70), (33, 34)])
+def test_queries_may_be_the_last_of_more_keys(T, S, xp, rng):
+    segments, arrays = rectangle(2, T, S, True), inputs(rng, 2 * T, 2 * S, 2, 1, 16)
+    agree(run(xp, segments, *arrays, 0.25), by_segment(segments, *arrays, 0.25))
+
+
+@pytest.mark.parametrize("K", [16, 128])
+def test_a_prompt_is_seen_by_its_responses_and_gets_the_gradients_of_all(K, xp, rng):
+    arrays = inputs(rng, 101, 101, 4, 2, K)
+    agree(run(xp, RESPONSES, *arrays, 0.2), by_segment(RESPONSES, *arrays, 0.2))
+
+
+def test_padding_on_either_side_and_rows_without_keys(xp, rng):
+    """What no segment has is neither read nor written: it may be NaN, and keeps its zeros."""
+    segments = [(0, 9, 3, 6, -3, 0, 0), (9, 9, 9, 5, 0, 0, 0), (18, 9, 18, 0, 0, 0, 0), (27, 1, 27, 1, 0, 0, 0)]
+    arrays = inputs(rng, 28, 28, 2, 1, 16)
+    expected = by_segment(segments, *arrays, 0.25)
+    for a in arrays[1:3]:
+        a[[0, 1, 2, 14, 15, 16, 17, *range(18, 27)]] = np.nan
+    agree(run(xp, segments, *arrays, 0.25), expected)
+
+
+@pytest.mark.parametrize("case", ["large", "equal", "one far above"])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_hard_scores(case, dtype, xp, rng):
+    """Scores of 1e4, and all alike; a query that sees one key alone."""
+    q, k, v, do = inputs(rng, 40, 40, 1, 1, 16, dtype)
+    if case == "large":
+        q *= 100
+        k *= 100
+    elif case == "equal":
+        k[:] = k[0]
+    else:
+        k[17] *= 1000
+    segments = rectangle(1, 40, 40, True)
+    results, expected = run(xp, segments, q, k, v, do, 0.25), by_segment(segments, q, k, v, do, 0.25)
+    assert all(np.isfinite(a).all() for a in results)
+    if dtype == np.float64:
+        agree(results, expected, 1e-9 if case == "large" else 1e-10)        # P changes by 1e4 eps there
+    else:
+        close_as_naive(results, expected, by_segment(segments, q, k, v, do, 0.25, np.float32))
+
+
+def close_as_naive(results, exact, naive):
+    """float32: at most twice (gradients three times) as far from float64 as the naive formula in float32, and a few eps."""
+    for i, (a, b, c) in enumerate(zip(results, exact, naive)):
+        error, of_naive = (np.abs(x - b).max(initial=0) for x in (a, c))
+        slack = 8 * np.finfo(np.float32).eps * np.abs(b).max(initial=0)
+        assert error <= (2 if i < 2 else 3) * of_naive + slack, (("o", "lse", *NAMES)[i], error, of_naive)
+
+
+@pytest.mark.parametrize("K", attention.WIDTHS)
+def test_float32_is_as_good_as_the_naive_formula(K, xp, rng):
+    arrays = inputs(rng, 101, 101, 4, 2, K, np.float32)
+    results = run(xp, RESPONSES, *arrays, 0.2)
+    assert all(a.dtype == np.float32 for a in results)
+    close_as_naive(results, by_segment(RESPONSES, *arrays, 0.2), by_segment(RESPONSES, *arrays, 0.2, np.float32))
+
+
+def test_the_gradients_are_those_of_finite_differences(xp, rng):
+    q, k, v, do = arrays = inputs(rng, 12, 12, 2, 1, 16)
+    segments = [(0, 5, 0, 5, 0, 0, 0), (5, 7, 5, 7, 0, 0, 5)]
+    gradients, h = run(xp, segments, *arrays, 0.25)[2:], 1e-5
+    for a, gradient in zip((q, k, v), gradients):
+        direction = rng.normal(size=a.shape)
+
+        def loss(step):
+            a[...] += step * direction
+            value = (run(xp, segments, *arrays, 0.25)[0] * do).sum()
+            a[...] -= step * direction
+            return value
+        assert_close((gradient * direction).sum(), (loss(h) - loss(-h)) / (2 * h), 1e-6)
+
+
+def test_a_batch_of_sequences_is_taken_as_layers_attention_does(xp, rng):
+    from minilm.layers import attention as layer
+    q, k, v, do = (rng.normal(size=shape) for shape in ((3, 4, 9, 16), (3, 2, 12, 16), (3, 2, 12, 16), (3, 4, 9, 16)))
+    first, stop = np.array([0, 4, 2]), np.array([12, 12, 11])
+    mask = (np.arange(12) >= first[:, None]) & (np.arange(12) < stop[:, None])
+    expected, vjp = layer.__wrapped__(q, k, v, True, mask)
+    plan = attention.batch_plan(xp, q.shape, k.shape, True, first, stop)
+    on_device = [xp.asarray(a) for a in (q, k, v)]
+    o, lse = attention.batch_forward(*on_device, plan, 0.25)
+    assert_close(o.get(), expected)
+    gradients = attention.batch_backward(*on_device, o, xp.asarray(do), lse, plan, 0.25)
+    for name, gradient, wanted in zip(NAMES, gradients, vjp(do)):
+        assert_close(gradient.get(), wanted, name=name)
+
+
+@pytest.mark.parametrize("segments", [[], [(0, 0, 0, 0, 0, 0, 0)], rectangle(0, 5, 5, True)], ids=["none", "empty", "no batch"])
+def test_nothing_to_attend_to_is_no_launch(segments, xp, rng):
+    results = run(xp, segments, *inputs(rng, 3, 3, 1, 1, 16), 1.0)
+    assert not any(np.nan_to_num(a, neginf=0).any() for i, a in enumerate(results) if i != 1)
+
+
+def test_the_same_bits_every_time(xp, rng):
+    arrays = inputs(rng, 101, 101, 4, 2, 32, np.float32)
+    one, other = (run(xp, RESPONSES, *arrays, 0.2) for _ in range(2))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(one, other))
+
+
+# What is refused.
+
+@pytest.mark.parametrize("what, change, message", [
+    ("q", lambda xp, a: a.astype(np.float32), "k is float64 and q is float32"),
+    ("v", lambda xp, a: a.astype(np.float32), "v is float32 and q is float64"),
+    ("k", lambda xp, a: a[:, :, ::2], "k is not contiguous"),
+    ("k", lambda xp, a: a[:4], "reach to number .* of k, which has 64"),
+    ("o", lambda xp, a: a[:-1], "reach to number .* of o")])
+def test_what_the_kernel_would_read_wrongly_is_refused_before_launch(what, change, message, xp, rng):
+    arrays = dict(zip("qkvo", map(xp.asarray, inputs(rng, 9, 9, 1, 1, 16))))
+    arrays[what] = change(xp, arrays[what])
+    operands = [attention.Operand(a, 0, 16, 16) for a in arrays.values()]
+    with pytest.raises((TypeError, ValueError), match=message):
+        attention.forward(*operands, xp.empty((1, 9)), attention.Plan(xp, rectangle(1, 9, 9, True)), 1, 1, 16, 9, 1.0)
+
+
+@pytest.mark.parametrize("heads, kv_heads, K, dtype, message", [
+    (1, 1, 24, np.float64, "head width 24; this kernel serves 16, 32, 64, 128"), (3, 2, 16, np.float64, "2 key/value heads do not divide 3"),
+    (1, 1, 16, np.float16, "float32 or float64, not in float16")])
+def test_shapes_and_precisions_that_are_not_served_are_named(heads, kv_heads, K, dtype, message, xp, rng):
+    arrays = inputs(rng, 4, 4, heads, kv_heads, K, dtype)
+    operands = [attention.Operand(xp.asarray(a), 0, a.shape[1] * K, K) for a in (*arrays[:3], arrays[0])]
+    with pytest.raises((TypeError, ValueError), match=message):
+        attention.forward(*operands, xp.empty((heads, 4)), attention.Plan(xp, rectangle(1, 4, 4, True)), heads, kv_heads, K,
+                          4, 1.0)
+
+
+@pytest.mark.parametrize("segments, message", [
+    ([(0, 4, 0, 4, 0, 0, 0), (3, 2, 4, 2, 0, 0, 0)], "overlap: queries 0 to 4 and those from 3"),
+    ([(0, 4, 0, 4, 0, 0, 0), (4, 2, 4, 2, 0, 0, 3)], "overlap: keys 0 to 3 and those from 0"),
+    ([(0, 1, -1, 2, 0, 0, 0)], "begin before the first token: keys -1")])
+def test_segments_that_would_write_the_same_gradient_twice_are_refused(segments, message, xp):
+    with pytest.raises(ValueError, match=message):
+        attention.Plan(xp, segments)
+
+
+# Under the checkers.
+
+CHECKED = {"float32, width 16": (16, np.float32), "float64, width 64": (64, np.float64), "float64, width 128": (128, np.float64)}
+
+
+@pytest.mark.parametrize("K, dtype", CHECKED.values(), ids=CHECKED)
+def test_no_checker_finds_anything(K, dtype, emulated, rng):
+    arrays = inputs(rng, 101, 101, 2, 1, K, dtype)
+    with emulator.checked():
+        results = run(emulated, RESPONSES, *arrays, 0.2)
+    agree(results, by_segment(RESPONSES, *arrays, 0.2), 1e-10 if dtype == np.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("segments, tokens", [(RESPONSES, 101), (rectangle(2, 33, 65, True), 130),
+                                              (rectangle(1, 40, 40, False), 40)], ids=["packed", "causal", "bidirectional"])
+def test_bytes_moved_are_those_of_the_formula(segments, tokens, dtype, emulated, rng):
+    arrays, counted = inputs(rng, tokens, tokens, 4, 2, 16, dtype), {}
+    plan = attention.Plan(emulated, segments)
+    with emulator.checked(), counting(counted):
+        run(emulated, segments, *arrays, 0.2, plan)
+    expected = {"attention_forward": attention.forward_bytes(plan, 4, 2, 16, dtype),
+                **attention.backward_bytes(plan, 4, 2, 16, dtype)}
+    for kernel, operands in expected.items():
+        assert {name: counted[kernel][name] for name in operands} == operands, kernel
+
+
+PARAMETERS = {"attention_forward": ("q", "k", "v", "o", "lse"), "attention_delta": ("o", "do", "delta"),
+              "attention_dq": ("q", "k", "v", "do", "lse", "delta", "dq"),
+              "attention_dk_dv": ("q", "k", "v", "do", "lse", "delta", "dk", "dv")}
+
+
+@contextlib.contextmanager
+def counting(counted):
+    """Notes the traffic of every launch of a kernel of attention.cu, by the names of its first parameters."""
+    with pytest.MonkeyPatch.context() as patch:
+        launch = attention.launch
+
+        def launch_and_note(kernel, *arguments, **options):
+            launch(kernel, *arguments, **options)
+            traffic = emulator.traffic()
+            counted[kernel.name] = {name: traffic[i] for i, name in enumerate(PARAMETERS[kernel.name])}
+        patch.setattr(attention, "launch", launch_and_note)
+        yield
+
+
+# Bugs, each found.
+
+MUTANTS = [     # in words, the right text, the wrong one
+    ("no barrier before a tile is written over", "__syncthreads();                            // everybody is through with the tile before\n", "\n"),
+    ("no barrier between loading a tile and reading it", "count, 1);\n            __syncthreads();\n\n            real S[ROWS_A_THREAD][COLS_A_THREAD];\n", "count, 1);\n            real S[ROWS_A_THREAD][COLS_A_THREAD];\n"),
+    ("no barrier between the lanes that write P and those that read it", "__syncwarp();                               // a row of P is written and read by one warp\n", "\n"),
+    ("only the lanes of a warp wait for columns that other warps write", "__syncthreads();                        // its columns are read by all the warps\n", "__syncwarp();\n"),
+    ("a query sees the key after it", "(own && j0 + col > i0 + row + s.diagonal)", "(own && j0 + col > i0 + row + s.diagonal + 1)"),
+    ("a query does not see itself", "const int keys = own ? min(s.keys, i0 + queries + s.diagonal) : s.prefix_keys;\n        for (int j0 = 0; j0 < keys; j0 += COLS) {\n            const int count = min(COLS, keys - j0);\n            __syncthreads();                            //", "const int keys = own ? min(s.keys, i0 + queries + s.diagonal - 1) : s.prefix_keys;\n        for (int j0 = 0; j0 < keys; j0 += COLS) {\n            const int count = min(COLS, keys - j0);\n            __syncthreads();                            //"),
+    ("what lies past the last key has a score of 0", "if (col >= count || (own", "if ((own"),
+    ("the accumulator is not rescaled to the new maximum", "acc[i][d] *= rescale;", ";"),
+    ("the sum is not rescaled to the new maximum", "l[i] = rescale * l[i] + lanes_sum<8>(sum);", "l[i] += lanes_sum<8>(sum);"),
+    ("a lane has the sum of its own columns alone", "l[i] = rescale * l[i] + lanes_sum<8>(sum);", "l[i] = rescale * l[i] + sum;"),
+    ("the maximum is that of 4 of the 8 lanes", "highest = lanes_max<8>(highest);", "highest = lanes_max<4>(highest);"),
+    ("a row that sees nothing is NaN", "const real shift = highest == NEGATIVE_INFINITY ? real(0) : highest;", "const real shift = highest;"),
+    ("the log-sum-exp without the maximum", "= m[i] + log(l[i]);", "= log(l[i]);"),
+    ("heads read the keys of the wrong group", "load<COLS>(sK, k, places, K, first + j0, head / group, count, 1);\n            load<COLS>(sV, v, places, V, first + j0, head / group, count, 1);\n            __syncthreads();\n\n            real S[ROWS_A_THREAD][COLS_A_THREAD];", "load<COLS>(sK, k, places, K, first + j0, head % (gridDim.y / group), count, 1);\n            load<COLS>(sV, v, places, V, first + j0, head % (gridDim.y / group), count, 1);\n            __syncthreads();\n\n            real S[ROWS_A_THREAD][COLS_A_THREAD];"),
+    ("rows past the last query are written", "if (row >= queries) continue;\n        real* out = o +", "real* out = o +"),
+    ("a tile is not filled up with zeros", "tile[row][d] = row < count ? scale * first[(size_t)row * stride + d] : real(0);", "if (row < count) tile[row][d] = scale * first[(size_t)row * stride + d];"),
+    ("a token past the last is read", "tile[row][d] = row < count ? scale", "tile[row][d] = row <= count ? scale"),
+    ("dQ without the scale", "out[tx + 8 * d] = scale * acc[i][d];", "out[tx + 8 * d] = acc[i][d];"),
+    ("dK with the scale twice", "to_dk[tx + 8 * d] = of_dk[c][d];", "to_dk[tx + 8 * d] = scale * of_dk[c][d];"),
+    ("dK and dV are swapped", "to_dk[tx + 8 * d] = of_dk[c][d];\n            to_dv[tx + 8 * d] = of_dv[c][d];", "to_dk[tx + 8 * d] = of_dv[c][d];\n            to_dv[tx + 8 * d] = of_dk[c][d];"),
+    ("dS without D", "sdS[row][col] = p * (dP[i][j] - sD[row]);\n                }\n            }\n            __syncwarp();", "sdS[row][col] = p * dP[i][j];\n                }\n            }\n            __syncwarp();"),
+    ("dV of the first query head of a group alone", "for (int head = key_head * group; head < (key_head + 1) * group; ++head) {", "for (int head = key_head * group; head < key_head * group + 1; ++head) {"),
+    ("a prompt gets the gradient of its own queries alone", "for (int user = tile[3]; user < users_end; ++user) {", "for (int user = tile[3]; user < min(users_end, tile[3] + 1); ++user) {"),
+    ("keys are not told to the first queries that see them", "own ? max(0, j0 - s.diagonal) : 0", "own ? max(0, j0 - s.diagonal + 1) : 0"),
+    ("keys of a prefix are hidden like a segment's own", "const bool own = users[2 * user + 1];", "const bool own = true;"),
+    ("D reaches one row too far", "if (row < queries && tx == 0) delta", "if (tx == 0) delta"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words, right, wrong", MUTANTS, ids=[words for words, *_ in MUTANTS])
+def test_a_bug_is_found_by_a_checker_or_by_the_numbers(words, right, wrong, emulated, rng, monkeypatch, record_property):
+    text = (source("attention").partition('#line 1 "attention.cu"\n')[2])
+    assert right in text, words
+    function = attention.function
+    monkeypatch.setattr(attention, "function", lambda *arguments, **constants: function(
+        *arguments, text=text.replace(right, wrong), **constants))
+    segments = [*RESPONSES, (101, 3, 101, 2, -2, 0, 0)]
+    arrays = inputs(rng, 104, 104, 4, 2, 16)
+    expected = by_segment(segments, *arrays, 0.2)
+    try:
+        with emulator.checked():
+            results = run(emulated, segments, *arrays, 0.2)
+    except emulator.Fault as fault:
+        found = f"a checker: {fault}"
+        assert "attention.cu:" in str(fault)
+    else:
+        errors = {name: np.abs(np.nan_to_num(a - np.where(a == b, a, b), nan=np.inf, neginf=np.inf)[a != b]).max(initial=0)
+                  for name, a, b in zip(("o", "lse", *NAMES), results, expected)}
+        found = max(errors, key=errors.get)
+        assert errors[found] > 1e-8, f"{words}: not noticed, {errors}"
+        found = f"the numbers: {found} off by {errors[found]:.1e}"
+    record_property("found by", found)
+    print(f"{words}: found by {found}")

@@ -1,0 +1,327 @@
+"""The stand-in for CuPy (kernels/emulator/arrays.py, cupy.py): as strict as the real one, and never richer.
+
+Whether CuPy has all of it, by the same names, is asked of the real package where it is installed; that takes no GPU
+(`pip install cupy-cuda13x`).
+"""
+import copy
+import importlib.util
+import inspect
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from minilm.backend import array_module, is_cupy, to_device, to_numpy
+from minilm.kernels.emulator import arrays
+from minilm.kernels.emulator.cupy import FUNCTIONS, as_cupy, cupy, ufunc
+
+X = np.arange(6.0).reshape(2, 3)
+
+
+def there(x=X):
+    return cupy.asarray(x)
+
+
+# Where it stands.
+
+def test_as_cupy_is_what_import_finds_and_goes_when_it_ends(monkeypatch):
+    for before in ({}, {"cupy": np}):
+        monkeypatch.delitem(sys.modules, "cupy", raising=False)
+        for name, module in before.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        with as_cupy() as module:
+            import cupy as imported
+            assert imported is module is cupy
+            with as_cupy():
+                pass
+            assert sys.modules["cupy"] is cupy
+        assert sys.modules.get("cupy") is before.get("cupy")
+
+
+def test_its_arrays_are_cupys_to_minilm():
+    with as_cupy():
+        x = to_device(X, "gpu")
+        assert is_cupy(x) and array_module(x, 2.0) is cupy
+        assert type(to_numpy(x)) is np.ndarray and (to_numpy(x) == X).all()
+    with pytest.raises(TypeError, match="mixed"):
+        array_module(x, X)
+
+
+def test_what_minilm_does_not_use_is_not_there_and_the_error_says_what_to_do():
+    with pytest.raises(AttributeError, match=r"uses no cupy\.linalg.*add it to kernels/emulator/cupy\.py"):
+        cupy.linalg
+    with pytest.raises(AttributeError, match=r"uses no cupy\.ndarray\.std.*add it to kernels/emulator/arrays\.py"):
+        there().std
+    with pytest.raises(TypeError):
+        there().sum(axis=0, where=there() > 1)
+    with pytest.raises(TypeError):
+        cupy.exp(there(), where=there() > 1)
+
+
+# The wall.
+
+CROSSINGS = {
+    "np.asarray": np.asarray, "np.array of a list": lambda x: np.array([x, x]), "np.exp": np.exp, "np.sum": np.sum,
+    "np.shape": np.shape, "np.concatenate": lambda x: np.concatenate([X, x]),
+    "np.where": lambda x: np.where(X > 1, x, X), "array + x": lambda x: X + x, "x + array": lambda x: x + X,
+    "array @ x.T": lambda x: X @ x.T, "x @ array": lambda x: x @ X.T, "x < array": lambda x: x < X,
+    "array == x": lambda x: X == x, "x == None": lambda x: x.__eq__(None), "x += array": lambda x: x.__iadd__(X),
+    "array += x": lambda x: X.copy().__iadd__(x), "x * 0-d array": lambda x: x * np.array(2.0),
+    "x[array]": lambda x: x[np.array([0])], "x[mask]": lambda x: x[X > 1],
+    "x[0] = array": lambda x: x.__setitem__(0, X[0]), "array[...] = x": lambda x: X.copy().__setitem__(..., x),
+    "array[x]": lambda x: X[x.astype("int64")], "float": float, "int": int, "math.sqrt": math.sqrt,
+    "list for range": lambda x: range(x.sum().astype("int64")),
+    "where of an array": lambda x: cupy.where(X > 1, x, 0), "where with an array": lambda x: cupy.where(x > 1, X, x),
+    "maximum": lambda x: cupy.maximum(x, X),
+    "matmul to an array": lambda x: cupy.matmul(x, x.T, out=np.empty((2, 2))),
+    "copyto": lambda x: cupy.copyto(x, X, where=x > 1), "copyto where": lambda x: cupy.copyto(x, 0.0, where=X > 1),
+    "add.at": lambda x: cupy.add.at(x, np.array([0]), 1.0), "einsum": lambda x: cupy.einsum("ij,ij->i", x, X),
+    "take": lambda x: x.take(np.array([0]), axis=0), "concatenate": lambda x: cupy.concatenate([x, X]),
+    "take_along_axis": lambda x: cupy.take_along_axis(x, np.zeros((2, 1), int), -1),
+    "fill": lambda x: x.fill(x.sum().get()), "asarray of a list": lambda x: cupy.asarray([x, x]),
+    "real": lambda x: setattr(x, "real", X), "copy": copy.copy, "deepcopy": copy.deepcopy,
+    "two masks": lambda x: x[there(X[:, 0] > 1), there(X[0] > 1)], "object": lambda x: cupy.array([None]),
+    "long double": lambda x: cupy.array(X, np.longdouble)}
+
+
+@pytest.mark.parametrize("crossing", CROSSINGS)
+def test_nothing_crosses_the_wall_unasked(crossing):
+    x = there()
+    with pytest.raises(TypeError):
+        CROSSINGS[crossing](x)
+    assert (x.get() == X).all()
+
+
+def test_the_truth_of_many_elements_is_refused():
+    with pytest.raises(ValueError, match="ambiguous"):
+        bool(there())
+    assert bool(there().sum()) and not bool(there()[0, :1])
+
+
+def test_numbers_cross_both_ways():
+    x = there(np.float32([1, 2]))
+    for number in (2, 2.0, True, np.float32(2), np.int64(2)):
+        for product in (x * number, number * x):
+            assert (product.get() == X[0, 1:] * number).all()
+    assert (np.float64(3) - x).dtype == np.float64 and (3.0 - x).dtype == np.float32 and (1j * x).dtype == np.complex64
+    assert float(x.sum()) == 3.0 == x.sum().item() and int(x[1]) == 2 and type(x.sum().item()) is float
+
+
+def test_what_comes_from_the_cpu_is_copied_and_so_is_what_goes_back():
+    mine = X.copy()
+    x = there(mine)
+    mine[0, 0] = 9
+    back = x.get()
+    back[0, 0] = 8
+    assert x[0, 0].item() == 0 and cupy.asarray(x) is x and cupy.array(x) is not x
+    y = cupy.array(x)
+    y[0, 0] = 7
+    assert x[0, 0].item() == 0
+
+
+# Where CuPy is not NumPy.
+
+def test_an_element_is_a_view_and_a_reduction_an_array():
+    x = there()
+    element, row = x[1, 2], [*x][0]
+    assert element.shape == () and is_cupy(element)
+    x[1, 2] = 50
+    x[0] = 7
+    assert element.item() == 50 and (row.get() == 7).all()
+    for reduced in (x.sum(), x.mean(), x.max(), x.min(), x.any(), x.all(), x.argmax(), x[0] @ x[0], x.sum() * 2):
+        assert is_cupy(reduced) and reduced.shape == ()
+
+
+def test_memory_that_nobody_wrote_to_shows():
+    for made in (cupy.empty((2, 3)), cupy.empty(3, "float32"), cupy.empty_like(there()), cupy.empty(2, "complex64")):
+        assert np.isnan(made.get()).all()
+    assert (cupy.empty(2, "int32").get() > 2 ** 30).all() and cupy.empty(2, bool).get().all()
+    assert np.isnan(cupy.empty(()).get()) and cupy.empty((0, 3)).shape == (0, 3)
+
+
+def test_two_values_for_one_place_are_refused():
+    x, twice = cupy.zeros(3), cupy.asarray([1, 1])
+    with pytest.raises(ValueError, match="undefined"):
+        x[twice] = cupy.asarray([1.0, 2.0])
+    with pytest.raises(ValueError, match="undefined"):
+        cupy.put_along_axis(x, twice, cupy.asarray([1.0, 2.0]), axis=0)
+    x[twice] = 5.0
+    cupy.add.at(x, twice, cupy.asarray([1.0, 2.0]))
+    assert x.get().tolist() == [0, 8, 0]
+    with pytest.raises(TypeError, match="does not add bool"):
+        cupy.add.at(x > 1, twice, True)
+    with pytest.raises(IndexError):
+        x[cupy.asarray([3])]
+
+
+def test_sorting_is_stable_and_knows_no_other_kind():
+    ties = np.random.default_rng(0).integers(3, size=100)
+    assert (cupy.argsort(there(ties)).get() == np.argsort(ties, kind="stable")).all()
+    with pytest.raises(ValueError, match="stable"):
+        cupy.argsort(there(ties), kind="quicksort")
+
+
+def test_arithmetic_in_place_writes_where_the_array_stands():
+    x = there()
+    row, element = x[1], x[0, 0]
+    row *= 2
+    element += 5
+    row[1:] -= 1
+    x.real = x + 1
+    assert (x.get() == [[6, 2, 3], [7, 8, 10]]).all()
+    z = cupy.zeros(2, complex)
+    z.real, z.imag = cupy.ones(2), 2.0
+    assert (z.get() == 1 + 2j).all() and (z.conj().view("float64").get() == [1, -2, 1, -2]).all()
+    with pytest.raises(ValueError, match="read-only"):
+        cupy.broadcast_to(x[0], (2, 3)).fill(1)
+
+
+COMPUTED = {
+    "arange": lambda m, x: m.arange(3, 9, 2), "arange of one": lambda m, x: m.arange(4, dtype="float32"),
+    "tri": lambda m, x: m.tri(3, 4, -1, bool), "zeros": lambda m, x: m.zeros((2, 1), np.float32),
+    "ones": lambda m, x: m.ones(3), "zeros_like": lambda m, x: m.zeros_like(x),
+    "ones_like": lambda m, x: m.ones_like(x), "T": lambda m, x: x.T,
+    "ascontiguousarray": lambda m, x: m.ascontiguousarray(x.T), "logaddexp": lambda m, x: m.logaddexp(-x, 0),
+    "minimum": lambda m, x: m.minimum(x, 2.5), "clip": lambda m, x: m.clip(x, 1, 3),
+    "clip by name": lambda m, x: x.clip(max=2), "where": lambda m, x: m.where(x > 2, x, -m.inf),
+    "isfinite": lambda m, x: m.isfinite(x / 0), "abs": lambda m, x: m.abs(-x),
+    "matmul": lambda m, x: m.matmul(x, x.T), "einsum": lambda m, x: m.einsum("...v,...v->...", x, x),
+    "concatenate": lambda m, x: m.concatenate((x, x), axis=1), "expand_dims": lambda m, x: m.expand_dims(x, -1),
+    "broadcast_to": lambda m, x: m.broadcast_to(x, (4, 2, 3)),
+    "partition": lambda m, x: m.partition(-x, -2, axis=-1)[:, -2],
+    "take_along_axis": lambda m, x: m.take_along_axis(x, m.argsort(-x, axis=-1), axis=-1),
+    "squeeze": lambda m, x: x[:1].squeeze(0),
+    "unique": lambda m, x: m.concatenate(m.unique(m.asarray([5, 1, 5, 1, 2]), return_index=True)),
+    "reduceat": lambda m, x: m.add.reduceat(x, m.asarray([0, 1]), axis=1),
+    "cumsum": lambda m, x: x.cumsum(axis=-1, dtype="float64"), "sum": lambda m, x: x.sum(axis=(0, 1), keepdims=True),
+    "max": lambda m, x: x.max(axis=-1), "argmax": lambda m, x: x.argmax(axis=1), "mean": lambda m, x: x.mean(axis=0),
+    "any": lambda m, x: (x > 4).any(axis=1), "all": lambda m, x: (x > 2).all(axis=1),
+    "power": lambda m, x: 2 ** x + x ** -1.0, "invert": lambda m, x: ~(x > 2) & (x > 0) | (x == 5),
+    "take": lambda m, x: x.take(m.arange(2), axis=1), "transpose": lambda m, x: x[None].transpose((2, 0, 1)),
+    "reversed": lambda m, x: x[:, ::-1].reshape(3, -1), "none": lambda m, x: x.transpose(None),
+    "mask": lambda m, x: x[x > 2], "rows": lambda m, x: x[:, [0, 2, 2]],
+    "pairs": lambda m, x: x[m.arange(2), m.asarray([2, 0])], "swapaxes": lambda m, x: x.swapaxes(0, 1).copy(),
+    "astype": lambda m, x: x.astype(np.float32), "tanh": lambda m, x: m.tanh(x) + m.sin(x) * m.cos(x)}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_it_computes_what_numpy_computes(name):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        actual, expected = COMPUTED[name](cupy, there()), np.asarray(COMPUTED[name](np, X))
+    assert is_cupy(actual) and actual.dtype == expected.dtype and actual.shape == expected.shape
+    np.testing.assert_allclose(actual.get(), expected, rtol=1e-15)
+
+
+# The real one.
+
+PROBE = """
+import inspect, json, cupy
+def described(thing):
+    try:
+        return str(inspect.signature(thing))
+    except (TypeError, ValueError):
+        return next(iter((getattr(thing, "__doc__", None) or "").strip().splitlines()), "")
+found = {}
+for owner, prefix in ((cupy, ""), (cupy.ndarray, "ndarray."), (cupy.add, "add."), (cupy.RawModule, "RawModule.")):
+    found.update({prefix + name: described(getattr(owner, name)) for name in dir(owner)})
+found["__index__"] = hasattr(cupy.ndarray, "__index__")
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def real():
+    """What the real CuPy has: names, and how their arguments read. In a process of its own."""
+    if importlib.util.find_spec("cupy") is None:
+        pytest.skip("CuPy is not installed (pip install cupy-cuda13x; it needs no GPU to be asked for its names)")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROBE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+BY_PLACE, EITHER_WAY, ANY_NUMBER, BY_NAME, ANY_NAME = inspect._ParameterKind
+
+
+def parameters(text):
+    """(name, kind) of each argument of "f(self, int a, b=1, /, out=None, *, tuple c=(), **rest) -> type"."""
+    inside = text[text.index("("):].replace("\\", "")
+    inside = inside[1:inside.rindex(")")]
+    words = re.sub(r"\([^()]*\)", "", inside).split(",")
+    names, kind = [], EITHER_WAY
+    for word in map(str.strip, words):
+        if word == "/":
+            names = [(name, BY_PLACE) for name, _ in names]
+        elif word == "*":
+            kind = BY_NAME
+        elif word.startswith("**"):
+            names.append((word[2:], ANY_NAME))
+        elif word.startswith("*"):
+            names.append((word[1:], ANY_NUMBER))
+            kind = BY_NAME
+        elif word:
+            names.append((word.split("=")[0].split(":")[0].split()[-1], kind))
+    return [(name, kind) for name, kind in names if name != "self"]
+
+
+def misfit(ours, theirs):
+    """Why a call that ours takes is none that theirs takes; None if there is no reason."""
+    named = {name for name, kind in theirs if kind in (EITHER_WAY, BY_NAME)}
+    places = [name for name, kind in theirs if kind in (BY_PLACE, EITHER_WAY)]
+    if any(kind == ANY_NUMBER for _, kind in theirs):
+        places += [name for name, kind in ours if kind == BY_PLACE]
+    elif any(kind == ANY_NUMBER for _, kind in ours):
+        return "no number of arguments"
+    for i, (name, kind) in enumerate(ours):
+        if kind in (BY_PLACE, EITHER_WAY) and i >= len(places):
+            return f"{name} has no place"
+        if kind == EITHER_WAY and places[i] != name:
+            return f"{name} is called {places[i]}"
+        if kind in (EITHER_WAY, BY_NAME) and name not in named:
+            return f"no {name} by name"
+    return None
+
+
+def signature(function):
+    return [(p.name, p.kind) for p in inspect.signature(function).parameters.values() if p.name != "self"]
+
+
+def test_signatures_are_compared_in_earnest():
+    theirs = parameters("A.sum(self, Py_ssize_t axis=None, tuple dtype=(), /, out=None, \\*, keepdims=False) -> A")
+    assert [name for name, _ in theirs] == ["axis", "dtype", "out", "keepdims"]
+    assert misfit(signature(lambda a, b, /, out=None, *, keepdims: 0), theirs) is None
+    for ours, why in ((lambda a, b, /, c: 0, "c is called out"), (lambda a, b, /, out, d: 0, "d has no place"),
+                      (lambda axis: 0, "no axis by name"), (lambda *, where: 0, "no where by name"),
+                      (lambda *a: 0, "no number of arguments")):
+        assert misfit(signature(ours), theirs) == why
+
+
+def test_cupy_has_every_function_with_such_arguments(real):
+    for name, function in FUNCTIONS.items():
+        assert name in real, f"CuPy has no {name}"
+        if isinstance(function, ufunc):
+            theirs = parameters(real[name])
+            assert [kind for _, kind in theirs].count(BY_PLACE) == function.function.nin, name
+            assert "out" in dict(theirs), name
+            for method in ("at", "reduceat"):
+                if hasattr(function, method):
+                    theirs = parameters(real[f"{name}.{method}"])
+                    assert misfit(signature(getattr(type(function), method)), theirs) is None
+        elif inspect.isfunction(function):
+            assert (why := misfit(signature(function), parameters(real[name]))) is None, f"{name}: {why}"
+    assert parameters(real["RawModule.get_function"]) == [("name", EITHER_WAY)]
+    assert misfit([("code", BY_NAME), ("options", BY_NAME)], parameters(real["RawModule"])) is None
+
+
+def test_cupys_array_has_every_method_with_such_arguments(real):
+    own = {"__minilm_buffer__", "__getattr__", "__init__", "__slots__", "__reduce_ex__"}
+    for name, method in vars(arrays.ndarray).items():
+        if name in own or name.startswith("_") and not name.startswith("__"):
+            continue
+        assert f"ndarray.{name}" in real, f"CuPy's array has no {name}"
+        if inspect.isfunction(method) and not name.startswith("__"):
+            assert (why := misfit(signature(method), parameters(real[f"ndarray.{name}"]))) is None, f"{name}: {why}"
+    assert real["__index__"] is False is hasattr(arrays.ndarray, "__index__")

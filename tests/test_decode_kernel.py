@@ -1,0 +1,152 @@
+"""kernels/decode.cu: the last position's attention to a cache, split over its keys; clean, counted, bugs found."""
+import numpy as np
+import pytest
+
+from helpers import assert_close
+from minilm.kernels import decode as module, emulator
+from minilm.kernels.decode import CHUNK, WIDTHS, decode
+from minilm.kernels.launch import source
+
+
+def plain(q, keys, values, length, first, dtype=np.float64):
+    """One row and head at a time."""
+    q, keys, values = (a.astype(dtype) for a in (q, keys, values))
+    out, group = np.zeros_like(q), q.shape[1] // keys.shape[1]
+    for b, h in np.ndindex(*q.shape[:2]):
+        k, v = (a[b, h // group, first[b]:length] for a in (keys, values))
+        if len(k):
+            E = k @ q[b, h] * dtype(q.shape[2] ** -0.5)
+            E = np.exp(E - E.max())
+            out[b, h] = E @ v / E.sum()
+    return out
+
+
+def inputs(rng, B, H, G, K, capacity, dtype=np.float64):
+    return [rng.normal(size=shape).astype(dtype) for shape in ((B, H, K), (B, G, capacity, K), (B, G, capacity, K))]
+
+
+def run(xp, q, keys, values, length, first):
+    return decode(*map(xp.asarray, (q, keys, values)), length, xp.asarray(np.asarray(first, np.int32))).get()
+
+
+@pytest.mark.parametrize("length", [1, 7, 31, 33, 127, CHUNK, 129, 300])
+@pytest.mark.parametrize("H, G", [(1, 1), (4, 2), (8, 1)])
+def test_any_length_and_grouping_gives_the_plain_formula(length, H, G, xp, rng):
+    arrays, first = inputs(rng, 3, H, G, 16, 310), [0, length // 2, length]
+    assert_close(run(xp, *arrays, length, first), plain(*arrays, length, first))
+
+
+@pytest.mark.parametrize("K", WIDTHS)
+def test_any_head_width_gives_the_plain_formula_in_either_precision(K, xp, rng):
+    arrays, first = inputs(rng, 2, 4, 2, K, 150), [0, 140]
+    expected = plain(*arrays, 150, first)
+    assert_close(run(xp, *arrays, 150, first), expected)
+    in_float32 = [a.astype(np.float32) for a in arrays]
+    exact, naive = plain(*in_float32, 150, first), plain(*in_float32, 150, first, np.float32)
+    result = run(xp, *in_float32, 150, first)
+    assert result.dtype == np.float32
+    assert np.abs(result - exact).max() <= 2 * np.abs(naive - exact).max() + 8 * np.finfo(np.float32).eps
+
+
+def test_it_is_layers_decode_attention(xp, rng):
+    from minilm.layers import decode_attention
+    (q, keys, values), first = inputs(rng, 3, 4, 2, 16, 20), np.array([0, 3, 11])
+    assert_close(run(xp, q, keys, values, 17, first), decode_attention(q, keys, values, 17, first))
+
+
+@pytest.mark.parametrize("scale", [1e4, 0.0])
+def test_hard_scores(scale, xp, rng):
+    q, keys, values = inputs(rng, 1, 1, 1, 16, 200)
+    keys *= scale
+    assert_close(run(xp, q, keys, values, 200, [0]), plain(q, keys, values, 200, [0]))
+
+
+def test_what_nobody_filled_in_is_not_read(xp, rng):
+    q, keys, values = inputs(rng, 2, 2, 1, 16, 140)
+    expected = plain(q, keys, values, 130, [0, 9])
+    keys[:, :, 130:] = values[:, :, 130:] = keys[1, :, :9] = values[1, :, :9] = np.nan
+    assert_close(run(xp, q, keys, values, 130, [0, 9]), expected)
+
+
+def test_a_row_has_the_same_bits_in_any_company(xp, rng):
+    q, keys, values = inputs(rng, 5, 4, 2, 16, 300, np.float32)
+    together = run(xp, q, keys, values, 290, range(5))
+    for b in range(5):
+        one = slice(b, b + 1)
+        assert run(xp, q[one], keys[one], values[one], 290, [b]).tobytes() == together[one].tobytes()
+
+
+@pytest.mark.parametrize("B, length", [(0, 5), (2, 0)])
+def test_no_rows_and_no_keys(B, length, xp, rng):
+    arrays = inputs(rng, B, 2, 1, 16, 5)
+    assert not run(xp, *arrays, length, [0] * B).any()
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda a, xp: {**a, "keys": a["keys"].astype(np.float32)}, "keys is float32; this kernel takes float64"),
+    (lambda a, xp: {**a, "values": a["values"][:, :, 1:]}, "values has shape"),
+    (lambda a, xp: {**a, "keys": a["keys"][:, :, ::2], "values": a["values"][:, :, ::2]}, "keys is not contiguous"),
+    (lambda a, xp: {**a, "q": a["q"][:, :, :8], "keys": a["keys"][..., :8]}, "serves widths 16, 32, 64, 128"),
+    (lambda a, xp: {**a, "first": xp.asarray(np.zeros(2))}, "first is float64; this kernel takes int32"),
+    (lambda a, xp: {**a, "length": 21}, "21 positions of a cache of 20")])
+def test_what_is_not_served_is_refused(change, message, xp, rng):
+    q, keys, values = map(xp.asarray, inputs(rng, 2, 2, 1, 16, 20))
+    arguments = change({"q": q, "keys": keys, "values": values, "length": 20}, xp)
+    with pytest.raises((TypeError, ValueError), match=message):
+        decode(**arguments)
+
+
+@pytest.mark.parametrize("K, dtype", [(16, np.float32), (64, np.float64)])
+def test_no_checker_finds_anything_and_bytes_are_those_of_the_formula(K, dtype, emulated, rng, monkeypatch):
+    arrays, first, length = inputs(rng, 2, 4, 2, K, 150, dtype), [0, 40], 140
+    counted, launch = {}, module.launch
+
+    def launch_and_note(kernel, *arguments, **options):
+        launch(kernel, *arguments, **options)
+        counted[kernel.name] = emulator.traffic()
+    monkeypatch.setattr(module, "launch", launch_and_note)
+    with emulator.checked():
+        run(emulated, *arrays, length, first)
+    expected = module.decode_bytes(2, 4, 2, K, [140, 100], length, dtype)
+    for kernel, names in (("decode_split", ("q", "keys", "values", None, "o", "m", "l")),
+                          ("decode_combine", ("o", "m", "l", "out"))):
+        for i, name in enumerate(names):
+            if name:
+                assert counted[kernel][i] == expected[kernel][name], (kernel, name)
+
+
+MUTANTS = [
+    ("no barrier before the next head's partial results", "__syncthreads();                                // the head before has been read\n", "\n"),
+    ("no barrier before the warps are combined", "        __syncthreads();\n        real largest", "        real largest"),
+    ("warps are added up as if their maxima were one", "total += exp(of_warps[w][HEAD] - shift) * of_warps[w][d];", "total += of_warps[w][d];"),
+    ("splits are added up as if their maxima were one", "const real weight = exp(m[from] - shift);", "const real weight = 1;"),
+    ("padding on the left is attended to", "max(first[row], split * chunk)", "split * chunk"),
+    ("the last position is forgotten", "min(length, (split + 1) * chunk)", "min(length - 1, (split + 1) * chunk)"),
+    ("the value is not rescaled", "acc[g][i] = rescale * acc[g][i] + p * value[i];", "acc[g][i] += p * value[i];"),
+    ("the query is not scaled", "d < HEAD ? scale * q[", "d < HEAD ? q["),
+    ("the division is forgotten", "sum > 0 ? total / sum : real(0)", "total"),
+    ("one warp does not write its part", "if (lane + 32 * i < HEAD) of_warps", "if (warp && lane + 32 * i < HEAD) of_warps"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words, right, wrong", MUTANTS, ids=[words for words, *_ in MUTANTS])
+def test_a_bug_is_found_by_a_checker_or_by_the_numbers(words, right, wrong, emulated, rng, monkeypatch, record_property):
+    text = source("decode").partition('#line 1 "decode.cu"\n')[2]
+    assert right in text, words
+    function = module.function
+    monkeypatch.setattr(module, "function", lambda *arguments, **constants: function(
+        *arguments, text=text.replace(right, wrong), **constants))
+    arrays = inputs(rng, 2, 4, 2, 16, 150)
+    try:
+        with emulator.checked():
+            result = run(emulated, *arrays, 140, [0, 30])
+    except emulator.Fault as fault:
+        assert "decode.cu:" in str(fault)
+        found = f"a checker: {fault}"
+    else:
+        error = np.abs(np.nan_to_num(result - plain(*arrays, 140, [0, 30]), nan=np.inf)).max()
+        assert error > 1e-8, f"{words}: not noticed"
+        found = f"the numbers: off by {error:.1e}"
+    record_property("found by", found)
+    print(f"{words}: found by {found}")

@@ -1,0 +1,444 @@
+"""The whole road on arrays of a GPU against the same on NumPy's: on the stand-in for CuPy, and on a GPU where one is.
+
+The stand-in (kernels/emulator) refuses what CuPy refuses, and more, so what passes touches the CPU nowhere unasked.
+"""
+import functools
+import sys
+import types
+
+import numpy as np
+import pytest
+from helpers import assert_close, padded
+from helpers import small_transformer as any_small_transformer
+
+from minilm import evaluate, formulas, layers, ops
+from minilm.backend import array_module, is_cupy, to_device, to_numpy
+from minilm.checkpoint import load_into
+from minilm.data import make_batch
+from minilm.generate import generate
+from minilm.gradcheck import GradientError, gradcheck
+from minilm.kernels.emulator import arrays
+from minilm.model import RewardModel
+from minilm.model_file import load_model, save_model
+from minilm.objectives import dpo, kl, policy_gradient, reward, sft
+from minilm.optim import AdamW, forget
+from minilm.packing import pack
+from minilm.stages.instruction_tuning import instruction_tuning
+from minilm.stages.preference_tuning import preference_tuning, reference_log_probs
+from minilm.stages.pretraining import pretraining
+from minilm.stages.reward_modelling import reward_modelling
+from minilm.stages.rlhf import rlhf
+from minilm.stages.training import Training
+from minilm.tensor import Tensor
+from minilm.tokenizer import Tokenizer
+
+PROMPTS = [[1, 2, 3], [4], [1, 2, 3], [5, 6], [4, 4]]
+RESPONSES = [[2, 0], [3, 3, 1, 0], [5, 1, 0], [6], [2, 5, 0]]
+OTHERS = [[1], [2, 0], [6, 6, 0], [3, 0], [1, 1, 1, 0]]
+CONFIGS = {"plain": {"layers": 2},
+           "grouped, smeared, tied": {"layers": 2, "kv_heads": 1, "key_smear": True, "tied": True},
+           "interleaved pairs": {"rope_pairing": "interleaved"}}
+
+
+small_transformer = functools.partial(any_small_transformer, head_width=16)         # the least that the kernels serve
+
+
+@pytest.fixture(autouse=True)
+def cupy(xp):
+    return xp
+
+
+@pytest.fixture
+def stand_in(cupy):
+    """For what only the stand-in can tell."""
+    if not isinstance(cupy.ones(1), arrays.ndarray):
+        pytest.skip("asks the stand-in")
+
+
+def on_gpu(model):
+    """A copy of the model there."""
+    if isinstance(model, RewardModel):
+        model = model.over({name: Tensor(p.data.copy(), requires_grad=True) for name, p in model.parameters().items()})
+    else:
+        model = model.copy()
+    model.to_device("gpu")
+    assert all(is_cupy(p.data) for p in model.parameters().values())
+    return model
+
+
+def host(x):
+    return to_numpy(x.data if isinstance(x, Tensor) else x)
+
+
+def value_and_gradients(parameters, function):
+    """Of function(), with a cotangent of N(0,1) entries, as arrays of the CPU."""
+    forget(parameters)
+    output = function()
+    cotangent = np.random.default_rng(7).normal(size=output.shape)
+    output.backward(to_device(cotangent, "gpu") if is_cupy(output.data) else cotangent)
+    for name, p in parameters.items():
+        assert p.grad is None or is_cupy(p.grad) == is_cupy(p.data), name
+    return host(output), {name: None if p.grad is None else host(p.grad) for name, p in parameters.items()}
+
+
+def assert_same(there, here):
+    (value, gradients), (expected, expected_gradients) = there, here
+    assert_close(value, expected)
+    for name, gradient in expected_gradients.items():
+        assert (gradient is None) == (gradients[name] is None), name
+        if gradient is not None:
+            assert_close(gradients[name], gradient, name=name)
+
+
+def assert_same_parameters(there, here):
+    for (name, p), q in zip(there.parameters().items(), here.parameters().values()):
+        assert is_cupy(p.data)
+        assert_close(host(p), q, name=name)
+
+
+# The model.
+
+LEFT, LEFT_MASK = padded([[1, 2, 3], [4, 5, 6, 2, 1]], 1, 0)
+RIGHT, RIGHT_MASK = padded([[1, 2, 3], [4, 5, 6, 2, 1]], 0, 1)
+FORWARDS = {"logits": lambda m: m(RIGHT),
+            "logits of nothing": lambda m: m(np.zeros((2, 0), int)),
+            "log_probs": lambda m: m.log_probs(RIGHT, temperature=0.7),
+            "padded on the left": lambda m: m.hidden(LEFT, key_mask=LEFT_MASK),
+            "responses": lambda m: m.response_log_probs(pack(PROMPTS, RESPONSES), temperature=1.3)}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_the_transformer_and_all_its_gradients_are_those_of_numpy(config, forward, rng):
+    model = small_transformer(rng, **CONFIGS[config])
+    assert_same(*(value_and_gradients(m.parameters(), lambda: FORWARDS[forward](m)) for m in (on_gpu(model), model)))
+
+
+def test_a_bidirectional_model_sees_the_same(rng):
+    model = small_transformer(rng, causal=False)
+    for mask in (None, RIGHT_MASK):
+        assert_same(*(value_and_gradients(m.parameters(), lambda: m.hidden(RIGHT, mask))
+                      for m in (on_gpu(model), model)))
+
+
+def test_blocks_computed_again_give_the_same_bits(rng):
+    model = on_gpu(small_transformer(rng, layers=2, key_smear=True))
+    kept = value_and_gradients(model.parameters(), lambda: FORWARDS["responses"](model))
+    model.recompute = True
+    again = value_and_gradients(model.parameters(), lambda: FORWARDS["responses"](model))
+    assert (kept[0] == again[0]).all() and all((kept[1][name] == g).all() for name, g in again[1].items())
+
+
+def test_many_queries_and_many_rows_are_the_same_in_tiles_and_chunks(rng, monkeypatch):
+    """Attention that computes its scores again, and logits a few rows at a time."""
+    monkeypatch.setattr("minilm.layers.QUERIES", 2)
+    monkeypatch.setattr("minilm.layers.SCORES_KEPT", 0)
+    monkeypatch.setattr("minilm.layers.LOGITS_HELD", 21)
+    model = small_transformer(rng, kv_heads=1)
+    assert_same(*(value_and_gradients(m.parameters(), lambda: m.log_probs(RIGHT)) for m in (on_gpu(model), model)))
+
+
+@pytest.mark.parametrize("tokens, mask", [(LEFT, LEFT_MASK), (RIGHT, RIGHT_MASK), (None, None)],
+                         ids=["padded on the left", "padded on the right", "packed"])
+def test_the_reward_model_and_all_its_gradients_are_those_of_numpy(tokens, mask, rng):
+    model = RewardModel(small_transformer(rng, key_smear=True), rng)
+    def rewards(m):
+        return m.packed_rewards(pack(PROMPTS, RESPONSES, last=True)) if tokens is None else m.rewards(tokens, mask)
+    assert_same(*(value_and_gradients(m.parameters(), lambda: rewards(m)) for m in (on_gpu(model), model)))
+
+
+def test_tokens_and_masks_may_be_on_the_gpu_already(rng):
+    model, rewards = small_transformer(rng), RewardModel(small_transformer(rng), rng)
+    tokens, mask = to_device(LEFT, "gpu"), to_device(LEFT_MASK, "gpu")
+    assert_close(host(on_gpu(rewards).rewards(tokens, mask)), rewards.rewards(LEFT, LEFT_MASK))
+    assert_close(host(on_gpu(model).log_probs(tokens)), model.log_probs(LEFT))
+    assert_close(host(on_gpu(model)(tokens, key_mask=mask)), model(LEFT, key_mask=LEFT_MASK))
+
+
+def test_what_is_no_token_is_refused_before_it_gets_there(rng):
+    """A GPU would read something else in its place."""
+    model = on_gpu(small_transformer(rng))
+    with pytest.raises(IndexError, match="token 7 is not in the vocabulary of 7"):
+        model([[1, 7]])
+    with pytest.raises(IndexError, match="indices from -1"):
+        generate(model, [[-1]], 2, np.random.default_rng(0), eos=0)
+    with pytest.raises(IndexError, match="targets from 1 to 9"):
+        model.response_log_probs(pack([[1]], [[1, 9]]))
+
+
+def test_a_small_row_of_an_embedding_does_not_drown_beside_large_ones(rng, cupy):
+    """CuPy sums the rows of equal tokens by a difference of running sums."""
+    tokens = np.repeat([0, 1], [1000, 1])
+    dy = np.where(tokens[:, None] == 0, 1000.0, 0.001).astype(np.float32) * np.ones((1, 4), np.float32)
+    table = Tensor(cupy.zeros((2, 4), np.float32), requires_grad=True)
+    ops.embed(table, tokens).backward(cupy.asarray(dy))
+    assert table.grad.dtype == np.float32
+    assert_close(host(table.grad)[1], np.full(4, np.float32(0.001)), tolerance=1e-6)
+    naive = cupy.add.reduceat(cupy.asarray(dy), cupy.asarray([0, 1000]), axis=0)
+    assert np.abs(host(naive)[1] / 0.001 - 1).max() > 0.1, "the stand-in does not sum as CuPy does"
+
+
+FORMULAS = {
+    "rms_norm": lambda m, x, w: m.rms_norm(x, w),
+    "swiglu": lambda m, x, w: m.swiglu(x),
+    "rope": lambda m, x, w: m.rope(x, *layers.rope_tables(array_module(x.data).arange(5), 16, dtype="float64")),
+    "smear": lambda m, x, w: m.smear(x, x[0, :, 1], x.data[:, :, 0]),
+    "attention": lambda m, x, w: m.attention(x, x[:, 1:3], x[:, 2:] * w, key_mask=np.arange(5) < [[5], [3]]),
+    "attention of an encoder": lambda m, x, w: m.attention(x * w, x[:, :2], x[:, 2:], causal=False),
+    "token_log_probs": lambda m, x, w: m.token_log_probs(x, x[0, 0], np.arange(40).reshape(2, 4, 5) % 5),
+    "sequence_log_probs": lambda m, x, w: m.sequence_log_probs(x[0, 0], np.arange(16) < [[1], [2], [3], [16], [4]])}
+WITH_KERNELS = {"rms_norm", "swiglu", "attention", "attention of an encoder", "token_log_probs"}
+
+
+@pytest.mark.parametrize("name, kernel", [(name, kernel) for name in FORMULAS
+                                          for kernel in (True, False) if kernel or name in WITH_KERNELS])
+def test_layers_agree_there_with_their_formulas(name, kernel, rng, cupy):
+    x = Tensor(cupy.asarray(rng.normal(size=(2, 4, 5, 16))), requires_grad=True)
+    w = Tensor(cupy.asarray(rng.normal(size=16)), requires_grad=True)
+    plainly = types.SimpleNamespace(**{f: functools.partial(getattr(layers, f), kernel=False)
+                                       for f in ("rms_norm", "swiglu", "attention", "token_log_probs")})
+    with pytest.MonkeyPatch.context() as patch:
+        if not kernel:
+            patch.setattr(cupy, "RawModule", None)
+        found = value_and_gradients({"x": x, "w": w}, lambda: FORMULAS[name](layers if kernel or name not in WITH_KERNELS
+                                                                             else plainly, x, w))
+    assert_same(found, value_and_gradients({"x": x, "w": w}, lambda: FORMULAS[name](formulas, x, w)))
+
+
+def test_a_mask_with_a_gap_is_not_served_by_the_kernel_and_said_so(rng, cupy):
+    x, gap = cupy.asarray(rng.normal(size=(2, 2, 4, 16))), np.array([[1, 0, 1, 1], [1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="a key_mask here has a gap; pass kernel=False"):
+        layers.attention(x, x, x, key_mask=gap)
+    assert_close(host(layers.attention(x, x, x, key_mask=gap, kernel=False)),
+                 layers.attention(*3 * [host(x)], key_mask=gap).data)
+
+
+# The optimiser.
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-10), (np.float32, 2e-5)])
+def test_steps_of_adamw_are_those_of_numpy(dtype, tolerance, rng):
+    here = small_transformer(rng, dtype, key_smear=True)
+    there, norms = on_gpu(here), {}
+    for model in (there, here):
+        optimizer = AdamW(model.parameters(), learning_rate=0.01, weight_decay=0.1)
+        norms[model] = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            sft.sft_loss(model.response_log_probs(pack(PROMPTS, RESPONSES)), pack(PROMPTS, RESPONSES).mask).backward()
+            norms[model] += [optimizer.clip(0.5), optimizer.step()]
+    assert_close(np.array(norms[there]), np.array(norms[here]), tolerance)
+    for name, p in there.parameters().items():
+        assert p.grad is p.grad_buffer and is_cupy(p.grad)
+        assert_close(host(p), here.parameters()[name], tolerance, name)
+
+
+# Generation.
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"temperature": 0.7, "top_k": 4},
+                                      {"temperature": 1.5, "top_p": 0.8}, {"top_k": 5, "top_p": 0.9}], ids=str)
+def test_the_same_tokens_are_drawn_with_the_same_log_probs(config, settings, rng):
+    """Of prompts of several lengths, some of them equal; rows leave as they end."""
+    model = small_transformer(rng, context=40, **CONFIGS[config])
+    for p in model.parameters().values():           # less sure of itself: responses end at different times
+        p.data *= 0.6
+    there, here = (generate(m, PROMPTS * 3, 12, np.random.default_rng(5), eos=0, **settings)
+                   for m in (on_gpu(model), model))
+    assert all(type(a) is np.ndarray for a in there.arrays())
+    assert (there.tokens == here.tokens).all() and (there.mask == here.mask).all()
+    assert settings == {"temperature": 0} or len({*here.mask.sum(axis=1)}) > 3
+    assert_close(there.log_probs, here.log_probs)
+    assert_close(there.entropies, here.entropies)
+
+
+# Objectives: log-probs there, all the rest from the CPU.
+
+N, T = 4, 5
+NUMBERS = np.random.default_rng(3)
+MASK = (np.arange(T) < [[5], [2], [3], [1]]).astype(float)
+A, A_T, OLD = NUMBERS.normal(size=N), NUMBERS.normal(size=(N, T)), NUMBERS.normal(size=(N, T))
+R_C, R_R, LENGTHS = NUMBERS.normal(size=N), NUMBERS.normal(size=N), np.array([5, 2, 3, 1])
+TOKEN_LOSSES = {
+    "sft_loss": lambda l: sft.sft_loss(l, MASK),
+    "sft_loss of a window": lambda l: sft.sft_loss(l, MASK, total=40),
+    "policy_gradient_loss": lambda l: policy_gradient.policy_gradient_loss(l, A, MASK),
+    "policy_gradient_loss, rewards to go": lambda l: policy_gradient.policy_gradient_loss(l, A_T, MASK),
+    "ppo_clip_loss": lambda l: policy_gradient.ppo_clip_loss(l, OLD, A, MASK),
+    "ppo_clip_loss of responses": lambda l: policy_gradient.ppo_clip_loss(l, OLD, A, MASK, level="sequence")}
+PAIR_LOSSES = {
+    "reward_loss": lambda c, r: reward.reward_loss(c, r, margin=0.3, centering=0.1),
+    "reward_loss, margins": lambda c, r: reward.reward_loss(c, r, margin=A),
+    "dpo_loss": lambda c, r: dpo.dpo_loss(c, r, R_C, R_R, beta=0.5, label_smoothing=0.1),
+    "robust_dpo_loss": lambda c, r: dpo.robust_dpo_loss(c, r, R_C, R_R, beta=0.5, flip_rate=0.1),
+    "ipo_loss": lambda c, r: dpo.ipo_loss(c, r, R_C, R_R),
+    "length_normalised_dpo_loss": lambda c, r: dpo.length_normalised_dpo_loss(c, r, R_C, R_R, LENGTHS, LENGTHS[::-1]),
+    "k1, k2, k3": lambda c, r: kl.k1(c, r.data) + kl.k2(c, r.data) * kl.k3(r, c.data)}
+LOSSES = {**{name: (loss, (OLD * 0.5,)) for name, loss in TOKEN_LOSSES.items()},
+          **{name: (loss, (R_R, A)) for name, loss in PAIR_LOSSES.items()}}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_objectives_take_masks_references_and_rewards_from_the_cpu(loss):
+    function, inputs = LOSSES[loss]
+    sides = []
+    for device in ("gpu", "cpu"):
+        leaves = [Tensor(to_device(x.copy(), device), requires_grad=True) for x in inputs]
+        sides.append(value_and_gradients(dict(enumerate(leaves)), lambda: function(*leaves)))
+    assert_same(*sides)
+
+
+def test_metrics_of_arrays_there_are_those_of_numpy():
+    both = [[to_device(x, device) for x in (OLD, A_T, MASK, R_C, R_R, A)] for device in ("gpu", "cpu")]
+    for metrics in (lambda l, m, mask, *_: sft.sft_metrics(l, mask, l > m, m > l, entropies=m),
+                    lambda l, m, mask, *_: kl.kl_metrics(l, m, mask),
+                    lambda l, m, mask, c, r, a: reward.reward_metrics(c, r),
+                    lambda l, m, mask, c, r, a: dpo.dpo_metrics(c, r, r, a)):
+        there, here = (metrics(*side) for side in both)
+        assert there == here and all(type(value) is float for value in there.values())
+
+
+# Stages.
+
+STREAM = np.random.default_rng(1).integers(7, size=200)
+
+
+def references(model):
+    return [reference_log_probs(model, PROMPTS, responses) for responses in (RESPONSES, OTHERS)]
+
+
+STAGES = {
+    "pretraining": lambda t, ref: pretraining(t, STREAM, 3, 4, 6, micro_batches=2),
+    "instruction tuning": lambda t, ref: instruction_tuning(t, PROMPTS, RESPONSES, 3, 4),
+    "reward modelling": lambda t, ref: reward_modelling(t, PROMPTS, RESPONSES, OTHERS, 3, 4, micro_batches=2),
+    "rlhf": lambda t, ref: rlhf(t, ref, lambda _, ys: [len(y) for y in ys], PROMPTS, 3, 2, 3, 6, eos=0),
+    "preference tuning": lambda t, ref: preference_tuning(t, PROMPTS, RESPONSES, OTHERS, *references(ref), 3, 4,
+                                                          loss=functools.partial(dpo.dpo_loss, label_smoothing=0.1))}
+
+
+def run_stage(name, model):
+    reference = None if isinstance(model, RewardModel) else model.copy()
+    return list(STAGES[name](Training(model, np.random.default_rng(2), weight_decay=0.1), reference))
+
+
+def compare_runs(reported, expected, there, here):
+    assert len(reported) == 3
+    for metrics, others in zip(reported, expected):
+        assert all(type(value) is float for value in metrics.values()), metrics
+        assert list(metrics) == list(others)
+        assert_close(np.array([*metrics.values()]), np.array([*others.values()]))
+    assert_same_parameters(there, here)
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if name != "reward modelling"])
+def test_a_stage_reports_the_same_and_ends_with_the_same_weights(name, rng):
+    here = small_transformer(rng)
+    there = on_gpu(here)
+    compare_runs(run_stage(name, there), run_stage(name, here), there, here)
+
+
+def test_reward_modelling_reports_the_same_and_ends_with_the_same_weights(rng):
+    here = RewardModel(small_transformer(rng), rng)
+    there = on_gpu(here)
+    compare_runs(run_stage("reward modelling", there), run_stage("reward modelling", here), there, here)
+
+
+def test_several_workers_are_refused(rng):
+    model = on_gpu(small_transformer(rng))
+    with pytest.raises(ValueError, match="2 workers are processes that share a CPU's memory; on a GPU, ask for 1"):
+        Training(model, rng, workers=2)
+    with pytest.raises(ValueError, match="2 workers"):
+        generate(model, PROMPTS * 3, 2, rng, eos=0, workers=2)
+
+
+# Measuring, saving, checking.
+
+def test_evaluation_gives_the_numbers_of_numpy(rng):
+    policy, reference = small_transformer(rng), small_transformer(rng)
+    here = evaluate.sequence_kl(policy, reference, PROMPTS, RESPONSES, batch_size=2)
+    there = evaluate.sequence_kl(on_gpu(policy), on_gpu(reference), PROMPTS, RESPONSES, batch_size=2)
+    assert type(there) is np.ndarray
+    assert_close(there, here)
+    rewards = RewardModel(small_transformer(rng), rng)
+    assert_close(evaluate.predicted_rewards(on_gpu(rewards), PROMPTS, RESPONSES, batch_size=2),
+                 evaluate.predicted_rewards(rewards, PROMPTS, RESPONSES, batch_size=2))
+
+
+def test_a_training_is_saved_there_and_goes_on_there_bit_for_bit(rng):
+    one, other = (on_gpu(small_transformer(np.random.default_rng(seed), layers=2)) for seed in (0, 1))
+    training, restored = Training(one, np.random.default_rng(2)), Training(other, np.random.default_rng(3))
+    stage = instruction_tuning(training, PROMPTS, RESPONSES, 4, 3)
+    metrics = [next(stage), next(stage)]
+    saved, metadata = training.state()
+    assert all(type(a) is np.ndarray for a in saved.values())
+    restored.restore({name: a.copy() for name, a in saved.items()}, metadata)
+    metrics = list(stage)
+    assert list(instruction_tuning(restored, PROMPTS, RESPONSES, 4, 3)) == metrics and len(metrics) == 2
+    for name, p in one.parameters().items():
+        assert (host(p) == host(other.parameters()[name])).all()
+
+
+def test_a_model_goes_from_the_gpu_to_a_file_and_back(rng, tmp_path):
+    pytest.importorskip("safetensors")
+    tokenizer = Tokenizer()
+    model = small_transformer(rng, vocab_size=tokenizer.vocab_size)
+    save_model(tmp_path / "model", on_gpu(model), tokenizer)
+    loaded, *_ = load_model(tmp_path / "model")
+    other = on_gpu(small_transformer(rng, vocab_size=tokenizer.vocab_size))
+    load_into(other.parameters(), {name: p.data for name, p in loaded.parameters().items()})
+    for name, p in model.parameters().items():
+        assert (loaded.parameters()[name].data == p.data).all() and (host(other.parameters()[name]) == p.data).all()
+
+
+@pytest.mark.parametrize("directions", [None, 5])
+def test_gradients_there_are_checked_by_finite_differences(directions, rng, cupy):
+    x, y = (Tensor(cupy.asarray(rng.normal(size=shape)), requires_grad=True) for shape in ((3, 4), (4, 2)))
+    before = host(x)
+    assert gradcheck(lambda x, y: ops.tanh(x) @ y, x, y, directions=directions) < 1e-7
+    assert_close(host(x), before, 1e-15)
+
+    def wrong(x, y):
+        return x.sum() * 1.0 + (Tensor(y.data, requires_grad=True) * y).sum()
+    with pytest.raises(GradientError):
+        gradcheck(wrong, x, y, directions=directions)
+
+
+# The wall.
+
+def test_nothing_larger_than_a_batch_of_numbers_comes_back(stand_in, rng, monkeypatch):
+    """Neither in training nor in generation: no weights, no hidden states, no logits."""
+    sizes, get = [], arrays.ndarray.get
+    monkeypatch.setattr(arrays.ndarray, "get", lambda self: sizes.append(self.size) or get(self))
+    policy = small_transformer(rng, vocab_size=64, width=32, layers=2, key_smear=True).to_device("gpu")
+    for name in ("instruction tuning", "preference tuning", "rlhf", "pretraining"):
+        run_stage(name, policy)
+    assert sizes and max(sizes) <= len(PROMPTS) * 2, sorted(sizes)[-5:]
+
+
+def test_an_array_of_the_cpu_beside_a_tensor_there_is_refused_by_name(cupy):
+    x = Tensor(cupy.ones(2))
+    for left, right in ((x, np.ones(2)), (np.ones(2), x)):
+        with pytest.raises(TypeError, match=r"multiply\(\(2,\), \(2,\)\): Unsupported type .*numpy.ndarray"):
+            left * right
+    with pytest.raises(TypeError, match=r"add\(\(2,\), \(2,\)\): .*mixed"):
+        x + Tensor(np.ones(2))
+
+
+def test_numpy_in_the_middle_of_a_model_is_refused(stand_in, rng, monkeypatch):
+    """A layer that forgot to ask for the library of its arrays."""
+    monkeypatch.setattr("minilm.layers.array_module", lambda *_: np)
+    with pytest.raises(TypeError):
+        on_gpu(small_transformer(rng)).log_probs(RIGHT)
+
+
+def test_without_cupy_the_gpu_is_refused_with_the_package_to_install(rng, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ImportError, match="pip install cupy-cuda13x"):
+        small_transformer(rng).to_device("gpu")
+
+
+def test_dialogues_padded_into_a_batch_train_as_well(rng):
+    batch = make_batch(PROMPTS, RESPONSES, pad=0)
+    model = small_transformer(rng)
+    def loss(m):
+        return sft.sft_loss(m.log_probs(batch.tokens), batch.target_mask)
+    assert_same(*(value_and_gradients(m.parameters(), lambda: loss(m)) for m in (on_gpu(model), model)))

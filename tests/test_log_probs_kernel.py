@@ -1,0 +1,389 @@
+"""kernels/log_probs.cu: the numbers, the bytes, what is refused, and that its bugs would be noticed."""
+import re
+
+import numpy as np
+import pytest
+
+from helpers import assert_close, peak_memory
+from minilm import layers
+from minilm.kernels import emulator, launch, log_probs
+
+VOCABULARIES = [1, 7, 31, 32, 33, 65, 128, 200, 1000, 5000]
+BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+def plain(logits, targets, dy):
+    """log_probs, lse, entropies and dlogits by the formulas, in the precision of the logits."""
+    highest = logits.max(axis=-1, keepdims=True)
+    E = np.exp(logits - highest)
+    total = E.sum(axis=-1, keepdims=True)
+    log_p = logits - highest - np.log(total)
+    p = E / total
+    rows = np.arange(len(logits))
+    dlogits = -dy[:, None] * p
+    dlogits[rows, targets] += dy
+    entropies = -np.where(p > 0, p * np.where(p > 0, log_p, 0), p * 0).sum(axis=-1)
+    return log_p[rows, targets], (highest + np.log(total))[:, 0], entropies, dlogits
+
+
+def batch(rng, N, V, dtype=np.float64, scale=1.0):
+    """logits (N,V), targets (N,), dy (N,)"""
+    return (rng.normal(size=(N, V)) * scale).astype(dtype), rng.integers(0, V, N), rng.normal(size=N).astype(dtype)
+
+
+def kernel(xp, logits, targets, dy):
+    """What plain gives, from the kernels."""
+    logits, targets, dy = map(xp.asarray, (logits, targets, dy))
+    log_probs_, lse, entropies = log_probs.forward(logits, targets, entropy=True)
+    return [a.get() for a in (log_probs_, lse, entropies, log_probs.backward(logits, targets, lse, dy))]
+
+
+def assert_as_good(actual, inputs):
+    """float32: no further from the exact numbers than the plain formulas in float32, times 2 (the gradient 3)."""
+    exact = plain(*(a.astype(np.float64) if a.dtype == np.float32 else a for a in inputs))
+    for a, naive, b, factor in zip(actual, plain(*inputs), exact, (2, 2, 2, 3)):
+        assert np.array_equal(np.isinf(a), np.isinf(b))
+        a, naive, b = map(finite, (a, naive, b))
+        allowed = factor * np.abs(naive - b).max() + 4 * np.finfo(np.float32).eps * np.abs(b).max()
+        assert np.abs(a - b).max() <= allowed, (np.abs(a - b).max(), allowed)
+
+
+def finite(a):
+    return np.where(np.isinf(a), 0, a)
+
+
+# The numbers.
+
+@pytest.mark.parametrize("V", VOCABULARIES)
+def test_log_probs_entropies_and_gradients_are_those_of_the_formulas(V, xp, rng):
+    for N in 1, 3, 8:
+        inputs = batch(rng, N, V)
+        for actual, expected in zip(kernel(xp, *inputs), plain(*inputs)):
+            assert_close(actual, expected)
+        inputs = batch(rng, N, V, np.float32)
+        assert_as_good(kernel(xp, *inputs), inputs)
+
+
+def hard(dtype):
+    """Rows that break formulas: {name: (logits (V,), target)}"""
+    rng, V = np.random.default_rng(1), 65
+    huge, masked, alone, lowest = rng.normal(size=V) * 1e4, rng.normal(size=V), np.full(V, -np.inf), rng.normal(size=V)
+    masked[::3], alone[7], lowest[:40] = -np.inf, 3, np.finfo(dtype).min
+    return {"of 1e4": (huge, 3), "their highest": (huge, huge.argmax()), "around 1e4": (1e4 + lowest.clip(-3), 5),
+            "all equal": (np.full(V, 2.5), 64), "zero": (np.zeros(V), 0), "growing": (np.arange(V) * 20.0, 64),
+            "falling": (np.arange(V) * -20.0, 64), "masked, the target not": (masked, 1), "masked too": (masked, 0),
+            "alone": (alone, 7), "another is alone": (alone, 8), "masked with the lowest number": (lowest, 50),
+            "all masked but the last": (np.r_[[-np.inf] * 64, 0.0], 64)}
+
+
+@BOTH
+def test_hard_logits_are_right(dtype, xp):
+    rows, targets = zip(*hard(dtype).values())
+    inputs = np.array(rows).astype(dtype), np.array(targets), np.linspace(-1, 1, len(rows)).astype(dtype)
+    results = kernel(xp, *inputs)
+    for i, name in enumerate(hard(dtype)):
+        actual, row = [a[i:i + 1] for a in results], [a[i:i + 1] for a in inputs]
+        if dtype == np.float32:
+            assert_as_good(actual, row)
+            continue
+        for a, b in zip(actual, plain(*row)):
+            assert np.array_equal(np.isinf(a), np.isinf(b)), name
+            assert_close(finite(a), finite(b), name=name)
+
+
+@BOTH
+def test_what_has_no_log_prob_is_nan_in_its_own_row_alone(dtype, xp, rng):
+    logits, targets, dy = batch(rng, 9, 40, dtype)
+    expected = plain(logits, targets, dy)
+    logits[1, 30], logits[2, 5] = np.nan, np.inf
+    logits[3] = -np.inf
+    logits[4, :] = np.nan
+    targets[5:8] = -1, 40, 2 ** 40
+    for actual, right in zip(kernel(xp, logits, targets, dy), expected):
+        lost = np.isnan(actual).reshape(9, -1)
+        assert not lost[[0, 8]].any()
+        assert_close(actual[[0, 8]], right[[0, 8]], 1e-5)
+        if right is expected[0] or right is expected[3]:
+            assert lost[1:8].all()
+        else:                               # lse and entropy know nothing of the target
+            assert lost[[1, 2, 4]].all() or right is expected[1]
+            assert_close(actual[5:8], right[5:8], 1e-5)
+
+
+def test_the_gradient_is_that_of_finite_differences(xp, rng):
+    N, V, step = 3, 33, 1e-5
+    logits, targets, dy = batch(rng, N, V)
+    analytic = kernel(xp, logits, targets, dy)[3]
+    steps = np.eye(V) * step                # one launch: a row for every logit that is moved
+    def moved(sign):
+        rows = (logits[:, None] + sign * steps).reshape(N * V, V)
+        return log_probs.forward(*map(xp.asarray, (rows, targets.repeat(V))))[0].get().reshape(N, V)
+    assert_close(analytic, dy[:, None] * (moved(1) - moved(-1)) / (2 * step), 1e-6)
+
+
+@BOTH
+def test_the_gradient_may_be_written_over_the_logits(dtype, emulated, rng):
+    logits, targets, dy = map(emulated.asarray, batch(rng, 3, 200, dtype))
+    lse = log_probs.forward(logits, targets)[1]
+    apart = log_probs.backward(logits, targets, lse, dy).get()
+    with emulator.checked():
+        assert log_probs.backward(logits, targets, lse, dy, out=logits) is logits
+    assert np.array_equal(logits.get(), apart)
+
+
+def test_targets_of_32_bits_are_served_too(xp, rng):
+    logits, targets, dy = batch(rng, 3, 7)
+    for a, b in zip(kernel(xp, logits, targets.astype(np.int32), dy), kernel(xp, logits, targets, dy)):
+        assert np.array_equal(a, b)
+
+
+@BOTH
+def test_no_rows_need_no_launch(dtype, xp, rng):
+    log_probs_, lse, entropies, dlogits = kernel(xp, *batch(rng, 0, 7, dtype))
+    assert log_probs_.shape == lse.shape == entropies.shape == (0,) and dlogits.shape == (0, 7)
+    assert (log_probs_.dtype, lse.dtype, entropies.dtype, dlogits.dtype) == (dtype, np.float64, dtype, dtype)
+
+
+# From hidden states, a chunk at a time.
+
+def linear_batch(rng, N=11, V=33, D=5, dtype=np.float64):
+    return ((rng.normal(size=(N, D))).astype(dtype), rng.normal(size=(V, D)).astype(dtype), rng.integers(0, V, N),
+            rng.normal(size=N).astype(dtype))
+
+
+@pytest.mark.parametrize("N", [1, 8, 11])
+@pytest.mark.parametrize("chunk", [None, 1, 4, 8, 50])
+def test_log_probs_from_hidden_states_are_those_of_the_layer(N, chunk, xp, rng):
+    hidden, unembedding, targets, dy = linear_batch(rng, N)
+    expected, vjp = layers.token_log_probs.__wrapped__(hidden, unembedding, targets)
+    dhidden, dunembedding = vjp(dy)
+    arrays = list(map(xp.asarray, (hidden, unembedding, targets)))
+    actual, lse, entropies, logits = log_probs.linear_forward(*arrays, chunk=chunk, entropy=True)
+    assert_close(actual.get(), expected)
+    assert_close(entropies.get(), plain(hidden @ unembedding.T, targets, dy)[2])
+    assert (logits is None) == (chunk is not None and chunk < N)
+    for kept in {id(a): a for a in (None, logits)}.values():        # computed again, and then, if kept, overwritten
+        gradients = log_probs.linear_backward(*arrays, lse, xp.asarray(dy), logits=kept, chunk=chunk)
+        for gradient, right in zip(gradients, (dhidden, dunembedding.write())):
+            assert_close(gradient.get(), right)
+
+
+def test_no_hidden_states_give_no_log_probs_and_a_gradient_of_zero(xp, rng):
+    hidden, unembedding, targets, dy = map(xp.asarray, linear_batch(rng, 0))
+    actual, lse, entropies, logits = log_probs.linear_forward(hidden, unembedding, targets)
+    assert actual.shape == lse.shape == (0,) and entropies is None and logits is None
+    dhidden, dunembedding = log_probs.linear_backward(hidden, unembedding, targets, lse, dy)
+    assert dhidden.shape == (0, 5) and dunembedding.shape == (33, 5) and not dunembedding.get().any()
+
+
+def test_never_are_all_logits_in_memory_at_once(emulated, rng):
+    N, V, chunk = 256, 1000, 16
+    hidden, unembedding, targets, dy = map(emulated.asarray, linear_batch(rng, N, V, 4))
+    log_probs.linear_forward(hidden[:1], unembedding, targets[:1])                  # compiled
+    def both():
+        lse = log_probs.linear_forward(hidden, unembedding, targets, chunk)[1]
+        log_probs.linear_backward(hidden, unembedding, targets, lse, dy, chunk=chunk)
+    chunk_bytes, gradient_bytes = chunk * V * 8, (N + 2 * V) * 4 * 8                # dU, and one product added to it
+    assert peak_memory(both) < chunk_bytes + gradient_bytes + 100_000 < N * V * 8 / 5
+
+
+def test_a_chunk_is_what_fits_the_logits_held(emulated, rng, monkeypatch):
+    hidden, unembedding, targets, _ = map(emulated.asarray, linear_batch(rng, 11, 33))
+    rows, forward = [], log_probs._forward
+    def counted(xp, logits, *rest):
+        rows.append(len(logits))
+        forward(xp, logits, *rest)
+    monkeypatch.setattr(log_probs, "_forward", counted)
+    monkeypatch.setattr(log_probs, "LOGITS_HELD", 4 * 33 + 5)
+    log_probs.linear_forward(hidden, unembedding, targets)
+    monkeypatch.setattr(log_probs, "LOGITS_HELD", 5)
+    log_probs.linear_forward(hidden[:2], unembedding, targets[:2])
+    assert rows == [4, 4, 3, 1, 1]
+
+
+# What is refused, before anything is launched.
+
+def contiguous(name):
+    return f"{name} is not contiguous; pass a contiguous copy"
+
+
+# What is changed, and the words; the first seven are forward's arguments too.
+REFUSED = {
+    "half precision": (lambda a: {"logits": a["logits"].astype(np.float16)},
+                       "the kernels compute in float32 or float64, not in float16"),
+    "one axis": (lambda a: {"logits": a["logits"].reshape(-1)},
+                 "logits has shape (21,); this kernel takes (any, any)"),
+    "transposed logits": (lambda a: {"logits": a["logits"].T.copy().T}, contiguous("logits")),
+    "no vocabulary": (lambda a: {"logits": a["logits"][:, :0].copy()},
+                      "logits (N,V) over a vocabulary of no tokens; V must be at least 1"),
+    "real targets": (lambda a: {"targets": a["dy"]}, "targets is float64; this kernel takes int64"),
+    "strided targets": (lambda a: {"targets": a["targets"].repeat(2)[::2]}, contiguous("targets")),
+    "a target too many": (lambda a: {"targets": np.zeros(4, int)}, "targets has shape (4,); this kernel takes (3)"),
+    "lse in float32": (lambda a: {"lse": a["lse"].astype(np.float32)}, "lse is float32; this kernel takes float64"),
+    "dy in float32": (lambda a: {"dy": a["dy"].astype(np.float32)}, "dy is float32; this kernel takes float64"),
+    "dy of another shape": (lambda a: {"dy": a["dy"][:, None]}, "dy has shape (3, 1); this kernel takes (3)"),
+    "out transposed": (lambda a: {"out": a["logits"].T.copy()}, "out has shape (7, 3); this kernel takes (3, 7)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_served_is_refused_and_named(case, emulated, rng, monkeypatch):
+    logits, targets, dy = batch(rng, 3, 7)
+    change, message = REFUSED[case]
+    arguments = {"logits": logits, "targets": targets, "lse": np.zeros(3), "dy": dy, "out": np.zeros((3, 7))}
+    arguments = {name: on_device(emulated, a) for name, a in (arguments | change(arguments)).items()}
+    monkeypatch.setattr(log_probs, "launch", lambda *_: pytest.fail("launched"))
+    with pytest.raises((TypeError, ValueError)) as error:
+        log_probs.backward(**arguments)
+    assert str(error.value) == message
+    if case in list(REFUSED)[:7]:
+        with pytest.raises((TypeError, ValueError)) as error:
+            log_probs.forward(arguments["logits"], arguments["targets"])
+        assert str(error.value) == message
+
+
+def on_device(emulated, array):
+    """The same array, strides and all."""
+    device = emulated.empty(1)
+    device._backing = array
+    return device
+
+
+def test_hidden_states_and_unembedding_must_fit(xp, rng):
+    hidden, unembedding, targets, dy = map(xp.asarray, linear_batch(rng))
+    for arguments, message in [
+            ((hidden, unembedding[:, :4].copy(), targets),
+             "unembedding has shape (33, 4); this kernel takes (any, 5)"),
+            ((hidden.astype(np.float32), unembedding, targets), "unembedding is float64; this kernel takes float32"),
+            ((hidden.reshape(11, 5, 1), unembedding, targets),
+             "hidden has shape (11, 5, 1); this kernel takes (any, any)"),
+            ((hidden, unembedding[:0], targets),
+             "unembedding (V,D) of a vocabulary of no tokens; V must be at least 1"),
+            ((hidden, unembedding, targets[1:]), "targets has shape (10,); this kernel takes (11)"),
+            ((hidden, unembedding, targets, 0), "chunk is 0; it must be at least 1")]:
+        with pytest.raises((TypeError, ValueError)) as error:
+            log_probs.linear_forward(*arguments)
+        assert str(error.value) == message
+
+
+def test_arrays_of_two_devices_are_refused(xp, rng):
+    logits, targets, _ = batch(rng, 3, 7)
+    with pytest.raises(TypeError, match="mixed"):
+        log_probs.forward(xp.asarray(logits), targets)
+
+
+# On the device: clean, counted, and the same in every order of threads and blocks.
+
+@BOTH
+@pytest.mark.parametrize("V", VOCABULARIES)
+def test_no_checker_finds_anything_and_the_bytes_are_as_stated(V, dtype, emulated, rng):
+    for N in 1, 3:
+        logits, targets, dy = map(emulated.asarray, batch(rng, N, V, dtype))
+        with emulator.checked():
+            for entropy in False, True:
+                lse = log_probs.forward(logits, targets, entropy)[1]
+                assert moved() == log_probs.forward_bytes(N, V, dtype, entropy)
+            log_probs.backward(logits, targets, lse, dy)
+            assert moved() == log_probs.backward_bytes(N, V, dtype)
+            log_probs.backward(logits, targets, lse, dy, out=logits)
+            assert moved() == log_probs.backward_bytes(N, V, dtype)
+
+
+@BOTH
+def test_every_order_of_threads_and_blocks_gives_the_same_bits(dtype, emulated, rng):
+    inputs = batch(rng, 8, 700, dtype)
+    once = kernel(emulated, *inputs)
+    for schedule in "forward", "reversed", 1, 2:
+        for running in emulator.checked, emulator.fast:
+            with running(schedule):
+                assert all(np.array_equal(a, b) for a, b in zip(kernel(emulated, *inputs), once))
+
+
+def moved():
+    """Bytes that the last launch read and wrote."""
+    return tuple(map(sum, zip(*emulator.traffic().values())))
+
+
+def test_a_row_is_read_once_and_its_gradient_written_once(xp):
+    """The least possible, but for what is one number a row."""
+    N, V, size = 1000, 50_000, 4
+    assert log_probs.forward_bytes(N, V, np.float32) == (N * V * size + 8 * N, 12 * N)
+    assert log_probs.backward_bytes(N, V, np.float32) == (N * V * size + 20 * N, N * V * size)
+
+
+# Bugs that somebody could ship: what line of log_probs.cu becomes what, and what notices.
+
+MUTANTS = [
+    ("the sum is not scaled down when the maximum grows", "a.sum *= factor;", ";", "numbers"),
+    ("the sum for the entropy is scaled, but its differences are still to the old maximum",
+     "factor * a.weighted + factor * shift * a.sum", "factor * a.weighted", "numbers"),
+    ("a masked logit takes part in the arithmetic of infinities", "if (x == NEGATIVE_INFINITY) return a;", "",
+     "numbers"),
+    ("a masked start of a row is taken for numbers", "NEGATIVE_INFINITY < a.highest && ", "", "numbers"),
+    ("the entropy's second term has the wrong sign", "log_sum - weighted / sum", "log_sum + weighted / sum",
+     "numbers"),
+    ("the maximum of a warp is taken for that of the block", "block_max(sums.highest, scratch)",
+     "lanes_max<32>(sums.highest)", "numbers"),
+    ("the log-prob is a difference of two large numbers", "(picked - highest) - log_sum",
+     "picked - (highest + log_sum)", "numbers"),
+    ("the log-sum-exp is rounded to the precision of the logits", "double(highest) + double(log_sum)",
+     "highest + log_sum", "numbers"),
+    ("backward leaves out what rounding took from the log-sum-exp", "exp((row[j] - high) - low)", "exp(row[j] - high)",
+     "numbers"),
+    ("the gradient has the wrong sign", "real(j == target) - p", "p - real(j == target)", "numbers"),
+    ("a target outside the vocabulary gets a gradient in silence", "0 <= target && target < V ? dy[n]", "true ? dy[n]",
+     "numbers"),
+    ("the loop runs one logit too far", "j < V; j += blockDim.x) {\n        const real x",
+     "j <= V; j += blockDim.x) {\n        const real x", "checker"),
+    ("every block works on the first row",
+     "const size_t n = blockIdx.x;\n    const real* row = logits + n * V;\n    if",
+     "const size_t n = 0;\n    const real* row = logits + n * V;\n    if", "checker"),
+    ("nobody waits for the thread that reads the target", "    __syncthreads();\n\n    Sums", "\n    Sums", "checker"),
+    ("backward does not wait for the thread that reads lse and dy", "    __syncthreads();\n\n    #pragma",
+     "\n    #pragma", "checker"),
+    ("a target outside the vocabulary is used as an address",
+     "picked = NEGATIVE_INFINITY - NEGATIVE_INFINITY; ", "picked = row[target]; ", "checker"),
+    ("every thread reads the target from memory", "if (j == target) picked", "if (j == targets[n]) picked", "bytes"),
+    ("the row is read a second time for the maximum", "const real x = row[j];",
+     "const real x = fmax(row[j], row[j]);", "bytes"),
+]
+NAMES = ("Sums", "relative_to", "with", "log_probs_forward", "log_probs_backward")
+
+
+@pytest.fixture(scope="module")
+def mutated():
+    """All mutants in one text, every name with the number of its mutant: they are compiled together, once."""
+    text, copies = (launch.FOLDER / "log_probs.cu").read_text(), []
+    for i, (words, right, wrong, _) in enumerate(MUTANTS):
+        assert text.count(right) == 1, words
+        copies.append(re.sub(rf"\b({'|'.join(NAMES)})\b", rf"\1_{i}", text.replace(right, wrong)))
+    return "\n".join(copies)
+
+
+@pytest.mark.parametrize("i", range(len(MUTANTS)), ids=[words for words, *_ in MUTANTS])
+def test_a_bug_is_noticed(i, mutated, emulated, monkeypatch):
+    def function(xp, room, name, dtype, **constants):
+        return launch.function(xp, room, f"{name}_{i}", dtype, text=mutated, **constants)
+    monkeypatch.setattr(log_probs, "function", function)
+    with emulator.checked():
+        assert noticed(emulated) == MUTANTS[i][-1]
+
+
+def noticed(xp):
+    """What is wrong with the kernels in float32: None, or what notices it, "checker", "numbers" or "bytes"."""
+    try:
+        inputs = batch(np.random.default_rng(2), 3, 300, np.float32)
+        assert_as_good(kernel(xp, *inputs), inputs)
+        test_hard_logits_are_right(np.float32, xp)
+        test_what_has_no_log_prob_is_nan_in_its_own_row_alone(np.float32, xp, np.random.default_rng(3))
+        log_probs.forward(*map(xp.asarray, inputs[:2]))
+        return None if moved() == log_probs.forward_bytes(3, 300, np.float32) else "bytes"
+    except emulator.Fault:
+        return "checker"
+    except AssertionError:
+        return "numbers"
+
+
+def test_the_kernels_themselves_are_not_noticed(emulated):
+    with emulator.checked():
+        assert noticed(emulated) is None

@@ -1,0 +1,363 @@
+"""kernels/sampling.cu: the tokens that NumPy draws, the bytes, what is refused, and that its bugs would be noticed."""
+import re
+
+import numpy as np
+import pytest
+
+from helpers import assert_close
+from minilm.generate import distribution, draw, entropy
+from minilm.kernels import emulator, launch, sampling
+
+VOCABULARIES = [1, 7, 31, 32, 33, 65, 128, 200, 1000, 5000]
+BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+# temperature, top_k, top_p
+SETTINGS = [(1, None, None), (0.3, None, None), (2.5, None, 1.0), (1, 1, None), (0.7, 5, None), (1, 10_000, None),
+            (1, None, 1e-9), (1, None, 0.5), (1.3, None, 0.95), (0.7, 20, 0.8), (3.0, 40, 0.99), (0, None, None),
+            (0, 3, 0.5)]
+
+
+def sample(xp, logits, uniforms, *settings):
+    return [a.get() for a in sampling.sample(xp.asarray(logits), xp.asarray(uniforms), *settings)]
+
+
+def numpy_sample(logits, uniforms, temperature=1, top_k=None, top_p=None):
+    """What generate does with the same logits and uniforms."""
+    if temperature == 0:
+        scores, tokens = distribution(logits), logits.argmax(axis=-1)
+    else:
+        scores = distribution(logits, temperature, top_k, top_p)
+        tokens = draw(np.exp(scores), uniforms)
+    return tokens, scores[np.arange(len(logits)), tokens], entropy(np.exp(scores), scores)
+
+
+def sorted_sample(logits, uniforms, temperature=1, top_k=None, top_p=None):
+    """The same from sorted gaps; what comes after the division by the temperature is in float64. Row by row."""
+    rows = []
+    for row, u in zip(logits, uniforms):
+        g = ((row.max() - row) / row.dtype.type(temperature)).astype(np.float64)
+        if top_k is not None and top_k < len(g):
+            g[g > np.sort(g)[top_k - 1]] = np.inf
+        w, order = np.exp(-g), np.argsort(g, kind="stable")
+        if top_p is not None and top_p < 1:
+            summed = np.concatenate([[0], w[order].cumsum()])
+            w[order[summed[:-1] >= row.dtype.type(top_p) * summed[-1]]] = 0
+        total = w.cumsum()
+        token = int((total > u * total[-1]).argmax())
+        p = w[w > 0] / w.sum()
+        rows.append((token, np.log(w[token] / w.sum()), -(p * np.log(p)).sum()))
+    return tuple(map(np.array, zip(*rows)))
+
+
+# The same token from the same logits and the same uniform.
+
+@BOTH
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("V, B", [(1, 3), (7, 100), (33, 100), (65, 100), (200, 100)])
+def test_what_is_drawn_is_what_generate_draws(V, B, settings, dtype, xp, rng):
+    logits, uniforms = (rng.normal(size=(B, V)) * 2).astype(dtype), rng.random(B)
+    assert_same_draws(sample(xp, logits, uniforms, *settings), numpy_sample(logits, uniforms, *settings))
+
+
+@BOTH
+@pytest.mark.parametrize("settings", SETTINGS[:-2], ids=str)
+@pytest.mark.parametrize("V, B", [(31, 30), (32, 30), (128, 30), (1000, 20), (5000, 6)])
+def test_what_is_drawn_is_what_sorting_and_summing_in_float64_draws(V, B, settings, dtype, xp, rng):
+    logits, uniforms = (rng.normal(size=(B, V)) * 2).astype(dtype), rng.random(B)
+    assert_same_draws(sample(xp, logits, uniforms, *settings), sorted_sample(logits, uniforms, *settings))
+
+
+def assert_same_draws(actual, expected):
+    (tokens, log_probs, entropies), dtype = actual, actual[1].dtype
+    assert tokens.dtype == np.int64 and entropies.dtype == dtype
+    assert np.array_equal(tokens, expected[0])
+    tolerance = 1e-10 if dtype == np.float64 else 1e-5
+    assert np.abs(log_probs - expected[1]).max() <= tolerance and np.abs(entropies - expected[2]).max() <= tolerance
+
+
+@BOTH
+@pytest.mark.parametrize("settings", [(1, None, None), (0.5, 50, None), (1, None, 0.9), (2, 50, 0.9)], ids=str)
+def test_a_thousand_draws_from_one_row_are_those_of_the_inverse_of_its_distribution(settings, dtype, xp, rng):
+    logits = np.repeat((rng.normal(size=(1, 200)) * 2).astype(dtype), 1000, axis=0)
+    uniforms = (np.arange(1000) + 0.5) / 1000
+    tokens = sample(xp, logits, uniforms, *settings)[0]
+    assert np.array_equal(tokens, numpy_sample(logits, uniforms, *settings)[0])
+    assert (np.diff(tokens) >= 0).all() and len(np.unique(tokens)) > 20
+
+
+def test_log_probs_and_entropies_are_as_good_as_the_plain_formula(xp, rng):
+    """float32: within twice the error that generate's own arithmetic makes in float32."""
+    logits, uniforms = rng.normal(size=(50, 200)).astype(np.float32) * 3, rng.random(50)
+    exact = sorted_sample(logits, uniforms, 1.5, 60, 0.9)
+    for actual, naive, right in list(zip(sample(xp, logits, uniforms, 1.5, 60, 0.9),
+                                         numpy_sample(logits, uniforms, 1.5, 60, 0.9), exact))[1:]:
+        allowed = 2 * np.abs(naive - right).max() + 4 * np.finfo(np.float32).eps * np.abs(right).max()
+        assert np.abs(actual - right).max() <= allowed
+
+
+@BOTH
+def test_a_vocabulary_of_200_000_is_served(dtype, xp, rng):
+    logits, uniforms = (rng.normal(size=(1, 200_000)) * 2).astype(dtype), rng.random(1)
+    for settings in (1, None, None), (0.7, 5000, 0.9):
+        assert_same_draws(sample(xp, logits, uniforms, *settings), sorted_sample(logits, uniforms, *settings))
+
+
+# Ties, and the ends of the unit interval.
+
+def tied(dtype):
+    """Many equal logits; weights that are powers of 2, so that every sum is exact."""
+    return np.log(np.array([[1, 2, 4, 4, 2, 1, 4, 2, 4, 8], [4, 4, 4, 4, 4, 4, 4, 4, 2, 2]])).astype(dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 8, 9])
+def test_top_k_keeps_all_that_equal_the_last(top_k, dtype, xp):
+    logits, uniforms = tied(dtype).repeat(50, axis=0), np.tile((np.arange(50) + 0.37) / 50, 2)
+    tokens = sample(xp, logits, uniforms, 1, top_k)[0].reshape(2, 50)
+    assert np.array_equal(tokens.reshape(-1), numpy_sample(logits, uniforms, 1, top_k)[0])
+    for row, drawn in zip(tied(dtype), tokens):
+        assert set(drawn) == set(np.flatnonzero(row >= np.sort(row)[-top_k]))
+
+
+@BOTH
+@pytest.mark.parametrize("top_p, kept", [(0.1, {9}), (0.2, {9}), (0.3, {9, 2}), (0.4, {9, 2, 3}), (0.55, {9, 2, 3, 6}),
+                                         (0.7, {9, 2, 3, 6, 8}), (0.85, {9, 2, 3, 6, 8, 1, 4}),
+                                         (0.92, {9, 2, 3, 6, 8, 1, 4, 7}), (0.95, {9, 2, 3, 6, 8, 1, 4, 7, 0}),
+                                         (0.99, set(range(10)))])
+def test_top_p_keeps_the_first_of_equals_as_many_as_it_needs(top_p, kept, dtype, xp):
+    logits, uniforms = tied(dtype)[:1].repeat(64, axis=0), (np.arange(64) + 0.5) / 64
+    actual = sample(xp, logits, uniforms, 1, None, top_p)
+    assert set(actual[0]) == kept
+    assert_same_draws(actual, sorted_sample(logits, uniforms, 1, None, top_p))
+
+
+@BOTH
+def test_top_p_keeps_the_token_that_crosses_the_line_and_none_beyond(dtype, xp):
+    """Sixteen equal tokens: 1/2 is reached by exactly eight."""
+    logits, uniforms = np.zeros((64, 16), dtype), (np.arange(64) + 0.5) / 64
+    for top_p, count in (0.5, 8), (0.5 + 1e-6, 9), (1 / 16, 1), (1e-9, 1), (15 / 16, 15):
+        assert set(sample(xp, logits, uniforms, 1, None, top_p)[0]) == set(range(count))
+
+
+@BOTH
+def test_ties_are_cut_in_a_later_stretch_too(dtype, xp):
+    """5,000 equal tokens but for one: the last that top_p needs lies in another warp's stretch than the first."""
+    logits = np.zeros((4, 5000), dtype)
+    logits[:, 4000] = 1
+    uniforms = np.array([0, 0.3, 0.999, 1 - 2.0 ** -53])
+    actual = sample(xp, logits, uniforms, 1, None, 0.7)
+    assert_same_draws(actual, sorted_sample(logits, uniforms, 1, None, 0.7))
+    assert actual[0][3] == 4000 and 3400 < actual[0][2] < 3600
+
+
+@BOTH
+def test_a_uniform_of_0_draws_the_first_token_that_has_weight_and_one_below_1_the_last(dtype, xp, rng):
+    logits = rng.normal(size=(2, 100)).astype(dtype)
+    logits[:, :10] = logits[:, 90:] = -np.inf
+    tokens, log_probs, _ = sample(xp, logits, np.array([0, 1 - 2.0 ** -53]))
+    assert tokens.tolist() == [10, 89] and np.isfinite(log_probs).all()
+
+
+@BOTH
+def test_the_highest_is_the_first_of_equals_at_temperature_0(dtype, xp):
+    logits = np.array([[1, 3, 2, 3, 3], [5, 5, 5, 5, 5], [-np.inf, -np.inf, 2, -np.inf, 2]]).astype(dtype)
+    tokens, log_probs, entropies = sample(xp, logits, np.full(3, 0.99), 0)
+    assert tokens.tolist() == [1, 0, 2]
+    assert_close(np.exp(log_probs[1:]), [0.2, 0.5], 1e-6)
+    assert_close(np.exp(entropies[1:]), [5, 2], 1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("settings", [(1, None, None), (2, 3, None), (1, None, 0.9), (1, 30, 0.9), (0, None, None)],
+                         ids=str)
+def test_hard_logits_are_right(settings, dtype, xp, rng):
+    V, u = 65, rng.random(6)
+    logits = np.array([rng.normal(size=V) * 1e4, 1e4 + rng.normal(size=V), np.full(V, -7.5), np.zeros(V),
+                       rng.normal(size=V), np.full(V, -np.inf)])
+    logits[4, ::2] = np.finfo(dtype).min
+    logits[5, 40] = 3
+    logits = logits.astype(dtype)
+    expected = (sorted_sample if settings[0] else numpy_sample)(logits, u, *settings)
+    assert_same_draws(sample(xp, logits, u, *settings), expected)
+
+
+@BOTH
+@pytest.mark.parametrize("settings", [(1, None, None), (1, 3, 0.9), (0, None, None)], ids=str)
+def test_a_row_without_a_distribution_gives_token_0_and_nan_as_numpy_does(settings, dtype, xp, rng):
+    logits = rng.normal(size=(5, 40)).astype(dtype)
+    logits[0, 7], logits[1], logits[2, 9], logits[3, :3] = np.nan, -np.inf, np.inf, np.nan
+    tokens, log_probs, entropies = sample(xp, logits, np.full(5, 0.5), *settings)
+    assert tokens[:4].tolist() == [0] * 4 and np.isnan(log_probs[:4]).all() and np.isnan(entropies[:4]).all()
+    with np.errstate(invalid="ignore"):
+        expected = numpy_sample(logits, np.full(5, 0.5), *settings[:1])
+    assert np.isnan(expected[1][:4]).all() and np.isfinite([log_probs[4], entropies[4]]).all()
+    if settings[0]:
+        assert expected[0][:4].tolist() == [0] * 4
+
+
+@BOTH
+def test_a_uniform_that_is_none_shows(dtype, xp, rng):
+    logits = rng.normal(size=(5, 40)).astype(dtype)
+    logits[1] = 0                           # whose weights add up to a number that float64 has
+    tokens, log_probs, entropies = sample(xp, logits, np.array([-0.1, 1.0, 7e300, np.nan, 0.5]))
+    assert np.isnan(log_probs).tolist() == [True] * 4 + [False]
+    assert np.isfinite(entropies).all() and ((0 <= tokens) & (tokens < 40)).all()
+
+
+@BOTH
+def test_no_rows_need_no_launch(dtype, xp):
+    tokens, log_probs, entropies = sample(xp, np.zeros((0, 7), dtype), np.zeros(0))
+    assert tokens.shape == log_probs.shape == entropies.shape == (0,) and log_probs.dtype == dtype
+
+
+# What is refused, before anything is launched.
+
+REFUSED = {
+    "half precision": ({"logits": np.zeros((2, 5), np.float16)},
+                       "the kernels compute in float32 or float64, not in float16"),
+    "one axis": ({"logits": np.zeros(5)}, "logits has shape (5,); this kernel takes (any, any)"),
+    "transposed": ({"logits": np.zeros((5, 2)).T}, "logits is not contiguous; pass a contiguous copy"),
+    "no vocabulary": ({"logits": np.zeros((2, 0))},
+                      "logits (B,V) over a vocabulary of no tokens; V must be at least 1"),
+    "uniforms in float32": ({"uniforms": np.zeros(2, np.float32)}, "uniforms is float32; this kernel takes float64"),
+    "a uniform too many": ({"uniforms": np.zeros(3)}, "uniforms has shape (3,); this kernel takes (2)"),
+    "strided uniforms": ({"uniforms": np.zeros(4)[::2]}, "uniforms is not contiguous; pass a contiguous copy"),
+    "negative temperature": ({"temperature": -1},
+                             "temperature is -1; it must be 0 or more, finite, and not vanish in float64"),
+    "infinite temperature": ({"temperature": np.inf},
+                             "temperature is inf; it must be 0 or more, finite, and not vanish in float64"),
+    "vanishing temperature": ({"logits": np.zeros((2, 5), np.float32), "temperature": 1e-50},
+                              "temperature is 1e-50; it must be 0 or more, finite, and not vanish in float32"),
+    "no token": ({"top_k": 0}, "top_k is 0; it must be at least 1"),
+    "no probability": ({"top_p": 0}, "top_p is 0; it must be in (0, 1]"),
+    "too much probability": ({"top_p": 1.5}, "top_p is 1.5; it must be in (0, 1]"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_served_is_refused_and_named(case, emulated, monkeypatch):
+    change, message = REFUSED[case]
+    arguments = {"logits": np.zeros((2, 5)), "uniforms": np.zeros(2), **change}
+    for name in "logits", "uniforms":
+        device = emulated.empty(1)
+        device._backing = arguments[name]                   # strides and all
+        arguments[name] = device
+    monkeypatch.setattr(sampling, "launch", lambda *_: pytest.fail("launched"))
+    with pytest.raises((TypeError, ValueError)) as error:
+        sampling.sample(**arguments)
+    assert str(error.value) == message
+
+
+# On the device: clean, counted, and the same in every order of threads and blocks.
+
+@BOTH
+@pytest.mark.parametrize("V", VOCABULARIES)
+def test_no_checker_finds_anything_and_the_bytes_are_as_stated(V, dtype, emulated, rng):
+    logits, uniforms = rng.normal(size=(2, V)).astype(dtype), rng.random(2)
+    for settings in (1, None, None), (0.7, 5, 0.8), (0, None, None):
+        with emulator.checked():
+            tokens = sample(emulated, logits, uniforms, *settings)[0]
+            assert moved() == sampling.sample_bytes(V, dtype, tokens.tolist(), *settings)
+
+
+def moved():
+    """Bytes that the last launch read and wrote."""
+    return tuple(map(sum, zip(*emulator.traffic().values())))
+
+
+@BOTH
+def test_every_order_of_threads_and_blocks_gives_the_same_bits(dtype, emulated, rng):
+    logits, uniforms = rng.normal(size=(5, 600)).astype(dtype), rng.random(5)
+    def run():
+        return sample(emulated, logits, uniforms, 1.2, 100, 0.9)
+    once = run()
+    for schedule in "forward", "reversed", 1, 2:
+        for running in emulator.checked, emulator.fast:
+            with running(schedule):
+                assert all(np.array_equal(a, b) for a, b in zip(run(), once))
+
+
+@BOTH
+def test_the_number_of_threads_has_no_say_in_the_token(dtype, emulated, rng, monkeypatch):
+    logits, uniforms = rng.normal(size=(20, 700)).astype(dtype), rng.random(20)
+    tokens = []
+    for threads in 32, 96, 512:
+        monkeypatch.setattr(sampling, "_threads", lambda V: threads)
+        tokens.append(sample(emulated, logits, uniforms, 1.2, 100, 0.9)[0].tolist())
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+# Bugs that somebody could ship: what line of sampling.cu becomes what, and what notices.
+
+MUTANTS = [
+    ("the temperature is ignored", "(highest - logits[j]) / temperature", "(highest - logits[j])", "numbers"),
+    ("all tokens that equal the last one of top-p are kept", "(bits == limit && j > last)", "false", "numbers"),
+    ("of those one too many is kept", "stretches, needed - 1)", "stretches, needed)", "numbers"),
+    ("what top-p needs of them is rounded down", "(target - below + each - 1) / each",
+     "(target - below) / each", "checker"),
+    ("top-k counts to one beyond", "below + of_digit[digit] < target", "below + of_digit[digit] <= target", "numbers"),
+    ("top-k holds at temperature 0 too", "top_k > 0 && !greedy", "top_k > 0", "numbers"),
+    ("a scan that adds what is not there", "if (lane >= other) sum += lower;", "sum += lower;", "numbers"),
+    ("a token without weight is drawn by a uniform of 0", "before + sum > target", "before + sum >= target",
+     "numbers"),
+    ("the last stretch runs beyond the row", "return min(V, (steps + warps - 1) / warps * 32 * warp);",
+     "return (steps + warps - 1) / warps * 32 * warp;", "checker"),
+    ("NaN is overlooked, and becomes a whole number", "isnan(x) ? -NEGATIVE_INFINITY : fmax(row.highest, x)",
+     "fmax(row.highest, x)", "checker"),
+    ("a uniform of 1 finds no token", "min(Mass(u * double(total)), total - 1)", "Mass(u * double(total))", "checker"),
+    ("a search adds up the warps before all have counted",
+     "        __syncthreads();\n        if (threadIdx.x < DIGITS)", "        if (threadIdx.x < DIGITS)", "checker"),
+    ("a stretch is written while others still read the one before",
+     "    __syncthreads();                                        // until", "    // until", "checker"),
+    ("the token is read before it is found", "    __syncthreads();\n    return found;", "    return found;",
+     "checker"),
+    ("every block draws for the first row", "const size_t b = blockIdx.x;", "const size_t b = 0;", "checker"),
+    ("every thread reads the uniform from memory", "fmin(fmax(uniform, 0.0), 1.0)",
+     "fmin(fmax(uniforms[b], 0.0), 1.0)", "bytes"),
+]
+NAMES = ("bits_of", "Row", "CountOfEqual", "Count", "Weight", "Kept", "search", "stretch_begin", "add_stretches",
+         "crossing", "sample", "warp_sum", "Mass", "Bits", "DIGIT_BITS", "DIGITS", "WARPS")
+
+
+@pytest.fixture(scope="module")
+def mutated():
+    """All mutants in one text, every name with the number of its mutant: they are compiled together, once."""
+    text, copies = (launch.FOLDER / "sampling.cu").read_text(), []
+    for i, (words, right, wrong, _) in enumerate(MUTANTS):
+        assert text.count(right) == 1, words
+        copies.append(re.sub(rf"\b({'|'.join(NAMES)})\b", rf"\1_{i}", text.replace(right, wrong)))
+    return "\n".join(copies)
+
+
+@pytest.mark.parametrize("i", range(len(MUTANTS)), ids=[words for words, *_ in MUTANTS])
+def test_a_bug_is_noticed(i, mutated, emulated, monkeypatch):
+    def function(xp, room, name, dtype, **constants):
+        return launch.function(xp, room, f"{name}_{i}", dtype, text=mutated, **constants)
+    monkeypatch.setattr(sampling, "function", function)
+    with emulator.checked():
+        assert noticed(emulated) == MUTANTS[i][-1]
+
+
+def noticed(xp):
+    """What is wrong with the kernel in float64: None, or what notices it, "checker", "numbers" or "bytes"."""
+    rng, bytes_right = np.random.default_rng(5), True
+    logits, uniforms = rng.normal(size=(4, 300)) * 2, rng.random(4)
+    logits[:, :3], uniforms[0] = -np.inf, 0
+    try:
+        for settings in (1, None, None), (1.5, 3, None), (0.7, 40, 0.8), (0, 3, 0.5):
+            actual = sample(xp, logits, uniforms, *settings)
+            bytes_right &= moved() == sampling.sample_bytes(300, np.float64, actual[0].tolist(), *settings)
+            assert_same_draws(actual, (sorted_sample if settings[0] else numpy_sample)(logits, uniforms, *settings))
+        test_top_k_keeps_all_that_equal_the_last(3, np.float64, xp)
+        test_top_p_keeps_the_first_of_equals_as_many_as_it_needs(0.55, {9, 2, 3, 6}, np.float64, xp)
+        test_a_uniform_that_is_none_shows(np.float64, xp, rng)
+        test_a_row_without_a_distribution_gives_token_0_and_nan_as_numpy_does((1, None, None), np.float64, xp, rng)
+        return None if bytes_right else "bytes"
+    except emulator.Fault:
+        return "checker"
+    except AssertionError:
+        return "numbers"
+
+
+def test_the_kernel_itself_is_not_noticed(emulated):
+    with emulator.checked():
+        assert noticed(emulated) is None

@@ -106,7 +106,7 @@ def main():
     print_traffic(lengths)
     cupy, reason = measuring.gpu()
     if cupy is None:
-        print(f"\nNot timed: {reason}. Registers, shared memory and occupancy: python scripts/kernel_report.py")
+        measuring.not_timed(reason, "attention,decode")
         return
     ceiling = measuring.ceilings(cupy)
     print(f"\n{measuring.machine(cupy)}; a copy {ceiling[0] / 1e9:.0f} GB/s, a product {ceiling[1] / 1e12:.1f} TFLOP/s")

@@ -6,6 +6,9 @@ ceilings are measured too: a copy for bytes a second, a matrix product of cuBLAS
 """
 
 import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +25,13 @@ def gpu():
     except cupy.cuda.runtime.CUDARuntimeError as error:
         return None, f"no GPU: {error}"
     return cupy, None
+
+
+def not_timed(reason, rooms):
+    """What can be said of the kernels of these rooms without a GPU, and what cannot."""
+    print(f"\nNot timed: {reason}. What the compiler says of one architecture:\n", flush=True)
+    report = Path(__file__).resolve().parent / "kernel_report.py"
+    subprocess.run([sys.executable, report, "--room", rooms, "--arch", "80"])
 
 
 def machine(cupy):

@@ -262,13 +262,19 @@ def test_a_text_that_is_none_is_refused(tmp_path, monkeypatch, capsys, content, 
 
 
 @pytest.mark.parametrize("options", [
-    "--scale 0", "--scale -1", "--scale nan", "--scale inf", "--scale 1e9", "--scale much", "--workers 0",
-    "--workers -2", "--workers 1000000", "--size huge", "--seed -1", "--seed x", "--seed", "--unknown", "--res",
-    "stray", "--text ''"])
+    "--scale 0", "--scale -1", "--scale nan", "--scale inf", "--scale 1e9", "--scale much", "--workers 0", "--workers -2",
+    "--workers 1000000", "--device tpu", "--device gpu --workers 2", "--size huge", "--seed -1", "--seed x", "--seed",
+    "--unknown", "--res", "stray", "--text ''"])
 def test_a_bad_option_is_refused_by_name(tmp_path, monkeypatch, capsys, options):
     message = refused_here(monkeypatch, capsys, "--out", tmp_path / "run", *shlex.split(options))
     assert options.split()[0] in message or options == "--text ''"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_without_cupy_is_refused_and_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    message = refused_here(monkeypatch, capsys, "--out", tmp_path / "run", "--device", "gpu")
+    assert "--device gpu" in message and "pip install cupy-cuda13x" in message
 
 
 def test_a_bad_option_ends_the_real_command_with_2(tmp_path):

@@ -330,6 +330,11 @@ def draw(path, rows, title):
         axes.plot(r["memory_ratio"], i, "s", color="#8a8a8a", markerfacecolor="none")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50) if low <= t <= high]
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    axes.set_ylim(-0.7, len(rows) - 0.3)
     parts = ["work", "size", "peer"] if len({r["work"] for r in rows}) > 1 else ["size", "peer"]
     axes.set_yticks(range(len(rows)), [", ".join(r[part] for part in parts) for r in reversed(rows)])
     figure.supxlabel("minilm / the other: time (filled, bar: quartiles), peak memory (square). Left of 1 we win",

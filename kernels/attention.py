@@ -41,8 +41,8 @@ class Plan:
 
     def __init__(self, xp, segments):
         self.xp, self.segments = xp, np.asarray(segments, np.int64).reshape(-1, 7)
-        self.queries, self.runs = _ranges("queries", self.segments[:, :2]), {}
-        for i, (_, _, key, keys, _, prefix, prefix_keys) in enumerate(self.segments.tolist()):
+        self.rows, self.queries, self.runs = self.segments.tolist(), _ranges("queries", self.segments[:, :2]), {}
+        for i, (_, _, key, keys, _, prefix, prefix_keys) in enumerate(self.rows):
             for own, run in ((0, (prefix, prefix_keys)), (1, (key, keys))):
                 if run[1] > 0:
                     self.runs.setdefault(run, []).append((i, own))
@@ -54,27 +54,23 @@ class Plan:
             self._known[key] = make()
         return self._known[key]
 
-    def seen(self, i0, count, segment):
-        """How many own keys of a segment the queries i0 to i0 + count see between them."""
-        _, _, _, keys, diagonal, _, _ = self.segments[segment]
-        return max(0, min(int(keys), i0 + count + int(diagonal)))
-
     def query_tiles(self, rows):
         """(segment, first query) of every tile, those with most to do first."""
         def cut():
-            tiles = [(i, i0) for i, s in enumerate(self.segments.tolist()) for i0 in range(0, s[1], rows)]
+            tiles = [(i, i0) for i, s in enumerate(self.rows) for i0 in range(0, s[1], rows)]
             return sorted(tiles, key=lambda tile: -self.work(tile, rows))
         return self._once(("query tiles", rows), cut)
 
     def work(self, tile, rows):
         """The keys that a tile of queries goes through, prefix included."""
         i, i0 = tile
-        return int(self.segments[i, 6]) + self.seen(i0, min(rows, int(self.segments[i, 1]) - i0), i)
+        _, queries, _, keys, diagonal, _, prefix_keys = self.rows[i]
+        return prefix_keys + max(0, min(keys, i0 + min(rows, queries - i0) + diagonal))
 
     def key_tiles(self, cols):
         """(first token, how many, the first one's j, begin, end) of every tile of keys, and all their users from begin to end.
 
-        A user is (segment, whether the keys are its own).
+        A user is (segment, whether the keys are its own). Tiles that most queries see come first.
         """
         def cut():
             users, tiles = [], []
@@ -82,8 +78,17 @@ class Plan:
                 begin = len(users)
                 users.extend(of_run)
                 tiles.extend((key + j0, min(cols, keys - j0), j0, begin, len(users)) for j0 in range(0, keys, cols))
-            return tiles, users
+            return sorted(tiles, key=lambda tile: -self.seers(tile, users)), users
         return self._once(("key tiles", cols), cut)
+
+    def seers(self, key_tile, users):
+        """The queries, of one head, that a tile of keys goes through."""
+        _, _, j0, begin, end = key_tile
+        queries = 0
+        for segment, own in users[begin:end]:
+            _, count, _, _, diagonal, _, _ = self.rows[segment]
+            queries += count - (min(count, max(0, j0 - diagonal)) if own else 0)
+        return queries
 
     def device(self, name, rows, width):
         """A table of integers as int32 on the device, sent there once."""
@@ -188,10 +193,10 @@ def threads(rows):
 def shared_bytes(name, dtype, width):
     """Of dynamic shared memory a block."""
     (rows, cols), pitch = tile(name, dtype, width), width + 1
-    numbers = {"attention_forward": (rows + 2 * cols) * pitch + rows * (cols + 1),
+    numbers = {"attention_forward": (rows + 2 * cols) * pitch + rows * (cols + 8),
                "attention_delta": 0,
-               "attention_dq": 2 * (rows + cols) * pitch + rows * (cols + 1) + 2 * rows,
-               "attention_dk_dv": 2 * (rows + cols) * pitch + 2 * rows * (cols + 1) + 2 * rows}
+               "attention_dq": 2 * (rows + cols) * pitch + rows * (cols + 8) + 2 * rows,
+               "attention_dk_dv": 2 * (rows + cols) * pitch + 2 * rows * (cols + 8) + 2 * rows}
     return numbers[name] * np.dtype(dtype).itemsize
 
 
@@ -224,12 +229,7 @@ def backward_bytes(plan, heads, kv_heads, width, dtype):
     keys = heads * sum(plan.work(tile, rows) for tile in plan.query_tiles(rows))
     key_tiles, users = plan.key_tiles(cols)
     own_keys = kv_heads * sum(count for _, count, *_ in key_tiles)
-    again = 0                   # queries that the tiles of keys go through, of one head
-    for _, _, j0, begin, end in key_tiles:
-        for segment, own in users[begin:end]:
-            _, of_segment, _, _, diagonal, _, _ = plan.segments[segment].tolist()
-            again += of_segment - (min(of_segment, max(0, j0 - diagonal)) if own else 0)
-    again *= heads
+    again = heads * sum(plan.seers(tile, users) for tile in key_tiles)
     row, number = width * item, item
     return {"attention_delta": {"o": (queries * row, 0), "do": (queries * row, 0), "delta": (0, queries * number)},
             "attention_dq": {"q": (queries * row, 0), "k": (keys * row, 0), "v": (keys * row, 0), "do": (queries * row, 0),

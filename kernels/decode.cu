@@ -101,6 +101,6 @@ decode_combine(const real* __restrict__ o, const real* __restrict__ m, const rea
             sum += weight * l[from];
             total += weight * o[from * HEAD + d];
         }
-        out[(size_t)at * HEAD + d] = sum > 0 ? total / sum : real(0);
+        out[(size_t)at * HEAD + d] = sum == 0 ? real(0) : total / sum;
     }
 }

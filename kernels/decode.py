@@ -32,9 +32,9 @@ def decode(q, keys, values, length, first=None, scale=None):
         raise ValueError(f"decode: {length} positions of a cache of {capacity}")
     first = xp.zeros(B, np.int32) if first is None else first
     check("first", first, np.int32, (B,))
-    splits, out = -(-length // CHUNK), xp.zeros(q.shape, q.dtype)
+    splits, out = -(-length // CHUNK), xp.empty(q.shape, q.dtype)
     if not splits or not q.size:
-        return out
+        return xp.zeros(q.shape, q.dtype)
     o, m, l = (xp.empty((splits, B, H, *more), q.dtype) for more in ((K,), (), ()))
     launch(function(xp, "decode", "decode_split", q.dtype, **constants(K, H // G)), (splits, G, B), (THREADS,),
            q, keys, values, first, o, m, l, length, capacity, CHUNK, float(K ** -0.5 if scale is None else scale))

@@ -14,6 +14,7 @@ REALS = {"float32": "float", "float64": "double"}
 SHARED_UNASKED = 48 * 1024      # bytes of dynamic shared memory that a block may have before the driver is asked
 
 
+@functools.lru_cache(maxsize=None)          # or every launch would read files
 def source(room, text=None):
     """The prelude and kernels/<room>.cu (or another text for it), with the names and lines that errors are to show."""
     text = (FOLDER / f"{room}.cu").read_text() if text is None else text

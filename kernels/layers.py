@@ -3,6 +3,8 @@
 Shapes are those of minilm/layers.py. What is not contiguous is copied here, once, before the kernels would refuse it.
 """
 
+import numpy as np
+
 from minilm.backend import array_module, to_numpy
 from minilm.kernels import attention as attention_kernel, fused, log_probs
 
@@ -35,7 +37,8 @@ def attention(q, k, v, causal, key_mask, scale):
         real = to_numpy(key_mask).astype(bool)
         first = real.argmax(axis=1)
         stop = first + real.sum(axis=1)
-        if (real != [[f <= s < t for s in range(real.shape[1])] for f, t in zip(first, stop)]).any():
+        place = np.arange(real.shape[1])
+        if (real != ((place >= first[:, None]) & (place < stop[:, None]))).any():
             raise ValueError("this kernel serves padding on the left and on the right, and a key_mask here has a gap; "
                              "pass kernel=False")
     plan = attention_kernel.batch_plan(array_module(q), q.shape, k.shape, causal, first, stop)

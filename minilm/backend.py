@@ -37,7 +37,7 @@ def to_device(x, device):
     try:
         import cupy
     except ImportError as error:
-        raise ImportError("device 'gpu' needs CuPy: pip install cupy-cuda13x "
+        raise ImportError("device 'gpu' needs CuPy: pip install 'cupy-cuda13x[ctk]' "
                           "(or cupy-cuda12x, whichever your driver serves)") from error
     return cupy.asarray(x)
 

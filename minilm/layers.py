@@ -229,7 +229,7 @@ def attention(q, k, v, causal=True, key_mask=None, scale=None, out=None, kernel=
         dq, dk, dv = (xp.zeros(a.shape, a.dtype) if d is None else d for a, d in ((q, dq), (k, dk), (v, dv)))
         dy, dq_by_group = dy.reshape(O.shape), dq.reshape(O.shape)
         for tile in tiles:
-            E, total = kept.pop(tile.start)
+            E, total = kept[tile.start]
             dO = of(dy, tile)
             if E is None:
                 E, keys = scores(tile)

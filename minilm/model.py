@@ -166,12 +166,12 @@ class Transformer:
         positions = array_module(p["embedding"].data).asarray(pack.positions)
         cos, sin = layers.rope_tables(positions, c.head_width, c.rope_base, self.dtype)
         shape = {"heads": c.heads, "kv_heads": c.kv_heads, "pairing": c.rope_pairing}
-        turn, groups = cos + 1j * sin, pack.groups()
+        if not is_cupy(positions):
+            turn, groups = cos + 1j * sin, pack.groups()
 
-        def attend(i, qkv):
-            return packed_attention(qkv, p.get(f"blocks.{i}.key_smear"), turn=turn, groups=groups, **shape)
-
-        if is_cupy(positions):
+            def attend(i, qkv):
+                return packed_attention(qkv, p.get(f"blocks.{i}.key_smear"), turn=turn, groups=groups, **shape)
+        else:
             plan, before = layers.on_gpu.segment_plan(pack.segments, positions), first_tokens(pack.segments, positions)
 
             def attend(i, qkv):

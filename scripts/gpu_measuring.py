@@ -1,8 +1,8 @@
 """How kernels are timed on a GPU; what bench_attention.py and bench_log_probs.py share.
 
 Results are compared first: what is wrong is not timed. Then CUDA events around each call (cupyx.profiler.benchmark), the
-median of many calls after some to warm up; memory is the most that the call held beyond its inputs and outputs. The
-ceilings are measured too: a copy for bytes a second, a matrix product of cuBLAS for operations a second.
+median of many calls after some to warm up; memory is what the call takes from CuPy's pool, its outputs with it, and not
+known of those who have a pool of their own. The ceilings are measured too: a copy for bytes a second, a matrix product of cuBLAS for operations a second.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ REPEATS, WARM_UP = 50, 5
 def gpu():
     """CuPy and None, or None and why there is nothing to time with."""
     if importlib.util.find_spec("cupy") is None:
-        return None, "CuPy is not installed (pip install cupy-cuda13x)"
+        return None, "CuPy is not installed (pip install -e '.[gpu]')"
     import cupy
     try:
         cupy.cuda.runtime.getDeviceCount()
@@ -47,7 +47,7 @@ def machine(cupy):
 def seconds(call):
     """Median and quartiles of the time of call() on the device."""
     from cupyx.profiler import benchmark
-    times = benchmark(call, n_repeat=REPEATS, n_warmup=WARM_UP).gpu_times[0]
+    times = benchmark(call, name="", n_repeat=REPEATS, n_warmup=WARM_UP).gpu_times[0]
     return np.quantile(times, [0.5, 0.25, 0.75])
 
 
@@ -67,7 +67,10 @@ def ceilings(cupy):
     b = cupy.empty_like(a)
     copied = 2 * a.nbytes / seconds(lambda: cupy.copyto(b, a))[0]
     x = cupy.ones((8192, 8192), cupy.float32)
-    return copied, 2 * 8192 ** 3 / seconds(lambda: x @ x)[0]
+    found = copied, 2 * 8192 ** 3 / seconds(lambda: x @ x)[0]
+    del a, b, x
+    cupy.get_default_memory_pool().free_all_blocks()
+    return found
 
 
 def assert_same(name, ours, theirs, tolerance):
@@ -84,7 +87,18 @@ def row(name, time, bytes_moved, operations, extra, ceiling):
     cells = [name, f"{median:.0f} us [{low:.0f}, {high:.0f}]"]
     for amount, most, unit, scale in ((bytes_moved, ceiling[0], "GB/s", 1e9), (operations, ceiling[1], "TFLOP/s", 1e12)):
         cells.append("" if amount is None else f"{amount / time[0] / scale:.1f} {unit}, {amount / time[0] / most:.0%}")
-    return f"| {' | '.join(cells)} | {extra / 2**20:.0f} MB |"
+    return f"| {' | '.join(cells)} | {'' if extra is None else f'{extra / 2**20:.0f} MB'} |"
+
+
+def fits(name, call):
+    """call(), or None and a line that says so if the device has too little memory."""
+    try:
+        return call()
+    except Exception as error:                  # CuPy and PyTorch have a class each
+        if "OutOfMemory" not in type(error).__name__:
+            raise
+        print(f"{name}: does not fit this device")
+        return None
 
 
 HEADER = "| | time [quartiles] | bytes, of a copy's | operations, of a product's | memory beside |\n|---|---|---|---|---|"

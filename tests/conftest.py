@@ -38,7 +38,7 @@ def xp(request):
     """CuPy, with which arrays on a device are made: its stand-in, and the real one."""
     if request.param == "emulated":
         return request.getfixturevalue("emulated")
-    cupy = pytest.importorskip("cupy", reason="needs CuPy: pip install cupy-cuda13x")
+    cupy = pytest.importorskip("cupy", reason="needs CuPy: pip install -e '.[gpu]'")
     try:
         cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:

@@ -274,7 +274,7 @@ def test_a_bad_option_is_refused_by_name(tmp_path, monkeypatch, capsys, options)
 def test_a_gpu_without_cupy_is_refused_and_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cupy", None)
     message = refused_here(monkeypatch, capsys, "--out", tmp_path / "run", "--device", "gpu")
-    assert "--device gpu" in message and "pip install cupy-cuda13x" in message
+    assert "--device gpu" in message and "cupy-cuda13x[ctk]" in message
 
 
 def test_a_bad_option_ends_the_real_command_with_2(tmp_path):

@@ -59,7 +59,7 @@ def test_to_device_and_to_numpy_move_and_do_not_copy_what_is_there_already(cupy)
 
 def test_without_cupy_the_gpu_is_refused_with_the_package_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ImportError, match="pip install cupy-cuda13x"):
+    with pytest.raises(ImportError, match="pip install .cupy-cuda13x"):
         backend.to_device(np.ones(1), "gpu")
 
 

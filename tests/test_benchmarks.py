@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bench_attention
 import bench_gemm
+import bench_log_probs
 import bench_scaling
 import bench_table
+import gpu_measuring
 import measuring
+from helpers import assert_close
 from minilm.model import Config, Transformer
 from run_folder import UsageError
 
@@ -208,3 +212,36 @@ def test_a_table_of_nothing_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_table", str(tmp_path), "--print"])
     with pytest.raises(UsageError, match="nothing in"):
         bench_table.main()
+
+
+def test_what_the_kernels_are_timed_against_computes_the_same_any_number_of_times(emulated, rng):
+    q, k, v, do = (emulated.asarray(rng.normal(size=(2, 2, 9, 16))) for _ in range(4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_attention, "K", 16)
+        plan = bench_attention.attention.batch_plan(emulated, q.shape, k.shape, True)
+        (ours, our_backward), (plain, backward) = bench_attention.ours(q, k, v, do, plan), bench_attention.plain(q, k, v, do)
+        assert_close(ours.get(), plain.get())
+        for _ in range(2):
+            for a, b in zip(our_backward(), backward()):
+                assert_close(a.get(), b.get())
+
+
+def test_without_a_gpu_the_bytes_are_printed_and_what_was_not_timed_is_said(capfd, monkeypatch):
+    reports = []
+    monkeypatch.setattr(gpu_measuring, "gpu", lambda: (None, "no GPU here"))
+    monkeypatch.setattr(gpu_measuring.subprocess, "run", reports.append)
+    for script, options, line in ((bench_attention, ["--lengths", "128"], "| 128 | backward | 20.1 |"),
+                                  (bench_log_probs, ["--vocabularies", "4096"], "| 4096 | forward | 67.2 |")):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *options])
+        script.main()
+        printed = capfd.readouterr().out
+        assert line in printed and "Not timed: no GPU here" in printed
+    assert [report[3] for report in reports] == ["attention,decode", "log_probs"]
+
+
+@pytest.mark.parametrize("script, option", [("bench_attention", "--lengths"), ("bench_log_probs", "--vocabularies")])
+@pytest.mark.parametrize("value", ["0", "x", "128,", "-3"])
+def test_sizes_that_are_none_are_refused(script, option, value, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, option, value])
+    with pytest.raises(UsageError, match=option):
+        {"bench_attention": bench_attention, "bench_log_probs": bench_log_probs}[script].main()

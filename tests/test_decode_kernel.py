@@ -124,7 +124,7 @@ MUTANTS = [
     ("the last position is forgotten", "min(length, (split + 1) * chunk)", "min(length - 1, (split + 1) * chunk)"),
     ("the value is not rescaled", "acc[g][i] = rescale * acc[g][i] + p * value[i];", "acc[g][i] += p * value[i];"),
     ("the query is not scaled", "d < HEAD ? scale * q[", "d < HEAD ? q["),
-    ("the division is forgotten", "sum > 0 ? total / sum : real(0)", "total"),
+    ("the division is forgotten", "sum == 0 ? real(0) : total / sum", "total"),
     ("one warp does not write its part", "if (lane + 32 * i < HEAD) of_warps", "if (warp && lane + 32 * i < HEAD) of_warps"),
 ]
 BY_A_CHECKER = {"no barrier before the next head's partial results",

@@ -432,7 +432,7 @@ def test_numpy_in_the_middle_of_a_model_is_refused(stand_in, rng, monkeypatch):
 
 def test_without_cupy_the_gpu_is_refused_with_the_package_to_install(rng, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ImportError, match="pip install cupy-cuda13x"):
+    with pytest.raises(ImportError, match="pip install .cupy-cuda13x"):
         small_transformer(rng).to_device("gpu")
 
 

@@ -22,7 +22,7 @@ def example(room, xp, dtype):
 def test_a_gpu_and_the_emulator_agree(room, dtype, tolerance, request):
     if reason := emulator.available():
         pytest.skip(reason)
-    cupy = pytest.importorskip("cupy", reason="needs CuPy: pip install cupy-cuda13x")
+    cupy = pytest.importorskip("cupy", reason="needs CuPy: pip install -e '.[gpu]'")
     try:
         cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:

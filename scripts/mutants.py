@@ -39,7 +39,8 @@ COPIED = ("minilm", "kernels", "tests", "scripts", ".ci")     # and every file b
 # Tests that notice bugs of a module though they do not bear its name; tried after those that do.
 ALSO = {"tensor": ("test_ops",), "model": ("test_generate",), "data": ("test_evaluate",), "packing": ("test_model",),
         "generate": ("test_stages",), "evaluate": ("test_stages",)}
-LATE = ("test_assistant",)                                    # the slowest: last of all
+# The slowest, last of all: of kernels, which are text beside the library, and of the main job.
+LATE = ("test_device", "kernel", "emulator", "test_cupy_double", "test_assistant")
 # What the children's pytest takes beside the project's conftest.
 PLUGIN = """import os
 
@@ -168,7 +169,7 @@ class Copies:
             self._check_that_it_is_imported(copy)
             self._free.put(copy)
         stems = {path.stem for path in first.glob("tests/test_*.py")} - {"test_mutants"}
-        self.tests = [f"tests/{stem}.py" for stem in sorted(stems, key=lambda stem: (stem in LATE, stem))]
+        self.tests = [f"tests/{stem}.py" for stem in sorted(stems, key=lambda stem: (any(late in stem for late in LATE), stem))]
 
     def close(self):
         with self._lock:

@@ -169,7 +169,8 @@ class Copies:
             self._check_that_it_is_imported(copy)
             self._free.put(copy)
         stems = {path.stem for path in first.glob("tests/test_*.py")} - {"test_mutants"}
-        self.tests = [f"tests/{stem}.py" for stem in sorted(stems, key=lambda stem: (any(late in stem for late in LATE), stem))]
+        self.tests = [f"tests/{stem}.py" for stem in
+                      sorted(stems, key=lambda stem: (any(late in stem for late in LATE), stem))]
 
     def close(self):
         with self._lock:

@@ -84,6 +84,23 @@ __device__ __forceinline__ void rows_by_rows(real product[ROWS_A_THREAD][COLS_A_
 typedef real (*Tile)[PITCH];
 typedef real (*Scores)[COLS + 8];          // 4 rows by 8 columns of a warp's numbers: 32 different banks
 
+// acc += scores (ROWS, COLS) tile (COLS, HEAD): P V of forward, dS K of dQ.
+__device__ __forceinline__ void add_rows_by_tile(real acc[ROWS_A_THREAD][WIDTH_A_THREAD], Scores scores, Tile tile,
+                                                 int ty, int tx) {
+#pragma unroll 2
+    for (int j = 0; j < COLS; ++j) {
+        real of_tile[WIDTH_A_THREAD];
+#pragma unroll
+        for (int d = 0; d < WIDTH_A_THREAD; ++d) of_tile[d] = tile[j][tx + 8 * d];
+#pragma unroll
+        for (int i = 0; i < ROWS_A_THREAD; ++i) {
+            const real of_row = scores[ty + TY * i][j];
+#pragma unroll
+            for (int d = 0; d < WIDTH_A_THREAD; ++d) acc[i][d] += of_row * of_tile[d];
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_forward(const real* __restrict__ q, const real* __restrict__ k, const real* __restrict__ v,
                   real* __restrict__ o, real* __restrict__ lse, const int* __restrict__ segments,
@@ -144,18 +161,7 @@ attention_forward(const real* __restrict__ q, const real* __restrict__ k, const 
                 for (int d = 0; d < WIDTH_A_THREAD; ++d) acc[i][d] *= rescale;
             }
             __syncwarp();                               // a row of P is written and read by one warp
-#pragma unroll 2
-            for (int j = 0; j < COLS; ++j) {
-                real of_v[WIDTH_A_THREAD];
-#pragma unroll
-                for (int d = 0; d < WIDTH_A_THREAD; ++d) of_v[d] = sV[j][tx + 8 * d];
-#pragma unroll
-                for (int i = 0; i < ROWS_A_THREAD; ++i) {
-                    const real p = sP[ty + TY * i][j];
-#pragma unroll
-                    for (int d = 0; d < WIDTH_A_THREAD; ++d) acc[i][d] += p * of_v[d];
-                }
-            }
+            add_rows_by_tile(acc, sP, sV, ty, tx);
         }
     }
 
@@ -242,18 +248,7 @@ attention_dq(const real* __restrict__ q, const real* __restrict__ k, const real*
                 }
             }
             __syncwarp();
-#pragma unroll 2
-            for (int j = 0; j < COLS; ++j) {
-                real of_k[WIDTH_A_THREAD];
-#pragma unroll
-                for (int d = 0; d < WIDTH_A_THREAD; ++d) of_k[d] = sK[j][tx + 8 * d];
-#pragma unroll
-                for (int i = 0; i < ROWS_A_THREAD; ++i) {
-                    const real ds = sdS[ty + TY * i][j];
-#pragma unroll
-                    for (int d = 0; d < WIDTH_A_THREAD; ++d) acc[i][d] += ds * of_k[d];
-                }
-            }
+            add_rows_by_tile(acc, sdS, sK, ty, tx);
         }
     }
 #pragma unroll

@@ -6,7 +6,6 @@ Without a GPU it prints what can be known without one: bytes moved, counted by t
 emulator's count, against attention with a matrix of scores, and against the least possible.
 """
 
-import argparse
 import functools
 import sys
 
@@ -14,7 +13,7 @@ import numpy as np
 
 import gpu_measuring as measuring
 from minilm.kernels import attention
-from run_folder import UsageError, main_guard
+from run_folder import main_guard
 
 B, H, G, K = 4, 8, 8, 64
 TOLERANCE = 1e-4
@@ -103,24 +102,7 @@ def time_on(cupy, T, ceiling):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--lengths", default="128,256,512,1024,2048,4096,8192", help="with commas (default: %(default)s)")
-    asked = parser.parse_args()
-    try:
-        lengths = [int(T) for T in asked.lengths.split(",")]
-    except ValueError:
-        raise UsageError(f"--lengths {asked.lengths}: numbers with commas between them, please") from None
-    if min(lengths) < 1:
-        raise UsageError(f"--lengths {asked.lengths}: a sequence has at least one token")
-    print_traffic(lengths)
-    cupy, reason = measuring.gpu()
-    if cupy is None:
-        measuring.not_timed(reason, "attention,decode")
-        return
-    ceiling = measuring.ceilings(cupy)
-    print(f"\n{measuring.machine(cupy)}; a copy {ceiling[0] / 1e9:.0f} GB/s, a product {ceiling[1] / 1e12:.1f} TFLOP/s")
-    for T in lengths:
-        time_on(cupy, T, ceiling)
+    measuring.main(__doc__.partition("\n")[0], "--lengths", "128,256,512,1024,2048,4096,8192", print_traffic, time_on, "attention,decode")
 
 
 if __name__ == "__main__":

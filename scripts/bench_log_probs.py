@@ -7,14 +7,13 @@ unembedding. Without a GPU it prints what can be known without one: bytes moved,
 the emulator's count, against one operation at a time, and against the least possible.
 """
 
-import argparse
 import sys
 
 import numpy as np
 
 import gpu_measuring as measuring
 from minilm.kernels import log_probs
-from run_folder import UsageError, main_guard
+from run_folder import main_guard
 
 N, D = 4096, 768
 TOLERANCE = 1e-4
@@ -140,24 +139,7 @@ def time_on(cupy, V, ceiling):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--vocabularies", default="4096,50257,151936", help="with commas (default: %(default)s)")
-    asked = parser.parse_args()
-    try:
-        vocabularies = [int(V) for V in asked.vocabularies.split(",")]
-    except ValueError:
-        raise UsageError(f"--vocabularies {asked.vocabularies}: numbers with commas between them, please") from None
-    if min(vocabularies) < 1:
-        raise UsageError(f"--vocabularies {asked.vocabularies}: a vocabulary has at least one token")
-    print_traffic(vocabularies)
-    cupy, reason = measuring.gpu()
-    if cupy is None:
-        measuring.not_timed(reason, "log_probs")
-        return
-    ceiling = measuring.ceilings(cupy)
-    print(f"\n{measuring.machine(cupy)}; a copy {ceiling[0] / 1e9:.0f} GB/s, a product {ceiling[1] / 1e12:.1f} TFLOP/s")
-    for V in vocabularies:
-        time_on(cupy, V, ceiling)
+    measuring.main(__doc__.partition("\n")[0], "--vocabularies", "4096,50257,151936", print_traffic, time_on, "log_probs")
 
 
 if __name__ == "__main__":

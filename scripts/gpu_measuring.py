@@ -5,12 +5,15 @@ median of many calls after some to warm up; memory is what the call takes from C
 known of those who have a pool of their own. The ceilings are measured too: a copy for bytes a second, a matrix product of cuBLAS for operations a second.
 """
 
+import argparse
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+
+from run_folder import UsageError
 
 REPEATS, WARM_UP = 50, 5
 
@@ -102,3 +105,25 @@ def fits(name, call):
 
 
 HEADER = "| | time [quartiles] | bytes, of a copy's | operations, of a product's | memory beside |\n|---|---|---|---|---|"
+
+
+def main(description, option, default, print_traffic, time_on, rooms):
+    """A benchmark of kernels. option: the sizes to try; print_traffic(sizes); time_on(cupy, size, ceilings) on a GPU."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(option, dest="sizes", metavar="N,N", default=default, help="with commas (default: %(default)s)")
+    asked = parser.parse_args().sizes
+    try:
+        sizes = [int(size) for size in asked.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {asked}: numbers with commas between them, please") from None
+    if min(sizes) < 1:
+        raise UsageError(f"{option} {asked}: each must be at least 1")
+    print_traffic(sizes)
+    cupy, reason = gpu()
+    if cupy is None:
+        not_timed(reason, rooms)
+        return
+    ceiling = ceilings(cupy)
+    print(f"\n{machine(cupy)}; a copy {ceiling[0] / 1e9:.0f} GB/s, a product {ceiling[1] / 1e12:.1f} TFLOP/s")
+    for size in sizes:
+        time_on(cupy, size, ceiling)

@@ -1,4 +1,4 @@
-"""Stage 1. Pretraining: predict the next token of plain text."""
+"""Stage 1. Pretraining: predict the next token, of a long text or of documents that are made up on the way."""
 
 import numpy as np
 
@@ -8,21 +8,34 @@ from minilm.optim import warmup_cosine
 from minilm.stages.training import optimise, split, stage
 
 
-@stage
 def pretraining(training, stream, steps, batch_size, length, learning_rate=3e-3, micro_batches=None):
     """Train training.model on random windows of a stream of tokens (N,), up to `steps` steps in all.
 
-    batch_size windows of `length` + 1 tokens a step, in micro_batches parts (None: one a worker).
-    Every position counts.
+    batch_size windows of `length` + 1 tokens a step; every position counts. Yields as document_pretraining does.
+    """
+    def draw(rng, count):
+        tokens = windows(stream, rng, count, length + 1)
+        return tokens, np.ones(tokens.shape)
+    return document_pretraining(training, draw, steps, batch_size, learning_rate, micro_batches)
+
+
+@stage
+def document_pretraining(training, draw, steps, batch_size, learning_rate=3e-3, micro_batches=None):
+    """Train training.model on documents: draw(rng, batch_size) gives tokens and mask, each (B,T).
+
+    mask: 1 on the tokens that are to be predicted. The loss is their mean over the whole step; the first token of a
+    document is predicted by nothing and never counts. micro_batches: parts of a step, None for one a worker.
     Yields {"loss" in nats per token, "grad_norm", "learning_rate", "trained_tokens"} a step.
     """
     while training.step < steps:
-        tokens = windows(stream, training.rng, batch_size, length + 1)
-        parts = [tokens[part] for part in split(batch_size, micro_batches or training.workers)]
+        tokens, mask = draw(training.rng, batch_size)
+        targets = mask[:, 1:]
+        total = float(targets.sum())
 
         def loss(model, part):
-            return sft_loss(model.log_probs(part), np.ones(part[:, 1:].shape), total=batch_size * length), None
+            return sft_loss(model.log_probs(tokens[part]), targets[part], total=total), None
 
+        parts = split(len(tokens), micro_batches or training.workers)
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(50, steps // 10 + 1))
         metrics, _ = optimise(training, loss, parts, rate, "pretraining")
-        yield {**metrics, "trained_tokens": float(batch_size * length)}
+        yield {**metrics, "trained_tokens": total}

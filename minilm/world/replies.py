@@ -1,0 +1,137 @@
+"""Short replies to short questions: a world with people in it, and small enough to list.
+
+Everybody in tasks.py and annotators.py is here, but a token is a whole sentence, and a reply has few of them:
+
+    What is the last word of sea sky sun?   ->   Sure!  sun.  <eos>
+
+So every reply to every question can be listed (enumerable.py), what people want is a table (P,N), KL divergences
+and optima are exact, and there are questions enough to compare some and ask about the others.
+Tests: tests/test_replies.py.
+"""
+
+import functools
+
+import numpy as np
+
+from minilm.ops import stable_sigmoid
+from minilm.tensor import no_grad
+from minilm.world.annotators import gold_reward
+from minilm.world.enumerable import EnumerableWorld
+from minilm.world.tasks import Question
+
+EOS, COURTESY, FILLER = 0, 1, 2
+WORDS = ("sun", "sky", "sea")
+SENTENCES = ("", "Sure!", "Well, hmm.", *(f"{word}." for word in WORDS))       # by token; EOS says nothing
+VOCABULARY = len(SENTENCES)
+LONGEST = 4             # sentences of a reply, EOS included
+MODEL = {"vocab_size": VOCABULARY, "width": 32, "layers": 2, "heads": 2, "context": 16}       # for a model.Config
+
+# How the demonstrations are: right this often; with so many courtesies and fillers (0, 1, 2, ..) before and after.
+RIGHT = 0.6
+COURTESIES, FILLERS, CLOSINGS = (0.55, 0.3, 0.15), (0.7, 0.3), (0.8, 0.2)
+
+
+class ReplyWorld(EnumerableWorld):
+    """An EnumerableWorld whose prompts are all questions about `asked` words, P = 3^asked of them.
+
+    questions   list of P Questions
+    texts       list of N replies as people read them
+    finished    (N,) whether a reply ended by itself, and was not cut off
+    gold        (P,N): annotators.gold_reward of every reply to every question
+    """
+
+    def __init__(self, asked=2):
+        prompts = [[EOS, *(3 + digit for digit in digits)] for digits in np.ndindex((len(WORDS),) * asked)]
+        super().__init__(prompts, VOCABULARY, LONGEST, EOS)
+        self.questions = []
+        for prompt in self.prompts:
+            content = " ".join(WORDS[token - 3] for token in prompt[1:])
+            self.questions.append(Question("last", f"What is the last word of {content}?", WORDS[prompt[-1] - 3], content))
+        self.texts = [" ".join(SENTENCES[token] for token in response if token != EOS) for response in self.responses]
+        self.finished = np.array([response[-1] == EOS for response in self.responses])
+        self.gold = self.table(gold_reward)
+        self._row = {tuple(prompt): p for p, prompt in enumerate(self.prompts)}
+        self._column = {tuple(response): y for y, response in enumerate(self.responses)}
+
+    def laws(self, model, temperature=1.0):
+        """log pi(y), an array (P,N) in float64: log_probs(model, temperature).data, in a seventh of the time.
+
+        What two replies begin with alike is computed once: from the rows of LONGEST - 1 tokens that are no EOS,
+        every reply's every token can be read.
+        """
+        beginnings = 1 + np.array(list(np.ndindex((VOCABULARY - 1,) * (LONGEST - 1))))
+        P, M, asked = len(self.prompts), len(beginnings), len(self.prompts[0])
+        rows = np.concatenate([np.repeat(self.prompts, M, axis=0), np.tile(beginnings, (P, 1))], axis=1)
+        with no_grad():
+            logits = model(rows).data[:, asked - 1:].astype(np.float64).reshape(P, M, LONGEST, VOCABULARY) / temperature
+        scores = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        l = np.zeros(self.shape)
+        for y, response in enumerate(self.responses):
+            words = [token for token in response if token != EOS][:LONGEST - 1]
+            row = np.ravel_multi_index([token - 1 for token in words] + [0] * (LONGEST - 1 - len(words)),
+                                       (VOCABULARY - 1,) * (LONGEST - 1))
+            l[:, y] = scores[:, row, np.arange(len(response)), response].sum(axis=-1)
+        return l
+
+    def table(self, worth):
+        """worth(question, text, finished) of every reply to every question, (P,N): gold_reward, Annotator.worth, ..."""
+        # A question matters through its answer alone: as many distinct rows as there are words.
+        rows = {}
+        for question in self.questions:
+            if question.answer not in rows:
+                rows[question.answer] = [worth(question, text, finished) for text, finished in zip(self.texts, self.finished)]
+        return np.array([rows[question.answer] for question in self.questions])
+
+    def index(self, prompts, responses):
+        """Token lists to their places in a table: p (B,), y (B,). Raises KeyError for what is not listed."""
+        return (np.array([self._row[tuple(prompt)] for prompt in prompts]),
+                np.array([self._column[tuple(response)] for response in responses]))
+
+    def reward(self, table):
+        """A reward for stages.rlhf, (prompts, responses) to floats, read from a table (P,N)."""
+        def look_up(prompts, responses):
+            return table[self.index(prompts, responses)]
+        return look_up
+
+    def demonstrations(self, rng, count, right=RIGHT):
+        """`count` replies as people give them, in every manner: prompts and responses, token lists."""
+        prompts, responses = [], []
+        while len(responses) < count:
+            prompt = self.prompts[int(rng.integers(len(self.prompts)))]
+            draw = functools.partial(_draw, rng)
+            opening = [COURTESY] * draw(COURTESIES) + [FILLER] * draw(FILLERS)
+            answer = prompt[-1] if rng.random() < right else 3 + int(rng.integers(len(WORDS)))
+            response = [*(opening[i] for i in rng.permutation(len(opening))), answer, *[COURTESY] * draw(CLOSINGS), EOS]
+            if len(response) <= LONGEST:
+                prompts.append(prompt)
+                responses.append(response)
+        return prompts, responses
+
+    def draw(self, l, rng, prompts):
+        """One reply from exp(l), l (P,N), to each of prompts (B,) by number: y (B,)."""
+        cumulative = np.exp(l).cumsum(axis=1)[prompts]
+        return (cumulative > rng.random(len(prompts))[:, None] * cumulative[:, -1:]).argmax(axis=1)
+
+    def comparisons(self, l, worths, rng, count, prompts=None, flip_rate=0.0):
+        """`count` pairs of different replies drawn from exp(l), and which of the two somebody preferred.
+
+        worths (P,N) by the Bradley-Terry law; afterwards a share flip_rate of the preferences is turned round.
+        prompts: numbers of those asked about, by default all. Returns p, chosen, rejected: integers (count,),
+        to be made tokens of by `tokens_of`.
+        """
+        asked = np.arange(len(self.prompts)) if prompts is None else np.asarray(prompts)
+        p = asked[rng.integers(len(asked), size=count)]
+        first, second = self.draw(l, rng, p), self.draw(l, rng, p)
+        while (same := first == second).any():
+            second[same] = self.draw(l, rng, p[same])
+        wins = rng.random(count) < stable_sigmoid(worths[p, first] - worths[p, second])
+        wins ^= rng.random(count) < flip_rate
+        return p, np.where(wins, first, second), np.where(wins, second, first)
+
+    def tokens_of(self, p, *replies):
+        """Numbers to token lists: the prompts p, and any number of lists of replies, in that order."""
+        return [self.prompts[i] for i in p], *([self.responses[i] for i in y] for y in replies)
+
+
+def _draw(rng, shares):
+    return int(rng.choice(len(shares), p=shares))

@@ -1,0 +1,89 @@
+"""A higher temperature gives more varied answers
+
+Claim. Answers to compare are sampled from the model at a temperature; a higher temperature gives more varied answers.
+
+Test. A transformer of 25,632 parameters is instructed with 4,000 demonstrations of short replies (300 steps), in a world whose
+781 possible replies to each of 9 questions are all listed. So entropy, expected gold reward and the expected best of n at each
+temperature are sums, not estimates; distinct replies are counted among 16 draws a question. Greedy decoding and the best reply there
+is are the levels to compare with.
+
+Refuted. If, with any seed, the entropy or the number of distinct replies does not rise with every step of temperature.
+
+Limits. Entropy must rise with temperature for one token (its derivative is a variance); for whole replies it is found, not forced.
+At which temperature the best of n peaks depends on n, on the reward and on how good the model is: 781 replies to one kind of question.
+
+Source. Ackley, Hinton and Sejnowski 1985 (temperature of a softmax); Stiennon et al. 2020, arXiv:2009.01325 (best of n).
+"""
+
+import sys
+
+from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+
+import numpy as np
+
+from minilm.generate import generate
+from minilm.model import Config, Transformer
+from minilm.stages.instruction_tuning import instruction_tuning
+from minilm.stages.training import Training
+from minilm.world.enumerable import best_of_n, entropy, expectation
+from minilm.world.replies import EOS, LONGEST, MODEL, ReplyWorld
+
+TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+BEST_OF = (1, 4, 16)
+DRAWS = 16
+SIZES = {"quick": {"seeds": 3, "steps": 10}, "default": {"seeds": 4, "steps": 300}}
+
+
+def measure(row, seed, steps):
+    rng, world = np.random.default_rng(seed), ReplyWorld(asked=2)
+    model = Transformer(Config(**MODEL), rng)
+    for _ in instruction_tuning(Training(model, rng), *world.demonstrations(rng, 4000), steps, 64, 3e-3):
+        pass
+    found = {"entropy": [], "distinct": [], **{f"best of {n}": [] for n in BEST_OF}}
+    for temperature in TEMPERATURES:
+        l = world.laws(model, temperature)
+        samples = generate(model, world.prompts * DRAWS, LONGEST, rng, EOS, temperature).responses()
+        replies = [{tuple(samples[i]) for i in range(p, len(samples), len(world.prompts))} for p in range(len(world.prompts))]
+        found["entropy"].append(entropy(l).mean())
+        found["distinct"].append(np.mean([len(reply) for reply in replies]))
+        for n in BEST_OF:
+            found[f"best of {n}"].append(expectation(best_of_n(l, world.gold, n), world.gold).mean())
+    greedy = generate(model, world.prompts, LONGEST, rng, EOS, temperature=0).responses()
+    return {**found, "greedy": world.gold[world.index(world.prompts, greedy)].mean(),
+            "best possible": world.gold.max(axis=1).mean()}
+
+
+def conclude(seeds, size):
+    rises = all((np.diff(s[name]) > 0).all() for s in seeds for name in ("entropy", "distinct"))
+    peak = {n: TEMPERATURES[int(np.mean([s[f"best of {n}"] for s in seeds], axis=0).argmax())] for n in BEST_OF}
+    at = {t: TEMPERATURES.index(t) for t in (0.25, 1.0, 3.0)}
+    numbers = {f"{name} at temperature {t}": spread(s[name][i] for s in seeds) for name in ("entropy", "distinct") for t, i in at.items()}
+    numbers |= {f"gold reward, best of {n}, at temperature {t}": spread(s[f"best of {n}"][i] for s in seeds)
+                for n in BEST_OF for t, i in at.items()}
+    table = [["temperature", "entropy (nats)", f"distinct of {DRAWS}", *(f"gold, best of {n}" for n in BEST_OF)]]
+    for i, t in enumerate(TEMPERATURES):
+        table.append([f"{t}", *(shown([s[name][i] for s in seeds]) for name in ("entropy", "distinct", *(f"best of {n}" for n in BEST_OF)))])
+    sentence = (f"From temperature 0.25 to 3 the entropy of a reply goes from {shown([s['entropy'][0] for s in seeds])} to "
+                f"{shown([s['entropy'][-1] for s in seeds])} nats, and of {DRAWS} draws {shown([s['distinct'][0] for s in seeds], 1)} to "
+                f"{shown([s['distinct'][-1] for s in seeds], 1)} differ. Variety is worth having only if somebody chooses: a single "
+                f"draw is best at temperature {peak[1]}, the best of {BEST_OF[-1]} at {peak[BEST_OF[-1]]}.")
+    return Conclusion(verdict(rises), sentence, numbers, table)
+
+
+def draw(figure, seeds, size):
+    variety, reward = figure.subplots(1, 2)
+    curve(variety, TEMPERATURES, [s["entropy"] for s in seeds], "entropy of a reply (nats)", COLOURS[0])
+    curve(variety, TEMPERATURES, [s["distinct"] for s in seeds], f"distinct replies among {DRAWS}", COLOURS[1], marker="s")
+    level(variety, np.log(781), "entropy if all 781 replies were equally likely")
+    variety.set(title="Variety", xlabel="temperature", ylabel="nats; replies", ylim=(0, None))
+    variety.legend(loc="lower right")
+    for n, colour in zip(BEST_OF, COLOURS[2:]):
+        curve(reward, TEMPERATURES, [s[f"best of {n}"] for s in seeds], "one draw" if n == 1 else f"best of {n}", colour)
+    level(reward, np.mean([s["best possible"] for s in seeds]), "the best reply there is")
+    level(reward, np.mean([s["greedy"] for s in seeds]), "greedy")
+    reward.set(title="What it is good for", xlabel="temperature", ylabel="expected gold reward")
+    reward.legend(loc="lower left")
+
+
+if __name__ == "__main__":
+    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES))

@@ -1,0 +1,75 @@
+"""The world of short replies: is every table the one that a person would make by hand?"""
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from helpers import assert_close, rngs, small_transformer
+from minilm.generate import generate
+from minilm.ops import stable_sigmoid
+from minilm.world import annotators
+from minilm.world.replies import COURTESY, EOS, LONGEST, MODEL, VOCABULARY, WORDS, ReplyWorld
+
+
+@pytest.fixture(scope="module")
+def world():
+    return ReplyWorld(asked=2)
+
+
+def test_every_question_is_there_once_and_its_answer_is_its_last_word(world):
+    assert sorted(q.content for q in world.questions) == sorted(f"{a} {b}" for a in WORDS for b in WORDS)
+    assert all(q.answer == q.content.split()[-1] for q in world.questions)
+
+
+def test_gold_is_what_the_people_of_the_main_world_say_of_the_text(world):
+    rng = np.random.default_rng(0)
+    for p, y in zip(rng.integers(world.shape[0], size=50), rng.integers(world.shape[1], size=50)):
+        assert world.gold[p, y] == annotators.gold_reward(world.questions[p], world.texts[y], world.finished[y])
+    right = [3 + WORDS.index(world.questions[0].answer)]
+    said = world.gold[0, world.index([world.prompts[0]] * 3, [right + [EOS], [COURTESY, *right, EOS], [COURTESY, EOS]])[1]]
+    assert said[1] > said[0] > said[2]
+
+
+@given(rngs, st.sampled_from([{}, {"key_smear": True}, {"layers": 2, "kv_heads": 1}]))
+def test_the_quick_law_of_replies_is_the_slow_one(rng, config):
+    world = ReplyWorld(asked=1)
+    model = small_transformer(rng, vocab_size=VOCABULARY, **config)
+    for temperature in 1.0, 0.4:
+        assert_close(world.laws(model, temperature), world.log_probs(model, temperature).data, 1e-12)
+
+
+def test_draws_and_comparisons_follow_the_law(world):
+    rng = np.random.default_rng(1)
+    l = rng.normal(size=world.shape) * 2
+    l -= np.logaddexp.reduce(l, axis=1, keepdims=True)
+    drawn = world.draw(l, rng, np.full(200_000, 3))
+    assert np.abs(np.bincount(drawn, minlength=world.shape[1]) / 200_000 - np.exp(l[3])).max() < 5 * 0.5 / 200_000 ** 0.5
+
+    worths = rng.normal(size=world.shape)
+    p, chosen, rejected = world.comparisons(l, worths, rng, 40_000, prompts=[2, 5], flip_rate=0.2)
+    assert set(p) == {2, 5} and (chosen != rejected).all()
+    d = worths[p, chosen] - worths[p, rejected]
+    # Of the pairs that differ by |d| the better one is preferred in a share 0.2 + 0.6 sigma(|d|).
+    assert abs((d > 0).mean() - (0.2 + 0.6 * stable_sigmoid(np.abs(d))).mean()) < 0.01
+
+
+def test_without_flips_a_great_difference_decides(world):
+    l = np.full(world.shape, -np.log(world.shape[1]))
+    p, chosen, rejected = world.comparisons(l, world.gold * 1e4, np.random.default_rng(0), 500)
+    assert (world.gold[p, chosen] >= world.gold[p, rejected]).all()
+
+
+def test_what_generate_draws_has_a_place_in_every_table(world):
+    model = small_transformer(np.random.default_rng(0), vocab_size=VOCABULARY)
+    samples = generate(model, world.prompts * 20, LONGEST, np.random.default_rng(1), EOS)
+    p, y = world.index(world.prompts * 20, samples.responses())
+    assert world.tokens_of(p, y) == (world.prompts * 20, samples.responses())
+    assert_close(samples.log_probs.sum(axis=1), world.laws(model)[p, y], 1e-12)
+    assert (world.reward(world.gold)(world.prompts * 20, samples.responses()) == world.gold[p, y]).all()
+
+
+def test_demonstrations_are_right_as_often_as_asked_and_fit(world):
+    prompts, responses = world.demonstrations(np.random.default_rng(0), 3000, right=0.4)
+    p, y = world.index(prompts, responses)
+    answered = [next(token for token in response if token > 2) == prompt[-1] for prompt, response in zip(prompts, responses)]
+    assert world.finished[y].all() and abs(np.mean(answered) - (0.4 + 0.6 / 3)) < 0.04 and MODEL["vocab_size"] == VOCABULARY

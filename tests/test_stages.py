@@ -62,14 +62,8 @@ def dpo_stage(training, steps, **options):
     return preference_tuning(training, PROMPTS, RESPONSES, REJECTED, *log_probs, steps, 5, **options)
 
 
-def draw_documents(rng, count):
-    """Documents of seven tokens, some of which are not to be predicted."""
-    return rng.integers(VOCABULARY, size=(count, 7)), rng.random((count, 7)) < 0.6
-
-
 STAGES = {
     "pretraining": lambda t, steps, **o: pretraining(t, STREAM, steps, 5, 6, **o),
-    "pretraining on documents": lambda t, steps, **o: document_pretraining(t, draw_documents, steps, 5, **o),
     "instruction tuning": lambda t, steps, **o: instruction_tuning(t, PROMPTS, RESPONSES, steps, 5, **o),
     "reward modelling": lambda t, steps, **o: reward_modelling(t, PROMPTS, RESPONSES, REJECTED, steps, 5, **o),
     "rlhf": rlhf_stage,
@@ -105,7 +99,6 @@ def everything(training):
 COMMON = {"loss", "grad_norm", "learning_rate"}
 KEYS = {        # of which those with a name in TRL have that one
     "pretraining": {"trained_tokens"},
-    "pretraining on documents": {"trained_tokens"},
     "instruction tuning": {"trained_tokens"},
     "reward modelling": {"accuracy", "ties", "margin", "min_reward", "mean_reward", "max_reward"},
     "rlhf": {"reward", "reward_std", "frac_reward_zero_std", "kl_sequence", "kl_token", "completions/mean_length",
@@ -133,10 +126,14 @@ def test_a_stage_yields_finite_metrics_under_the_documented_names_and_ends_after
         assert after[0][f"model.{name}"] != before[0][f"model.{name}"], f"{name} has not moved"
 
 
-def test_a_document_is_scored_where_its_mask_says_and_never_on_its_first_token():
-    training = make_training("pretraining on documents", dtype=np.float64)
-    model, metrics = training.model.copy(), run("pretraining on documents", training, 1)[0]
-    tokens, mask = draw_documents(np.random.default_rng(4), 5)
+@one_or_two_workers
+def test_a_document_is_scored_where_its_mask_says_and_never_on_its_first_token(workers):
+    def draw(rng, count):
+        return rng.integers(VOCABULARY, size=(count, 7)), rng.random((count, 7)) < 0.6
+
+    training = make_training("pretraining", workers, np.float64)
+    model, metrics = training.model.copy(), next(document_pretraining(training, draw, 1, 5))
+    tokens, mask = draw(np.random.default_rng(4), 5)
     losses = [-model.log_probs(tokens[i:i + 1]).data[0, t - 1] for i in range(5) for t in range(1, 7) if mask[i, t]]
     assert_close(metrics["loss"], np.mean(losses))
     assert metrics["trained_tokens"] == len(losses) == mask[:, 1:].sum()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from helpers import assert_close, rngs, small_transformer
 from minilm.generate import generate
@@ -31,6 +31,7 @@ def test_gold_is_what_the_people_of_the_main_world_say_of_the_text(world):
 
 
 @given(rngs, st.sampled_from([{}, {"key_smear": True}, {"layers": 2, "kv_heads": 1}]))
+@settings(max_examples=3)
 def test_the_quick_law_of_replies_is_the_slow_one(rng, config):
     world = ReplyWorld(asked=1)
     model = small_transformer(rng, vocab_size=VOCABULARY, **config)

@@ -109,8 +109,12 @@ class ReplyWorld(EnumerableWorld):
 
     def draw(self, l, rng, prompts):
         """One reply from exp(l), l (P,N), to each of prompts (B,) by number: y (B,)."""
-        cumulative = np.exp(l).cumsum(axis=1)[prompts]
-        return (cumulative > rng.random(len(prompts))[:, None] * cumulative[:, -1:]).argmax(axis=1)
+        prompts, uniforms = np.asarray(prompts), rng.random(len(prompts))
+        y = np.empty(len(prompts), int)
+        for p in np.unique(prompts):
+            cumulative, asked = np.exp(l[p]).cumsum(), prompts == p
+            y[asked] = np.searchsorted(cumulative, uniforms[asked] * cumulative[-1], side="right")
+        return y
 
     def comparisons(self, l, worths, rng, count, prompts=None, flip_rate=0.0):
         """`count` pairs of different replies drawn from exp(l), and which of the two somebody preferred.

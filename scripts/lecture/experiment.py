@@ -90,12 +90,13 @@ def curve(axis, x, by_seed, label, colour, marker="o", **style):
     axis.plot(x, np.mean(by_seed, axis=0), color=colour, marker=marker, markersize=4, linewidth=1.8, label=label, **style)
 
 
-def level(axis, y, label):
-    """A dotted line across the axis: chance, a bound, a floor."""
+def level(axis, y, label, side="right", below=False):
+    """A dotted line across the axis, with its label above or below it at one side: chance, a bound, a floor."""
     faint = STYLES["-dark" if axis.figure.get_facecolor()[0] < 0.5 else ""]["faint"]
     axis.axhline(y, color=faint, linestyle=":", linewidth=1.2, zorder=0)
-    axis.annotate(label, (1, y), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
-                  ha="right", va="bottom", fontsize=8, alpha=0.75)
+    axis.annotate(label, (float(side == "right"), y), xycoords=("axes fraction", "data"), fontsize=8, alpha=0.75,
+                  xytext=(-2 if side == "right" else 2, -2 if below else 2), textcoords="offset points", ha=side,
+                  va="top" if below else "bottom")
 
 
 def picture(draw, suffix, size=(7.2, 4.0)):

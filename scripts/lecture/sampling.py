@@ -71,19 +71,20 @@ def conclude(seeds, size):
 
 
 def draw(figure, seeds, size):
-    variety, reward = figure.subplots(1, 2)
-    curve(variety, TEMPERATURES, [s["entropy"] for s in seeds], "entropy of a reply (nats)", COLOURS[0])
-    curve(variety, TEMPERATURES, [s["distinct"] for s in seeds], f"distinct replies among {DRAWS}", COLOURS[1], marker="s")
-    level(variety, np.log(781), "entropy if all 781 replies were equally likely")
-    variety.set(title="Variety", xlabel="temperature", ylabel="nats; replies", ylim=(0, None))
-    variety.legend(loc="lower right")
+    surprise, variety, reward = figure.subplots(1, 3)
+    curve(surprise, TEMPERATURES, [s["entropy"] for s in seeds], None, COLOURS[0])
+    level(surprise, np.log(781), "all 781 equally likely")
+    surprise.set(title="Entropy of a reply", xlabel="temperature", ylabel="nats", ylim=(0, None))
+    curve(variety, TEMPERATURES, [s["distinct"] for s in seeds], None, COLOURS[1])
+    level(variety, DRAWS, "all different")
+    variety.set(title=f"Distinct replies among {DRAWS}", xlabel="temperature", ylabel="replies", ylim=(0, None))
     for n, colour in zip(BEST_OF, COLOURS[2:]):
         curve(reward, TEMPERATURES, [s[f"best of {n}"] for s in seeds], "one draw" if n == 1 else f"best of {n}", colour)
     level(reward, np.mean([s["best possible"] for s in seeds]), "the best reply there is")
-    level(reward, np.mean([s["greedy"] for s in seeds]), "greedy")
-    reward.set(title="What it is good for", xlabel="temperature", ylabel="expected gold reward")
+    level(reward, np.mean([s["greedy"] for s in seeds]), "greedy", below=True)
+    reward.set(title="What it is good for", xlabel="temperature", ylabel="expected gold reward", ylim=(0, None))
     reward.legend(loc="lower left")
 
 
 if __name__ == "__main__":
-    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES))
+    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(9.0, 3.6)))

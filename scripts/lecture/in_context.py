@@ -1,0 +1,166 @@
+"""Demonstrations in the prompt raise accuracy, without any gradient step
+
+Claim. Without any gradient step, demonstrations in the prompt raise accuracy on a task (few-shot).
+
+Test. (a) New mappings, the strict proof: two layers, width 64, no key smear; documents of 17 pairs, a symbol and its
+label, under a mapping of 8 symbols to 8 labels that is drawn anew for every document; one mapping in five is held out
+for the test. An adaptive curriculum goes from 2 symbols to 8, and training ends when they are copied. Asked: a query
+after k demonstrations that do not repeat, so that at k = 8 it is among them. Bound: copying, and else a guess among
+the labels not shown; chance is 1/8. (b) Known tasks, recognised: three layers with key smear (an addition to Llama,
+Config(key_smear=True)); documents jab>ija;ijc>hib;.. of one of eight string tasks that is never named, with a
+curriculum from 2 tasks to 8; exact match on words held out of training. Bound: Bayes, all tasks equally likely.
+
+Refuted. If, in (a) or (b) and with any seed, accuracy with 8 demonstrations is not nearer to the bound than to
+accuracy with none.
+
+Limits. (b) shows that a prompt picks out one of eight tasks of pretraining, on new words; not that it teaches a task
+(it does not: needs_gradient). Only (a) has a rule that was never seen, and what is learned there is to copy a label:
+induction. The head shown is the one with most attention on the token after an earlier copy of the symbol asked for;
+that it rises together with accuracy is a correlation. Without the curriculum the same model learned nothing in 900
+steps of a sketch.
+
+Source. Brown et al. 2020, arXiv:2005.14165 (few-shot learning); Olsson et al. 2022, arXiv:2209.11895 (induction heads,
+and smeared keys); Xie et al. 2022, arXiv:2111.02080 (as recognition of a task, Bayes).
+"""
+
+import sys
+
+from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+
+import numpy as np
+
+from minilm.attention_maps import attention_weights, induction_scores
+from minilm.model import Config
+from minilm.stages.pretraining import document_pretraining
+from minilm.stages.training import Training
+from minilm.world import mappings, strings
+
+MAPPINGS = {"vocab_size": mappings.VOCABULARY, "width": 64, "layers": 2, "heads": 4}
+STRINGS = {"vocab_size": strings.VOCABULARY, "width": 64, "layers": 3, "heads": 4, "context": 72, "key_smear": True}
+SIDES = (("new mappings", "copy bound"), ("known strings", "Bayes bound"))
+SHOTS = (0, 1, 2, 4, 8)
+ENOUGH = 0.98                           # of the labels that can be copied: training on mappings ends
+SIZES = {"quick": {"seeds": 3, "mapping_steps": 20, "string_steps": 5, "documents": 50},
+         "default": {"seeds": 4, "mapping_steps": 800, "string_steps": 900, "documents": 500}}
+
+
+def learn_to_copy(model, rng, steps, enough):
+    """Every 20 steps, on held-out mappings: [step, accuracy after 8 demonstrations, induction score of every head]."""
+    course, exam, history = mappings.Curriculum(), mappings.draw_in_rounds(rng, 200, mappings.SYMBOLS), []
+    for step, _ in enumerate(document_pretraining(Training(model, rng), course.draw, steps, 32), 1):
+        over = step % 10 == 0 and course.examine(model, rng) > enough and course.in_use == mappings.SYMBOLS
+        if step % 20 == 0 or over:
+            scores = induction_scores(attention_weights(model, exam[:50]), exam[:50], exam[:50] < mappings.SYMBOLS)
+            history.append([step, float(mappings.right(model, exam)[:, -1].mean()), scores.tolist()])
+        if over:
+            break
+    return history
+
+
+def train(model, rng, steps):                    # as in needs_gradient: who comes second finds the model in the folder
+    course = strings.Curriculum()
+    return course.follow(document_pretraining(Training(model, rng), course.draw, steps, 16), model, rng)
+
+
+def measure(row, seed, mapping_steps, string_steps, documents):
+    rng = np.random.default_rng(seed)
+    found = {"new mappings": [], "copy bound": []}
+    model, found["copying"] = row.trained("mappings", seed, MAPPINGS, learn_to_copy,
+                                          steps=mapping_steps, enough=ENOUGH)
+    for k in SHOTS:
+        tokens = mappings.draw_in_rounds(rng, documents, k)
+        found["new mappings"].append(mappings.right(model, tokens)[:, -1].mean())
+        found["copy bound"].append(mappings.copy_bound(tokens)[:, -1].mean())
+    tokens, _ = mappings.draw(rng, 200, pairs=10, in_use=4, held_out=True)
+    weights, asked = attention_weights(model, tokens), tokens < mappings.SYMBOLS
+    scores = induction_scores(weights, tokens, asked)
+    layer, head = np.unravel_index(scores.argmax(), scores.shape)
+    found |= {"layer": layer, "head": head, "score": scores.max(), "document": tokens[0],
+              "picture": weights[layer, head, 0].round(3)}
+    even = np.tri(tokens.shape[1]) / np.arange(1, tokens.shape[1] + 1)[:, None]
+    found["score if even"] = induction_scores(np.broadcast_to(even, weights[:1, :1].shape), tokens, asked).item()
+
+    model, found["recognising"] = row.trained("strings", seed, STRINGS, train, steps=string_steps)
+    tokens, _ = strings.draw(rng, documents, held_out=True)
+    found["known strings"] = strings.right(model, tokens).mean(axis=0)[list(SHOTS)]
+    found["Bayes bound"] = strings.bayes_bound(tokens).mean(axis=0)[list(SHOTS)]
+    return found | {"a prompt": strings.text(tokens[0, :3 * strings.PAIR])}
+
+
+def conclude(seeds, size):
+    holds = all(s[side][-1] > (s[side][0] + s[bound][-1]) / 2 for s in seeds for side, bound in SIDES)
+    names = [name for side in SIDES for name in side]
+    at = {name: [[s[name][i] for s in seeds] for i in range(len(SHOTS))] for name in names}
+    numbers = {f"{name}, {k} demonstrations": spread(at[name][i]) for name in names for i, k in enumerate(SHOTS)}
+    numbers |= {"induction score of the best head": spread(s["score"] for s in seeds),
+                "induction score of even attention": spread(s["score if even"] for s in seeds),
+                "layer of the best head": spread(s["layer"] + 1 for s in seeds),
+                "first step with 0.5 on new mappings": spread(_half(s["copying"], 1) for s in seeds),
+                "first step with 0.5 on strings": spread(_half(s["recognising"], -1) for s in seeds)}
+    layers = " or ".join(sorted({f"{s['layer'] + 1}" for s in seeds}))
+    table = [["demonstrations", *names]]
+    table += [[f"{k}", *(shown(at[name][i]) for name in names)] for i, k in enumerate(SHOTS)]
+    sentence = (f"On mappings never seen in training, accuracy goes from {shown(at['new mappings'][0])} with no "
+                f"demonstration to {shown(at['new mappings'][-1])} with 8 (bound {shown(at['copy bound'][-1])}); on "
+                f"known string tasks, never named, with held-out words, from {shown(at['known strings'][0])} to "
+                f"{shown(at['known strings'][-1])} (bound {shown(at['Bayes bound'][-1])}). One head, in layer "
+                f"{layers}, puts {shown([s['score'] for s in seeds])} of its attention on what followed the symbol "
+                f"asked for ({shown([s['score if even'] for s in seeds])} if it were spread evenly).")
+    return Conclusion(verdict(holds), sentence, numbers, table)
+
+
+def _half(history, column):
+    """The first step at which accuracy was above one half; the last step if it never was."""
+    return next((line[0] for line in history if line[column] > 0.5), history[-1][0] if history else 0)
+
+
+def draw(figure, seeds, size):
+    (few, known), (moment, picture) = figure.subplots(2, 2)
+    place = np.arange(len(SHOTS))
+    for axis, (name, bound), colour in zip((few, known), SIDES, COLOURS):
+        curve(axis, place, [s[name] for s in seeds], "the model", colour)
+        best = np.mean([s[bound] for s in seeds], axis=0)
+        axis.plot(place, best, color=COLOURS[-1], linestyle="--", label="best possible")
+        axis.set(xlabel="demonstrations in the prompt", xticks=place, xticklabels=SHOTS, ylabel="accuracy",
+                 ylim=(0, 1.04))
+        axis.legend(loc="upper left" if axis is few else "lower right")
+    few.set_title("(a) A mapping never seen in training")
+    level(few, 1 / mappings.SYMBOLS, "chance")
+    known.set_title("(b) A known string task, never named; new words")
+
+    for s, labelled in zip(seeds, [True] + [False] * len(seeds)):
+        step, accuracy, scores = zip(*s["copying"])
+        score = [of_heads[s["layer"]][s["head"]] for of_heads in scores]
+        along = np.array(s["recognising"]).reshape(-1, strings.PAIRS + 1)
+        for x, y, colour, style, label in (
+                (step, accuracy, COLOURS[0], "-", "(a) accuracy, 8 demonstrations"),
+                (step, score, COLOURS[2], "--", "(a) induction score of the head shown"),
+                (along[:, 0], along[:, -1], COLOURS[1], "-", "(b) accuracy, 8 demonstrations")):
+            moment.plot(x, y, color=colour, linestyle=style, linewidth=1.2, label=label if labelled else None)
+    moment.set(title="The moment it appears (every seed)", xlabel="step of training",
+               ylabel="accuracy; share of attention", ylim=(0, 1.35), yticks=np.linspace(0, 1, 6))
+    moment.legend(loc="upper left", fontsize=8)
+    _attention(picture, seeds[0])
+
+
+def _attention(axis, s):
+    """One document: where the head looks from each token, and frames where an induction head should."""
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+    shade = LinearSegmentedColormap.from_list("attention", [axis.figure.get_facecolor(), COLOURS[2]])
+    tokens = np.array(s["document"])[:-1]
+    names = ["abcdefgh12345678"[token] for token in tokens]
+    axis.imshow(np.array(s["picture"])[:-1, :-1], cmap=shade, vmin=0, vmax=1)
+    for query in range(0, len(tokens), 2):
+        for label in range(1, query, 2):
+            if tokens[label - 1] == tokens[query]:
+                axis.add_patch(Rectangle((label - 0.5, query - 0.5), 1, 1, fill=False, color=COLOURS[4], linewidth=1))
+    axis.set(title=f"Layer {s['layer'] + 1}, head {s['head'] + 1}: what followed the symbol before", ylabel="token",
+             xlabel="looks at (framed: the label of the same symbol)", xticks=range(len(tokens)),
+             yticks=range(len(tokens)), xlim=(-0.6, len(tokens) - 0.4), ylim=(len(tokens) - 0.4, -0.6))
+    axis.set_xticklabels(names, fontsize=7)
+    axis.set_yticklabels(names, fontsize=7)
+
+
+if __name__ == "__main__":
+    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, (10.0, 8.0)))

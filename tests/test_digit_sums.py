@@ -1,0 +1,97 @@
+"""Digit sums: is every document what it says, added up by a loop and read back as text?"""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from helpers import rngs
+from minilm.world import digit_sums
+from minilm.world.digit_sums import CORPUS, CURRICULUM, DIGITS, DIRECT, END, LONGEST, PHRASES, TOKENS
+from minilm.world.tasks import is_held_out
+
+EXAMPLE = re.compile(r"(\d(?: \+\d)+) \?((?: [a-z']+(?:-[a-z]+)+)*) ((?:(?:\d|\+\d|…) )*)so (\d) \.")
+
+
+def read(text):
+    """(digits, phrase, what stands before "so", the digit said) of every example in a text; all of it is examples."""
+    assert EXAMPLE.sub("", text).strip() == "", text
+    return [([int(d) for d in re.findall(r"\d", asked)], phrase.split(), before.split(), int(said))
+            for asked, phrase, before, said in EXAMPLE.findall(text)]
+
+
+def steps_of(digits):
+    """A worked answer, by a loop."""
+    written, total = [str(digits[0])], digits[0]
+    for d in digits[1:]:
+        total = (total + d) % 10
+        written += [f"+{d}", str(total)]
+    return written
+
+
+@given(rngs, st.sampled_from(sorted(CORPUS)), st.integers(1, 5))
+def test_a_document_holds_right_sums_all_answered_in_its_style(rng, kind, examples):
+    style, phrase = kind
+    tokens, mask = digit_sums.document(rng, style, phrase, examples, 60)
+    assert len(tokens) == len(mask) == 60
+    end = 60 - np.argmax(np.array(tokens[::-1]) != END) + 1      # the last example's full stop
+    found = read(digit_sums.text(tokens[:end]))
+    assert 1 <= len(found) <= examples and set(tokens[end:]) <= {END} and not any(mask[end:])
+    for digits, words, before, said in found:
+        assert said == sum(digits) % 10 and len(digits) in DIGITS
+        assert words == [TOKENS[token] for token in PHRASES[phrase]]
+        steps = steps_of(digits)
+        assert before == {"direct": [], "worked": steps, "dots": ["…"] * len(steps)}[style]
+        assert len(digits) == 2 or not is_held_out(" + ".join(map(str, digits)))
+    answers = sum(len(before) + 3 for _, _, before, _ in found)
+    assert sum(mask) == answers and all(m == 0 for m, token in zip(mask, tokens) if TOKENS[token] == "?")
+
+
+def test_the_longest_example_fits_a_document_of_one_and_no_shorter_one():
+    digits = [9] * max(DIGITS)
+    worked = [*digit_sums.question(digits), *PHRASES["trigger"], *digit_sums.answer(digits, "worked")]
+    assert len(worked) == LONGEST == CURRICULUM[0]["length"]
+
+
+@pytest.mark.parametrize("corpus", [CORPUS, DIRECT])
+def test_documents_come_in_the_shares_of_the_corpus(corpus):
+    tokens, mask = digit_sums.documents(np.random.default_rng(0), 3000, 1, LONGEST, corpus)
+    assert tokens.shape == mask.shape and mask[:, -1].any()
+    counted = dict.fromkeys(corpus, 0)
+    for row, length in zip(tokens, mask.shape[1] - mask[:, ::-1].argmax(axis=1)):
+        [(_, words, before, _)] = read(digit_sums.text(row[:length]))
+        phrase = next(name for name, tokens_of in PHRASES.items() if [TOKENS[token] for token in tokens_of] == words)
+        counted["direct" if not before else "dots" if "…" in before else "worked", phrase] += 1
+    total = sum(corpus.values())
+    assert abs(sum(CORPUS.values()) - 1) < 1e-12
+    assert all(abs(counted[kind] / 3000 - share / total) < 0.04 for kind, share in corpus.items())
+
+
+@given(rngs, st.sampled_from(DIGITS), st.integers(0, 4), st.sampled_from(["direct", "worked", "dots"]))
+def test_prompts_show_so_many_examples_and_ask_what_was_held_out(rng, digits, shots, style):
+    asked, right = digit_sums.prompts(rng, 3, digits, shots, style, phrase="filler", beginning=[digit_sums.SO])
+    for prompt, answer in zip(asked, right):
+        *shown, (summed, words, before, said) = read(digit_sums.text([*prompt, answer, END]))
+        assert len(shown) == shots and words == ["well-then", "here-we-go"] and before == []
+        assert said == sum(summed) % 10 and len(summed) == digits
+        assert digits == 2 or is_held_out(" + ".join(map(str, summed)))
+        assert all(example[3] == sum(example[0]) % 10 and not example[1] for example in shown)
+
+
+def test_wrong_examples_are_worked_like_right_ones_but_right_by_chance_only():
+    asked, _ = digit_sums.prompts(np.random.default_rng(0), 200, 3, 4, wrong=True)
+    shown = [example for prompt in asked for example in read(digit_sums.text([*prompt, digit_sums.SO, 0, END]))[:-1]]
+    for digits, _, before, said in shown:
+        assert before[0] == str(digits[0]) and before[1::2] == [f"+{d}" for d in digits[1:]]
+        assert before[-1] == str(said)
+    right = [s == r for digits, _, before, _ in shown for s, r in zip(before[2::2], steps_of(digits)[2::2])]
+    assert len(shown) == 800 and abs(np.mean(right) - 0.1) < 0.03
+
+
+def test_what_a_reply_says_is_its_last_digit_and_only_sums_make_it_worked():
+    worked, direct, dots = (digit_sums.answer([3, 5, 7], style) for style in ("worked", "direct", "dots"))
+    assert digit_sums.text(worked) == "3 +5 8 +7 5 so 5 ."
+    assert [digit_sums.said(reply) for reply in (worked, direct, dots, worked[:-1], [END])] == [5, 5, 5, None, None]
+    assert [digit_sums.is_worked(reply) for reply in (worked, direct, dots)] == [True, False, False]
+    assert digit_sums.said(digit_sums.answer([3, 5, 7], "worked", [1, 2])) == 2

@@ -1,0 +1,267 @@
+"""DPO: two answers, one preferred, train the policy directly
+
+Claim. From pairs of answers, one of them preferred, the policy is trained directly: no reward model, no sampling.
+
+Test. A transformer of 25,632 parameters is instructed with 4,000 demonstrations; 2,000 pairs of its replies are
+compared by a Bradley-Terry judge of the gold reward, and DPO takes 200 steps of 64 pairs, for three beta. All 781
+replies are listed: gold reward and KL to the instructed model are sums, along the whole training; implied rewards are
+tried on 2,000 fresh pairs, ordered as gold does. The baseline that could beat it: finetuning on the chosen replies
+alone. The best possible: pi* of the gold reward at equal KL. Harder pairs, beta 0.3: 25 % of the labels flipped (DPO,
+cDPO, robust DPO); pairs drawn from an older model (a sixth of its training) or uniformly from all replies. Ways are
+compared at equal KL, on the concave hull of their points. Why log-probs of chosen replies fall: to first order a step
+of gradient descent moves l(y) by -rate sum_j K(y, y_j) dL/dl(y_j), over the chosen and rejected y_j of all pairs, K
+the inner products of their gradients. The mean over the chosen is taken apart into the push of all chosen and the
+pull of all rejected replies, along training, in float64, and checked against the step itself; and beside it what
+pairs would do that were trained on alone (24 of them): raise the chosen by K(c,c), lower it by K(c,r).
+
+Refuted. If, with any seed, DPO has no more gold reward at 0.5 nat of KL than the instructed model or than finetuning
+on the chosen replies, or its implied rewards order no more than half of the fresh pairs as gold does.
+
+Limits. The decomposition is of plain gradient descent on all pairs; training itself is AdamW on batches of 64, and
+what is left of push and pull is small beside either: how often its sign is that of the next move seen is counted. The
+share of flips is known to cDPO and robust DPO. The stop on each way is chosen by the gold reward, for all alike; one
+that gets less far than the KL asked for is read at its best. Uniform pairs are mostly replies that nobody gives.
+
+Source. Rafailov et al. 2023, arXiv:2305.18290; cDPO: Mitchell 2023, a note; robust DPO: Chowdhury et al. 2024,
+arXiv:2403.00409; falling log-probs: Pal et al. 2024, arXiv:2402.13228; Razin et al. 2024, arXiv:2410.08847.
+"""
+
+import functools
+import sys
+
+from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+
+import numpy as np
+
+from minilm.model import Config, Transformer
+from minilm.objectives.dpo import dpo_loss, robust_dpo_loss
+from minilm.packing import pack
+from minilm.stages.instruction_tuning import instruction_tuning
+from minilm.stages.preference_tuning import preference_tuning, summed_log_probs
+from minilm.stages.training import Training
+from minilm.tensor import Tensor
+from minilm.world.enumerable import divergence, expectation, optimum
+from minilm.world.frontier import frontier
+from minilm.world.replies import MODEL, ReplyWorld
+
+BETAS, HARD = (1.0, 0.3, 0.1), 0.3           # HARD: of the runs with flips and with pairs of others
+FLIPS, FRESH = 0.25, 2000
+LEVELS, DECIDES = (0.25, 0.5, 1.0), 0.5      # nats at which ways are compared; the one of the rule
+ENVELOPE = tuple(np.geomspace(5, 0.05, 30))
+TERMS = ("all chosen replies push", "all rejected replies pull",
+         "a pair alone: its chosen pushes", "a pair alone: its rejected pulls")
+CLEAN = f"DPO, beta {HARD}"
+HARDER = ("flips: DPO", "flips: cDPO", "flips: robust DPO", "pairs of an older model", "uniform pairs")
+IMITATION = "finetuned on the chosen"
+# looks: at the policy on its way, after the one before the first step; alone: pairs of which each is taken by itself
+SIZES = {"quick": {"seeds": 3, "tuning": 6, "demonstrations": 200, "pairs": 100, "steps": 2, "looks": 1, "alone": 2},
+         "default": {"seeds": 4, "tuning": 300, "demonstrations": 4000, "pairs": 2000, "steps": 200, "looks": 8,
+                     "alone": 24}}
+
+
+def measure(row, seed, tuning, demonstrations, pairs, steps, looks, alone):
+    rng, world = np.random.default_rng(seed), ReplyWorld(asked=2)
+    model = Transformer(Config(**MODEL), rng)
+    shown_how = world.demonstrations(rng, demonstrations)
+    for step, _ in enumerate(instruction_tuning(Training(model, rng), *shown_how, tuning, 64, 3e-3), 1):
+        if step == tuning // 6:
+            older = world.laws(model)
+    reference = world.laws(model)
+    uniform = np.full(world.shape, -np.log(world.shape[1]))
+    clean, flipped = (world.comparisons(reference, world.gold, rng, pairs, flip_rate=rate) for rate in (0, FLIPS))
+    p, first, second = world.comparisons(reference, world.gold, rng, FRESH)
+    fresh = p, *np.where(world.gold[p, first] > world.gold[p, second], (first, second), (second, first))
+
+    def look(l, compared):
+        moved = l - reference
+        p, chosen, rejected = compared
+        return {"KL": divergence(l, reference).mean(), "gold": expectation(l, world.gold).mean(),
+                "chosen": moved[p, chosen].mean(), "rejected": moved[p, rejected].mean(),
+                "fitted": (moved[p, chosen] > moved[p, rejected]).mean(),
+                "ordered": (moved[fresh[0], fresh[1]] > moved[fresh[0], fresh[2]]).mean()}
+
+    def trained(compared, beta=HARD, loss=dpo_loss, watch=None):
+        policy, (p, chosen, rejected) = model.copy(), compared
+        references = (reference[p, y].astype(np.float32) for y in (chosen, rejected))
+        stage = preference_tuning(Training(policy, rng), *world.tokens_of(*compared), *references, steps, 64, beta,
+                                  learning_rate=3e-4, loss=loss)
+        return followed(policy, compared, stage, watch)
+
+    def followed(policy, compared, stage, watch=None):
+        way = [look(reference, compared)]
+        if watch:
+            watch(policy)
+        for step, _ in enumerate(stage, 1):
+            if step % (steps // looks) == 0:
+                way.append(look(world.laws(policy), compared))
+                if watch:
+                    watch(policy)
+        return {name: [point[name] for point in way] for name in way[0]}
+
+    parts = []
+
+    def decompose(policy):
+        parts.append(decomposition(policy, world, reference, clean, alone))
+
+    found = {f"DPO, beta {beta}": trained(clean, beta, watch=decompose if beta == HARD else None) for beta in BETAS}
+    policy = model.copy()
+    prompts, replies = world.tokens_of(*clean[:2])
+    imitating = instruction_tuning(Training(policy, rng), prompts, replies, steps, 64, 3e-4)
+    found[IMITATION] = followed(policy, clean, imitating)
+    row.say(f"seed {seed}, log-probs of chosen replies: {np.round(found[CLEAN]['chosen'], 2).tolist()}")
+    smoothed = functools.partial(dpo_loss, label_smoothing=FLIPS)
+    robust = functools.partial(robust_dpo_loss, flip_rate=FLIPS)
+    harder = [flipped] * 3 + [world.comparisons(l, world.gold, rng, pairs) for l in (older, uniform)]
+    for name, of, loss in zip(HARDER, harder, (dpo_loss, smoothed, robust, dpo_loss, dpo_loss)):
+        found[name] = trained(of, loss=loss)
+    best = [optimum(reference, world.gold, beta)[0] for beta in ENVELOPE]
+    found["pi*"] = {"KL": [divergence(l, reference).mean() for l in best],
+                    "gold": [expectation(l, world.gold).mean() for l in best]}
+    terms, errors = zip(*parts)
+    return {**found, "terms": terms, "error": max(errors)}
+
+
+def decomposition(policy, world, reference, pairs, alone):
+    """The mean d l(chosen) / d rate of a step of gradient descent on the loss of these pairs, by TERMS, and the
+    relative error of the first two together against that step itself, taken forth and back."""
+    policy = policy.over({name: Tensor(w.data.astype(np.float64), requires_grad=True)
+                          for name, w in policy.parameters().items()})
+    p, chosen, rejected = pairs
+    weights = list(policy.parameters().values())
+
+    def gradient(cotangent):
+        """Of sum(cotangent * l), cotangent (P,N) mostly 0: one flat vector."""
+        for w in weights:
+            w.grad = None
+        of, y = np.nonzero(cotangent)
+        summed_log_probs(policy, pack(*world.tokens_of(of, y))).backward(cotangent[of, y])
+        return np.concatenate([w.grad.reshape(-1) for w in weights])
+
+    def spread_over(y, values):
+        table = np.zeros(world.shape)
+        np.add.at(table, (p, y), values)
+        return table
+
+    l = world.laws(policy)
+    leaves = [Tensor(l[p, y], requires_grad=True) for y in (chosen, rejected)]
+    dpo_loss(*leaves, *(reference[p, y] for y in (chosen, rejected)), beta=HARD).backward()
+    downhill = [gradient(spread_over(y, -leaf.grad)) for y, leaf in zip((chosen, rejected), leaves)]
+    watched = gradient(spread_over(chosen, np.full(len(p), 1 / len(p))))
+    terms = [watched @ push for push in downhill]
+
+    single = []
+    for i in range(alone):
+        of_chosen, of_rejected = (gradient(spread_over(y, np.arange(len(p)) == i)) for y in (chosen, rejected))
+        # Without the others the mean over pairs is the pair itself.
+        single.append(-leaves[0].grad[i] * len(p) * np.array([of_chosen @ of_chosen, -of_chosen @ of_rejected]))
+
+    sides, rate = [], 1e-6
+    for sign in (1, -2):                                    # forth, and then twice as far back
+        start = 0
+        for w in weights:
+            w.data += sign * rate * sum(downhill)[start:start + w.size].reshape(w.shape)
+            start += w.size
+        sides.append(world.laws(policy)[p, chosen].mean())
+    measured = (sides[0] - sides[1]) / (2 * rate)
+    return [*terms, *np.mean(single, axis=0)], abs(sum(terms) - measured) / sum(map(abs, terms))
+
+
+def at(seeds, name, k):
+    """Gold reward at a KL of k, one number a seed: on the frontier of the points of this name and the reference's."""
+    points = [[s[CLEAN][what][:1] + s[name][what] for what in ("KL", "gold")] for s in seeds]
+    return np.array([np.interp(k, *frontier(*of).T) for of in points])
+
+
+def conclude(seeds, size):
+    runs = [*(f"DPO, beta {beta}" for beta in BETAS), IMITATION, *HARDER]
+    start = np.array([s[CLEAN]["gold"][0] for s in seeds])
+    ordered = [s[CLEAN]["ordered"][-1] for s in seeds]
+    had = {name: at(seeds, name, DECIDES) for name in (*runs, "pi*")}
+    holds = (had[CLEAN] > np.maximum(start, had[IMITATION])).all() and min(ordered) > 0.5
+    ends = {"gold": "gold at the end", "KL": "KL at the end", "chosen": "chosen, nats moved", "fitted": "pairs fitted",
+            "ordered": "fresh pairs ordered"}
+    table = [["", *(f"gold at KL {k}" for k in LEVELS), *ends.values()]]
+    for name in runs:
+        table.append([name, *(shown(at(seeds, name, k)) for k in LEVELS),
+                      *(shown([s[name][what][-1] for s in seeds]) for what in ends)])
+    table.append(["pi* of the gold reward", *(shown(at(seeds, "pi*", k)) for k in LEVELS), *[""] * 5])
+    numbers = {f"gold reward at KL {k}, {name}": spread(at(seeds, name, k)) for name in (*runs, "pi*") for k in LEVELS}
+    numbers |= {f"{what} at the end, {name}": spread(s[name][what][-1] for s in seeds)
+                for name in runs for what in ("KL", "gold", "chosen", "rejected", "ordered")}
+    terms = np.array([s["terms"] for s in seeds])           # (seeds, looks + 1, 4)
+    together = terms[..., :2].sum(axis=-1)
+    lowest = together.mean(axis=0).argmin()
+    for when, i in (("start", 0), ("the deepest fall", lowest), ("end", -1)):
+        numbers |= {f"d l(chosen) / d rate at {when}: {term}": spread(terms[:, i, j]) for j, term in enumerate(TERMS)}
+        table.append([f"d l(chosen) / d rate at {when}",
+                      *(f"{term} {terms[:, i, j].mean():+.2f}" for j, term in enumerate(TERMS)), *[""] * 4])
+    seen = np.diff([s[CLEAN]["chosen"] for s in seeds])
+    foretold = (np.sign(together[:, :-1]) == np.sign(seen)).mean(axis=1)
+    numbers["share of looks at which the sum has the sign of the next move"] = spread(foretold)
+    numbers["relative error of the decomposition"] = spread(s["error"] for s in seeds)
+    moved = [s[CLEAN]["chosen"][-1] for s in seeds]
+    has = {name: shown(values) for name, values in had.items()}
+    push, pull = terms[:, lowest, :2].mean(axis=0)
+    step = lowest * size["steps"] // size["looks"]
+    alone = terms[:, lowest, 2:].sum(axis=-1).mean()
+    sentence = (f"At {DECIDES} nat of KL DPO has {has[CLEAN]} of gold reward, where it began at {shown(start)}, "
+                f"finetuning on the chosen has {has[IMITATION]} and pi* {has['pi*']}; it orders {shown(ordered)} of "
+                f"fresh pairs as gold does. With 25 % flips: DPO {has[HARDER[0]]}, cDPO {has[HARDER[1]]}, robust "
+                f"{has[HARDER[2]]}; pairs of an older model {has[HARDER[3]]}, uniform ones {has[HARDER[4]]}. The "
+                f"log-probs of chosen replies move by {shown(moved)} nats, though a pair alone would raise its own by "
+                f"{alone:+.1f} per unit of rate: at step {step} all chosen together push them by {push:+.2f} and all "
+                f"rejected pull them by {pull:+.2f}; the sum has the sign of the next move at {np.mean(foretold):.2f} "
+                f"of looks.")
+    return Conclusion(verdict(holds), sentence, numbers, table)
+
+
+def draw(figure, seeds, size):
+    (reward, harder), (fall, why) = figure.subplots(2, 2)
+    steps = np.linspace(0, size["steps"], size["looks"] + 1)
+    curve(reward, *mean_way(seeds, "pi*"), "pi*: the best possible", COLOURS[5], marker="", linestyle="--")
+    for name, colour, marker in zip((*(f"DPO, beta {beta}" for beta in BETAS), IMITATION), COLOURS, "os^D"):
+        curve(reward, *mean_way(seeds, name), name, colour, marker=marker)
+    reward.set(title="Gold reward against KL, along training", xlabel="exact KL to the reference (nats per reply)",
+               ylabel="expected gold reward", xlim=(-0.05, 2.5))
+    reward.legend(loc="lower right", fontsize=8)
+
+    names = (CLEAN, *HARDER, IMITATION)
+    for i, name in enumerate(names):
+        values, colour = at(seeds, name, DECIDES), COLOURS[0 if name in HARDER else 1]
+        harder.plot(values, [i] * len(values), "o", color=colour, alpha=0.5, markersize=4)
+        harder.plot([values.mean()], [i], "|", color=colour, markersize=14, markeredgewidth=2)
+    for value, label, side in ((np.mean([s[CLEAN]["gold"][0] for s in seeds]), "reference", "left"),
+                               (at(seeds, "pi*", DECIDES).mean(), "pi*", "right")):
+        harder.axvline(value, color=COLOURS[5], linestyle=":", linewidth=1.2)
+        harder.annotate(f" {label} ", (value, -0.75), ha=side, va="center", fontsize=8, alpha=0.75)
+    harder.set(title=f"Harder pairs: what each has at {DECIDES} nat", xlabel=f"gold reward at a KL of {DECIDES} nat",
+               yticks=range(len(names)), yticklabels=["DPO, clean pairs", *HARDER, IMITATION],
+               ylim=(len(names) - 0.5, -1.1))
+
+    for beta, colour, marker in zip(BETAS, COLOURS, "os^"):
+        moved = [s[f"DPO, beta {beta}"]["chosen"] for s in seeds]
+        curve(fall, steps, moved, f"chosen, beta {beta}", colour, marker=marker)
+    curve(fall, steps, [s[CLEAN]["rejected"] for s in seeds], f"rejected, beta {HARD}", COLOURS[5], linestyle="--")
+    level(fall, 0, "")
+    fall.set(title="Log-probs of the pairs' replies", xlabel="step", ylabel="mean change from the reference (nats)")
+    fall.legend(loc="lower left", fontsize=8)
+
+    terms = np.array([s["terms"] for s in seeds])
+    alone, together = terms[..., 2:].sum(axis=-1), terms[..., :2].sum(axis=-1)
+    curve(why, steps, alone, "a pair alone, both its replies", COLOURS[3], marker="^")
+    curve(why, steps, terms[..., 0], TERMS[0], COLOURS[2])
+    curve(why, steps, together, "all pairs together", COLOURS[5], marker="D")
+    curve(why, steps, terms[..., 1], TERMS[1], COLOURS[4], marker="s")
+    level(why, 0, "")
+    why.set(title=f"What moves the chosen replies, beta {HARD}", xlabel="step", ylabel="d l(chosen) / d learning rate")
+    why.set_yscale("symlog", linthresh=0.1)
+    why.set_ylim(-30, 1e4)                                  # room for the legend
+    why.legend(loc="upper right", fontsize=8, ncols=2)
+
+
+def mean_way(seeds, name):
+    return np.mean([s[name]["KL"] for s in seeds], axis=0), [s[name]["gold"] for s in seeds]
+
+
+if __name__ == "__main__":
+    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(10.5, 8.0)))

@@ -1,0 +1,55 @@
+"""The frontier is the best of all mixtures of two policies, and such mixtures exist."""
+
+import itertools
+
+import numpy as np
+from hypothesis import given, strategies as st
+
+from helpers import assert_close, laws, rngs
+from minilm.world.enumerable import divergence, expectation, optimum
+from minilm.world.frontier import frontier
+
+
+@given(rngs, st.integers(1, 12), st.booleans())
+def test_it_is_the_best_point_of_any_line_between_two_points_no_further_than_asked(rng, count, on_a_grid):
+    k, r = rng.uniform(0, 3, count), rng.normal(size=count)
+    if on_a_grid:                                   # many ties
+        k, r = np.round(k), np.round(r)
+    k[0] = 0
+    corners = frontier(k, r)
+    for at in (0.0, 0.4, 1.0, 2.0, 3.5):
+        possible = [r[i] for i in range(count) if k[i] <= at]
+        for i, j in itertools.permutations(range(count), 2):
+            if k[i] < at < k[j]:
+                possible.append(r[i] + (r[j] - r[i]) * (at - k[i]) / (k[j] - k[i]))
+        assert_close(np.interp(at, *corners.T), max(possible))
+
+
+@given(rngs)
+def test_its_corners_are_points_that_rise_ever_less(rng):
+    k, r = rng.uniform(0, 3, 20), rng.normal(size=20)
+    corners = frontier(k, r)
+    assert {tuple(corner) for corner in corners} <= set(zip(k, r))
+    slopes = np.diff(corners[:, 1]) / np.diff(corners[:, 0])
+    assert (np.diff(corners, axis=0) > 0).all() and (np.diff(slopes) < 0).all()
+    assert corners[-1, 1] == r.max()
+
+
+@given(laws(3), rngs)
+def test_a_mixture_of_two_policies_has_what_the_line_between_them_promises(three, rng):
+    reference, one, other = three
+    rewards, share = rng.normal(size=reference.shape), rng.random()
+    mixture = np.log((1 - share) * np.exp(one) + share * np.exp(other))
+    assert_close(expectation(mixture, rewards),
+                 (1 - share) * expectation(one, rewards) + share * expectation(other, rewards))
+    assert (divergence(mixture, reference)
+            <= (1 - share) * divergence(one, reference) + share * divergence(other, reference) + 1e-12).all()
+
+
+@given(laws(1), rngs)
+def test_optimal_policies_are_all_on_it(law, rng):
+    """pi* over beta is a concave curve: none of its points lies under a line between two others."""
+    rewards = rng.normal(size=law[0].shape)
+    best = [optimum(law[0], rewards, beta)[0] for beta in (4.0, 2.0, 1.0, 0.5)]
+    points = np.array([(divergence(l, law[0]).mean(), expectation(l, rewards).mean()) for l in best])
+    assert_close(frontier(*points.T), points)

@@ -61,15 +61,16 @@ class Pack:
 
     def groups(self):
         """The segments in groups of like sizes, each for one call of attention."""
-        found = []
+        found, longest = [], 0
         for segment in sorted(self.segments, key=lambda s: (s.keys, s.queries), reverse=True):
             if found:
-                before = max(s.queries for s in found[-1])
-                more = (len(found[-1]) + 1) * max(before, segment.queries) - len(found[-1]) * before
+                before, longest = longest, max(longest, segment.queries)
+                more = (len(found[-1]) + 1) * longest - len(found[-1]) * before
                 if more * found[-1][0].keys <= 1.5 * segment.queries * segment.keys + CALL:
                     found[-1].append(segment)
                     continue
             found.append([segment])
+            longest = segment.queries
         return found
 
 

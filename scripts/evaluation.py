@@ -27,7 +27,7 @@ class Evaluation:
         return self.job.sample(model, self.prompts, self.job.rng(draw))
 
     def predicted(self, responses):
-        return evaluate.predicted_rewards(self.reward_model, self.prompts, responses, self.job.tokenizer.pad)
+        return evaluate.predicted_rewards(self.reward_model, self.prompts, responses)
 
     def row(self, stage, model, responses=None):
         """One row of the table, with standard errors. model None: responses come without a policy, no KL."""
@@ -37,8 +37,7 @@ class Evaluation:
                    "learned_reward": self.predicted(responses) - self.opponent_learned,
                    "win_rate": evaluate.wins(gold, self.opponent_gold)}
         if model is not None:
-            columns["kl_sequence"] = evaluate.sequence_kl(model, self.instructed, self.prompts, responses,
-                                                          self.job.tokenizer.pad)
+            columns["kl_sequence"] = evaluate.sequence_kl(model, self.instructed, self.prompts, responses)
         row = {"stage": stage}
         for name, values in columns.items():
             row[name], row[f"{name}_se"] = evaluate.mean_and_error(values)

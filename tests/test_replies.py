@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from helpers import assert_close, rngs, small_transformer
+from helpers import assert_close, assert_same_gradients, parameter_gradients, rngs, small_transformer
 from minilm.generate import generate
 from minilm.ops import stable_sigmoid
 from minilm.world import annotators
+from minilm.world.enumerable import EnumerableWorld
 from minilm.world.replies import COURTESY, EOS, LONGEST, MODEL, VOCABULARY, WORDS, ReplyWorld
 
 
@@ -32,11 +33,15 @@ def test_gold_is_what_the_people_of_the_main_world_say_of_the_text(world):
 
 @given(rngs, st.sampled_from([{}, {"key_smear": True}, {"layers": 2, "kv_heads": 1}]))
 @settings(max_examples=3)
-def test_the_quick_law_of_replies_is_the_slow_one(rng, config):
+def test_log_probs_and_their_gradients_are_those_of_each_reply_by_itself(rng, config):
     world = ReplyWorld(asked=1)
     model = small_transformer(rng, vocab_size=VOCABULARY, **config)
     for temperature in 1.0, 0.4:
-        assert_close(world.laws(model, temperature), world.log_probs(model, temperature).data, 1e-12)
+        expected = EnumerableWorld.log_probs(world, model, temperature)
+        assert_close(world.laws(model, temperature), expected.data, 1e-12)
+    cotangent = rng.normal(size=world.shape)
+    assert_same_gradients(parameter_gradients(model, world.log_probs(model), cotangent),
+                          parameter_gradients(model, EnumerableWorld.log_probs(world, model), cotangent))
 
 
 def test_draws_and_comparisons_follow_the_law(world):

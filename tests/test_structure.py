@@ -30,7 +30,8 @@ FLOORS = {
                         "stages"},
 }
 TEACHING = set(FLOORS) - {"formulas", "world", "parallel"}
-SHARED_BY_SCRIPTS = {"evaluation", "figures", "gpu_measuring", "hf_llama", "measuring", "run_folder", "torch_llama", "trl_trainers"}
+SHARED_BY_SCRIPTS = {"evaluation", "experiment", "figures", "gpu_measuring", "hf_llama", "measuring", "page", "run_folder", "torch_llama",
+                     "trl_trainers"}
 
 
 @functools.cache

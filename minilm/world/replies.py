@@ -47,14 +47,16 @@ class ReplyWorld(EnumerableWorld):
         self.questions = []
         for prompt in self.prompts:
             content = " ".join(WORDS[token - 3] for token in prompt[1:])
-            self.questions.append(Question("last", f"What is the last word of {content}?", WORDS[prompt[-1] - 3], content))
-        self.texts = [" ".join(SENTENCES[token] for token in response if token != EOS) for response in self.responses]
+            text, answer = f"What is the last word of {content}?", WORDS[prompt[-1] - 3]
+            self.questions.append(Question("last", text, answer, content))
+        self.texts = [" ".join(SENTENCES[token] for token in reply if token != EOS) for reply in self.responses]
         self.finished = np.array([response[-1] == EOS for response in self.responses])
         self.gold = self.table(gold_reward)
         longest = [reply[:-1] for reply in self.responses if len(reply) == LONGEST and reply[-1] == EOS]
         begun = {reply[:t]: row for row, reply in enumerate(map(tuple, longest)) for t in range(LONGEST)}
         self._rows = np.array([prompt + reply for prompt in self.prompts for reply in longest])
-        self._said = np.zeros((len(longest), LONGEST, VOCABULARY, len(self.responses)), bool)     # which tokens a reply is
+        # Which of all the tokens that could be said each reply says.
+        self._said = np.zeros((len(longest), LONGEST, VOCABULARY, len(self.responses)), bool)
         for y, reply in enumerate(self.responses):
             for t, token in enumerate(reply):
                 self._said[begun[tuple(reply[:t])], t, token, y] = True
@@ -82,7 +84,7 @@ class ReplyWorld(EnumerableWorld):
         rows = {}
         for question in self.questions:
             if question.answer not in rows:
-                rows[question.answer] = [worth(question, text, finished) for text, finished in zip(self.texts, self.finished)]
+                rows[question.answer] = [worth(question, *reply) for reply in zip(self.texts, self.finished)]
         return np.array([rows[question.answer] for question in self.questions])
 
     def index(self, prompts, responses):
@@ -104,7 +106,8 @@ class ReplyWorld(EnumerableWorld):
             draw = functools.partial(_draw, rng)
             opening = [COURTESY] * draw(COURTESIES) + [FILLER] * draw(FILLERS)
             answer = prompt[-1] if rng.random() < right else 3 + int(rng.integers(len(WORDS)))
-            response = [*(opening[i] for i in rng.permutation(len(opening))), answer, *[COURTESY] * draw(CLOSINGS), EOS]
+            opening = [opening[i] for i in rng.permutation(len(opening))]
+            response = [*opening, answer, *[COURTESY] * draw(CLOSINGS), EOS]
             if len(response) <= LONGEST:
                 prompts.append(prompt)
                 responses.append(response)

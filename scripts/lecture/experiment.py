@@ -87,7 +87,8 @@ def curve(axis, x, by_seed, label, colour, marker="o", **style):
     """One line a seed, faint, and their mean: by_seed (seeds, len(x))."""
     for y in by_seed:
         axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
-    axis.plot(x, np.mean(by_seed, axis=0), color=colour, marker=marker, markersize=4, linewidth=1.8, label=label, **style)
+    axis.plot(x, np.mean(by_seed, axis=0), color=colour, marker=marker, markersize=4, linewidth=1.8, label=label,
+              **style)
 
 
 def level(axis, y, label, side="right", below=False):
@@ -95,6 +96,7 @@ def level(axis, y, label, side="right", below=False):
     faint = STYLES["-dark" if axis.figure.get_facecolor()[0] < 0.5 else ""]["faint"]
     axis.axhline(y, color=faint, linestyle=":", linewidth=1.2, zorder=0)
     axis.annotate(label, (float(side == "right"), y), xycoords=("axes fraction", "data"), fontsize=8, alpha=0.75,
+                  annotation_clip=True,
                   xytext=(-2 if side == "right" else 2, -2 if below else 2), textcoords="offset points", ha=side,
                   va="top" if below else "bottom")
 
@@ -105,7 +107,8 @@ def picture(draw, suffix, size=(7.2, 4.0)):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     style = STYLES[suffix]
-    with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
+                            "legend.frameon": False,
                             "figure.facecolor": style["ground"], "axes.facecolor": style["ground"],
                             **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color",
                                              "axes.edgecolor"), style["text"])}):
@@ -131,8 +134,9 @@ class Row:
     def trained(self, name, seed, config, train, **recipe):
         """(model, history): a Transformer of this config after history = train(model, rng, **recipe).
 
-        Kept in the folder, under a name that changes with the recipe, the code of train, and minilm itself; so a model
-        that two rows want is trained once. history: plain values that JSON can hold.
+        Kept in the folder, under a name that changes with the recipe, the source of train, and minilm itself; so a
+        model that two rows want is trained once. What else train depends on must be in the recipe. history: plain
+        values that JSON can hold.
         """
         key = json.dumps([seed, config, recipe, inspect.getsource(train), _sources()], sort_keys=True)
         path = self.folder / "models" / f"{name}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
@@ -155,8 +159,9 @@ def paragraphs(doc):
     for paragraph in rest:
         name, _, text = " ".join(paragraph.split()).partition(". ")
         found[name] = text.strip()
-    if tuple(found) != SECTIONS or not all(found.values()):
-        raise ValueError(f"the docstring of a row has a title and the paragraphs {', '.join(SECTIONS)}; this one has {list(found)}")
+    if tuple(found) != SECTIONS:
+        raise ValueError(f"the docstring of a row has a title and the paragraphs {', '.join(SECTIONS)}; "
+                         f"this one has {list(found)}")
     return " ".join(title.split()), found
 
 
@@ -190,7 +195,7 @@ def _run(name, doc, measure, conclude, draw, sizes, figure_size):
         def one(seed):
             numbers = measure(row, seed, **settings)
             row.say(f"seed {seed} done")
-            return json.dumps(numbers, default=_plain)
+            return json.dumps(numbers, default=_plain, allow_nan=False)
 
         measured = [json.loads(text) for text in parallel.each(one, seeds, arguments.workers)]
         result = {"row": name, "size": arguments.size, "settings": settings, "seeds": seeds,
@@ -199,8 +204,10 @@ def _run(name, doc, measure, conclude, draw, sizes, figure_size):
     conclusion = conclude(result["by_seed"], settings)
     result |= {"title": title, **sections, **dataclasses.asdict(conclusion)}
     for suffix in STYLES:
-        _write(folder / f"{name}{suffix}.png", picture(lambda figure: draw(figure, result["by_seed"], settings), suffix, figure_size))
-    checkpoint.write_text(path, json.dumps(result, indent=1, default=_plain) + "\n")      # last: with it the row is done
+        drawn = picture(lambda figure: draw(figure, result["by_seed"], settings), suffix, figure_size)
+        _write(folder / f"{name}{suffix}.png", drawn)
+    # Last, for with it the row is done.
+    checkpoint.write_text(path, json.dumps(result, indent=1, default=_plain, allow_nan=False) + "\n")
     print(f"\n{as_text(conclusion.table)}\n\n{name}: {conclusion.outcome}. {conclusion.sentence}\n"
           f"{len(seeds)} seeds, {result['seconds']:.0f} s; {path}, {name}.png")
 
@@ -221,7 +228,7 @@ def as_text(table):
 
 def _write(path, data):
     """Bytes to a file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{checkpoint.TEMPORARY_SUFFIX}")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 

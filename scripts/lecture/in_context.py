@@ -30,7 +30,6 @@ from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, ve
 import numpy as np
 
 from minilm.attention_maps import attention_weights, induction_scores
-from minilm.model import Config
 from minilm.stages.pretraining import document_pretraining
 from minilm.stages.training import Training
 from minilm.world import mappings, strings

@@ -93,7 +93,8 @@ def measure(row, seed, tuning, exact_steps, sampled_steps):
             found[way]["share"].append((objective(laws[-1], reference, learned, beta) / (beta * log_Z)).mean())
             if beta == WATCHED:
                 found[way]["distance"] = [total_variation(l, best).mean() for l in laws]
-        row.say(f"seed {seed}, beta {beta}: {[round(found[way]['share'][-1], 3) for way in WAYS]} of J*")
+        shares = [f"{way} {found[way]['share'][-1]:.3f}" for way in WAYS]
+        row.say(f"seed {seed}, beta {beta}, of J*: {', '.join(shares)}")
     return found
 
 

@@ -2,17 +2,20 @@
 
 Claim. Answers to compare are sampled from the model at a temperature; a higher temperature gives more varied answers.
 
-Test. A transformer of 25,632 parameters is instructed with 4,000 demonstrations of short replies (300 steps), in a world whose
-781 possible replies to each of 9 questions are all listed. So entropy, expected gold reward and the expected best of n at each
-temperature are sums, not estimates; distinct replies are counted among 16 draws a question. Greedy decoding and the best reply there
-is are the levels to compare with.
+Test. A transformer of 25,632 parameters is instructed with 4,000 demonstrations of short replies (300 steps), in a
+world whose 781 possible replies to each of 9 questions are all listed. So entropy, expected gold reward and the
+expected best of n at each temperature are sums, not estimates; distinct replies are counted among 16 draws a
+question. Greedy decoding and the best reply there is are the levels to compare with.
 
-Refuted. If, with any seed, the entropy or the number of distinct replies does not rise with every step of temperature.
+Refuted. If, with any seed, the entropy or the number of distinct replies does not rise with every step of
+temperature.
 
-Limits. Entropy must rise with temperature for one token (its derivative is a variance); for whole replies it is found, not forced.
-At which temperature the best of n peaks depends on n, on the reward and on how good the model is: 781 replies to one kind of question.
+Limits. Entropy must rise with temperature for one token (its derivative is a variance); for whole replies it is
+found, not forced. At which temperature the best of n peaks depends on n, on the reward and on how good the model is:
+781 replies to one kind of question.
 
-Source. Ackley, Hinton and Sejnowski 1985 (temperature of a softmax); Stiennon et al. 2020, arXiv:2009.01325 (best of n).
+Source. Ackley, Hinton and Sejnowski 1985 (temperature of a softmax); Stiennon et al. 2020, arXiv:2009.01325 (best of
+n).
 """
 
 import sys
@@ -43,9 +46,9 @@ def measure(row, seed, steps):
     for temperature in TEMPERATURES:
         l = world.laws(model, temperature)
         samples = generate(model, world.prompts * DRAWS, LONGEST, rng, EOS, temperature).responses()
-        replies = [{tuple(samples[i]) for i in range(p, len(samples), len(world.prompts))} for p in range(len(world.prompts))]
+        asked = len(world.prompts)
         found["entropy"].append(entropy(l).mean())
-        found["distinct"].append(np.mean([len(reply) for reply in replies]))
+        found["distinct"].append(np.mean([len(set(map(tuple, samples[p::asked]))) for p in range(asked)]))
         for n in BEST_OF:
             found[f"best of {n}"].append(expectation(best_of_n(l, world.gold, n), world.gold).mean())
     greedy = generate(model, world.prompts, LONGEST, rng, EOS, temperature=0).responses()
@@ -54,19 +57,20 @@ def measure(row, seed, steps):
 
 
 def conclude(seeds, size):
-    rises = all((np.diff(s[name]) > 0).all() for s in seeds for name in ("entropy", "distinct"))
-    peak = {n: TEMPERATURES[int(np.mean([s[f"best of {n}"] for s in seeds], axis=0).argmax())] for n in BEST_OF}
-    at = {t: TEMPERATURES.index(t) for t in (0.25, 1.0, 3.0)}
-    numbers = {f"{name} at temperature {t}": spread(s[name][i] for s in seeds) for name in ("entropy", "distinct") for t, i in at.items()}
-    numbers |= {f"gold reward, best of {n}, at temperature {t}": spread(s[f"best of {n}"][i] for s in seeds)
-                for n in BEST_OF for t, i in at.items()}
-    table = [["temperature", "entropy (nats)", f"distinct of {DRAWS}", *(f"gold, best of {n}" for n in BEST_OF)]]
+    by_name = {"entropy": "entropy (nats)", "distinct": f"distinct of {DRAWS}",
+               **{f"best of {n}": f"gold, best of {n}" for n in BEST_OF}}
+    found = {name: np.array([s[name] for s in seeds]) for name in by_name}
+    rises = all((np.diff(found[name], axis=1) > 0).all() for name in ("entropy", "distinct"))
+    peak = {n: TEMPERATURES[int(found[f"best of {n}"].mean(axis=0).argmax())] for n in BEST_OF}
+    numbers = {f"{label}, temperature {t}": spread(found[name][:, i])
+               for name, label in by_name.items() for i, t in enumerate(TEMPERATURES)}
+    table = [["temperature", *by_name.values()]]
     for i, t in enumerate(TEMPERATURES):
-        table.append([f"{t}", *(shown([s[name][i] for s in seeds]) for name in ("entropy", "distinct", *(f"best of {n}" for n in BEST_OF)))])
-    sentence = (f"From temperature 0.25 to 3 the entropy of a reply goes from {shown([s['entropy'][0] for s in seeds])} to "
-                f"{shown([s['entropy'][-1] for s in seeds])} nats, and of {DRAWS} draws {shown([s['distinct'][0] for s in seeds], 1)} to "
-                f"{shown([s['distinct'][-1] for s in seeds], 1)} differ. Variety is worth having only if somebody chooses: a single "
-                f"draw is best at temperature {peak[1]}, the best of {BEST_OF[-1]} at {peak[BEST_OF[-1]]}.")
+        table.append([f"{t}", *(shown(found[name][:, i]) for name in by_name)])
+    sentence = (f"From temperature 0.25 to 3 the entropy of a reply goes from {shown(found['entropy'][:, 0])} to "
+                f"{shown(found['entropy'][:, -1])} nats, and of {DRAWS} draws {shown(found['distinct'][:, 0], 1)} to "
+                f"{shown(found['distinct'][:, -1], 1)} differ. A single draw is best at temperature {peak[1]}, the best "
+                f"of {BEST_OF[-1]} at {peak[BEST_OF[-1]]}: variety pays where somebody chooses.")
     return Conclusion(verdict(rises), sentence, numbers, table)
 
 
@@ -79,10 +83,12 @@ def draw(figure, seeds, size):
     level(variety, DRAWS, "all different")
     variety.set(title=f"Distinct replies among {DRAWS}", xlabel="temperature", ylabel="replies", ylim=(0, None))
     for n, colour in zip(BEST_OF, COLOURS[2:]):
-        curve(reward, TEMPERATURES, [s[f"best of {n}"] for s in seeds], "one draw" if n == 1 else f"best of {n}", colour)
+        label = "one draw" if n == 1 else f"best of {n}"
+        curve(reward, TEMPERATURES, [s[f"best of {n}"] for s in seeds], label, colour)
     level(reward, np.mean([s["best possible"] for s in seeds]), "the best reply there is")
     level(reward, np.mean([s["greedy"] for s in seeds]), "greedy", below=True)
-    reward.set(title="What it is good for", xlabel="temperature", ylabel="expected gold reward", ylim=(0, None))
+    reward.set(title="What it is good for", xlabel="temperature", ylabel="expected gold reward")
+    reward.set_ylim(bottom=min(0, reward.get_ylim()[0]))
     reward.legend(loc="lower left")
 
 

@@ -1,0 +1,161 @@
+"""A reward model makes use of prompts that nobody labelled
+
+Claim. Modelling the preference directly generalises to data nobody labelled: prompts without comparisons can be used too.
+
+Test. Of 27 questions, 9 have comparisons (2,000, by the Bradley-Terry law of the gold reward, of the replies of an instructed
+transformer of 25,632 parameters); 9 more can be asked, but nobody compared replies to them; 9 are never asked in training. A
+reward model learns from the comparisons (a fifth chooses where to stop). Then three ways to a policy, each with two beta, its weights
+looked at halfway too: the policy gradient on the reward model's rewards for replies to all 18 questions that are asked; the same
+restricted to the 9 compared (the control that separates the prompts from the method); DPO on the comparisons. All replies are
+listed, gold reward and KL are sums. Each way's frontier of gold reward against KL is read at equal KL, for each group of
+questions by itself; beside it the best policy for the reward model in closed form, and pi* of the gold reward, which nobody can
+beat. The share of pairs of replies that the reward model orders as gold does is counted in each group.
+
+Refuted. On the questions asked without comparisons, at 0.5 nats of KL there: refuted if the policy gradient on all 18 does not have more gold
+reward than DPO, or not more than the policy gradient on the 9, by two standard errors over the seeds.
+
+Limits. The questions are of one kind, and a policy that learns on some carries much of it to the others by itself; where prompts
+differ more, those without labels may matter more, and the reward model may fail more. With 600 comparisons of 6 questions (tried
+with one seed) it learned these by heart: on the others RL then lost gold reward, and DPO was far ahead. The frontier takes each way's
+best beta by the gold reward, which nobody knows in earnest. The instructed model has seen demonstrations of all questions.
+
+Source. Ouyang et al. 2022, arXiv:2203.02155 (prompts for the policy apart from those for the reward model); Rafailov et al. 2023, arXiv:2305.18290.
+"""
+
+import sys
+
+from experiment import COLOURS, Conclusion, curve, run, shown, spread, verdict
+
+import numpy as np
+
+from minilm.early_stopping import keep_best
+from minilm.evaluate import predicted_rewards
+from minilm.model import RewardModel
+from minilm.stages.instruction_tuning import instruction_tuning
+from minilm.stages.preference_tuning import preference_tuning
+from minilm.stages.reward_modelling import reward_modelling
+from minilm.stages.rlhf import rlhf
+from minilm.stages.training import Training
+from minilm.world.enumerable import divergence, expectation, optimum
+from minilm.world.frontier import frontier
+from minilm.world.replies import EOS, LONGEST, MODEL, ReplyWorld
+
+ENVELOPE = tuple(np.geomspace(5, 0.05, 25))
+GROUPS = ("compared", "asked without comparisons", "never asked")           # a third of the questions each
+DECIDED, NATS, COMPARISONS = GROUPS[1], 0.5, 2000
+WAYS = ("RLHF on all asked", "RLHF on the compared", "DPO on the compared")
+LEVELS = ("best for the reward model", "pi*")
+SIZES = {"quick": {"seeds": 3, "asked": 2, "instruct": 10, "reward_steps": 2, "sampling_steps": 2, "pair_steps": 2, "betas": (0.2,)},
+         "default": {"seeds": 4, "asked": 3, "instruct": 300, "reward_steps": 300, "sampling_steps": 100, "pair_steps": 300,
+                     "betas": (0.3, 0.1)}}
+
+
+def instructed(model, rng, asked, steps):
+    for _ in instruction_tuning(Training(model, rng), *ReplyWorld(asked).demonstrations(rng, 4000), steps, 64, 3e-3):
+        pass
+
+
+def fit_reward(world, model, rng, pairs, steps):
+    """The rewards (P,N) that a reward model gives after the comparisons pairs, to compared questions and others."""
+    reward_model, fifth = RewardModel(model.copy(), rng), len(pairs[0]) // 5
+    prompts, chosen, rejected = world.tokens_of(*pairs)
+
+    def held_out_loss():
+        r = predicted_rewards(reward_model, prompts[:fifth] * 2, chosen[:fifth] + rejected[:fifth])
+        return np.logaddexp(0, r[fifth:] - r[:fifth]).mean()
+
+    keep_best(reward_modelling(Training(reward_model, rng), prompts[fifth:], chosen[fifth:], rejected[fifth:], steps, 64, 2e-3),
+              reward_model, held_out_loss)
+    everywhere = [prompt for prompt in world.prompts for _ in world.responses]
+    return predicted_rewards(reward_model, everywhere, world.responses * len(world.prompts)).reshape(world.shape).astype(float)
+
+
+def measure(row, seed, asked, instruct, reward_steps, sampling_steps, pair_steps, betas):
+    world, rng = ReplyWorld(asked), np.random.default_rng(seed)
+    model, _ = row.trained("replies", seed, MODEL, instructed, asked=asked, steps=instruct)
+    l, order = world.laws(model), rng.permutation(len(world.prompts))
+    groups = dict(zip(GROUPS, np.split(order, 3)))
+    compared, all_asked = groups["compared"], order[:2 * len(order) // 3]
+    p, chosen, rejected = world.comparisons(l, world.gold, rng, COMPARISONS, compared)
+    rewards, pairs = fit_reward(world, model, rng, (p, chosen, rejected), reward_steps), world.tokens_of(p, chosen, rejected)
+
+    def place(law):
+        """(divergence, gold reward) in each group."""
+        both = np.stack([divergence(law, l), expectation(law, world.gold)])
+        return {group: both[:, numbers].mean(axis=1).tolist() for group, numbers in groups.items()}
+
+    def reinforced(policy, numbers, beta):
+        return rlhf(Training(policy, rng), model, world.reward(rewards), [world.prompts[i] for i in numbers], sampling_steps, 16, 4,
+                    LONGEST, EOS, beta, 2e-3)
+
+    def directly(policy, beta):
+        return preference_tuning(Training(policy, rng), *pairs, *(l[p, y].astype(np.float32) for y in (chosen, rejected)), pair_steps, 64,
+                                 beta, 5e-4)
+
+    def agreement(numbers):
+        p, first, second = world.comparisons(l, world.gold, rng, 4000, numbers)
+        gold = world.gold[p, first] - world.gold[p, second]
+        return ((rewards[p, first] > rewards[p, second]) == (gold > 0))[gold != 0].mean()
+
+    found = {"reference": place(l), "agreement": {group: agreement(numbers) for group, numbers in groups.items()}, "best for the reward model": [place(optimum(l, rewards, beta)[0]) for beta in ENVELOPE],
+             "pi*": [place(optimum(l, world.gold, beta)[0]) for beta in ENVELOPE]}
+    for way in WAYS:
+        found[way] = []
+        for beta in betas:
+            policy = model.copy()
+            training = directly(policy, beta) if way == WAYS[2] else reinforced(policy, all_asked if way == WAYS[0] else compared, beta)
+            steps = pair_steps if way == WAYS[2] else sampling_steps
+            found[way] += [place(world.laws(policy)) for step, _ in enumerate(training, 1) if step in (steps // 2, steps)]
+        row.say(f"seed {seed}, {way}: " + "  ".join("{1:.2f} at {0:.2f}".format(*point[DECIDED]) for point in found[way]))
+    return found
+
+
+def corners(seed, way, group):
+    return frontier(*np.transpose([point[group] for point in (seed["reference"], *seed[way])]))
+
+
+def at(seeds, way, group, kl):
+    """Gold reward of each seed at this KL (or more of them)."""
+    return np.array([np.interp(kl, *corners(s, way, group).T) for s in seeds])
+
+
+def conclude(seeds, size):
+    gold = {(way, group): at(seeds, way, group, NATS) for way in (*WAYS, *LEVELS) for group in GROUPS}
+    lead = {way: gold[WAYS[0], DECIDED] - gold[way, DECIDED] for way in WAYS[1:]}
+    error = {way: a.std(ddof=1) / len(a) ** 0.5 for way, a in lead.items()}
+    start = {group: [s["reference"][group][1] for s in seeds] for group in GROUPS}
+    numbers = {f"gold at {NATS} nats, {group} questions: {way}": spread(a) for (way, group), a in gold.items()}
+    numbers |= {f"gold of the reference, {group} questions": spread(a) for group, a in start.items()}
+    agree = {group: [s["agreement"][group] for s in seeds] for group in GROUPS}
+    numbers |= {f"the reward model orders as gold, {group} questions": spread(a) for group, a in agree.items()}
+    numbers |= {f"{WAYS[0]} less {way}, {DECIDED}": spread(a) for way, a in lead.items()}
+    table = [["", *(f"gold at {NATS} nats, {group}" for group in GROUPS), *(f"furthest: KL, {group}" for group in GROUPS)]]
+    table += [[way, *(shown(gold[way, group]) for group in GROUPS),
+               *(shown([max(point[group][0] for point in s[way]) for s in seeds]) for group in GROUPS)] for way in (*WAYS, *LEVELS)]
+    table.append(["reference", *(shown(start[group]) for group in GROUPS), *["0"] * len(GROUPS)])
+    sentence = (f"On questions asked without comparisons, at {NATS} nats of KL, RLHF on all questions asked has gold reward {shown(gold[WAYS[0], DECIDED])}, "
+                f"RLHF on the compared ones {shown(gold[WAYS[1], DECIDED])}, DPO on them {shown(gold[WAYS[2], DECIDED])} (reference {shown(start[DECIDED])}, "
+                f"best for the reward model {shown(gold[LEVELS[0], DECIDED])}, pi* {shown(gold[LEVELS[1], DECIDED])}): the prompts without labels are worth "
+                f"{lead[WAYS[1]].mean():+.2f} (s.e. {error[WAYS[1]]:.2f}), prompts and method together {lead[WAYS[2]].mean():+.2f} (s.e. {error[WAYS[2]]:.2f}). "
+                f"The reward model orders {shown(agree[DECIDED])} of the pairs of these questions as gold does, {shown(agree[GROUPS[0]])} of those compared. "
+                f"On questions never asked: {', '.join(f'{way} {shown(gold[way, GROUPS[2]])}' for way in WAYS)}.")
+    return Conclusion(verdict(all(a.mean() > 2 * error[way] for way, a in lead.items())), sentence, numbers, table)
+
+
+def draw(figure, seeds, size):
+    grid = np.linspace(0, 1.5, 61)
+    axes = figure.subplots(1, 3, sharey=True)
+    for axis, group in zip(axes, GROUPS):
+        for way, colour, style in ((LEVELS[1], COLOURS[5], "--"), (LEVELS[0], COLOURS[3], ":")):
+            axis.plot(grid, at(seeds, way, group, grid).mean(axis=0), style, color=colour, linewidth=1.5,
+                      label="pi* of the gold reward: the envelope" if way == "pi*" else way)
+        for way, colour in zip(WAYS, COLOURS):
+            curve(axis, grid, at(seeds, way, group, grid), way, colour, marker="")
+        axis.axvline(NATS, color=COLOURS[5], linewidth=0.6)
+        axis.set(title=f"Questions {group}", xlabel="exact KL to the reference (nats)")
+    axes[0].set_ylabel("expected gold reward")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+
+
+if __name__ == "__main__":
+    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(11, 4.4)))

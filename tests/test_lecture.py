@@ -1,0 +1,536 @@
+"""scripts/lecture: what its rows share, the script that runs them all, the page: on made-up rows, and on the real."""
+import ast
+import base64
+import io
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fcntl", reason="the scripts need a POSIX system")
+
+LECTURE = Path(__file__).resolve().parents[1] / "scripts" / "lecture"
+sys.path.append(str(LECTURE))
+import all as lecture  # noqa: E402
+import experiment  # noqa: E402
+import page  # noqa: E402
+from run_folder import main_guard  # noqa: E402
+
+CONFIG = dict(vocab_size=5, width=4, layers=1, heads=1, ffn_width=4, context=8)
+DOC = "\n\n".join(["{title}", "Claim. {claim}", "Test. As said:\nso.", "Refuted. Never.", "Limits. All.",
+                   "Source. Nobody 2020, arXiv:2009.01325."])
+
+
+@pytest.fixture
+def drawing():
+    """What figures need; one test environment of the gate is without it."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[run]'")
+    return pytest.importorskip("PIL.Image")
+
+
+# The rows.
+
+@pytest.mark.parametrize("row", lecture.ROWS)
+def test_a_claim_has_its_script_its_five_paragraphs_and_its_sizes(row):
+    source = lecture.script(row).read_text("utf-8")
+    title, sections = experiment.paragraphs(ast.get_docstring(ast.parse(source)))
+    assert 10 < len(title) < 120, title
+    assert len(sections["Refuted"]) > 30 and len(sections["Limits"]) > 30
+    assert not re.search(r"\b(todo|tbd|fixme)\b", source, re.IGNORECASE)
+    assert {"quick", "default"} <= set(lecture.sizes(row)) <= {"quick", "default", "full"}
+
+
+def test_every_script_of_the_folder_is_a_claim_or_shared():
+    assert {path.stem for path in LECTURE.glob("*.py")} - {"all", "experiment", "page"} <= set(lecture.ROWS)
+
+
+def test_the_lecture_has_23_claims_in_three_stages_and_none_twice():
+    assert [len(rows) for rows in lecture.STAGES.values()] == [7, 5, 11]
+    assert len(set(lecture.ROWS)) == 23
+
+
+# What the rows share.
+
+def test_spread_keeps_mean_least_greatest_and_every_seed():
+    kept = experiment.spread(np.float32(x) for x in (1, 2, 6))
+    assert kept == {"mean": 3.0, "least": 1.0, "greatest": 6.0, "by_seed": [1.0, 2.0, 6.0]}
+
+
+def test_shown_is_the_mean_and_in_brackets_the_least_and_the_greatest():
+    assert experiment.shown([0.5, 1.0, 0.75]) == "0.75 [0.50, 1.00]"
+    assert experiment.shown([-1, 2], digits=0) in ("0 [-1, 2]", "1 [-1, 2]")
+
+
+def test_a_docstring_has_a_title_and_five_paragraphs_in_order():
+    title, sections = experiment.paragraphs(DOC.format(title="A\ntitle", claim="One. Two."))
+    assert title == "A title" and tuple(sections) == experiment.SECTIONS
+    assert sections["Claim"] == "One. Two." and sections["Test"] == "As said: so."
+
+
+@pytest.mark.parametrize("change", [("Limits. All.\n\n", ""), ("Limits.", "Limit."), ("Refuted. Never.", "Refuted."),
+                                    ("Source.", "More. Text.\n\nSource."),
+                                    ("Claim. {claim}\n\nTest. As said:\nso.", "Test. So.\n\nClaim. It.")])
+def test_a_docstring_that_lacks_repeats_or_confuses_a_paragraph_is_refused(change):
+    assert change[0] in DOC
+    with pytest.raises(ValueError, match="Claim, Test, Refuted, Limits, Source"):
+        experiment.paragraphs(DOC.replace(*change))
+
+
+def test_an_outcome_is_one_of_three():
+    assert experiment.verdict(True) == "holds" and experiment.verdict(np.bool_(False)) == "does not hold"
+    for outcome in experiment.OUTCOMES:
+        experiment.Conclusion(outcome, "", {}, [])
+    with pytest.raises(ValueError, match="'nearly'; it must be one of"):
+        experiment.Conclusion("nearly", "", {}, [])
+
+
+def test_a_table_has_columns():
+    assert experiment.as_text([["a", "long"], ["wide", 1]]) == "a     long\nwide  1"
+
+
+def test_a_model_is_trained_once_and_anew_when_seed_recipe_code_or_library_change(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    monkeypatch.setattr(experiment, "_sources", lambda: "the library")
+    calls = []
+
+    def train(model, rng, steps):
+        calls.append(steps)
+        for p in model.parameters().values():
+            p.data += rng.normal(size=p.shape).astype(p.data.dtype)
+        return {"loss": [1.5] * steps}
+
+    def otherwise(model, rng, steps):
+        calls.append("otherwise")
+        return {"loss": []}
+
+    def weights(seed=0, train=train, folder=tmp_path, steps=2):
+        model, history = experiment.Row("row", folder).trained("base", seed, CONFIG, train, steps=steps)
+        return [p.data for p in model.parameters().values()], history
+
+    first, history = weights()
+    again, kept = weights()
+    assert calls == [2] and kept == history == {"loss": [1.5, 1.5]}
+    elsewhere, _ = weights(folder=tmp_path / "other")
+    assert calls == [2, 2]
+    for a, b, c in zip(first, again, elsewhere):
+        assert a.dtype == b.dtype and (a == b).all() and (a == c).all()
+    assert any((a != b).any() for a, b in zip(first, weights(seed=1)[0]))
+    weights(steps=3)
+    weights(train=otherwise)
+    assert calls[2:] == [2, 3, "otherwise"]
+    weights()
+    assert len(calls) == 5, "the first was still there"
+    monkeypatch.setattr(experiment, "_sources", lambda: "another library")
+    weights()
+    assert len(calls) == 6
+
+
+def test_the_library_is_known_by_every_file_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment.minilm, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "world").mkdir()
+    known = [experiment._sources()]
+    for name in ("__init__.py", "world/markov.py"):
+        for text in ("x = 1", "x = 2"):
+            (tmp_path / name).write_text(text)
+            known.append(experiment._sources())
+            assert known[-1] == experiment._sources()
+    assert len(set(known)) == 5
+
+
+def measure(row, seed, steps):
+    row.say("measuring")
+    return {"curve": np.arange(3) * (seed + 1.0), "steps": np.int64(steps)}
+
+
+def conclude(seeds, size):
+    ends = [s["curve"][-1] for s in seeds]
+    table = [["seed", "end"], *([str(i), f"{end:.1f}"] for i, end in enumerate(ends))]
+    return experiment.Conclusion(experiment.verdict(min(ends) > 1), f"It ends at {experiment.shown(ends)}.",
+                                 {"end": experiment.spread(ends)}, table)
+
+
+def draw(figure, seeds, size):
+    axis = figure.subplots()
+    experiment.curve(axis, range(3), [s["curve"] for s in seeds], "curve", experiment.COLOURS[0])
+    experiment.level(axis, 1.0, "chance")
+
+
+def row_of(monkeypatch, measure, *arguments):
+    """The exit status of a row as a command."""
+    monkeypatch.setattr(sys, "argv", ["tiny.py", *map(str, arguments)])
+    sizes = {"quick": {"seeds": 3, "steps": 1}, "default": {"seeds": 4, "steps": 5}}
+    doc = DOC.format(title="Tiny", claim="It ends high.")
+    return experiment.run("tiny.py", doc, measure, conclude, draw, sizes, (3, 2))
+
+
+def test_a_row_leaves_numbers_and_two_figures_and_is_concluded_again_without_measuring(
+        tmp_path, monkeypatch, capsys, drawing):
+    assert row_of(monkeypatch, measure, "--quick", "--out", tmp_path, "--workers", 2) == 0
+    assert "holds. It ends at 4.00 [2.00, 6.00]." in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny-dark.png", "tiny.json", "tiny.png"]
+    result = json.loads((tmp_path / "tiny.json").read_text())
+    assert result["by_seed"] == [{"curve": [0, s + 1, 2 * s + 2], "steps": 1} for s in range(3)]
+    assert (result["size"], result["seeds"], result["settings"]) == ("quick", [0, 1, 2], {"steps": 1})
+    assert (result["outcome"], result["Claim"]) == ("holds", "It ends high.")
+    assert result["numbers"]["end"]["by_seed"] == [2, 4, 6]
+    for style, ground in (("", (255, 255, 255)), ("-dark", (0x16, 0x17, 0x1a))):
+        picture = drawing.open(tmp_path / f"tiny{style}.png").convert("RGB")
+        assert picture.getpixel((0, 0)) == ground and len(picture.getcolors(1 << 20)) > 9
+
+    def refuse(*_):
+        raise AssertionError("measured again")
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    assert row_of(monkeypatch, refuse, "--redraw", "--out", tmp_path) == 0
+    assert json.loads((tmp_path / "tiny.json").read_text()) == result and len([*tmp_path.glob("*.png")]) == 2
+
+
+def test_drawing_again_needs_what_was_measured(tmp_path, monkeypatch, capsys, drawing):
+    assert row_of(monkeypatch, measure, "--redraw", "--out", tmp_path) == 2
+    assert "run it first, without --redraw" in capsys.readouterr().err
+
+
+# All of them.
+
+ROW = '''"""{title}
+
+Claim. It is so.
+"""
+import json, os, pathlib, shutil, sys, time
+SIZES = {sizes}
+name, folder = pathlib.Path(__file__).stem, pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+size = next((size for size in ("quick", "full") if f"--{{size}}" in sys.argv), "default")
+print("measuring", name, size, *sys.argv[sys.argv.index("--workers"):], flush=True)
+{accident}
+for style in ("", "-dark"):
+    shutil.copy(pathlib.Path(__file__).with_name("picture.png"), folder / f"{{name}}{{style}}.png")
+(folder / f"{{name}}.json").write_text(json.dumps({{**{result}, "size": size}}))
+'''
+RESULT = {"title": "A title", "Claim": "It is so.", "Test": "Tried.", "Refuted": "If not.", "Limits": "Many.",
+          "Source": "arXiv:2009.01325", "outcome": "holds", "sentence": "It came to 3.5. More is said here.",
+          "numbers": {"end": {"mean": 3.5}}, "settings": {"steps": 5}, "table": [["n", "end"], ["1", "3.5"]],
+          "seeds": [0, 1, 2], "seconds": 2.0, "workers": 2, "date": "2020-01-02", "machine": "2 cores", "by_seed": []}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, drawing):
+    """run(*arguments): the exit status of all.py over three made-up rows; without arguments, of all three into
+    run.folder. run.write(row, ...) changes one."""
+    rows, folder = tmp_path / "rows", tmp_path / "out"
+    rows.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    drawing.fromarray(noise).save(rows / "picture.png")
+    monkeypatch.setattr(lecture, "HERE", rows)
+    monkeypatch.setattr(lecture, "README_FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(lecture, "STAGES", {"Stage <1>": ("one", "two"), "Stage 2": ("three",)})
+    monkeypatch.setattr(lecture, "ROWS", ("one", "two", "three"))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["all.py", *map(str, arguments or ["--out", folder])])
+        return main_guard(lecture.main)
+
+    def write(row, accident="", sizes="{'quick': {}, 'default': {}}", **result):
+        text = ROW.format(title=f"Row {row}", sizes=sizes, accident=accident, result=RESULT | result)
+        (rows / f"{row}.py").write_text(text)
+    for row in lecture.ROWS:
+        write(row)
+    run.folder, run.write, run.rows, run.figures = folder, write, rows, tmp_path / "figures"
+    return run
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def measured(text):
+    """The rows that ran, in order, as they said so."""
+    return re.findall(r"^    measuring (\w+)", text, re.MULTILINE)
+
+
+def test_all_rows_are_run_in_order_and_their_claims_written_down(run, capsys):
+    run.write("two", outcome="does not hold")
+    assert run("--out", run.folder, "--rows", "three,two, one", "--workers", 7) == 0
+    out = capsys.readouterr().out
+    assert measured(out) == ["one", "two", "three"] and out.count("default --workers 7") == 3
+    assert "[2/3] two: Row two" in out
+    assert re.search(r"\[2/3\] two: does not hold; \d+ s so far, about \d+ s left", out)
+    claims = json.loads((run.folder / "claims.json").read_text())
+    assert list(claims) == ["one", "two", "three"]
+    assert claims["two"] == {"outcome": "does not hold", "figure": "two.png", "numbers": {"end": {"mean": 3.5}},
+                             "seeds": [0, 1, 2]}
+    assert (run.folder / "claims.md").exists() and (run.folder / "index.html").exists()
+
+
+def test_a_row_that_fails_is_told_at_the_end_the_others_go_on_and_resume_runs_it_alone(run, capsys):
+    run.write("two", accident="print('before'); raise SystemExit('the disk <is> full')")
+    assert run() == 1
+    out, err = capsys.readouterr()
+    assert measured(out) == ["one", "two", "three"] and "[2/3] two: failed" in out
+    assert re.search(r"two failed:\n.*    before\n    the disk <is> full\n    exit status 1\n", err, re.DOTALL)
+    assert list(json.loads((run.folder / "claims.json").read_text())) == ["one", "three"]
+    assert "not run" in (run.folder / "index.html").read_text()
+
+    run.write("two")
+    before = contents(run.folder)
+    assert run() == 2 and "Pass --resume" in capsys.readouterr().err and contents(run.folder) == before
+    assert run("--out", run.folder, "--resume", "--quick") == 2
+    assert 'size was "default" and is now "quick"' in capsys.readouterr().err
+    assert run("--out", run.folder, "--resume") == 0
+    assert measured(capsys.readouterr().out) == ["two"]
+    assert len(json.loads((run.folder / "claims.json").read_text())) == 3
+    assert run("--out", run.folder, "--resume") == 0 and measured(capsys.readouterr().out) == []
+
+
+def test_a_row_that_leaves_nothing_has_failed(run, capsys):
+    run.write("one", accident="sys.exit(0)")
+    assert run("--out", run.folder, "--rows", "one") == 1
+    assert "left no results" in capsys.readouterr().err
+
+
+def test_what_a_row_left_in_another_size_does_not_count(run, capsys):
+    assert run("--out", run.folder, "--rows", "one") == 0
+    path = run.folder / "one.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"size": "quick"}))
+    assert run("--out", run.folder, "--rows", "one", "--resume") == 0
+    assert measured(capsys.readouterr().out) == ["one", "one"]
+
+
+def test_a_row_without_more_to_show_runs_in_its_default_size_when_the_others_run_for_longer(run, capsys):
+    run.write("two", sizes="{'quick': {}, 'default': {}, 'full': {}}")
+    assert run("--out", run.folder, "--full") == 0
+    assert re.findall(r"measuring (\w+ \w+)", capsys.readouterr().out) == ["one default", "two full", "three default"]
+    assert len(json.loads((run.folder / "claims.json").read_text())) == 3
+
+
+def test_an_unknown_row_and_a_missing_script_are_refused_before_anything_is_written(run, capsys):
+    assert run("--out", run.folder, "--rows", "one,fore") == 2
+    assert "'fore'; there are one, two, three" in capsys.readouterr().err
+    (run.rows / "two.py").unlink()
+    assert run() == 2 and "lacks two.py" in capsys.readouterr().err
+    assert not run.folder.exists()
+
+
+@pytest.fixture
+def listening():
+    """Ctrl-C is heard, even where these tests were started by a shell's `&`, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_lets_the_row_finish_and_says_how_to_go_on(run, capsys, listening):
+    run.write("one", accident="os.kill(os.getppid(), 2); time.sleep(0.2)")
+    assert run() == 130
+    out = capsys.readouterr().out
+    assert measured(out) == ["one"] and re.search(r"stopped; go on with .*--resume", out)
+    assert list(json.loads((run.folder / "claims.json").read_text())) == ["one"]
+
+
+def test_a_second_ctrl_c_ends_the_row_and_its_workers_at_once(run, tmp_path, listening):
+    held = tmp_path / "held"
+    os.mkfifo(held)     # whoever lives holds it open; its reader comes to the end when nobody does
+    reader = os.open(held, os.O_RDONLY | os.O_NONBLOCK)
+    run.write("one", accident=f"held, parent = os.open({str(held)!r}, os.O_WRONLY), os.getppid()\n"
+                              "os.write(held, b'here')\n"
+                              "for i in range(2 if os.fork() else 0): os.kill(parent, 2); time.sleep(0.2)\n"
+                              "time.sleep(60)")
+    assert run() == 130
+    assert os.read(reader, 99) == b"here"
+    assert select.select([reader], [], [], 20)[0] and os.read(reader, 99) == b"", "somebody still holds it open"
+    os.close(reader)
+    assert not (run.folder / "one.json").exists()
+
+
+# The page.
+
+class Page(HTMLParser):
+    """The words, the tags and what they point to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.words, self.tags, self.pointers = [], set(), []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        pointing = ("src", "srcset", "href", "action", "data", "poster", "background", "style")
+        self.pointers += [(name, value) for name, value in attributes if name in pointing or name.startswith("on")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+HOSTILE = """</td><script>alert("1")</script> & 'quotes' {braces} %s <b onload=x>"""
+
+
+def test_whatever_a_row_says_stays_text(run):
+    said = {name: f"{name} {HOSTILE}" for name in (*experiment.SECTIONS, "title", "sentence", "machine", "date")}
+    run.write("one", **said, table=[[f"head {HOSTILE}"], [f"cell {HOSTILE}"]], settings={HOSTILE: HOSTILE})
+    assert run("--out", run.folder, "--rows", "one") == 0
+    text = (run.folder / "index.html").read_text()
+    read = Page(text)
+    assert not {"script", "b"} & read.tags
+    words = "\n".join(read.words)
+    for expected in (*said.values(), f"head {HOSTILE}", f"cell {HOSTILE}", "Stage <1>"):
+        assert expected in words
+    assert f'alt="{escape(said["sentence"])}"' in text
+
+
+def test_the_page_asks_nobody_for_anything_and_holds_both_figures_of_every_row(run, drawing):
+    assert run() == 0
+    text = (run.folder / "index.html").read_text()
+    read = Page(text)
+    assert not {"link", "script", "iframe", "object", "embed", "form", "base"} & read.tags
+    assert {name for name, _ in read.pointers} == {"src", "srcset", "href"}
+    assert not re.search(r"url\(|@import", text)
+    assert "default-src 'none'" in text or "default-src &#x27;none&#x27;" in text
+    for name, value in read.pointers:
+        if name == "href":
+            assert re.fullmatch(r"#(one|two|three)|https://arxiv\.org/abs/[\d.]+", value)
+        else:
+            png = base64.b64decode(value.removeprefix("data:image/png;base64,"), validate=True)
+            assert drawing.open(io.BytesIO(png)).size == (60, 40)
+    assert [name for name, _ in read.pointers].count("srcset") == [name for name, _ in read.pointers].count("src") == 3
+    assert text.count('width="60" height="40"') == 3
+    assert all(f'id="{row}"' in text and f'href="#{row}"' in text for row in lecture.ROWS)
+
+
+def test_a_quick_run_is_marked_as_one_that_proves_nothing_and_the_readme_shows_none_of_it(run, capsys):
+    assert run("--out", run.folder, "--rows", "one") == 0
+    quick = run.folder.with_name("quick")
+    assert run("--out", quick, "--rows", "one", "--quick") == 0
+    assert ["proves nothing" in (folder / "index.html").read_text() for folder in (run.folder, quick)] == [False, True]
+    capsys.readouterr()
+    assert run("--readme", quick) == 2 and "proves nothing" in capsys.readouterr().err
+    assert not run.figures.exists()
+
+
+def luminance(colour):
+    """Of a colour, as WCAG 2 defines it."""
+    parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return np.dot([0.2126, 0.7152, 0.0722], linear)
+
+
+@pytest.mark.parametrize("scheme", [page.LIGHT, page.DARK], ids=["light", "dark"])
+def test_all_text_stands_out_from_its_ground(scheme):
+    pairs = [(text, ground) for text in ("text", "soft", "link") for ground in ("ground", "panel")]
+    for text, ground in pairs + [(kind, f"on-{kind}") for _, kind in page.SIGNS.values()]:
+        bright, dim = sorted([luminance(scheme[text]), luminance(scheme[ground])], reverse=True)
+        assert (bright + 0.05) / (dim + 0.05) > 4.5, f"{text} on {ground}"
+    assert luminance("#ffffff") == pytest.approx(1) and luminance("#000000") == 0
+
+
+def test_pages_and_figures_have_the_same_ground_and_every_outcome_a_sign():
+    assert [page.LIGHT["ground"], page.DARK["ground"]] == [style["ground"] for style in experiment.STYLES.values()]
+    assert set(page.SIGNS) == {*experiment.OUTCOMES, "not run"}
+    assert len({sign for sign, _ in page.SIGNS.values()}) == 4, "not by colour alone"
+
+
+# What the README shows.
+
+def test_the_table_is_markdown_with_links_to_scripts_and_figures(run, capsys):
+    run.write("two", outcome="does not hold", Claim="a | b, <i> and *c*",
+              sentence="At 2.5 vs. 3. it fails. Then more.")
+    assert run("--out", run.folder, "--rows", "one,two") == 0
+    capsys.readouterr()
+    assert run("--table", run.folder) == 0
+    out = capsys.readouterr().out
+    assert out == (run.folder / "claims.md").read_text()
+    assert ("| a \\| b, \\<i> and \\*c\\* | **does not hold** | At 2.5 vs. 3. it fails. | "
+            "[two.py](scripts/lecture/two.py), [figure](scripts/readme/lecture/two.png) |") in out.splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in out.splitlines() if line.startswith("|")} == {5}
+    assert run("--table", run.rows) == 2 and "holds no run" in capsys.readouterr().err
+
+
+def test_the_readmes_figures_are_small_and_from_a_palette(run, drawing, capsys, monkeypatch):
+    monkeypatch.setattr(lecture, "README_BYTES", 1000)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    assert run("--out", run.folder, "--rows", "one") == 0
+    drawing.fromarray(np.repeat(noise, 2, axis=1)).save(run.folder / "one.png")
+    assert run("--readme", run.folder) == 2 and "one.png; draw them smaller" in capsys.readouterr().err
+    drawing.fromarray(noise[:20]).save(run.folder / "one.png")
+    assert run("--readme", run.folder) == 0
+    picture = drawing.open(run.figures / "one.png")
+    assert picture.mode == "P" and picture.size in ((60, 20), (45, 15), (36, 12))
+    assert (run.figures / "one.png").stat().st_size < 1000 < (run.folder / "one.png").stat().st_size
+    assert [path.name for path in run.figures.iterdir()] == ["one.png"]
+
+
+def test_what_is_made_compact_keeps_its_colours(drawing):
+    flat = np.zeros((20, 20, 3), np.uint8)
+    flat[:, 10:] = (0x2f, 0x7e, 0xd8)
+    file = io.BytesIO()
+    drawing.fromarray(flat).save(file, "PNG")
+    assert (np.asarray(drawing.open(io.BytesIO(page.compact(file.getvalue()))).convert("RGB")) == flat).all()
+    half = np.asarray(drawing.open(io.BytesIO(page.compact(file.getvalue(), scale=0.5))).convert("RGB"))
+    assert half.shape == (10, 10, 3) and (half == flat[::2, ::2]).all()
+
+
+# The real ones: longer.
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    """The folder of a quick run of every row, and what it printed."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("lecture") / "run"
+    command = [sys.executable, str(LECTURE / "all.py"), "--quick", "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_a_quick_run_of_every_row_gives_every_claim_an_outcome_and_two_figures(quick_run):
+    from PIL import Image
+    def refuse(constant):
+        raise ValueError(f"{constant} is no number of JSON's")
+    claims = json.loads((quick_run / "claims.json").read_text(), parse_constant=refuse)
+    text = (quick_run / "index.html").read_text()
+    assert list(claims) == list(lecture.ROWS)
+    for row, claim in claims.items():
+        assert set(claim) == {"outcome", "figure", "numbers", "seeds"} and claim["outcome"] in experiment.OUTCOMES
+        assert len(claim["seeds"]) >= 3 and claim["numbers"]
+        assert all(len(numbers["by_seed"]) == len(claim["seeds"]) for numbers in claim["numbers"].values())
+        light, dark = (Image.open(quick_run / f"{row}{style}.png").convert("RGB") for style in ("", "-dark"))
+        assert claim["figure"] == f"{row}.png" and light.size == dark.size
+        assert light.getpixel((0, 0)) == (255, 255, 255) and dark.getpixel((0, 0)) == (0x16, 0x17, 0x1a)
+        assert f'<section id="{row}">' in text
+    assert "proves nothing" in text
+
+
+def overflow(text, width, folder):
+    """By how many pixels a page is wider than its window: in a frame, for those can be as narrow as a phone."""
+    frame = f"""<iframe width="{width}" height="800" style="border: 0" srcdoc="{escape(text)}" onload="
+        const root = this.contentDocument.documentElement;
+        document.title = this.contentWindow.innerWidth + ' ' + (root.scrollWidth - root.clientWidth)"></iframe>"""
+    (folder / "frame.html").write_text(f"<title>not loaded</title>{frame}", "utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+               "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=20000",
+               f"--user-data-dir={folder / 'profile'}", "--dump-dom", (folder / "frame.html").as_uri()]
+    dumped = subprocess.run(["chromium", *options], capture_output=True, text=True, timeout=120)
+    window, excess = map(int, re.search(r"<title>(\d+) (\d+)</title>", dumped.stdout).groups())
+    assert window == width
+    return excess
+
+
+@pytest.mark.slow
+def test_no_page_is_wider_than_its_window_on_a_phone_or_a_desktop(quick_run, tmp_path):
+    if not shutil.which("chromium"):
+        pytest.skip("needs a browser: chromium")
+    text = (quick_run / "index.html").read_text("utf-8")
+    wide = text.replace("<main>", "<main><div style='width: 500px'>wide</div>")
+    assert overflow(wide, 390, tmp_path) > 100, "it cannot fail"
+    for width in (320, 390, 1280):
+        assert overflow(text, width, tmp_path) == 0, f"at {width} pixels"

@@ -1,0 +1,95 @@
+"""minilm/stages/masked_pretraining.py: the loss token by token, both sides seen, the hidden ones never."""
+import numpy as np
+import pytest
+
+from helpers import assert_close, small_transformer
+from minilm import checkpoint
+from minilm.model import Config, Transformer
+from minilm.stages.masked_pretraining import masked_log_probs, masked_pretraining
+from minilm.stages.training import Training
+
+MASK, VOCABULARY = 6, 7
+
+
+def encoder(seed=0, **config):
+    return small_transformer(np.random.default_rng(seed), vocab_size=VOCABULARY, causal=False, **config)
+
+
+def draw(rng, count):
+    """Six tokens, of which the odd ones may be hidden."""
+    return rng.integers(MASK, size=(count, 6)), np.tile([0, 1], (count, 3))
+
+
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum())
+
+
+def test_a_hidden_token_is_scored_where_it_stands_by_a_model_that_sees_the_mask_there():
+    model, rng = encoder(), np.random.default_rng(1)
+    tokens, hidden = rng.integers(MASK, size=(4, 5)), rng.random((4, 5)) < 0.5
+    actual = masked_log_probs(model, tokens, hidden, MASK).data
+    for b, t in zip(*np.nonzero(hidden)):
+        seen = [MASK if hidden[b, i] else tokens[b, i] for i in range(5)]
+        assert_close(actual[b, t], log_softmax(model(np.array([seen])).data[0, t])[tokens[b, t]])
+
+
+def test_what_is_hidden_is_never_seen_and_what_comes_after_it_is():
+    model, tokens, hidden = encoder(), np.array([[0, 1, 2, 3]]), np.array([[False, True, True, False]])
+    before = masked_log_probs(model, tokens, hidden, MASK).data
+    other = masked_log_probs(model, np.array([[0, 1, 5, 3]]), hidden, MASK).data
+    assert before[0, 1] == other[0, 1]
+    after = masked_log_probs(model, np.array([[0, 1, 2, 4]]), hidden, MASK).data
+    assert abs(after[0, 1] - before[0, 1]) > 1e-3
+
+
+@pytest.mark.parametrize("workers, micro_batches", [(1, None), (1, 4), (2, None)])
+def test_the_loss_is_the_mean_over_the_hidden_tokens_of_the_whole_step(workers, micro_batches):
+    training = Training(encoder(), np.random.default_rng(3), workers)
+    model, rng = training.model.copy(), np.random.default_rng(3)
+    tokens, mask = draw(rng, 8)
+    hidden = mask.astype(bool) & (rng.random(tokens.shape) < 0.4)
+    metrics = next(masked_pretraining(training, draw, 1, 8, MASK, share=0.4, micro_batches=micro_batches))
+    assert 0 < hidden.sum() == metrics["trained_tokens"] < mask.sum()
+    losses = [-masked_log_probs(model, tokens[b:b + 1], hidden[b:b + 1], MASK).data[0, t]
+              for b, t in zip(*np.nonzero(hidden))]
+    assert_close(metrics["loss"], np.mean(losses))
+
+
+def test_a_share_of_one_hides_all_that_may_be_hidden():
+    training = Training(encoder(), np.random.default_rng(0))
+    assert next(masked_pretraining(training, draw, 1, 8, MASK, share=1.0))["trained_tokens"] == 24
+
+
+def test_a_token_that_only_its_right_neighbour_tells_is_learned():
+    """Each pair of tokens is x x; the first is hidden, which no decoder could know."""
+    def pairs(rng, count):
+        return rng.integers(MASK, size=(count, 3)).repeat(2, axis=1), np.tile([1, 0], (count, 3))
+
+    rng = np.random.default_rng(0)
+    model = Transformer(Config(vocab_size=VOCABULARY, width=16, layers=1, heads=2, causal=False), rng)
+    losses = [m["loss"] for m in masked_pretraining(Training(model, rng), pairs, 120, 16, MASK, 1.0, 1e-2)]
+    assert losses[0] > 1.5 and np.mean(losses[-10:]) < 0.2
+
+
+def test_a_run_restored_from_a_file_goes_on_bit_for_bit(tmp_path):
+    pytest.importorskip("safetensors")
+
+    def losses(training, until):
+        loop = masked_pretraining(training, draw, 4, 5, MASK, share=0.5)
+        return [next(loop)["loss"] for _ in range(training.step, until)]
+
+    expected = losses(Training(encoder(), np.random.default_rng(0)), 4)
+    stopped = Training(encoder(), np.random.default_rng(0))
+    before = losses(stopped, 2)
+    checkpoint.save(tmp_path / "state", *stopped.state())
+    resumed = Training(encoder(9), np.random.default_rng(9))
+    resumed.restore(*checkpoint.load(tmp_path / "state"))
+    assert before + losses(resumed, 4) == expected
+
+
+def test_a_causal_model_and_a_step_that_hides_nothing_are_refused():
+    causal = Training(small_transformer(np.random.default_rng(0), vocab_size=VOCABULARY), np.random.default_rng(0))
+    with pytest.raises(ValueError, match="causal=False"):
+        next(masked_pretraining(causal, draw, 1, 4, MASK))
+    with pytest.raises(ValueError, match="selects no token"):
+        next(masked_pretraining(Training(encoder(), np.random.default_rng(0)), draw, 1, 4, MASK, share=0.0))

@@ -79,3 +79,14 @@ def test_demonstrations_are_right_as_often_as_asked_and_fit(world):
     p, y = world.index(prompts, responses)
     answered = [next(token for token in response if token > 2) == prompt[-1] for prompt, response in zip(prompts, responses)]
     assert world.finished[y].all() and abs(np.mean(answered) - (0.4 + 0.6 / 3)) < 0.04 and MODEL["vocab_size"] == VOCABULARY
+
+
+def test_the_law_of_demonstrations_is_how_often_each_is_drawn(world):
+    law, count = world.law_of_demonstrations(right=0.4), 40_000
+    p, y = world.index(*world.demonstrations(np.random.default_rng(2), count, right=0.4))
+    drawn = np.zeros(world.shape)
+    np.add.at(drawn, (p, y), 1)
+    assert (drawn[law == 0] == 0).all()
+    expected = law[law > 0] * count / world.shape[0]
+    chi_squared, cells = ((drawn[law > 0] - expected) ** 2 / expected).sum(), (law > 0).sum()
+    assert abs(chi_squared - cells) < 5 * (2 * cells) ** 0.5       # its mean and five standard deviations

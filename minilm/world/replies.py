@@ -10,6 +10,8 @@ Tests: tests/test_replies.py.
 """
 
 import functools
+import itertools
+import math
 
 import numpy as np
 
@@ -112,6 +114,19 @@ class ReplyWorld(EnumerableWorld):
                 prompts.append(prompt)
                 responses.append(response)
         return prompts, responses
+
+    def law_of_demonstrations(self, right=RIGHT):
+        """The probability (P,N) of what demonstrations() draws."""
+        law = np.zeros(self.shape)
+        answers, p = np.array(self.prompts)[:, -1], np.arange(len(self.prompts))
+        for (k, a), (f, b), (m, c) in itertools.product(*map(enumerate, (COURTESIES, FILLERS, CLOSINGS))):
+            for opening in sorted(set(itertools.permutations([COURTESY] * k + [FILLER] * f))):
+                for word in range(3, VOCABULARY):
+                    reply = (*opening, word, *[COURTESY] * m, EOS)
+                    if len(reply) <= LONGEST:
+                        said = right * (answers == word) + (1 - right) / len(WORDS)
+                        law[p, self._column[reply]] += a * b * c / math.comb(k + f, f) * said
+        return law / law.sum(axis=1, keepdims=True)
 
     def draw(self, l, rng, prompts):
         """One reply from exp(l), l (P,N), to each of prompts (B,) by number: y (B,)."""

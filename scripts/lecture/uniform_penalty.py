@@ -27,9 +27,6 @@ import sys
 
 from experiment import COLOURS, Conclusion, level, run, shown, spread, verdict
 
-import itertools
-import math
-
 import numpy as np
 
 from minilm import layers
@@ -40,27 +37,11 @@ from minilm.stages.training import Training
 from minilm.tensor import Tensor
 from minilm.world.annotators import is_right
 from minilm.world.enumerable import expectation, preference
-from minilm.world.replies import (CLOSINGS, COURTESIES, COURTESY, EOS, FILLER, FILLERS, LONGEST, MODEL, RIGHT,
-                                  VOCABULARY, WORDS, ReplyWorld)
+from minilm.world.replies import COURTESY, EOS, MODEL, VOCABULARY, WORDS, ReplyWorld
 
 CARELESS, TOLERANCE = 0.5, 0.01
 SHARES = (0.25, 0.5, 0.75, 1.0)
 SIZES = {"quick": {"seeds": 3, "steps": 2, "bisections": 1}, "default": {"seeds": 4, "steps": 200, "bisections": 6}}
-
-
-def demonstrated(world):
-    """The law of ReplyWorld.demonstrations, (P,N): what is drawn there, counted instead."""
-    law = np.zeros(world.shape)
-    for (k, a), (f, b), (m, c) in itertools.product(*map(enumerate, (COURTESIES, FILLERS, CLOSINGS))):
-        for opening in sorted(set(itertools.permutations([COURTESY] * k + [FILLER] * f))):
-            for word in range(3, VOCABULARY):
-                reply = [*opening, word, *[COURTESY] * m, EOS]
-                if len(reply) <= LONGEST:
-                    p = np.arange(len(world.prompts))
-                    asked = np.array([prompt[-1] == word for prompt in world.prompts])
-                    law[p, world.index(world.prompts, [reply] * len(p))[1]] += (
-                        a * b * c / math.comb(k + f, f) * (RIGHT * asked + (1 - RIGHT) / len(WORDS)))
-    return law / law.sum(axis=1, keepdims=True)
 
 
 def careless(reply, rng):
@@ -76,7 +57,7 @@ def harmless(reply, rng):
 
 def measure(row, seed, steps, bisections):
     world = ReplyWorld(asked=2)
-    demonstrations = demonstrated(world)
+    demonstrations = world.law_of_demonstrations()
     right = world.table(lambda question, text, finished: float(is_right(question, text)))
     prompts, replies = world.demonstrations(np.random.default_rng(seed), 4000)
 

@@ -26,6 +26,7 @@ def test_gold_is_what_the_people_of_the_main_world_say_of_the_text(world):
     rng = np.random.default_rng(0)
     for p, y in zip(rng.integers(world.shape[0], size=50), rng.integers(world.shape[1], size=50)):
         assert world.gold[p, y] == annotators.gold_reward(world.questions[p], world.texts[y], world.finished[y])
+    assert world.finished.tolist() == [EOS in response for response in world.responses] and not world.finished.all()
     right = [3 + WORDS.index(world.questions[0].answer)]
     said = world.gold[0, world.index([world.prompts[0]] * 3, [right + [EOS], [COURTESY, *right, EOS], [COURTESY, EOS]])[1]]
     assert said[1] > said[0] > said[2]

@@ -2,19 +2,22 @@
 
 Claim. A little preference data is enough, for the reward model and for DPO.
 
-Test. An instructed transformer of 25,632 parameters answers 27 questions with one of 781 replies; pairs of its replies to all of
-them are compared by people who choose by the Bradley-Terry law of the gold reward. From n comparisons (30 to 3,000; a fifth
-chooses where to stop) come (i) a reward model, 8 sqrt(n) steps, and the best policy for it, pi_ref exp(r/beta) / Z, in closed
-form; and (ii) DPO, as many steps on the same comparisons; beta = 0.3 for both. Expected gold reward and KL divergence from the reference are
-sums over all replies. The policy-gradient stage is run once, with the reward model of 300 comparisons, to see whether it gets to where
-the closed form is. Levels: the reference, which needs no labels, and pi* for the gold reward at the same beta, which knows
-everything. Because the two end at different KL, both are compared with the best there is at their own KL too.
+Test. An instructed transformer of 25,632 parameters answers 27 questions with one of 781 replies; pairs of its replies
+to all of them are compared by people who choose by the Bradley-Terry law of the gold reward. From n comparisons (30 to
+3,000; a fifth chooses where to stop) come (i) a reward model, 8 sqrt(n) steps, and the best policy for it, pi_ref
+exp(r/beta) / Z, in closed form; and (ii) DPO, as many steps on the same comparisons, its learning rate, 5e-4,
+preferred to 1e-3 and 2e-3 after trials with two of the reference models; beta = 0.3 for both. Expected gold reward and
+KL divergence from the reference are sums over all replies. The policy-gradient stage is run once, with the reward
+model of 300 comparisons, to see whether it gets to where the closed form is. Levels: the reference, which needs no
+labels, and pi* for the gold reward at the same beta, which knows everything. Because the two end at different KL, the
+gain is also given as a share of what pi* gains at that KL, and the reward model is read at DPO's.
 
-Refuted. A little is 300 comparisons, which show at most 600 of the 21,087 outputs; enough is half of what pi* gains on the reference.
-Refuted if either way, with any seed, gains less.
+Refuted. A little is 300 comparisons, which show at most 600 of the 21,087 outputs; enough is half of what pi* gains on
+the reference. Refuted if either way, with any seed, gains less.
 
-Limits. How much is a little depends on how much there is to learn: here a right answer, courtesy and brevity, of 27 questions of one
-kind. People are consistent, but for the noise of the Bradley-Terry law; and the comparisons are of the reference's own replies.
+Limits. How much is a little depends on how much there is to learn: here a right answer, courtesy and brevity, of 27
+questions of one kind. People are consistent, but for the noise of the Bradley-Terry law; and the comparisons are of
+the reference's own replies.
 
 Source. Ouyang et al. 2022, arXiv:2203.02155; Rafailov et al. 2023, arXiv:2305.18290; Bradley and Terry 1952.
 """
@@ -40,7 +43,8 @@ from minilm.world.replies import EOS, LONGEST, MODEL, ReplyWorld
 LITTLE, ENOUGH, BETA = 300, 0.5, 0.3
 ENVELOPE = tuple(np.geomspace(5, 0.05, 30))
 SIZES = {"quick": {"seeds": 3, "asked": 2, "instruct": 10, "comparisons": (30, 300), "most": 2, "rl_steps": 1},
-         "default": {"seeds": 4, "asked": 3, "instruct": 300, "comparisons": (30, 100, 300, 1000, 3000), "most": 10**6, "rl_steps": 100}}
+         "default": {"seeds": 4, "asked": 3, "instruct": 300, "comparisons": (30, 100, 300, 1000, 3000),
+                     "most": 10**6, "rl_steps": 100}}
 
 
 def instructed(model, rng, asked, steps):
@@ -57,10 +61,11 @@ def fit_reward(world, model, rng, pairs, steps):
         r = predicted_rewards(reward_model, prompts[:fifth] * 2, chosen[:fifth] + rejected[:fifth])
         return np.logaddexp(0, r[fifth:] - r[:fifth]).mean()
 
-    keep_best(reward_modelling(Training(reward_model, rng), prompts[fifth:], chosen[fifth:], rejected[fifth:], steps, 64, 2e-3),
-              reward_model, held_out_loss)
-    everywhere = [prompt for prompt in world.prompts for _ in world.responses]
-    return predicted_rewards(reward_model, everywhere, world.responses * len(world.prompts)).reshape(world.shape).astype(float)
+    rest = [part[fifth:] for part in (prompts, chosen, rejected)]
+    keep_best(reward_modelling(Training(reward_model, rng), *rest, steps, 64, 2e-3), reward_model, held_out_loss)
+    prompts = [prompt for prompt in world.prompts for _ in world.responses]
+    rewards = predicted_rewards(reward_model, prompts, world.responses * len(world.prompts))
+    return rewards.reshape(world.shape).astype(float)
 
 
 def fit_directly(world, model, l, rng, pairs, steps):
@@ -74,8 +79,8 @@ def fit_directly(world, model, l, rng, pairs, steps):
         delta = (now[:fifth] - references[0][:fifth]) - (now[fifth:] - references[1][:fifth])
         return np.logaddexp(0, -BETA * delta).mean()
 
-    keep_best(preference_tuning(Training(policy, rng), prompts[fifth:], chosen[fifth:], rejected[fifth:], *(r[fifth:] for r in references),
-                                steps, 64, BETA, 5e-4), policy, held_out_loss)
+    rest = [part[fifth:] for part in (prompts, chosen, rejected, *references)]
+    keep_best(preference_tuning(Training(policy, rng), *rest, steps, 64, BETA, 5e-4), policy, held_out_loss)
     return world.laws(policy)
 
 
@@ -87,19 +92,18 @@ def measure(row, seed, asked, instruct, comparisons, most, rl_steps):
     def place(law):
         return divergence(law, l).mean(), expectation(law, world.gold).mean()
 
-    def best_at(rewards):
-        """From a KL to the most gold reward that the best policies for these rewards have at it."""
-        corners = frontier(*np.transpose([place(l), *(place(optimum(l, rewards, beta)[0]) for beta in ENVELOPE)]))
-        return lambda kl: np.interp(kl, *corners.T)
+    def corners(rewards):
+        """The frontier of gold reward against KL that the best policies for these rewards make."""
+        return frontier(*np.transpose([place(l), *(place(optimum(l, rewards, beta)[0]) for beta in ENVELOPE)]))
 
-    known, start = best_at(world.gold), expectation(l, world.gold).mean()
+    known, start = corners(world.gold), expectation(l, world.gold).mean()
     best_kl, best = place(optimum(l, world.gold, BETA)[0])
-    found = {"reference": start, "best": best, "best's KL": best_kl}
+    found = {"reference": start, "best": best, "best's KL": best_kl, "envelope": known}
 
     def note(name, kl, gold):
         """Gold, KL, and how the gain compares with pi*'s: at the same beta, and at the same KL."""
         for what, value in (("gold", gold), ("KL", kl), ("share", (gold - start) / (best - start)),
-                            ("share at equal KL", (gold - start) / (known(kl) - start))):
+                            ("share at equal KL", (gold - start) / (np.interp(kl, *known.T) - start))):
             found.setdefault(f"{name}: {what}", []).append(value)
 
     pairs = world.comparisons(l, world.gold, rng, max(comparisons))
@@ -109,13 +113,14 @@ def measure(row, seed, asked, instruct, comparisons, most, rl_steps):
         note("reward model", *place(optimum(l, rewards, BETA)[0]))
         kl, gold = place(fit_directly(world, model, l, rng, few, steps))
         note("DPO", kl, gold)
-        note("reward model at DPO's KL", kl, best_at(rewards)(kl))
+        note("reward model at equal KL", kl, np.interp(kl, *corners(rewards).T))
         if n == LITTLE:
             policy = model.copy()
-            for _ in rlhf(Training(policy, rng), model, world.reward(rewards), world.prompts, rl_steps, 16, 4, LONGEST, EOS, BETA, 2e-3):
+            for _ in rlhf(Training(policy, rng), model, world.reward(rewards), world.prompts, rl_steps, 16, 4,
+                          LONGEST, EOS, BETA, 2e-3):
                 pass
             note("policy gradient", *place(world.laws(policy)))
-        row.say(f"seed {seed}, {n} comparisons: gold {found['reward model: gold'][-1]:.2f}, DPO {gold:.2f} at KL {kl:.2f}")
+        row.say(f"seed {seed}, {n} comparisons: reward model {found['reward model: gold'][-1]:.2f}, DPO {gold:.2f}")
     return found
 
 
@@ -129,49 +134,60 @@ def conclude(seeds, size):
     kinds = ("gold", "KL", "share", "share at equal KL")
     numbers = {name: spread(s[name] for s in seeds) for name in ("reference", "best", "best's KL")}
     numbers |= {f"{way}: {kind}, {n} comparisons": spread(s[f"{way}: {kind}"][i] for s in seeds)
-                for way in (*WAYS, "reward model at DPO's KL") for kind in kinds for i, n in enumerate(comparisons)}
-    numbers |= {f"policy gradient: {kind}, {LITTLE} comparisons": spread(s[f"policy gradient: {kind}"][0] for s in seeds) for kind in kinds}
-    table = [["comparisons", *(f"{way}: {kind}" for way in WAYS for kind in kinds), "reward model at DPO's KL: gold"]]
+                for way in (*WAYS, "reward model at equal KL") for kind in kinds for i, n in enumerate(comparisons)}
+    numbers |= {f"policy gradient: {kind}": spread(s[f"policy gradient: {kind}"][0] for s in seeds) for kind in kinds}
+    table = [["comparisons", *(f"{way}: {kind}" for way in WAYS for kind in kinds), "reward model at equal KL: gold"]]
     table += [[f"{n}", *(shown([s[f"{way}: {kind}"][i] for s in seeds]) for way in WAYS for kind in kinds),
-               shown([s["reward model at DPO's KL: gold"][i] for s in seeds])] for i, n in enumerate(comparisons)]
+               shown([s["reward model at equal KL: gold"][i] for s in seeds])] for i, n in enumerate(comparisons)]
     table.append(["none: the reference", shown([s["reference"] for s in seeds]), *[""] * (2 * len(kinds))])
-    table.append(["all known: pi*", *(shown([s[name] for s in seeds]) for name in ("best", "best's KL")), *[""] * (2 * len(kinds) - 1)])
+    table.append(["all known: pi*", *(shown([s[name] for s in seeds]) for name in ("best", "best's KL")),
+                  *[""] * (2 * len(kinds) - 1)])
 
     def now(name, i=at):
         return shown([s[name][i] for s in seeds])
 
-    reached = {way: [n for i, n in enumerate(comparisons) if all(s[f"{way}: share"][i] >= ENOUGH for s in seeds)] for way in WAYS}
-    sentence = (f"With {LITTLE} comparisons the best policy for the reward model gains {now('reward model: share')} of what pi* gains at beta {BETA} "
-                f"(gold {now('reward model: gold')} at KL {now('reward model: KL')}; reference {shown([s['reference'] for s in seeds])}, pi* "
-                f"{shown([s['best'] for s in seeds])}), DPO {now('DPO: share')} (gold {now('DPO: gold')} at KL {now('DPO: KL')}); with 3,000, "
-                f"{now('reward model: share', -1)} and {now('DPO: share', -1)}. At DPO's KL the reward model has gold "
-                f"{now(WAYS[0] + ' at ' + WAYS[1] + chr(39) + 's KL: gold')}. Half of the gain with every seed takes "
-                + " and ".join(f"{reached[way][0] if reached[way] else 'more than 3,000'} ({way})" for way in WAYS)
-                + f" comparisons. The policy gradient gets to gold {now('policy gradient: gold', 0)} at KL {now('policy gradient: KL', 0)}.")
+    enough = {way: [n for i, n in enumerate(comparisons) if all(s[f"{way}: share"][i] >= ENOUGH for s in seeds)]
+              for way in WAYS}
+    known, start = (shown([s[name] for s in seeds]) for name in ("best", "reference"))
+    sentence = (f"With {LITTLE} comparisons the best policy for the reward model gains {now('reward model: share')} "
+                f"of what pi* gains at beta {BETA} (gold {now('reward model: gold')} at KL {now('reward model: KL')}; "
+                f"reference {start}, pi* {known}), DPO {now('DPO: share')} (gold {now('DPO: gold')} at KL "
+                f"{now('DPO: KL')}); with {comparisons[-1]:,}, {now('reward model: share', -1)} and "
+                f"{now('DPO: share', -1)}. At DPO's KL the reward model of {LITTLE} has gold "
+                f"{now('reward model at equal KL: gold')}. The least number that brings every seed half of the gain: "
+                + ", ".join(f"{f'{n[0]:,}' if n else 'more than were tried'} ({way})" for way, n in enough.items())
+                + f". The policy gradient gets to gold {now('policy gradient: gold', 0)} at KL "
+                f"{now('policy gradient: KL', 0)}.")
     return Conclusion(verdict(holds), sentence, numbers, table)
 
 
 def draw(figure, seeds, size):
     (reward, places), comparisons = figure.subplots(1, 2), size["comparisons"]
-    for way, colour, marker in zip(WAYS, COLOURS, "os"):
-        label = {"reward model": "best policy for the reward model", "DPO": "DPO"}[way]
+    grid = np.linspace(0, 2.5, 60)
+    envelope = np.mean([np.interp(grid, *np.transpose(s["envelope"])) for s in seeds], axis=0)
+    places.plot(grid, envelope, "--", color=COLOURS[5], linewidth=1.5, label="pi* of the gold reward, every beta")
+    for way, colour, marker, label in zip(WAYS, COLOURS, "os", ("best policy for the reward model", "DPO")):
         curve(reward, comparisons, [s[f"{way}: gold"] for s in seeds], label, colour, marker)
         x, y = (np.array([s[f"{way}: {kind}"] for s in seeds]) for kind in ("KL", "gold"))
-        for i, n in enumerate(comparisons):
-            places.scatter(x[:, i], y[:, i], s=12 + 14 * i, color=colour, marker=marker, alpha=0.6, linewidths=0,
-                             label=label if i == 2 else None)
-    places.scatter([s["policy gradient: KL"][0] for s in seeds], [s["policy gradient: gold"][0] for s in seeds], marker="x", s=30,
-                     color=COLOURS[3], label=f"policy gradient on the reward\nmodel of {LITTLE} comparisons")
+        for i in range(len(comparisons)):
+            places.scatter(x[:, i], y[:, i], s=8 + 16 * i, color=colour, marker=marker, alpha=0.6, linewidths=0)
+    for x, y, marker, colour, label in (
+            ("policy gradient: KL", "policy gradient: gold", "x", COLOURS[3],
+             f"policy gradient, reward model of {LITTLE}"),
+            ("best's KL", "best", "*", COLOURS[2], f"pi* of the gold reward, beta {BETA}"),
+            (None, "reference", "D", COLOURS[5], "reference")):
+        points = ([np.ravel(s[name])[0] if name else 0.0 for s in seeds] for name in (x, y))
+        places.scatter(*points, marker=marker, s=30, color=colour, label=label, zorder=3)
     level(reward, np.mean([s["best"] for s in seeds]), f"pi* of the gold reward, beta {BETA}")
     level(reward, np.mean([s["reference"] for s in seeds]), "the reference: no labels")
     reward.set(title=f"Gold reward, beta = {BETA}", xscale="log", xlabel="comparisons", ylabel="expected gold reward")
     reward.set_xticks(comparisons, [f"{n:,}" for n in comparisons])
-    reward.legend(loc="center right")
-    places.set(title="The same against KL (larger: more comparisons)", xlabel="KL from the reference (nats)", ylabel="expected gold reward")
-    places.scatter([s["best's KL"] for s in seeds], [s["best"] for s in seeds], marker="*", s=60, color=COLOURS[2], label="pi*")
-    places.scatter([0] * len(seeds), [s["reference"] for s in seeds], marker="D", s=20, color=COLOURS[5], label="reference")
-    places.legend(loc="lower right", fontsize=8)
+    reward.minorticks_off()
+    places.set(title="The same against KL (larger: more comparisons)", xlabel="exact KL to the reference (nats)",
+               ylabel="expected gold reward")
+    handles, labels = (sum(both, []) for both in zip(*(axis.get_legend_handles_labels() for axis in (reward, places))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
 
 
 if __name__ == "__main__":
-    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(10, 4.4)))
+    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(10, 4.8)))

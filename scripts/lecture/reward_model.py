@@ -15,11 +15,11 @@ Refuted. If, with any seed, the model of 1,000 clean comparisons, which show peo
 orders pairs of the 9 other questions less often as gold does than a single choice of a person would.
 
 Limits. The instructed model knows all 27 questions, only comparisons are missing for 9 of them. The questions differ
-in content and not in kind: nothing is said about another kind of task. Where a seed fails, its reward model has
-learned by heart which answer goes with which question compared; slower learning (5e-4, 800 steps, tried with the worst
-seed and 1,000 comparisons) helped it from 0.67 to 0.74, no further. People here err independently of each other;
-errors that they share would be learned. The linear model is told the place of each word, and gold is nearly linear in
-what it counts: it needs fewer.
+in content and not in kind: nothing is said about another kind of task. The seed that fails orders 0.88 of the pairs of
+the questions compared and 0.67 of the others: it has learned by heart which answer goes with which question. Slower
+learning (5e-4, 800 steps) in a trial with its reference model got to 0.74, no further. People here err independently
+of each other; errors that they share would be learned. The linear model is told the place of each word, and gold is
+nearly linear in what it counts: it needs fewer.
 
 Source. Bradley and Terry 1952; Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155;
 calibration: Guo et al. 2017, arXiv:1706.04599.

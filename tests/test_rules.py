@@ -44,7 +44,7 @@ def test_every_rule_is_drawn():
 
 def test_a_document_is_words_arrows_and_labels_of_which_the_labels_are_to_be_predicted():
     tokens, mask = rules.document(np.array([[[1, 7, 3], [9, 0, 2]]]), np.array([[0, 3]]))
-    assert tokens.tolist() == [[1, 7, 3, ARROW, LABEL, 9, 0, 2, ARROW, LABEL + 3]]
+    assert tokens.tolist() == [[1, 12 + 7, 24 + 3, ARROW, LABEL, 9, 12, 24 + 2, ARROW, LABEL + 3]]
     assert mask.tolist() == [[0, 0, 0, 0, 1, 0, 0, 0, 0, 1]] and LINE == 5
 
 

@@ -1,12 +1,12 @@
 """Words labelled by a hidden rule: classification that a model can learn in its context, or in its weights.
 
-    d a k > 1  g g b > 2  b e h > 0  ...
+    d A κ > 1   g H β > 2   b E θ > 0   ...
 
-A document is lines of one rule, which is never named: the label says of which quarter of the alphabet one letter of
-the word is, the same letter in all lines; the rule is which letter (above, the first). Whoever predicts a label must
-find out from the lines before it which rule this document has. How well that can be done is computed here, by
-listing the rules: the posterior is uniform over those that agree with all labels so far. A fifth of all words are
-held out.
+A document is lines of one rule, which is never named: the label says of which quarter of its alphabet one letter of
+the word is, the letter at the same place in all lines; the rule is which place (above, the first). Whoever predicts
+a label must find out from the lines before it which rule this document has. How well that can be done is computed
+here, by listing the rules: the posterior is uniform over those that agree with all labels so far. A fifth of all
+words are held out.
 Tests: tests/test_rules.py.
 """
 
@@ -14,8 +14,9 @@ import itertools
 
 import numpy as np
 
-LETTERS, WORD, LABELS = 12, 3, 4                # tokens 0 .. 11; letters of a word, of which each is a rule; labels
-ARROW, LABEL, MASK = LETTERS, LETTERS + 1, LETTERS + 1 + LABELS         # the labels are tokens LABEL .. MASK - 1
+LETTERS, WORD, LABELS = 12, 3, 4        # of an alphabet; of a word, whose every place has an alphabet of its own
+ARROW = LETTERS * WORD                  # the tokens below it are letters
+LABEL, MASK = ARROW + 1, ARROW + 1 + LABELS                     # labels are tokens LABEL .. MASK - 1
 VOCABULARY = MASK + 1
 LINE = WORD + 2                                 # letters, arrow, label
 
@@ -42,7 +43,7 @@ def draw(rng, count, lines, held_out=False):
 def document(words, labels):
     """Words (B,n,WORD) and their labels (B,n) as text: tokens (B, n LINE), and a mask that is 1 on labels."""
     tokens = np.full((*labels.shape, LINE), ARROW)
-    tokens[..., :WORD], tokens[..., -1] = words, LABEL + labels
+    tokens[..., :WORD], tokens[..., -1] = words + LETTERS * np.arange(WORD), LABEL + labels
     mask = np.zeros(tokens.shape)
     mask[..., -1] = 1
     return tokens.reshape(len(words), -1), mask.reshape(len(words), -1)

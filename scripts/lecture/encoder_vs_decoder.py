@@ -3,26 +3,29 @@
 Claim. A BERT-like bidirectional encoder finetuned on very many labelled examples, and a GPT-like decoder with a few
 in its prompt, reach similar accuracy.
 
-Test. Both (width 48, 2 layers, key smear) are pretrained on the same kind and number of documents: 9 lines word >
-label. One letter of the three decides the label, of which quarter of the alphabet it is; which letter is the hidden
-rule of the document. The decoder predicts each label from what is before it, until 95% of the last ones are right
-(at most 1,000 steps of 32 documents); the encoder, for as many steps, has half of the labels hidden and predicts
-them from the rest. The decoder then labels held-out words after 0 to 8 lines in its prompt, without a gradient step.
-The encoder gets a new head for the four labels and is finetuned (50 steps of 32) on N single lines of one rule; N =
-4 to 1,024, mean over the three rules. Baselines that could beat it: the decoder finetuned likewise; the encoder that
-keeps the labels of its pretraining and fills its mask; an encoder never pretrained. Chance is 0.25; the best from k
-examples is computed by listing the rules.
+Test. Both (width 48, 3 layers, key smear) are pretrained on the same kind and number of documents: 9 lines word >
+label. The label says of which quarter of its alphabet one of three letters is; which of them is the hidden rule of
+the document. The decoder predicts each label from what is before it, until 97% of the last ones are right (at most
+600 steps of 32 documents); the encoder, for as many steps, has half of the labels hidden and predicts them from the
+rest. The decoder then labels held-out words after 0 to 8 lines in its prompt, without a gradient step. The encoder
+gets a new head for the four labels and is finetuned (60 steps of 32) on N single lines of one rule; N = 4 to 1,024,
+mean over the three rules. Baselines that could beat it: the decoder finetuned likewise; the encoder that keeps the
+labels of its pretraining and fills its mask; an encoder never pretrained. Chance is 0.25; the best from k examples
+is computed by listing the rules.
 
 Refuted. If the encoder with 1,024 labels and the decoder with 8 demonstrations, means over the seeds, are more than
 0.05 apart, or the encoder is level with the decoder at 8 labels or fewer (then many were not needed). Cannot be
 shown if 8 demonstrations bring a decoder less than 0.1 over none, with any seed.
 
 Limits. The three rules are all in the pretraining text: the prompt only tells which, and finetuning on one of them
-is easy too. So the N at which the two meet says nothing of real tasks; what is shown is the order of the two. One
+is easy too. So the N at which the two meet says nothing of real tasks (and the encoder's curve is flat there: it is
+known to a factor of two); what is shown is the order of the two. An encoder never pretrained stands beside it
+because this task is learned from scratch too: nothing is shown here about what pretraining brings an encoder. One
 learning rate each; real finetuning also picks steps and seeds. Key smear speeds up learning in context; it is no
-part of BERT or GPT. Only labels are hidden or predicted, for the letters are drawn at random. When the decoder
-learns in context varies by a factor of two between seeds, hence the stop on accuracy; with two labels instead of
-four some seeds needed more than 800 steps, and with 6 or 12 rules instead of 3 nothing was seen within 300.
+part of BERT or GPT. Only labels are hidden or predicted, for the letters are drawn at random. How many steps the
+decoder needs differs by a factor of two and more between seeds, hence the stop on accuracy. Other recipes learned in
+context more slowly or only with some seeds: 2 layers, two labels, one alphabet for all places, tied embeddings, a
+smaller learning rate; with 6 or 12 rules nothing was seen within 300 steps.
 
 Source. Devlin et al. 2018, arXiv:1810.04805 (BERT); Brown et al. 2020, arXiv:2005.14165 (GPT-3, few-shot); Schick
 and Schuetze 2020, arXiv:2001.07676 (finetuning through the mask needs fewer labels).
@@ -47,10 +50,10 @@ LABELLED = (4, 8, 16, 64, 256, 1024)
 # What is finetuned: which model, and whether it gets a new head.
 FINETUNED = {"encoder": ("encoder", True), "decoder": ("decoder", True),
              "encoder through its mask": ("encoder", False), "encoder, not pretrained": ("fresh", True)}
-SHAPE = {"vocab_size": rules.VOCABULARY, "width": 48, "layers": 2, "context": (SHOTS + 1) * rules.LINE,
+SHAPE = {"vocab_size": rules.VOCABULARY, "width": 48, "layers": 3, "context": (SHOTS + 1) * rules.LINE,
          "key_smear": True}
-SIZES = {"quick": {"seeds": 3, "steps": 10, "finetuning": 1, "test": 100},
-         "default": {"seeds": 4, "steps": 1000, "finetuning": 50, "test": 1000}}
+SIZES = {"quick": {"seeds": 3, "steps": 4, "finetuning": 1, "test": 100},
+         "default": {"seeds": 4, "steps": 600, "finetuning": 60, "test": 1000}}
 
 
 def documents(rng, count):
@@ -93,7 +96,7 @@ def finetuned(model, rng, new_head, rule, words, steps):
         some = words[rng.integers(len(words), size=(count, 1))]
         return rules.document(some, rules.labels(some, rule))
 
-    train(model, rng, examples, steps, 1e-3, share=1.0)
+    train(model, rng, examples, steps, 3e-3, share=1.0)
     test = rules.all_words(held_out=True)[:, None]
     return float(accuracy(model, test, rules.labels(test, rule))[0])
 
@@ -104,7 +107,7 @@ def measure(row, seed, steps, finetuning, test):
               for name in ("encoder", "decoder", "fresh")}
 
     def learned(step):
-        return step % 20 == 0 and accuracy(models["decoder"], *rules.draw(rng, 400, SHOTS + 1))[-1] >= 0.95
+        return step % 20 == 0 and accuracy(models["decoder"], *rules.draw(rng, 400, SHOTS + 1))[-1] >= 0.97
 
     taken = train(models["decoder"], rng, documents, steps, 1e-2, 1.0, learned)
     train(models["encoder"], rng, documents, steps, 1e-2, 0.5, lambda step: step == taken)

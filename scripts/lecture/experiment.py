@@ -177,7 +177,7 @@ def _run(name, doc, measure, conclude, draw, sizes, figure_size):
     size = parser.add_mutually_exclusive_group()
     for other in sorted(sizes.keys() - {"default"}):
         size.add_argument(f"--{other}", dest="size", action="store_const", const=other, default="default",
-                          help={"quick": "see that it works; proves nothing", "full": "longer than ten minutes"}[other])
+                          help={"quick": "see that it works; proves nothing", "full": "longer, to see more"}[other])
     parser.add_argument("--workers", type=int, default=parallel.cores(), help="processes that share the seeds")
     parser.add_argument("--redraw", action="store_true", help="conclude and draw again from the numbers in the folder")
     arguments = parser.parse_args()

@@ -150,11 +150,11 @@ def conclude(seeds, size):
               for way in WAYS}
     known, start = (shown([s[name] for s in seeds]) for name in ("best", "reference"))
     sentence = (f"With {LITTLE} comparisons the best policy for the reward model gains {now('reward model: share')} "
-                f"of what pi* gains at beta {BETA} (gold {now('reward model: gold')} at KL {now('reward model: KL')}; "
-                f"reference {start}, pi* {known}), DPO {now('DPO: share')} (gold {now('DPO: gold')} at KL "
-                f"{now('DPO: KL')}); with {comparisons[-1]:,}, {now('reward model: share', -1)} and "
-                f"{now('DPO: share', -1)}. At DPO's KL the reward model of {LITTLE} has gold "
-                f"{now('reward model at equal KL: gold')}. The least number that brings every seed half of the gain: "
+                f"of what pi* gains at beta {BETA}, DPO {now('DPO: share')}; with {comparisons[-1]:,}, "
+                f"{now('reward model: share', -1)} and {now('DPO: share', -1)}. In gold reward, with {LITTLE}: "
+                f"{now('reward model: gold')} at KL {now('reward model: KL')}, DPO {now('DPO: gold')} at KL "
+                f"{now('DPO: KL')} (reference {start}, pi* {known}). At DPO's KL the reward model of {LITTLE} has "
+                f"gold {now('reward model at equal KL: gold')}. The least number that brings every seed half of the gain: "
                 + ", ".join(f"{f'{n[0]:,}' if n else 'more than were tried'} ({way})" for way, n in enough.items())
                 + f". The policy gradient gets to gold {now('policy gradient: gold', 0)} at KL "
                 f"{now('policy gradient: KL', 0)}.")

@@ -117,8 +117,8 @@ def conclude(seeds, size):
     sentence = (f"The base, exact on {shown(last['base, one operation'])} of the single operations, gets "
                 f"{shown(last['base'])} of the 36 tasks; after {total} demonstrations of all of them "
                 f"{shown(last[one])}, where a model from random weights has {shown(last[scratch])} and 36 models "
-                f"with a 36th of the demonstrations each {shown(last[own])} (tasks with a model and {total} "
-                f"demonstrations of their own: {shown(last['a model per task, all demonstrations each'])}). To 0.9 "
+                f"with a 36th of the demonstrations each {shown(last[own])}. Tasks with a model and {total} "
+                f"demonstrations of their own: {shown(last['a model per task, all demonstrations each'])}. To 0.9 "
                 f"it takes {told[one]} demonstrations with the loss on the answer, {told[everything]} with the loss "
                 "on everything.")
     return Conclusion(verdict(holds), sentence, {name: spread(values) for name, values in last.items()}, table)

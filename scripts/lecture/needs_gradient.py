@@ -115,10 +115,11 @@ def conclude(seeds, size):
     def reached(name, i):
         return shown([s[name][i] for s in means])
 
+    gradient = [f"with {label} {reached(name, after.index(few))} after {few} steps and {reached(name, -1)} after "
+                f"{after[-1]}" for label, name in series.items()]
     sentence = (f"With 8 demonstrations in the prompt the known tasks reach {reached('known', -1)}, the new ones "
-                f"{reached('prompt', -1)} (the closest known task would get {known_task_at_best():.2f}). "
-                + " ".join(f"{few} gradient steps with {label} reach {reached(name, after.index(few))}, {after[-1]} "
-                           f"steps {reached(name, -1)}." for label, name in series.items()))
+                f"{reached('prompt', -1)} (the closest known task would get {known_task_at_best():.2f}); by gradient "
+                f"{gradient[-2]}. And {'; '.join([*gradient[:-2], gradient[-1]])}.")
     return Conclusion(verdict(holds) if pretrained else OUTCOMES[2], sentence, numbers, table)
 
 

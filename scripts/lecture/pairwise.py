@@ -168,14 +168,13 @@ def conclude(seeds, size):
 
     (raw, every, cells), small = regions("equal errors"), regions("small errors")
     worst = {answers: min(lead, key=np.mean) for answers, lead in ahead.items()}
-    sentence = (f"Errors being equal and offsets spread by {CLAIMED:g} grades: "
-                + "; ".join("with {} answer{} each comparisons order {} of the pairs as gold does, raw ratings {}, "
-                            "ratings with an own level fitted {}"
-                            .format(a, "s" * (a > 1), *at("equal errors", CLAIMED, a))
-                            + f" (comparisons less the best use of ratings: {worst[a].mean():+.3f}, s.e. "
-                            f"{worst[a].std(ddof=1) / len(seeds) ** 0.5:.3f})" for a in FEW)
-                + ". At a spread of 3 and one answer each it is {} against {} of raw ratings; without offsets and "
-                "with 24 answers each {} against {}. "
+    told = ["with {} answer{} each comparisons order {} of the pairs as gold does, raw ratings {}, ratings with an "
+            "own level fitted {}".format(a, "s" * (a > 1), *at("equal errors", CLAIMED, a)) for a in FEW]
+    errors = [f"{worst[a].mean():+.3f} (s.e. {worst[a].std(ddof=1) / len(seeds) ** 0.5:.3f}) with {a}" for a in FEW]
+    sentence = (f"Errors being equal and offsets spread by {CLAIMED:g} grades, {told[-1]}. Fewer: "
+                f"{'; '.join(told[:-1])}. Comparisons less the best use of ratings: {', '.join(errors)}. At a spread "
+                + "of 3 and one answer each it is {} against {} of raw ratings; without offsets and with 24 answers "
+                "each {} against {}. "
                 .format(*at("equal errors", 3.0, 1, (0, 1)), *at("equal errors", 0.0, 24, (0, 1)))
                 + f"Of {cells} settings comparisons are ahead of raw ratings in {raw} and of every use of ratings in "
                 f"{every}, with the small errors of the world's annotators in {small[0]} and {small[1]}. As a label "

@@ -133,7 +133,7 @@ def conclude(seeds, size):
     sentence = (f"After {seeds[0]['tokens'][-1]:,} tokens widths {', '.join(map(str, WIDTHS))} are "
                 f"{', '.join(shown(last('chain', w), 3) for w in widths)} nats above the entropy of the chain "
                 f"({shown([s['chain']['entropy'] for s in seeds])}), the best n-grams "
-                f"{shown(last('chain', best['chain']), 4)}; on English they lose "
+                f"{shown(last('chain', best['chain']), 4)}. On English they lose "
                 f"{', '.join(shown(last('English', w)) for w in widths)} bits a byte, unigrams "
                 f"{shown(last('English', 'order 1'))}, bigrams {shown(last('English', 'order 2'))}, the best n-grams "
                 f"({best['English']}) {shown(last('English', best['English']))}.")

@@ -169,9 +169,9 @@ def conclude(seeds, size):
             "yes" if matters(seeds, name) else "no", symptom(seeds, name)))])
     table += [[name, shown([s["levels"][name] for s in seeds]), *[""] * 5] for name in seeds[0]["levels"]]
     worst = max(NAMES[1:], key=lambda name: costs(seeds, name)[0])
-    sentence = (f"{len(needed)} of {len(ABLATIONS)} ingredients matter ({', '.join(needed) or 'none'}). The healthy "
+    sentence = (f"{len(needed)} of {len(ABLATIONS)} ingredients matter ({', '.join(needed) or 'none'}): the healthy "
                 f"run goes from J = {shown([s['levels']['instructed'] for s in seeds])} to "
-                f"{shown([s['J']['healthy'] for s in seeds])}; the worst, '{worst}', ends at "
+                f"{shown([s['J']['healthy'] for s in seeds])}, the worst, '{worst}', ends at "
                 f"{shown([s['J'][worst] for s in seeds])}. "
                 f"On gold reward alone, without the KL of J: {', '.join(of_gold) or 'none'}. "
                 f"No loss beyond two standard errors: {', '.join(harmless) or 'none'}.")

@@ -69,8 +69,8 @@ def conclude(seeds, size):
         table.append([f"{t}", *(shown(found[name][:, i]) for name in by_name)])
     sentence = (f"From temperature 0.25 to 3 the entropy of a reply goes from {shown(found['entropy'][:, 0])} to "
                 f"{shown(found['entropy'][:, -1])} nats, and of {DRAWS} draws {shown(found['distinct'][:, 0], 1)} to "
-                f"{shown(found['distinct'][:, -1], 1)} differ. A single draw is best at temperature {peak[1]}, the best "
-                f"of {BEST_OF[-1]} at {peak[BEST_OF[-1]]}: variety pays where somebody chooses.")
+                f"{shown(found['distinct'][:, -1], 1)} differ. A single draw is best at temperature {peak[1]}, the "
+                f"best of {BEST_OF[-1]} at {peak[BEST_OF[-1]]}: variety pays where somebody chooses.")
     return Conclusion(verdict(rises), sentence, numbers, table)
 
 

@@ -154,7 +154,7 @@ def conclude(seeds, size):
     sentence = (f"On questions asked without comparisons, at {NATS} nats of KL, RLHF on all questions asked has gold "
                 f"reward {here[WAYS[0]]}, RLHF on the compared ones {here[WAYS[1]]}, DPO on them {here[WAYS[2]]} "
                 f"(reference {shown(start[DECIDED])}, best for the reward model {here[LEVELS[0]]}, pi* "
-                f"{here[LEVELS[1]]}): the prompts without labels are worth {lead[WAYS[1]].mean():+.2f} (s.e. "
+                f"{here[LEVELS[1]]}). The prompts without labels are worth {lead[WAYS[1]].mean():+.2f} (s.e. "
                 f"{error[WAYS[1]]:.2f}), prompts and method together {lead[WAYS[2]].mean():+.2f} (s.e. "
                 f"{error[WAYS[2]]:.2f}). The reward model orders {shown(agree[DECIDED])} of the pairs of these "
                 f"questions as gold does, {shown(agree[GROUPS[0]])} of those compared. On questions never asked: "

@@ -33,7 +33,6 @@ from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, ve
 import numpy as np
 
 from minilm.generate import generate
-from minilm.model import Config, Transformer
 from minilm.stages.pretraining import document_pretraining
 from minilm.stages.training import Training
 from minilm.world.instructions import (LETTERS, MODEL, PROMPT, WORD, coverage, documents, draw_words, nearest,
@@ -112,7 +111,7 @@ def conclude(seeds, size):
     written, own_models = ([s[name][-1] for s in seeds] for name in ("first operation written out", "own models"))
     sentence = (f"Of the answers to 9 held-out tasks, on held-out words, {at[2]}, {at[8]}, {at[16]} and {at[27]} are "
                 f"exact after finetuning on 2, 8, 16 and 27 tasks, {size['tokens']:,} tokens each time (the base: "
-                f"{shown([s['base'] for s in seeds])}); with the first operation written out {shown(written)} at 27. "
+                f"{shown([s['base'] for s in seeds])}). With the first operation written out {shown(written)} at 27. "
                 f"Knowing the operations is not enough: 8 tasks use {shown([s['coverage'][1] for s in seeds])} of "
                 f"them. The best single training task gives {shown([s['oracle'][-1] for s in seeds])}. A model for "
                 f"each of these tasks alone gets {shown(own_models)} with {each * len(own)} demonstrations of it, "

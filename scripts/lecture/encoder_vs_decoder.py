@@ -145,8 +145,9 @@ def conclude(seeds, size):
     numbers |= {f"best from {k}": spread(s["best"][k] for s in seeds) for k in (0, SHOTS)}
     numbers |= {f"{name}, finetuned on {n}": spread(s[name][i] for s in seeds)
                 for name in FINETUNED for i, n in enumerate(LABELLED)}
-    numbers |= {f"labels with which the finetuned {name} meets the prompted decoder": spread([n])
-                for name, n in met.items() if n}
+    by_seed = {name: [meeting(s[name], s["prompted"][SHOTS]) for s in seeds] for name in FINETUNED}
+    numbers |= {f"labels with which the finetuned {name} meets the prompted decoder": spread(labels)
+                for name, labels in by_seed.items() if None not in labels}
     numbers["pretraining steps"] = spread(s["steps"] for s in seeds)
     table = [["labels", "best possible", "decoder, prompted", *(f"{name}, finetuned" for name in FINETUNED)]]
 

@@ -154,7 +154,7 @@ def conclude(seeds, size):
                 f"{now('reward model: share', -1)} and {now('DPO: share', -1)}. In gold reward, with {LITTLE}: "
                 f"{now('reward model: gold')} at KL {now('reward model: KL')}, DPO {now('DPO: gold')} at KL "
                 f"{now('DPO: KL')} (reference {start}, pi* {known}). At DPO's KL the reward model of {LITTLE} has "
-                f"gold {now('reward model at equal KL: gold')}. The least number that brings every seed half of the gain: "
+                f"gold {now('reward model at equal KL: gold')}. The least that brings every seed half of the gain: "
                 + ", ".join(f"{f'{n[0]:,}' if n else 'more than were tried'} ({way})" for way, n in enough.items())
                 + f". The policy gradient gets to gold {now('policy gradient: gold', 0)} at KL "
                 f"{now('policy gradient: KL', 0)}.")

@@ -180,8 +180,8 @@ def conclude(seeds, size):
         numbers |= {f"{world}, {policy}: {what}": spread(column) for what, column in zip(QUANTITIES, columns)}
     sentence = (f"As beta falls, the gold reward of pi* peaks at a KL of {shown([p[0] for p in peaks])} nats with "
                 f"{shown([p[2] for p in peaks])} and falls to {shown([p[-1, 2] for p in paths])}, while the learned "
-                f"one goes on rising with {sum(rises)} of {len(seeds)} seeds. Sampled, beta 0.3 ends above beta 0 in gold "
-                "reward by "
+                f"one goes on rising with {sum(rises)} of {len(seeds)} seeds. Sampled, beta 0.3 ends above beta 0 in "
+                "gold reward by "
                 + " and by ".join(f"{gain:.2f} (standard error {error:.2f}, {world})"
                                   for world, (gain, error) in gains.items())
                 + f". Where beta 0 does worst in English: {shortened(worst['english']['answers'][WITHOUT][0])}")

@@ -180,7 +180,7 @@ def conclude(seeds, size):
         numbers |= {f"{world}, {policy}: {what}": spread(column) for what, column in zip(QUANTITIES, columns)}
     sentence = (f"As beta falls, the gold reward of pi* peaks at a KL of {shown([p[0] for p in peaks])} nats with "
                 f"{shown([p[2] for p in peaks])} and falls to {shown([p[-1, 2] for p in paths])}, while the learned "
-                f"one goes on rising with {sum(rises)} of {len(seeds)} seeds. Sampled, beta 0.3 ends above beta 0 in "
+                f"one rises, as it must ({sum(rises)} of {len(seeds)} seeds). Sampled, beta 0.3 ends above beta 0 in "
                 "gold reward by "
                 + " and by ".join(f"{gain:.2f} (standard error {error:.2f}, {world})"
                                   for world, (gain, error) in gains.items())
@@ -201,7 +201,10 @@ def draw(figure, seeds, size):
         for name, colour in (("pi*", COLOURS[0]), ("best of n", COLOURS[2])):
             paths = [np.array(s["short"][name]) for s in seeds]
             x = np.linspace(max(path[0, 0] for path in paths), min(path[-1, 0] for path in paths), 100)
-            curve(exact, x, [np.interp(x, path[:, 0], path[:, column]) for path in paths], name, colour, marker="")
+            means = np.mean([np.interp(x, path[:, 0], path[:, column]) for path in paths], axis=0)
+            exact.plot(x, means, color=colour, linewidth=1.8, label=name)       # as far as all seeds go
+            for path in paths:
+                exact.plot(path[:, 0], path[:, column], color=colour, linewidth=0.8, alpha=0.35)
         for name, colour in zip(RUNS, (COLOURS[0], COLOURS[4])):
             by_seed = np.array([s["short"][name] for s in seeds])[:, :, column]
             curve(stepwise, steps, by_seed, name, colour, marker="")

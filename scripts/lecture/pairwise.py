@@ -2,7 +2,7 @@
 
 Claim. People's ratings are noisy and differently calibrated; asking which of two answers is better is more reliable.
 
-Test. People rate replies to three questions from 1 to 7, round(4 + offset + scale x worth + error), or say which of
+Test. People rate replies to three questions from 1 to 7, round(4 + offset + scale x (worth + error)), or say which of
 two they prefer. Scales are between 0.5 and 1.5; how far people's offsets spread (0 to 3 grades) and how many answers
 each gives (1 to 24) is varied. Equal effort: a comparison counts as two ratings, for two replies are read (240 replies
 in all; one for one is shown too). Two kinds of error: as large in a difference of two ratings as in a choice by the

@@ -158,6 +158,7 @@ def symptom(seeds, name):
 def conclude(seeds, size):
     needed, of_gold = ([ingredient for ingredient, names in ABLATIONS.items()
                         if any(matters(seeds, name, what) for name in names)] for what in ("J", "gold"))
+    by = [name for ingredient in needed for name in ABLATIONS[ingredient] if matters(seeds, name)]
     harmless = [name for name in NAMES[1:] if not matters(seeds, name)]
     numbers = {f"{what}, {name}": spread(s[what][name] for s in seeds) for what in ("J", "gold") for name in NAMES}
     numbers |= {f"J, {name}": spread(s["levels"][name] for s in seeds) for name in seeds[0]["levels"]}
@@ -172,7 +173,7 @@ def conclude(seeds, size):
     sentence = (f"{len(needed)} of {len(ABLATIONS)} ingredients matter ({', '.join(needed) or 'none'}): the healthy "
                 f"run goes from J = {shown([s['levels']['instructed'] for s in seeds])} to "
                 f"{shown([s['J']['healthy'] for s in seeds])}, the worst, '{worst}', ends at "
-                f"{shown([s['J'][worst] for s in seeds])}. "
+                f"{shown([s['J'][worst] for s in seeds])}. The runs that show it: {', '.join(by) or 'none'}. "
                 f"On gold reward alone, without the KL of J: {', '.join(of_gold) or 'none'}. "
                 f"No loss beyond two standard errors: {', '.join(harmless) or 'none'}.")
     return Conclusion(verdict(len(needed) >= 3), sentence, numbers, table)

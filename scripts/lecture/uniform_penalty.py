@@ -134,15 +134,14 @@ def conclude(seeds, size):
     numbers |= {"preferred at equal loss": spread(s["preferred"] for s in seeds),
                 "share of harmless": spread(s["share"] for s in seeds)}
     token = {name: [s["token"][name] for s in seeds] for name in seeds[0]["token"]}
-    off = max(abs(a - b) for a, b in zip(token["wrong, gradient"], token["courtesy, gradient"]))
     sentence = (f"Two models with a loss of {shown(column(wrong, 'loss'))} nats a reply, at most {max(gaps):.4f} "
                 f"apart, have gold reward {shown(column(wrong, 'gold'))} where answers are careless and "
                 f"{shown(column(polite, 'gold'))} where manners are merely moved; a person prefers the latter's "
                 f"reply {shown([s['preferred'] for s in seeds])} of the time. Two models of gold reward "
                 f"{shown([m['gold'] for m in plain])} and {shown([m['gold'] for m in moved])} differ by "
-                f"{shown(worse)} nats. On one token the gradients of the loss for a wrong answer and a courtesy of "
-                f"the same probability are equal (to {off:.0e}), and at the same loss of {shown(token['loss'])} nats "
-                f"on one demonstration gold reward is {shown(token['wrong, gold'])} or "
+                f"{shown(worse)} nats. On one token the gradient of the loss is the probability of what was not "
+                f"said, a wrong answer or a courtesy; at the same loss of {shown(token['loss'])} nats on one "
+                f"demonstration gold reward is {shown(token['wrong, gold'])} or "
                 f"{shown(token['courtesy, gold'])} as the rest is wrong or polite.")
     return Conclusion(verdict(holds), sentence, numbers, table)
 

@@ -16,8 +16,10 @@ demonstrations alone of the same cost (between two n by interpolation in log n),
 Limits. What c is, is for whoever pays to say. The result rests on judges who know better than demonstrators do; ideal
 demonstrators are the regime in which demonstrations win, at every price. So few questions are soon learned: 2,048
 demonstrations show what a demonstration is missing, not what a task is missing. With eight of them the reward is that
-of the mistakes among the eight. Few comparisons can do harm, as 128 do to models of demonstrators who are always
-right. Rewards are of sampled replies, at temperature 1; one recipe for all n.
+of the mistakes among the eight. The rule is about replies sampled at temperature 1. Decoded greedily (last column
+of the table) the outcome is turned round: 2,048 human demonstrations alone are better with every seed than 32 and
+2,048 comparisons, and so are 512 with three of four. What comparisons add is in good part sharpening, which greedy
+decoding has for nothing. One recipe for all n.
 
 Source. Ouyang et al. 2022, arXiv:2203.02155; Stiennon et al. 2020, arXiv:2009.01325; Rafailov et al. 2023,
 arXiv:2305.18290 (DPO).
@@ -29,13 +31,14 @@ from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, ve
 
 import numpy as np
 
+from minilm.generate import generate
 from minilm.model import Config, Transformer
 from minilm.stages.instruction_tuning import instruction_tuning
 from minilm.stages.preference_tuning import preference_tuning
 from minilm.stages.training import Training
 from minilm.world.annotators import is_right
 from minilm.world.enumerable import expectation
-from minilm.world.replies import MODEL, RIGHT, ReplyWorld
+from minilm.world.replies import EOS, LONGEST, MODEL, RIGHT, ReplyWorld
 
 FEW = 32
 PRICES = (1, 4)
@@ -74,6 +77,9 @@ def measure(row, seed, demonstrations, pairs, steps):
         l = world.laws(model)
         for what, table in ("gold", world.gold), ("right", right):
             found.setdefault(f"{name}, {what}", []).append(expectation(l, table).mean())
+        own = np.random.default_rng(seed)               # greedy decoding needs no luck: the runs keep theirs
+        greedy = generate(model, world.prompts, LONGEST, own, EOS, temperature=0.0).responses()
+        found.setdefault(f"{name}, greedy", []).append(world.gold[world.index(world.prompts, greedy)].mean())
     for who in DEMONSTRATORS:
         replies = demonstrate(world, rng, max(demonstrations), who)
         found[f"{who}, of the demonstrations"] = world.gold[world.index(*replies)].mean()
@@ -107,26 +113,35 @@ def conclude(seeds, size):
     holds = all(s["human, comparisons, gold"][-1] > at_equal_cost(s, size, "human", price)
                 for s in seeds for price in PRICES)
     numbers, prices = {}, [f"cost, c = {price}" for price in PRICES]
-    table = [["demonstrators", "bought", *prices, "right answers", "gold reward"]]
+    table = [["demonstrators", "bought", *prices, "right answers", "gold reward", "gold reward, greedy"]]
     for who in DEMONSTRATORS:
         for what, bought in ("demonstrations", size["demonstrations"]), ("comparisons", (0, *size["pairs"])):
             for i, n in enumerate(bought if f"{who}, {what}, gold" in seeds[0] else ()):
                 name = f"{n} demonstrations" if what == "demonstrations" else f"{FEW} demonstrations, {n} comparisons"
-                values = {key: [s[f"{who}, {what}, {key}"][i] for s in seeds] for key in ("right", "gold")}
+                values = {key: [s[f"{who}, {what}, {key}"][i] for s in seeds] for key in ("right", "gold", "greedy")}
                 numbers[f"{who}: gold reward, {name}"] = spread(values["gold"])
+                numbers[f"{who}: gold reward of greedy answers, {name}"] = spread(values["greedy"])
                 costs = [str(cost(size, price, what)[i]) for price in PRICES]
                 table.append([who, name, *costs, *map(shown, values.values())])
     last = {who: [s[f"{who}, comparisons, gold"][-1] for s in seeds] for who in DEMONSTRATORS[:2]}
     alone = {(who, price): [at_equal_cost(s, size, who, price) for s in seeds]
              for who in DEMONSTRATORS for price in PRICES}
     few = [s["ideal, demonstrations, gold"][size["demonstrations"].index(FEW)] for s in seeds]
+    greedy = {what: [s[f"human, {what}, greedy"][-1] for s in seeds] for what in ("demonstrations", "comparisons")}
+    turned = all(alone > after for alone, after in zip(greedy["demonstrations"], greedy["comparisons"]))
+    first = [s["always right, comparisons, gold"][1] - s["always right, comparisons, gold"][0] for s in seeds]
     above = {who: np.mean(last[who]) - np.mean(alone[who, 1]) for who in last}
+    numbers[f"always right: the first {size['pairs'][0]} comparisons add"] = spread(first)
     sentence = (f"With human demonstrators, {FEW} demonstrations and {size['pairs'][-1]:,} comparisons reach gold "
                 f"reward {shown(last['human'])}; demonstrations alone, for the same money, "
                 f"{shown(alone['human', 1])} if one costs a comparison and {shown(alone['human', 4])} if it costs "
-                f"four. With demonstrators who are always right it is {shown(last['always right'])} against "
-                f"{shown(alone['always right', 1])} and {shown(alone['always right', 4])}: what comparisons add goes "
-                f"from {above['human']:+.2f} to {above['always right']:+.2f}. Ideal demonstrators bring {FEW} "
+                f"four. Decoded greedily, {size['demonstrations'][-1]:,} human demonstrations alone have "
+                f"{shown(greedy['demonstrations'])}, with those comparisons it is {shown(greedy['comparisons'])}"
+                f"{', so there the outcome is turned round' if turned else ''}. "
+                f"Demonstrators who are always right: {shown(last['always right'])} against "
+                f"{shown(alone['always right', 1])} and {shown(alone['always right', 4])}; what comparisons add goes "
+                f"from {above['human']:+.2f} to {above['always right']:+.2f}, and the first {size['pairs'][0]} change "
+                f"it by {', '.join(f'{a:+.2f}' for a in first)} (each seed). Ideal demonstrators bring {FEW} "
                 f"demonstrations alone to {shown(few)}, {'more' if min(few) > max(last['human']) else 'not more'} "
                 "than all those comparisons of human replies.")
     return Conclusion(verdict(holds), sentence, numbers, table)

@@ -3,14 +3,15 @@
 Claim. Human preference is itself imperfect: it differs between groups and criteria, and one model trained on
 everybody's comparisons cannot serve all of them.
 
-Test. Two groups judge replies to 9 questions: the majority likes courtesy, the minority wants few words; both want
-the right answer. A transformer of 25,632 parameters is instructed with 4,000 demonstrations; of 2,000 pairs of its
-replies a share is judged by the minority (Bradley-Terry in each group), all labels are pooled, and DPO (beta 0.3, 200
-steps) trains on them, for five shares. What a policy is to a group: its expected worth to that group, all 781 replies
-being listed, from 0 (the instructed model) to 1 (pi* of that group alone, beta 0.3: the best possible at its cost in
-KL). Beside it, without any noise, for three of the questions and eleven shares: pi* of the reward that endless pooled
-comparisons have under Bradley-Terry (solved for), pi* of the average worth of all people, and pi* of whoever has more
-people: is pooling a mean, or winner takes all? The same once more when the minority cares four times as much.
+Test. Two groups judge replies to 9 questions: the majority likes courtesy, the minority wants few words; both want the
+right answer. A transformer of 25,632 parameters is instructed with 4,000 demonstrations; of 2,000 pairs of its replies
+a share is judged by the minority (Bradley-Terry in each group), all labels are pooled, and DPO (beta 0.3, 200 steps)
+trains on them, for five shares. What a policy is to a group: its expected worth to that group, all 781 replies being
+listed, from 0 (the instructed model) to 1 (pi* of that group alone, beta 0.3: the best possible at its cost in KL);
+DPO's KL is measured too. Beside it, without any noise, for three of the questions and eleven shares: pi* of the reward
+that endless pooled comparisons have under Bradley-Terry (solved for), pi* of the average worth of all people, and pi*
+of whoever has more people: is pooling a mean, or winner takes all? The same once more when the minority cares four
+times as much.
 
 Refuted. If, with any seed, DPO on the majority's comparisons alone serves the minority as well as DPO on the
 minority's own, or the other way round; or if for some share the Bradley-Terry reward serves both groups to 0.9 or
@@ -127,6 +128,8 @@ def conclude(seeds, size):
              for rule in RULES[1:] for k in INTENSITIES}
     numbers = {f"{group} served by DPO, share of the minority {share}": spread(dpo[:, i, j])
                for i, share in enumerate(shares) for j, group in enumerate(GROUPS)}
+    numbers |= {f"KL of DPO (nats), share of the minority {share}": spread(s["KL"][i] for s in seeds)
+                for i, share in enumerate(shares)}
     numbers |= {f"{group} served by {rule}, minority {k} times as intense, share {share}": spread(law[:, i, j])
                 for (rule, k), law in exact.items()
                 for i, share in enumerate(size["exact"]) for j, group in enumerate(GROUPS)}
@@ -139,20 +142,26 @@ def conclude(seeds, size):
     strong, third = INTENSITIES[1], size["exact"].index(0.3)
     columns = {**{rule: exact[rule, 1] for rule in RULES},
                **{f"{rule}, minority cares {strong}x": exact[rule, strong] for rule in RULES[:2]}}
-    table = [["majority / minority served, by minority's share", "DPO", *columns]]
-    for i, share in enumerate(size["exact"]):
+    table = [["majority / minority served, by minority's share", "DPO", "its KL (nats)", *columns]]
+    for share in sorted({*size["exact"], *shares}):
         trained = " / ".join(shown(dpo[:, shares.index(share), j]) for j in (0, 1)) if share in shares else ""
-        means = [law[:, i].mean(axis=0) for law in columns.values()]
-        table.append([f"{share}", trained, *(f"{majority:.2f} / {minority:.2f}" for majority, minority in means)])
+        kl = shown([s["KL"][shares.index(share)] for s in seeds]) if share in shares else ""
+        cells = [""] * len(columns)
+        if share in size["exact"]:
+            means = [law[:, size["exact"].index(share)].mean(axis=0) for law in columns.values()]
+            cells = [f"{majority:.2f} / {minority:.2f}" for majority, minority in means]
+        table.append([f"{share}", trained, kl, *cells])
     near, far = (apart[rule, 1] for rule in RULES[1:])
     kind = "a mean rather than winner takes all" if (near < far).all() else "not nearer a mean than winner takes all"
-    by_worth, by_pairs = (exact[rule, strong][:, third, 1].mean() for rule in (RULES[1], RULES[0]))
+    by_worth, by_pairs = (exact[rule, strong][:, third, 1] for rule in (RULES[1], RULES[0]))
+    stakes = ("But a comparison does not say how much is at stake" if (by_worth > by_pairs).all() else
+              "A comparison does not say how much is at stake; with not every seed is anything lost by it")
     sentence = (f"Of what it could gain, the majority gets {shown(own[0])} from DPO on its own comparisons and "
                 f"{shown(theirs[0])} from the minority's; the minority {shown(own[1])} and {shown(theirs[1])}. One "
                 f"reward of endless pooled comparisons serves the worse served to {shown(both)} at best. Pooling is "
-                f"{kind}: {shown(near, 3)} from the average worth, {shown(far, 3)} from the winner's. But a "
-                f"comparison does not say how much is at stake: a minority of 0.3 that cares {strong} times as much "
-                f"is served to {by_worth:.2f} by average worth and to {by_pairs:.2f} by pooled comparisons.")
+                f"{kind}: {shown(near, 3)} from the average worth, {shown(far, 3)} from the winner's. "
+                f"{stakes}: a minority of 0.3 that cares {strong} times as much is served to {shown(by_worth)} by "
+                f"average worth and to {shown(by_pairs)} by pooled comparisons.")
     return Conclusion(verdict(holds), sentence, numbers, table)
 
 

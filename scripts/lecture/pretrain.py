@@ -2,22 +2,25 @@
 
 Claim. A language model is trained on plain text by next-token prediction.
 
-Test. Transformers of 2 layers and width 16, 32, 64 read windows of 128 tokens, 8 a step, 350 steps. Two texts: an
+Test. Transformers of 2 layers and width 16, 32, 64 read windows of 128 tokens, 8 a step, 500 steps. Two texts: an
 endless random Markov chain of order 2 over 10 tokens, whose entropy is known; and real English (the help texts of
 Python, 370 kB after removing repeated paragraphs; 400 byte-pair tokens; a tenth held out in stretches of ten
 paragraphs). Loss is on held-out text, each token seen with 64 to 127 before it; on the chain, less the loss of the
 chain itself on that same text. The baseline that could beat us counts instead: interpolated Kneser-Ney n-grams of
-orders 1 to 5 of as many tokens, the best order chosen on the held-out text itself, to its advantage.
+orders 1 to 5 of as many tokens, or of all there are, the best order chosen on the held-out text itself, to its
+advantage. On the chain models and n-grams read different draws of it; the English stream has about 185,000 tokens,
+which the models read almost three times and the n-grams once.
 
 Refuted. If, with any seed and on either text, the final loss does not fall with the width, some width does not end
 below the unigrams, or the widest not below the bigrams; or if on the chain the widest leaves more than 5% of the
 distance from uniform to the entropy.
 
-Limits. Trained is not best: on both texts the n-grams, counted on the same tokens in a second, end lower than the
-widest model here; on the chain they must, for its law is a table of triples. With --full (17 times the tokens) the
-models get more time and the n-grams no more English. One schedule and one learning rate, the better of two tried,
-for all widths; a point inside a curve is not where a run that ended there would be. The English is of one kind:
-held-out paragraphs share phrases with those read. Three sizes are no scaling law.
+Limits. Trained is not best: on both texts the n-grams, counted in a second, end lower than the widest model here; on
+the chain they must, for its law is a table of triples. With --full (12 times the tokens) the models get more time and
+the n-grams no more English. 350 steps missed the 5% on the chain with one seed of four (5.6%); the steps were raised
+to 500, and the rule left as it was. One schedule and one learning rate, the better of two tried, for all widths; a
+point inside a curve is not where a run that ended there would be. The English is of one kind: held-out paragraphs
+share phrases with those read. Three sizes are no scaling law.
 
 Source. Shannon 1948 (entropy as the floor of prediction); Radford et al. 2018, "Improving Language Understanding by
 Generative Pre-Training"; Chen and Goodman 1998 (n-gram models); Kaplan et al. 2020, arXiv:2001.08361 (loss against
@@ -44,9 +47,10 @@ WIDTHS = (16, 32, 64)
 LENGTH, BATCH, RATE = 128, 8, 1e-2      # tokens of a window, windows of a step, learning rate
 HALF = LENGTH // 2
 ORDERS = (1, 2, 3, 4, 5)                # of the n-grams
+STRETCHES = 64                          # of the chain that the n-grams count: few, for every junction is false
 UNITS = {"chain": "nats a token", "English": "bits a byte"}
 SIZES = {"quick": {"seeds": 3, "steps": 4, "held_out": 1024},
-         "default": {"seeds": 4, "steps": 350, "held_out": 12288},
+         "default": {"seeds": 4, "steps": 500, "held_out": 12288},
          "full": {"seeds": 4, "steps": 6000, "held_out": 12288}}
 
 
@@ -58,7 +62,8 @@ def chain(rng, steps, held_out):
         tokens = source.sample(rng, count, LENGTH + 1)
         return tokens, np.ones(tokens.shape)
 
-    stream, tokens = source.sample(rng, BATCH * steps, LENGTH).reshape(-1), source.sample(rng, 1, held_out)
+    stream = source.sample(rng, STRETCHES, BATCH * steps * LENGTH // STRETCHES).reshape(-1)
+    tokens = source.sample(rng, 1, held_out)
     floor = -source.log_probs(tokens)[0, HALF - source.order:].mean()
     return (10, lambda training: document_pretraining(training, draw, steps, BATCH, RATE), stream, tokens[0],
             lambda loss: loss - floor, source.entropy_rate())
@@ -93,7 +98,8 @@ def measure(row, seed, steps, held_out):
     for name, text in (("chain", chain), ("English", prose)):
         rng = np.random.default_rng([seed, len(name)])
         vocabulary, stage, stream, tokens, reported, entropy = text(rng, steps, held_out)
-        found = results[name] = {"uniform": reported(np.log(vocabulary)), "entropy": entropy}
+        found = results[name] = {"uniform": reported(np.log(vocabulary)), "entropy": entropy,
+                                 "counted": [min(count, len(stream)) for count in results["tokens"]]}
         for width in WIDTHS:
             model = Transformer(Config(vocab_size=vocabulary, width=width, layers=2, context=LENGTH), rng)
             losses = found[f"width {width}"] = []
@@ -102,7 +108,7 @@ def measure(row, seed, steps, held_out):
                     losses.append(reported(held_out_loss(model, tokens)))
             row.say(f"seed {seed}, {name}, width {width}: {losses[-1]:.3f} {UNITS[name]}")
         for n in ORDERS:
-            counted = (NGram(stream[:count], vocabulary, n) for count in results["tokens"])
+            counted = (NGram(stream[:count], vocabulary, n) for count in found["counted"])
             found[f"order {n}"] = [reported(-model.log_probs(tokens)[HALF:].mean()) for model in counted]
     return results
 
@@ -125,16 +131,18 @@ def conclude(seeds, size):
     numbers = {f"{name}, {model} ({unit})": spread(last(name, model))
                for name, unit in UNITS.items() for model in (*widths, "order 1", "order 2", best[name])}
     numbers |= {"entropy rate of the chain (nats a token)": spread(s["chain"]["entropy"] for s in seeds),
-                "share of the distance to the entropy that is left": spread(left)}
+                "share of the distance to the entropy that is left": spread(left),
+                "tokens of the English": spread(s["English"]["counted"][-1] for s in seeds)}
     columns = [(name, model) for name in UNITS for model in (*widths, best[name])]
-    table = [["tokens read", *(f"{name}, {model.replace('order', 'n-grams, order')}" for name, model in columns)]]
+    table = [["tokens read", *(f"{name}, {model.replace('order', 'n-grams, order')} ({UNITS[name]})"
+                               for name, model in columns)]]
     for i, count in enumerate(seeds[0]["tokens"]):
         table.append([f"{count:,}", *(shown([s[name][model][i] for s in seeds], 3) for name, model in columns)])
     sentence = (f"After {seeds[0]['tokens'][-1]:,} tokens widths {', '.join(map(str, WIDTHS))} are "
                 f"{', '.join(shown(last('chain', w), 3) for w in widths)} nats above the entropy of the chain "
-                f"({shown([s['chain']['entropy'] for s in seeds])}), the best n-grams "
-                f"{shown(last('chain', best['chain']), 4)}. On English they lose "
-                f"{', '.join(shown(last('English', w)) for w in widths)} bits a byte, unigrams "
+                f"({shown([s['chain']['entropy'] for s in seeds])}), the widest with {shown(left, 3)} of the distance "
+                f"from uniform left, the best n-grams {shown(last('chain', best['chain']), 4)} nats. On English they "
+                f"lose {', '.join(shown(last('English', w)) for w in widths)} bits a byte, unigrams "
                 f"{shown(last('English', 'order 1'))}, bigrams {shown(last('English', 'order 2'))}, the best n-grams "
                 f"({best['English']}) {shown(last('English', best['English']))}.")
     return Conclusion(verdict(falls and beats and (left <= 0.05).all()), sentence, numbers, table)
@@ -148,12 +156,15 @@ def draw(figure, seeds, size):
         best = best_order(seeds, name)
         for order, label, style in ((best, f"counted n-grams, the best order ({best})", "--"),
                                     (2, "counted bigrams", ":")):
-            counted = [s[name][f"order {order}"] for s in seeds]
-            curve(axis, tokens, counted, label, COLOURS[5], marker="", linestyle=style)
+            counted = np.mean([s[name]["counted"] for s in seeds], axis=0)
+            curve(axis, counted, [s[name][f"order {order}"] for s in seeds], label, COLOURS[5], marker="",
+                  linestyle=style)
         level(axis, np.mean([s[name]["uniform"] for s in seeds]), "uniform")
-        axis.set(xscale="log", xlabel="tokens read")
+        axis.set(xscale="log", xlabel="thousand tokens read")
+        axis.set_xticks(tokens, [f"{count / 1000:.0f}" for count in tokens])
+        axis.set_xticks([], minor=True)
     left, right = figure.axes
-    left.set(title="Markov chain: how far above its entropy", yscale="log", ylim=(1e-3, None),
+    left.set(title="Markov chain: how far above its entropy", yscale="log", ylim=(3e-4, None),
              ylabel="held-out loss less entropy (nats a token)")
     right.set(title="English", ylabel="held-out loss (bits a byte)", ylim=(1, None))
     left.legend(loc="lower left", fontsize=8)

@@ -117,7 +117,8 @@ def measure(row, seed, instruct, most, fresh):
 def conclude(seeds, size):
     at = COMPARISONS.index(FEW)
     holds = all(s["model, new"][at] >= s["people"] for s in seeds)
-    reached = [n for i, n in enumerate(COMPARISONS) if all(s["model, new"][i] >= s["people"] for s in seeds)]
+    as_good = [all(s["model, new"][i] >= s["people"] for s in seeds) for i in range(len(COMPARISONS))]
+    reached = [n for i, n in enumerate(COMPARISONS) if all(as_good[i:])]        # and so are all larger numbers
     names = ("model, compared", "model, new", "linear, new", "counts alone, new", "calibration error",
              "error of a probability")
     numbers = {"a person's choice is as gold": spread(s["people"] for s in seeds)}
@@ -137,7 +138,7 @@ def conclude(seeds, size):
                 f"{now('model, new, 25% flipped', -1)}); a person's own choice is right in "
                 f"{shown([s['people'] for s in seeds])}. "
                 + (f"Every seed is as good as a person from {reached[0]:,} comparisons on. " if reached else
-                   "No number of comparisons makes every seed as good as a person. ")
+                   "The most comparisons do not make every seed as good as a person. ")
                 + f"The linear model with the words of the question has {now('linear, new')} from {FEW:,}, counts "
                 f"alone {now('counts alone, new')}. The calibration error is {now('calibration error')} after {FEW:,} "
                 f"and {now('calibration error', -1)} after 3,000 comparisons "

@@ -5,7 +5,8 @@ Claim. Answers to compare are sampled from the model at a temperature; a higher 
 Test. A transformer of 25,632 parameters is instructed with 4,000 demonstrations of short replies (300 steps), in a
 world whose 781 possible replies to each of 9 questions are all listed. So entropy, expected gold reward and the
 expected best of n at each temperature are sums, not estimates; distinct replies are counted among 16 draws a
-question. Greedy decoding and the best reply there is are the levels to compare with.
+question. The best of n is chosen by gold itself: no judge who sees less can choose better. Greedy decoding and the
+best reply there is are the levels to compare with.
 
 Refuted. If, with any seed, the entropy or the number of distinct replies does not rise with every step of
 temperature.
@@ -61,16 +62,27 @@ def conclude(seeds, size):
                **{f"best of {n}": f"gold, best of {n}" for n in BEST_OF}}
     found = {name: np.array([s[name] for s in seeds]) for name in by_name}
     rises = all((np.diff(found[name], axis=1) > 0).all() for name in ("entropy", "distinct"))
-    peak = {n: TEMPERATURES[int(found[f"best of {n}"].mean(axis=0).argmax())] for n in BEST_OF}
+    greedy, most = [s["greedy"] for s in seeds], BEST_OF[-1]
+    peaks = {n: found[f"best of {n}"].argmax(axis=1) for n in BEST_OF}          # of each seed
     numbers = {f"{label}, temperature {t}": spread(found[name][:, i])
                for name, label in by_name.items() for i, t in enumerate(TEMPERATURES)}
-    table = [["temperature", *by_name.values()]]
+    numbers |= {"gold, greedy": spread(greedy)}
+    table = [["temperature", *by_name.values()], ["0 (greedy)", "0", "1", *[shown(greedy)] * len(BEST_OF)]]
     for i, t in enumerate(TEMPERATURES):
         table.append([f"{t}", *(shown(found[name][:, i]) for name in by_name)])
+
+    def best_at(n):
+        i = int(found[f"best of {n}"].mean(axis=0).argmax())
+        edge = {0: ", the lowest tried,", len(TEMPERATURES) - 1: ", the highest tried,"}.get(i, "")
+        return f"{TEMPERATURES[i]}{edge} with gold reward {shown(found[f'best of {n}'][:, i])}"
+
     sentence = (f"From temperature 0.25 to 3 the entropy of a reply goes from {shown(found['entropy'][:, 0])} to "
                 f"{shown(found['entropy'][:, -1])} nats, and of {DRAWS} draws {shown(found['distinct'][:, 0], 1)} to "
-                f"{shown(found['distinct'][:, -1], 1)} differ. A single draw is best at temperature {peak[1]}, the "
-                f"best of {BEST_OF[-1]} at {peak[BEST_OF[-1]]}: variety pays where somebody chooses.")
+                f"{shown(found['distinct'][:, -1], 1)} differ. Of the temperatures, a single draw is best at "
+                f"{best_at(1)}; greedy decoding has {shown(greedy)}. The best of {most}, as gold chooses, is best at "
+                f"{best_at(most)}: variety "
+                + ("pays where somebody chooses." if (peaks[most] > peaks[1]).all() else
+                   "does not pay with every seed, even where somebody chooses."))
     return Conclusion(verdict(rises), sentence, numbers, table)
 
 

@@ -90,6 +90,19 @@ def test_held_out_tasks_and_training_tasks_share_none_and_are_all_there_are(rng)
 
 
 @given(rng=rngs)
+def test_a_held_out_task_is_two_operations_that_each_change_something(rng):
+    for i, j in split_tasks(rng)[1]:
+        words = every_word()
+        moved, answers = carry_out([(i, j)] * len(words), words)
+        assert (moved != words).any() and (answers != moved).any()
+
+
+def test_every_task_of_two_operations_that_change_something_is_held_out_by_some_seed():
+    held = {task for seed in range(40) for task in split_tasks(np.random.default_rng(seed))[1]}
+    assert len(held) == 25
+
+
+@given(rng=rngs)
 def test_the_next_training_task_is_one_whose_operations_occurred_least(rng):
     training, _ = split_tasks(rng)
     for n, task in enumerate(training):
@@ -117,12 +130,16 @@ def test_the_nearest_task_is_right_as_often_as_counting_says():
     def task(place, letter):
         return [*PLACES].index(place), len(PLACES) + [*MAPS].index(letter)
     words = every_word()
-    # Reversed and kept are the same when the first letter is the last; reversed and all first: when all three are.
-    assert nearest([task("keep", "next"), task("first", "next")], task("reverse", "next"), words) == pytest.approx(0.1)
-    assert nearest([task("first", "next")], task("reverse", "next"), words) == pytest.approx(0.01)
-    assert nearest([task("reverse", "upper")], task("reverse", "next"), words) == 0     # no map agrees on any letter
-    assert nearest([task("keep", "upper")], task("reverse", "next"), words) == 0            # nothing shared
-    assert nearest([], task("reverse", "next"), words) == 0
+    # Reversed is as it was when the first letter is the last; all three are the first: when all three are the same.
+    assert nearest([], task("reverse", "next"), words) == pytest.approx(0.1)            # "next" alone
+    assert nearest([task("left", "next")], task("first", "next"), words) == pytest.approx(0.01)
+    assert nearest([task("first", "upper")], task("first", "next"), words) == pytest.approx(0.01)   # no map agrees
+    # Left and right of a word are the same when all letters are; swapped and left: when the last is the first, aba.
+    assert nearest([task("left", "next")], task("swap", "next"), words) == pytest.approx(0.1)
+    assert nearest([task("swap", "upper")], task("swap", "upper"), words) == 1
+    assert nearest([task("swap", "upper")], task("right", "next"), words) == pytest.approx(0.01)    # nothing shared
+    # A pair with an operation that changes nothing is a single operation.
+    assert nearest([], task("keep", "next"), words) == nearest([], task("left", "same"), words) == 1
 
 
 def test_the_model_has_a_token_for_everything_and_the_longest_document_fits():

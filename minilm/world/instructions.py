@@ -16,6 +16,7 @@ PLACES = {"keep": [0, 1, 2], "reverse": [2, 1, 0], "left": [1, 2, 0], "right": [
 MAPS = {"same": (0, 0), "next": (1, 0), "previous": (-1, 0), "upper": (0, 1), "upper next": (1, 1),
         "upper second": (2, 1)}         # letters further in the alphabet, and whether upper case
 OPERATIONS = (*PLACES, *MAPS)
+KEEP, SAME = 0, len(PLACES)             # the two operations that change nothing
 TASKS = tuple((i, len(PLACES) + j) for i in range(len(PLACES)) for j in range(len(MAPS)))       # pairs of OPERATIONS
 
 FIRST_OPERATION = 2 * LETTERS
@@ -55,9 +56,12 @@ def draw_words(rng, count, held_out=False):
 
 
 def split_tasks(rng, held_out=9):
-    """(training, held out), two lists of TASKS. Of the training tasks any first n use all operations as evenly as
-    they can: the next is always one whose operations have occurred least."""
+    """(training, held out), two lists of TASKS. Held out are pairs of two operations that each do something, neither
+    "keep" nor "same". Of the training tasks any first n use all operations as evenly as they can: the next is always
+    one whose operations have occurred least."""
     order = [TASKS[i] for i in rng.permutation(len(TASKS))]
+    chosen = [(i, j) for i, j in order if i != KEEP and j != SAME][:held_out]
+    order = chosen + [task for task in order if task not in chosen]
     held, pool, training = order[:held_out], order[held_out:], []
     while pool:
         used = [operation for task in training for operation in task]
@@ -86,7 +90,7 @@ def single_operations(rng, count, held_out=False):
     """The same about one operation each, `[reverse]:abc=cba;`."""
     drawn = rng.integers(len(OPERATIONS), size=count)
     words, on_places = draw_words(rng, count, held_out), drawn < len(PLACES)
-    tasks = np.where(on_places, (drawn, np.full(count, len(PLACES))), (np.zeros(count, int), drawn)).T
+    tasks = np.where(on_places, (drawn, np.full(count, SAME)), (np.full(count, KEEP), drawn)).T
     _, answers = carry_out(tasks, words)
     return _lines(drawn[:, None], words, answers)
 
@@ -102,8 +106,10 @@ def _lines(operations, words, *results):
 
 
 def nearest(tasks, task, words):
-    """How often the best of those `tasks` that share an operation with `task` gives its answers to words (B,WORD)."""
+    """How often the best of those `tasks` that share an operation with `task`, and of all single operations, gives its
+    answers to words (B,WORD)."""
     def answers(one):
         return carry_out([one] * len(words), words)[1]
     sharing = [other for other in tasks if set(other) & set(task)]
-    return max(((answers(other) == answers(task)).all(axis=1).mean() for other in sharing), default=0.0)
+    single = [(i, j) for i, j in TASKS if i == KEEP or j == SAME]
+    return max((answers(other) == answers(task)).all(axis=1).mean() for other in sharing + single)

@@ -60,11 +60,15 @@ def conclude(seeds, size):
     last = {C: [s[f"accuracy {C}"][-1] for s in seeds] for C in WINDOWS}
     gain = {C: [s[f"accuracy {C}"][-1] - s[f"accuracy {C}"][filled[C]] for s in seeds] for C in WINDOWS}
     learned = [i for i, s in enumerate(seeds) if s["accuracy 17"][OFFERED.index(8)] > 0.9]
+    said = learned or range(len(seeds))                             # the seeds that the sentence is about
     flat = learned and all(abs(np.mean([gain[C][i] for i in learned])) <= 0.05 for C in WINDOWS)
     rises = all(last[C][i] < last[D][i] for i in learned for C, D in zip(WINDOWS, WINDOWS[1:]))
 
-    def bound(C, i):
-        return np.mean([s[f"bound {C}"][i] for s in seeds])
+    def bound(C, i, of=range(len(seeds))):
+        return np.mean([seeds[j][f"bound {C}"][i] for j in of])
+
+    def kept(values):
+        return shown([values[i] for i in said])
 
     numbers = {f"accuracy, 32 offered, window of {C} tokens": spread(last[C]) for C in WINDOWS}
     numbers |= {f"bound, 32 offered, window of {C} tokens": spread(s[f"bound {C}"][-1] for s in seeds)
@@ -75,10 +79,10 @@ def conclude(seeds, size):
     for i, offered in enumerate(OFFERED):
         table.append([f"{offered}", *(f"{shown([s[f'accuracy {C}'][i] for s in seeds])} ({bound(C, i):.2f})"
                                       for C in WINDOWS)])
-    sentence = (f"With 32 demonstrations offered, accuracy is {', '.join(shown(last[C]) for C in WINDOWS)} where 2, "
-                f"4, 8 of them fit (bounds {', '.join(f'{bound(C, -1):.2f}' for C in WINDOWS)}); the 30, 28, 24 that "
-                f"do not fit change it by {', '.join(shown(gain[C]) for C in WINDOWS)}. {len(learned)} of "
-                f"{len(seeds)} seeds had learned to copy.")
+    sentence = (f"{len(learned)} of {len(seeds)} seeds learned to copy; with 32 demonstrations offered "
+                f"{'their' if learned else 'the'} accuracy is {', '.join(kept(last[C]) for C in WINDOWS)} where 2, "
+                f"4, 8 of them fit (bounds {', '.join(f'{bound(C, -1, said):.2f}' for C in WINDOWS)}); the 30, 28, 24 "
+                f"that do not fit change it by {', '.join(kept(gain[C]) for C in WINDOWS)}.")
     return Conclusion(verdict(flat and rises) if learned else OUTCOMES[2], sentence, numbers, table)
 
 

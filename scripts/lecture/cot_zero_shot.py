@@ -3,11 +3,12 @@
 Claim. Without any demonstration, the phrase "Let's think step by step" after a question raises a model's accuracy on
 problems that take several steps.
 
-Test. The model of cot_few_shot.py: in its corpus the phrase, two tokens, is followed by worked sums only, another
-phrase of two tokens by direct and worked ones as no phrase is. Held-out sums of 2 to 4 digits (of two: the same ones),
-150 a point, greedy, nothing before the question: it must answer at once, may answer as it likes, after the phrase,
-after the other phrase, or after dots, as many as a worked answer has tokens. Then one running sum is replaced by a
-wrong one and the model goes on from there: does the answer follow? Chance is 0.1; 1 is possible.
+Test. The model of cot_few_shot.py: in its corpus the phrase, two tokens, is followed by worked sums only; after
+another phrase of two tokens 40% of the documents are worked, the others direct; after none 25%, the others direct or
+dots. Held-out sums of 2 to 4 digits (of two: the same ones), 150 a point, greedy, nothing before the question: it must
+answer at once, may answer as it likes, after the phrase, after the other phrase, or with dots: after a first dot, the
+model writes the others itself. Then one running sum is replaced by a wrong one and the model goes on from there: does
+the answer follow? Chance is 0.1; 1 is possible.
 
 Refuted. If, with any seed, over sums of three and four digits, the phrase is not ahead of answering at once, of no
 phrase, of the other phrase and of dots by 0.3.
@@ -95,9 +96,9 @@ def conclude(seeds, size):
               for name in ("follows", "right all the same")]
     sentence = (f"After the phrase, sums of three and four digits are right {after['the phrase']}; after another "
                 f"phrase {after['another phrase']}, after none {after['no phrase']}, at once {after['at once']}, "
-                f"after dots {after['dots']} (chance 0.10). The phrase works because the corpus contains it. "
-                f"With a wrong running sum put in, {after['follows']} of the answers follow the error; "
-                f"{after['right all the same']} are right all the same.")
+                f"after dots {after['dots']} (chance 0.10). With a wrong running sum put in, "
+                f"{after['follows']} of the answers follow the error; {after['right all the same']} are right all the "
+                f"same.")
     return Conclusion(verdict(holds), sentence, numbers, table)
 
 

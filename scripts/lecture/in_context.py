@@ -93,9 +93,10 @@ def conclude(seeds, size):
     numbers = {f"{name}, {k} demonstrations": spread(at[name][i]) for name in names for i, k in enumerate(SHOTS)}
     numbers |= {"induction score of the best head": spread(s["score"] for s in seeds),
                 "induction score of even attention": spread(s["score if even"] for s in seeds),
-                "layer of the best head": spread(s["layer"] + 1 for s in seeds),
-                "first step with 0.5 on new mappings": spread(_half(s["copying"], 1) for s in seeds),
-                "first step with 0.5 on strings": spread(_half(s["recognising"], -1) for s in seeds)}
+                "layer of the best head": spread(s["layer"] + 1 for s in seeds)}
+    halves = {"new mappings": [_half(s["copying"], 1) for s in seeds],
+              "strings": [_half(s["recognising"], -1) for s in seeds]}
+    numbers |= {f"first step with 0.5 on {name}": spread(steps) for name, steps in halves.items() if None not in steps}
     layers = " or ".join(sorted({f"{s['layer'] + 1}" for s in seeds}))
     table = [["demonstrations", *names]]
     table += [[f"{k}", *(shown(at[name][i]) for name in names)] for i, k in enumerate(SHOTS)]
@@ -109,8 +110,8 @@ def conclude(seeds, size):
 
 
 def _half(history, column):
-    """The first step at which accuracy was above one half; the last step if it never was."""
-    return next((line[0] for line in history if line[column] > 0.5), history[-1][0] if history else 0)
+    """The first step at which accuracy was above one half; None if it never was."""
+    return next((line[0] for line in history if line[column] > 0.5), None)
 
 
 def draw(figure, seeds, size):

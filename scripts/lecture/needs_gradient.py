@@ -1,13 +1,13 @@
-"""Some tasks no prompt solves, and a few gradient steps do
+"""Some tasks that eight demonstrations do not solve, a few gradient steps do
 
 Claim. On harder tasks prompting is not enough; some gradient steps are needed.
 
 Test. The transformer of in_context, pretrained on eight string tasks put as demonstrations, is given three that were
 in no document: swap the last two letters (abc>acb), repeat the middle one (abc>bbb), go three letters on (abc>def). By
-prompt: k = 0 to 8 demonstrations before the query, which is all that its context of 72 tokens holds. By gradient: N =
-8, 32 or 128 labelled words, up to 100 steps of AdamW on batches of at most 32 of them, each a document of its own
-without demonstrations; accuracy after 1, 2, 5, .. steps on all 200 held-out words, exact match. Beside it: the same
-steps from random weights, the known tasks by prompt, and what the best of the eight known tasks would get.
+prompt: k = 0, 1, 2, 4 or 8 demonstrations before the query; 8 are all that its context of 72 tokens holds. By
+gradient: N = 8, 32 or 128 labelled words, up to 100 steps of AdamW on batches of at most 32 of them, each a document
+of its own without demonstrations; accuracy after 1, 2, 5, .. steps on all 200 held-out words, exact match. Beside it:
+the same steps from random weights, the known tasks by prompt, and what the best of the eight known tasks would get.
 
 Refuted. If, on the mean of the three tasks and with any seed, some k reaches 0.5 by prompt, or 100 steps on 128 labels
 do not reach 0.5. If the known tasks stay below 0.5 with 8 demonstrations, prompting was not learned and nothing can be

@@ -117,14 +117,13 @@ def conclude(seeds, size):
     table += [[name, *(shown(at[name][part], 3) if part in at[name] else "" for part in PARTS[ONE])] for name in PARTS]
     table += [[name, "", "", shown(last[name], 3)] for name in ("base", "base, one operation")]
     least, middle, most = (f"{demonstrations(size, part):,}" for part in PARTS[ONE])
-    sentence = (f"After {most} demonstrations of 36 tasks one model gets {shown(last[ONE], 3)} of the answers, and 36 "
-                f"models with a 36th of them each {shown(last[OWN], 3)}. With {middle} in all they have "
-                f"{shown(at[ONE][3])} and {shown(at[OWN][3])}, with {least} {shown(at[ONE][9])} and "
-                f"{shown(at[OWN][9])}. The base, exact on {shown(last['base, one operation'])} of the single "
-                f"operations, gets {shown(last['base'])} of the tasks; from random weights one model gets "
-                f"{shown(last[SCRATCH])} with all {most}. With the loss on everything it gets "
-                f"{shown(at[EVERYTHING][9])}, {shown(at[EVERYTHING][3])} and {shown(at[EVERYTHING][1])} with {least}, "
-                f"{middle} and {most}.")
+    sentence = (f"After {most} demonstrations of 36 tasks one model gets {shown(last[ONE], 3)} of the answers, from "
+                f"random weights {shown(last[SCRATCH], 3)}, and 36 models with a 36th of them each "
+                f"{shown(last[OWN], 3)}. With {middle} in all the one model and the 36 have {shown(at[ONE][3])} and "
+                f"{shown(at[OWN][3])}, with {least} {shown(at[ONE][9])} and {shown(at[OWN][9])}. The base, exact on "
+                f"{shown(last['base, one operation'])} of the single operations, gets {shown(last['base'])} of the "
+                f"tasks. With the loss on everything the one model gets {shown(at[EVERYTHING][9])}, "
+                f"{shown(at[EVERYTHING][3])} and {shown(at[EVERYTHING][1])} with {least}, {middle} and {most}.")
     numbers = {name: spread(values) for name, values in last.items()}
     numbers |= {f"{name}, {demonstrations(size, part)} demonstrations": spread(values)
                 for name in PARTS for part, values in at[name].items() if part > 1}

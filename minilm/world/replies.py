@@ -29,7 +29,8 @@ VOCABULARY = len(SENTENCES)
 LONGEST = 4             # sentences of a reply, EOS included
 MODEL = {"vocab_size": VOCABULARY, "width": 32, "layers": 2, "heads": 2, "context": 16}       # for a model.Config
 
-# How the demonstrations are: right this often; with so many courtesies and fillers (0, 1, 2, ..) before and after.
+# How the demonstrations are: the answer is known this often, and else guessed; with so many courtesies and fillers
+# (0, 1, 2, ..) before it, and courtesies after.
 RIGHT = 0.6
 COURTESIES, FILLERS, CLOSINGS = (0.55, 0.3, 0.15), (0.7, 0.3), (0.8, 0.2)
 

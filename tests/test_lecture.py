@@ -51,7 +51,7 @@ def test_a_claim_has_its_script_its_five_paragraphs_and_its_sizes(row):
 
 
 def test_every_script_of_the_folder_is_a_claim_or_shared():
-    assert {path.stem for path in LECTURE.glob("*.py")} - {"all", "experiment", "page"} <= set(lecture.ROWS)
+    assert {path.stem for path in LECTURE.glob("*.py")} - {"all", "experiment", "page", "recipes"} <= set(lecture.ROWS)
 
 
 def test_the_lecture_has_23_claims_in_three_stages_and_none_twice():

@@ -30,7 +30,7 @@ FLOORS = {
                         "stages"},
 }
 TEACHING = set(FLOORS) - {"formulas", "world", "parallel"}
-SHARED_BY_SCRIPTS = {"evaluation", "experiment", "figures", "gpu_measuring", "hf_llama", "measuring", "page", "run_folder", "torch_llama",
+SHARED_BY_SCRIPTS = {"evaluation", "experiment", "figures", "gpu_measuring", "hf_llama", "measuring", "page", "recipes", "run_folder", "torch_llama",
                      "trl_trainers"}
 
 

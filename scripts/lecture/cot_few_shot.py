@@ -25,12 +25,11 @@ al. 2023, arXiv:2307.13702, and Pfau et al. 2024, arXiv:2404.15758.
 import sys
 
 from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from recipes import add_digits
 
 import numpy as np
 
 from minilm.generate import generate
-from minilm.stages.pretraining import document_pretraining
-from minilm.stages.training import Training
 from minilm.world import digit_sums
 
 SHOTS = (0, 1, 2, 4)
@@ -39,21 +38,9 @@ SIZES = {"quick": {"seeds": 3, "steps": [6, 3], "questions": 5},
          "default": {"seeds": 4, "steps": [240, 140], "questions": 150}}
 
 
-def train(model, rng, steps, corpus):
-    """The same in both rows of chain of thought: the second finds the model that the first kept."""
-    losses = []
-    for count, stage in zip(steps, digit_sums.CURRICULUM):
-        def documents(rng, size):
-            return digit_sums.documents(rng, size, stage["examples"], stage["length"], getattr(digit_sums, corpus))
-        training = Training(model, rng)
-        steps_done = document_pretraining(training, documents, count, stage["batch_size"], stage["learning_rate"])
-        losses += [metrics["loss"] for metrics in steps_done]
-    return losses
-
-
 def measure(row, seed, steps, questions):
-    model, losses = row.trained("digit-sums", seed, digit_sums.MODEL, train, steps=steps, corpus="CORPUS")
-    direct, _ = row.trained("digit-sums-direct", seed, digit_sums.MODEL, train, steps=steps, corpus="DIRECT")
+    model, losses = row.trained("digit-sums", seed, digit_sums.MODEL, add_digits, steps=steps, corpus="CORPUS")
+    direct, _ = row.trained("digit-sums-direct", seed, digit_sums.MODEL, add_digits, steps=steps, corpus="DIRECT")
     row.say(f"seed {seed}: trained, loss {np.mean(losses[-10:]):.2f}")
     rng = np.random.default_rng([seed, 1])
 

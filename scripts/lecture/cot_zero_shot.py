@@ -24,12 +24,11 @@ Source. Kojima et al. 2022, arXiv:2205.11916; dots and wrong steps: Lanham et al
 import sys
 
 from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from recipes import add_digits
 
 import numpy as np
 
 from minilm.generate import generate
-from minilm.stages.pretraining import document_pretraining
-from minilm.stages.training import Training
 from minilm.world import digit_sums
 
 WAYS = {"the phrase": {"phrase": "trigger"}, "another phrase": {"phrase": "filler"}, "no phrase": {},
@@ -38,20 +37,8 @@ SIZES = {"quick": {"seeds": 3, "steps": [6, 3], "questions": 5},
          "default": {"seeds": 4, "steps": [240, 140], "questions": 150}}
 
 
-def train(model, rng, steps, corpus):
-    """The same in both rows of chain of thought: the second finds the model that the first kept."""
-    losses = []
-    for count, stage in zip(steps, digit_sums.CURRICULUM):
-        def documents(rng, size):
-            return digit_sums.documents(rng, size, stage["examples"], stage["length"], getattr(digit_sums, corpus))
-        training = Training(model, rng)
-        steps_done = document_pretraining(training, documents, count, stage["batch_size"], stage["learning_rate"])
-        losses += [metrics["loss"] for metrics in steps_done]
-    return losses
-
-
 def measure(row, seed, steps, questions):
-    model, losses = row.trained("digit-sums", seed, digit_sums.MODEL, train, steps=steps, corpus="CORPUS")
+    model, losses = row.trained("digit-sums", seed, digit_sums.MODEL, add_digits, steps=steps, corpus="CORPUS")
     row.say(f"seed {seed}: trained, loss {np.mean(losses[-10:]):.2f}")
     rng = np.random.default_rng([seed, 2])
 

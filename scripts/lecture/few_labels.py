@@ -30,15 +30,12 @@ Source. Ouyang et al. 2022, arXiv:2203.02155; Rafailov et al. 2023, arXiv:2305.1
 import sys
 
 from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from recipes import reply, rewards_of, stopped_reward_model
 
 import numpy as np
 
 from minilm.early_stopping import keep_best
-from minilm.evaluate import predicted_rewards
-from minilm.model import RewardModel
-from minilm.stages.instruction_tuning import instruction_tuning
 from minilm.stages.preference_tuning import preference_tuning, reference_log_probs
-from minilm.stages.reward_modelling import reward_modelling
 from minilm.stages.rlhf import rlhf
 from minilm.stages.training import Training
 from minilm.world.enumerable import divergence, expectation, optimum
@@ -51,27 +48,6 @@ TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)   
 SIZES = {"quick": {"seeds": 3, "asked": 2, "instruct": 10, "comparisons": (30, 300), "most": 2, "rl_steps": 1},
          "default": {"seeds": 4, "asked": 3, "instruct": 300, "comparisons": (30, 100, 300, 1000, 3000),
                      "most": 10**6, "rl_steps": 100}}
-
-
-def instructed(model, rng, asked, steps):
-    for _ in instruction_tuning(Training(model, rng), *ReplyWorld(asked).demonstrations(rng, 4000), steps, 64, 3e-3):
-        pass
-
-
-def fit_reward(world, model, rng, pairs, steps):
-    """The rewards (P,N) that a reward model gives after the comparisons pairs."""
-    reward_model, fifth = RewardModel(model.copy(), rng), len(pairs[0]) // 5
-    prompts, chosen, rejected = world.tokens_of(*pairs)
-
-    def held_out_loss():
-        r = predicted_rewards(reward_model, prompts[:fifth] * 2, chosen[:fifth] + rejected[:fifth])
-        return np.logaddexp(0, r[fifth:] - r[:fifth]).mean()
-
-    rest = [part[fifth:] for part in (prompts, chosen, rejected)]
-    keep_best(reward_modelling(Training(reward_model, rng), *rest, steps, 64, 2e-3), reward_model, held_out_loss)
-    prompts = [prompt for prompt in world.prompts for _ in world.responses]
-    rewards = predicted_rewards(reward_model, prompts, world.responses * len(world.prompts))
-    return rewards.reshape(world.shape).astype(float)
 
 
 def fit_directly(world, model, l, rng, pairs, steps):
@@ -92,7 +68,7 @@ def fit_directly(world, model, l, rng, pairs, steps):
 
 def measure(row, seed, asked, instruct, comparisons, most, rl_steps):
     world, rng = ReplyWorld(asked), np.random.default_rng(seed)
-    model, _ = row.trained("replies", seed, MODEL, instructed, asked=asked, steps=instruct)
+    model, _ = row.trained("replies", seed, MODEL, reply, asked=asked, steps=instruct)
     l = world.laws(model)
 
     def place(law):
@@ -116,7 +92,7 @@ def measure(row, seed, asked, instruct, comparisons, most, rl_steps):
     pairs = world.comparisons(l, world.gold, rng, max(comparisons))
     for n in comparisons:
         few, steps = [part[:n] for part in pairs], min(most, round(8 * n ** 0.5))
-        rewards = fit_reward(world, model, rng, few, steps)
+        rewards = rewards_of(world, stopped_reward_model(world, model, rng, few, steps))
         note("reward model", *place(optimum(l, rewards, BETA)[0]))
         kl, gold = place(fit_directly(world, model, l, rng, few, steps))
         note("DPO", kl, gold)

@@ -28,16 +28,15 @@ comparisons learn Borda counts, not mean worth).
 import sys
 
 from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from recipes import instructed
 
 import numpy as np
 
-from minilm.model import Config, Transformer
-from minilm.stages.instruction_tuning import instruction_tuning
 from minilm.stages.preference_tuning import preference_tuning
 from minilm.stages.training import Training
 from minilm.world.annotators import Annotator
 from minilm.world.enumerable import divergence, expectation, optimum, preference
-from minilm.world.replies import MODEL, ReplyWorld
+from minilm.world.replies import ReplyWorld
 
 BETA, PAIRS = 0.3, 2000
 GROUPS = ("majority", "minority")
@@ -50,9 +49,7 @@ SIZES = {"quick": {"seeds": 3, "tuning": 6, "steps": 2, "shares": [0.0, 1.0], "e
 
 def measure(row, seed, tuning, steps, shares, exact, solving):
     rng, world = np.random.default_rng(seed), ReplyWorld(asked=2)
-    model = Transformer(Config(**MODEL), rng)
-    for _ in instruction_tuning(Training(model, rng), *world.demonstrations(rng, 4000), tuning, 64, 3e-3):
-        pass
+    model = instructed(world, rng, tuning)
     reference = world.laws(model)
     worths = [world.table(Annotator(0, 1, 0, brief).worth) for brief in (False, True)]
 

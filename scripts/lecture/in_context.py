@@ -26,6 +26,7 @@ and smeared keys); Xie et al. 2022, arXiv:2111.02080 (as recognition of a task, 
 import sys
 
 from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from recipes import recognise_strings
 
 import numpy as np
 
@@ -56,11 +57,6 @@ def learn_to_copy(model, rng, steps, enough):
     return history
 
 
-def train(model, rng, steps):                    # as in needs_gradient: who comes second finds the model in the folder
-    course = strings.Curriculum()
-    return course.follow(document_pretraining(Training(model, rng), course.draw, steps, 16), model, rng)
-
-
 def measure(row, seed, mapping_steps, string_steps, documents):
     rng = np.random.default_rng(seed)
     found = {"new mappings": [], "copy bound": []}
@@ -79,7 +75,7 @@ def measure(row, seed, mapping_steps, string_steps, documents):
     even = np.tri(tokens.shape[1]) / np.arange(1, tokens.shape[1] + 1)[:, None]
     found["score if even"] = induction_scores(np.broadcast_to(even, weights[:1, :1].shape), tokens, asked).item()
 
-    model, found["recognising"] = row.trained("strings", seed, STRINGS, train, steps=string_steps)
+    model, found["recognising"] = row.trained("strings", seed, STRINGS, recognise_strings, steps=string_steps)
     tokens, _ = strings.draw(rng, documents, held_out=True)
     found["known strings"] = strings.right(model, tokens).mean(axis=0)[list(SHOTS)]
     found["Bayes bound"] = strings.bayes_bound(tokens).mean(axis=0)[list(SHOTS)]

@@ -32,6 +32,7 @@ arXiv:2203.02155.
 import sys
 
 from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from recipes import follow_single_operations
 
 import numpy as np
 
@@ -47,12 +48,6 @@ ONE, EVERYTHING, SCRATCH, OWN = ("one model, loss on the answer", "one model, lo
 PARTS = {ONE: (9, 3, 1), EVERYTHING: (9, 3, 1), SCRATCH: (1,), OWN: (9, 3, 1)}     # of the demonstrations, one in ...
 SIZES = {"quick": {"seeds": 3, "pretraining": 2, "share": 9, "asked": 3},
          "default": {"seeds": 3, "pretraining": 400, "share": 355, "asked": 200}}
-
-
-def pretrain(model, rng, steps):
-    """On lines about one operation each; returns the loss of every step."""
-    training = Training(model, rng, weight_decay=0.01)
-    return [metrics["loss"] for metrics in document_pretraining(training, single_operations, steps, BATCH, 3e-3)]
 
 
 def finetuned(start, rng, tokens, mask, batch):
@@ -79,7 +74,7 @@ def joined(pools):
 
 def measure(row, seed, pretraining, share, asked):
     rng = np.random.default_rng(seed)
-    base, _ = row.trained("single-operations", seed, MODEL, pretrain, steps=pretraining)
+    base, _ = row.trained("single-operations", seed, MODEL, follow_single_operations, steps=pretraining)
     pools, exams = ([documents(rng, count, [task], held_out) for task in TASKS]
                     for count, held_out in ((share, False), (asked, True)))
     exam = joined(exams)

@@ -29,6 +29,7 @@ et al. 2024, arXiv:2401.01879.
 import sys
 
 from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from recipes import instructed
 
 import numpy as np
 
@@ -44,7 +45,7 @@ from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, tasks
 from minilm.world.enumerable import best_of_n, divergence, expectation, optimum
 from minilm.world.manners import draw_manner, phrase
-from minilm.world.replies import EOS, LONGEST, MODEL, ReplyWorld
+from minilm.world.replies import EOS, LONGEST, ReplyWorld
 
 BETAS = tuple(np.geomspace(3, 0.01, 30))
 DRAWS = tuple(2 ** k for k in range(13))
@@ -62,9 +63,7 @@ SIZES = {"quick": {"seeds": 3, "tuning": 4, "comparisons": 30, "steps": 10, "eng
 def short_replies(rng, tuning, comparisons, steps):
     """Parts (1) and (2): [KL, learned, gold] along pi*, best of n, and the two runs, exact."""
     world = ReplyWorld(asked=2)
-    model = Transformer(Config(**MODEL), rng)
-    for _ in instruction_tuning(Training(model, rng), *world.demonstrations(rng, 4000), tuning, 64, 3e-3):
-        pass
+    model = instructed(world, rng, tuning)
     reference = world.laws(model)
     reward_model = RewardModel(model.copy(), rng)
     compared = world.tokens_of(*world.comparisons(reference, world.gold, rng, comparisons))

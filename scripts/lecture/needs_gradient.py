@@ -25,6 +25,7 @@ Source. Brown et al. 2020, arXiv:2005.14165 (where few-shot learning struggles);
 import sys
 
 from experiment import COLOURS, OUTCOMES, Conclusion, curve, level, run, shown, spread, verdict
+from recipes import recognise_strings
 
 import numpy as np
 
@@ -40,11 +41,6 @@ AFTER = (0, 1, 2, 5, 10, 20, 50, 100)            # gradient steps
 RATE = 3e-3
 SIZES = {"quick": {"seeds": 3, "steps": 5, "gradient_steps": 2, "documents": 20},
          "default": {"seeds": 4, "steps": 900, "gradient_steps": 100, "documents": 200}}
-
-
-def train(model, rng, steps):                    # as in in_context: who comes second finds the model in the folder
-    course = strings.Curriculum()
-    return course.follow(document_pretraining(Training(model, rng), course.draw, steps, 16), model, rng)
 
 
 def accuracy_after(model, rng, task, labels, steps, words_asked):
@@ -67,7 +63,7 @@ def accuracy_after(model, rng, task, labels, steps, words_asked):
 
 def measure(row, seed, steps, gradient_steps, documents):
     rng = np.random.default_rng(seed)
-    model, _ = row.trained("strings", seed, CONFIG, train, steps=steps)
+    model, _ = row.trained("strings", seed, CONFIG, recognise_strings, steps=steps)
 
     def by_prompt(*tasks):
         return strings.right(model, strings.draw(rng, documents, tasks, held_out=True)[0]).mean(axis=0)[list(SHOTS)]

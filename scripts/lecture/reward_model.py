@@ -28,16 +28,12 @@ calibration: Guo et al. 2017, arXiv:1706.04599.
 import sys
 
 from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from recipes import reply, stopped_reward_model
 
 import numpy as np
 
-from minilm.early_stopping import keep_best
 from minilm.evaluate import predicted_rewards
-from minilm.model import RewardModel
 from minilm.ops import stable_sigmoid
-from minilm.stages.instruction_tuning import instruction_tuning
-from minilm.stages.reward_modelling import reward_modelling
-from minilm.stages.training import Training
 from minilm.world.linear import bradley_terry, counts
 from minilm.world.replies import MODEL, ReplyWorld
 
@@ -50,28 +46,9 @@ SIZES = {"quick": {"seeds": 3, "instruct": 10, "most": 2, "fresh": 200},
          "default": {"seeds": 4, "instruct": 300, "most": 10**6, "fresh": 3000}}
 
 
-def instructed(model, rng, asked, steps):
-    for _ in instruction_tuning(Training(model, rng), *ReplyWorld(asked).demonstrations(rng, 4000), steps, 64, 3e-3):
-        pass
-
-
-def fitted(world, model, rng, pairs, most):
-    """A reward model from comparisons: of the weights met in training, those that predict a held-out fifth best."""
-    reward_model, fifth = RewardModel(model.copy(), rng), len(pairs[0]) // 5
-    (prompts, chosen, rejected), steps = world.tokens_of(*pairs), min(most, round(8 * len(pairs[0]) ** 0.5))
-
-    def held_out_loss():
-        r = predicted_rewards(reward_model, prompts[:fifth] * 2, chosen[:fifth] + rejected[:fifth])
-        return np.logaddexp(0, r[fifth:] - r[:fifth]).mean()
-
-    rest = [part[fifth:] for part in (prompts, chosen, rejected)]
-    keep_best(reward_modelling(Training(reward_model, rng), *rest, steps, 64, 2e-3), reward_model, held_out_loss)
-    return reward_model
-
-
 def measure(row, seed, instruct, most, fresh):
     world, rng = ReplyWorld(asked=3), np.random.default_rng(seed)
-    model, _ = row.trained("replies", seed, MODEL, instructed, asked=3, steps=instruct)
+    model, _ = row.trained("replies", seed, MODEL, reply, asked=3, steps=instruct)
     l, x = world.laws(model), counts(world)
     order = rng.permutation(WHOLE)
     compared, new = order[:ASKED], order[ASKED:]
@@ -89,7 +66,8 @@ def measure(row, seed, instruct, most, fresh):
         pairs = world.comparisons(l, world.gold, rng, max(COMPARISONS), compared, flip_rate)
         for n in COMPARISONS:
             few = [part[:n] for part in pairs]
-            reward_model = fitted(world, model, rng, few, most)
+            steps = min(most, round(8 * len(few[0]) ** 0.5))
+            reward_model = stopped_reward_model(world, model, rng, few, steps)
             p, chosen, rejected = few
             differences = x[p, chosen] - x[p, rejected]
             linear = {"counts alone": differences * (np.arange(x.shape[-1]) < world.vocab_size), "linear": differences}

@@ -28,6 +28,7 @@ other details); Ahmadian et al. 2024, arXiv:2402.14740 (leave-one-out).
 import sys
 
 from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from recipes import instructed
 
 import numpy as np
 
@@ -36,7 +37,6 @@ from minilm.generate import generate
 from minilm.model import Config, RewardModel, Transformer
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
 from minilm.optim import warmup_cosine
-from minilm.stages.instruction_tuning import instruction_tuning
 from minilm.stages.reward_modelling import reward_modelling
 from minilm.stages.rlhf import rlhf
 from minilm.stages.training import Training, optimise, stage
@@ -98,9 +98,7 @@ def history_of(name, policy, model, reward, prompts, rng, steps):
 
 def measure(row, seed, tuning, steps):
     rng, world = np.random.default_rng(seed), ReplyWorld(asked=2)
-    model = Transformer(Config(**MODEL), rng)
-    for _ in instruction_tuning(Training(model, rng), *world.demonstrations(rng, 4000), tuning, 64, 3e-3):
-        pass
+    model = instructed(world, rng, tuning)
     reference = world.laws(model)
     reward_model = RewardModel(model.copy(), rng)
     compared = world.tokens_of(*world.comparisons(reference, world.gold, rng, 1000))

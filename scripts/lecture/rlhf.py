@@ -25,11 +25,11 @@ Ahmadian et al. 2024, arXiv:2402.14740; best of n: Beirami et al. 2024, arXiv:24
 import sys
 
 from experiment import COLOURS, Conclusion, curve, run, shown, spread, verdict
+from recipes import instructed
 
 import numpy as np
 
-from minilm.model import Config, RewardModel, Transformer
-from minilm.stages.instruction_tuning import instruction_tuning
+from minilm.model import RewardModel
 from minilm.stages.reward_modelling import reward_modelling
 from minilm.stages.rlhf import rlhf
 from minilm.stages.training import Training
@@ -37,7 +37,7 @@ from minilm.tensor import no_grad
 from minilm.world.enumerable import (best_of_n, divergence, expectation, objective, objective_gradient, optimum,
                                      total_variation)
 from minilm.world.expectations import descend
-from minilm.world.replies import EOS, LONGEST, MODEL, ReplyWorld
+from minilm.world.replies import EOS, LONGEST, ReplyWorld
 
 BETAS, WATCHED = (1.0, 0.5, 0.2, 0.1), 0.2              # WATCHED: the beta whose way to pi* is drawn
 FRONTIER = tuple(np.geomspace(3, 0.05, 40))
@@ -50,9 +50,7 @@ SIZES = {"quick": {"seeds": 3, "tuning": 6, "exact_steps": 2, "sampled_steps": 1
 
 def measure(row, seed, tuning, exact_steps, sampled_steps):
     rng, world = np.random.default_rng(seed), ReplyWorld(asked=1)
-    model = Transformer(Config(**MODEL), rng)
-    for _ in instruction_tuning(Training(model, rng), *world.demonstrations(rng, 4000), tuning, 64, 3e-3):
-        pass
+    model = instructed(world, rng, tuning)
     reference = world.laws(model)
     reward_model = RewardModel(model.copy(), rng)
     compared = world.tokens_of(*world.comparisons(reference, world.gold, rng, 1000))

@@ -32,12 +32,12 @@ import time
 import tracemalloc
 
 from experiment import COLOURS, Conclusion, curve, run, shown, spread, verdict
+from recipes import instructed
 
 import numpy as np
 
 from minilm.evaluate import predicted_rewards
-from minilm.model import Config, RewardModel, Transformer
-from minilm.stages.instruction_tuning import instruction_tuning
+from minilm.model import RewardModel
 from minilm.stages.preference_tuning import preference_tuning, reference_log_probs
 from minilm.stages.reward_modelling import reward_modelling
 from minilm.stages.rlhf import rlhf
@@ -45,7 +45,7 @@ from minilm.stages.training import Training
 from minilm.tensor import no_grad
 from minilm.world.enumerable import best_of_n, divergence, expectation, optimum
 from minilm.world.frontier import frontier
-from minilm.world.replies import EOS, LONGEST, MODEL, ReplyWorld
+from minilm.world.replies import EOS, LONGEST, ReplyWorld
 
 METHODS = ("RLHF", "DPO")
 LEVELS, DECIDES = (0.25, 0.5, 1.0, 2.0), 1.0            # nats at which frontiers are read; the one of the rule
@@ -61,9 +61,7 @@ SIZES = {"quick": {"seeds": 3, "tuning": 5, "pair_steps": 3, "sampling_steps": 2
 
 def measure(row, seed, tuning, pair_steps, sampling_steps, betas, looks, dpo_rate=3e-4):
     rng, world = np.random.default_rng(seed), ReplyWorld(asked=2)
-    model = Transformer(Config(**MODEL), rng)
-    for _ in instruction_tuning(Training(model, rng), *world.demonstrations(rng, 4000), tuning, 64, 3e-3):
-        pass
+    model = instructed(world, rng, tuning)
     reference = world.laws(model)
     p, chosen, rejected = world.comparisons(reference, world.gold, rng, PAIRS)
     pairs = world.tokens_of(p, chosen, rejected)

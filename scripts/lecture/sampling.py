@@ -22,15 +22,13 @@ n).
 import sys
 
 from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from recipes import instructed
 
 import numpy as np
 
 from minilm.generate import generate
-from minilm.model import Config, Transformer
-from minilm.stages.instruction_tuning import instruction_tuning
-from minilm.stages.training import Training
 from minilm.world.enumerable import best_of_n, entropy, expectation
-from minilm.world.replies import EOS, LONGEST, MODEL, ReplyWorld
+from minilm.world.replies import EOS, LONGEST, ReplyWorld
 
 TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 BEST_OF = (1, 4, 16)
@@ -40,9 +38,7 @@ SIZES = {"quick": {"seeds": 3, "steps": 10}, "default": {"seeds": 4, "steps": 30
 
 def measure(row, seed, steps):
     rng, world = np.random.default_rng(seed), ReplyWorld(asked=2)
-    model = Transformer(Config(**MODEL), rng)
-    for _ in instruction_tuning(Training(model, rng), *world.demonstrations(rng, 4000), steps, 64, 3e-3):
-        pass
+    model = instructed(world, rng, steps)
     found = {"entropy": [], "distinct": [], **{f"best of {n}": [] for n in BEST_OF}}
     for temperature in TEMPERATURES:
         l = world.laws(model, temperature)

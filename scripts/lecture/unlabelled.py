@@ -35,15 +35,11 @@ et al. 2023, arXiv:2305.18290.
 import sys
 
 from experiment import COLOURS, Conclusion, curve, run, shown, spread, verdict
+from recipes import reply, rewards_of, stopped_reward_model
 
 import numpy as np
 
-from minilm.early_stopping import keep_best
-from minilm.evaluate import predicted_rewards
-from minilm.model import RewardModel
-from minilm.stages.instruction_tuning import instruction_tuning
 from minilm.stages.preference_tuning import preference_tuning
-from minilm.stages.reward_modelling import reward_modelling
 from minilm.stages.rlhf import rlhf
 from minilm.stages.training import Training
 from minilm.world.enumerable import divergence, expectation, optimum
@@ -63,35 +59,14 @@ SIZES = {"quick": {"seeds": 3, "asked": 2, "instruct": 10, "reward_steps": 2, "s
                      "pair_steps": 300, "betas": (1.0, 0.3)}}
 
 
-def instructed(model, rng, asked, steps):
-    for _ in instruction_tuning(Training(model, rng), *ReplyWorld(asked).demonstrations(rng, 4000), steps, 64, 3e-3):
-        pass
-
-
-def fit_reward(world, model, rng, pairs, steps):
-    """The rewards (P,N) that a reward model gives after the comparisons pairs, to compared questions and others."""
-    reward_model, fifth = RewardModel(model.copy(), rng), len(pairs[0]) // 5
-    prompts, chosen, rejected = world.tokens_of(*pairs)
-
-    def held_out_loss():
-        r = predicted_rewards(reward_model, prompts[:fifth] * 2, chosen[:fifth] + rejected[:fifth])
-        return np.logaddexp(0, r[fifth:] - r[:fifth]).mean()
-
-    rest = [part[fifth:] for part in (prompts, chosen, rejected)]
-    keep_best(reward_modelling(Training(reward_model, rng), *rest, steps, 64, 2e-3), reward_model, held_out_loss)
-    prompts = [prompt for prompt in world.prompts for _ in world.responses]
-    rewards = predicted_rewards(reward_model, prompts, world.responses * len(world.prompts))
-    return rewards.reshape(world.shape).astype(float)
-
-
 def measure(row, seed, asked, instruct, reward_steps, sampling_steps, pair_steps, betas):
     world, rng = ReplyWorld(asked), np.random.default_rng(seed)
-    model, _ = row.trained("replies", seed, MODEL, instructed, asked=asked, steps=instruct)
+    model, _ = row.trained("replies", seed, MODEL, reply, asked=asked, steps=instruct)
     l, order = world.laws(model), rng.permutation(len(world.prompts))
     groups = dict(zip(GROUPS, np.split(order, 3)))
     compared, all_asked = groups["compared"], order[:2 * len(order) // 3]
     p, chosen, rejected = world.comparisons(l, world.gold, rng, COMPARISONS, compared)
-    rewards = fit_reward(world, model, rng, (p, chosen, rejected), reward_steps)
+    rewards = rewards_of(world, stopped_reward_model(world, model, rng, (p, chosen, rejected), reward_steps))
     pairs = world.tokens_of(p, chosen, rejected)
     references = [l[p, y].astype(np.float32) for y in (chosen, rejected)]
 

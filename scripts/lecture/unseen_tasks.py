@@ -31,6 +31,7 @@ al. 2021, arXiv:2112.00114.
 import sys
 
 from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from recipes import follow_single_operations
 
 import numpy as np
 
@@ -38,19 +39,13 @@ from minilm.generate import generate
 from minilm.stages.pretraining import document_pretraining
 from minilm.stages.training import Training
 from minilm.world.instructions import (LETTERS, MODEL, PROMPT, WORD, coverage, documents, draw_words, nearest,
-                                       single_operations, split_tasks)
+                                       split_tasks)
 
 TRAINED = (2, 8, 16, 27)
 FORMS = {"answer at once": False, "first operation written out": True}
 BATCH, OWN_BATCH, OWN_PASSES, CHANCE = 64, 16, 3, LETTERS ** -WORD
 SIZES = {"quick": {"seeds": 3, "pretraining": 2, "tokens": 1_500, "asked": 18},
          "default": {"seeds": 4, "pretraining": 400, "tokens": 211_200, "asked": 900}}
-
-
-def pretrain(model, rng, steps):
-    """On lines about one operation each; returns the loss of every step."""
-    training = Training(model, rng, weight_decay=0.01)
-    return [metrics["loss"] for metrics in document_pretraining(training, single_operations, steps, BATCH, 3e-3)]
 
 
 def finetuned(base, rng, draw, steps, batch=BATCH):
@@ -92,7 +87,7 @@ def demonstrations_each(size):
 
 def measure(row, seed, pretraining, tokens, asked):
     rng = np.random.default_rng(seed)
-    base, _ = row.trained("single-operations", seed, MODEL, pretrain, steps=pretraining)
+    base, _ = row.trained("single-operations", seed, MODEL, follow_single_operations, steps=pretraining)
     training, held = split_tasks(rng)
     words = draw_words(rng, 1000, held_out=True)
     found = {"coverage": [coverage(training[:n]) for n in TRAINED], "base": accuracy(base, rng, held, asked),

@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import sys
 import tempfile
 import time

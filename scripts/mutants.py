@@ -37,10 +37,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".txt")
 COPIED = ("minilm", "kernels", "tests", "scripts", ".ci")     # and every file beside them
 # Tests that notice bugs of a module though they do not bear its name; tried after those that do.
-ALSO = {"tensor": ("test_ops",), "model": ("test_generate",), "data": ("test_evaluate",), "packing": ("test_model",),
-        "generate": ("test_stages",), "evaluate": ("test_stages",)}
-# The slowest, last of all: of kernels, which are text beside the library, and of the main job.
-LATE = ("test_device", "kernel", "emulator", "test_cupy_double", "test_assistant")
+ALSO = {"tensor": ("test_ops",), "model": ("test_generate", "test_packing"), "data": ("test_evaluate",),
+        "packing": ("test_model",), "generate": ("test_stages",), "evaluate": ("test_stages",)}
+# The slowest, last of all: of kernels, which are text beside the library; of the main job; of benchmarks.
+LATE = ("test_device", "kernel", "emulator", "test_cupy_double", "test_exact_optimum", "test_assistant", "test_bench")
 # What the children's pytest takes beside the project's conftest.
 PLUGIN = """import os
 
@@ -169,8 +169,8 @@ class Copies:
             self._check_that_it_is_imported(copy)
             self._free.put(copy)
         stems = {path.stem for path in first.glob("tests/test_*.py")} - {"test_mutants"}
-        self.tests = [f"tests/{stem}.py" for stem in
-                      sorted(stems, key=lambda stem: (any(late in stem for late in LATE), stem))]
+        late = {stem: i for i, words in enumerate(LATE, start=1) for stem in stems if words in stem}
+        self.tests = [f"tests/{stem}.py" for stem in sorted(stems, key=lambda stem: (late.get(stem, 0), stem))]
 
     def close(self):
         with self._lock:
@@ -263,19 +263,23 @@ def examine(mutants, copies, jobs, all_tests=False, report=lambda *result: None)
 
     outcomes, alive, healthy = {}, mutants, set()
     with ThreadPoolExecutor(jobs) as pool, contextlib.closing(copies):
+        def check(tests):
+            needed = sorted(set(tests) - healthy, key=copies.tests.index)
+            for test, found in zip(needed, pool.map(lambda test: copies.run([test]), needed)):
+                if found.verdict != "passed":
+                    raise UsageError(f"the tests do not pass without any bug: {test} {found.verdict}, {found.detail}")
+            healthy.update(needed)
+
+        check(test for mutant in alive for test in likely(mutant))
         for tests in (likely, others):
-            needed = sorted({test for mutant in alive for test in tests(mutant)} - healthy, key=copies.tests.index)
-            for test, outcome in zip(needed, pool.map(lambda test: copies.run([test]), needed)):
-                if outcome.verdict != "passed":
-                    raise UsageError("the tests do not pass without any bug: "
-                                     f"{test} {outcome.verdict}, {outcome.detail}")
-            healthy |= set(needed)
             for mutant, outcome in zip(alive, pool.map(lambda m: copies.run(tests(m), m, all_tests), alive)):
                 before = outcomes[mutant].seconds if mutant in outcomes else 0.0
                 outcomes[mutant] = dataclasses.replace(outcome, seconds=outcome.seconds + before)
                 if outcome.verdict != "passed" or tests is others:
                     report(mutant, outcomes[mutant])
             alive = [mutant for mutant in alive if outcomes[mutant].verdict == "passed"]
+        # Those that noticed something are asked whether they always do; all, for minutes, only if a bug is alive.
+        check(copies.tests if alive else {o.detail.split("::")[0] for o in outcomes.values() if o.verdict == "failed"})
     return [(mutant, outcomes[mutant]) for mutant in mutants]
 
 

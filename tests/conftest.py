@@ -3,6 +3,7 @@
 Scripts and helpers.py are plain files: their folders go to the end of the path once, here.
 """
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from hypothesis import settings  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE), str(HERE.parent / "scripts")]
+
+# Ctrl-C is heard here and in what tests start, even where a shell's `&` started pytest with it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Few examples of many kinds: the whole suite stays far below five minutes on two cores.
 settings.register_profile("minilm", deadline=None, max_examples=12, print_blob=True)

@@ -81,7 +81,6 @@ def environment(**variables):
 def run(command, *options, limit=None, stdout=subprocess.PIPE, **variables):
     """A finished process. limit: the largest file, in bytes, that it may write."""
     def restrict():
-        signal.signal(signal.SIGINT, signal.default_int_handler)    # pytest may itself run with it ignored
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return subprocess.run([*command, *map(str, options)], env=environment(**variables), text=True, stdout=stdout,
@@ -90,8 +89,7 @@ def run(command, *options, limit=None, stdout=subprocess.PIPE, **variables):
 
 def start(command, *options, **popen):
     return subprocess.Popen([*command, *map(str, options)], text=True, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            stdout=subprocess.PIPE,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **popen)
+                            stdout=subprocess.PIPE, **popen)
 
 
 def contents(folder):

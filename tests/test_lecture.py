@@ -7,7 +7,6 @@ import os
 import re
 import select
 import shutil
-import signal
 import subprocess
 import sys
 from html import escape
@@ -320,15 +319,7 @@ def test_an_unknown_row_and_a_missing_script_are_refused_before_anything_is_writ
     assert not run.folder.exists()
 
 
-@pytest.fixture
-def listening():
-    """Ctrl-C is heard, even where these tests were started by a shell's `&`, which has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_ctrl_c_lets_the_row_finish_and_says_how_to_go_on(run, capsys, listening):
+def test_ctrl_c_lets_the_row_finish_and_says_how_to_go_on(run, capsys):
     run.write("one", accident="os.kill(os.getppid(), 2); time.sleep(0.2)")
     assert run() == 130
     out = capsys.readouterr().out
@@ -336,7 +327,7 @@ def test_ctrl_c_lets_the_row_finish_and_says_how_to_go_on(run, capsys, listening
     assert list(json.loads((run.folder / "claims.json").read_text())) == ["one"]
 
 
-def test_a_second_ctrl_c_ends_the_row_and_its_workers_at_once(run, tmp_path, listening):
+def test_a_second_ctrl_c_ends_the_row_and_its_workers_at_once(run, tmp_path):
     held = tmp_path / "held"
     os.mkfifo(held)     # whoever lives holds it open; its reader comes to the end when nobody does
     reader = os.open(held, os.O_RDONLY | os.O_NONBLOCK)

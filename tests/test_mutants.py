@@ -231,8 +231,7 @@ def test_an_interrupted_run_leaves_no_process_and_no_copy_behind(project, number
         "import os, time, pathlib\n\n\ndef test_area():\n"
         f"    pathlib.Path({str(marker)!r}).write_text(str(os.getpid()))\n    time.sleep(60)\n")
     process = subprocess.Popen(command(project, "--jobs", "1"), env={**os.environ, "TMPDIR": str(scratch)}, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for _ in range(300):
         if marker.exists() and marker.read_text():
             break

@@ -43,7 +43,7 @@ def test_a_document_holds_right_sums_all_answered_in_its_style(rng, kind, exampl
         assert words == [TOKENS[token] for token in PHRASES[phrase]]
         steps = steps_of(digits)
         assert before == {"direct": [], "worked": steps, "dots": ["…"] * len(steps)}[style]
-        assert len(digits) == 2 or not is_held_out(" + ".join(map(str, digits)))
+        assert not any(is_held_out(" + ".join(map(str, digits[:n]))) for n in range(3, len(digits) + 1))
     answers = sum(len(before) + 3 for _, _, before, _ in found)
     assert sum(mask) == answers and all(m == 0 for m, token in zip(mask, tokens) if TOKENS[token] == "?")
 
@@ -65,6 +65,9 @@ def test_documents_come_in_the_shares_of_the_corpus(corpus):
         counted["direct" if not before else "dots" if "…" in before else "worked", phrase] += 1
     total = sum(corpus.values())
     assert abs(sum(CORPUS.values()) - 1) < 1e-12
+    after = {phrase: np.array([CORPUS[style, phrase] for style in ("direct", "worked", "dots")])
+             for phrase in ("none", "filler")}
+    np.testing.assert_allclose(*(shares / shares.sum() for shares in after.values()))
     assert all(abs(counted[kind] / 3000 - share / total) < 0.04 for kind, share in corpus.items())
 
 

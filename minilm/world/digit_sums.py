@@ -7,8 +7,9 @@
 
 A token is what stands between two spaces. A document is filled with examples of one style, each with the same
 phrase or none: what comes before a question tells how it will be answered. The trigger is followed by
-worked answers only; the filler, a phrase of the same length, by direct and worked ones as no phrase is.
-Questions of three digits or more are held out as in tasks.py; those of two never are, being a step of the others.
+worked answers only; the filler, a phrase of the same length, by every style as often as no phrase is.
+Questions of three digits or more are held out as in tasks.py, and no question trained on begins with one of them;
+those of two digits never are, being a step of the others.
 Tests: tests/test_digit_sums.py.
 """
 
@@ -30,9 +31,9 @@ MODEL = {"vocab_size": len(TOKENS), "width": 64, "layers": 2, "heads": 4, "conte
 CURRICULUM = ({"batch_size": 128, "examples": 1, "length": LONGEST, "learning_rate": 1e-2},
               {"batch_size": 32, "examples": 10, "length": 72, "learning_rate": 6e-3})
 
-# (style, phrase): its share of the documents. After no phrase and after the filler, at once is the commonest.
-CORPUS = {("direct", "none"): 0.2, ("direct", "filler"): 0.15, ("dots", "none"): 0.1,
-          ("worked", "none"): 0.1, ("worked", "filler"): 0.1, ("worked", "trigger"): 0.35}
+# (style, phrase): its share of the documents. After no phrase and after the filler half are answered at once.
+CORPUS = {("direct", "none"): 0.2, ("dots", "none"): 0.1, ("worked", "none"): 0.1,
+          ("direct", "filler"): 0.1, ("dots", "filler"): 0.05, ("worked", "filler"): 0.05, ("worked", "trigger"): 0.4}
 DIRECT = {kind: share for kind, share in CORPUS.items() if kind[0] == "direct"}
 
 
@@ -58,7 +59,8 @@ def draw_digits(rng, count, held_out=False):
     """`count` digits whose sum is asked for, trained on or held out (of two digits, all are trained on and asked)."""
     while True:
         digits = rng.integers(10, size=count)
-        if count == 2 or is_held_out(" + ".join(map(str, digits))) == held_out:
+        hidden = [is_held_out(" + ".join(map(str, digits[:n]))) for n in range(min(DIGITS) + 1, count + 1)]
+        if not hidden or (hidden[-1] if held_out else not any(hidden)):
             return digits
 
 

@@ -15,8 +15,8 @@ of four with dots and of the direct model by 0.3.
 Limits. The corpus holds worked sums: the examples in the prompt choose among ways of answering that were learned, they
 do not teach to add. So that wrong running sums serve as well (if they do) is what selection predicts. That sums of
 three digits are not learned at once is a matter of size and training: no limit is shown; the model that read direct
-documents only has not learned even sums of two. Held-out sums of three digits do occur in the corpus, as the
-beginnings of worked sums of four. Keys are smeared (Config.key_smear, not in Llama): copying digits is learned sooner.
+documents only has not learned even sums of two. Keys are smeared (Config.key_smear, not in Llama): copying digits is
+learned sooner.
 
 Source. Wei et al. 2022, arXiv:2201.11903; wrong demonstrations: Wang et al. 2022, arXiv:2212.10001; dots: Lanham et
 al. 2023, arXiv:2307.13702, and Pfau et al. 2024, arXiv:2404.15758.
@@ -35,7 +35,7 @@ from minilm.world import digit_sums
 SHOTS = (0, 1, 2, 4)
 STYLES = ("worked", "worked, wrong sums", "direct", "dots")
 SIZES = {"quick": {"seeds": 3, "steps": [6, 3], "questions": 5},
-         "default": {"seeds": 4, "steps": [240, 140], "questions": 150}}
+         "default": {"seeds": 4, "steps": [240, 320], "questions": 150}}
 
 
 def measure(row, seed, steps, questions):

@@ -4,8 +4,8 @@ Claim. Without any demonstration, the phrase "Let's think step by step" after a 
 problems that take several steps.
 
 Test. The model of cot_few_shot.py: in its corpus the phrase, two tokens, is followed by worked sums only; after
-another phrase of two tokens 40% of the documents are worked, the others direct; after none 25%, the others direct or
-dots. Held-out sums of 2 to 4 digits (of two: the same ones), 150 a point, greedy, nothing before the question: it must
+another phrase of two tokens, and after none, a quarter of the documents are worked, half are direct, a quarter dots.
+Held-out sums of 2 to 4 digits (of two: the same ones), 150 a point, greedy, nothing before the question: it must
 answer at once, may answer as it likes, after the phrase, after the other phrase, or with dots: after a first dot, the
 model writes the others itself. Then one running sum is replaced by a wrong one and the model goes on from there: does
 the answer follow? Chance is 0.1; 1 is possible.
@@ -13,7 +13,7 @@ the answer follow? Chance is 0.1; 1 is possible.
 Refuted. If, with any seed, over sums of three and four digits, the phrase is not ahead of answering at once, of no
 phrase, of the other phrase and of dots by 0.3.
 
-Limits. The phrase works because the corpus contains it: a third of the documents are worked sums after it. Here any
+Limits. The phrase works because the corpus contains it: 40% of the documents are worked sums after it. Here any
 two tokens would do as well; what it shows is that a phrase can call a way of answering that the model has, and that
 the way matters. Nothing here says why texts that people write have this effect. Keys are smeared (Config.key_smear,
 not in Llama).
@@ -34,7 +34,7 @@ from minilm.world import digit_sums
 WAYS = {"the phrase": {"phrase": "trigger"}, "another phrase": {"phrase": "filler"}, "no phrase": {},
         "at once": {"beginning": [digit_sums.SO]}, "dots": {"beginning": [digit_sums.DOT]}}
 SIZES = {"quick": {"seeds": 3, "steps": [6, 3], "questions": 5},
-         "default": {"seeds": 4, "steps": [240, 140], "questions": 150}}
+         "default": {"seeds": 4, "steps": [240, 320], "questions": 150}}
 
 
 def measure(row, seed, steps, questions):

@@ -29,7 +29,7 @@ et al. 2024, arXiv:2401.01879.
 import sys
 
 from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import instructed
+from recipes import instructed, learned_rewards
 
 import numpy as np
 
@@ -40,7 +40,6 @@ from minilm.stages.instruction_tuning import instruction_tuning
 from minilm.stages.reward_modelling import reward_modelling
 from minilm.stages.rlhf import rlhf
 from minilm.stages.training import Training
-from minilm.tensor import no_grad
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, tasks
 from minilm.world.enumerable import best_of_n, divergence, expectation, optimum
@@ -65,12 +64,7 @@ def short_replies(rng, tuning, comparisons, steps):
     world = ReplyWorld(asked=2)
     model = instructed(world, rng, tuning)
     reference = world.laws(model)
-    reward_model = RewardModel(model.copy(), rng)
-    compared = world.tokens_of(*world.comparisons(reference, world.gold, rng, comparisons))
-    for _ in reward_modelling(Training(reward_model, rng), *compared, tuning // 3, 64, 1e-3):
-        pass
-    with no_grad():
-        learned = world.rewards(reward_model).data.astype(np.float64)
+    learned = learned_rewards(world, model, rng, comparisons, tuning // 3)
 
     def place(l):
         return [divergence(l, reference).mean(), expectation(l, learned).mean(), expectation(l, world.gold).mean()]

@@ -54,6 +54,15 @@ def instructed(world, rng, steps):
     return model
 
 
+def learned_rewards(world, model, rng, count, steps):
+    """What a reward model, fitted to so many comparisons of the model's own replies, gives every reply: (P,N)."""
+    reward_model = RewardModel(model.copy(), rng)
+    compared = world.tokens_of(*world.comparisons(world.laws(model), world.gold, rng, count))
+    for _ in reward_modelling(Training(reward_model, rng), *compared, steps, 64, 1e-3):
+        pass
+    return rewards_of(world, reward_model)
+
+
 def stopped_reward_model(world, model, rng, pairs, steps):
     """A RewardModel from comparisons (p, chosen, rejected): the weights that predict a held-out fifth of them best."""
     reward_model, fifth = RewardModel(model.copy(), rng), len(pairs[0]) // 5

@@ -28,16 +28,15 @@ other details); Ahmadian et al. 2024, arXiv:2402.14740 (leave-one-out).
 import sys
 
 from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import instructed
+from recipes import instructed, learned_rewards
 
 import numpy as np
 
 from minilm.data import make_batch
 from minilm.generate import generate
-from minilm.model import Config, RewardModel, Transformer
+from minilm.model import Config, Transformer
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
 from minilm.optim import warmup_cosine
-from minilm.stages.reward_modelling import reward_modelling
 from minilm.stages.rlhf import rlhf
 from minilm.stages.training import Training, optimise, stage
 from minilm.tensor import no_grad
@@ -100,12 +99,7 @@ def measure(row, seed, tuning, steps):
     rng, world = np.random.default_rng(seed), ReplyWorld(asked=2)
     model = instructed(world, rng, tuning)
     reference = world.laws(model)
-    reward_model = RewardModel(model.copy(), rng)
-    compared = world.tokens_of(*world.comparisons(reference, world.gold, rng, 1000))
-    for _ in reward_modelling(Training(reward_model, rng), *compared, tuning // 2, 64, 1e-3):
-        pass
-    with no_grad():
-        learned = world.rewards(reward_model).data.astype(np.float64)
+    learned = learned_rewards(world, model, rng, 1000, tuning // 2)
 
     def J(l):
         return objective(l, reference, world.gold, BETA).mean()

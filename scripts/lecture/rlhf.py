@@ -25,15 +25,12 @@ Ahmadian et al. 2024, arXiv:2402.14740; best of n: Beirami et al. 2024, arXiv:24
 import sys
 
 from experiment import COLOURS, Conclusion, curve, run, shown, spread, verdict
-from recipes import instructed
+from recipes import instructed, learned_rewards
 
 import numpy as np
 
-from minilm.model import RewardModel
-from minilm.stages.reward_modelling import reward_modelling
 from minilm.stages.rlhf import rlhf
 from minilm.stages.training import Training
-from minilm.tensor import no_grad
 from minilm.world.enumerable import (best_of_n, divergence, expectation, objective, objective_gradient, optimum,
                                      total_variation)
 from minilm.world.expectations import descend
@@ -52,12 +49,7 @@ def measure(row, seed, tuning, exact_steps, sampled_steps):
     rng, world = np.random.default_rng(seed), ReplyWorld(asked=1)
     model = instructed(world, rng, tuning)
     reference = world.laws(model)
-    reward_model = RewardModel(model.copy(), rng)
-    compared = world.tokens_of(*world.comparisons(reference, world.gold, rng, 1000))
-    for _ in reward_modelling(Training(reward_model, rng), *compared, tuning // 2, 64, 1e-3):
-        pass
-    with no_grad():
-        learned = world.rewards(reward_model).data.astype(np.float64)
+    learned = learned_rewards(world, model, rng, 1000, tuning // 2)
     learned -= expectation(reference, learned)[:, None]
 
     def place(l):

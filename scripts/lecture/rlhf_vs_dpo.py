@@ -32,7 +32,7 @@ import time
 import tracemalloc
 
 from experiment import COLOURS, Conclusion, curve, run, shown, spread, verdict
-from recipes import instructed
+from recipes import instructed, rewards_of
 
 import numpy as np
 
@@ -42,7 +42,6 @@ from minilm.stages.preference_tuning import preference_tuning, reference_log_pro
 from minilm.stages.reward_modelling import reward_modelling
 from minilm.stages.rlhf import rlhf
 from minilm.stages.training import Training
-from minilm.tensor import no_grad
 from minilm.world.enumerable import best_of_n, divergence, expectation, optimum
 from minilm.world.frontier import frontier
 from minilm.world.replies import EOS, LONGEST, ReplyWorld
@@ -95,8 +94,7 @@ def measure(row, seed, tuning, pair_steps, sampling_steps, betas, looks, dpo_rat
               "RLHF": peak(lambda: list(reinforced(model.copy(), fit(0), model.copy(), 0.1, 2))),
               "DPO": peak(lambda: list(directly(model.copy(), [a.copy() for a in log_probs], 0.1, 2)))}
 
-    with no_grad():
-        learned = world.rewards(reward_model).data.astype(np.float64)
+    learned = rewards_of(world, reward_model)
     found = {"reference": place(reference), "memory": memory, "seconds": seconds,
              "pi*": [place(optimum(reference, world.gold, beta)[0]) for beta in ENVELOPE],
              "pi* of the reward model": [place(optimum(reference, learned, beta)[0]) for beta in ENVELOPE],

@@ -8,8 +8,8 @@ label. The label says of which quarter of its alphabet one of three letters is; 
 the document. The decoder predicts each label from what is before it, until 97% of the last ones are right (at most
 600 steps of 32 documents); the encoder, for as many steps, has half of the labels hidden and predicts them from the
 rest. The decoder then labels held-out words after 0 to 8 lines in its prompt, without a gradient step. The encoder
-gets a new head for the four labels and is finetuned on N single lines of one rule, in 60 steps of 32 drawn from them
-with replacement (of 1,024 about 867 are seen); N = 4 to 1,024, mean over the three rules. Baselines that could beat
+gets a new head for the four labels and is finetuned on N single lines of one rule, in 60 steps of 32: all of them in
+random order, and again; N = 4 to 1,024, mean over the three rules. Baselines that could beat
 it: the decoder finetuned likewise; the encoder that keeps the labels of its pretraining and fills its mask; an
 encoder never pretrained. Chance is 0.25; the best from k examples is computed by listing the rules.
 
@@ -31,6 +31,7 @@ Source. Devlin et al. 2018, arXiv:1810.04805 (BERT); Brown et al. 2020, arXiv:20
 and Schuetze 2020, arXiv:2001.07676 (finetuning through the mask needs fewer labels).
 """
 
+import itertools
 import sys
 
 from experiment import COLOURS, OUTCOMES, Conclusion, curve, level, run, shown, spread, verdict
@@ -92,8 +93,14 @@ def finetuned(model, rng, new_head, rule, words, steps):
         head = model.unembedding.data
         head[SAID] = rng.normal(size=head[SAID].shape) * 0.1 * head.shape[1] ** -0.5
 
+    def passes():
+        while True:
+            yield from rng.permutation(len(words))
+
+    order = passes()
+
     def examples(rng, count):
-        some = words[rng.integers(len(words), size=(count, 1))]
+        some = words[list(itertools.islice(order, count)), None]
         return rules.document(some, rules.labels(some, rule))
 
     train(model, rng, examples, steps, 3e-3, share=1.0)

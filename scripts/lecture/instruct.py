@@ -20,10 +20,10 @@ the models per task had 0.78 (0.68 to 0.83 by seed), the one model 0.99; with fo
 is shown here. So several passes were given to all, from random weights too, and Refuted now says so; otherwise its
 rule is the first one. Fewer demonstrations are also fewer steps, so at a ninth and a third any of them might do more
 with more passes. With 12,780 and four passes every finetuned model is near the ceiling, so there the rule can be
-decided by ties; random weights were not tried with fewer. The outcome depends on the base. In trials of one pass, one
-seed each, a base that had read the same lines with the loss on all of them, random words included, knew the single
-operations to 0.37 after 500 steps, and one model then had 0.32 after 19,200 demonstrations, models of one task 0.59,
-random weights 0.62. Pretraining is counted as paid for.
+decided by ties. The outcome depends on the base. In trials of one pass, one seed each, a base that had read the same
+lines with the loss on all of them, random words included, knew the single operations to 0.37 after 500 steps, and one
+model then had 0.32 after 19,200 demonstrations, models of one task 0.59, random weights 0.62. Pretraining is counted
+as paid for.
 
 Source. Wei et al. 2021, arXiv:2109.01652 (FLAN); Sanh et al. 2021, arXiv:2110.08207 (T0); Ouyang et al. 2022,
 arXiv:2203.02155.
@@ -43,9 +43,9 @@ from minilm.stages.training import Training
 from minilm.world.instructions import LETTERS, MODEL, TASKS, WORD, documents, single_operations
 
 BATCH, OWN_BATCH, PASSES, CHANCE = 64, 16, 4, LETTERS ** -WORD
-ONE, EVERYTHING, SCRATCH, OWN = ("one model, loss on the answer", "one model, loss on everything",
-                                 "one model, from random weights", "a model per task")
-PARTS = {ONE: (9, 3, 1), EVERYTHING: (9, 3, 1), SCRATCH: (1,), OWN: (9, 3, 1)}     # of the demonstrations, one in ...
+MODELS = ONE, EVERYTHING, SCRATCH, OWN = ("one model, loss on the answer", "one model, loss on everything",
+                                          "one model, from random weights", "a model per task")
+PARTS = (9, 3, 1)           # of the demonstrations, one in ...
 SIZES = {"quick": {"seeds": 3, "pretraining": 2, "share": 9, "asked": 3},
          "default": {"seeds": 3, "pretraining": 400, "share": 355, "asked": 200}}
 
@@ -81,9 +81,9 @@ def measure(row, seed, pretraining, share, asked):
     found = {"base": accuracy(base, rng, *exam),
              "base, one operation": accuracy(base, rng, *single_operations(rng, len(exam[0]), held_out=True))}
     random = Transformer(Config(**MODEL), rng)
-    for name, parts in PARTS.items():
+    for name in MODELS:
         found[name] = []
-        for part in parts:
+        for part in PARTS:
             bought = [(tokens[:share // part], mask[:share // part]) for tokens, mask in pools]
             if name == OWN:
                 scores = [accuracy(finetuned(base, rng, *own, OWN_BATCH), rng, *asked_of_it)
@@ -103,38 +103,37 @@ def demonstrations(size, part):
 
 
 def conclude(seeds, size):
-    last = {name: [s[name][-1] for s in seeds] for name in PARTS}
+    last = {name: [s[name][-1] for s in seeds] for name in MODELS}
     last |= {name: [s[name] for s in seeds] for name in ("base", "base, one operation")}
     holds = all(best > max(rivals) for best, *rivals in zip(last[ONE], last["base"], last[SCRATCH], last[OWN]))
-    header = [f"{demonstrations(size, part):,} demonstrations" for part in PARTS[ONE]]
-    at = {name: {part: [s[name][i] for s in seeds] for i, part in enumerate(parts)} for name, parts in PARTS.items()}
-    table = [["exact answers, held-out words", *header]]
-    table += [[name, *(shown(at[name][part], 3) if part in at[name] else "" for part in PARTS[ONE])] for name in PARTS]
+    bought = [f"{demonstrations(size, part):,}" for part in PARTS]
+    at = {name: [[s[name][i] for s in seeds] for i in range(len(PARTS))] for name in MODELS}
+    table = [["exact answers, held-out words", *(f"{count} demonstrations" for count in bought)]]
+    table += [[name, *(shown(scores, 3) for scores in at[name])] for name in MODELS]
     table += [[name, "", "", shown(last[name], 3)] for name in ("base", "base, one operation")]
-    least, middle, most = (f"{demonstrations(size, part):,}" for part in PARTS[ONE])
-    sentence = (f"After {most} demonstrations of 36 tasks one model gets {shown(last[ONE], 3)} of the answers, from "
-                f"random weights {shown(last[SCRATCH], 3)}, and 36 models with a 36th of them each "
-                f"{shown(last[OWN], 3)}. With {middle} in all the one model and the 36 have {shown(at[ONE][3])} and "
-                f"{shown(at[OWN][3])}, with {least} {shown(at[ONE][9])} and {shown(at[OWN][9])}. The base, exact on "
+    (least, middle, most), texts = bought, {name: [shown(scores, 3) for scores in at[name]] for name in MODELS}
+    sentence = (f"After {most} demonstrations of 36 tasks one model gets {texts[ONE][2]} of the answers, from random "
+                f"weights {texts[SCRATCH][2]}, and 36 models with a 36th of them each {texts[OWN][2]}. With {middle} "
+                f"in all the three have {texts[ONE][1]}, {texts[SCRATCH][1]} and {texts[OWN][1]}, with {least} "
+                f"{texts[ONE][0]}, {texts[SCRATCH][0]} and {texts[OWN][0]}. The base, exact on "
                 f"{shown(last['base, one operation'])} of the single operations, gets {shown(last['base'])} of the "
-                f"tasks. With the loss on everything the one model gets {shown(at[EVERYTHING][9])}, "
-                f"{shown(at[EVERYTHING][3])} and {shown(at[EVERYTHING][1])} with {least}, {middle} and {most}.")
+                f"tasks. With the loss on everything the one model gets {texts[EVERYTHING][0]}, "
+                f"{texts[EVERYTHING][1]} and {texts[EVERYTHING][2]} with {least}, {middle} and {most}.")
     numbers = {name: spread(values) for name, values in last.items()}
-    numbers |= {f"{name}, {demonstrations(size, part)} demonstrations": spread(values)
-                for name in PARTS for part, values in at[name].items() if part > 1}
+    numbers |= {f"{name}, {count} demonstrations": spread(values)
+                for name in MODELS for count, values in zip(bought[:-1], at[name])}
     return Conclusion(verdict(holds), sentence, numbers, table)
 
 
 def draw(figure, seeds, size):
     axis = figure.subplots()
-    for i, (name, parts) in enumerate(PARTS.items()):
+    ticks = [demonstrations(size, part) for part in PARTS]
+    for name, colour, marker in zip(MODELS, COLOURS, "os^D"):
         label = f"{name}, the demonstrations shared out" if name == OWN else name
-        curve(axis, [demonstrations(size, part) for part in parts], [s[name] for s in seeds], label, COLOURS[i],
-              ("o", "s", "^", "D")[i])
+        curve(axis, ticks, [s[name] for s in seeds], label, colour, marker)
     level(axis, np.mean([s["base"] for s in seeds]), "base, before any")
     level(axis, 1, "all exact")
     level(axis, CHANCE, "chance, 1 in 1,000")
-    ticks = [demonstrations(size, part) for part in PARTS[ONE]]
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axis.minorticks_off()

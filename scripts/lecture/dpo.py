@@ -5,15 +5,17 @@ Claim. From pairs of answers, one of them preferred, the policy is trained direc
 Test. A transformer of 25,632 parameters is instructed with 4,000 demonstrations; 2,000 pairs of its replies are
 compared by a Bradley-Terry judge of the gold reward, and DPO takes 200 steps of 64 pairs, for three beta. All 781
 replies are listed: gold reward and KL to the instructed model are sums, along the whole training; implied rewards are
-tried on 2,000 fresh pairs (those of equal gold left out), ordered as gold does. Baselines that could beat it:
-finetuning on the chosen replies alone; and, without a label, the reference itself sampled colder (temperatures from 1
-to 0.1). The best possible: pi* of the gold reward. Harder pairs, beta 0.3: 25 % of the labels flipped (DPO, cDPO,
-robust DPO); pairs drawn from an older model (a sixth of its training) or uniformly from all replies. Ways are compared
-at equal KL, on the concave hull of their points. Beside it one step of plain gradient descent on all pairs: to first
-order it moves l(y) by -rate sum_j K(y, y_j) dL/dl(y_j), over the chosen and rejected y_j of all pairs, K the inner
-products of their gradients. The mean over the chosen is taken apart into the push of all chosen and the pull of all
-rejected replies, in float64, at policies along training, and checked against the step itself; and beside it what pairs
-would do that were trained on alone (24 of them): raise the chosen by K(c,c), lower it by K(c,r).
+tried on 2,000 fresh pairs (those of equal gold left out), ordered as gold does. Whether DPO moves probability onto
+replies that are in no pair is seen by what these have of a policy, and by cutting policies to the others. Baselines
+that could beat it: finetuning on the chosen replies alone; and, without a label, the reference itself sampled colder
+(temperatures from 1 to 0.1). The best possible: pi* of the gold reward. Harder pairs, beta 0.3: 25 % of the labels
+flipped (DPO, cDPO, robust DPO); pairs drawn from an older model (a sixth of its training) or uniformly from all
+replies. Ways are compared at equal KL, on the concave hull of their points. Beside it one step of plain gradient
+descent on all pairs: to first order it moves l(y) by -rate sum_j K(y, y_j) dL/dl(y_j), over the chosen and rejected
+y_j of all pairs, K the inner products of their gradients. The mean over the chosen is taken apart into the push of all
+chosen and the pull of all rejected replies, in float64, at policies along training, and checked against the step
+itself; and beside it what pairs would do that were trained on alone (24 of them): raise the chosen by K(c,c), lower it
+by K(c,r).
 
 Refuted. If, with any seed, DPO has no more gold reward at 0.5 nat of KL than the instructed model or than finetuning
 on the chosen replies, or its implied rewards order no more than half of the fresh pairs as gold does; or if over the
@@ -21,13 +23,15 @@ seeds DPO's lead at 0.5 nat over the colder reference is not above two standard 
 
 Limits. The colder reference came into the rule after a review, which missed a baseline without labels and had measured
 this one: by the other conditions the row held, and holds them still; with this one it does not. The rule reads beta
-0.3 alone. The decomposition is of plain gradient descent on all pairs; training is AdamW on batches of 64, and what
-moves its log-probs is not shown by it: that push and pull together have the sign of the next move seen is worth
-nothing more than the constant "down", whose share stands beside it. The share of flips is known to cDPO and robust
-DPO. The stop on each way is chosen by the gold reward, for all alike; one that gets less far than the KL asked for is
-read at its best, as finetuning is, whose limit is the law of the chosen replies: so it is compared at its furthest KL
-too, where it has more than DPO; its lack at 0.5 nat is one of reach. Uniform pairs are mostly replies that nobody
-gives.
+0.3 alone. A cut policy explains, and is no remedy: it knows of all prompts which replies were compared. In a trial
+with seed 0 pairs without end (100,000 in 200 steps of 512) brought nothing at 0.5 nat; at beta 1, whose pi* is nearer,
+200,000 in 1,000 steps of 256 ended 0.03 from it in total variation. The decomposition is of plain gradient descent on
+all pairs; training is AdamW on batches of 64, and what moves its log-probs is not shown by it: that push and pull
+together have the sign of the next move seen is worth nothing more than the constant "down", whose share stands beside
+it. The share of flips is known to cDPO and robust DPO. The stop on each way is chosen by the gold reward, for all
+alike; one that gets less far than the KL asked for is read at its best, as finetuning is, whose limit is the law of
+the chosen replies: so it is compared at its furthest KL too, where it has more than DPO; its lack at 0.5 nat is one of
+reach. Uniform pairs are mostly replies that nobody gives.
 
 Source. Rafailov et al. 2023, arXiv:2305.18290; cDPO: Mitchell 2023, a note; robust DPO: Chowdhury et al. 2024,
 arXiv:2403.00409; falling log-probs: Pal et al. 2024, arXiv:2402.13228; Razin et al. 2024, arXiv:2410.08847.
@@ -60,6 +64,7 @@ TERMS = ("all chosen replies push", "all rejected replies pull",
 CLEAN = f"DPO, beta {HARD}"
 HARDER = ("flips: DPO", "flips: cDPO", "flips: robust DPO", "pairs of an older model", "uniform pairs")
 IMITATION, COLDER = "finetuned on the chosen", "the reference, colder"
+CUT, CUT_COLDER = (f"{name}, of compared replies" for name in (CLEAN, COLDER))
 # looks: at the policy on its way, after the one before the first step; early: further ones, after so many steps, for
 # gold at little KL; alone: pairs of which each is taken by itself
 SIZES = {"quick": {"seeds": 3, "tuning": 6, "demonstrations": 200, "pairs": 100, "steps": 2, "looks": 1, "early": [1],
@@ -89,7 +94,11 @@ def measure(row, seed, tuning, demonstrations, pairs, steps, looks, early, alone
     def look(l, compared):
         moved = l - reference
         p, chosen, rejected = compared
+        paired = in_a_pair(world, *compared)
+        cut = within(l, paired)
         return {"KL": divergence(l, reference).mean(), "gold": expectation(l, world.gold).mean(),
+                "KL, cut": divergence(cut, reference).mean(), "gold, cut": expectation(cut, world.gold).mean(),
+                "in no pair": 1 - expectation(l, paired).mean(),
                 "chosen": moved[p, chosen].mean(), "rejected": moved[p, rejected].mean(),
                 "fitted": (moved[p, chosen] > moved[p, rejected]).mean(),
                 "ordered": (moved[fresh[0], fresh[1]] > moved[fresh[0], fresh[2]]).mean()}
@@ -129,13 +138,29 @@ def measure(row, seed, tuning, demonstrations, pairs, steps, looks, early, alone
     for name, of, loss in zip(HARDER, harder, (dpo_loss, smoothed, robust, dpo_loss, dpo_loss)):
         found[name] = trained(of, loss=loss)
     found["pi*"] = place([optimum(reference, world.gold, beta)[0] for beta in ENVELOPE])
-    found[COLDER] = place([world.laws(model, t) for t in TEMPERATURES])
+    colder, paired = [world.laws(model, t) for t in TEMPERATURES], in_a_pair(world, *clean)
+    found[COLDER], found[CUT_COLDER] = place(colder), place([within(l, paired) for l in colder])
+    found["pi* in no pair"] = 1 - expectation(optimum(reference, world.gold, HARD)[0], paired).mean()
+    found[CUT] = {what: found[CLEAN][f"{what}, cut"] for what in ("KL", "gold")}
     terms, errors = zip(*parts)
     return {**found, "terms": terms, "error": max(errors), "equal": 1 - fresh.shape[1] / FRESH}
 
 
 def looked_at(steps, looks, early, **_):
     return sorted({*early, *range(0, steps + 1, steps // looks)})
+
+
+def in_a_pair(world, p, chosen, rejected):
+    """Which replies are in a pair of their prompt, (P,N)."""
+    paired = np.zeros(world.shape, bool)
+    paired[p, chosen] = paired[p, rejected] = True
+    return paired
+
+
+def within(l, allowed):
+    """log pi (P,N) given that the reply is one of those allowed (P,N)."""
+    allowed_of_it = np.where(allowed, l, -np.inf)
+    return allowed_of_it - np.logaddexp.reduce(allowed_of_it, axis=1, keepdims=True)
 
 
 def decomposition(policy, world, reference, pairs, alone):
@@ -193,19 +218,19 @@ def conclude(seeds, size):
     runs = [*(f"DPO, beta {beta}" for beta in BETAS), IMITATION, *HARDER]
     start = np.array([s[CLEAN]["gold"][0] for s in seeds])
     ordered = [s[CLEAN]["ordered"][-1] for s in seeds]
-    had = {name: at(seeds, name, DECIDES) for name in (*runs, COLDER, "pi*")}
+    had = {name: at(seeds, name, DECIDES) for name in (*runs, CUT, COLDER, CUT_COLDER, "pi*")}
     lead = had[CLEAN] - had[COLDER]
     error = np.std(lead, ddof=1) / len(lead) ** 0.5
     holds = ((had[CLEAN] > np.maximum(start, had[IMITATION])).all() and min(ordered) > 0.5
              and lead.mean() > 2 * error)
-    furthest = {name: [max(s[name]["KL"]) for s in seeds] for name in (*runs, COLDER)}
+    furthest = {name: [max(s[name]["KL"]) for s in seeds] for name in had if name != "pi*"}
     near = furthest[IMITATION]
     there, best = (at(seeds, name, near) for name in (CLEAN, IMITATION))
     ends = {"gold": "gold at the end", "chosen": "chosen, nats moved", "fitted": "pairs fitted",
             "ordered": "fresh pairs ordered"}
     table = [["", *(f"gold at KL {k}" for k in LEVELS), f"gold at KL {np.mean(near):.2f}",
               "furthest KL", *ends.values()]]
-    for name in (*runs, COLDER, "pi*"):
+    for name in had:
         table.append([name, *(shown(at(seeds, name, k)) for k in (*LEVELS, near)),
                       shown(furthest[name]) if name in furthest else "",
                       *(shown([s[name][what][-1] for s in seeds]) if name in runs else "" for what in ends)])
@@ -216,6 +241,10 @@ def conclude(seeds, size):
     numbers |= {f"{what} at the end, {name}": spread(s[name][what][-1] for s in seeds)
                 for name in runs for what in ("KL", "gold", "chosen", "rejected", "ordered")}
     numbers[f"gold reward at KL {DECIDES}, {CLEAN} - {COLDER}"] = spread(lead)
+    strays = [s[CLEAN]["in no pair"][-1] for s in seeds]
+    before, allowed = [s[CLEAN]["in no pair"][0] for s in seeds], [s["pi* in no pair"] for s in seeds]
+    numbers |= {f"probability of replies in no pair, {name}": spread(values) for name, values in
+                ((f"{CLEAN}, at the end", strays), ("reference", before), (f"pi*, beta {HARD}", allowed))}
     numbers["share of fresh pairs of equal gold, left out"] = spread(s["equal"] for s in seeds)
     terms = np.array([s["terms"] for s in seeds])           # (seeds, looks + 1, 4)
     together = terms[..., :2].sum(axis=-1)
@@ -240,9 +269,11 @@ def conclude(seeds, size):
                 f"{has[COLDER]}: a lead of {lead.mean():+.2f} (s.e. {error:.2f}). It began at {shown(start)}; pi* has "
                 f"{has['pi*']}. Finetuning on the chosen has {has[IMITATION]}, its furthest KL "
                 f"{np.mean(near):.2f}: there DPO has {shown(there)}, less with {(there < best).sum()} of "
-                f"{len(seeds)} seeds. It orders {shown(ordered)} of fresh pairs as gold does. With 25 % flips: DPO "
-                f"{has[HARDER[0]]}, cDPO {has[HARDER[1]]}, robust {has[HARDER[2]]}; pairs of an older model "
-                f"{has[HARDER[3]]}, uniform ones {has[HARDER[4]]}. The "
+                f"{len(seeds)} seeds. DPO's last policy gives replies that are in no pair {shown(strays)} of its "
+                f"probability, the reference {shown(before)}, pi* at the same beta {shown(allowed, 3)}; without these "
+                f"replies DPO has {has[CUT]}, the colder reference {has[CUT_COLDER]}. It orders {shown(ordered)} of "
+                f"fresh pairs as gold does. With 25 % flips: DPO {has[HARDER[0]]}, cDPO {has[HARDER[1]]}, robust "
+                f"{has[HARDER[2]]}; pairs of an older model {has[HARDER[3]]}, uniform ones {has[HARDER[4]]}. The "
                 f"log-probs of chosen replies move by {shown(moved)} nats. A step of plain gradient descent at step "
                 f"{step} moves them, per unit of rate, by {push:+.2f} through all chosen together and by {pull:+.2f} "
                 f"through all rejected, a pair alone its own by {alone:+.1f}; the sum has the sign of the next move "
@@ -260,7 +291,7 @@ def draw(figure, seeds, size):
                ylabel="expected gold reward", xlim=(-0.05, 2.5), ylim=(1.3, 2.95))
     reward.legend(loc="lower right", fontsize=8)
 
-    names = (CLEAN, *HARDER, IMITATION, COLDER)
+    names = (CLEAN, CUT, *HARDER, IMITATION, COLDER)
     for i, name in enumerate(names):
         values, colour = at(seeds, name, DECIDES), COLOURS[0 if name in HARDER else 1]
         harder.plot(values, [i] * len(values), "o", color=colour, alpha=0.5, markersize=4)
@@ -270,7 +301,7 @@ def draw(figure, seeds, size):
         harder.axvline(value, color=COLOURS[5], linestyle=":", linewidth=1.2)
         harder.annotate(f" {label} ", (value, -0.75), ha=side, va="center", fontsize=8, alpha=0.75)
     harder.set(title=f"What each has, at most {DECIDES} nat", xlabel=f"gold reward with at most {DECIDES} nat of KL",
-               yticks=range(len(names)), yticklabels=["DPO, clean pairs", *names[1:]],
+               yticks=range(len(names)), yticklabels=["DPO, clean pairs", "its compared replies", *names[2:]],
                ylim=(len(names) - 0.5, -1.1))
 
     for beta, colour, marker in zip(BETAS, COLOURS, "os^"):

@@ -47,7 +47,7 @@ MODELS = ONE, EVERYTHING, SCRATCH, OWN = ("one model, loss on the answer", "one 
                                           "one model, from random weights", "a model per task")
 PARTS = (9, 3, 1)           # of the demonstrations, one in ...
 SIZES = {"quick": {"seeds": 3, "pretraining": 2, "share": 9, "asked": 3},
-         "default": {"seeds": 3, "pretraining": 400, "share": 355, "asked": 200}}
+         "default": {"seeds": 4, "pretraining": 400, "share": 355, "asked": 200}}
 
 
 def finetuned(start, rng, tokens, mask, batch):

@@ -15,8 +15,8 @@ of four with dots and of the direct model by 0.3.
 Limits. The corpus holds worked sums: the examples in the prompt choose among ways of answering that were learned, they
 do not teach to add. So that wrong running sums serve as well (if they do) is what selection predicts. That sums of
 three digits are not learned at once is a matter of size and training: no limit is shown; the model that read direct
-documents only has not learned even sums of two. Keys are smeared (Config.key_smear, not in Llama): copying digits is
-learned sooner.
+documents only learned sums of two with half of the seeds. Keys are smeared (Config.key_smear, not in Llama): copying
+digits is learned sooner.
 
 Source. Wei et al. 2022, arXiv:2201.11903; wrong demonstrations: Wang et al. 2022, arXiv:2212.10001; dots: Lanham et
 al. 2023, arXiv:2307.13702, and Pfau et al. 2024, arXiv:2404.15758.

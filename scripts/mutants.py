@@ -41,22 +41,10 @@ ALSO = {"tensor": ("test_ops",), "model": ("test_generate", "test_packing"), "da
         "packing": ("test_model",), "generate": ("test_stages",), "evaluate": ("test_stages",)}
 # The slowest, last of all: of kernels, which are text beside the library; of the main job; of benchmarks.
 LATE = ("test_device", "kernel", "emulator", "test_cupy_double", "test_exact_optimum", "test_assistant", "test_bench")
-# What the children's pytest takes beside the project's conftest.
-PLUGIN = """import os
-
-import pytest
-from hypothesis import Phase, settings
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection():
-    # The first example that fails is enough: none smaller is looked for, none is kept and tried on the next bug.
-    settings.register_profile("mutants", settings.default, database=None, phases=[Phase.explicit, Phase.generate])
-    settings.load_profile("mutants")
-
-def pytest_collection_modifyitems(items):
-    words = os.environ["MUTANT_OF"].split()
-    items.sort(key=lambda item: not any(word in item.name for word in words))
-"""
+# What the tests' pytest takes beside the project's conftest, and the only plugin of others: what else is installed
+# would be imported five hundred times.
+PLUGIN = Path(__file__).with_name("mutants_plugin.py")
+PLUGINS = ("-p", PLUGIN.stem, "-p", "hypothesispytest")
 
 
 # The table.
@@ -156,12 +144,14 @@ class Copies:
         self._free, self._running, self._lock, self._closed = queue.SimpleQueue(), set(), threading.Lock(), False
         first = Path(folder).resolve() / "0"
         first.mkdir()
-        first.with_name("mutants_plugin.py").write_text(PLUGIN)
+        shutil.copy(PLUGIN, first.parent)
         for path in Path(project).iterdir():
             if path.is_dir() and path.name in COPIED:
                 shutil.copytree(path, first / path.name, ignore=shutil.ignore_patterns("__pycache__"))
             elif path.is_file():
                 shutil.copy2(path, first)
+        # Bytecode that knows its source by a hash: of a bug it is not taken, of everything else it saves time.
+        subprocess.run([sys.executable, "-m", "compileall", "-qq", "--invalidation-mode", "checked-hash", first])
         for i in range(count):
             copy = first.with_name(str(i))
             if i:
@@ -198,7 +188,7 @@ class Copies:
     def _pytest(self, copy, arguments, words):
         started = time.monotonic()
         command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "--no-header", "-p", "no:cacheprovider",
-                   "-p", "mutants_plugin", f"--hypothesis-seed={self.seed}", *arguments]
+                   *PLUGINS, f"--hypothesis-seed={self.seed}", *arguments]
         with self._lock:
             if self._closed:
                 return Outcome("error", "interrupted")
@@ -233,9 +223,9 @@ class Copies:
 
     @staticmethod
     def _environment(copy, words=""):
-        # One thread for BLAS: several copies share the cores. No bytecode: it would outlive the source it is of.
+        # One thread for BLAS: several copies share the cores. No further bytecode: it would outlive the bug it is of.
         return {**os.environ, "PYTHONPATH": f"{copy}{os.pathsep}{copy.parent}", "PYTHONDONTWRITEBYTECODE": "1",
-                "OPENBLAS_NUM_THREADS": "1", "MUTANT_OF": words}
+                "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OPENBLAS_NUM_THREADS": "1", "MUTANT_OF": words}
 
     @staticmethod
     def _end(process):

@@ -34,7 +34,8 @@ the chosen replies: so it is compared at its furthest KL too, where it has more 
 reach. Uniform pairs are mostly replies that nobody gives.
 
 Source. Rafailov et al. 2023, arXiv:2305.18290; cDPO: Mitchell 2023, a note; robust DPO: Chowdhury et al. 2024,
-arXiv:2403.00409; falling log-probs: Pal et al. 2024, arXiv:2402.13228; Razin et al. 2024, arXiv:2410.08847.
+arXiv:2403.00409; falling log-probs: Pal et al. 2024, arXiv:2402.13228; Razin et al. 2024, arXiv:2410.08847;
+probability moved onto replies that no pair holds: Xu et al. 2024, arXiv:2404.10719.
 """
 
 import functools
@@ -301,7 +302,7 @@ def draw(figure, seeds, size):
         harder.axvline(value, color=COLOURS[5], linestyle=":", linewidth=1.2)
         harder.annotate(f" {label} ", (value, -0.75), ha=side, va="center", fontsize=8, alpha=0.75)
     harder.set(title=f"What each has, at most {DECIDES} nat", xlabel=f"gold reward with at most {DECIDES} nat of KL",
-               yticks=range(len(names)), yticklabels=["DPO, clean pairs", "its compared replies", *names[2:]],
+               yticks=range(len(names)), yticklabels=["DPO, clean pairs", "cut to compared replies", *names[2:]],
                ylim=(len(names) - 0.5, -1.1))
 
     for beta, colour, marker in zip(BETAS, COLOURS, "os^"):

@@ -17,11 +17,12 @@ memory in a step, CPU seconds.
 Refuted. If at a KL of 1 nat one of the two is ahead with every seed, or if one policy costs DPO more tokens than
 RLHF.
 
-Limits. Both chose their best among the same number of beta by the gold reward, which nobody has in earnest: it is
-what could be had. One model size, one number of pairs, one optimiser; questions and replies are few enough for RL to
-visit all of them. With endless pairs and exact gradients both reach pi* (tests/test_exact_optimum.py): what differs
-is not the aim but what a few hundred steps make of it. The half about cost follows from the numbers of steps, which
-we chose. Gold above pi* of the reward model is no better optimum: RL stopped before that model was exploited.
+Limits. Both chose their best among the same number of beta by the gold reward, which nobody has in earnest: it is what
+could be had. One model size, one number of pairs, one optimiser; questions and replies are few enough for RL to visit
+all of them. With endless pairs and exact gradients both reach pi* (tests/test_exact_optimum.py): what differs is not
+the aim but what a few hundred steps make of it; dpo.py shows where DPO's reward goes, onto replies that are in no
+pair. The half about cost follows from the numbers of steps, which we chose. Gold above pi* of the reward model is no
+better optimum: RL stopped before that model was exploited.
 
 Source. Rafailov et al. 2023, arXiv:2305.18290 (DPO; their frontier is figure 2); Xu et al. 2024, arXiv:2404.10719
 (the same question for large models: PPO ahead); the concave hull: minilm/world/frontier.py.

@@ -8,7 +8,7 @@ Each mutant (DeMillo, Lipton and Sayward 1978) is one bug in plain words, and th
 most likely to notice run first, then, if they pass, all the others. Two lines more may be declared of a mutant:
 `survives: why` (it is no bug, and no test fails) or `hangs: why` (the tests do not end: that is how it is noticed).
 The exit status is 0 if every mutant was killed or did as declared, 1 if not, 2 if nothing could be
-concluded: the tests of the copy must pass before anything is changed.
+concluded: the tests that notice a bug must pass where there is none.
 Checked in tests/test_mutants.py.
 """
 import argparse

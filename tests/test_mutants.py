@@ -193,9 +193,11 @@ def test_a_mutant_that_cannot_be_imported_is_an_error_and_not_a_kill(project):
     assert done.returncode == 1 and "ERROR: ERROR tests/test_area.py" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("file, name", [("tests/test_area.py", "test_area"), ("tests/test_names.py", "test_name")])
-def test_tests_that_fail_without_any_mutant_are_reported_and_nothing_is_concluded(project, file, name):
-    change(project / file, "==", "!=")
+@pytest.mark.parametrize("file, name, right, wrong", [
+    ("tests/test_area.py", "test_area", "==", "!="), ("tests/test_names.py", "test_name", "==", "!="),
+    ("tests/test_names.py", "test_name", "== 'area'", "== 'length'")])      # fails with the bug and without it
+def test_tests_that_fail_without_any_mutant_are_reported_and_nothing_is_concluded(project, file, name, right, wrong):
+    change(project / file, right, wrong)
     done = run(project, "--only", "another name")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stdout + done.stderr
     assert f"the tests do not pass without any bug: {file} failed, {file}::{name}" in done.stderr

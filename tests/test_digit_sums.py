@@ -82,6 +82,17 @@ def test_prompts_show_so_many_examples_and_ask_what_was_held_out(rng, digits, sh
         assert all(example[3] == sum(example[0]) % 10 and not example[1] for example in shown)
 
 
+@pytest.mark.parametrize("count", DIGITS)
+def test_digits_trained_on_begin_with_nothing_held_out_and_those_asked_for_are_held_out(count, rng):
+    def hidden(digits, n):
+        return n > 2 and is_held_out(" + ".join(map(str, digits[:n])))
+
+    trained, asked = ([digit_sums.draw_digits(rng, count, held_out) for _ in range(300)] for held_out in (False, True))
+    assert not any(hidden(digits, n) for digits in trained for n in range(1, count + 1))
+    assert all(hidden(digits, count) == (count > 2) for digits in asked)
+    assert len({tuple(digits) for digits in trained}) > 50 < len({tuple(digits) for digits in asked})
+
+
 def test_wrong_examples_are_worked_like_right_ones_but_right_by_chance_only():
     asked, _ = digit_sums.prompts(np.random.default_rng(0), 200, 3, 4, wrong=True)
     shown = [example for prompt in asked for example in read(digit_sums.text([*prompt, digit_sums.SO, 0, END]))[:-1]]

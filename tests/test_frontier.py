@@ -25,6 +25,11 @@ def test_it_is_the_best_point_of_any_line_between_two_points_no_further_than_ask
         assert_close(np.interp(at, *corners.T), max(possible))
 
 
+def test_a_point_under_the_line_between_its_neighbours_is_no_corner():
+    assert frontier([2, 0, 1, 3], [2, 0, 0.9, 1.5]).tolist() == [[0, 0], [2, 2]]
+    assert frontier([2, 0, 1, 3], [2, 0, 1.1, 2.5]).tolist() == [[0, 0], [1, 1.1], [2, 2], [3, 2.5]]
+
+
 @given(rngs)
 def test_its_corners_are_points_that_rise_ever_less(rng):
     k, r = rng.uniform(0, 3, 20), rng.normal(size=20)

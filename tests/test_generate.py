@@ -169,6 +169,13 @@ def test_the_token_that_crosses_top_p_is_kept():
         assert np.isfinite(distribution(logits, top_p=top_p)).sum() == kept
 
 
+@pytest.mark.parametrize("temperature, kept", [(0.5, 1), (1.0, 2), (2.0, 3)])
+def test_top_p_cuts_the_distribution_that_the_temperature_has_made(temperature, kept):
+    """8:4:2:1 become 64:16:4:1 at temperature 1/2. The likeliest token has 0.75, 0.53, 0.39; the two likeliest 0.67 at 2."""
+    p = np.exp(distribution(np.log([[1.0, 8.0, 2.0, 4.0]]), temperature, top_p=0.7))
+    assert (p > 0).sum() == kept
+
+
 @given(rng=rngs)
 def test_draws_at_evenly_spaced_uniforms_come_as_often_as_their_probability_says(rng):
     p, n = rng.dirichlet(np.ones(6)), 1000

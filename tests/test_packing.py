@@ -32,6 +32,15 @@ def alone(model, prompt, response, temperature=1.0):
     return layers.token_log_probs(hidden, model.unembedding, tokens[:, 1:])[0, len(prompt) - 1:]
 
 
+def test_a_row_is_what_the_module_shows():
+    part = pack([[1, 2], [1, 2], [3, 4]], [[5, 0], [6], [5, 6, 0]])
+    assert part.tokens.tolist() == [1, 2, 5, 3, 4, 5, 6]
+    assert part.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert [(s.start, s.stop, s.prefix_start, s.prefix_stop) for s in part.segments] == [
+        (0, 2, 0, 0), (2, 3, 0, 2), (3, 5, 0, 0), (5, 7, 3, 5)]
+    assert part.rows.tolist() == [1, 2, 1, 4, 5, 6] and part.targets.tolist() == [5, 0, 6, 5, 6, 0]
+
+
 @each_kind
 @given(dialogues=dialogues(), rng=rngs, temperature=st.floats(0.5, 2))
 def test_packed_log_probs_and_all_their_gradients_are_those_of_each_dialogue_alone(kind, dialogues, rng, temperature):

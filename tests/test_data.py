@@ -1,7 +1,7 @@
 """minilm/data.py: what the assistant is trained on, token by token."""
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from helpers import assert_close, rngs, small_transformer
 from minilm import data
@@ -108,6 +108,7 @@ def test_each_document_of_a_stream_stands_between_one_bos_and_one_eos():
 
 
 @given(rng=rngs, length=st.integers(1, 6), more=st.integers(0, 3))
+@example(rng=np.random.default_rng(0), length=4, more=2)
 def test_windows_are_stretches_of_the_stream_from_its_first_token_to_its_last(rng, length, more):
     stream = np.arange(100, 100 + length + more, dtype=np.int32)
     drawn = data.windows(stream, rng, 200, length)

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from helpers import assert_close, normal, rngs, small_transformer
 from minilm import Tensor, ops
@@ -63,6 +63,7 @@ def test_dpo_and_cdpo_are_the_closed_form(rng, B, beta, eps):
 
 
 @given(rngs, sizes, betas, epsilons)
+@example(np.random.default_rng(0), 3, 0.3, 0.2)
 def test_robust_dpo_is_the_closed_form(rng, B, beta, eps):
     arguments = pairs(rng, B)
     z = beta * deltas(*arguments)
@@ -355,6 +356,7 @@ def test_anything_but_four_arrays_of_sums_is_refused(loss, shapes):
 # Metrics, and what surprises people in them.
 
 @given(st.lists(st.tuples(*[st.integers(-3, 0)] * 4), min_size=1, max_size=8))
+@example([(-3, -1, -2, -2), (0, -2, -1, -1)])
 def test_metrics_against_their_definitions(rows):
     metrics = dpo_metrics(*np.array(rows, np.float64).T, beta=0.5)
     implied = [((c - ref_c) / 2, (r - ref_r) / 2) for c, r, ref_c, ref_r in rows]

@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers import assert_close, rngs
@@ -40,6 +40,7 @@ def by_hand(stream, vocab_size, order):
 
 
 @given(rngs, st.integers(1, 4), st.integers(2, 4))
+@example(np.random.default_rng(0), 3, 3)
 def test_log_probs_are_those_of_the_recursion_from_counts_in_dictionaries(rng, order, vocab_size):
     stream, text = rng.integers(vocab_size, size=40), rng.integers(vocab_size, size=12)
     p = by_hand(stream.tolist(), vocab_size, order)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from helpers import assert_close, assert_same_gradients, parameter_gradients, rngs, small_transformer
 from minilm import layers, no_grad, packing
@@ -14,6 +14,7 @@ KINDS = {"plain": {}, "grouped, smeared, two layers": {"kv_heads": 1, "key_smear
          "interleaved": {"rope_pairing": "interleaved", "heads": 4, "kv_heads": 2, "head_width": 4, "tied": True},
          "interleaved and smeared": {"rope_pairing": "interleaved", "key_smear": True}}
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+DIALOGUES = [[1, 2], [1, 2], [3, 4]], [[5, 0], [6], [5, 6, 0]]
 tokens = st.lists(st.integers(0, 6), min_size=1, max_size=6)
 
 
@@ -33,7 +34,7 @@ def alone(model, prompt, response, temperature=1.0):
 
 
 def test_a_row_is_what_the_module_shows():
-    part = pack([[1, 2], [1, 2], [3, 4]], [[5, 0], [6], [5, 6, 0]])
+    part = pack(*DIALOGUES)
     assert part.tokens.tolist() == [1, 2, 5, 3, 4, 5, 6]
     assert part.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
     assert [(s.start, s.stop, s.prefix_start, s.prefix_stop) for s in part.segments] == [
@@ -43,6 +44,7 @@ def test_a_row_is_what_the_module_shows():
 
 @each_kind
 @given(dialogues=dialogues(), rng=rngs, temperature=st.floats(0.5, 2))
+@example(dialogues=DIALOGUES, rng=np.random.default_rng(0), temperature=2.0)
 def test_packed_log_probs_and_all_their_gradients_are_those_of_each_dialogue_alone(kind, dialogues, rng, temperature):
     model, part = small_transformer(rng, **kind), pack(*dialogues)
     cotangent = rng.normal(size=part.mask.shape) * part.mask
@@ -82,6 +84,7 @@ def test_each_prompt_is_computed_once_and_no_padding_ever(dialogues):
 
 
 @given(dialogues=dialogues(), rng=rngs)
+@example(dialogues=DIALOGUES, rng=np.random.default_rng(0))
 def test_packed_rewards_are_those_of_each_dialogue_alone(dialogues, rng):
     model = RewardModel(small_transformer(rng), rng)
     rewards = model.packed_rewards(pack(*dialogues, last=True)).data

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from helpers import assert_close, normal, rngs, small_transformer
 from minilm import Tensor, ops
@@ -127,6 +127,7 @@ def test_differences_of_large_float32_rewards_keep_their_digits(baseline):
 
 @pytest.mark.parametrize("baseline", ["none", "mean", "leave_one_out"])
 @given(rng=rngs, beta=betas)
+@example(rng=np.random.default_rng(0), beta=0.3)
 def test_reward_to_go_is_its_definition(baseline, rng, beta):
     P, K, T = 2, 3, 4
     rewards, token_kl, mask = rng.normal(size=(P, K)), rng.normal(size=(P, K, T)), rng.random((P, K, T)) < 0.7
@@ -237,6 +238,7 @@ def test_unmasked_mean_of_advantages(loss, rng, shape, left, right):
 
 @pytest.mark.parametrize("loss", [LOSSES["policy_gradient"], LOSSES["ppo, token"]])
 @given(rng=rngs, shape=shapes)
+@example(rng=np.random.default_rng(0), shape=(3, 5))
 def test_advantages_of_padding_may_be_nan(loss, rng, shape):
     log_probs, A, mask = sample(rng, shape, per_token=True)
     value, d = gradient(loss, log_probs, A, mask)

@@ -112,7 +112,7 @@ template <int N>
 __device__ void rms_norm_backward_by(const real* __restrict__ dy, const real* __restrict__ x,
                                      const real* __restrict__ weight, const real* __restrict__ r,
                                      real* __restrict__ dx, real* __restrict__ partial, int rows, int width) {
-    extern __shared__ real shared[];
+    extern __shared__ __align__(16) real shared[];
     real w[HELD], n[HELD], dn[HELD], dw[HELD] = {};
     load_share<N>(w, weight, width);
     const int step = gridDim.x * blockDim.y;

@@ -21,6 +21,22 @@ def unbroadcast(gradient, shape):
     return gradient.sum(axis=stretched).reshape(shape)
 
 
+def sum_by_index(indices, values):
+    """The distinct ones of indices (n,), ascending, and for each the sum of the values (n,..) that have it.
+
+    Sorted, and then summed in that order on every device: np.add.at would visit every element one by one, and
+    CuPy's in an order that changes from run to run, and the last bits with it.
+    """
+    if not len(indices):
+        return indices, values
+    # CuPy's row sum is the difference of two running sums: a small one would drown if they were not double.
+    xp, wide, rows = array_module(values), "float64" if is_cupy(values) else None, values.reshape(len(indices), -1)
+    order = xp.argsort(indices, kind="stable")
+    distinct, starts = xp.unique(indices[order], return_index=True)
+    sums = xp.add.reduceat(rows[order], starts, axis=0, dtype=wide).astype(values.dtype, copy=False)
+    return distinct, sums.reshape(-1, *values.shape[1:])
+
+
 def _shapes(*inputs):
     """Of arrays; None for Python scalars. What a vjp needs of an input may be no more than this."""
     return [getattr(x, "shape", None) for x in inputs]
@@ -270,12 +286,14 @@ def getitem(x, index):
     """x[index] for slices, integers, integer arrays or masks; what is picked twice adds up."""
     xp = array_module(x)
     def vjp(dy):
-        dx = xp.zeros_like(x)
         if _is_basic(index):
+            dx = xp.zeros_like(x)
             dx[index] = dy
-        else:
-            xp.add.at(dx, index, dy)
-        return dx
+            return dx
+        places, sums = sum_by_index(xp.arange(x.size).reshape(x.shape)[index].reshape(-1), dy.reshape(-1))
+        dx = xp.zeros(x.size, x.dtype)
+        dx[places] = sums
+        return dx.reshape(x.shape)
     return x[index], vjp
 
 
@@ -293,14 +311,7 @@ def embed(table, indices):
                          f"in a table of {len(table)} rows")
     at = xp.asarray(indices)
     def vjp(dy):
-        # One row sum per distinct index; np.add.at would visit every element one by one. CuPy's row sum is the
-        # difference of two running sums, in which a small one would drown if they were not of double precision.
-        flat, dy, wide = at.reshape(-1), dy.reshape(-1, table.shape[1]), "float64" if is_cupy(dy) else None
-        if flat.size:
-            order = xp.argsort(flat, kind="stable")
-            flat, starts = xp.unique(flat[order], return_index=True)
-            dy = xp.add.reduceat(dy[order], starts, axis=0, dtype=wide).astype(dy.dtype, copy=False)
-        return Rows(table, flat, dy)
+        return Rows(table, *sum_by_index(at.reshape(-1), dy.reshape(-1, table.shape[1])))
     return table[at], vjp
 
 

@@ -1,5 +1,5 @@
-"""kernels/fused.cu on the emulator: the formulas of minilm.layers and the step of minilm.optim at ragged sizes, in
-both precisions, aligned and not; clean under the checkers; bytes counted; refusals; and mutants that are caught."""
+"""kernels/fused.cu: the formulas of minilm.layers and the step of minilm.optim at ragged sizes, in both precisions,
+aligned and not; on the emulator: clean under the checkers, bytes counted, refusals, and mutants that are caught."""
 import contextlib
 import re
 
@@ -13,18 +13,11 @@ from minilm.kernels import emulator, fused, launch
 from minilm.optim import AdamW
 from minilm.tensor import primitive
 
-pytestmark = pytest.mark.skipif(emulator.available() is not None, reason=f"{emulator.available()}")
 SIZES = [0, 1, 7, 31, 32, 33, 65, 200, 1000]
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 ALIGNED = pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "not aligned"])
 PAIRINGS = "half", "interleaved"
 EPS = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def xp():
-    with emulator.as_cupy() as cupy:
-        yield cupy
 
 
 @pytest.fixture(params=[None, 2], ids=["many blocks", "two blocks"])
@@ -176,7 +169,7 @@ def queries_on_device(q, cos, sin, pairing):
     return fused.rope(q, cos, sin, q.shape[1], 0, pairing, SCALE).get(), vjp
 
 
-def test_gradients_are_those_of_finite_differences(rng):
+def test_gradients_are_those_of_finite_differences(rng, xp):
     gradcheck(rms_norm_on_device, normal(rng, 3, 5), normal(rng, 5))
     gradcheck(swiglu_on_device, normal(rng, 2, 6))
     cos, sin = layers.rope_tables(np.arange(3), 4, dtype="float64")
@@ -184,7 +177,7 @@ def test_gradients_are_those_of_finite_differences(rng):
         gradcheck(lambda q: queries_on_device(q, cos, sin, pairing), normal(rng, 3, 2, 4))
 
 
-def test_on_the_tape_they_are_the_layers(rng):
+def test_on_the_tape_they_are_the_layers(rng, xp):
     assert_same(rms_norm_on_device, layers.rms_norm, normal(rng, 3, 5, 40), normal(rng, 40))
     assert_same(swiglu_on_device, layers.swiglu, normal(rng, 2, 3, 10))
 
@@ -275,11 +268,11 @@ NARROW, WIDE = dict(N=11, D=64, F=20, K=8), dict(N=3, D=300, F=33, K=6, P=2500)
 
 @pytest.mark.parametrize("sizes", [NARROW, WIDE], ids=["narrow", "wide"])
 @DTYPES
-def test_all_is_clean_under_the_checkers_and_the_same_bits_in_any_order_of_blocks(sizes, dtype, xp):
+def test_all_is_clean_under_the_checkers_and_the_same_bits_in_any_order_of_blocks(sizes, dtype, emulated):
     found = []
     for schedule in ("forward", "reversed", 1, 2):
         with emulator.checked(schedule) as launches:
-            found.append(everything(xp, dtype=dtype, **sizes))
+            found.append(everything(emulated, dtype=dtype, **sizes))
         assert {one.kernel for one in launches} == KERNELS
         assert all(np.array_equal(a, b) for a, b in zip(found[-1], found[0], strict=True))
 
@@ -292,9 +285,9 @@ def counted(launches):
 @ALIGNED
 @DTYPES
 @pytest.mark.parametrize("n, m", [(1, 1), (9, 33), (40, 64), (3, 520)])
-def test_bytes_are_those_that_are_promised(n, m, dtype, aligned, rng, xp):
+def test_bytes_are_those_that_are_promised(n, m, dtype, aligned, rng, emulated):
     def on_device(*arrays):
-        return [device(xp, a.astype(dtype), aligned) for a in arrays]
+        return [device(emulated, a.astype(dtype), aligned) for a in arrays]
     x, weight, dy = on_device(*rms_norm_inputs(rng, n, m))
     y, r = fused.rms_norm_forward(x, weight)
     gate_up, dsilu = on_device(*swiglu_inputs(rng, n, m))
@@ -358,9 +351,9 @@ def refusals(xp):
         (lambda: fused.squared_norm(zeros(8)[::2]), ValueError, "g is not contiguous")]
 
 
-def test_what_is_not_served_is_refused_in_words_before_any_launch(xp, monkeypatch):
+def test_what_is_not_served_is_refused_in_words_before_any_launch(emulated, monkeypatch):
     monkeypatch.setattr(fused, "launch", lambda *_, **__: pytest.fail("launched"))
-    for call, error, words in refusals(xp):
+    for call, error, words in refusals(emulated):
         with pytest.raises(error, match=words):
             call()
 
@@ -445,13 +438,13 @@ def caught_by(section, text, xp, monkeypatch):
 
 
 @pytest.mark.parametrize("section", [ROWS, SILU, ROTARY, FLAT])
-def test_a_section_alone_and_unedited_passes(section, xp, monkeypatch):
-    assert caught_by(section, text_of(section, "real", "real"), xp, monkeypatch) is None
+def test_a_section_alone_and_unedited_passes(section, emulated, monkeypatch):
+    assert caught_by(section, text_of(section, "real", "real"), emulated, monkeypatch) is None
 
 
 @pytest.mark.parametrize("section, old, new, by", MUTANTS, ids=[f"{m[0]}: {' '.join(m[1].split())}" for m in MUTANTS])
-def test_a_mutant_is_caught_by_whom_it_should_be(section, old, new, by, xp, monkeypatch):
-    caught = caught_by(section, text_of(section, old, new), xp, monkeypatch)
+def test_a_mutant_is_caught_by_whom_it_should_be(section, old, new, by, emulated, monkeypatch):
+    caught = caught_by(section, text_of(section, old, new), emulated, monkeypatch)
     assert caught is not None and by in caught
     if by != "numbers":
         assert "fused.cu:" in caught                                     # and it says where

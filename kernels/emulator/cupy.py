@@ -80,6 +80,11 @@ def arange(start, stop=None, step=1, dtype=None):
 
 
 @_function
+def eye(N, M=None, k=0, dtype=float):
+    return ndarray(np.eye(N, M, k, dtype))
+
+
+@_function
 def tri(N, M=None, k=0, dtype=float):
     return ndarray(np.tri(N, M, k, dtype))
 
@@ -97,12 +102,6 @@ class ufunc:
 
 
 class add(ufunc):
-    def at(self, a, indices, b):
-        if a.dtype not in (np.int32, np.int64, np.float32, np.float64, np.uint32, np.uint64):
-            raise TypeError(f"cupy.add.at does not add {a.dtype}")
-        parts = indices if isinstance(indices, tuple) else (indices,)
-        np.add.at(backing(a), tuple(p if isinstance(p, slice) else backing(p) for p in parts), backing(b))
-
     def reduceat(self, array, indices, axis=0, dtype=None):
         at, n, sums = backing(indices), array.shape[axis], np.cumsum(backing(array), axis, dtype)
         sums = np.concatenate([np.zeros_like(sums.take([0], axis)), sums], axis)
@@ -152,6 +151,11 @@ def einsum(subscripts, /, *operands):
 @_function
 def concatenate(tup, axis=0):
     return ndarray(np.concatenate([backing(a) for a in tup], axis))
+
+
+@_function
+def tile(A, reps):
+    return ndarray(np.tile(backing(A), reps))
 
 
 @_function

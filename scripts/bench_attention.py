@@ -3,7 +3,8 @@
     python scripts/bench_attention.py [--lengths 128,1024,8192]
 
 Without a GPU it prints what can be known without one: bytes moved, counted by the formula that the tests hold to the
-emulator's count, against attention with a matrix of scores, and against the least possible.
+emulator's count, against attention with a matrix of scores, and against the least possible. The plan of the kernels'
+tiles is made before: a model makes one for all of its layers.
 """
 
 import functools
@@ -54,14 +55,16 @@ def plain(q, k, v, do):
 
 
 def pytorch(backend, q, k, v, do):
-    """PyTorch's scaled_dot_product_attention, by one of its kernels ("math": unfused)."""
+    """A call of PyTorch's scaled_dot_product_attention, by one of its kernels ("math": unfused)."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    leaves = [torch.from_dlpack(a).requires_grad_() for a in (q, k, v)]
-    with sdpa_kernel(getattr(SDPBackend, backend)):
-        o = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
-    gradient = torch.from_dlpack(do)
-    return o, lambda: torch.autograd.grad(o, leaves, gradient, retain_graph=True)
+    leaves, gradient = [torch.from_dlpack(a).requires_grad_() for a in (q, k, v)], torch.from_dlpack(do)
+
+    def call():
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            o = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+        return o, lambda: torch.autograd.grad(o, leaves, gradient, retain_graph=True)
+    return call
 
 
 def both(call):
@@ -80,17 +83,9 @@ def time_on(cupy, T, ceiling):
     except ImportError:
         print("PyTorch: not installed, skipped")
     else:
-        peers |= {f"torch, {backend.lower()}": functools.partial(pytorch, backend, q, k, v, do)
+        peers |= {f"torch, {backend.lower()}": pytorch(backend, q, k, v, do)
                   for backend in ("EFFICIENT_ATTENTION", "MATH")}
-    reference = None
-    for name, call in list(peers.items()):
-        if (results := measuring.fits(name, functools.partial(both, call))) is None:
-            del peers[name]
-            continue
-        results = [cupy.from_dlpack(a.detach()) if hasattr(a, "detach") else a for a in results]
-        reference = reference or results
-        for what, a, b in zip(("o", "dq", "dk", "dv"), reference, results):
-            measuring.assert_same(f"{name}'s {what}", a, b, TOLERANCE)
+    peers = measuring.those_that_agree(cupy, peers, both, TOLERANCE)
     moved, pairs = traffic(T), 2 * B * H * K * T * (T + 1) // 2         # operations of one product of the causal half
     for direction, products in (("forward", 2), ("backward", 5)):
         print(f"\nT = {T}, {direction}\n\n{measuring.HEADER}")

@@ -56,18 +56,16 @@ def from_logits(cupy, V):
             return dlogits
         return (z[rows, targets] - cupy.log(total[:, 0])), backward
 
-    def pytorch(cross_entropy):
-        def call():
-            import torch
-            leaf = torch.from_dlpack(logits).detach().requires_grad_()
-            found = -cross_entropy(leaf, torch.from_dlpack(targets))
-            return found, lambda: torch.autograd.grad(found, leaf, torch.from_dlpack(dy), retain_graph=True)[0]
-        return call
-
     peers = {"minilm": ours, "plain CuPy": plain}
     try:
         import torch
-        peers["torch"] = pytorch(lambda x, y: torch.nn.functional.cross_entropy(x, y, reduction="none"))
+        leaf = torch.from_dlpack(logits).detach().requires_grad_()
+        their_targets, their_dy = torch.from_dlpack(targets), torch.from_dlpack(dy)
+
+        def pytorch():
+            found = -torch.nn.functional.cross_entropy(leaf, their_targets, reduction="none")
+            return found, lambda: torch.autograd.grad(found, leaf, their_dy, retain_graph=True)[0]
+        peers["torch"] = pytorch
         # Liger's own cross entropy overwrites its logits with the gradient of the mean: not this function.
     except ImportError:
         print("PyTorch: not installed, skipped")
@@ -86,11 +84,10 @@ def from_hidden(cupy, V):
         return log_probs.linear_backward(hidden, unembedding, targets, lse, dy, logits)
 
     def pytorch(loss):
-        def call():
-            import torch
-            leaves = [torch.from_dlpack(a).detach().requires_grad_() for a in (hidden, unembedding)]
-            return torch.autograd.grad(loss(*leaves, torch.from_dlpack(targets)), leaves)
-        return call
+        import torch
+        leaves = [torch.from_dlpack(a).detach().requires_grad_() for a in (hidden, unembedding)]
+        their_targets = torch.from_dlpack(targets)
+        return lambda: torch.autograd.grad(loss(*leaves, their_targets), leaves)
 
     peers = {"minilm": ours}
     try:
@@ -106,35 +103,29 @@ def from_hidden(cupy, V):
     return peers
 
 
-def compared(cupy, name, reference, results):
-    for a, b in zip(reference, results):
-        b = cupy.from_dlpack(b.detach()) if hasattr(b, "detach") else b
-        measuring.assert_same(name, a, b, TOLERANCE)
-
-
 def extra(cupy, name, call):
     """Bytes, of those who take them from CuPy's pool."""
     return measuring.extra_bytes(cupy, call) if name in ("minilm", "plain CuPy") else None
 
 
+def both(call):
+    """The log-probs and the gradient."""
+    found, backward = call()
+    return found, backward()
+
+
 def time_on(cupy, V, ceiling):
     peers, moved = from_logits(cupy, V), traffic(V)
-    reference = None
-    for name, call in peers.items():
-        found, backward = call()
-        reference = reference or (found, backward())
-        compared(cupy, name, reference, (found, backward()))
+    peers = measuring.those_that_agree(cupy, peers, both, TOLERANCE)
     for direction in moved:
         print(f"\nV = {V}, from logits, {direction}\n\n{measuring.HEADER}")
         for name, call in peers.items():
             timed = call if direction == "forward" else call()[1]
             print(measuring.row(name, measuring.seconds(timed), moved[direction][0] if name == "minilm" else None, None,
                                 extra(cupy, name, timed), ceiling), flush=True)
-    peers = from_hidden(cupy, V)
-    reference = peers["minilm"]()
+    peers = measuring.those_that_agree(cupy, from_hidden(cupy, V), lambda call: call(), TOLERANCE)
     print(f"\nV = {V}, with the product, forward and backward\n\n{measuring.HEADER}")
     for name, call in peers.items():
-        compared(cupy, name, reference, call())
         print(measuring.row(name, measuring.seconds(call), None, 6 * N * V * D, extra(cupy, name, call), ceiling), flush=True)
 
 

@@ -1,8 +1,9 @@
 """How kernels are timed on a GPU; what bench_attention.py and bench_log_probs.py share.
 
 Results are compared first: what is wrong is not timed. Then CUDA events around each call (cupyx.profiler.benchmark), the
-median of many calls after some to warm up; memory is what the call takes from CuPy's pool, its outputs with it, and not
-known of those who have a pool of their own. The ceilings are measured too: a copy for bytes a second, a matrix product of cuBLAS for operations a second.
+median of many calls after some to warm up; where a call is short, that is the time that launching its kernels takes.
+Memory is what the call takes from CuPy's pool, its outputs with it, and not known of those who have a pool of their own.
+The ceilings are measured too: a copy for bytes a second, a matrix product of cuBLAS for operations a second.
 """
 
 import argparse
@@ -76,12 +77,43 @@ def ceilings(cupy):
     return found
 
 
-def assert_same(name, ours, theirs, tolerance):
-    """Raises ValueError if an array differs by more than the tolerance, relative to its largest entry."""
-    error = float(abs(ours - theirs).max() / abs(theirs).max())
-    if not error <= tolerance:
-        raise ValueError(f"{name}: differs from ours by {error:.1e} of its largest entry (allowed: {tolerance:.0e}). "
-                         "Nothing was timed.")
+def those_that_agree(cupy, peers, results_of, tolerance):
+    """Of {name: peer}, those whom the device has memory for; the others are named.
+
+    results_of(peer) gives arrays, CuPy's or PyTorch's. Raises ValueError if one differs from the first peer's by more
+    than the tolerance, relative to its largest entry.
+    """
+    reference, fitting = None, {}
+    for name, peer in peers.items():
+        if (results := _if_it_fits(name, lambda: results_of(peer))) is not None:
+            results = [cupy.from_dlpack(a.detach()) if hasattr(a, "detach") else a for a in results]
+            reference = reference or results
+            for i, (a, b) in enumerate(zip(reference, results, strict=True)):
+                error = float(abs(a - b).max() / abs(b).max())
+                if not error <= tolerance:
+                    raise ValueError(f"{name}: result {i} differs from ours by {error:.1e} of its largest entry "
+                                     f"(allowed: {tolerance:.0e}). Nothing was timed.")
+            fitting[name] = peer
+        results = None
+        release(cupy)
+    return fitting
+
+
+def _if_it_fits(name, call):
+    try:
+        return call()
+    except Exception as error:                  # CuPy and PyTorch have a class each
+        if "OutOfMemory" not in type(error).__name__:
+            raise
+        print(f"{name}: does not fit this device")
+        return None
+
+
+def release(cupy):
+    """What CuPy and PyTorch keep for later, so that the next one has it."""
+    cupy.get_default_memory_pool().free_all_blocks()
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
 
 
 def row(name, time, bytes_moved, operations, extra, ceiling):
@@ -91,17 +123,6 @@ def row(name, time, bytes_moved, operations, extra, ceiling):
     for amount, most, unit, scale in ((bytes_moved, ceiling[0], "GB/s", 1e9), (operations, ceiling[1], "TFLOP/s", 1e12)):
         cells.append("" if amount is None else f"{amount / time[0] / scale:.1f} {unit}, {amount / time[0] / most:.0%}")
     return f"| {' | '.join(cells)} | {'' if extra is None else f'{extra / 2**20:.0f} MB'} |"
-
-
-def fits(name, call):
-    """call(), or None and a line that says so if the device has too little memory."""
-    try:
-        return call()
-    except Exception as error:                  # CuPy and PyTorch have a class each
-        if "OutOfMemory" not in type(error).__name__:
-            raise
-        print(f"{name}: does not fit this device")
-        return None
 
 
 HEADER = "| | time [quartiles] | bytes, of a copy's | operations, of a product's | memory beside |\n|---|---|---|---|---|"

@@ -187,8 +187,8 @@ class Copies:
 
     def _pytest(self, copy, arguments, words):
         started = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "--no-header", "-p", "no:cacheprovider",
-                   *PLUGINS, f"--hypothesis-seed={self.seed}", *arguments]
+        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "--color=no", "--no-header",
+                   "-p", "no:cacheprovider", *PLUGINS, f"--hypothesis-seed={self.seed}", *arguments]
         with self._lock:
             if self._closed:
                 return Outcome("error", "interrupted")
@@ -225,7 +225,8 @@ class Copies:
     def _environment(copy, words=""):
         # One thread for BLAS: several copies share the cores. No further bytecode: it would outlive the bug it is of.
         return {**os.environ, "PYTHONPATH": f"{copy}{os.pathsep}{copy.parent}", "PYTHONDONTWRITEBYTECODE": "1",
-                "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OPENBLAS_NUM_THREADS": "1", "MUTANT_OF": words}
+                "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OPENBLAS_NUM_THREADS": "1",
+                "MUTANT_OF": words}
 
     @staticmethod
     def _end(process):
@@ -303,7 +304,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the mutants and do nothing")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--seed", type=int, default=0, help="of hypothesis: the same seed gives the same examples")
-    parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of one run (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=900, metavar="SECONDS", help="of one run (%(default)s)")
     parser.add_argument("--table", type=Path, default=TABLE, help="another table of mutants")
     parser.add_argument("--project", type=Path, default=ROOT, help="another folder of a minilm and its tests")
     arguments = parser.parse_args()

@@ -75,7 +75,8 @@ SMALL = [sys.executable, "-c", RUNNER, "--scale", "0.001", "--workers", "2"]
 
 
 def environment(**variables):
-    return {**os.environ, **variables}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}
+    return {**own, "COLUMNS": "120", **variables}
 
 
 def run(command, *options, limit=None, stdout=subprocess.PIPE, **variables):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,24 @@ def test_what_the_kernels_are_timed_against_computes_the_same_any_number_of_time
         for _ in range(2):
             for a, b in zip(our_backward(), backward()):
                 assert_close(a.get(), b.get())
+
+
+class OutOfMemoryError(Exception):
+    pass
+
+
+def test_on_a_gpu_those_who_fit_and_agree_with_the_first_are_timed(capsys):
+    released = []
+    pool = types.SimpleNamespace(free_all_blocks=lambda: released.append("all"))
+    cupy = types.SimpleNamespace(get_default_memory_pool=lambda: pool)
+    def too_large():
+        raise OutOfMemoryError
+    right, close, wrong = (lambda by=by: [np.arange(3.0), np.ones(2) + by] for by in (0, 1e-6, 1e-3))
+    peers = {"ours": right, "large": too_large, "theirs": close}
+    assert [*gpu_measuring.those_that_agree(cupy, peers, lambda call: call(), 1e-4)] == ["ours", "theirs"]
+    assert capsys.readouterr().out == "large: does not fit this device\n" and len(released) == 3
+    with pytest.raises(ValueError, match="theirs: result 1 differs from ours by 1.0e-03 of its largest entry"):
+        gpu_measuring.those_that_agree(cupy, {"ours": right, "theirs": wrong}, lambda call: call(), 1e-4)
 
 
 def test_without_a_gpu_the_bytes_are_printed_and_what_was_not_timed_is_said(capfd, monkeypatch):

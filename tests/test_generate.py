@@ -201,12 +201,12 @@ def test_each_token_is_drawn_with_the_number_of_its_row_and_position(rng):
 
 @given(rng=rngs)
 def test_samples_come_as_often_as_their_probability_says(rng):
-    """Chi-square over the first token: expected 6, with a standard deviation of 3.5; 40 is one in a million."""
+    """Chi-square over the first token: expected 6, with a standard deviation of 3.5; 60 is one in 10^10."""
     model, n = small_transformer(rng), 400
     first = generate(model, [PROMPTS[1]] * n, 1, rng, None, temperature=2.0).tokens[:, 0]
     p = plain_distribution(model(np.array([PROMPTS[1]])).data[0, -1], temperature=2.0)
     expected = n * p
-    assert (((np.bincount(first, minlength=7) - expected) ** 2) / expected)[expected > 1].sum() < 40
+    assert (((np.bincount(first, minlength=7) - expected) ** 2) / expected)[expected > 5].sum() < 60
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

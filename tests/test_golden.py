@@ -55,7 +55,7 @@ def contents(folder):
 
 @pytest.fixture
 def copy(tmp_path):
-    return Path(shutil.copytree(COMMITTED, tmp_path / "golden"))
+    return Path(shutil.copytree(COMMITTED, tmp_path / "golden", copy_function=shutil.copyfile))
 
 
 def described(file):

@@ -333,7 +333,7 @@ def test_a_second_ctrl_c_ends_the_row_and_its_workers_at_once(run, tmp_path):
     reader = os.open(held, os.O_RDONLY | os.O_NONBLOCK)
     run.write("one", accident=f"held, parent = os.open({str(held)!r}, os.O_WRONLY), os.getppid()\n"
                               "os.write(held, b'here')\n"
-                              "for i in range(2 if os.fork() else 0): os.kill(parent, 2); time.sleep(0.2)\n"
+                              "for i in range(2 if os.fork() else 0): os.kill(parent, 2); time.sleep(1)\n"
                               "time.sleep(60)")
     assert run() == 130
     assert os.read(reader, 99) == b"here"

@@ -10,7 +10,19 @@ import time
 import numpy as np
 import pytest
 
+from helpers import has_ended
 from minilm.parallel import Team, WorkerFailed, each
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_left(monkeypatch):
+    """After each test every process that was forked in it has ended and has been waited for."""
+    fork, forked = os.fork, []
+    monkeypatch.setattr(os, "fork", lambda: forked.append(fork()) or forked[-1])
+    yield
+    for process in forked:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(process, os.WNOHANG)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 9])
@@ -111,11 +123,6 @@ def test_what_a_team_of_one_has_is_ordinary_memory_and_no_process_is_forked(monk
 
 # Failures.
 
-def no_children():
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
-
-
 @pytest.mark.parametrize("part", range(4))
 def test_an_error_in_any_part_is_raised_here_as_it_is(part):
     def work(i):
@@ -125,7 +132,6 @@ def test_an_error_in_any_part_is_raised_here_as_it_is(part):
 
     with pytest.raises(ZeroDivisionError, match=f"in part {part}"):
         each(work, range(4), 3)
-    no_children()
 
 
 def test_an_error_that_only_a_helper_meets_is_told_with_its_traceback():
@@ -140,7 +146,6 @@ def test_an_error_that_only_a_helper_meets_is_told_with_its_traceback():
         with Team(2) as team:
             work(None)
             team.exchange(None)
-    no_children()
 
 
 def test_a_worker_that_was_killed_is_missed_at_the_next_exchange():
@@ -149,7 +154,6 @@ def test_a_worker_that_was_killed_is_missed_at_the_next_exchange():
             if team.rank:
                 os.kill(os.getpid(), signal.SIGKILL)
             team.exchange(None)
-    no_children()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
@@ -165,7 +169,6 @@ def test_nobody_works_on_after_worker_0_has_left(error):
             deadline = time.monotonic() + 20
             while time.monotonic() < deadline:
                 progress[0] += 1
-    no_children()
     before = progress[0]
     time.sleep(0.05)
     assert progress[0] == before
@@ -211,6 +214,6 @@ def test_helpers_end_with_a_worker_0_that_is_killed(tmp_path):
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert run.returncode == -signal.SIGKILL and run.stderr == ""
     helper, deadline = int(run.stdout), time.monotonic() + 20
-    while os.path.exists(f"/proc/{helper}") and time.monotonic() < deadline:
+    while not has_ended(helper) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not os.path.exists(f"/proc/{helper}")
+    assert has_ended(helper)

@@ -1,6 +1,7 @@
 """scripts/run_folder.py: one process at a time in a folder that holds one run and nothing else, a run
 that is resumed under its own settings or not at all, and users who see no traceback."""
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -193,6 +194,7 @@ def test_a_run_that_fails_frees_the_folder(tmp_path):
 
 
 def test_no_descriptor_stays_open(tmp_path):
+    gc.collect()
     before = len(os.listdir("/dev/fd"))
     enter(tmp_path)
     with pytest.raises(UsageError):
@@ -337,7 +339,7 @@ JOB = """if True:
 def test_a_stopped_and_resumed_job_ends_as_if_it_had_never_stopped(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     uninterrupted = start(JOB, whole, 0)
-    job = start(JOB, stopped, 0.05)
+    job = start(JOB, stopped, 0.5)
     assert job.stdout.readline() == "step 0\n"
     job.send_signal(signal.SIGINT)
     output, errors = job.communicate(timeout=20)

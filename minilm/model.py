@@ -289,11 +289,11 @@ class RewardModel:
             raise ValueError(f"mask {mask.shape} and tokens {tokens.shape} must have one shape")
         if not mask.any(axis=1).all():
             raise ValueError(f"row {int((~mask.any(axis=1)).argmax())} is all padding: nothing to reward")
-        T = mask.shape[1]
+        B, T = mask.shape
         last = T - 1 - mask[:, ::-1].argmax(axis=1)
         hidden = self.transformer.hidden(tokens, key_mask=mask)
-        rows = array_module(mask).arange(len(mask))
-        return (hidden[rows, last] @ self.head).reshape(-1)
+        rows = array_module(mask).arange(B) * T + last
+        return (ops.embed(hidden.reshape(B * T, -1), rows) @ self.head).reshape(-1)
 
     def packed_rewards(self, pack):
         """The same, (B,), of the dialogues of a packing.Pack made with last=True."""

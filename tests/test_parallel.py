@@ -14,15 +14,18 @@ from helpers import has_ended
 from minilm.parallel import Team, WorkerFailed, each
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def nobody_is_left(monkeypatch):
-    """After each test every process that was forked in it has ended and has been waited for."""
+    """A function that asserts: every process forked since the test began has ended and has been waited for."""
     fork, forked = os.fork, []
     monkeypatch.setattr(os, "fork", lambda: forked.append(fork()) or forked[-1])
-    yield
-    for process in forked:
-        with pytest.raises(ChildProcessError):
-            os.waitpid(process, os.WNOHANG)
+
+    def check():
+        for process in forked:
+            with pytest.raises(ChildProcessError):
+                os.waitpid(process, os.WNOHANG)
+        assert forked
+    return check
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 9])
@@ -124,7 +127,7 @@ def test_what_a_team_of_one_has_is_ordinary_memory_and_no_process_is_forked(monk
 # Failures.
 
 @pytest.mark.parametrize("part", range(4))
-def test_an_error_in_any_part_is_raised_here_as_it_is(part):
+def test_an_error_in_any_part_is_raised_here_as_it_is(part, nobody_is_left):
     def work(i):
         if i == part:
             raise ZeroDivisionError(f"in part {i}")
@@ -132,9 +135,10 @@ def test_an_error_in_any_part_is_raised_here_as_it_is(part):
 
     with pytest.raises(ZeroDivisionError, match=f"in part {part}"):
         each(work, range(4), 3)
+    nobody_is_left()
 
 
-def test_an_error_that_only_a_helper_meets_is_told_with_its_traceback():
+def test_an_error_that_only_a_helper_meets_is_told_with_its_traceback(nobody_is_left):
     def work(part):
         if os.getpid() != here:
             raise MemoryError("there was none left")
@@ -146,18 +150,20 @@ def test_an_error_that_only_a_helper_meets_is_told_with_its_traceback():
         with Team(2) as team:
             work(None)
             team.exchange(None)
+    nobody_is_left()
 
 
-def test_a_worker_that_was_killed_is_missed_at_the_next_exchange():
+def test_a_worker_that_was_killed_is_missed_at_the_next_exchange(nobody_is_left):
     with pytest.raises(WorkerFailed, match="a worker has ended"):
         with Team(2) as team:
             if team.rank:
                 os.kill(os.getpid(), signal.SIGKILL)
             team.exchange(None)
+    nobody_is_left()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
-def test_nobody_works_on_after_worker_0_has_left(error):
+def test_nobody_works_on_after_worker_0_has_left(error, nobody_is_left):
     team = Team(2)
     progress = team.zeros(1, np.int64)
     with pytest.raises(error):
@@ -169,6 +175,7 @@ def test_nobody_works_on_after_worker_0_has_left(error):
             deadline = time.monotonic() + 20
             while time.monotonic() < deadline:
                 progress[0] += 1
+    nobody_is_left()
     before = progress[0]
     time.sleep(0.05)
     assert progress[0] == before

@@ -214,7 +214,7 @@ def readme_figures(folder):
     large = []
     for row in done:
         png = (Path(folder) / f"{row}.png").read_bytes()
-        attempts = (page.compact(png, colours, scale) for scale in (1, 0.75, 0.6) for colours in (256, 64, 16))
+        attempts = (page.compact(png, colours, scale) for scale in (1, 0.75, 0.6, 0.5) for colours in (256, 64))
         small = next((p for p in attempts if len(p) < README_BYTES), None)
         if small is None:
             large.append(f"{row}.png")

@@ -8,10 +8,11 @@ right answer. A transformer of 25,632 parameters is instructed with 4,000 demons
 a share is judged by the minority (Bradley-Terry in each group), all labels are pooled, and DPO (beta 0.3, 200 steps)
 trains on them, for five shares. What a policy is to a group: its expected worth to that group, all 781 replies being
 listed, from 0 (the instructed model) to 1 (pi* of that group alone, beta 0.3: the best possible at its cost in KL);
-DPO's KL is measured too. Beside it, without any noise, for three of the questions and eleven shares: pi* of the reward
-that endless pooled comparisons have under Bradley-Terry (solved for), pi* of the average worth of all people, and pi*
-of whoever has more people: is pooling a mean, or winner takes all? The same once more when the minority cares four
-times as much.
+DPO's KL is measured too, and what the instructed model is to each group at that KL without any label, sampled colder
+(temperatures from 1 to 0.1). Beside it, without any noise, for three of the questions and eleven shares: pi* of the
+reward that endless pooled comparisons have under Bradley-Terry (solved for), pi* of the average worth of all people,
+and pi* of whoever has more people: is pooling a mean, or winner takes all? The same once more when the minority cares
+four times as much.
 
 Refuted. If, with any seed, DPO on the majority's comparisons alone serves the minority as well as DPO on the
 minority's own, or the other way round; or if for some share the Bradley-Terry reward serves both groups to 0.9 or
@@ -19,7 +20,9 @@ more.
 
 Limits. Who the groups are, and that they differ in manner only, is how this world was made; so is what they have in
 common (the right answer), which is why no one falls to 0. Every person here is sure and consistent: what is imperfect
-is only that people differ. "Four times as much" supposes worths that can be compared between people.
+is only that people differ. How well one is served says little of the labels alone: the instructed model sampled
+colder serves both groups better than DPO does on labels pooled half and half (dpo.py shows where DPO's probability
+goes); the rule compares DPO with DPO. "Four times as much" supposes worths that can be compared between people.
 
 Source. Casper et al. 2023, arXiv:2307.15217 (section 3.2); Siththaranjan et al. 2023, arXiv:2312.08358 (pooled
 comparisons learn Borda counts, not mean worth).
@@ -40,6 +43,7 @@ from minilm.world.replies import ReplyWorld
 
 BETA, PAIRS = 0.3, 2000
 GROUPS = ("majority", "minority")
+TEMPERATURES = tuple(np.linspace(1, 0.1, 19))       # of the instructed model: no labels
 INTENSITIES = (1, 4)                    # how much more the minority cares
 RULES = ("pooled comparisons", "average worth", "winner takes all")
 SIZES = {"quick": {"seeds": 3, "tuning": 6, "steps": 2, "shares": [0.0, 1.0], "exact": [0.0, 0.3, 1.0], "solving": 1},
@@ -53,7 +57,10 @@ def measure(row, seed, tuning, steps, shares, exact, solving):
     reference = world.laws(model)
     worths = [world.table(Annotator(0, 1, 0, brief).worth) for brief in (False, True)]
 
-    found = {"DPO": [], "KL": []}
+    found = {"DPO": [], "KL": [], "colder": []}
+    for temperature in TEMPERATURES:
+        l = world.laws(model, temperature)
+        found["colder"].append([divergence(l, reference).mean(), *served(l, reference, worths)])
     for share in shares:
         pairs = pooled(world, reference, worths, share, rng)
         policy, (p, chosen, rejected) = model.copy(), pairs
@@ -115,16 +122,26 @@ def bradley_terry(law, wins, rewards, steps):
     return rewards, (pi * np.abs(often - np.einsum("pij,pj->pi", preference(rewards), pi))).sum(axis=-1).max()
 
 
+def colder(seeds):
+    """What the instructed model is to each group at the KL of each of DPO's policies: (seeds, shares, 2)."""
+    paths = [np.transpose(s["colder"]) for s in seeds]
+    return np.array([np.transpose([np.interp(s["KL"], kl, gain) for gain in gains])
+                     for s, (kl, *gains) in zip(seeds, paths)])
+
+
 def conclude(seeds, size):
     shares, dpo = size["shares"], np.array([s["DPO"] for s in seeds])           # (seeds, shares, 2)
     exact = {(rule, k): np.array([s[f"exact, {k}"][rule] for s in seeds]) for rule in RULES for k in INTENSITIES}
     own, theirs = (dpo[:, 0, 0], dpo[:, -1, 1]), (dpo[:, -1, 0], dpo[:, 0, 1])  # by whose comparisons alone
+    free, half = colder(seeds), np.abs(np.array(shares) - 0.5).argmin()
     both = exact[RULES[0], 1].min(axis=-1).max(axis=-1)
     holds = all((a < b).all() for a, b in zip(theirs, own)) and both.max() < 0.9
     apart = {(rule, k): np.abs(exact[RULES[0], k] - exact[rule, k]).mean(axis=(1, 2))
              for rule in RULES[1:] for k in INTENSITIES}
     numbers = {f"{group} served by DPO, share of the minority {share}": spread(dpo[:, i, j])
                for i, share in enumerate(shares) for j, group in enumerate(GROUPS)}
+    numbers |= {f"{group} served by the instructed model, colder, at the KL of share {share}": spread(free[:, i, j])
+                for i, share in enumerate(shares) for j, group in enumerate(GROUPS)}
     numbers |= {f"KL of DPO (nats), share of the minority {share}": spread(s["KL"][i] for s in seeds)
                 for i, share in enumerate(shares)}
     numbers |= {f"{group} served by {rule}, minority {k} times as intense, share {share}": spread(law[:, i, j])
@@ -139,23 +156,28 @@ def conclude(seeds, size):
     strong, third = INTENSITIES[1], size["exact"].index(0.3)
     columns = {**{rule: exact[rule, 1] for rule in RULES},
                **{f"{rule}, minority cares {strong}x": exact[rule, strong] for rule in RULES[:2]}}
-    table = [["majority / minority served, by minority's share", "DPO", "its KL (nats)", *columns]]
+    table = [["majority / minority served, by minority's share", "DPO", "its KL (nats)", "no labels, that KL",
+              *columns]]
     for share in sorted({*size["exact"], *shares}):
-        trained = " / ".join(shown(dpo[:, shares.index(share), j]) for j in (0, 1)) if share in shares else ""
+        trained, without = (" / ".join(shown(of[:, shares.index(share), j]) for j in (0, 1)) if share in shares else ""
+                            for of in (dpo, free))
         kl = shown([s["KL"][shares.index(share)] for s in seeds]) if share in shares else ""
         cells = [""] * len(columns)
         if share in size["exact"]:
             means = [law[:, size["exact"].index(share)].mean(axis=0) for law in columns.values()]
             cells = [f"{majority:.2f} / {minority:.2f}" for majority, minority in means]
-        table.append([f"{share}", trained, kl, *cells])
+        table.append([f"{share}", trained, kl, without, *cells])
     near, far = (apart[rule, 1] for rule in RULES[1:])
     kind = "a mean rather than winner takes all" if (near < far).all() else "not nearer a mean than winner takes all"
     by_worth, by_pairs = (exact[rule, strong][:, third, 1] for rule in (RULES[1], RULES[0]))
     stakes = ("But a comparison does not say how much is at stake" if (by_worth > by_pairs).all() else
               "A comparison does not say how much is at stake; with not every seed is anything lost by it")
     sentence = (f"Of what it could gain, the majority gets {shown(own[0])} from DPO on its own comparisons and "
-                f"{shown(theirs[0])} from the minority's; the minority {shown(own[1])} and {shown(theirs[1])}. One "
-                f"reward of endless pooled comparisons serves the worse served to {shown(both)} at best. Pooling is "
+                f"{shown(theirs[0])} from the minority's; the minority {shown(own[1])} and {shown(theirs[1])}; labels "
+                f"pooled half and half give them {' and '.join(shown(dpo[:, half, j]) for j in (0, 1))}, and the "
+                f"instructed model at that KL, merely colder and without a label, "
+                f"{' and '.join(shown(free[:, half, j]) for j in (0, 1))}. One reward of "
+                f"endless pooled comparisons serves the worse served to {shown(both)} at best. Pooling is "
                 f"{kind}: {shown(near, 3)} from the average worth, {shown(far, 3)} from the winner's. "
                 f"{stakes}: a minority of 0.3 that cares {strong} times as much is served to {shown(by_worth)} by "
                 f"average worth and to {shown(by_pairs)} by pooled comparisons.")
@@ -167,7 +189,9 @@ def draw(figure, seeds, size):
     for axis, k in zip(axes, (None, *INTENSITIES)):
         for j, (group, colour) in enumerate(zip(GROUPS, COLOURS)):
             if k is None:
-                curve(axis, size["shares"], [np.array(s["DPO"])[:, j] for s in seeds], group, colour)
+                curve(axis, size["shares"], [np.array(s["DPO"])[:, j] for s in seeds], f"{group}: DPO", colour)
+                curve(axis, size["shares"], colder(seeds)[..., j], f"{group}: no labels, colder, at DPO's KL", colour,
+                      marker="", linestyle="--")
                 continue
             for rule, style in zip(RULES, ("-", "--", ":")):
                 by_seed = [np.array(s[f"exact, {k}"][rule])[:, j] for s in seeds]

@@ -14,10 +14,11 @@ the reference itself, sampled colder (temperatures from 1 to 0.1). Learning rate
 seed, DPO's among four. Costs: reply tokens through a model (a backward pass counts as two more), samples, the peak of
 memory in a step, CPU seconds.
 
-Refuted. If at a KL of 1 nat one of the two is ahead with every seed, or if one policy costs DPO more tokens than
-RLHF.
+Refuted. If at a KL of 1 nat the two are not within 0.1 of gold reward of each other, by the mean over the seeds and
+two standard errors around it; or if one policy costs DPO more tokens than RLHF.
 
-Limits. Both chose their best among the same number of beta by the gold reward, which nobody has in earnest: it is what
+Limits. (Before a review the rule was that neither is ahead with every seed, which noise alone could bring about.) Both
+chose their best among the same number of beta by the gold reward, which nobody has in earnest: it is what
 could be had. One model size, one number of pairs, one optimiser; questions and replies are few enough for RL to visit
 all of them. With endless pairs and exact gradients both reach pi* (tests/test_exact_optimum.py): what differs is not
 the aim but what a few hundred steps make of it; dpo.py shows where DPO's reward goes, onto replies that are in no
@@ -49,6 +50,7 @@ from minilm.world.replies import EOS, LONGEST, ReplyWorld
 
 METHODS = ("RLHF", "DPO")
 LEVELS, DECIDES = (0.25, 0.5, 1.0, 2.0), 1.0            # nats at which frontiers are read; the one of the rule
+SAME = 0.1                                              # of gold reward: as good as the same place
 ENVELOPE = tuple(np.geomspace(5, 0.05, 30))
 COLDER, TEMPERATURES = "the reference, colder", tuple(np.linspace(1, 0.1, 19))
 DRAWS = tuple(2 ** k for k in range(8))
@@ -159,7 +161,7 @@ def conclude(seeds, size):
                        for kind in ("tokens", "seconds"))
     memory = {"RLHF": [max(s["memory"]["RLHF"], s["memory"]["reward model"]) / 2 ** 20 for s in seeds],
               "DPO": [s["memory"]["DPO"] / 2 ** 20 for s in seeds]}
-    together = (ahead[DECIDES] > 0).any() and (ahead[DECIDES] < 0).any()
+    together = abs(ahead[DECIDES].mean()) + 2 * error[DECIDES] <= SAME
     cheaper = all(d <= r for d, r in zip(tokens["DPO"], tokens["RLHF"]))
     others = ("pi*", "pi* of the reward model", "best of n", COLDER)
     table = [["", *(f"gold at KL {k}" for k in LEVELS), "thousand reply tokens", "samples", "peak MiB", "CPU s"]]

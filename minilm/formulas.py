@@ -56,4 +56,4 @@ def token_log_probs(hidden, unembedding, targets):
 
 
 def sequence_log_probs(log_probs, mask):
-    return ops.sum(log_probs * array_module(log_probs.data).asarray(mask), axis=-1)
+    return ops.sum(ops.where(mask, log_probs, 0.0), axis=-1)

@@ -1,6 +1,7 @@
 """Sampling from a language model, one token at a time, with a cache of keys and values."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -201,9 +202,10 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
     Returns Samples. Raises ValueError for an empty prompt, one that does not fit the context
     with its response, or settings out of range.
     """
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature} must be at least 0, top_k {top_k} at least 1, "
-                         f"top_p {top_p} in (0, 1]")
+    if not 0 <= temperature < math.inf or (temperature > 0 and model.dtype.type(temperature) == 0):
+        raise ValueError(f"temperature {temperature} must be at least 0, finite, and not vanish in {model.dtype}")
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"top_k {top_k} must be at least 1, top_p {top_p} in (0, 1]")
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("every prompt needs at least one token (a BOS, say)")
     c = model.config
@@ -217,6 +219,8 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
         raise ValueError(f"{workers} workers are processes that share a CPU's memory; on a GPU, ask for 1")
     B = len(prompts)
     uniforms = rng.random((B, max_new_tokens)) if isinstance(rng, np.random.Generator) else to_numpy(rng)
+    if uniforms.shape != (B, max_new_tokens):
+        raise ValueError(f"uniform numbers of shape {uniforms.shape} for {B} prompts and {max_new_tokens} new tokens")
 
     def rows_of(part):
         return _generate(model, [prompts[i] for i in part], uniforms[part], eos, temperature, top_k, top_p)
@@ -251,8 +255,9 @@ def _generate(model, prompts, uniforms, eos, temperature, top_k, top_p):
             hidden = advance(model, drawn[:, None], first, cache)
         # In this order, and then copied: for a few rows BLAS takes half the time of hidden @ U^T.
         logits = xp.ascontiguousarray((model.unembedding.data @ hidden.T).T)
-        drawn, of_drawn, surprise = map(to_numpy, sample(logits, xp.asarray(uniforms[rows, t]), temperature, top_k, top_p))
-        for kept, new in (tokens, drawn), (mask, going), (log_probs, of_drawn), (entropies, surprise):
+        draws = sample(logits, xp.asarray(uniforms[rows, t]), temperature, top_k, top_p)
+        drawn, of_drawn, of_entropy = map(to_numpy, draws)
+        for kept, new in (tokens, drawn), (mask, going), (log_probs, of_drawn), (entropies, of_entropy):
             kept[rows[going], t] = new[going]
         going &= drawn != eos
         if not going.any():

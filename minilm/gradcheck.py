@@ -47,6 +47,8 @@ def gradcheck(function, *tensors, tolerance=1e-6, step=6e-6, directions=None, rn
     for t in checked:
         if t.dtype != np.float64:
             raise TypeError(f"gradcheck needs float64 (a difference of float32 is noise); got {t.dtype}")
+    if directions is not None and directions < 1:
+        raise ValueError(f"gradcheck: {directions} directions check nothing; at least 1, or None for every element")
 
     output = function(*tensors)
     cotangent = rng.normal(size=output.shape) if output.size > 1 else np.ones(output.shape)
@@ -55,13 +57,15 @@ def gradcheck(function, *tensors, tolerance=1e-6, step=6e-6, directions=None, rn
     def value():
         return float((function(*tensors).data * cotangent).sum())
 
-    kept = [t.grad for t in checked]
-    for t in checked:
-        t.grad = None
-    ops.sum(output * cotangent).backward()
-    analytic = [None if t.grad is None else to_numpy(t.grad) for t in checked]
-    for t, before in zip(checked, kept):
-        t.grad = before
+    kept = [(t.grad, t.grad_buffer) for t in checked]
+    try:
+        for t in checked:
+            t.grad, t.grad_buffer = None, None
+        ops.sum(output * cotangent).backward()
+        analytic = [None if t.grad is None else to_numpy(t.grad) for t in checked]
+    finally:
+        for t, before in zip(checked, kept):
+            t.grad, t.grad_buffer = before
     missing = [i for i, a in enumerate(analytic) if a is None]
     if missing:
         raise GradientError(f"gradcheck: no gradient reached Tensor {missing[0]} "
@@ -107,12 +111,14 @@ def _one_direction(which, tensors, analytic, value, step, tolerance, rng):
     length = np.sqrt(sum((a * a).sum() for a in arrows))
     before = [t.data.copy() for t in tensors]
     values = []
-    for sign in (1, -1):
-        for t, x, a in zip(tensors, before, arrows):
-            t.data[...] = x + array_module(x).asarray(sign * step * a / length)
-        values.append(value())
-    for t, x in zip(tensors, before):
-        t.data[...] = x
+    try:
+        for sign in (1, -1):
+            for t, x, a in zip(tensors, before, arrows):
+                t.data[...] = x + array_module(x).asarray(sign * step * a / length)
+            values.append(value())
+    finally:
+        for t, x in zip(tensors, before):
+            t.data[...] = x
     numeric = (values[0] - values[1]) / (2 * step)
     exact = sum((g * a).sum() for g, a in zip(analytic, arrows)) / length
     # A direction across the gradient has next to no derivative: measured against the typical one.

@@ -53,8 +53,8 @@ def _dot_rows(a, b):
 def swiglu(gate_up, kernel=True):
     """silu(gate) * up, with gate and up the two halves of the last axis.  (..,2F) -> (..,F)
 
-    Shazeer 2020, arXiv:2002.05202. silu(g) = g s with s = sigmoid(g), and
-    silu'(g) = s + silu(g) (1 - s).
+    Shazeer 2020, arXiv:2002.05202. silu(g) = g s with s = sigmoid(g), and silu'(g) = s + silu(g) (1 - s).
+    Computed as 1/2 + tanh(g/2) / 2, s is right to 1e-7 in float32, which below g = -17 leaves it no digit.
     """
     if kernel and is_cupy(gate_up):
         return on_gpu.swiglu(gate_up)
@@ -181,8 +181,9 @@ def attention(q, k, v, causal=True, key_mask=None, scale=None, out=None, kernel=
     xp = array_module(q, k, v)
     (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
     if k.shape != (B, G, S, K) or v.shape != k.shape or H % G or (causal and S < T):
-        raise ValueError("expected q (B,H,T,K) and k, v (B,G,S,K) with G dividing H"
-                         + (", and S >= T when causal" if causal else ""))
+        raise ValueError("expected q (B,H,T,K), k and v (B,G,S,K), G dividing H" + ", and S >= T when causal" * causal)
+    if key_mask is not None and key_mask.shape != (B, S):
+        raise ValueError(f"key_mask has shape {key_mask.shape}; expected (B,S), which is {(B, S)}")
     scale = K ** -0.5 if scale is None else scale
     if kernel and is_cupy(q):
         return on_gpu.attention(q, k, v, causal, key_mask, scale)
@@ -198,14 +199,14 @@ def attention(q, k, v, causal=True, key_mask=None, scale=None, out=None, kernel=
 
     def of(x, tile):
         """Queries of a tile, (B,G,(H/G) t,K): the heads of a group share their keys, and so are rows of one product."""
-        return x[..., tile, :].reshape(B, G, -1, K)
+        return x[..., tile, :].reshape(B, G, H // G * (tile.stop - tile.start), K)
 
     def scores(tile):
         """(B,G,S',(H/G) t), a column for each query: reductions over columns are the faster ones."""
         t, keys = tile.stop - tile.start, slice(0, S - T + tile.stop if causal else S)
         E = k[:, :, keys] @ of(scaled_q, tile).swapaxes(-1, -2)
         if causal and t > 1:
-            xp.copyto(E.reshape(B, G, -1, H // G, t)[:, :, -t:], -xp.inf, where=xp.tri(t, t, -1, bool)[:, None])
+            xp.copyto(E.reshape(B, G, E.shape[2], H // G, t)[:, :, -t:], -xp.inf, where=xp.tri(t, t, -1, bool)[:, None])
         if padding is not None:
             xp.copyto(E, -xp.inf, where=padding[:, :, keys])
         return E, keys
@@ -221,7 +222,7 @@ def attention(q, k, v, causal=True, key_mask=None, scale=None, out=None, kernel=
         total = xp.where(total > 0, total, 1)
         mixed = E.swapaxes(-1, -2) @ v[:, :, keys]
         mixed /= total.swapaxes(-1, -2)
-        O[..., tile, :] = mixed.reshape(B, G, H // G, -1, K)
+        O[..., tile, :] = mixed.reshape(B, G, H // G, tile.stop - tile.start, K)
         kept[tile.start] = (E, total) if keep_scores else (None, highest + xp.log(total))
 
     def vjp(dy, dq=None, dk=None, dv=None):
@@ -241,7 +242,7 @@ def attention(q, k, v, causal=True, key_mask=None, scale=None, out=None, kernel=
             dS = v[:, :, keys] @ dO.swapaxes(-1, -2)            # dP, and turned into dS in place
             dS -= _dot_rows(dO, of(O, tile)).swapaxes(-1, -2)
             dS *= E
-            dq_by_group[..., tile, :] = (dS.swapaxes(-1, -2) @ k[:, :, keys]).reshape(B, G, H // G, -1, K)
+            dq_by_group[..., tile, :] = (dS.swapaxes(-1, -2) @ k[:, :, keys]).reshape(dq_by_group[..., tile, :].shape)
             dk[:, :, keys] += dS @ of(scaled_q, tile)
             dv[:, :, keys] += E @ dO
         if scale != 1:

@@ -71,7 +71,7 @@ class Transformer:
     uniform (tied, both are N(0, 1/D)).
 
     recompute: set it to True to keep no more of a block than its input (tensor.recomputed). Training then
-    takes about a third more time, and L times less memory for what lies between forward and backward.
+    takes about a third more time; of what lies between forward and backward, one block at a time is whole.
     """
 
     def __init__(self, config, rng, dtype=np.float32):
@@ -150,6 +150,7 @@ class Transformer:
             raise IndexError(f"token {int(tokens.max() if tokens.min() >= 0 else tokens.min())} is not in the "
                              f"vocabulary of {c.vocab_size}; was it made with another tokenizer?")
         if key_mask is None and c.causal and T:
+            # Without padding a batch is a Pack of B segments: the same numbers, one path.
             return self.packed_hidden(rectangle(tokens)).reshape(B, T, c.width)
         cos, sin = layers.rope_tables(xp.arange(T), c.head_width, c.rope_base, self.dtype)
         key_mask = None if key_mask is None else xp.asarray(key_mask)
@@ -239,6 +240,9 @@ class Transformer:
         This is where the shift by one is done, once for everybody. Dividing the hidden states
         by the temperature divides the logits by it.
         """
+        if not self.config.causal:
+            raise ValueError("a bidirectional model has seen the token that it would predict; "
+                             "see stages/masked_pretraining.py")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; log-probs are of a temperature above 0")
         tokens = to_numpy(tokens)
@@ -293,7 +297,7 @@ class RewardModel:
         last = T - 1 - mask[:, ::-1].argmax(axis=1)
         hidden = self.transformer.hidden(tokens, key_mask=mask)
         rows = array_module(mask).arange(B) * T + last
-        return (ops.embed(hidden.reshape(B * T, -1), rows) @ self.head).reshape(-1)
+        return (ops.embed(hidden.reshape(B * T, hidden.shape[-1]), rows) @ self.head).reshape(-1)
 
     def packed_rewards(self, pack):
         """The same, (B,), of the dialogues of a packing.Pack made with last=True."""

@@ -212,7 +212,8 @@ def mean(x, axis=None, keepdims=False):
 def logsumexp(x, axis=-1, keepdims=False):
     """log sum exp x.   d/dx = softmax(x)"""
     xp = array_module(x)
-    shift = x.max(axis=axis, keepdims=True)
+    highest = x.max(axis=axis, keepdims=True)
+    shift = xp.where(xp.isfinite(highest), highest, 0)          # -inf - -inf is NaN
     y = xp.log(xp.exp(x - shift).sum(axis=axis, keepdims=True)) + shift
     def vjp(dy):
         return _expand(dy, x, axis, keepdims) * xp.exp(x - y)
@@ -230,8 +231,15 @@ def softmax(x, axis=-1):
     return y, vjp
 
 
+@primitive
 def log_softmax(x, axis=-1):
-    return x - logsumexp(x, axis=axis, keepdims=True)
+    """log of softmax.   dx = dy - softmax(x) sum dy"""
+    xp = array_module(x)
+    y = x - x.max(axis=axis, keepdims=True)         # first: a small logarithm added to a large maximum loses its digits
+    y = y - xp.log(xp.exp(y).sum(axis=axis, keepdims=True))
+    def vjp(dy):
+        return dy - xp.exp(y) * dy.sum(axis=axis, keepdims=True)
+    return y, vjp
 
 
 # Shapes.

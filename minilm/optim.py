@@ -132,8 +132,9 @@ class AdamW:
 
     def load_state(self, arrays):
         """Go on exactly where state() was taken. The parameters are saved apart."""
-        if arrays["m"].shape != self.m.shape:
-            raise ValueError(f"optimiser state for {arrays['m'].size} parameters, model of {self.m.size}")
+        for name in ("m", "v"):
+            if arrays[name].shape != self.m.shape:
+                raise ValueError(f"optimiser state for {arrays[name].size} parameters, model of {self.m.size}")
         xp = array_module(self.m)
         self.m[...], self.v[...], self.steps = xp.asarray(arrays["m"]), xp.asarray(arrays["v"]), int(arrays["steps"])
 
@@ -147,6 +148,8 @@ def forget(parameters):
 def complete(parameters):
     """The gradients of parameters by name all in their buffers: zeros where there was none."""
     for p in parameters.values():
+        if p.grad_buffer is None:
+            raise RuntimeError("a parameter has left the optimiser's flat array: make the optimiser after to_device")
         if p.grad is not p.grad_buffer:
             p.grad_buffer[...] = 0 if p.grad is None else p.grad
             p.grad = p.grad_buffer

@@ -95,13 +95,13 @@ def pack(prompts, responses, context=None, last=False):
         if key not in known:
             known[key] = segment = Segment(len(tokens), len(tokens) + P)
             segments.append(segment)
-            tokens += prompt
+            tokens.extend(prompt)
             positions += range(P)
         prefix, fed = known[key], R if last else R - 1
         start = len(tokens)
         if fed:
             segments.append(Segment(start, start + fed, prefix.start, prefix.stop))
-            tokens += response[:fed]
+            tokens.extend(response[:fed])
             positions += range(P, P + fed)
         rows += [prefix.stop - 1, *range(start, start + R - 1)]
         ends.append(len(tokens) - 1)
@@ -239,7 +239,7 @@ def _smeared_and_rotated(x, H, amount, turn, groups, pairing):
 def first_tokens(segments, like):
     """Of each segment: its first row, and the row of the token before that, -1 for none; on the device of `like`."""
     xp = array_module(like)
-    return xp.array([s.start for s in segments]), xp.array([s.prefix_stop - 1 for s in segments])
+    return xp.array([s.start for s in segments], int), xp.array([s.prefix_stop - 1 for s in segments], int)
 
 
 def _smeared(k, amount, starts, before):

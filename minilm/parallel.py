@@ -58,10 +58,14 @@ class Team:
         if self._lines:
             raise RuntimeError("this team is at work already; end that first, or make another")
         for rank in range(1, self.size):
-            ours, theirs = Pipe()
-            with warnings.catch_warnings():     # that other threads may hold locks: a helper takes none that they know
-                warnings.simplefilter("ignore", DeprecationWarning)
-                process = os.fork()
+            try:
+                ours, theirs = Pipe()
+                with warnings.catch_warnings():     # that other threads may hold locks: a helper takes none they know
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    process = os.fork()
+            except OSError:
+                self.__exit__(None, None, None)     # ends those before it
+                raise
             if process == 0:
                 for line in (*self._lines, ours):
                     line.close()

@@ -234,6 +234,7 @@ def primitive(function):
     def apply(*inputs, **options):
         if any(isinstance(option, Tensor) for option in options.values()):
             bound = signature.bind(*inputs, **options)      # Tensors named: to their positions
+            bound.apply_defaults()                              # or those after a gap would get no gradient
             inputs, options = bound.args, bound.kwargs
         arrays = [_array(x) for x in inputs]
         options = {key: _array(option) for key, option in options.items()}
@@ -273,8 +274,10 @@ def recomputed(function, *inputs):
 
     def vjp(dy):
         leaves = [Tensor(array, requires_grad=True) for array in arrays]
-        function(*leaves).backward(dy)
-        return tuple(leaf.grad for leaf in leaves)
+        with _recording(True):                  # backward itself may have been called under no_grad
+            function(*leaves).backward(dy)
+        return tuple(array_module(a).zeros_like(a) if leaf.grad is None else leaf.grad
+                     for a, leaf in zip(arrays, leaves))
     output.requires_grad, output.node = True, Node("recomputed", inputs, vjp, output)
     return output
 
@@ -299,10 +302,14 @@ def grad_enabled():
     return getattr(_thread, "grad_enabled", True)
 
 
-@contextlib.contextmanager
 def no_grad():
     """Within it, nothing is recorded and nothing is kept for a backward."""
-    before, _thread.grad_enabled = grad_enabled(), False
+    return _recording(False)
+
+
+@contextlib.contextmanager
+def _recording(enabled):
+    before, _thread.grad_enabled = grad_enabled(), enabled
     try:
         yield
     finally:

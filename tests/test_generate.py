@@ -227,13 +227,22 @@ def test_a_token_of_probability_zero_is_never_drawn_and_some_token_always_is(dty
     ([[1], []], {}, "every prompt needs at least one token"),
     ([[1] * 9], {}, "a prompt of 9 tokens and 8 new ones do not fit the context of 16"),
     ([[1]], {"temperature": -1}, "temperature -1 must be at least 0"),
-    ([[1]], {"top_k": 0}, "top_k 0 at least 1"),
+    ([[1]], {"temperature": np.nan}, "temperature nan must be at least 0, finite"),
+    ([[1]], {"temperature": np.inf}, "temperature inf must be at least 0, finite"),
+    ([[1]], {"temperature": 1e-50}, "and not vanish in float32"),
+    ([[1]], {"top_k": 0}, "top_k 0 must be at least 1"),
     ([[1]], {"top_p": 0.0}, "top_p 0.0 in"),
     ([[1]], {"top_p": 1.1}, "top_p 1.1 in"),
-], ids=["no prompt", "empty prompt", "context", "temperature", "top_k", "top_p 0", "top_p 1.1"])
+], ids=["no prompt", "empty prompt", "context", "temperature", "NaN", "infinity", "rounds to 0", "top_k", "top_p 0", "top_p 1.1"])
 def test_what_cannot_be_generated_raises(prompts, settings, message, rng):
     with pytest.raises(ValueError, match=message):
-        generate(small_transformer(rng), prompts, 8, rng, EOS, **settings)
+        generate(small_transformer(rng, np.float32), prompts, 8, rng, EOS, **settings)
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (3, 7), (3, 9), (3,)], ids=str)
+def test_uniform_numbers_are_one_for_each_row_and_position_or_refused(shape, rng):
+    with pytest.raises(ValueError, match=r"uniform numbers of shape .* for 3 prompts and 8 new tokens"):
+        generate(small_transformer(rng), PROMPTS, 8, np.zeros(shape), EOS)
 
 
 def test_the_context_may_be_filled_to_its_last_token(rng):

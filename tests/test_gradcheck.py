@@ -6,6 +6,7 @@ from hypothesis import given
 from helpers import normal, rngs
 from minilm import Tensor, layers, ops, primitive
 from minilm.gradcheck import GradientError, gradcheck, relative_error
+from minilm.optim import AdamW
 
 T, K, V = 5, 4, 6
 TARGETS = np.array([0, 1, 2, 3, 5])
@@ -209,6 +210,30 @@ def test_float32_is_refused(rng):
 def test_nothing_to_check_is_refused():
     with pytest.raises(ValueError, match="no Tensor has requires_grad=True"):
         gradcheck(ops.tanh, Tensor([1.0]))
+
+
+@pytest.mark.parametrize("directions", [0, -1])
+def test_no_directions_are_refused(directions, rng):
+    with pytest.raises(ValueError, match=f"{directions} directions check nothing"):
+        gradcheck(ops.tanh, normal(rng, 2), directions=directions)
+
+
+def test_the_gradients_that_an_optimiser_holds_are_left_as_they_were(rng):
+    x = normal(rng, 2, 3)
+    optimizer = AdamW({"x": x})
+    ops.sum(x).backward()
+    gradcheck(ops.tanh, x)
+    assert x.grad is x.grad_buffer and (optimizer.grad == 1).all()
+
+
+@pytest.mark.parametrize("directions", [None, 3])
+@pytest.mark.parametrize("calls", [2, 3])
+def test_values_are_left_as_they_were_when_the_function_fails(directions, calls, rng):
+    x, left = normal(rng, 2, 3), [1.0] * (calls - 1)
+    before = x.data.copy()
+    with pytest.raises(IndexError):
+        gradcheck(lambda x: ops.tanh(x) * left.pop(), x, directions=directions)
+    assert np.array_equal(x.data, before)
 
 
 @pytest.mark.parametrize("directions", [None, 3])

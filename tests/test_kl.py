@@ -35,6 +35,14 @@ def test_only_k3_overflows_and_only_when_the_policy_is_far_below_the_reference()
         assert k3(policy, reference).data.tolist() == [999, np.inf]
 
 
+def test_k3_is_never_negative_and_keeps_its_digits_near_0_in_float32():
+    x = np.geomspace(1e-6, 1, 1000, dtype=np.float32)
+    assert (k3(x, np.zeros(1000, np.float32)).data >= 0).all() and (k3(-x, np.zeros(1000, np.float32)).data >= 0).all()
+    policy = Tensor(np.array([1e-5], np.float32), requires_grad=True)
+    k3(policy, np.zeros(1, np.float32)).backward()
+    assert_close(policy.grad[0] / 1e-5, 1 - 0.5e-5, 1e-6)
+
+
 # Metrics.
 
 @given(rngs, st.integers(1, 4), st.integers(1, 6), st.integers(0, 4), st.sampled_from(["left", "right"]))

@@ -234,6 +234,13 @@ def test_shapes_that_attention_does_not_serve_raise(rng, q, k, v):
         layers.attention(normal(rng, *q), normal(rng, *k), normal(rng, *v))
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (2, 1), (2, 4), (3,), (2, 1, 3)], ids=str)
+def test_a_mask_of_another_shape_than_the_keys_is_refused(rng, shape):
+    q, k, v = (normal(rng, 2, 2, 3, 4) for _ in range(3))
+    with pytest.raises(ValueError, match=r"expected \(B,S\), which is \(2, 3\)"):
+        layers.attention(q, k, v, key_mask=np.ones(shape))
+
+
 # Rotary positions.
 
 PAIRINGS = ["half", "interleaved"]
@@ -355,6 +362,10 @@ def test_a_chunk_of_no_rows_or_fewer_is_refused(rng):
 def test_a_target_outside_the_vocabulary_raises(rng, target):
     with pytest.raises(IndexError, match=rf"targets from .*{target}.*vocabulary 5"):
         layers.token_log_probs(normal(rng, 2, 3), normal(rng, 5, 3), np.array([2, target]))
+
+
+def test_the_formula_of_the_sequence_log_prob_knows_no_nan_outside_the_mask_either():
+    assert formulas.sequence_log_probs(Tensor([[1.0, np.nan]]), np.array([[1.0, 0.0]])).data.tolist() == [1]
 
 
 def test_zero_times_nan_through_a_mask_stays_out_of_the_sequence_log_prob():

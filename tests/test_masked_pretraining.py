@@ -91,5 +91,5 @@ def test_a_causal_model_and_a_step_that_hides_nothing_are_refused():
     causal = Training(small_transformer(np.random.default_rng(0), vocab_size=VOCABULARY), np.random.default_rng(0))
     with pytest.raises(ValueError, match="causal=False"):
         next(masked_pretraining(causal, draw, 1, 4, MASK))
-    with pytest.raises(ValueError, match="selects no token"):
+    with pytest.raises(ValueError, match="no token was hidden in this step: raise share or batch_size"):
         next(masked_pretraining(Training(encoder(), np.random.default_rng(0)), draw, 1, 4, MASK, share=0.0))

@@ -3,10 +3,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given, strategies as st
 
-from helpers import assert_close, assert_same, gradients, padded, peak_memory, rngs, small_transformer
+from helpers import (assert_close, assert_same, gradients, padded, parameter_gradients, peak_memory, rngs,
+                     small_transformer)
 from minilm import layers, no_grad, ops
 from minilm.gradcheck import gradcheck
 from minilm.model import Config, RewardModel, Transformer
+from minilm.stages.masked_pretraining import masked_log_probs
 
 KINDS = {
     "untied": {},
@@ -25,12 +27,17 @@ def reward_model(rng, **config):
     return model
 
 
+def learned(model, tokens):
+    """The log-probs that a model of either kind is trained on."""
+    return model.log_probs(tokens) if model.config.causal else masked_log_probs(model, tokens, tokens % 2 == 0, 6)
+
+
 # Gradients.
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_of_the_transformer_has_the_gradient_of_finite_differences(kind, rng):
     model, tokens = small_transformer(rng, **KINDS[kind]), rng.integers(7, size=(2, 4))
-    gradcheck(lambda *_: model.log_probs(tokens), *model.parameters().values())
+    gradcheck(lambda *_: learned(model, tokens), *model.parameters().values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,9 +59,9 @@ def test_every_parameter_of_the_reward_model_has_the_gradient_of_finite_differen
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputed_blocks_give_the_same_bits(kind, rng):
     model, tokens = small_transformer(rng, layers=3, **KINDS[kind]), rng.integers(7, size=(2, 4))
-    value, expected = gradients(lambda *_: model.log_probs(tokens), *model.parameters().values())
+    value, expected = gradients(lambda *_: learned(model, tokens), *model.parameters().values())
     model.recompute = True
-    again, found = gradients(lambda *_: model.over(model.parameters()).log_probs(tokens), *model.parameters().values())
+    again, found = gradients(lambda *_: learned(model.over(model.parameters()), tokens), *model.parameters().values())
     assert np.array_equal(again, value)
     assert all(np.array_equal(a, b) for a, b in zip(found, expected))
 
@@ -225,6 +232,22 @@ def test_log_probs_at_a_temperature_are_log_softmax_of_the_divided_logits(rng, t
     def plainly(*_):
         return ops.gather(ops.log_softmax(model(tokens[:, :-1]) / temperature), tokens[:, 1:])
     assert_same(lambda *_: model.log_probs(tokens, temperature=temperature), plainly, *model.parameters().values())
+
+
+def test_a_bidirectional_model_which_has_seen_its_targets_has_no_log_probs(rng):
+    with pytest.raises(ValueError, match="has seen the token that it would predict"):
+        small_transformer(rng, causal=False).log_probs(np.array([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize("config", [{}, {"key_smear": True}, {"causal": False}], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_batch_of_no_sequences_has_no_logits_no_rewards_and_a_gradient_of_zeros(rng, config, masked):
+    model, tokens = small_transformer(rng, layers=2, **config), np.zeros((0, 3), int)
+    mask = np.ones((0, 3)) if masked else None
+    logits = model(tokens, mask)
+    assert logits.shape == (0, 3, 7)
+    assert all(not g.any() for g in parameter_gradients(model, ops.sum(logits)).values())
+    assert RewardModel(model, rng).rewards(tokens, np.ones((0, 3))).shape == (0,)
 
 
 def test_a_sequence_of_one_token_has_no_log_probs(rng):

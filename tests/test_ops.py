@@ -253,6 +253,17 @@ def test_logits_2000_apart_stay_finite(name):
     assert np.isfinite(value).all() and np.isfinite(grad).all()
 
 
+def test_small_log_probs_at_large_logits_keep_their_digits_in_float32():
+    likely, unlikely = ops.log_softmax(np.array([1000, 996], np.float32)).data
+    assert_close(likely, -np.log1p(np.exp(-4)), 1e-5)
+    assert_close(unlikely, -4 - np.log1p(np.exp(-4)), 1e-6)
+
+
+def test_the_log_of_a_sum_of_nothing_but_zeros_is_minus_infinity():
+    with np.errstate(divide="ignore"):
+        assert ops.logsumexp(np.array([[-np.inf, -np.inf], [-np.inf, 2.0]])).data.tolist() == [-np.inf, 2]
+
+
 # Ties, kinks, masks.
 
 def test_minimum_shares_the_gradient_of_a_tie():

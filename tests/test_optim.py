@@ -145,6 +145,16 @@ def test_the_state_of_another_model_is_refused(rng):
     state = AdamW({"p": Tensor(np.zeros(3), requires_grad=True)}).state()
     with pytest.raises(ValueError, match="optimiser state for 3 parameters, model of 30"):
         optimizer.load_state(state)
+    with pytest.raises(ValueError, match="optimiser state for 1 parameters, model of 30"):
+        optimizer.load_state({**optimizer.state(), "v": np.zeros(1)})
+
+
+def test_a_parameter_moved_after_the_optimiser_was_made_is_refused(rng):
+    model = small_transformer(rng)
+    optimizer = AdamW(model.parameters())
+    model.to_device("cpu")
+    with pytest.raises(RuntimeError, match="make the optimiser after to_device"):
+        optimizer.step()
 
 
 def test_parameters_of_two_dtypes_are_refused(rng):

@@ -108,6 +108,12 @@ def test_a_long_prompt_does_not_join_a_group_of_short_responses():
     assert [[s.queries for s in group] for group in part.groups()] == [[4, 4, 4], [400]]
 
 
+def test_dialogues_as_arrays_are_packed_as_lists_are():
+    lists = [[1, 2, 3], [4, 5]], [[1, 2], [3, 4, 5]]
+    expected, actual = pack(*lists), pack(*([np.array(tokens) for tokens in side] for side in lists))
+    assert actual.tokens.tolist() == expected.tokens.tolist() == [1, 2, 3, 1, 4, 5, 3, 4]
+
+
 def test_packs_are_all_the_dialogues_in_order():
     parts = list(packs([[1], [2], [3]], [[4, 5], [6], [0]], batch_size=2))
     assert [part.targets.tolist() for part in parts] == [[4, 5, 6], [0]]

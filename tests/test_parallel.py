@@ -189,6 +189,23 @@ def test_a_team_at_work_cannot_begin_again():
         assert team.exchange(team.rank) == [0, 1]
 
 
+def test_a_fork_that_fails_leaves_no_helper_and_a_team_that_can_begin_again(monkeypatch, nobody_is_left):
+    fork, left = os.fork, [True, False]
+
+    def failing():
+        if left and not left.pop(0):
+            raise BlockingIOError("no more processes")
+        return fork()
+    team = Team(3)
+    monkeypatch.setattr(os, "fork", failing)
+    with pytest.raises(BlockingIOError):
+        team.__enter__()
+    assert team.at_work == 1
+    nobody_is_left()
+    with team:
+        assert team.exchange(team.rank) == [0, 1, 2]
+
+
 def test_without_fork_more_than_one_worker_is_refused(monkeypatch):
     monkeypatch.delattr(os, "fork")
     Team(1)

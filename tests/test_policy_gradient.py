@@ -143,6 +143,18 @@ def test_reward_to_go_is_its_definition(baseline, rng, beta):
                  advantages(rewards, whole, 0.0, baseline))
 
 
+def test_reward_to_go_keeps_the_digits_of_large_float32_rewards():
+    rewards, token_kl = np.array([[1e4, 1e4 + 1]], np.float32), np.full((1, 2, 3), 0.1, np.float32)
+    expected = reward_to_go(rewards.astype(np.float64), token_kl.astype(np.float64), np.ones((1, 2, 3)), 0.1)
+    assert_close(reward_to_go(rewards, token_kl, np.ones((1, 2, 3)), 0.1), expected, 1e-14)
+
+
+@pytest.mark.parametrize("kl, mask", [((2, 3), (2, 3)), ((2, 3, 4), (2, 3, 1)), ((6, 4), (6, 4)), ((2, 1, 4), (2, 1, 4))])
+def test_reward_to_go_refuses_other_shapes(kl, mask):
+    with pytest.raises(ValueError, match=r"expected rewards \(P,K\), token_kl and mask \(P,K,T\)"):
+        reward_to_go(np.ones((2, 3)), np.zeros(kl), np.ones(mask), 0.1)
+
+
 def test_reward_to_go_refuses_a_group_and_a_single_sample():
     for baseline, K in (("group", 2), ("leave_one_out", 1), ("rloo", 2)):
         with pytest.raises(ValueError):

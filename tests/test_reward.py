@@ -154,6 +154,12 @@ def test_shapes_that_do_not_pair_up_are_refused(shapes):
         reward_loss(*(np.zeros(s) for s in shapes))
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (1,), (3,), (1, 2)])
+def test_a_margin_for_other_than_each_pair_is_refused(shape):
+    with pytest.raises(ValueError, match="margin of shape"):
+        reward_loss(np.zeros(2), np.zeros(2), margin=np.zeros(shape))
+
+
 # Metrics.
 
 @given(st.lists(st.tuples(st.integers(-2, 2), st.integers(-2, 2)), min_size=1, max_size=8))

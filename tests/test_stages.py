@@ -182,6 +182,45 @@ def test_the_state_of_another_model_is_refused(other):
             target.restore(*saved.state())
 
 
+def state_of(stage, **changes):
+    """A state as its file gives it, with some of its arrays or metadata changed; None takes one away."""
+    arrays, metadata = make_training(stage).state()
+    for of in (arrays, metadata):
+        of.update({name: change for name, change in changes.items() if name in of})
+    return ({name: a for name, a in arrays.items() if a is not None},
+            {name: value for name, value in metadata.items() if value is not None})
+
+
+@pytest.mark.parametrize("changes", [
+    {"optimizer.m": None}, {"optimizer.v": np.zeros(1, np.float32)}, {"optimizer.steps": None}, {"rng": None},
+    {"rng": np.random.Philox(0).state}, {"step": None}], ids=lambda changes: next(iter(changes)))
+def test_a_state_that_is_refused_has_changed_nothing(changes):
+    training = make_training("pretraining")
+    training.optimizer.data += 1
+    before = everything(training)
+    with pytest.raises((KeyError, ValueError)):
+        training.restore(*state_of("pretraining", **changes))
+    assert everything(training) == before
+
+
+def test_a_generator_whose_state_no_file_can_hold_is_refused_at_once():
+    with pytest.raises(TypeError, match="could save a MT19937; use numpy.random.default_rng"):
+        Training(transformer(np.float32), np.random.Generator(np.random.MT19937(0)))
+
+
+def test_the_state_of_a_deeper_model_has_changed_nothing():
+    shallow, deep = (Training(small_transformer(np.random.default_rng(layers), layers=layers), np.random.default_rng(0))
+                     for layers in (1, 2))
+    for p in deep.optimizer.parameters.values():
+        p.data += 1
+    before, (arrays, metadata) = everything(shallow), deep.state()
+    for name in ("m", "v"):                     # those that its optimiser would take
+        arrays[f"optimizer.{name}"] = shallow.state()[0][f"optimizer.{name}"]
+    with pytest.raises(ValueError, match="blocks.1.attention_norm is there, and not here"):
+        shallow.restore(arrays, metadata)
+    assert everything(shallow) == before
+
+
 # Workers and micro-batches.
 
 def assert_same_training(trainings, metrics):

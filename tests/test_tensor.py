@@ -8,7 +8,7 @@ import pytest
 from helpers import assert_close, normal, peak_memory
 from minilm import Tensor, no_grad, ops, primitive
 from minilm.backend import array_module, to_device
-from minilm.tensor import first_nonfinite, recomputed
+from minilm.tensor import first_nonfinite, grad_enabled, recomputed
 
 
 # What backward adds up.
@@ -252,6 +252,15 @@ def test_a_tensor_may_be_given_by_name_and_gets_its_gradient(rng):
     assert (x.grad == y.data).all() and (y.grad == x.data).all()
 
 
+def test_a_tensor_given_by_name_after_a_default_that_is_left_out_gets_its_gradient_too(rng):
+    @primitive
+    def scaled_sum(x, scale=2.0, y=None):
+        return scale * x + y, lambda dz: (scale * dz, None, dz)
+    x, y = normal(rng, 2), normal(rng, 2)
+    ops.sum(scaled_sum(x, y=y)).backward()
+    assert (x.grad == 2).all() and (y.grad == 1).all()
+
+
 @pytest.mark.parametrize("data", [np.ones(2, np.float16), np.ones(2, complex), np.array(["a"])], ids=str)
 def test_a_tensor_of_another_dtype_is_refused(data):
     with pytest.raises(TypeError, match="a Tensor holds float32 or float64, not"):
@@ -316,6 +325,15 @@ def test_what_is_recomputed_has_the_same_gradients_also_for_what_the_function_ho
     w.grad = None
     recomputed(function, Tensor(x.data)).sum().backward()               # an input that wants none
     assert_close(w.grad, (1 - np.tanh(x.data * w.data) ** 2) * x.data ** 2)
+
+
+def test_what_is_recomputed_goes_backward_under_no_grad_and_leaves_zeros_where_it_does_not_look(rng):
+    x, ignored = normal(rng, 3), normal(rng, 2)
+    y = recomputed(lambda x, ignored: x * x, x, ignored * 1.0).sum()
+    with no_grad():
+        y.backward()
+        assert not grad_enabled()
+    assert np.array_equal(x.grad, 2 * x.data) and np.array_equal(ignored.grad, np.zeros(2))
 
 
 def test_the_tape_keeps_what_a_vjp_needs_and_no_other_result(rng):

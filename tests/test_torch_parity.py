@@ -262,8 +262,9 @@ def objective_by_torch(objective, architecture, dtype, draw):
     return theirs.Objectives(config(architecture), *models, batch(dtype)).run(method, **options)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective, architecture", [
+    (objective, architecture) for objective in OBJECTIVES for architecture in ARCHITECTURES
+    if architecture != "bidirectional" or objective in ("padded logits", "reward")])     # which has seen all its targets
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_objective_has_the_value_and_all_gradients_of_torch(dtype, objective, architecture):
     assert_parity(functools.partial(objective_by_minilm, objective, architecture),

@@ -111,7 +111,7 @@ class add(ufunc):
         return ndarray(sums.take(ends, axis) - sums.take(at, axis))
 
 
-for _name in ("exp", "log", "sqrt", "tanh", "sin", "cos", "abs", "isfinite",
+for _name in ("exp", "expm1", "log", "sqrt", "tanh", "sin", "cos", "abs", "isfinite",
               "subtract", "multiply", "divide", "minimum", "maximum", "logaddexp"):
     FUNCTIONS[_name] = ufunc(_name)
 FUNCTIONS["add"] = add("add")

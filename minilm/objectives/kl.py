@@ -30,7 +30,8 @@ Tests: tests/test_kl.py; the table, proved by enumeration: tests/test_exact_kl.p
 import numpy as np
 
 from minilm import ops
-from minilm.backend import to_numpy
+from minilm.backend import array_module, to_numpy
+from minilm.tensor import primitive
 
 
 def k1(policy, reference):
@@ -44,8 +45,16 @@ def k2(policy, reference):
 
 
 def k3(policy, reference):
-    x = ops.subtract(policy, reference)
-    return ops.exp(-x) - 1.0 + x
+    return _k3(ops.subtract(policy, reference))
+
+
+@primitive
+def _k3(x):
+    """exp(-x) - 1 + x, whose first two terms by themselves would round to below -x."""
+    difference = array_module(x).expm1(-x)
+    def vjp(dy):
+        return -dy * difference
+    return difference + x, vjp
 
 
 def kl_metrics(policy, reference, mask):

@@ -80,10 +80,14 @@ def reward_to_go(rewards, token_kl, mask, beta, baseline="leave_one_out"):
     if baseline == "group":
         raise ValueError("reward_to_go: a group's standard deviation is one of whole responses; "
                          "use none, mean or leave_one_out")
+    if np.ndim(token_kl) != 3 or np.shape(rewards) != np.shape(token_kl)[:2] or np.shape(mask) != np.shape(token_kl):
+        raise ValueError(f"reward_to_go: expected rewards (P,K), token_kl and mask (P,K,T); "
+                         f"got {np.shape(rewards)}, {np.shape(token_kl)} and {np.shape(mask)}")
+    rewards, token_kl = np.asarray(rewards, np.float64), np.asarray(token_kl, np.float64)      # as in advantages
     k1 = np.where(np.asarray(mask).astype(bool), token_kl, 0.0)
     remaining = np.flip(np.cumsum(np.flip(k1, axis=-1), axis=-1), axis=-1)
-    b = _baseline(np.asarray(rewards) - beta * k1.sum(axis=-1), baseline)
-    return np.asarray(rewards)[..., None] - beta * remaining - b[..., None]
+    b = _baseline(rewards - beta * k1.sum(axis=-1), baseline)
+    return rewards[..., None] - beta * remaining - b[..., None]
 
 
 @primitive

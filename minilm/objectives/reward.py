@@ -36,6 +36,8 @@ def reward_loss(chosen_rewards, rejected_rewards, margin=0.0, centering=0.0):
         raise ValueError("expected chosen and rejected rewards of one shape (B,), B at least 1")
     B = chosen_rewards.size
     margin = xp.asarray(margin, dtype=chosen_rewards.dtype)
+    if margin.shape not in ((), chosen_rewards.shape):
+        raise ValueError(f"a margin of shape {margin.shape}; expected a number, or one for each pair (B,)")
     z = chosen_rewards - rejected_rewards - margin
     total = chosen_rewards + rejected_rewards
     loss = xp.logaddexp(-z, 0).mean() + centering * (total * total).mean()

@@ -38,6 +38,8 @@ def masked_pretraining(training, draw, steps, batch_size, mask_token, share=0.15
         tokens, mask = draw(training.rng, batch_size)
         hidden = mask.astype(bool) & (training.rng.random(tokens.shape) < share)
         total = float(hidden.sum())
+        if not total:
+            raise ValueError("no token was hidden in this step: raise share or batch_size")
 
         def loss(model, part):
             log_probs = masked_log_probs(model, tokens[part], hidden[part], mask_token)

@@ -8,6 +8,8 @@ as if it had never stopped, bit for bit on one machine with one number of worker
 import functools
 import math
 
+import numpy as np
+
 from minilm.backend import array_module, return_freed_memory, to_numpy
 from minilm.optim import AdamW, complete
 from minilm.parallel import Team, cores
@@ -30,6 +32,8 @@ class Training:
     """
 
     def __init__(self, model, rng, workers=1, **settings):
+        if not isinstance(rng.bit_generator, (np.random.PCG64, np.random.PCG64DXSM)):       # the others hold arrays
+            raise TypeError(f"no state() could save a {type(rng.bit_generator).__name__}; use numpy.random.default_rng")
         self.model, self.rng, self.workers, self.step = model, rng, workers, 0
         self.team = Team(workers)
         self.optimizer = AdamW(model.parameters(), team=self.team, **settings)
@@ -59,15 +63,18 @@ class Training:
 
         Raises KeyError or ValueError, and changes nothing, if it is of another model.
         """
-        parameters = {f"model.{name}": p for name, p in self.model.parameters().items()}
-        for name, p in parameters.items():
-            if (arrays[name].shape, arrays[name].dtype) != (p.shape, p.dtype):
-                raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape} there, {p.dtype} {p.shape} here")
-        for name, p in parameters.items():
-            p.data[...] = array_module(p.data).asarray(arrays[name])
+        here, rng, step = self.state()[0], metadata["rng"], metadata["step"]
+        for name, a in here.items():
+            there = arrays[name]
+            if (there.shape, there.dtype) != (a.shape, a.dtype):
+                raise ValueError(f"{name} is {there.dtype} {there.shape} there, {a.dtype} {a.shape} here")
+        if more := sorted(arrays.keys() - here.keys()):
+            raise ValueError(f"{more[0]} is there, and not here")
+        self.rng.bit_generator.state = rng          # which refuses that of another kind of Generator
+        self.step = step
+        for name, p in self.model.parameters().items():
+            p.data[...] = array_module(p.data).asarray(arrays[f"model.{name}"])
         self.optimizer.load_state({name: arrays[f"optimizer.{name}"] for name in ("m", "v", "steps")})
-        self.rng.bit_generator.state = metadata["rng"]
-        self.step = metadata["step"]
 
 
 def stage(loop):

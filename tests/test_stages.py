@@ -203,11 +203,6 @@ def test_a_state_that_is_refused_has_changed_nothing(changes):
     assert everything(training) == before
 
 
-def test_a_generator_whose_state_no_file_can_hold_is_refused_at_once():
-    with pytest.raises(TypeError, match="could save a MT19937; use numpy.random.default_rng"):
-        Training(transformer(np.float32), np.random.Generator(np.random.MT19937(0)))
-
-
 def test_the_state_of_a_deeper_model_has_changed_nothing():
     shallow, deep = (Training(small_transformer(np.random.default_rng(layers), layers=layers), np.random.default_rng(0))
                      for layers in (1, 2))

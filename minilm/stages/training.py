@@ -8,8 +8,6 @@ as if it had never stopped, bit for bit on one machine with one number of worker
 import functools
 import math
 
-import numpy as np
-
 from minilm.backend import array_module, return_freed_memory, to_numpy
 from minilm.optim import AdamW, complete
 from minilm.parallel import Team, cores
@@ -32,8 +30,6 @@ class Training:
     """
 
     def __init__(self, model, rng, workers=1, **settings):
-        if not isinstance(rng.bit_generator, (np.random.PCG64, np.random.PCG64DXSM)):       # the others hold arrays
-            raise TypeError(f"no state() could save a {type(rng.bit_generator).__name__}; use numpy.random.default_rng")
         self.model, self.rng, self.workers, self.step = model, rng, workers, 0
         self.team = Team(workers)
         self.optimizer = AdamW(model.parameters(), team=self.team, **settings)

@@ -17,12 +17,12 @@ the end, seed by seed against the healthy run, by more than two standard errors 
 seeds.
 
 Limits. That five ingredients are needed does not make RL harder than other training: of those that DPO has too (start
-and rate), DPO forgives less. A small world forgives: a random policy meets good replies by chance, which a real one hardly does, and
-has time to catch up. Most of what beta = 0 loses is the KL in J; gold reward alone stands beside it. The healthy
-learning rate comes from a few trials, as it would in practice. The prompt's tokens alone would falsify only the
-reported KL, for advantages of leave-one-out add up to zero over a prompt's replies; nor does a missing baseline cost
-much where the reward model's centring term has done its work already. Two standard errors of five seeds are no strong
-evidence.
+and rate), DPO forgives less. A small world forgives: a random policy meets good replies by chance, which a real one
+hardly does, and has time to catch up. Most of what beta = 0 loses is the KL in J; gold reward alone stands beside it.
+The healthy learning rate comes from a few trials, as it would in practice. The prompt's tokens alone would falsify
+only the reported KL, for advantages of leave-one-out add up to zero over a prompt's replies; nor does a missing
+baseline cost much where the reward model's centring term has done its work already. Two standard errors of five seeds
+are no strong evidence.
 
 Source. Henderson et al. 2018, arXiv:1709.06560; Huang et al. 2024, arXiv:2403.17031 (EOS taken for padding, and
 other details); Ahmadian et al. 2024, arXiv:2402.14740 (leave-one-out).

@@ -31,12 +31,10 @@ comparisons learn Borda counts, not mean worth).
 import sys
 
 from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import instructed
+from recipes import instructed, prefer
 
 import numpy as np
 
-from minilm.stages.preference_tuning import preference_tuning
-from minilm.stages.training import Training
 from minilm.world.annotators import Annotator
 from minilm.world.enumerable import divergence, expectation, optimum, preference
 from minilm.world.replies import ReplyWorld
@@ -63,11 +61,8 @@ def measure(row, seed, tuning, steps, shares, exact, solving):
         found["colder"].append([divergence(l, reference).mean(), *served(l, reference, worths)])
     for share in shares:
         pairs = pooled(world, reference, worths, share, rng)
-        policy, (p, chosen, rejected) = model.copy(), pairs
-        references = (reference[p, y].astype(np.float32) for y in (chosen, rejected))
-        for _ in preference_tuning(Training(policy, rng), *world.tokens_of(*pairs), *references, steps, 64, BETA,
-                                   learning_rate=3e-4):
-            pass
+        policy = model.copy()
+        prefer(world, policy, reference, pairs, rng, steps, BETA)
         l = world.laws(policy)
         found["DPO"].append(served(l, reference, worths))
         found["KL"].append(divergence(l, reference).mean())

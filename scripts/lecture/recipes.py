@@ -9,6 +9,7 @@ from minilm.early_stopping import keep_best
 from minilm.evaluate import predicted_rewards
 from minilm.model import Config, RewardModel, Transformer
 from minilm.stages.instruction_tuning import instruction_tuning
+from minilm.stages.preference_tuning import preference_tuning
 from minilm.stages.pretraining import document_pretraining
 from minilm.stages.reward_modelling import reward_modelling
 from minilm.stages.training import Training
@@ -52,6 +53,14 @@ def instructed(world, rng, steps):
     model = Transformer(Config(**MODEL), rng)
     reply(model, rng, len(world.prompts[0]) - 1, steps)
     return model
+
+
+def prefer(world, policy, reference, pairs, rng, steps, beta, rate=3e-4):
+    """Train the policy by DPO on comparisons (p, chosen, rejected); reference: the log-probs (P,N) of its start."""
+    p, *replies = pairs
+    references = [reference[p, y].astype(np.float32) for y in replies]
+    for _ in preference_tuning(Training(policy, rng), *world.tokens_of(*pairs), *references, steps, 64, beta, rate):
+        pass
 
 
 def learned_rewards(world, model, rng, count, steps):

@@ -31,7 +31,7 @@ other details); Ahmadian et al. 2024, arXiv:2402.14740 (leave-one-out).
 import sys
 
 from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import instructed, learned_rewards
+from recipes import instructed, learned_rewards, prefer
 
 import numpy as np
 
@@ -40,7 +40,6 @@ from minilm.generate import generate
 from minilm.model import Config, Transformer
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
 from minilm.optim import warmup_cosine
-from minilm.stages.preference_tuning import preference_tuning
 from minilm.stages.rlhf import rlhf
 from minilm.stages.training import Training, optimise, stage
 from minilm.tensor import no_grad
@@ -123,13 +122,10 @@ def measure(row, seed, tuning, steps):
         found["J"][name], found["gold"][name] = J(l), expectation(l, world.gold).mean()
         found["metrics"][name] = {key: [float(m[key]) for m in history] for key in METRICS}
         row.say(f"seed {seed}, {name}: J {found['J'][name]:.2f}, gold {found['gold'][name]:.2f}")
-    p, *replies = world.comparisons(reference, world.gold, rng, 1000)
-    references = [reference[p, y].astype(np.float32) for y in replies]
+    pairs = world.comparisons(reference, world.gold, rng, 1000)
     for name, (beta, rate) in DIRECT.items():
         policy = Transformer(Config(**MODEL), rng) if name == "from random weights" else model.copy()
-        for _ in preference_tuning(Training(policy, rng), *world.tokens_of(p, *replies), *references,
-                                   4 * steps // 3, 64, beta, learning_rate=rate):
-            pass
+        prefer(world, policy, reference, pairs, rng, 4 * steps // 3, beta, rate)
         found["DPO"][name] = J(world.laws(policy))
     return found
 

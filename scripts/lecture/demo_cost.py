@@ -157,11 +157,14 @@ def draw(figure, seeds, size):
                 if (name := f"{who}, {what}, gold") in seeds[0]:
                     curve(axis, cost(size, price, what), [s[name] for s in seeds], f"{who}: {label}", COLOURS[i],
                           marker, linestyle=style)
+        for what, marker, style, label in KINDS:
+            curve(axis, cost(size, price, what), [s[f"human, {what}, greedy"] for s in seeds],
+                  f"human, decoded greedily: {label}", COLOURS[4], marker, linestyle=style)
         level(axis, seeds[0]["best possible"], "best possible")
         axis.set(xscale="log", xlabel="cost, in comparisons",
                  title=f"a demonstration costs {price} comparison{'s' * (price > 1)}")
     axes[0].set_ylabel("gold reward of a reply, expected")
-    figure.suptitle("What the same money buys, by who demonstrates")
+    figure.suptitle("What the same money buys, by who demonstrates; replies sampled at temperature 1, but for red")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
 
 

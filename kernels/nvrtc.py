@@ -3,7 +3,7 @@
     pip install nvidia-cuda-nvrtc           (or nvidia-cuda-nvrtc-cu12)
 
 What a GPU of a given architecture would get is compiled here, with the options that CuPy would pass, and the
-assembler says how many registers and how much memory each kernel takes (scripts/kernel_report.py).
+assembler says how many registers and how much memory each kernel takes (scripts/dev/kernel_report.py).
 """
 
 import ctypes

@@ -47,7 +47,7 @@ def to_numpy(x):
     return x.get() if is_cupy(x) else np.asarray(x)
 
 
-def joined(arrays):
+def concatenate(arrays):
     """Arrays of either device end to end, as one NumPy array."""
     return np.concatenate([to_numpy(a) for a in arrays])
 

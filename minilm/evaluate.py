@@ -6,7 +6,7 @@ each of N prompts.
 
 import numpy as np
 
-from minilm.backend import joined
+from minilm.backend import concatenate
 from minilm.packing import packs
 from minilm.tensor import no_grad
 
@@ -28,7 +28,7 @@ def sequence_kl(policy, reference, prompts, responses, batch_size=128):
         for part in packs(prompts, responses, batch_size):
             ratio = policy.response_log_probs(part).data - reference.response_log_probs(part).data
             k1.append(ratio.sum(axis=1))
-    return joined(k1)
+    return concatenate(k1)
 
 
 def predicted_rewards(reward_model, prompts, responses, batch_size=128):
@@ -37,7 +37,7 @@ def predicted_rewards(reward_model, prompts, responses, batch_size=128):
     with no_grad():
         for part in packs(prompts, responses, batch_size, last=True):
             rewards.append(reward_model.packed_rewards(part).data)
-    return joined(rewards)
+    return concatenate(rewards)
 
 
 def wins(rewards, others):

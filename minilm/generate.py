@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 
-from minilm import layers, ops, parallel
+from minilm import layers, ops
+from minilm.fast.workers import parallel_map
 from minilm.backend import array_module, is_cupy, to_numpy
 from minilm.kernels import sampling
 
@@ -77,7 +78,7 @@ class Samples:
         return self.tokens, self.mask, self.log_probs, self.entropies
 
     @classmethod
-    def joined(cls, pieces, order):
+    def concatenate(cls, pieces, order):
         """The rows of several Samples' arrays(), one after the other, then in this order (B,)."""
         width = max(tokens.shape[1] for tokens, *_ in pieces)
         padded = [[np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in arrays] for arrays in pieces]
@@ -197,7 +198,7 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
                  not depend on when the others stop, nor on the device
     eos          token id that ends a response; None never ends
     temperature  0 is greedy decoding
-    workers      processes that share the rows (parallel.py), as far as there are ROWS_A_WORKER for each; it
+    workers      processes that share the rows (fast/workers.py), as far as there are ROWS_A_WORKER for each; it
                  pays where BLAS itself is held to one thread
     Returns Samples. Raises ValueError for an empty prompt, one that does not fit the context
     with its response, or settings out of range.
@@ -228,7 +229,7 @@ def generate(model, prompts, max_new_tokens, rng, eos, temperature=1.0, top_k=No
     parts = np.array_split(np.arange(B), max(1, min(workers, B // ROWS_A_WORKER)))
     if len(parts) == 1:
         return rows_of(parts[0])
-    return Samples.joined(parallel.each(lambda part: rows_of(part).arrays(), parts, workers), np.arange(B))
+    return Samples.concatenate(parallel_map(lambda part: rows_of(part).arrays(), parts, workers), np.arange(B))
 
 
 def _generate(model, prompts, uniforms, eos, temperature, top_k, top_p):

@@ -10,7 +10,7 @@ On a GPU they are CUDA kernels (kernels/), which refuse what they do not serve; 
 from minilm import ops
 from minilm.backend import array_module, is_cupy
 from minilm.kernels import decode, layers as on_gpu
-from minilm.tensor import Product, primitive
+from minilm.tensor import DeferredMatmul, primitive
 
 # Logits that token_log_probs holds at a time: 2^25 are 128 MB in float32.
 LOGITS_HELD = 1 << 25
@@ -330,7 +330,7 @@ def token_log_probs(hidden, unembedding, targets, chunk=None, kernel=True):
             dlogits = xp.multiply(E, (-dy[s] / total)[:, None], out=E)
             dlogits[xp.arange(len(E)), flat[s]] += dy[s]
             xp.matmul(dlogits, unembedding, out=dhidden[s])
-            product = Product(dlogits.T, rows[s])
+            product = DeferredMatmul(dlogits.T, rows[s])
             if len(chunks) == 1:
                 dunembedding = product
             else:

@@ -15,7 +15,7 @@ import numpy as np
 from minilm import layers, ops
 from minilm.backend import array_module, is_cupy, to_device, to_numpy
 from minilm.packing import first_tokens, packed_attention, rectangle, smeared_keys, spread
-from minilm.tensor import Tensor, recomputed
+from minilm.tensor import Tensor, activation_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +205,7 @@ class Transformer:
 
         x = ops.embed(p["embedding"], tokens)
         for i in range(c.layers):
-            x = recomputed(functools.partial(block, i), x) if self.recompute else block(i, x)
+            x = activation_checkpoint(functools.partial(block, i), x) if self.recompute else block(i, x)
         return layers.rms_norm(x, p["final_norm"], eps=c.norm_eps)
 
     def _padded_attention(self, i, qkv, cos, sin, key_mask):

@@ -8,7 +8,7 @@ array per differentiable argument. The operators of Tensor are bound at the end.
 import math
 
 from minilm.backend import array_module, is_cupy
-from minilm.tensor import Product, Rows, Tensor, primitive
+from minilm.tensor import DeferredMatmul, SparseRows, Tensor, primitive
 
 
 def unbroadcast(gradient, shape):
@@ -21,7 +21,7 @@ def unbroadcast(gradient, shape):
     return gradient.sum(axis=stretched).reshape(shape)
 
 
-def sum_by_index(indices, values):
+def segment_sum(indices, values):
     """The distinct ones of indices (n,), ascending, and for each the sum of the values (n,..) that have it.
 
     Sorted, and then summed in that order on every device: np.add.at would visit every element one by one, and
@@ -298,7 +298,7 @@ def getitem(x, index):
             dx = xp.zeros_like(x)
             dx[index] = dy
             return dx
-        places, sums = sum_by_index(xp.arange(x.size).reshape(x.shape)[index].reshape(-1), dy.reshape(-1))
+        places, sums = segment_sum(xp.arange(x.size).reshape(x.shape)[index].reshape(-1), dy.reshape(-1))
         dx = xp.zeros(x.size, x.dtype)
         dx[places] = sums
         return dx.reshape(x.shape)
@@ -319,7 +319,7 @@ def embed(table, indices):
                          f"in a table of {len(table)} rows")
     at = xp.asarray(indices)
     def vjp(dy):
-        return Rows(table, *sum_by_index(at.reshape(-1), dy.reshape(-1, table.shape[1])))
+        return SparseRows(table, *segment_sum(at.reshape(-1), dy.reshape(-1, table.shape[1])))
     return table[at], vjp
 
 
@@ -356,7 +356,7 @@ def _matmul(x, y):
         of_x, rows = x.shape, x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         def vjp(dz):
             dz = dz.reshape(len(rows), y.shape[1])
-            return (dz @ y.T).reshape(of_x), Product(rows.T, dz)
+            return (dz @ y.T).reshape(of_x), DeferredMatmul(rows.T, dz)
         return (rows @ y).reshape(*x.shape[:-1], y.shape[1]), vjp
 
     def vjp(dz):

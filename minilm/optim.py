@@ -6,7 +6,7 @@ import numpy as np
 
 from minilm.backend import array_module, is_cupy
 from minilm.kernels import fused
-from minilm.parallel import Team
+from minilm.fast.workers import ProcessGroup
 
 # Elements updated at a time: the five arrays of a block stay in the cache of one core.
 BLOCK = 1 << 15
@@ -31,7 +31,7 @@ class AdamW:
     """
 
     def __init__(self, parameters, learning_rate=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, team=None):
-        self.team = team or Team(1)
+        self.team = team or ProcessGroup(1)
         self.parameters = dict(parameters)
         self.learning_rate, self.betas, self.eps, self.weight_decay = learning_rate, betas, eps, weight_decay
         self.steps = 0
@@ -56,7 +56,7 @@ class AdamW:
 
     def zero_grad(self):
         """Forget the gradients: the next backward writes over them."""
-        forget(self.parameters)
+        zero_grad_of(self.parameters)
 
     def add_gradients(self, others):
         """Add gradients found elsewhere: flat arrays in the layout of views()."""
@@ -66,12 +66,12 @@ class AdamW:
                 self.grad[b] += other[b]
 
     def _complete(self):
-        if self.team.at_work == 1:          # or each worker has, before the gradients were added up
-            complete(self.parameters)
+        if self.team.active_size == 1:          # or each worker has, before the gradients were added up
+            materialise_gradients(self.parameters)
 
     def _blocks(self):
         """Slices of this worker's stretch of the flat arrays; on a GPU, all of it."""
-        start, stop = (self.data.size * rank // self.team.at_work for rank in (self.team.rank, self.team.rank + 1))
+        start, stop = (self.data.size * rank // self.team.active_size for rank in (self.team.rank, self.team.rank + 1))
         block = self.data.size if is_cupy(self.data) else BLOCK
         return [slice(i, min(i + block, stop)) for i in range(start, stop, block)]
 
@@ -86,7 +86,7 @@ class AdamW:
             squares = fused.squared_norm(self.grad).item()
         else:
             squares = sum(float(self.grad[b] @ self.grad[b]) for b in self._blocks())
-        norm = math.sqrt(sum(self.team.exchange(squares)))
+        norm = math.sqrt(sum(self.team.all_gather(squares)))
         if norm > max_norm:
             for b in self._blocks():
                 self.grad[b] *= max_norm / norm
@@ -124,7 +124,7 @@ class AdamW:
             change *= rate
             p -= change
             squares += float(p @ p)
-        return math.sqrt(sum(self.team.exchange(squares)))
+        return math.sqrt(sum(self.team.all_gather(squares)))
 
     def state(self):
         """Arrays to save, by name; `steps` among them. See load_state."""
@@ -139,13 +139,13 @@ class AdamW:
         self.m[...], self.v[...], self.steps = xp.asarray(arrays["m"]), xp.asarray(arrays["v"]), int(arrays["steps"])
 
 
-def forget(parameters):
+def zero_grad_of(parameters):
     """No gradient any more, for parameters by name."""
     for p in parameters.values():
         p.grad = None
 
 
-def complete(parameters):
+def materialise_gradients(parameters):
     """The gradients of parameters by name all in their buffers: zeros where there was none."""
     for p in parameters.values():
         if p.grad_buffer is None:

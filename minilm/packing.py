@@ -15,7 +15,7 @@ import numpy as np
 
 from minilm import layers
 from minilm.backend import array_module
-from minilm.ops import sum_by_index
+from minilm.ops import segment_sum
 from minilm.tensor import primitive
 
 # Segments are attended to in groups of like sizes: padding a smaller one to the size of its group may cost
@@ -255,7 +255,7 @@ def _smeared(k, amount, starts, before):
         at_starts = dprevious[:, starts]
         dprevious[:, starts] = 0
         dk[:, :-1] += dprevious[:, 1:]
-        ends, of_responses = sum_by_index(before[follows], at_starts[:, follows].swapaxes(0, 1))
+        ends, of_responses = segment_sum(before[follows], at_starts[:, follows].swapaxes(0, 1))
         dk[:, ends] += of_responses.swapaxes(0, 1)
         return dk, damount
     return mixed, vjp

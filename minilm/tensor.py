@@ -159,7 +159,7 @@ def history(node):
     return sorted(found, key=lambda n: n.order)
 
 
-class Product:
+class DeferredMatmul:
     """A gradient x @ y that is yet to be computed.
 
     A vjp may leave it so: for a leaf it is then written where it is to stand, instead of being made, and
@@ -181,7 +181,7 @@ class Product:
         array += self.write()
 
 
-class Rows:
+class SparseRows:
     """A gradient of the shape of `like` that is zero but for these rows (N,), each named once: (N,D)."""
 
     __slots__ = ("shape", "dtype", "rows", "values")
@@ -201,11 +201,11 @@ class Rows:
 
 
 def _evaluated(gradient):
-    return gradient.write() if isinstance(gradient, (Product, Rows)) else gradient
+    return gradient.write() if isinstance(gradient, (DeferredMatmul, SparseRows)) else gradient
 
 
 def _accumulate(leaf, gradient):
-    unevaluated = isinstance(gradient, (Product, Rows))
+    unevaluated = isinstance(gradient, (DeferredMatmul, SparseRows))
     if leaf.grad is not None and unevaluated:
         gradient.add_to(leaf.grad)
     elif leaf.grad is not None:
@@ -259,7 +259,7 @@ def primitive(function):
     return apply
 
 
-def recomputed(function, *inputs):
+def activation_checkpoint(function, *inputs):
     """function(*inputs), Tensors to a Tensor, of which the inputs alone are kept: backward computes it again.
 
     Chen et al. 2016, arXiv:1604.06174. Memory is paid for with another forward; the results are the same
@@ -278,7 +278,7 @@ def recomputed(function, *inputs):
             function(*leaves).backward(dy)
         return tuple(array_module(a).zeros_like(a) if leaf.grad is None else leaf.grad
                      for a, leaf in zip(arrays, leaves))
-    output.requires_grad, output.node = True, Node("recomputed", inputs, vjp, output)
+    output.requires_grad, output.node = True, Node("activation_checkpoint", inputs, vjp, output)
     return output
 
 

@@ -24,7 +24,7 @@ import sys
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-# One thread for BLAS: each of our workers, a process, has its own part of a batch (stages/training.py).
+# One thread for BLAS: each of our workers, a process, has its own part of a batch (stages/train_state.py).
 # NumPy reads this when it is imported, hence the order.
 for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ[variable] = "1"
@@ -39,23 +39,24 @@ import warnings
 
 import numpy as np
 
-import figures
-from evaluation import Evaluation
-from minilm import data, evaluate, parallel
+from support import figures
+from support.evaluation import Evaluation
+from minilm import data, evaluate
+from minilm.fast import workers
 from minilm.backend import keep_freed_memory, to_device
 from minilm.checkpoint import CheckpointError, load, load_into, write_text
 from minilm.generate import generate
 from minilm.model import Config, RewardModel, Transformer
 from minilm.model_file import save_model
-from minilm.stages.instruction_tuning import instruction_tuning
-from minilm.stages.preference_tuning import preference_tuning, reference_log_probs
-from minilm.stages.pretraining import pretraining
-from minilm.stages.reward_modelling import reward_modelling
-from minilm.stages.rlhf import rlhf
-from minilm.stages.training import Diverged, Training, workers_for
+from minilm.stages.sft import train_sft
+from minilm.stages.dpo import train_dpo, reference_log_probs
+from minilm.stages.pretraining import pretrain
+from minilm.stages.reward_model import train_reward_model
+from minilm.stages.rlhf import train_rlhf
+from minilm.stages.train_state import Diverged, TrainState, workers_for
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, corpus, tasks
-from run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
+from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
 
 SIZES = {"small": {"width": 64, "layers": 3}, "large": {"width": 96, "layers": 4}}
 STEPS = {"pretraining": 1800, "instruction tuning": 500, "reward model": 200, "rlhf": 50, "dpo": 150}
@@ -117,7 +118,7 @@ class Job:
             self.history[name], self.seconds[name] = metadata["history"], metadata["seconds"]
             self.run.drop_state(state_name)
             return model
-        training = Training(model, self.rng(name), workers=self.options.workers, **settings)
+        training = TrainState(model, self.rng(name), workers=self.options.workers, **settings)
         history, before, began = [], 0.0, time.monotonic()
         if saved := self.run.load_state(state_name):
             arrays, metadata = saved
@@ -157,7 +158,7 @@ class Job:
             return generate(model, prompts[block], MAX_NEW_TOKENS, uniforms[block], self.tokenizer.eos,
                             temperature).responses()
 
-        blocks = parallel.each(draw, range(0, len(prompts), 128), self.options.workers)
+        blocks = workers.parallel_map(draw, range(0, len(prompts), 128), self.options.workers)
         return [response for block in blocks for response in block]
 
     def read(self, responses):
@@ -215,7 +216,7 @@ def tune_by_rlhf(job, instructed, reward_model, beta):
         return evaluate.predicted_rewards(reward_model, asked, answers)
 
     def loop(training, steps):
-        for metrics in rlhf(training, instructed, reward, prompts, steps, prompts_per_step=16, samples_per_prompt=8,
+        for metrics in train_rlhf(training, instructed, reward, prompts, steps, prompts_per_step=16, samples_per_prompt=8,
                             max_new_tokens=MAX_NEW_TOKENS, eos=tokenizer.eos, beta=beta,
                             learning_rate=5e-4):
             yield {**metrics, "gold_reward": gold[-1][0], "gold_reward_se": gold[-1][1]}
@@ -225,7 +226,7 @@ def tune_by_rlhf(job, instructed, reward_model, beta):
 
 def tune_by_dpo(job, instructed, comparisons, references, beta):
     def loop(training, steps):
-        return preference_tuning(training, *comparisons, *references, steps, batch_size=32,
+        return train_dpo(training, *comparisons, *references, steps, batch_size=32,
                                  beta=beta, learning_rate=3e-4)
     return job.train(f"dpo-beta-{beta}", "dpo", instructed.copy, loop, weight_decay=0.0)
 
@@ -239,17 +240,17 @@ def run_stages(job):
                     **SIZES[options.size])
 
     base = job.train("base", "pretraining", lambda: Transformer(config, job.rng("weights")),
-                     lambda training, steps: pretraining(training, stream, steps, batch_size=WINDOWS, length=LENGTH,
+                     lambda training, steps: pretrain(training, stream, steps, batch_size=WINDOWS, length=LENGTH,
                                                          learning_rate=5e-3))
     demonstrations = corpus.demonstrations(job.rng("demonstrations"), job.count(DEMONSTRATIONS))
     prompts, responses = zip(*[data.encode_dialogue(job.tokenizer, q.text, r) for q, r in demonstrations])
     instructed = job.train("instructed", "instruction tuning", base.copy,
-                           lambda training, steps: instruction_tuning(training, prompts, responses, steps, batch_size=64,
+                           lambda training, steps: train_sft(training, prompts, responses, steps, batch_size=64,
                                                                       learning_rate=2e-3))
     comparisons = make_comparisons(job, instructed)
     reward_model = job.train("reward_model", "reward model",
                              lambda: RewardModel(instructed.copy(), job.rng("reward head")),
-                             lambda training, steps: reward_modelling(training, *comparisons, steps, batch_size=32,
+                             lambda training, steps: train_reward_model(training, *comparisons, steps, batch_size=32,
                                                                       learning_rate=1e-3))
     by_rlhf = {beta: tune_by_rlhf(job, instructed, reward_model, beta) for beta in RLHF_BETAS}
     asked, *answered = comparisons

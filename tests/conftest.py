@@ -17,7 +17,8 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-sys.path += [str(HERE), str(HERE.parent / "scripts")]
+SCRIPTS = HERE.parent / "scripts"
+sys.path += map(str, (HERE, SCRIPTS, *(SCRIPTS / folder for folder in ("bench", "dev", "lecture"))))
 
 # Ctrl-C is heard here and in what tests start, even where a shell's `&` started pytest with it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)

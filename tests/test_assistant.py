@@ -29,7 +29,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SCRIPT = [sys.executable, str(SCRIPTS / "assistant.py")]
 RUNNER = f"""import json, os, signal, sys
 sys.path.insert(0, {str(SCRIPTS)!r})
-import assistant, figures
+import assistant; from support import figures
 from minilm import checkpoint
 assistant.STEPS = dict(dict.fromkeys(assistant.STEPS, 2000), pretraining=3000)
 assistant.SIZES["small"] = dict(width=32, layers=1)
@@ -56,7 +56,7 @@ for module, name in [(os, "fsync"), (assistant, "generate"), (assistant, "prepar
                      (figures, "training_curves"), (figures, "reward_against_kl"), (figures, "_brief")]:
     ticking(module, name)
 if "POISON" in os.environ:
-    class Poisoned(assistant.Training):
+    class Poisoned(assistant.TrainState):
         def __init__(self, *arguments, **settings):
             super().__init__(*arguments, **settings)
             zero_grad = self.optimizer.zero_grad
@@ -65,7 +65,7 @@ if "POISON" in os.environ:
                 if self.step == 2:
                     self.model.parameters()["embedding"].data[:] = float("nan")
             self.optimizer.zero_grad = poisoned
-    assistant.Training = Poisoned
+    assistant.TrainState = Poisoned
 status = assistant.main_guard(assistant.main)
 if "TICKS" in os.environ:
     print("ticks", ticks)

@@ -5,7 +5,7 @@ from hypothesis import given, strategies as st
 
 from helpers import assert_close, rngs, small_transformer
 from minilm import formulas, layers, ops
-from minilm.attention_maps import attention_weights, induction_scores
+from common.attention_maps import attention_weights, induction_scores
 from minilm.tensor import Tensor, no_grad
 
 CONFIGS = [{}, {"layers": 3, "heads": 4, "kv_heads": 2, "head_width": 2}, {"causal": False, "layers": 2},

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import bench_attention
-import bench_gemm
-import bench_log_probs
-import bench_scaling
-import bench_table
+from bench import attention as bench_attention
+from bench import gemm as bench_gemm
+from bench import log_probs as bench_log_probs
+from bench import scaling as bench_scaling
+from bench import table as bench_table
 import gpu_measuring
 import measuring
 from helpers import assert_close
 from minilm.model import Config, Transformer
-from run_folder import UsageError
+from support.run_folder import UsageError
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -87,7 +87,7 @@ def test_a_size_or_peer_that_does_not_exist_is_refused_by_name(monkeypatch):
 @pytest.mark.parity
 def test_a_training_step_computes_what_pytorchs_does_and_is_timed(tmp_path):
     pytest.importorskip("torch", reason="parity needs PyTorch: pip install torch")
-    run = subprocess.run([sys.executable, SCRIPTS / "bench_train.py", "--sizes", "XS", "--peers", "torch,autograd",
+    run = subprocess.run([sys.executable, SCRIPTS / "bench" / "train.py", "--sizes", "XS", "--peers", "torch,autograd",
                           "--rounds", "1", "--csv", tmp_path / "ratios.csv"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     ratios = (tmp_path / "ratios.csv").read_text().splitlines()
@@ -108,7 +108,7 @@ def test_works_are_named_and_refused_like_sizes_and_a_size_may_be_there_for_thos
 @pytest.mark.parity
 def test_a_step_of_every_objective_computes_what_trls_does_and_is_timed(tmp_path):
     pytest.importorskip("trl", reason="parity with TRL needs it: pip install trl==1.16.0")
-    run = subprocess.run([sys.executable, SCRIPTS / "bench_objectives.py", "--sizes", "tiny", "--peers", "trl-best",
+    run = subprocess.run([sys.executable, SCRIPTS / "bench" / "objectives.py", "--sizes", "tiny", "--peers", "trl-best",
                           "--rounds", "1", "--csv", tmp_path / "ratios.csv"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     header, *ratios = (line.split(",") for line in (tmp_path / "ratios.csv").read_text().splitlines())
@@ -151,7 +151,7 @@ def test_memory_over_what_is_allowed_is_called_so():
 
 
 def test_scaling_measures_every_point_in_a_process_of_its_own(tmp_path):
-    run = subprocess.run([sys.executable, SCRIPTS / "bench_scaling.py", "--variables", "B", "--quick",
+    run = subprocess.run([sys.executable, SCRIPTS / "bench" / "scaling.py", "--variables", "B", "--quick",
                           "--rounds", "1", "--csv", tmp_path / "points.csv"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     header, *points = (line.split(",") for line in (tmp_path / "points.csv").read_text().splitlines())
@@ -162,7 +162,7 @@ def test_scaling_measures_every_point_in_a_process_of_its_own(tmp_path):
 
 
 def test_an_unknown_variable_is_refused_by_name():
-    run = subprocess.run([sys.executable, SCRIPTS / "bench_scaling.py", "--variables", "T,H"],
+    run = subprocess.run([sys.executable, SCRIPTS / "bench" / "scaling.py", "--variables", "T,H"],
                          capture_output=True, text=True)
     assert run.returncode != 0 and "no variable H; there are T, B, V, D" in run.stderr
     assert "Traceback" not in run.stderr
@@ -171,7 +171,7 @@ def test_an_unknown_variable_is_refused_by_name():
 @pytest.mark.parity
 def test_matrix_products_are_the_same_in_pytorch_and_are_timed(tmp_path):
     pytest.importorskip("torch", reason="parity needs PyTorch: pip install torch")
-    run = subprocess.run([sys.executable, SCRIPTS / "bench_gemm.py", "--sizes", "XS", "--rounds", "1",
+    run = subprocess.run([sys.executable, SCRIPTS / "bench" / "gemm.py", "--sizes", "XS", "--rounds", "1",
                           "--csv", tmp_path / "ratios.csv"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     header, *ratios = (line.split(",") for line in (tmp_path / "ratios.csv").read_text().splitlines())
@@ -185,7 +185,7 @@ def test_matrix_products_are_the_same_in_pytorch_and_are_timed(tmp_path):
 @pytest.mark.parity
 def test_what_minilm_samples_has_the_log_probs_of_hugging_face_and_pytorch_with_their_caches(tmp_path):
     pytest.importorskip("transformers", reason="parity needs transformers: pip install transformers")
-    run = subprocess.run([sys.executable, SCRIPTS / "bench_generate.py", "--sizes", "B1", "--peers", "hf,torch",
+    run = subprocess.run([sys.executable, SCRIPTS / "bench" / "generate.py", "--sizes", "B1", "--peers", "hf,torch",
                           "--rounds", "1", "--csv", tmp_path / "ratios.csv"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     ratios = [line.split(",") for line in (tmp_path / "ratios.csv").read_text().splitlines()[1:]]

@@ -12,7 +12,7 @@ from helpers import assert_close, padded
 from helpers import small_transformer as any_small_transformer
 
 from minilm import evaluate, formulas, layers, ops
-from minilm.attention_maps import attention_weights
+from common.attention_maps import attention_weights
 from minilm.backend import array_module, is_cupy, to_device, to_numpy
 from minilm.checkpoint import load_into
 from minilm.data import make_batch
@@ -22,15 +22,15 @@ from minilm.kernels.emulator import arrays
 from minilm.model import RewardModel
 from minilm.model_file import load_model, save_model
 from minilm.objectives import dpo, kl, policy_gradient, reward, sft
-from minilm.optim import AdamW, forget
+from minilm.optim import AdamW, zero_grad_of
 from minilm.packing import pack
-from minilm.stages.instruction_tuning import instruction_tuning
-from minilm.stages.masked_pretraining import masked_pretraining
-from minilm.stages.preference_tuning import preference_tuning, reference_log_probs
-from minilm.stages.pretraining import pretraining
-from minilm.stages.reward_modelling import reward_modelling
-from minilm.stages.rlhf import rlhf
-from minilm.stages.training import Training
+from minilm.stages.sft import train_sft
+from common.masked_pretraining import masked_pretraining
+from minilm.stages.dpo import train_dpo, reference_log_probs
+from minilm.stages.pretraining import pretrain
+from minilm.stages.reward_model import train_reward_model
+from minilm.stages.rlhf import train_rlhf
+from minilm.stages.train_state import TrainState
 from minilm.tensor import Tensor
 from minilm.tokenizer import Tokenizer
 
@@ -74,7 +74,7 @@ def host(x):
 
 def value_and_gradients(parameters, function):
     """Of function(), with a cotangent of N(0,1) entries, as arrays of the CPU."""
-    forget(parameters)
+    zero_grad_of(parameters)
     output = function()
     cotangent = np.random.default_rng(7).normal(size=output.shape)
     output.backward(to_device(cotangent, "gpu") if is_cupy(output.data) else cotangent)
@@ -315,18 +315,18 @@ def references(model):
 
 
 STAGES = {
-    "pretraining": lambda t, ref: pretraining(t, STREAM, 3, 4, 6, micro_batches=2),
-    "instruction tuning": lambda t, ref: instruction_tuning(t, PROMPTS, RESPONSES, 3, 4),
-    "reward modelling": lambda t, ref: reward_modelling(t, PROMPTS, RESPONSES, OTHERS, 3, 4, micro_batches=2),
-    "rlhf": lambda t, ref: rlhf(t, ref, lambda _, ys: [len(y) for y in ys], PROMPTS, 3, 2, 3, 6, eos=0),
+    "pretraining": lambda t, ref: pretrain(t, STREAM, 3, 4, 6, micro_batches=2),
+    "instruction tuning": lambda t, ref: train_sft(t, PROMPTS, RESPONSES, 3, 4),
+    "reward modelling": lambda t, ref: train_reward_model(t, PROMPTS, RESPONSES, OTHERS, 3, 4, micro_batches=2),
+    "rlhf": lambda t, ref: train_rlhf(t, ref, lambda _, ys: [len(y) for y in ys], PROMPTS, 3, 2, 3, 6, eos=0),
     "masked pretraining": lambda t, ref: masked_pretraining(t, lambda *_: (LEFT, LEFT_MASK), 3, 2, 0, share=0.7),
-    "preference tuning": lambda t, ref: preference_tuning(t, PROMPTS, RESPONSES, OTHERS, *references(ref), 3, 4,
+    "preference tuning": lambda t, ref: train_dpo(t, PROMPTS, RESPONSES, OTHERS, *references(ref), 3, 4,
                                                           loss=functools.partial(dpo.dpo_loss, label_smoothing=0.1))}
 
 
 def run_stage(name, model):
     reference = None if isinstance(model, RewardModel) else model.copy()
-    return list(STAGES[name](Training(model, np.random.default_rng(2), weight_decay=0.1), reference))
+    return list(STAGES[name](TrainState(model, np.random.default_rng(2), weight_decay=0.1), reference))
 
 
 def model_for(name, rng, dtype=np.float64):
@@ -365,7 +365,7 @@ def test_a_stage_in_float32_begins_as_in_float64_and_stays_in_float32(name, rng)
 def test_several_workers_are_refused(rng):
     model = on_gpu(small_transformer(rng))
     with pytest.raises(ValueError, match="2 workers are processes that share a CPU's memory; on a GPU, ask for 1"):
-        Training(model, rng, workers=2)
+        TrainState(model, rng, workers=2)
     with pytest.raises(ValueError, match="2 workers"):
         generate(model, PROMPTS * 3, 2, rng, eos=0, workers=2)
 
@@ -385,14 +385,14 @@ def test_evaluation_gives_the_numbers_of_numpy(rng):
 
 def test_a_training_is_saved_there_and_goes_on_there_bit_for_bit(rng):
     one, other = (on_gpu(small_transformer(np.random.default_rng(seed), layers=2, key_smear=True)) for seed in (0, 1))
-    training, restored = Training(one, np.random.default_rng(2)), Training(other, np.random.default_rng(3))
-    stage = instruction_tuning(training, PROMPTS, RESPONSES, 4, 3)
+    training, restored = TrainState(one, np.random.default_rng(2)), TrainState(other, np.random.default_rng(3))
+    stage = train_sft(training, PROMPTS, RESPONSES, 4, 3)
     metrics = [next(stage), next(stage)]
     saved, metadata = training.state()
     assert all(type(a) is np.ndarray for a in saved.values())
     restored.restore({name: a.copy() for name, a in saved.items()}, metadata)
     metrics = list(stage)
-    assert list(instruction_tuning(restored, PROMPTS, RESPONSES, 4, 3)) == metrics and len(metrics) == 2
+    assert list(train_sft(restored, PROMPTS, RESPONSES, 4, 3)) == metrics and len(metrics) == 2
     for name, p in one.parameters().items():
         assert (host(p) == host(other.parameters()[name])).all()
 

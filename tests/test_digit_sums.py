@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from helpers import rngs
-from minilm.world import digit_sums
-from minilm.world.digit_sums import CORPUS, CURRICULUM, DIGITS, DIRECT, END, LONGEST, PHRASES, TOKENS
+from worlds import digit_sums
+from worlds.digit_sums import CORPUS, CURRICULUM, DIGITS, DIRECT, END, LONGEST, PHRASES, TOKENS
 from minilm.world.tasks import is_held_out
 
 EXAMPLE = re.compile(r"(\d(?: \+\d)+) \?((?: [a-z']+(?:-[a-z]+)+)*) ((?:(?:\d|\+\d|…) )*)so (\d) \.")

@@ -4,7 +4,7 @@ import types
 import numpy as np
 import pytest
 
-from minilm.early_stopping import keep_best
+from common.early_stopping import keep_best
 from minilm.tensor import Tensor
 
 

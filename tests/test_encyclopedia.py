@@ -5,8 +5,8 @@ import collections
 import numpy as np
 import pytest
 
-from minilm.world import encyclopedia as page
-from minilm.world.encyclopedia import (ANSWER, ASK, CITY, COUNTRY, END, EXPOSURES, KNOWN, LETTERS, PLAIN, QUESTION,
+from worlds import encyclopedia as page
+from worlds.encyclopedia import (ANSWER, ASK, CITY, COUNTRY, END, EXPOSURES, KNOWN, LETTERS, PLAIN, QUESTION,
                                        SUBJECTS, VALUES, WORDINGS, Encyclopedia)
 
 

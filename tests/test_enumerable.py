@@ -12,8 +12,8 @@ from minilm.evaluate import predicted_rewards, sequence_kl
 from minilm.generate import generate
 from minilm.gradcheck import gradcheck
 from minilm.model import RewardModel
-from minilm.world import enumerable
-from minilm.world.enumerable import EnumerableWorld
+from minilm.exact import enumerable
+from minilm.exact.enumerable import EnumerableWorld
 
 PROMPTS = [[1], [0, 2]]
 

@@ -18,8 +18,8 @@ import pytest
 
 from helpers import assert_close, log_probs_along, parameter_gradients, small_transformer
 from minilm.objectives.dpo import dpo_loss
-from minilm.world.enumerable import EnumerableWorld
-from minilm.world.expectations import gradient_over_comparisons, tangent_kernel
+from minilm.exact.enumerable import EnumerableWorld
+from minilm.exact.expectations import gradient_over_comparisons, tangent_kernel
 
 WORLD = EnumerableWorld([[0, 2]], vocab_size=3, max_new_tokens=3)
 N, BETA = WORLD.shape[1], 0.7

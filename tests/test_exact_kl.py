@@ -18,8 +18,8 @@ from helpers import apart, assert_close, assert_same_gradients, parameter_gradie
 from minilm import Tensor, ops
 from minilm.objectives.kl import k1, k2, k3
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss
-from minilm.world.enumerable import EnumerableWorld, divergence
-from minilm.world.expectations import gradient_over_samples
+from minilm.exact.enumerable import EnumerableWorld, divergence
+from minilm.exact.expectations import gradient_over_samples
 
 WORLD = EnumerableWorld([[0, 2]], vocab_size=3, max_new_tokens=2)
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}

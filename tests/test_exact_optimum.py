@@ -13,9 +13,9 @@ from hypothesis import given, strategies as st
 from helpers import assert_close, rngs
 from minilm.model import Config, Transformer
 from minilm.objectives.dpo import dpo_loss, ipo_loss, robust_dpo_loss
-from minilm.world.enumerable import (EnumerableWorld, divergence, ipo_optimum, objective, objective_gradient,
+from minilm.exact.enumerable import (EnumerableWorld, divergence, ipo_optimum, objective, objective_gradient,
                                      optimum, preference, total_variation)
-from minilm.world.expectations import comparisons, descend, gradient_over_comparisons
+from minilm.exact.expectations import comparisons, descend, gradient_over_comparisons
 
 BETA = 1.0
 # Prompts begin with a 0 that no response begins with: attention over equal tokens gives the same

@@ -14,8 +14,8 @@ from hypothesis import given, settings, strategies as st
 from helpers import apart, assert_same_gradients, parameter_gradients, rngs, small_transformer
 from minilm.model import Transformer
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, ppo_clip_loss, reward_to_go
-from minilm.world.enumerable import EnumerableWorld, objective, objective_gradient
-from minilm.world.expectations import gradient_over_samples
+from minilm.exact.enumerable import EnumerableWorld, objective, objective_gradient
+from minilm.exact.expectations import gradient_over_samples
 
 TWO_PROMPTS, ONE_PROMPT = [[1], [0, 2]], [[0, 2]]
 

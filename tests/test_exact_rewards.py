@@ -11,8 +11,8 @@ from minilm.evaluate import best_of_n_kl
 from minilm.model import Config, RewardModel, Transformer
 from minilm.objectives.reward import reward_loss
 from minilm.optim import AdamW, warmup_cosine
-from minilm.world.enumerable import EnumerableWorld, best_of_n, divergence, expectation, objective, optimum
-from minilm.world.expectations import comparisons, gradient_over_comparisons
+from minilm.exact.enumerable import EnumerableWorld, best_of_n, divergence, expectation, objective, optimum
+from minilm.exact.expectations import comparisons, gradient_over_comparisons
 
 WORLD = EnumerableWorld([[0, 1], [0, 2]], vocab_size=3, max_new_tokens=3)
 REWARDS = np.random.default_rng(0).normal(size=WORLD.shape)

@@ -7,8 +7,8 @@ from hypothesis import given, strategies as st
 from helpers import assert_close, laws, log_probs_along, parameter_gradients, rngs, small_transformer
 from minilm import Tensor, ops
 from minilm.objectives.dpo import dpo_loss
-from minilm.world.enumerable import EnumerableWorld, objective, objective_gradient
-from minilm.world.expectations import (comparisons, descend, gradient_over_comparisons, gradient_over_samples,
+from minilm.exact.enumerable import EnumerableWorld, objective, objective_gradient
+from minilm.exact.expectations import (comparisons, descend, gradient_over_comparisons, gradient_over_samples,
                                        tangent_kernel)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, strategies as st
 
 from helpers import assert_close, laws, rngs
-from minilm.world.enumerable import divergence, expectation, optimum
-from minilm.world.frontier import frontier
+from minilm.exact.enumerable import divergence, expectation, optimum
+from common.frontier import frontier
 
 
 @given(rngs, st.integers(1, 12), st.booleans())

@@ -74,11 +74,11 @@ def test_temperature_is_not_ignored_when_log_probs_are_recomputed(rng, temperatu
     model = small_transformer(rng)
     samples = generate(model, PROMPTS, 8, rng, EOS, temperature=temperature)
 
-    def recomputed(prompt, response, temperature=temperature):
+    def activation_checkpoint(prompt, response, temperature=temperature):
         return model.log_probs(np.array([prompt + response]), temperature=temperature).data[0, len(prompt) - 1:]
-    assert_drawn_with(samples, recomputed)
+    assert_drawn_with(samples, activation_checkpoint)
     with pytest.raises(AssertionError):
-        assert_drawn_with(samples, lambda *sample: recomputed(*sample, temperature=temperature + 1))
+        assert_drawn_with(samples, lambda *sample: activation_checkpoint(*sample, temperature=temperature + 1))
 
 
 def test_float32_models_give_float32_log_probs(rng):

@@ -1,4 +1,4 @@
-"""tests/golden, and scripts/golden.py that writes it: what is handed out is what we compute, and it is right.
+"""tests/golden, and scripts/dev/golden.py that writes it: what is handed out is what we compute, and it is right.
 
 The committed files are held against the script, against finite differences, against their own index, and, with
 PyTorch, against a second implementation that knows no more than the files say.
@@ -173,7 +173,7 @@ def without_a_case():
 
 
 def test_every_public_function_of_the_objectives_has_a_case():
-    assert not without_a_case(), "add a case for these to scripts/golden.py"
+    assert not without_a_case(), "add a case for these to scripts/dev/golden.py"
 
 
 def test_an_objective_without_a_case_is_named(monkeypatch):
@@ -475,7 +475,7 @@ def test_two_runs_write_the_same_bytes_and_another_seed_writes_others(tmp_path):
 
 
 def test_the_script_runs_on_its_own_and_says_where_to_begin(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "golden.py", "--out", "new/set"], cwd=tmp_path,
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "dev" / "golden.py", "--out", "new/set"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{len(golden.CASES)} cases in new/set; begin with new/set/index.json\n"

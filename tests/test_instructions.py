@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from helpers import rngs
-from minilm.world import instructions
-from minilm.world.instructions import (FIRST_OPERATION, LETTERS, MAPS, OPERATIONS, PLACES, PROMPT, TASKS, WORD,
+from worlds import instructions
+from worlds.instructions import (FIRST_OPERATION, LETTERS, MAPS, OPERATIONS, PLACES, PROMPT, TASKS, WORD,
                                        carry_out, coverage, documents, draw_words, is_held_out, nearest,
                                        single_operations, split_tasks, text)
 

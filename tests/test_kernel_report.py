@@ -1,4 +1,4 @@
-"""scripts/kernel_report.py: what the assembler printed is read right, occupancy is NVIDIA's, faults set the status."""
+"""scripts/dev/kernel_report.py: what the assembler printed is read right, occupancy is NVIDIA's, faults set the status."""
 import importlib.util
 import itertools
 import json
@@ -13,7 +13,7 @@ import kernel_report
 from kernel_report import ARCHITECTURES, Nvcc, Nvrtc, faults, main, resident_blocks
 from minilm.kernels import launch, nvrtc
 from minilm.kernels.nvrtc import Resources
-from run_folder import UsageError, main_guard
+from support.run_folder import UsageError, main_guard
 
 # As NVRTC 13.5 and nvcc 13.0 print it.
 NVRTC_LOG = """ptxas info    : 8 bytes gmem, 16 bytes cmem[4]

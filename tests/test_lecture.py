@@ -21,9 +21,9 @@ pytest.importorskip("fcntl", reason="the scripts need a POSIX system")
 LECTURE = Path(__file__).resolve().parents[1] / "scripts" / "lecture"
 sys.path.append(str(LECTURE))
 import all as lecture  # noqa: E402
-import experiment  # noqa: E402
-import page  # noqa: E402
-from run_folder import main_guard  # noqa: E402
+from common import experiment  # noqa: E402
+from common import page  # noqa: E402
+from support.run_folder import main_guard  # noqa: E402
 
 CONFIG = dict(vocab_size=5, width=4, layers=1, heads=1, ffn_width=4, context=8)
 DOC = "\n\n".join(["{title}", "Claim. {claim}", "Test. As said:\nso.", "Refuted. Never.", "Limits. All.",
@@ -440,7 +440,7 @@ def test_the_table_is_markdown_with_links_to_scripts_and_figures(run, capsys):
     out = capsys.readouterr().out
     assert out == (run.folder / "claims.md").read_text()
     assert ("| a \\| b, \\<i> and \\*c\\* | **does not hold** | At 2.5 vs. 3. it fails. | "
-            "[two.py](scripts/lecture/two.py), [figure](scripts/readme/lecture/two.png) |") in out.splitlines()
+            "[two.py](scripts/lecture/two.py), [figure](scripts/lecture/figures/two.png) |") in out.splitlines()
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in out.splitlines() if line.startswith("|")} == {5}
     assert run("--table", run.rows) == 2 and "holds no run" in capsys.readouterr().err
 

@@ -3,8 +3,8 @@ import numpy as np
 from hypothesis import given, strategies as st
 
 from helpers import assert_close, rngs
-from minilm.world.linear import bradley_terry, counts, least_squares
-from minilm.world.replies import ReplyWorld
+from common.linear import bradley_terry, counts, least_squares
+from worlds.replies import ReplyWorld
 
 
 def test_counts_are_of_tokens_and_of_tokens_beside_each_word_of_the_question():

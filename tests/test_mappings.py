@@ -8,8 +8,8 @@ from hypothesis import given, strategies as st
 from helpers import assert_close, rngs
 from minilm.model import Config, Transformer
 from minilm.tensor import Tensor
-from minilm.world import mappings
-from minilm.world.mappings import PAIRS, SYMBOLS, VOCABULARY, Curriculum
+from worlds import mappings
+from worlds.mappings import PAIRS, SYMBOLS, VOCABULARY, Curriculum
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""minilm/world/markov.py: stationary law and entropy rate by brute force, samples that follow the law."""
+"""scripts/lecture/worlds/markov.py: stationary law and entropy rate by brute force, samples that follow the law."""
 import itertools
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from helpers import assert_close
-from minilm.world.markov import MarkovSource
+from worlds.markov import MarkovSource
 
 sources = pytest.mark.parametrize("vocab_size, order", [(2, 1), (5, 1), (3, 2), (2, 3)])
 

@@ -1,12 +1,12 @@
-"""minilm/stages/masked_pretraining.py: the loss token by token, both sides seen, the hidden ones never."""
+"""scripts/lecture/common/masked_pretraining.py: the loss token by token, both sides seen, the hidden ones never."""
 import numpy as np
 import pytest
 
 from helpers import assert_close, small_transformer
 from minilm import checkpoint
 from minilm.model import Config, Transformer
-from minilm.stages.masked_pretraining import masked_log_probs, masked_pretraining
-from minilm.stages.training import Training
+from common.masked_pretraining import masked_log_probs, masked_pretraining
+from minilm.stages.train_state import TrainState
 
 MASK, VOCABULARY = 6, 7
 
@@ -44,7 +44,7 @@ def test_what_is_hidden_is_never_seen_and_what_comes_after_it_is():
 
 @pytest.mark.parametrize("workers, micro_batches", [(1, None), (1, 4), (2, None)])
 def test_the_loss_is_the_mean_over_the_hidden_tokens_of_the_whole_step(workers, micro_batches):
-    training = Training(encoder(), np.random.default_rng(3), workers)
+    training = TrainState(encoder(), np.random.default_rng(3), workers)
     model, rng = training.model.copy(), np.random.default_rng(3)
     tokens, mask = draw(rng, 8)
     hidden = mask.astype(bool) & (rng.random(tokens.shape) < 0.4)
@@ -56,7 +56,7 @@ def test_the_loss_is_the_mean_over_the_hidden_tokens_of_the_whole_step(workers, 
 
 
 def test_a_share_of_one_hides_all_that_may_be_hidden():
-    training = Training(encoder(), np.random.default_rng(0))
+    training = TrainState(encoder(), np.random.default_rng(0))
     assert next(masked_pretraining(training, draw, 1, 8, MASK, share=1.0))["trained_tokens"] == 24
 
 
@@ -67,7 +67,7 @@ def test_a_token_that_only_its_right_neighbour_tells_is_learned():
 
     rng = np.random.default_rng(0)
     model = Transformer(Config(vocab_size=VOCABULARY, width=16, layers=1, heads=2, causal=False), rng)
-    losses = [m["loss"] for m in masked_pretraining(Training(model, rng), pairs, 120, 16, MASK, 1.0, 1e-2)]
+    losses = [m["loss"] for m in masked_pretraining(TrainState(model, rng), pairs, 120, 16, MASK, 1.0, 1e-2)]
     assert losses[0] > 1.5 and np.mean(losses[-10:]) < 0.2
 
 
@@ -78,18 +78,18 @@ def test_a_run_restored_from_a_file_goes_on_bit_for_bit(tmp_path):
         loop = masked_pretraining(training, draw, 4, 5, MASK, share=0.5)
         return [next(loop)["loss"] for _ in range(training.step, until)]
 
-    expected = losses(Training(encoder(), np.random.default_rng(0)), 4)
-    stopped = Training(encoder(), np.random.default_rng(0))
+    expected = losses(TrainState(encoder(), np.random.default_rng(0)), 4)
+    stopped = TrainState(encoder(), np.random.default_rng(0))
     before = losses(stopped, 2)
     checkpoint.save(tmp_path / "state", *stopped.state())
-    resumed = Training(encoder(9), np.random.default_rng(9))
+    resumed = TrainState(encoder(9), np.random.default_rng(9))
     resumed.restore(*checkpoint.load(tmp_path / "state"))
     assert before + losses(resumed, 4) == expected
 
 
 def test_a_causal_model_and_a_step_that_hides_nothing_are_refused():
-    causal = Training(small_transformer(np.random.default_rng(0), vocab_size=VOCABULARY), np.random.default_rng(0))
+    causal = TrainState(small_transformer(np.random.default_rng(0), vocab_size=VOCABULARY), np.random.default_rng(0))
     with pytest.raises(ValueError, match="causal=False"):
         next(masked_pretraining(causal, draw, 1, 4, MASK))
     with pytest.raises(ValueError, match="no token was hidden in this step: raise share or batch_size"):
-        next(masked_pretraining(Training(encoder(), np.random.default_rng(0)), draw, 1, 4, MASK, share=0.0))
+        next(masked_pretraining(TrainState(encoder(), np.random.default_rng(0)), draw, 1, 4, MASK, share=0.0))

@@ -8,7 +8,7 @@ from helpers import (assert_close, assert_same, gradients, padded, parameter_gra
 from minilm import layers, no_grad, ops
 from minilm.gradcheck import gradcheck
 from minilm.model import Config, RewardModel, Transformer
-from minilm.stages.masked_pretraining import masked_log_probs
+from common.masked_pretraining import masked_log_probs
 
 KINDS = {
     "untied": {},

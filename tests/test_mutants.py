@@ -1,4 +1,4 @@
-"""scripts/mutants.py: its table is of this library, and the runner tells a killed mutant from a surviving one."""
+"""scripts/dev/mutants.py: its table is of this library, and the runner tells a killed mutant from a surviving one."""
 import ast
 import csv
 import os
@@ -16,11 +16,11 @@ for module in ("fcntl", "safetensors"):
 
 import mutants
 from helpers import has_ended
-from run_folder import UsageError
+from support.run_folder import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "scripts" / "mutants.py"
-MUTANTS = mutants.read_table(mutants.TABLE.read_text("utf-8"))
+SCRIPT = ROOT / "scripts" / "dev" / "mutants.py"
+MUTANTS = mutants.read_tables(mutants.TABLES)
 
 
 # The table.

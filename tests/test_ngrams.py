@@ -1,4 +1,4 @@
-"""minilm/world/ngrams.py: every probability again from counts in dictionaries, and what a model of a text must do."""
+"""scripts/lecture/worlds/ngrams.py: every probability again from counts in dictionaries, and what a model of a text must do."""
 import itertools
 import math
 from collections import Counter
@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers import assert_close, rngs
-from minilm.world.markov import MarkovSource
-from minilm.world.ngrams import NGram
+from worlds.markov import MarkovSource
+from worlds.ngrams import NGram
 
 
 def grams(stream, n):

@@ -7,8 +7,8 @@ from hypothesis import given, strategies as st
 
 from helpers import assert_close, normal, rngs, small_transformer
 from minilm import Tensor, optim
-from minilm.optim import AdamW, complete, warmup_cosine
-from minilm.parallel import Team
+from minilm.optim import AdamW, materialise_gradients, warmup_cosine
+from minilm.fast.workers import ProcessGroup
 
 SHAPES = {"norm": (4,), "matrix": (3, 4), "bias": (2,), "cube": (2, 2, 3)}       # matrices not first, on purpose
 
@@ -203,7 +203,7 @@ def test_several_workers_do_to_every_element_what_one_does(block, rng, monkeypat
     weights, others = {name: rng.normal(size=shape) for name, shape in shapes.items()}, rng.normal(size=(4, 3, 113))
     monkeypatch.setattr(optim, "BLOCK", block)
     results = []
-    for team in (Team(1), Team(3)):
+    for team in (ProcessGroup(1), ProcessGroup(3)):
         tensors = {name: normal(rng, *shape) for name, shape in shapes.items()}
         for name, p in tensors.items():
             p.data[...] = weights[name]
@@ -213,14 +213,14 @@ def test_several_workers_do_to_every_element_what_one_does(block, rng, monkeypat
             for gradients in others:
                 if team.rank == 0:
                     optimizer.zero_grad()
-                    complete(optimizer.parameters)
-                team.exchange(None)
+                    materialise_gradients(optimizer.parameters)
+                team.all_gather(None)
                 for p in optimizer.parameters.values():
                     p.grad = p.grad_buffer
                 optimizer.add_gradients(list(gradients))
-                team.exchange(None)
+                team.all_gather(None)
                 assert_close(optimizer.grad, gradients.sum(axis=0), 1e-14)
-                team.exchange(None)
+                team.all_gather(None)
                 norms += [optimizer.clip(0.5), optimizer.step()]
                 assert_close(norms[-1], np.linalg.norm(optimizer.data), 1e-14)
         results.append((optimizer.data, optimizer.m, optimizer.v, optimizer.grad, np.array(norms)))

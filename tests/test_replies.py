@@ -8,8 +8,8 @@ from helpers import assert_close, assert_same_gradients, parameter_gradients, rn
 from minilm.generate import generate
 from minilm.ops import stable_sigmoid
 from minilm.world import annotators
-from minilm.world.enumerable import EnumerableWorld
-from minilm.world.replies import COURTESY, EOS, LONGEST, MODEL, VOCABULARY, WORDS, ReplyWorld
+from minilm.exact.enumerable import EnumerableWorld
+from worlds.replies import COURTESY, EOS, LONGEST, MODEL, VOCABULARY, WORDS, ReplyWorld
 
 
 @pytest.fixture(scope="module")

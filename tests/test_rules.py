@@ -1,4 +1,4 @@
-"""minilm/world/rules.py: labels, documents and the best accuracy, again by loops over words, rules and answers."""
+"""scripts/lecture/worlds/rules.py: labels, documents and the best accuracy, again by loops over words, rules and answers."""
 import itertools
 
 import numpy as np
@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import assert_close, rngs
-from minilm.world import rules
-from minilm.world.rules import ARROW, LABEL, LABELS, LETTERS, LINE, WORD
+from worlds import rules
+from worlds.rules import ARROW, LABEL, LABELS, LETTERS, LINE, WORD
 
 
 def label(word, rule):

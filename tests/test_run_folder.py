@@ -1,4 +1,4 @@
-"""scripts/run_folder.py: one process at a time in a folder that holds one run and nothing else, a run
+"""scripts/support/run_folder.py: one process at a time in a folder that holds one run and nothing else, a run
 that is resumed under its own settings or not at all, and users who see no traceback."""
 import contextlib
 import gc
@@ -22,7 +22,7 @@ pytest.importorskip("fcntl", reason="the scripts need a POSIX system")
 pytest.importorskip("safetensors")
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-_spec = importlib.util.spec_from_file_location("run_folder", SCRIPTS / "run_folder.py")
+_spec = importlib.util.spec_from_file_location("run_folder", SCRIPTS / "support" / "run_folder.py")
 run_folder = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(run_folder)
 AS_A_SCRIPT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")])}
@@ -222,7 +222,7 @@ def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
 def test_a_killed_run_leaves_no_lock_not_even_with_a_program_it_started_still_alive(tmp_path):
     code = """if True:
         import subprocess, sys
-        from run_folder import RunFolder
+        from support.run_folder import RunFolder
         with RunFolder(sys.argv[1], False, {"seed": 1, "size": "small"}) as run:
             child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"],
                                      stdin=int(sys.argv[2]), close_fds=False)
@@ -315,7 +315,7 @@ def test_outside_the_main_thread_nothing_is_caught(usual_handlers):
 JOB = """if True:
     import signal, sys, time
     import numpy as np
-    from run_folder import RunFolder, StopRequest, main_guard
+    from support.run_folder import RunFolder, StopRequest, main_guard
     signal.signal(signal.SIGINT, signal.default_int_handler)
     def main():
         folder, pause = sys.argv[1], float(sys.argv[2])

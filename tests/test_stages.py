@@ -8,19 +8,19 @@ import pytest
 from helpers import assert_close, small_transformer
 from minilm import checkpoint, evaluate, ops
 from minilm.data import make_batch, windows
-from minilm.generate import generate
+
 from minilm.model import Config, RewardModel, Transformer
 from minilm.objectives import dpo
 from minilm.objectives.policy_gradient import advantages
 from minilm.optim import AdamW
 from minilm.packing import spread
 from minilm.stages import rlhf as rlhf_module
-from minilm.stages.instruction_tuning import instruction_tuning
-from minilm.stages.preference_tuning import preference_tuning, reference_log_probs
-from minilm.stages.pretraining import document_pretraining, pretraining
-from minilm.stages.reward_modelling import reward_modelling
-from minilm.stages.rlhf import deal, rlhf
-from minilm.stages.training import Diverged, Training, optimise, split, stage, workers_for
+from minilm.stages.sft import train_sft
+from minilm.stages.dpo import train_dpo, reference_log_probs
+from minilm.stages.pretraining import pretrain, pretrain_on_documents
+from minilm.stages.reward_model import train_reward_model
+from minilm.stages.rlhf import deal, train_rlhf
+from minilm.stages.train_state import Diverged, TrainState, train_step, split, stage, workers_for
 from minilm.tensor import Tensor, grad_enabled
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")      # of arithmetic with NaN and infinity
@@ -51,7 +51,7 @@ def fives(prompts, answers):
 def rlhf_stage(training, steps, temperature=0.7, reward=fives, **options):
     """RLHF, three prompts a step of two samples each, from a reference like the fresh policy unless one is given."""
     options = {"beta": 0.1, "reference": transformer(training.model.dtype), "samples_per_prompt": 2, **options}
-    return rlhf(training, reward=reward, prompts=PROMPTS, steps=steps, prompts_per_step=3, max_new_tokens=4,
+    return train_rlhf(training, reward=reward, prompts=PROMPTS, steps=steps, prompts_per_step=3, max_new_tokens=4,
                 eos=EOS, temperature=temperature, **options)
 
 
@@ -59,13 +59,13 @@ def dpo_stage(training, steps, **options):
     reference = transformer(training.model.dtype)
     log_probs = [reference_log_probs(reference, PROMPTS, answers, batch_size=3)
                  for answers in (RESPONSES, REJECTED)]
-    return preference_tuning(training, PROMPTS, RESPONSES, REJECTED, *log_probs, steps, 5, **options)
+    return train_dpo(training, PROMPTS, RESPONSES, REJECTED, *log_probs, steps, 5, **options)
 
 
 STAGES = {
-    "pretraining": lambda t, steps, **o: pretraining(t, STREAM, steps, 5, 6, **o),
-    "instruction tuning": lambda t, steps, **o: instruction_tuning(t, PROMPTS, RESPONSES, steps, 5, **o),
-    "reward modelling": lambda t, steps, **o: reward_modelling(t, PROMPTS, RESPONSES, REJECTED, steps, 5, **o),
+    "pretraining": lambda t, steps, **o: pretrain(t, STREAM, steps, 5, 6, **o),
+    "instruction tuning": lambda t, steps, **o: train_sft(t, PROMPTS, RESPONSES, steps, 5, **o),
+    "reward modelling": lambda t, steps, **o: train_reward_model(t, PROMPTS, RESPONSES, REJECTED, steps, 5, **o),
     "rlhf": rlhf_stage,
     "preference tuning": dpo_stage,
 }
@@ -77,7 +77,7 @@ def make_training(stage, workers=1, dtype=np.float32, seed=4):
     model = transformer(dtype)
     if stage == "reward modelling":
         model = RewardModel(model, np.random.default_rng(5))
-    return Training(model, np.random.default_rng(seed), workers)
+    return TrainState(model, np.random.default_rng(seed), workers)
 
 
 def run(stage, training, steps, until=None, **options):
@@ -132,7 +132,7 @@ def test_a_document_is_scored_where_its_mask_says_and_never_on_its_first_token(w
         return rng.integers(VOCABULARY, size=(count, 7)), rng.random((count, 7)) < 0.6
 
     training = make_training("pretraining", workers, np.float64)
-    model, metrics = training.model.copy(), next(document_pretraining(training, draw, 1, 5))
+    model, metrics = training.model.copy(), next(pretrain_on_documents(training, draw, 1, 5))
     tokens, mask = draw(np.random.default_rng(4), 5)
     losses = [-model.log_probs(tokens[i:i + 1]).data[0, t - 1] for i in range(5) for t in range(1, 7) if mask[i, t]]
     assert_close(metrics["loss"], np.mean(losses))
@@ -175,7 +175,7 @@ def test_a_stage_ends_in_the_same_bits_every_time(stage, workers):
 @pytest.mark.parametrize("other", [{"layers": 2}, {"width": 8}, {"key_smear": True}], ids=str)
 def test_the_state_of_another_model_is_refused(other):
     here = make_training("pretraining")
-    there = Training(small_transformer(np.random.default_rng(0), np.float32, vocab_size=VOCABULARY, **other),
+    there = TrainState(small_transformer(np.random.default_rng(0), np.float32, vocab_size=VOCABULARY, **other),
                      np.random.default_rng(0))
     for saved, target in ((here, there), (there, here)):
         with pytest.raises((KeyError, ValueError)):
@@ -204,7 +204,7 @@ def test_a_state_that_is_refused_has_changed_nothing(changes):
 
 
 def test_the_state_of_a_deeper_model_has_changed_nothing():
-    shallow, deep = (Training(small_transformer(np.random.default_rng(layers), layers=layers), np.random.default_rng(0))
+    shallow, deep = (TrainState(small_transformer(np.random.default_rng(layers), layers=layers), np.random.default_rng(0))
                      for layers in (1, 2))
     for p in deep.optimizer.parameters.values():
         p.data += 1
@@ -272,8 +272,8 @@ def test_a_split_deals_every_item_to_one_part_and_leaves_none_empty(count, parts
 def steps_on(training, batches):
     """A stage of steps on the parts of these batches. Yields how many workers there were."""
     for parts in batches:
-        optimise(training, lambda model, part: (-ops.sum(model.log_probs(part)), None), parts, 0.01, "here")
-        yield training.team.at_work
+        train_step(training, lambda model, part: (-ops.sum(model.log_probs(part)), None), parts, 0.01, "here")
+        yield training.team.active_size
 
 
 def test_a_worker_that_gets_no_part_adds_nothing_not_even_what_it_found_in_the_step_before():
@@ -289,7 +289,7 @@ def test_a_step_outside_of_a_stage_is_done_by_one_worker_and_adds_nothing_old():
     parts = [STREAM[None, :6], STREAM[None, 6:12]]
     for training in trainings:
         next(steps_on(training, [parts, parts]))
-        optimise(training, lambda model, part: (-ops.sum(model.log_probs(part)), None), parts, 0.01, "here")
+        train_step(training, lambda model, part: (-ops.sum(model.log_probs(part)), None), parts, 0.01, "here")
     one, two = trainings
     assert_close(two.optimizer.grad, one.optimizer.grad)
     assert two.step == 2
@@ -348,8 +348,8 @@ def numbered(prompts, responses):
 
 def test_instruction_tuning_learns_response_and_eos_and_never_the_prompt_or_a_pad():
     prompts, responses_at = numbered(PROMPTS, RESPONSES)
-    training = Training(LogProbsAsParameters(len(prompts), 12), np.random.default_rng(4))
-    next(instruction_tuning(training, prompts, RESPONSES, 1, 20))
+    training = TrainState(LogProbsAsParameters(len(prompts), 12), np.random.default_rng(4))
+    next(train_sft(training, prompts, RESPONSES, 1, 20))
     drawn = np.bincount(np.random.default_rng(4).integers(len(prompts), size=20), minlength=len(prompts))
     weights = drawn[:, None] * responses_at
     assert_close(training.model.table.grad, -weights / weights.sum())
@@ -362,8 +362,8 @@ def test_dpo_pushes_chosen_up_and_rejected_down_alike_and_never_touches_a_prompt
     model = LogProbsAsParameters(len(prompts), 12)
     references = [reference_log_probs(model, prompts, answers) for answers in (RESPONSES, REJECTED)]
     assert_close(references[0], -np.array([len(r) for r in RESPONSES], float))
-    training = Training(model, np.random.default_rng(4))
-    next(preference_tuning(training, prompts, RESPONSES, REJECTED, *references, 1, 20, beta=0.3))
+    training = TrainState(model, np.random.default_rng(4))
+    next(train_dpo(training, prompts, RESPONSES, REJECTED, *references, 1, 20, beta=0.3))
     drawn = np.bincount(np.random.default_rng(4).integers(len(prompts), size=20), minlength=len(prompts))
     assert_close(model.table.grad, -0.3 * 0.5 / 20 * drawn[:, None] * (chosen_at - rejected_at))
 
@@ -450,7 +450,7 @@ def test_a_step_of_dpo_is_down_the_gradient_of_its_loss(workers):
     """The second one, away from the reference: each pair beside its own references, beta in loss and figures."""
     training, reference = make_training("preference tuning", workers, np.float64), transformer(np.float64)
     references = [reference_log_probs(reference, PROMPTS, answers) for answers in (RESPONSES, REJECTED)]
-    loop = preference_tuning(training, PROMPTS, RESPONSES, REJECTED, *references, 5, 5, beta=0.7,
+    loop = train_dpo(training, PROMPTS, RESPONSES, REJECTED, *references, 5, 5, beta=0.7,
                              learning_rate=0.02)
     next(loop)
     before, (rows, prompts, *answers) = training.model.copy(), comparisons(training)
@@ -530,7 +530,7 @@ def test_the_reference_does_not_change_by_a_bit(stage):
     else:
         log_probs = [reference_log_probs(reference, PROMPTS, a) for a in (RESPONSES, REJECTED)]
         kept = [l.copy() for l in log_probs]
-        list(preference_tuning(training, PROMPTS, RESPONSES, REJECTED, *log_probs, 3, 5))
+        list(train_dpo(training, PROMPTS, RESPONSES, REJECTED, *log_probs, 3, 5))
         assert all((l == k).all() for l, k in zip(log_probs, kept))
     assert {name: p.data.tobytes() for name, p in reference.parameters().items()} == weights
     assert all(p.grad is None for p in reference.parameters().values())
@@ -639,7 +639,7 @@ def test_a_finite_loss_with_a_gradient_that_is_not_stops_before_anything_is_upda
     training = make_training("pretraining", workers)
     before = everything(training)
     with pytest.raises(Diverged, match=f"^here, step 1: the gradient's {message}"):
-        optimise(training, lambda model, part: (loss(model.parameters()["final_norm"]), None), [0] * workers, 1e-3,
+        train_step(training, lambda model, part: (loss(model.parameters()["final_norm"]), None), [0] * workers, 1e-3,
                  "here")
     assert everything(training) == before
 
@@ -648,7 +648,7 @@ def test_a_finite_loss_with_a_gradient_that_is_not_stops_before_anything_is_upda
 def test_an_update_that_overflows_is_reported_in_its_own_step():
     training = make_training("pretraining")
     with pytest.raises(Diverged, match="^here, step 1: the update went to NaN or infinity; first bad tensor: "):
-        optimise(training, lambda model, part: (ops.sum(model.parameters()["final_norm"]), None), [0], 1e39, "here")
+        train_step(training, lambda model, part: (ops.sum(model.parameters()["final_norm"]), None), [0], 1e39, "here")
 
 
 # Graphs.

@@ -9,8 +9,8 @@ from helpers import assert_close, rngs
 from minilm.generate import generate
 from minilm.model import Config, Transformer
 from minilm.tensor import Tensor
-from minilm.world import strings
-from minilm.world.strings import (ALPHABET, ARROW, CHARACTERS, END, LENGTH, NEW_TASKS, PAIR, PAIRS, TASKS, VOCABULARY,
+from worlds import strings
+from worlds.strings import (ALPHABET, ARROW, CHARACTERS, END, LENGTH, NEW_TASKS, PAIR, PAIRS, TASKS, VOCABULARY,
                                   Curriculum)
 
 # Every task once more, on text.

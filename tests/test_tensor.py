@@ -8,7 +8,7 @@ import pytest
 from helpers import assert_close, normal, peak_memory
 from minilm import Tensor, no_grad, ops, primitive
 from minilm.backend import array_module, to_device
-from minilm.tensor import first_nonfinite, grad_enabled, recomputed
+from minilm.tensor import first_nonfinite, grad_enabled, activation_checkpoint
 
 
 # What backward adds up.
@@ -318,18 +318,18 @@ def test_what_is_recomputed_has_the_same_gradients_also_for_what_the_function_ho
     (function(x) * function(x)).sum().backward()
     expected = x.grad, w.grad
     x.grad = w.grad = None
-    (recomputed(function, x) * recomputed(function, x)).sum().backward()
+    (activation_checkpoint(function, x) * activation_checkpoint(function, x)).sum().backward()
     assert np.array_equal(x.grad, expected[0]) and np.array_equal(w.grad, expected[1])
     with no_grad():
-        assert recomputed(function, x).node is None
+        assert activation_checkpoint(function, x).node is None
     w.grad = None
-    recomputed(function, Tensor(x.data)).sum().backward()               # an input that wants none
+    activation_checkpoint(function, Tensor(x.data)).sum().backward()               # an input that wants none
     assert_close(w.grad, (1 - np.tanh(x.data * w.data) ** 2) * x.data ** 2)
 
 
 def test_what_is_recomputed_goes_backward_under_no_grad_and_leaves_zeros_where_it_does_not_look(rng):
     x, ignored = normal(rng, 3), normal(rng, 2)
-    y = recomputed(lambda x, ignored: x * x, x, ignored * 1.0).sum()
+    y = activation_checkpoint(lambda x, ignored: x * x, x, ignored * 1.0).sum()
     with no_grad():
         y.backward()
         assert not grad_enabled()

@@ -5,22 +5,22 @@ import numpy as np
 from minilm.data import windows
 from minilm.objectives.sft import sft_loss
 from minilm.optim import warmup_cosine
-from minilm.stages.training import optimise, split, stage
+from minilm.stages.train_state import train_step, split, stage
 
 
-def pretraining(training, stream, steps, batch_size, length, learning_rate=3e-3, micro_batches=None):
+def pretrain(training, stream, steps, batch_size, length, learning_rate=3e-3, micro_batches=None):
     """Train training.model on random windows of a stream of tokens (N,), up to `steps` steps in all.
 
-    batch_size windows of `length` + 1 tokens a step; every position counts. Yields as document_pretraining does.
+    batch_size windows of `length` + 1 tokens a step; every position counts. Yields as pretrain_on_documents does.
     """
     def draw(rng, count):
         tokens = windows(stream, rng, count, length + 1)
         return tokens, np.ones(tokens.shape)
-    return document_pretraining(training, draw, steps, batch_size, learning_rate, micro_batches)
+    return pretrain_on_documents(training, draw, steps, batch_size, learning_rate, micro_batches)
 
 
 @stage
-def document_pretraining(training, draw, steps, batch_size, learning_rate=3e-3, micro_batches=None):
+def pretrain_on_documents(training, draw, steps, batch_size, learning_rate=3e-3, micro_batches=None):
     """Train training.model on documents: draw(rng, batch_size) gives tokens and mask, each (B,T).
 
     mask: 1 on the tokens that are to be predicted. The loss is their mean over the whole step; the first token of a
@@ -37,5 +37,5 @@ def document_pretraining(training, draw, steps, batch_size, learning_rate=3e-3, 
 
         parts = split(len(tokens), micro_batches or training.workers)
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(50, steps // 10 + 1))
-        metrics, _ = optimise(training, loss, parts, rate, "pretraining")
+        metrics, _ = train_step(training, loss, parts, rate, "pretraining")
         yield {**metrics, "trained_tokens": total}

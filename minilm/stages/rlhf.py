@@ -2,17 +2,17 @@
 
 import numpy as np
 
-from minilm.backend import joined
+from minilm.backend import concatenate
 from minilm.generate import Samples, generate
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
-from minilm.stages.training import optimise, split, stage
+from minilm.stages.train_state import train_step, split, stage
 from minilm.tensor import no_grad
 
 
 @stage
-def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_per_prompt, max_new_tokens,
+def train_rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_per_prompt, max_new_tokens,
          eos, beta=0.1, learning_rate=3e-4, temperature=1.0, baseline="leave_one_out",
          micro_batches=None):
     """Maximise reward minus beta times the KL divergence to `reference`, by the policy gradient.
@@ -40,12 +40,12 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
                 return samples.arrays(), reference.response_log_probs(part, temperature).data.sum(axis=1)
 
         parts = deal(shape, training.workers)
-        pieces, log_pi_ref = zip(*training.team.each(sample, parts))
+        pieces, log_pi_ref = zip(*training.team.map(sample, parts))
         order = np.argsort(np.concatenate(parts))
-        samples, log_pi_ref = Samples.joined(pieces, order), joined(log_pi_ref)[order]
+        samples, log_pi_ref = Samples.concatenate(pieces, order), concatenate(log_pi_ref)[order]
         answers, mask = samples.responses(), samples.mask > 0
         kl = (samples.log_probs * mask).sum(axis=1) - log_pi_ref
-        rewards = training.team.once(lambda: np.asarray(reward(asked, answers))).reshape(shape)
+        rewards = training.team.broadcast(lambda: np.asarray(reward(asked, answers))).reshape(shape)
         A = advantages(rewards, kl.reshape(shape), beta, baseline).reshape(-1)
 
         def loss(policy, rows):
@@ -54,7 +54,7 @@ def rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_
             return policy_gradient_loss(log_probs, A[rows], part.mask) * (len(rows) / len(A)), None
 
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(5, steps // 10 + 1), floor=0.3)
-        metrics, _ = optimise(training, loss, deal(shape, micro_batches or training.workers), rate, "rlhf")
+        metrics, _ = train_step(training, loss, deal(shape, micro_batches or training.workers), rate, "rlhf")
         yield {**metrics, **policy_gradient_metrics(rewards, kl.reshape(shape), mask),
                "entropy": float(samples.entropies[mask].mean())}
 

@@ -4,7 +4,7 @@
     python scripts/lecture/all.py --quick               ... in minutes, to see that they run
     python scripts/lecture/all.py --rows dpo,rlhf --out runs/two
     python scripts/lecture/all.py --table runs/claims   the README's table of what a run left, in Markdown
-    python scripts/lecture/all.py --readme runs/claims  the README's figures of it, into scripts/readme/lecture
+    python scripts/lecture/all.py --readme runs/claims  the README's figures of it, into scripts/lecture/figures
 
 Leaves claims.json, claims.md and index.html in the folder --out, written anew after every row, beside what the rows
 leave there.
@@ -23,11 +23,12 @@ import sys
 import time
 from pathlib import Path
 
-import page
-from experiment import STYLES, read
+from common import page
+from common.experiment import STYLES, read
 
-from minilm import checkpoint, parallel
-from run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
+from minilm import checkpoint
+from minilm.fast import workers
+from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
 
 HERE = Path(__file__).resolve().parent
 STAGES = {
@@ -41,7 +42,7 @@ STAGES = {
          "imperfect_preference", "dpo", "rlhf_vs_dpo"),
 }
 ROWS = tuple(row for rows in STAGES.values() for row in rows)
-README_FIGURES = HERE.parent / "readme" / "lecture"
+README_FIGURES = HERE / "figures"
 README_BYTES = 60_000
 
 
@@ -56,7 +57,7 @@ def main():
     parser.add_argument("--out", default="runs/claims", help="folder for the results")
     parser.add_argument("--resume", action="store_true",
                         help="go on in a folder that holds a run, with the rows it lacks")
-    parser.add_argument("--workers", type=int, default=parallel.cores(),
+    parser.add_argument("--workers", type=int, default=workers.available_cores(),
                         help="processes that share the seeds of a row")
     made = parser.add_mutually_exclusive_group()
     made.add_argument("--table", metavar="DIR", help="print the table of the run in this folder, and run nothing")
@@ -191,7 +192,7 @@ def table(done):
             claim, came_out = map(as_markdown, (done[row]["Claim"], first_sentence(done[row]["sentence"])))
             outcome = done[row]["outcome"] if done[row]["outcome"] == "holds" else f"**{done[row]['outcome']}**"
             lines.append(f"| {claim} | {outcome} | {came_out} | [{row}.py](scripts/lecture/{row}.py), "
-                         f"[figure](scripts/readme/lecture/{row}.png) |")
+                         f"[figure](scripts/lecture/figures/{row}.png) |")
         lines += [""] * bool(rows)
     return "\n".join(lines)
 

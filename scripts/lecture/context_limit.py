@@ -24,14 +24,14 @@ Source. Brown et al. 2020, arXiv:2005.14165 (as many demonstrations as the conte
 
 import sys
 
-from experiment import COLOURS, OUTCOMES, Conclusion, curve, level, run, shown, spread, verdict
+from common.experiment import COLOURS, OUTCOMES, Conclusion, curve, level, run, shown, spread, verdict
 
 import numpy as np
 
 from minilm.model import Config, Transformer
-from minilm.stages.pretraining import document_pretraining
-from minilm.stages.training import Training
-from minilm.world.mappings import SYMBOLS, VOCABULARY, Curriculum, copy_bound, draw_in_rounds, right
+from minilm.stages.pretraining import pretrain_on_documents
+from minilm.stages.train_state import TrainState
+from worlds.mappings import SYMBOLS, VOCABULARY, Curriculum, copy_bound, draw_in_rounds, right
 
 CONFIG = {"vocab_size": VOCABULARY, "width": 64, "layers": 2, "heads": 4, "context": 33}
 WINDOWS = (5, 9, 17)                    # tokens
@@ -43,7 +43,7 @@ SIZES = {"quick": {"seeds": 3, "steps": 20, "documents": 50}, "default": {"seeds
 def measure(row, seed, steps, documents):
     rng, course = np.random.default_rng(seed), Curriculum()
     model = Transformer(Config(**CONFIG), rng)
-    for step, _ in enumerate(document_pretraining(Training(model, rng), course.draw, steps, 32), 1):
+    for step, _ in enumerate(pretrain_on_documents(TrainState(model, rng), course.draw, steps, 32), 1):
         if step % 10 == 0 and course.examine(model, rng) > ENOUGH and course.in_use == SYMBOLS:
             break
     found = {"steps": step, **{f"{kind} {C}": [] for kind in ("accuracy", "bound") for C in WINDOWS}}

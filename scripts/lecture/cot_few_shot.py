@@ -24,13 +24,13 @@ al. 2023, arXiv:2307.13702, and Pfau et al. 2024, arXiv:2404.15758.
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import add_digits
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.recipes import add_digits
 
 import numpy as np
 
 from minilm.generate import generate
-from minilm.world import digit_sums
+from worlds import digit_sums
 
 SHOTS = (0, 1, 2, 4)
 STYLES = ("worked", "worked, wrong sums", "direct", "dots")

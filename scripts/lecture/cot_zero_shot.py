@@ -23,13 +23,13 @@ Source. Kojima et al. 2022, arXiv:2205.11916; dots and wrong steps: Lanham et al
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import add_digits
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.recipes import add_digits
 
 import numpy as np
 
 from minilm.generate import generate
-from minilm.world import digit_sums
+from worlds import digit_sums
 
 WAYS = {"the phrase": {"phrase": "trigger"}, "another phrase": {"phrase": "filler"}, "no phrase": {},
         "at once": {"beginning": [digit_sums.SO]}, "dots": {"beginning": [digit_sums.DOT]}}

@@ -3,7 +3,7 @@
 Claim. Demonstrations are expensive to collect: people write them, where a comparison is a click.
 
 Test. Short replies to 9 questions, each with all its 781 possible replies listed, so that gold reward and the share of
-right answers are sums (minilm/world/replies.py). Transformers of 25,632 parameters are instructed on n = 8 to 2,048
+right answers are sums (scripts/lecture/worlds/replies.py). Transformers of 25,632 parameters are instructed on n = 8 to 2,048
 demonstrations, from random weights. Against each stands the model instructed on 32 of these demonstrations and then
 trained by DPO (beta 0.3) on pairs of its own replies, judged by people who follow gold by the Bradley-Terry law. The
 price is an assumption: a demonstration costs as much as c comparisons, c = 1 and c = 4; the 32 demonstrations are paid
@@ -28,18 +28,18 @@ arXiv:2305.18290 (DPO).
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
 
 import numpy as np
 
 from minilm.generate import generate
 from minilm.model import Config, Transformer
-from minilm.stages.instruction_tuning import instruction_tuning
-from minilm.stages.preference_tuning import preference_tuning
-from minilm.stages.training import Training
+from minilm.stages.sft import train_sft
+from minilm.stages.dpo import train_dpo
+from minilm.stages.train_state import TrainState
 from minilm.world.annotators import is_right
-from minilm.world.enumerable import expectation
-from minilm.world.replies import EOS, LONGEST, MODEL, RIGHT, ReplyWorld
+from minilm.exact.enumerable import expectation
+from worlds.replies import EOS, LONGEST, MODEL, RIGHT, ReplyWorld
 
 FEW = 32
 PRICES = (1, 4)
@@ -63,7 +63,7 @@ def compared(world, policy, rng, count, steps):
     l = world.laws(policy)
     p, *replies = world.comparisons(l, world.gold, rng, count)
     model, references = policy.copy(), [l[p, y].astype(np.float32) for y in replies]
-    for _ in preference_tuning(Training(model, rng), *world.tokens_of(p, *replies), *references, steps, 64,
+    for _ in train_dpo(TrainState(model, rng), *world.tokens_of(p, *replies), *references, steps, 64,
                                beta=0.3, learning_rate=1e-3):
         pass
     return model
@@ -86,7 +86,7 @@ def measure(row, seed, demonstrations, pairs, steps):
         found[f"{who}, of the demonstrations"] = world.gold[world.index(*replies)].mean()
         for n in demonstrations:
             model = Transformer(Config(**MODEL), rng)
-            for _ in instruction_tuning(Training(model, rng), *(side[:n] for side in replies), steps, 64, 3e-3):
+            for _ in train_sft(TrainState(model, rng), *(side[:n] for side in replies), steps, 64, 3e-3):
                 pass
             note(f"{who}, demonstrations", model)
             if n == FEW and who != "ideal":

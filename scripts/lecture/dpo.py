@@ -43,20 +43,20 @@ probability moved onto replies that no pair holds: Xu et al. 2024, arXiv:2404.10
 import functools
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
 
 import numpy as np
 
 from minilm.model import Config, Transformer
 from minilm.objectives.dpo import dpo_loss, robust_dpo_loss
 from minilm.packing import pack
-from minilm.stages.instruction_tuning import instruction_tuning
-from minilm.stages.preference_tuning import preference_tuning, summed_log_probs
-from minilm.stages.training import Training
+from minilm.stages.sft import train_sft
+from minilm.stages.dpo import train_dpo, summed_log_probs
+from minilm.stages.train_state import TrainState
 from minilm.tensor import Tensor
-from minilm.world.enumerable import divergence, expectation, optimum
-from minilm.world.frontier import frontier
-from minilm.world.replies import MODEL, ReplyWorld
+from minilm.exact.enumerable import divergence, expectation, optimum
+from common.frontier import frontier
+from worlds.replies import MODEL, ReplyWorld
 
 BETAS, HARD = (1.0, 0.3, 0.1), 0.3           # HARD: of the runs with flips and with pairs of others
 FLIPS, FRESH = 0.25, 2000
@@ -80,7 +80,7 @@ def measure(row, seed, tuning, demonstrations, pairs, steps, looks, early, alone
     rng, world = np.random.default_rng(seed), ReplyWorld(asked=2)
     model = Transformer(Config(**MODEL), rng)
     shown_how = world.demonstrations(rng, demonstrations)
-    for step, _ in enumerate(instruction_tuning(Training(model, rng), *shown_how, tuning, 64, 3e-3), 1):
+    for step, _ in enumerate(train_sft(TrainState(model, rng), *shown_how, tuning, 64, 3e-3), 1):
         if step == tuning // 6:
             older = world.laws(model)
     reference = world.laws(model)
@@ -109,7 +109,7 @@ def measure(row, seed, tuning, demonstrations, pairs, steps, looks, early, alone
     def trained(compared, beta=HARD, loss=dpo_loss, watch=None):
         policy, (p, chosen, rejected) = model.copy(), compared
         references = (reference[p, y].astype(np.float32) for y in (chosen, rejected))
-        stage = preference_tuning(Training(policy, rng), *world.tokens_of(*compared), *references, steps, 64, beta,
+        stage = train_dpo(TrainState(policy, rng), *world.tokens_of(*compared), *references, steps, 64, beta,
                                   learning_rate=3e-4, loss=loss)
         return followed(policy, compared, stage, watch)
 
@@ -132,7 +132,7 @@ def measure(row, seed, tuning, demonstrations, pairs, steps, looks, early, alone
     found = {f"DPO, beta {beta}": trained(clean, beta, watch=decompose if beta == HARD else None) for beta in BETAS}
     policy = model.copy()
     prompts, replies = world.tokens_of(*clean[:2])
-    imitating = instruction_tuning(Training(policy, rng), prompts, replies, steps, 64, 3e-4)
+    imitating = train_sft(TrainState(policy, rng), prompts, replies, steps, 64, 3e-4)
     found[IMITATION] = followed(policy, clean, imitating)
     row.say(f"seed {seed}, log-probs of chosen replies: {np.round(found[CLEAN]['chosen'], 2).tolist()}")
     smoothed = functools.partial(dpo_loss, label_smoothing=FLIPS)

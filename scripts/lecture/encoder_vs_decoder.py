@@ -36,16 +36,16 @@ and Schuetze 2020, arXiv:2001.07676 (finetuning through the mask needs fewer lab
 import itertools
 import sys
 
-from experiment import COLOURS, OUTCOMES, Conclusion, curve, level, run, shown, spread, verdict
+from common.experiment import COLOURS, OUTCOMES, Conclusion, curve, level, run, shown, spread, verdict
 
 import numpy as np
 
 from minilm.model import Config, Transformer
-from minilm.stages.masked_pretraining import masked_pretraining
-from minilm.stages.pretraining import document_pretraining
-from minilm.stages.training import Training
+from common.masked_pretraining import masked_pretraining
+from minilm.stages.pretraining import pretrain_on_documents
+from minilm.stages.train_state import TrainState
 from minilm.tensor import no_grad
-from minilm.world import rules
+from worlds import rules
 
 SHOTS = 8
 SAID = slice(rules.LABEL, rules.LABEL + rules.LABELS)       # the tokens that are labels
@@ -68,8 +68,8 @@ def train(model, rng, draw, steps, rate, share, enough=lambda step: False):
 
     A decoder predicts what the mask of draw selects, from what is before it; an encoder a share of it, from the rest.
     """
-    training = Training(model, rng)
-    stage = (document_pretraining(training, draw, steps, 32, rate) if model.config.causal else
+    training = TrainState(model, rng)
+    stage = (pretrain_on_documents(training, draw, steps, 32, rate) if model.config.causal else
              masked_pretraining(training, draw, steps, 32, rules.MASK, share, rate))
     for _ in stage:
         if enough(training.step):

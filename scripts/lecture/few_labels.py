@@ -29,18 +29,18 @@ Source. Ouyang et al. 2022, arXiv:2203.02155; Rafailov et al. 2023, arXiv:2305.1
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import reply, rewards_of, stopped_reward_model
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.recipes import reply, rewards_of, stopped_reward_model
 
 import numpy as np
 
-from minilm.early_stopping import keep_best
-from minilm.stages.preference_tuning import preference_tuning, reference_log_probs
-from minilm.stages.rlhf import rlhf
-from minilm.stages.training import Training
-from minilm.world.enumerable import divergence, expectation, optimum
-from minilm.world.frontier import frontier
-from minilm.world.replies import EOS, LONGEST, MODEL, ReplyWorld
+from common.early_stopping import keep_best
+from minilm.stages.dpo import train_dpo, reference_log_probs
+from minilm.stages.rlhf import train_rlhf
+from minilm.stages.train_state import TrainState
+from minilm.exact.enumerable import divergence, expectation, optimum
+from common.frontier import frontier
+from worlds.replies import EOS, LONGEST, MODEL, ReplyWorld
 
 LITTLE, ENOUGH, BETA = 300, 0.5, 0.3
 ENVELOPE = tuple(np.geomspace(5, 0.05, 30))
@@ -62,7 +62,7 @@ def fit_directly(world, model, l, rng, pairs, steps):
         return np.logaddexp(0, -BETA * delta).mean()
 
     rest = [part[fifth:] for part in (prompts, chosen, rejected, *references)]
-    keep_best(preference_tuning(Training(policy, rng), *rest, steps, 64, BETA, 5e-4), policy, held_out_loss)
+    keep_best(train_dpo(TrainState(policy, rng), *rest, steps, 64, BETA, 5e-4), policy, held_out_loss)
     return world.laws(policy)
 
 
@@ -99,7 +99,7 @@ def measure(row, seed, asked, instruct, comparisons, most, rl_steps):
         note("reward model at equal KL", kl, np.interp(kl, *corners(rewards).T))
         if n == LITTLE:
             policy = model.copy()
-            for _ in rlhf(Training(policy, rng), model, world.reward(rewards), world.prompts, rl_steps, 16, 4,
+            for _ in train_rlhf(TrainState(policy, rng), model, world.reward(rewards), world.prompts, rl_steps, 16, 4,
                           LONGEST, EOS, BETA, 2e-3):
                 pass
             note("policy gradient", *place(world.laws(policy)))

@@ -30,14 +30,14 @@ comparisons learn Borda counts, not mean worth).
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import instructed, prefer
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.recipes import instructed, prefer
 
 import numpy as np
 
 from minilm.world.annotators import Annotator
-from minilm.world.enumerable import divergence, expectation, optimum, preference
-from minilm.world.replies import ReplyWorld
+from minilm.exact.enumerable import divergence, expectation, optimum, preference
+from worlds.replies import ReplyWorld
 
 BETA, PAIRS = 0.3, 2000
 GROUPS = ("majority", "minority")

@@ -25,15 +25,15 @@ and smeared keys); Xie et al. 2022, arXiv:2111.02080 (as recognition of a task, 
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import recognise_strings
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.recipes import recognise_strings
 
 import numpy as np
 
-from minilm.attention_maps import attention_weights, induction_scores
-from minilm.stages.pretraining import document_pretraining
-from minilm.stages.training import Training
-from minilm.world import mappings, strings
+from common.attention_maps import attention_weights, induction_scores
+from minilm.stages.pretraining import pretrain_on_documents
+from minilm.stages.train_state import TrainState
+from worlds import mappings, strings
 
 MAPPINGS = {"vocab_size": mappings.VOCABULARY, "width": 64, "layers": 2, "heads": 4}
 STRINGS = {"vocab_size": strings.VOCABULARY, "width": 64, "layers": 3, "heads": 4, "context": 72, "key_smear": True}
@@ -47,7 +47,7 @@ SIZES = {"quick": {"seeds": 3, "mapping_steps": 20, "string_steps": 5, "document
 def learn_to_copy(model, rng, steps, enough):
     """Every 20 steps, on held-out mappings: [step, accuracy after 8 demonstrations, induction score of every head]."""
     course, exam, history = mappings.Curriculum(), mappings.draw_in_rounds(rng, 200, mappings.SYMBOLS), []
-    for step, _ in enumerate(document_pretraining(Training(model, rng), course.draw, steps, 32), 1):
+    for step, _ in enumerate(pretrain_on_documents(TrainState(model, rng), course.draw, steps, 32), 1):
         over = step % 10 == 0 and course.examine(model, rng) > enough and course.in_use == mappings.SYMBOLS
         if step % 20 == 0 or over:
             scores = induction_scores(attention_weights(model, exam[:50]), exam[:50], exam[:50] < mappings.SYMBOLS)

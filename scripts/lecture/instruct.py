@@ -5,7 +5,7 @@ loss on the answer; one model for many tasks replaces one model per task.
 
 Test. A transformer of 105,152 parameters is pretrained on 25,600 lines about one operation each, [reverse]:abc=cba;,
 400 steps of 64 with the loss on the answer. Its instructions will be pairs of operations, [reverse][upper]:abc=CBA;;
-there are 36 (minilm/world/instructions.py). Of each, 355 demonstrations are drawn once, 12,780 in all. Copies of the
+there are 36 (scripts/lecture/worlds/instructions.py). Of each, 355 demonstrations are drawn once, 12,780 in all. Copies of the
 base are finetuned on all of them, with the loss on the answer or on everything, and one model per task on its 355;
 also on a ninth and a third of each task's. The rivals: the base itself, the same finetuning from random weights, the
 models per task. All have the same demonstrations and meet each four times on average, in steps of 64, the models per
@@ -31,16 +31,16 @@ arXiv:2203.02155.
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import follow_single_operations
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.recipes import follow_single_operations
 
 import numpy as np
 
 from minilm.generate import generate
 from minilm.model import Config, Transformer
-from minilm.stages.pretraining import document_pretraining
-from minilm.stages.training import Training
-from minilm.world.instructions import LETTERS, MODEL, TASKS, WORD, documents, single_operations
+from minilm.stages.pretraining import pretrain_on_documents
+from minilm.stages.train_state import TrainState
+from worlds.instructions import LETTERS, MODEL, TASKS, WORD, documents, single_operations
 
 BATCH, OWN_BATCH, PASSES, CHANCE = 64, 16, 4, LETTERS ** -WORD
 MODELS = ONE, EVERYTHING, SCRATCH, OWN = ("one model, loss on the answer", "one model, loss on everything",
@@ -55,8 +55,8 @@ def finetuned(start, rng, tokens, mask, batch):
     def draw(rng, count):
         drawn = rng.integers(len(tokens), size=count)
         return tokens[drawn], mask[drawn]
-    training = Training(start.copy(), rng, weight_decay=0.01)
-    for _ in document_pretraining(training, draw, max(1, PASSES * len(tokens) // batch), batch, 3e-3):
+    training = TrainState(start.copy(), rng, weight_decay=0.01)
+    for _ in pretrain_on_documents(training, draw, max(1, PASSES * len(tokens) // batch), batch, 3e-3):
         pass
     return training.model
 

@@ -31,23 +31,23 @@ et al. 2024, arXiv:2401.01879.
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import instructed, learned_rewards
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.recipes import instructed, learned_rewards
 
 import numpy as np
 
 from minilm import data, evaluate
 from minilm.generate import generate
 from minilm.model import Config, RewardModel, Transformer
-from minilm.stages.instruction_tuning import instruction_tuning
-from minilm.stages.reward_modelling import reward_modelling
-from minilm.stages.rlhf import rlhf
-from minilm.stages.training import Training
+from minilm.stages.sft import train_sft
+from minilm.stages.reward_model import train_reward_model
+from minilm.stages.rlhf import train_rlhf
+from minilm.stages.train_state import TrainState
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, tasks
-from minilm.world.enumerable import best_of_n, divergence, expectation, optimum
+from minilm.exact.enumerable import best_of_n, divergence, expectation, optimum
 from minilm.world.manners import draw_manner, phrase
-from minilm.world.replies import EOS, LONGEST, ReplyWorld
+from worlds.replies import EOS, LONGEST, ReplyWorld
 
 BETAS = tuple(np.geomspace(3, 0.01, 30))
 DRAWS = tuple(2 ** k for k in range(13))
@@ -77,7 +77,7 @@ def short_replies(rng, tuning, comparisons, steps):
     for name, beta in RUNS.items():
         policy = model.copy()
         found[name] = [place(reference)]
-        stage = rlhf(Training(policy, rng, weight_decay=0.0), model, world.reward(learned), world.prompts, steps,
+        stage = train_rlhf(TrainState(policy, rng, weight_decay=0.0), model, world.reward(learned), world.prompts, steps,
                      16, 4, LONGEST, EOS, beta, 2e-3)
         for step, _ in enumerate(stage, 1):
             if step % EVERY == 0:
@@ -96,7 +96,7 @@ def english(rng, comparisons, tuning, steps):
     tokenizer = Tokenizer.train(texts[:2000], WORDS)
     prompts, responses = zip(*[data.encode_dialogue(tokenizer, q.text, answer) for q, answer in zip(shown_to, said)])
     model = Transformer(Config(vocab_size=tokenizer.vocab_size, **ASSISTANT), rng)
-    for _ in instruction_tuning(Training(model, rng), prompts, responses, tuning, 48, 4e-3):
+    for _ in train_sft(TrainState(model, rng), prompts, responses, tuning, 48, 4e-3):
         pass
 
     def encode(asked):
@@ -110,7 +110,7 @@ def english(rng, comparisons, tuning, steps):
     wins = annotators.compare(annotators.draw_annotators(rng), asked, *map(read, pair), rng)
     chosen, rejected = zip(*[(a, b) if first else (b, a) for first, a, b in zip(wins, *pair)])
     reward_model = RewardModel(model.copy(), rng)
-    for _ in reward_modelling(Training(reward_model, rng), encode(asked), chosen, rejected, tuning // 3, 32, 1e-3):
+    for _ in train_reward_model(TrainState(reward_model, rng), encode(asked), chosen, rejected, tuning // 3, 32, 1e-3):
         pass
 
     unlabelled = questions(1000)
@@ -124,7 +124,7 @@ def english(rng, comparisons, tuning, steps):
                                  for prompt, reading in zip(asked, read(answers))]))
             return evaluate.predicted_rewards(reward_model, asked, answers)
 
-        stage = rlhf(Training(policy, rng, weight_decay=0.0), model, reward, encode(unlabelled), steps,
+        stage = train_rlhf(TrainState(policy, rng, weight_decay=0.0), model, reward, encode(unlabelled), steps,
                      16, 4, NEW, tokenizer.eos, beta, 1.5e-3)
         found[name] = [[m["kl_sequence"], m["reward"], gold[-1]] for m in stage]
         examples = unlabelled[:len(TASKS)]

@@ -32,15 +32,15 @@ choice); Allen-Zhu and Li 2023, arXiv:2309.14316 (wordings).
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
 
 import numpy as np
 
 from minilm.model import Config, Transformer
-from minilm.stages.pretraining import document_pretraining
-from minilm.stages.training import Training
+from minilm.stages.pretraining import pretrain_on_documents
+from minilm.stages.train_state import TrainState
 from minilm.tensor import no_grad
-from minilm.world.encyclopedia import (CHOICES, CITY, COUNTRY, EXPOSURES, FILLERS, LETTERS, PLAIN, QUESTION, WORDINGS,
+from worlds.encyclopedia import (CHOICES, CITY, COUNTRY, EXPOSURES, FILLERS, LETTERS, PLAIN, QUESTION, WORDINGS,
                                        FIRST_ENTITY, END, Encyclopedia, padded)
 
 MODEL = {"width": 64, "layers": 3, "heads": 4, "context": 128, "key_smear": True}
@@ -83,8 +83,8 @@ def measure(row, seed, entities, documents, batch, asked):
         exams = count // 4 if training.step > steps // 2 else 0
         return padded(*zip(*[world.exam(rng, some_known(3)) for _ in range(exams)], *drills(count // 2 - exams)))
 
-    training = Training(model, rng)
-    for metrics in document_pretraining(training, lessons, steps, batch):
+    training = TrainState(model, rng)
+    for metrics in pretrain_on_documents(training, lessons, steps, batch):
         if training.step % 100 == 0:
             row.say(f"seed {seed}, step {training.step} of {steps}: loss {metrics['loss']:.2f}")
 

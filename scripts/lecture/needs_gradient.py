@@ -24,15 +24,15 @@ Source. Brown et al. 2020, arXiv:2005.14165 (where few-shot learning struggles);
 
 import sys
 
-from experiment import COLOURS, OUTCOMES, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import recognise_strings
+from common.experiment import COLOURS, OUTCOMES, Conclusion, curve, level, run, shown, spread, verdict
+from common.recipes import recognise_strings
 
 import numpy as np
 
 from minilm.model import Config, Transformer
-from minilm.stages.pretraining import document_pretraining
-from minilm.stages.training import Training
-from minilm.world import strings
+from minilm.stages.pretraining import pretrain_on_documents
+from minilm.stages.train_state import TrainState
+from worlds import strings
 
 CONFIG = {"vocab_size": strings.VOCABULARY, "width": 64, "layers": 3, "heads": 4, "context": 72, "key_smear": True}
 LABELS = (8, 32, 128)
@@ -55,7 +55,7 @@ def accuracy_after(model, rng, task, labels, steps, words_asked):
         return tokens[rows], mask[rows]
 
     found = [strings.right(model, exam).mean()]
-    for step, _ in enumerate(document_pretraining(Training(model, rng), draw, steps, 32, RATE), 1):
+    for step, _ in enumerate(pretrain_on_documents(TrainState(model, rng), draw, steps, 32, RATE), 1):
         if step in AFTER:
             found.append(strings.right(model, exam).mean())
     return found

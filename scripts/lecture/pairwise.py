@@ -27,13 +27,13 @@ Terry 1952.
 import dataclasses
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
 
 import numpy as np
 
 from minilm.world.annotators import Annotator
-from minilm.world.linear import bradley_terry, counts, least_squares
-from minilm.world.replies import ReplyWorld
+from common.linear import bradley_terry, counts, least_squares
+from worlds.replies import ReplyWorld
 
 READ = 240                                      # replies read by all people together
 SPREADS, ANSWERS, RIDGES = (0.0, 0.5, 1.0, 2.0, 3.0), (1, 2, 4, 8, 24), (1.0, 10.0)

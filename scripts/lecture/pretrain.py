@@ -29,19 +29,19 @@ size and tokens).
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
 
 import numpy as np
 
 from minilm.data import make_stream
 from minilm.model import Config, Transformer
-from minilm.stages.pretraining import document_pretraining, pretraining
-from minilm.stages.training import Training
+from minilm.stages.pretraining import pretrain_on_documents, pretraining
+from minilm.stages.train_state import TrainState
 from minilm.tensor import no_grad
 from minilm.tokenizer import Tokenizer
 from minilm.world.corpus import english
-from minilm.world.markov import MarkovSource
-from minilm.world.ngrams import NGram
+from worlds.markov import MarkovSource
+from worlds.ngrams import NGram
 
 WIDTHS = (16, 32, 64)
 LENGTH, BATCH, RATE = 128, 8, 1e-2      # tokens of a window, windows of a step, learning rate
@@ -65,7 +65,7 @@ def chain(rng, steps, held_out):
     stream = source.sample(rng, STRETCHES, BATCH * steps * LENGTH // STRETCHES).reshape(-1)
     tokens = source.sample(rng, 1, held_out)
     floor = -source.log_probs(tokens)[0, HALF - source.order:].mean()
-    return (10, lambda training: document_pretraining(training, draw, steps, BATCH, RATE), stream, tokens[0],
+    return (10, lambda training: pretrain_on_documents(training, draw, steps, BATCH, RATE), stream, tokens[0],
             lambda loss: loss - floor, source.entropy_rate())
 
 
@@ -79,7 +79,7 @@ def prose(rng, steps, held_out):
     stream, tokens = make_stream(tokenizer, read), make_stream(tokenizer, unseen)[:held_out]
     tokens = tokens[:len(tokens) // HALF * HALF]
     size = len(tokenizer.decode(tokens).encode())
-    return (tokenizer.vocab_size, lambda training: pretraining(training, stream, steps, BATCH, LENGTH, RATE), stream,
+    return (tokenizer.vocab_size, lambda training: pretrain(training, stream, steps, BATCH, LENGTH, RATE), stream,
             tokens, lambda loss: loss * len(tokens) / size / np.log(2), None)
 
 
@@ -103,7 +103,7 @@ def measure(row, seed, steps, held_out):
         for width in WIDTHS:
             model = Transformer(Config(vocab_size=vocabulary, width=width, layers=2, context=LENGTH), rng)
             losses = found[f"width {width}"] = []
-            for step, _ in enumerate(stage(Training(model, rng)), start=1):
+            for step, _ in enumerate(stage(TrainState(model, rng)), start=1):
                 if step in checks:
                     losses.append(reported(held_out_loss(model, tokens)))
             row.say(f"seed {seed}, {name}, width {width}: {losses[-1]:.3f} {UNITS[name]}")

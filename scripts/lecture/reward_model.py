@@ -27,15 +27,15 @@ calibration: Guo et al. 2017, arXiv:1706.04599.
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import reply, stopped_reward_model
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.recipes import reply, stopped_reward_model
 
 import numpy as np
 
 from minilm.evaluate import predicted_rewards
 from minilm.ops import stable_sigmoid
-from minilm.world.linear import bradley_terry, counts
-from minilm.world.replies import MODEL, ReplyWorld
+from common.linear import bradley_terry, counts
+from worlds.replies import MODEL, ReplyWorld
 
 COMPARISONS = (30, 100, 300, 1000, 3000)
 FEW = 1000                              # the number that the rule is about

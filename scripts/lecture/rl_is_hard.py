@@ -30,8 +30,8 @@ other details); Ahmadian et al. 2024, arXiv:2402.14740 (leave-one-out).
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import instructed, learned_rewards, prefer
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.recipes import instructed, learned_rewards, prefer
 
 import numpy as np
 
@@ -40,11 +40,11 @@ from minilm.generate import generate
 from minilm.model import Config, Transformer
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
 from minilm.optim import warmup_cosine
-from minilm.stages.rlhf import rlhf
-from minilm.stages.training import Training, optimise, stage
+from minilm.stages.rlhf import train_rlhf
+from minilm.stages.train_state import TrainState, train_step, stage
 from minilm.tensor import no_grad
-from minilm.world.enumerable import expectation, objective, optimum
-from minilm.world.replies import EOS, LONGEST, MODEL, ReplyWorld
+from minilm.exact.enumerable import expectation, objective, optimum
+from worlds.replies import EOS, LONGEST, MODEL, ReplyWorld
 
 BETA, RATE, P, K = 0.3, 2e-3, 16, 4
 ABLATIONS = {"baseline": ("no baseline", "no baseline, rewards + 3"), "KL": ("beta = 0",),
@@ -86,21 +86,21 @@ def wrongly_masked(training, reference, reward, prompts, steps, counts):
             return policy_gradient_loss(policy.log_probs(batch.tokens), A, counted), None
 
         rate = warmup_cosine(training.step, steps, RATE, warmup=min(5, steps // 10 + 1), floor=0.3)
-        metrics, _ = optimise(training, loss, [None], rate, "wrongly masked rlhf")
+        metrics, _ = train_step(training, loss, [None], rate, "wrongly masked rlhf")
         yield {**metrics, **policy_gradient_metrics(rewards, kl, counted),
                "entropy": samples.entropies[samples.mask > 0].mean()}
 
 
 def history_of(name, policy, model, reward, prompts, rng, steps):
     """Train the policy in the run of this name; the metrics of every step."""
-    training = Training(policy, rng, weight_decay=0.0)
+    training = TrainState(policy, rng, weight_decay=0.0)
     if name in COUNTED:
         return list(wrongly_masked(training, model, reward, prompts, steps, COUNTED[name]))
 
     def given(asked, answers):
         return reward(asked, answers) + (RAISED if name in RAISING else 0)
     options = {"beta": BETA, "learning_rate": RATE, **OPTIONS.get(name, {})}
-    return list(rlhf(training, model, given, prompts, steps, P, K, LONGEST, EOS, **options))
+    return list(train_rlhf(training, model, given, prompts, steps, P, K, LONGEST, EOS, **options))
 
 
 def measure(row, seed, tuning, steps):

@@ -24,17 +24,17 @@ Ahmadian et al. 2024, arXiv:2402.14740; best of n: Beirami et al. 2024, arXiv:24
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, run, shown, spread, verdict
-from recipes import instructed, learned_rewards
+from common.experiment import COLOURS, Conclusion, curve, run, shown, spread, verdict
+from common.recipes import instructed, learned_rewards
 
 import numpy as np
 
-from minilm.stages.rlhf import rlhf
-from minilm.stages.training import Training
-from minilm.world.enumerable import (best_of_n, divergence, expectation, objective, objective_gradient, optimum,
+from minilm.stages.rlhf import train_rlhf
+from minilm.stages.train_state import TrainState
+from minilm.exact.enumerable import (best_of_n, divergence, expectation, objective, objective_gradient, optimum,
                                      total_variation)
-from minilm.world.expectations import descend
-from minilm.world.replies import EOS, LONGEST, ReplyWorld
+from minilm.exact.expectations import descend
+from worlds.replies import EOS, LONGEST, ReplyWorld
 
 BETAS, WATCHED = (1.0, 0.5, 0.2, 0.1), 0.2              # WATCHED: the beta whose way to pi* is drawn
 FRONTIER = tuple(np.geomspace(3, 0.05, 40))
@@ -71,7 +71,7 @@ def measure(row, seed, tuning, exact_steps, sampled_steps):
         def sampled():
             policy = model.copy()
             yield world.laws(policy)
-            stage = rlhf(Training(policy, rng, weight_decay=0.0), model, world.reward(learned), world.prompts,
+            stage = train_rlhf(TrainState(policy, rng, weight_decay=0.0), model, world.reward(learned), world.prompts,
                          sampled_steps, 16, 4, LONGEST, EOS, beta, 2e-3)
             for step, _ in enumerate(stage, 1):
                 if step == sampled_steps or beta == WATCHED and step % EVERY == 0:

@@ -26,27 +26,27 @@ pair. The half about cost follows from the numbers of steps, which we chose. Gol
 better optimum: RL stopped before that model was exploited.
 
 Source. Rafailov et al. 2023, arXiv:2305.18290 (DPO; their frontier is figure 2); Xu et al. 2024, arXiv:2404.10719
-(the same question for large models: PPO ahead); the concave hull: minilm/world/frontier.py.
+(the same question for large models: PPO ahead); the concave hull: scripts/lecture/common/frontier.py.
 """
 
 import sys
 import time
 import tracemalloc
 
-from experiment import COLOURS, Conclusion, curve, run, shown, spread, verdict
-from recipes import instructed, rewards_of
+from common.experiment import COLOURS, Conclusion, curve, run, shown, spread, verdict
+from common.recipes import instructed, rewards_of
 
 import numpy as np
 
 from minilm.evaluate import predicted_rewards
 from minilm.model import RewardModel
-from minilm.stages.preference_tuning import preference_tuning, reference_log_probs
-from minilm.stages.reward_modelling import reward_modelling
-from minilm.stages.rlhf import rlhf
-from minilm.stages.training import Training
-from minilm.world.enumerable import best_of_n, divergence, expectation, optimum
-from minilm.world.frontier import frontier
-from minilm.world.replies import EOS, LONGEST, ReplyWorld
+from minilm.stages.dpo import train_dpo, reference_log_probs
+from minilm.stages.reward_model import train_reward_model
+from minilm.stages.rlhf import train_rlhf
+from minilm.stages.train_state import TrainState
+from minilm.exact.enumerable import best_of_n, divergence, expectation, optimum
+from common.frontier import frontier
+from worlds.replies import EOS, LONGEST, ReplyWorld
 
 METHODS = ("RLHF", "DPO")
 LEVELS, DECIDES = (0.25, 0.5, 1.0, 2.0), 1.0            # nats at which frontiers are read; the one of the rule
@@ -73,18 +73,18 @@ def measure(row, seed, tuning, pair_steps, sampling_steps, betas, looks, dpo_rat
 
     def fit(steps):
         reward_model = RewardModel(model.copy(), rng)
-        for _ in reward_modelling(Training(reward_model, rng), *pairs, steps, BATCH, 1e-3):
+        for _ in train_reward_model(TrainState(reward_model, rng), *pairs, steps, BATCH, 1e-3):
             pass
         return reward_model
 
     def reinforced(policy, reward_model, frozen, beta, steps):
         def reward(prompts, responses):
             return predicted_rewards(reward_model, prompts, responses)
-        return rlhf(Training(policy, rng), frozen, reward, world.prompts, steps, PROMPTS, SAMPLES, LONGEST, EOS, beta,
+        return train_rlhf(TrainState(policy, rng), frozen, reward, world.prompts, steps, PROMPTS, SAMPLES, LONGEST, EOS, beta,
                     2e-3)
 
     def directly(policy, log_probs, beta, steps):
-        return preference_tuning(Training(policy, rng), *pairs, *log_probs, steps, BATCH, beta, dpo_rate)
+        return train_dpo(TrainState(policy, rng), *pairs, *log_probs, steps, BATCH, beta, dpo_rate)
 
     # What each needs: memory in its first steps, with all that it must hold; seconds of training, without looking.
     began = time.process_time()

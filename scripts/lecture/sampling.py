@@ -21,14 +21,14 @@ n).
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import instructed
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.recipes import instructed
 
 import numpy as np
 
 from minilm.generate import generate
-from minilm.world.enumerable import best_of_n, entropy, expectation
-from minilm.world.replies import EOS, LONGEST, ReplyWorld
+from minilm.exact.enumerable import best_of_n, entropy, expectation
+from worlds.replies import EOS, LONGEST, ReplyWorld
 
 TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 BEST_OF = (1, 4, 16)

@@ -3,7 +3,7 @@
 Claim. The loss punishes every wrong token alike, and open-ended tasks have no single right answer: likelihood and
 human preference disagree.
 
-Test. Short replies to 9 questions, all 781 possible replies listed (minilm/world/replies.py), so that the loss on
+Test. Short replies to 9 questions, all 781 possible replies listed (scripts/lecture/worlds/replies.py), so that the loss on
 everything that demonstrators write, and the gold reward, are sums. Transformers of 25,632 parameters are instructed on
 4,000 demonstrations, in which a share is altered: "careless" ones give another answer, "harmless" ones say what stands
 before the answer after it and the other way round, which costs no reward. Equal likelihood: half of the demonstrations
@@ -25,19 +25,19 @@ Source. Ouyang et al. 2022, arXiv:2203.02155; Stiennon et al. 2020, arXiv:2009.0
 
 import sys
 
-from experiment import COLOURS, Conclusion, level, run, shown, spread, verdict
+from common.experiment import COLOURS, Conclusion, level, run, shown, spread, verdict
 
 import numpy as np
 
 from minilm import layers
 from minilm.model import Config, Transformer
 from minilm.objectives.sft import sft_loss
-from minilm.stages.instruction_tuning import instruction_tuning
-from minilm.stages.training import Training
+from minilm.stages.sft import train_sft
+from minilm.stages.train_state import TrainState
 from minilm.tensor import Tensor
 from minilm.world.annotators import is_right
-from minilm.world.enumerable import expectation, preference
-from minilm.world.replies import COURTESY, EOS, MODEL, VOCABULARY, WORDS, ReplyWorld
+from minilm.exact.enumerable import expectation, preference
+from worlds.replies import COURTESY, EOS, MODEL, VOCABULARY, WORDS, ReplyWorld
 
 CARELESS, TOLERANCE = 0.5, 0.01
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -66,7 +66,7 @@ def measure(row, seed, steps, bisections):
         rng = np.random.default_rng([seed, 1])
         altered = [alter(reply, rng) if u < share else reply for reply, u in zip(replies, rng.random(len(replies)))]
         model, rng = Transformer(Config(**MODEL), np.random.default_rng([seed, 2])), np.random.default_rng([seed, 3])
-        for _ in instruction_tuning(Training(model, rng), prompts, altered, steps, 64, 3e-3):
+        for _ in train_sft(TrainState(model, rng), prompts, altered, steps, 64, 3e-3):
             pass
         return world.laws(model)
 

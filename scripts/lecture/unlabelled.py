@@ -34,17 +34,17 @@ et al. 2023, arXiv:2305.18290.
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, run, shown, spread, verdict
-from recipes import reply, rewards_of, stopped_reward_model
+from common.experiment import COLOURS, Conclusion, curve, run, shown, spread, verdict
+from common.recipes import reply, rewards_of, stopped_reward_model
 
 import numpy as np
 
-from minilm.stages.preference_tuning import preference_tuning
-from minilm.stages.rlhf import rlhf
-from minilm.stages.training import Training
-from minilm.world.enumerable import divergence, expectation, optimum
-from minilm.world.frontier import frontier
-from minilm.world.replies import EOS, LONGEST, MODEL, ReplyWorld
+from minilm.stages.dpo import train_dpo
+from minilm.stages.rlhf import train_rlhf
+from minilm.stages.train_state import TrainState
+from minilm.exact.enumerable import divergence, expectation, optimum
+from common.frontier import frontier
+from worlds.replies import EOS, LONGEST, MODEL, ReplyWorld
 
 ENVELOPE = tuple(np.geomspace(5, 0.05, 25))
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)    # of the reference: no labels
@@ -77,11 +77,11 @@ def measure(row, seed, asked, instruct, reward_steps, sampling_steps, pair_steps
 
     def reinforced(policy, numbers, beta):
         prompts = [world.prompts[i] for i in numbers]
-        return rlhf(Training(policy, rng), model, world.reward(rewards), prompts, sampling_steps, 16, 4, LONGEST, EOS,
+        return train_rlhf(TrainState(policy, rng), model, world.reward(rewards), prompts, sampling_steps, 16, 4, LONGEST, EOS,
                     beta, 2e-3)
 
     def directly(policy, beta):
-        return preference_tuning(Training(policy, rng), *pairs, *references, pair_steps, 64, beta, 5e-4)
+        return train_dpo(TrainState(policy, rng), *pairs, *references, pair_steps, 64, beta, 5e-4)
 
     def agreement(numbers):
         p, first, second = world.comparisons(l, world.gold, rng, 4000, numbers)

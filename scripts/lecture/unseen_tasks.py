@@ -2,7 +2,7 @@
 
 Claim. Instruction finetuning generalises to tasks not trained on, and more training tasks help.
 
-Test. Instructions [operation on places][map of letters]:word=answer; make 36 tasks (minilm/world/instructions.py). A
+Test. Instructions [operation on places][map of letters]:word=answer; make 36 tasks (scripts/lecture/worlds/instructions.py). A
 transformer of 105,152 parameters is pretrained on 25,600 lines about one operation each, [operation]:word=answer;, 400
 steps of 64 with the loss on the answer. Nine tasks, others with each seed, are held out of the 25 whose two operations
 both change something (11 have [keep] or [same] and are one operation). Copies of that base are finetuned on n = 2, 8,
@@ -30,15 +30,15 @@ al. 2021, arXiv:2112.00114.
 
 import sys
 
-from experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from recipes import follow_single_operations
+from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.recipes import follow_single_operations
 
 import numpy as np
 
 from minilm.generate import generate
-from minilm.stages.pretraining import document_pretraining
-from minilm.stages.training import Training
-from minilm.world.instructions import (LETTERS, MODEL, PROMPT, WORD, coverage, documents, draw_words, nearest,
+from minilm.stages.pretraining import pretrain_on_documents
+from minilm.stages.train_state import TrainState
+from worlds.instructions import (LETTERS, MODEL, PROMPT, WORD, coverage, documents, draw_words, nearest,
                                        split_tasks)
 
 TRAINED = (2, 8, 16, 27)
@@ -50,8 +50,8 @@ SIZES = {"quick": {"seeds": 3, "pretraining": 2, "tokens": 1_500, "asked": 18},
 
 def finetuned(base, rng, draw, steps, batch=BATCH):
     """A copy of the base, trained on what draw(rng, count) gives."""
-    training = Training(base.copy(), rng, weight_decay=0.01)
-    for _ in document_pretraining(training, draw, max(1, steps), batch, 3e-3):
+    training = TrainState(base.copy(), rng, weight_decay=0.01)
+    for _ in pretrain_on_documents(training, draw, max(1, steps), batch, 3e-3):
         pass
     return training.model
 

@@ -1,0 +1,104 @@
+"""The attention kernels: bytes that they move, and on a GPU their time against PyTorch's and plain CuPy's.
+
+    python scripts/bench/attention.py [--lengths 128,1024,8192]
+
+Without a GPU it prints what can be known without one: bytes moved, counted by the formula that the tests hold to the
+emulator's count, against attention with a matrix of scores, and against the least possible. The plan of the kernels'
+tiles is made before: a model makes one for all of its layers.
+"""
+
+import functools
+import sys
+
+import numpy as np
+
+import gpu_measuring as measuring
+from minilm.kernels import attention
+from support.run_folder import main_guard
+
+B, H, G, K = 4, 8, 8, 64
+TOLERANCE = 1e-4
+
+
+def traffic(T, B=B, H=H, G=G, K=K, dtype="float32"):
+    """Bytes of causal attention at length T: {direction: (ours, with a matrix of scores, the least possible)}."""
+    plan, item = attention.batch_plan(np, (B, H, T, K), (B, G, T, K), True), np.dtype(dtype).itemsize
+    forward = sum(map(sum, attention.forward_bytes(plan, H, G, K, dtype).values()))
+    backward = sum(sum(map(sum, operands.values()))
+                   for operands in attention.backward_bytes(plan, H, G, K, dtype).values())
+    queries, keys, scores = B * H * T * K * item, B * G * T * K * item, B * H * T * T * item
+    # With a matrix: the products read their operands and write their results once; softmax and its gradient read and
+    # write the scores, P is kept. S, P; dP, P, dS, which two products read.
+    naive = 2 * queries + 2 * keys + 4 * scores, 4 * queries + 4 * keys + 8 * scores
+    least = 2 * queries + 2 * keys, 4 * queries + 4 * keys
+    return {"forward": (forward, naive[0], least[0]), "backward": (backward, naive[1], least[1])}
+
+
+def print_traffic(lengths):
+    print(f"Bytes moved by causal attention, B {B}, H {H}, K {K}, float32, in MB; counted, if no cache helps:\n\n"
+          "| T | direction | ours | with a matrix of scores | the least | ours / matrix |\n|---|---|---|---|---|---|")
+    for T in lengths:
+        for direction, (ours, naive, least) in traffic(T).items():
+            print(f"| {T} | {direction} | {ours / 1e6:.1f} | {naive / 1e6:.1f} | {least / 1e6:.1f} | {ours / naive:.2f} |")
+
+
+def ours(q, k, v, do, plan):
+    o, lse = attention.batch_forward(q, k, v, plan, K ** -0.5)
+    return o, lambda: attention.batch_backward(q, k, v, o, do, lse, plan, K ** -0.5)
+
+
+def plain(q, k, v, do):
+    """The formula of layers.attention, on CuPy's arrays."""
+    from minilm.layers import attention as layer
+    o, vjp = layer.__wrapped__(q, k, v, True, kernel=False)
+    return o, lambda: vjp(do)
+
+
+def pytorch(backend, q, k, v, do):
+    """A call of PyTorch's scaled_dot_product_attention, by one of its kernels ("math": unfused)."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    leaves, gradient = [torch.from_dlpack(a).requires_grad_() for a in (q, k, v)], torch.from_dlpack(do)
+
+    def call():
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            o = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+        return o, lambda: torch.autograd.grad(o, leaves, gradient, retain_graph=True)
+    return call
+
+
+def both(call):
+    """The output and the gradients."""
+    o, backward = call()
+    return o, *backward()
+
+
+def time_on(cupy, T, ceiling):
+    rng = cupy.random.default_rng(0)
+    q, k, v, do = (rng.standard_normal((B, heads, T, K), dtype=cupy.float32) for heads in (H, G, G, H))
+    plan = attention.batch_plan(cupy, q.shape, k.shape, True)
+    peers = {"minilm": functools.partial(ours, q, k, v, do, plan), "plain CuPy": functools.partial(plain, q, k, v, do)}
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        print("PyTorch: not installed, skipped")
+    else:
+        peers |= {f"torch, {backend.lower()}": pytorch(backend, q, k, v, do)
+                  for backend in ("EFFICIENT_ATTENTION", "MATH")}
+    peers = measuring.those_that_agree(cupy, peers, both, TOLERANCE)
+    moved, pairs = traffic(T), 2 * B * H * K * T * (T + 1) // 2         # operations of one product of the causal half
+    for direction, products in (("forward", 2), ("backward", 5)):
+        print(f"\nT = {T}, {direction}\n\n{measuring.HEADER}")
+        for name, call in peers.items():
+            timed = call if direction == "forward" else call()[1]
+            print(measuring.row(name, measuring.seconds(timed), moved[direction][0] if name == "minilm" else None,
+                                products * pairs, None if name.startswith("torch") else measuring.extra_bytes(cupy, timed),
+                                ceiling), flush=True)
+
+
+def main():
+    measuring.main(__doc__.partition("\n")[0], "--lengths", "128,256,512,1024,2048,4096,8192", print_traffic, time_on, "attention,decode")
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

@@ -1,0 +1,176 @@
+"""Sampling with a cache of keys and values: minilm's generate against Hugging Face's, and a loop in PyTorch.
+
+    python scripts/bench/generate.py [--sizes B1,B32] [--peers hf,torch] [--csv FILE] [--figure FILE]
+
+A Llama of 7 million parameters (V 4096, D 256, L 6, H 4, float32) reads B different prompts of 32 tokens and draws
+64 new ones for each, at temperature 1; nothing ends early. `hf` is generate of transformers, `torch` a loop written
+by hand over the model of torch_llama.py, with a cache allocated once; `-tuned` the same with glibc told to keep freed
+memory. Compared first: the log-probs that minilm gives to what it drew, with those of the others, who are fed it
+token by token through their caches.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import measuring
+from support.run_folder import main_guard
+
+PROMPT, NEW = 32, 64
+CONFIG = {"vocab_size": 4096, "width": 256, "layers": 6, "heads": 4, "context": PROMPT + NEW}
+SIZES = {"B1": 1, "B32": 32, "B128": 128}
+PEERS = {"hf": "transformers", "hf-tuned": "transformers", "torch": "torch", "torch-tuned": "torch"}
+TOLERANCE = 1e-4        # of log-probs in float32, relative to the largest
+
+
+def load_minilm():
+    from minilm.fast import workers
+    from minilm.backend import keep_freed_memory
+    from minilm.generate import generate
+    from minilm.model import Config, Transformer
+    from minilm.tensor import Tensor
+    keep_freed_memory()
+
+    def make(spec):
+        weights, prompts = read(spec)
+        rng = np.random.default_rng(1)
+        model = Transformer(Config(**spec["config"]), rng).over({name: Tensor(a) for name, a in weights.items()})
+        prompts = prompts.tolist()
+
+        def step():
+            return generate(model, prompts, NEW, rng, eos=None, workers=workers.available_cores())
+
+        def check():
+            samples = step()
+            np.save(spec["drawn"], samples.tokens)              # for the others to score
+            return {"log_probs": samples.log_probs, "shape": np.array(samples.tokens.shape)}
+        return step, check
+    return make
+
+
+class Cache:
+    """The keys and values of one layer of torch_llama.Llama, in arrays allocated once."""
+
+    def __init__(self, torch, batch, config):
+        shape = (batch, config["kv_heads"], config["context"], config["head_width"])
+        self.keys, self.values, self.length = torch.empty(shape), torch.empty(shape), 0
+
+    def extend(self, k, v):
+        start, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, start:self.length] = k
+        self.values[:, :, start:self.length] = v
+        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+
+
+def load_torch():
+    import torch
+    from torch_llama import Llama
+
+    def make(spec):
+        weights, prompts = read(spec)
+        model, prompts = Llama(spec["config"]).load(weights).eval(), torch.from_numpy(prompts)
+        caches = [Cache(torch, len(prompts), spec["config"]) for _ in model.blocks]
+
+        def beginning():
+            for cache in caches:
+                cache.length = 0
+            return lambda tokens: model(tokens, caches)[:, -1]
+
+        @torch.inference_mode()
+        def step():
+            next_logits, tokens, drawn = beginning(), prompts, torch.empty(len(prompts), NEW, dtype=torch.int64)
+            for t in range(NEW):
+                cumulative = torch.softmax(next_logits(tokens), -1).cumsum(-1)
+                # Inverse CDF, as in minilm: multinomial draws V random numbers for each token.
+                uniforms = torch.rand(len(prompts), 1) * cumulative[:, -1:]
+                tokens = drawn[:, t:t + 1] = torch.searchsorted(cumulative, uniforms)
+            return drawn
+
+        def check():
+            return {"log_probs": score(torch, spec, prompts, beginning()), "shape": np.array(step().shape)}
+        return step, check
+    return make
+
+
+def load_hf():
+    import torch
+    import transformers
+    from hf_llama import llama
+    transformers.logging.set_verbosity_error()
+
+    def make(spec):
+        weights, prompts = read(spec)
+        model, prompts = llama(spec["config"], weights).eval(), torch.from_numpy(prompts)
+        real = torch.ones_like(prompts)
+        settings = transformers.GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                                                 max_new_tokens=NEW, pad_token_id=0, eos_token_id=None)
+
+        @torch.inference_mode()
+        def step():
+            return model.generate(prompts, attention_mask=real, generation_config=settings)[:, PROMPT:]
+
+        def check():
+            cache = transformers.DynamicCache()
+
+            def next_logits(tokens):
+                return model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            return {"log_probs": score(torch, spec, prompts, next_logits), "shape": np.array(step().shape)}
+        return step, check
+    return make
+
+
+def score(torch, spec, prompts, next_logits):
+    """log pi (B,R) of what minilm drew; next_logits(tokens (B,T)) -> (B,V) remembers what it was given before."""
+    drawn, tokens, log_probs = torch.from_numpy(np.load(spec["drawn"])), prompts, []
+    with torch.inference_mode():
+        for t in range(NEW):
+            predicted = torch.log_softmax(next_logits(tokens), -1)
+            tokens = drawn[:, t:t + 1]
+            log_probs.append(predicted.gather(1, tokens))
+    return torch.cat(log_probs, 1).numpy()
+
+
+LOADERS = {"minilm": load_minilm, "hf": load_hf, "hf-tuned": load_hf, "torch": load_torch, "torch-tuned": load_torch}
+
+
+def read(spec):
+    with np.load(spec["file"]) as file:
+        arrays = dict(file)
+    return arrays, arrays.pop("prompts")
+
+
+def write(folder, size):
+    """Weights and prompts, to a file; returns what the workers are told."""
+    import dataclasses
+
+    from minilm.model import Config, Transformer
+    config, rng = Config(**CONFIG), np.random.default_rng(0)
+    weights = {name: p.data for name, p in Transformer(config, rng).parameters().items()}
+    weights["unembedding"] *= 20            # new models find all tokens about as likely; trained ones do not
+    prompts = rng.integers(config.vocab_size, size=(SIZES[size], PROMPT))
+    np.savez(folder / "weights.npz", prompts=prompts, **weights)
+    return {"file": str(folder / "weights.npz"), "drawn": str(folder / "drawn.npy"),
+            "config": dataclasses.asdict(config)}
+
+
+def main():
+    asked = measuring.arguments(__doc__.partition("\n")[0], SIZES, PEERS)
+    peers = measuring.present(asked.peers, PEERS)
+    print(measuring.machine("torch", "transformers"))
+    rows = []
+    for size in asked.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += measuring.compare("sampling", size, write(Path(folder), size), ["minilm", *peers], {
+                "minilm": measuring.blas_threads(1), "hf-tuned": measuring.KEEP_MEMORY,
+                "torch-tuned": measuring.KEEP_MEMORY}, TOLERANCE, asked.rounds)
+    measuring.finish(asked, rows, f"Sampling {NEW} tokens after {PROMPT}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        measuring.serve(LOADERS[sys.argv[2]], json.loads(sys.argv[3]))
+    else:
+        sys.exit(main_guard(main))

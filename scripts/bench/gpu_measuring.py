@@ -1,0 +1,151 @@
+"""How kernels are timed on a GPU; what bench_attention.py and bench_log_probs.py share.
+
+Results are compared first: what is wrong is not timed. Then CUDA events around each call (cupyx.profiler.benchmark), the
+median of many calls after some to warm up; where a call is short, that is the time that launching its kernels takes.
+Memory is what the call takes from CuPy's pool, its outputs with it, and not known of those who have a pool of their own.
+The ceilings are measured too: a copy for bytes a second, a matrix product of cuBLAS for operations a second.
+"""
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
+from support.run_folder import UsageError  # noqa: E402
+
+REPEATS, WARM_UP = 50, 5
+
+
+def gpu():
+    """CuPy and None, or None and why there is nothing to time with."""
+    if importlib.util.find_spec("cupy") is None:
+        return None, "CuPy is not installed (pip install -e '.[gpu]')"
+    import cupy
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return None, f"no GPU: {error}"
+    return cupy, None
+
+
+def not_timed(reason, rooms):
+    """What can be said of the kernels of these rooms without a GPU, and what cannot."""
+    print(f"\nNot timed: {reason}. What the compiler says of one architecture:\n", flush=True)
+    report = Path(__file__).resolve().parents[1] / "dev" / "kernel_report.py"
+    subprocess.run([sys.executable, report, "--room", rooms, "--arch", "80"])
+
+
+def machine(cupy):
+    """The device and the versions, in one line."""
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    versions = [f"cupy {cupy.__version__}", f"CUDA {cupy.cuda.runtime.runtimeGetVersion()}"]
+    if importlib.util.find_spec("torch"):
+        import torch
+        versions.append(f"torch {torch.__version__}")
+    return f"{properties['name'].decode()}, {', '.join(versions)}"
+
+
+def seconds(call):
+    """Median and quartiles of the time of call() on the device."""
+    from cupyx.profiler import benchmark
+    times = benchmark(call, name="", n_repeat=REPEATS, n_warmup=WARM_UP).gpu_times[0]
+    return np.quantile(times, [0.5, 0.25, 0.75])
+
+
+def extra_bytes(cupy, call):
+    """The most bytes of CuPy's memory pool that call() takes beyond what is taken before."""
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    before = pool.total_bytes()
+    call()
+    cupy.cuda.Device().synchronize()
+    return pool.total_bytes() - before
+
+
+def ceilings(cupy):
+    """Bytes a second of a copy, operations a second of a product in float32 (without TF32)."""
+    a = cupy.ones(1 << 28, cupy.float32)
+    b = cupy.empty_like(a)
+    copied = 2 * a.nbytes / seconds(lambda: cupy.copyto(b, a))[0]
+    x = cupy.ones((8192, 8192), cupy.float32)
+    found = copied, 2 * 8192 ** 3 / seconds(lambda: x @ x)[0]
+    del a, b, x
+    cupy.get_default_memory_pool().free_all_blocks()
+    return found
+
+
+def those_that_agree(cupy, peers, results_of, tolerance):
+    """Of {name: peer}, those whom the device has memory for; the others are named.
+
+    results_of(peer) gives arrays, CuPy's or PyTorch's. Raises ValueError if one differs from the first peer's by more
+    than the tolerance, relative to its largest entry.
+    """
+    reference, fitting = None, {}
+    for name, peer in peers.items():
+        if (results := _if_it_fits(name, lambda: results_of(peer))) is not None:
+            results = [cupy.from_dlpack(a.detach()) if hasattr(a, "detach") else a for a in results]
+            reference = reference or results
+            for i, (a, b) in enumerate(zip(reference, results, strict=True)):
+                error = float(abs(a - b).max() / abs(b).max())
+                if not error <= tolerance:
+                    raise ValueError(f"{name}: result {i} differs from ours by {error:.1e} of its largest entry "
+                                     f"(allowed: {tolerance:.0e}). Nothing was timed.")
+            fitting[name] = peer
+        results = None
+        release(cupy)
+    return fitting
+
+
+def _if_it_fits(name, call):
+    try:
+        return call()
+    except Exception as error:                  # CuPy and PyTorch have a class each
+        if "OutOfMemory" not in type(error).__name__:
+            raise
+        print(f"{name}: does not fit this device")
+        return None
+
+
+def release(cupy):
+    """What CuPy and PyTorch keep for later, so that the next one has it."""
+    cupy.get_default_memory_pool().free_all_blocks()
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
+
+
+def row(name, time, bytes_moved, operations, extra, ceiling):
+    """One line of a table; ceiling: what ceilings() returned."""
+    median, low, high = 1e6 * time
+    cells = [name, f"{median:.0f} us [{low:.0f}, {high:.0f}]"]
+    for amount, most, unit, scale in ((bytes_moved, ceiling[0], "GB/s", 1e9), (operations, ceiling[1], "TFLOP/s", 1e12)):
+        cells.append("" if amount is None else f"{amount / time[0] / scale:.1f} {unit}, {amount / time[0] / most:.0%}")
+    return f"| {' | '.join(cells)} | {'' if extra is None else f'{extra / 2**20:.0f} MB'} |"
+
+
+HEADER = "| | time [quartiles] | bytes, of a copy's | operations, of a product's | memory beside |\n|---|---|---|---|---|"
+
+
+def main(description, option, default, print_traffic, time_on, rooms):
+    """A benchmark of kernels. option: the sizes to try; print_traffic(sizes); time_on(cupy, size, ceilings) on a GPU."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(option, dest="sizes", metavar="N,N", default=default, help="with commas (default: %(default)s)")
+    asked = parser.parse_args().sizes
+    try:
+        sizes = [int(size) for size in asked.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {asked}: numbers with commas between them, please") from None
+    if min(sizes) < 1:
+        raise UsageError(f"{option} {asked}: each must be at least 1")
+    print_traffic(sizes)
+    cupy, reason = gpu()
+    if cupy is None:
+        not_timed(reason, rooms)
+        return
+    ceiling = ceilings(cupy)
+    print(f"\n{machine(cupy)}; a copy {ceiling[0] / 1e9:.0f} GB/s, a product {ceiling[1] / 1e12:.1f} TFLOP/s")
+    for size in sizes:
+        time_on(cupy, size, ceiling)

@@ -1,0 +1,137 @@
+"""The log-prob kernels: bytes that they move, and on a GPU their time against PyTorch's, Liger's and plain CuPy's.
+
+    python scripts/bench/log_probs.py [--vocabularies 4096,50257]
+
+From logits (N,V), forward and backward; and fused with the product that makes the logits, hidden (N,D) times the
+unembedding. Without a GPU it prints what can be known without one: bytes moved, by the formula that the tests hold to
+the emulator's count, against one operation at a time, and against the least possible.
+"""
+
+import sys
+
+import numpy as np
+
+import gpu_measuring as measuring
+from minilm.kernels import log_probs
+from support.run_folder import main_guard
+
+N, D = 4096, 768
+TOLERANCE = 1e-4
+
+
+def traffic(V, N=N, dtype="float32"):
+    """Bytes: {direction: (ours, one operation at a time, the least possible)}."""
+    numbers = N * V * np.dtype(dtype).itemsize
+    # One at a time: max; subtract (read, write); exp (read, write); sum; and for the gradient multiply (read, write).
+    return {"forward": (sum(log_probs.forward_bytes(N, V, dtype)), 6 * numbers, numbers),
+            "backward": (sum(log_probs.backward_bytes(N, V, dtype)), 4 * numbers, 2 * numbers)}
+
+
+def print_traffic(vocabularies):
+    print(f"Bytes moved by log-probs of {N} rows of logits, float32, in MB:\n\n"
+          "| V | direction | ours | one operation at a time | the least | ours / the least |\n|---|---|---|---|---|---|")
+    for V in vocabularies:
+        for direction, (ours, naive, least) in traffic(V).items():
+            print(f"| {V} | {direction} | {ours / 1e6:.1f} | {naive / 1e6:.1f} | {least / 1e6:.1f} | {ours / least:.3f} |")
+
+
+def from_logits(cupy, V):
+    """{peer: call() -> log-probs, backward()}"""
+    rng = cupy.random.default_rng(0)
+    logits, dy = rng.standard_normal((N, V), dtype=cupy.float32), rng.standard_normal(N, dtype=cupy.float32)
+    targets = rng.integers(0, V, N)
+
+    def ours():
+        found, lse, _ = log_probs.forward(logits, targets)
+        return found, lambda: log_probs.backward(logits, targets, lse, dy)
+
+    def plain():
+        z = logits - logits.max(axis=1, keepdims=True)
+        total = cupy.exp(z).sum(axis=1, keepdims=True)
+        rows = cupy.arange(N)
+
+        def backward():
+            dlogits = cupy.exp(z) * (-dy[:, None] / total)
+            dlogits[rows, targets] += dy
+            return dlogits
+        return (z[rows, targets] - cupy.log(total[:, 0])), backward
+
+    peers = {"minilm": ours, "plain CuPy": plain}
+    try:
+        import torch
+        leaf = torch.from_dlpack(logits).detach().requires_grad_()
+        their_targets, their_dy = torch.from_dlpack(targets), torch.from_dlpack(dy)
+
+        def pytorch():
+            found = -torch.nn.functional.cross_entropy(leaf, their_targets, reduction="none")
+            return found, lambda: torch.autograd.grad(found, leaf, their_dy, retain_graph=True)[0]
+        peers["torch"] = pytorch
+        # Liger's own cross entropy overwrites its logits with the gradient of the mean: not this function.
+    except ImportError:
+        print("PyTorch: not installed, skipped")
+    return peers
+
+
+def from_hidden(cupy, V):
+    """The same with the product that makes the logits, the loss their mean: what training does. {peer: call()}"""
+    rng = cupy.random.default_rng(1)
+    hidden = rng.standard_normal((N, D), dtype=cupy.float32)
+    unembedding = rng.standard_normal((V, D), dtype=cupy.float32) * cupy.float32(D ** -0.5)
+    targets, dy = rng.integers(0, V, N), cupy.full(N, -1 / N, cupy.float32)
+
+    def ours():
+        _, lse, _, logits = log_probs.linear_forward(hidden, unembedding, targets)
+        return log_probs.linear_backward(hidden, unembedding, targets, lse, dy, logits)
+
+    def pytorch(loss):
+        import torch
+        leaves = [torch.from_dlpack(a).detach().requires_grad_() for a in (hidden, unembedding)]
+        their_targets = torch.from_dlpack(targets)
+        return lambda: torch.autograd.grad(loss(*leaves, their_targets), leaves)
+
+    peers = {"minilm": ours}
+    try:
+        import torch
+        peers["torch"] = pytorch(lambda h, u, y: torch.nn.functional.cross_entropy(h @ u.T, y))
+    except ImportError:
+        print("PyTorch: not installed, skipped")
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        peers["Liger"] = pytorch(lambda h, u, y: LigerFusedLinearCrossEntropyLoss()(u, h, y))
+    except ImportError:
+        print("Liger: not installed, skipped (pip install liger-kernel)")
+    return peers
+
+
+def extra(cupy, name, call):
+    """Bytes, of those who take them from CuPy's pool."""
+    return measuring.extra_bytes(cupy, call) if name in ("minilm", "plain CuPy") else None
+
+
+def both(call):
+    """The log-probs and the gradient."""
+    found, backward = call()
+    return found, backward()
+
+
+def time_on(cupy, V, ceiling):
+    peers, moved = from_logits(cupy, V), traffic(V)
+    peers = measuring.those_that_agree(cupy, peers, both, TOLERANCE)
+    for direction in moved:
+        print(f"\nV = {V}, from logits, {direction}\n\n{measuring.HEADER}")
+        for name, call in peers.items():
+            timed = call if direction == "forward" else call()[1]
+            print(measuring.row(name, measuring.seconds(timed), moved[direction][0] if name == "minilm" else None, None,
+                                extra(cupy, name, timed), ceiling), flush=True)
+    peers = measuring.those_that_agree(cupy, from_hidden(cupy, V), lambda call: call(), TOLERANCE)
+    print(f"\nV = {V}, with the product, forward and backward\n\n{measuring.HEADER}")
+    for name, call in peers.items():
+        print(measuring.row(name, measuring.seconds(call), None, 6 * N * V * D, extra(cupy, name, call), ceiling), flush=True)
+
+
+def main():
+    measuring.main(__doc__.partition("\n")[0], "--vocabularies", "4096,50257,151936", print_traffic, time_on, "log_probs")
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

@@ -1,0 +1,374 @@
+"""How everything is timed here; what the bench_*.py scripts share.
+
+Each library runs in a process of its own, on the same weights and the same tokens. First their results are
+compared: what is wrong is not timed. Then they take turns, round after round. A turn is a number of steps
+that takes about as long for everybody, and its median counts; a round in which the machine was busy with
+something else during a turn is dropped. Reported is ours over the peer's within a round: the median
+of the rounds, and their quartiles. Below 1 we are faster.
+
+Memory is the most that was ever resident (the system's VmHWM), less what importing the library took, and what the
+processes that a library forks have for themselves.
+
+The same script, started again as `--worker`, does the work (serve).
+"""
+
+import argparse
+import csv
+import functools
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import platform
+import select
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from minilm import checkpoint
+from minilm.objectives.sft import sft_loss
+from minilm.stages.train_state import TrainState, train_step, split, stage
+sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
+from support.run_folder import UsageError  # noqa: E402
+
+HEADER = ["work", "size", "peer", "time_ratio", "time_ratio_low", "time_ratio_high", "memory_ratio"]
+TURN = 0.6              # seconds, about
+OTHERS = 0.1            # of all cores: what other processes may take in a turn for its round to count
+# glibc told to keep what was freed: the fair bar for those who allocate much (and what minilm asks for itself).
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_TOP_PAD_": str(1 << 26),
+               "MALLOC_ARENA_MAX": "1"}
+
+
+def blas_threads(count):
+    """The environment in which NumPy's BLAS has so many threads: 1 for minilm, whose workers are processes."""
+    return dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), str(count))
+
+
+# The training step that several scripts time.
+
+#        V, D, L, H, T, B
+SIZES = {"XS": (128, 64, 2, 4, 64, 16), "S": (512, 128, 4, 4, 128, 16), "M": (4096, 384, 6, 6, 256, 4),
+         "G": (50257, 768, 12, 12, 256, 2)}
+
+
+@stage
+def training_steps(training, tokens, learning_rate=1e-3, clip=1.0):
+    """minilm's steps on windows of tokens (B,T+1), without end. Yields the loss."""
+    parts, total = [tokens[part] for part in split(len(tokens), training.workers)], tokens[:, 1:].size
+
+    def loss(model, part):
+        return sft_loss(model.log_probs(part), np.ones(part[:, 1:].shape), total=total), None
+
+    while True:
+        yield train_step(training, loss, parts, learning_rate, "benchmark", clip)[0]["loss"]
+
+
+def load_step():
+    """For serve(): the training step alone, of random weights and tokens. spec: its "shape" (as in SIZES) and "workers"."""
+    from minilm.backend import keep_freed_memory
+    from minilm.model import Config, Transformer
+    keep_freed_memory()
+
+    def make(spec):
+        (V, D, L, H, T, B), rng = spec["shape"], np.random.default_rng(0)
+        model = Transformer(Config(vocab_size=V, width=D, layers=L, heads=H, context=T), rng)
+        training, tokens = TrainState(model, rng, spec["workers"]), rng.integers(V, size=(B, T + 1))
+        return (functools.partial(next, training_steps(training, tokens)),
+                lambda: {"loss": next(training_steps(training, tokens, learning_rate=0.0))})
+    return make
+
+
+# A worker.
+
+def peak_memory():
+    """The most bytes that this process ever had resident."""
+    with open("/proc/self/status") as status:
+        return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+
+
+def of_process(pid, what):
+    """The text of that file of /proc; nothing where the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/{what}").read_text()
+    except OSError:
+        return ""
+
+
+def children(pid):
+    return of_process(pid, f"task/{pid}/children").split()
+
+
+def private_memory(pid):
+    """The bytes resident in a process that no other has too."""
+    return 1024 * sum(int(line.split()[1]) for line in of_process(pid, "smaps_rollup").splitlines()
+                      if line.startswith("Private_"))
+
+
+def serve(load, spec):
+    """In a process of its own: load() imports, and returns make(spec) -> (step, check).
+
+    step()   does the work once, and returns nothing in particular
+    check()  arrays by name, to be compared with those of the others: computed once, before any step
+    """
+    make = load()
+    base = peak_memory()
+    step, check = make(spec)
+    with tempfile.NamedTemporaryFile(suffix=".npz", delete=False) as file:
+        np.savez(file, **check())
+    answer(results=file.name, base=base)
+    for line in sys.stdin:
+        times = []
+        for _ in range(int(line)):
+            began = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - began)
+        answer(times=times, peak=peak_memory())
+
+
+def answer(**message):
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+class Worker:
+    """The other end."""
+
+    def __init__(self, name, spec, environment):
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, sys.argv[0], "--worker", name, json.dumps(spec)], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **environment})
+        message = self._read()
+        self.base, self.helpers = message["base"], 0
+        with np.load(message["results"]) as results:
+            self.results = dict(results)
+        os.unlink(message["results"])
+
+    def run(self, steps, watched=False):
+        """The times of so many steps, in seconds. watched: look again and again what memory its helpers have."""
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        while watched and not select.select([self.process.stdout], [], [], 0.02)[0]:
+            self.helpers = max(self.helpers, sum(map(private_memory, children(self.process.pid))))
+        message = self._read()
+        self.memory = message["peak"] - self.base + self.helpers
+        return message["times"]
+
+    def ticks(self):
+        """The processor time that it and its helpers, those that ended too, have had, in the system's ticks."""
+        return sum(sum(map(int, text.rpartition(")")[2].split()[11:15])) for text in
+                   (of_process(pid, "stat") for pid in (self.process.pid, *children(self.process.pid))))
+
+    def _read(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise UsageError(f"{self.name} ended with exit status {self.process.wait()}; its error is above")
+        return json.loads(line)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# Taking turns.
+
+def busy_ticks():
+    """(busy, all) of all cores since the system started, in its ticks; (0, 0) where it does not say."""
+    try:
+        with open("/proc/stat") as stat:
+            ticks = [int(n) for n in stat.readline().split()[1:9]]
+    except OSError:
+        return 0, 0
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
+def wait_until_quiet(patience=3.0):
+    """Until whoever had the last turn has let go of the cores: threads of BLAS and OpenMP go on spinning for a while."""
+    deadline, share = time.monotonic() + patience, 1.0
+    while share > OTHERS and time.monotonic() < deadline:
+        busy, everything = busy_ticks()
+        time.sleep(0.05)
+        busy, everything = (now - then for now, then in zip(busy_ticks(), (busy, everything)))
+        share = busy / max(1, everything)
+
+
+def turn_of(worker, steps):
+    """The median of its steps in seconds, and the share of all cores that others than the worker took meanwhile."""
+    wait_until_quiet()
+    (busy, everything), own = busy_ticks(), worker.ticks()
+    seconds = statistics.median(worker.run(steps))
+    own, (busy_now, everything_now) = worker.ticks() - own, busy_ticks()
+    return seconds, (busy_now - busy - own) / max(1, everything_now - everything)
+
+
+def take_turns(workers, rounds, turn):
+    """Medians (rounds, workers) in seconds, and which rounds were undisturbed (rounds,)."""
+    warm = [worker.run(2, watched=True) for worker in workers]
+    steps = [max(1, round(turn / min(times))) for times in warm]
+    medians, undisturbed = np.empty((rounds, len(workers))), np.ones(rounds, bool)
+    for i in range(rounds):
+        for j, worker in enumerate(workers):
+            medians[i, j], others = turn_of(worker, steps[j])
+            undisturbed[i] &= others <= OTHERS
+        print(f"  round {i + 1}/{rounds}: " + ", ".join(
+            f"{worker.name} {1e3 * t:.1f} ms" for worker, t in zip(workers, medians[i]))
+            + ("" if undisturbed[i] else " (disturbed)"), file=sys.stderr, flush=True)
+    return medians, undisturbed
+
+
+def counted(medians, undisturbed):
+    """The rounds that count: the undisturbed ones, unless they are too few."""
+    enough = undisturbed.sum() >= 3
+    if not undisturbed.all():
+        print(f"  {undisturbed.sum()} of {len(undisturbed)} rounds undisturbed"
+              + ("" if enough else "; too few, so all are kept: read them with care"), flush=True)
+    return medians[undisturbed] if enough else medians
+
+
+def alone(name, spec, environment, rounds, turn=TURN):
+    """The time of a step in seconds and the peak memory in bytes, of a worker that is compared with nobody."""
+    worker = Worker(name, spec, environment)
+    try:
+        medians, undisturbed = take_turns([worker], rounds, turn)
+    finally:
+        worker.close()
+    return float(np.median(counted(medians, undisturbed))), worker.memory
+
+
+def compare(work, size, spec, names, environments, tolerance, rounds, turn=TURN):
+    """Rows for the table: the first of names is ours, and is compared with each of the others."""
+    workers = []
+    try:
+        for name in names:
+            workers.append(Worker(name, spec, environments.get(name, {})))
+            check_results(workers[0], workers[-1], tolerance)
+        medians, undisturbed = take_turns(workers, rounds, turn)
+    finally:
+        for worker in workers:
+            worker.close()
+    kept = counted(medians, undisturbed)
+    rows = []
+    for j, worker in enumerate(workers[1:], start=1):
+        low, middle, high = np.quantile(kept[:, 0] / kept[:, j], [0.25, 0.5, 0.75])
+        rows.append({"work": work, "size": size, "peer": worker.name, "time_ratio": middle, "time_ratio_low": low,
+                     "time_ratio_high": high, "memory_ratio": workers[0].memory / worker.memory,
+                     "ours_ms": 1e3 * np.median(kept[:, 0]), "theirs_ms": 1e3 * np.median(kept[:, j]),
+                     "ours_mb": workers[0].memory / 2**20, "theirs_mb": worker.memory / 2**20})
+    return rows
+
+
+def check_results(ours, theirs, tolerance):
+    """Raises UsageError if an array differs by more than tolerance, relative to its largest entry."""
+    for name in sorted(ours.results.keys() | theirs.results.keys()):
+        if name not in ours.results or name not in theirs.results:
+            raise UsageError(f"{ours.name} and {theirs.name} do not compute the same: only one has {name}")
+        a, b = ours.results[name], theirs.results[name]
+        error = np.abs(a - b).max() / np.abs(b).max()
+        if not error <= tolerance:
+            raise UsageError(f"{ours.name} and {theirs.name} do not compute the same: {name} differs by {error:.1e} "
+                             f"of its largest entry (allowed: {tolerance:.0e}). Nothing was timed.")
+
+
+# What comes of it.
+
+def machine(*packages):
+    """What it ran on, in one line."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", *packages) if installed(name)]
+    return f"{os.cpu_count()} cores, {model}, Python {platform.python_version()}, {', '.join(versions)}"
+
+
+def installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def present(names, packages):
+    """Those of the peers whose package is installed; the others are named."""
+    absent = [name for name in names if not installed(packages[name])]
+    for name in absent:
+        print(f"{name}: not installed, skipped (pip install -e '.[bench]')")
+    return [name for name in names if name not in absent]
+
+
+def table(rows):
+    lines = ["| work | size | against | time, ours / theirs | quartiles | memory | ours | theirs |",
+             "|---|---|---|---|---|---|---|---|"]
+    for r in rows:
+        lines.append(f"| {r['work']} | {r['size']} | {r['peer']} | {r['time_ratio']:.2f} | {r['time_ratio_low']:.2f} to "
+                     f"{r['time_ratio_high']:.2f} | {r['memory_ratio']:.2f} | {r['ours_ms']:.1f} ms, {r['ours_mb']:.0f} MB "
+                     f"| {r['theirs_ms']:.1f} ms, {r['theirs_mb']:.0f} MB |")
+    return "\n".join(lines)
+
+
+def write_csv(path, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, HEADER, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, **{k: f"{row[k]:.4f}" for k in HEADER[3:]}} for row in rows)
+    checkpoint.write_text(Path(path), text.getvalue())
+
+
+def draw(path, rows, title):
+    """The ratios, one row each, on a logarithmic axis; left of 1 we are faster."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 1.2 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for i, r in enumerate(reversed(rows)):
+        colour = "#0b5fa5" if r["time_ratio"] <= 1 else "#c4570c"
+        axes.plot([r["time_ratio_low"], r["time_ratio_high"]], [i, i], color=colour, linewidth=3, alpha=0.5)
+        axes.plot(r["time_ratio"], i, "o", color=colour)
+        axes.plot(r["memory_ratio"], i, "s", color="#8a8a8a", markerfacecolor="none")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    ticks = [t for t in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10) if np.prod(np.sign(t - np.array(axes.get_xlim()))) < 0]
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    parts = ["work", "size", "peer"] if len({r["work"] for r in rows}) > 1 else ["size", "peer"]
+    axes.set_yticks(range(len(rows)), [", ".join(r[part] for part in parts) for r in reversed(rows)])
+    figure.supxlabel("minilm / the other: time (filled, bar: quartiles), peak memory (square). Left of 1 we win",
+                     fontsize=10)
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def finish(asked, rows, title):
+    """The whole table; the CSV and the figure, if they were asked for."""
+    print("\n" + table(rows))
+    if asked.csv:
+        write_csv(asked.csv, rows)
+    if asked.figure:
+        draw(asked.figure, rows, title)
+
+
+def arguments(description, sizes, peers, works=(), unasked=()):
+    """unasked: sizes that are there only for those who name them."""
+    parser = argparse.ArgumentParser(description=description)
+    if works:
+        parser.add_argument("--works", default=",".join(works), help="with commas (default: %(default)s)")
+    parser.add_argument("--sizes", default=",".join(size for size in sizes if size not in unasked),
+                        help="of the work, with commas (default: %(default)s)")
+    parser.add_argument("--peers", default=",".join(peers), help="with commas (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="of turns (default: %(default)s)")
+    parser.add_argument("--csv", metavar="FILE", help="write the ratios there")
+    parser.add_argument("--figure", metavar="FILE", help="draw them there (PNG)")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    asked.sizes, asked.peers = asked.sizes.split(","), asked.peers.split(",")
+    asked.works = asked.works.split(",") if works else []
+    for kind, given, known in (("work", asked.works, works), ("size", asked.sizes, sizes),
+                               ("peer", asked.peers, peers)):
+        if unknown := set(given) - set(known):
+            raise UsageError(f"no {kind} {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if asked.rounds < 1:
+        raise UsageError(f"--rounds {asked.rounds} must be at least 1")
+    return asked

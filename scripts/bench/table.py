@@ -1,0 +1,119 @@
+"""Every goal of speed and memory beside what was measured: runs the benchmarks, and prints the README's table.
+
+    python scripts/bench/table.py FOLDER [--print] [--figure FILE]
+
+Runs train, objectives, generate, gemm and scaling, each with all its sizes and peers,
+one after the other on a machine that should have nothing else to do (about 40 minutes). What each found goes to
+FOLDER, and a benchmark that is there is not run again. --print runs nothing, and prints what there is.
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import measuring
+from minilm import checkpoint
+from support.run_folder import UsageError, main_guard
+
+SCRIPTS = Path(__file__).resolve().parent
+RUNS = {"train": ("train", "--rounds", "7"), "generate": ("generate", "--rounds", "7"),
+        "objectives": ("objectives", "--sizes", "8M", "--rounds", "7"), "gemm": ("gemm", "--rounds", "7"),
+        "scaling": ("scaling",), "objectives-135M": ("objectives", "--sizes", "135M", "--rounds", "3")}
+
+# work, against, (time, memory) by size: ours over theirs is to be no more than this.
+GOALS = [
+    ("training step", "torch", {"XS": (0.8, 0.6), "S": (1.0, 0.6), "M": (1.0, 0.6), "G": (1.0, 0.6)}),
+    ("training step", "compile", dict.fromkeys(["XS", "S", "M", "G"], (1.0, 0.6))),
+    ("training step", "autograd", dict.fromkeys(["XS", "S", "M", "G"], (0.3, 0.4))),
+    ("training step", "autograd-tuned", dict.fromkeys(["XS", "S", "M", "G"], (0.55, 0.4))),
+    ("training step", "its products alone", dict.fromkeys(["M", "G"], (1 / 0.75, None))),
+    ("SFT step", "trl", dict.fromkeys(["8M", "135M"], (0.5, 0.4))),
+    ("SFT step", "trl-best", dict.fromkeys(["8M", "135M"], (0.9, 0.5))),
+    ("DPO step", "trl", dict.fromkeys(["8M", "135M"], (0.4, 0.4))),
+    ("DPO step", "trl-best", dict.fromkeys(["8M", "135M"], (0.7, 0.4))),
+    ("RLOO step", "trl", dict.fromkeys(["8M", "135M"], (0.35, 0.4))),
+    ("RLOO step", "trl-best", dict.fromkeys(["8M", "135M"], (0.5, 0.4))),
+    ("sampling", "hf", {"B1": (0.2, 0.5), "B32": (0.35, 0.5), "B128": (0.5, 0.5)}),
+    ("sampling", "torch", {"B1": (0.6, None), "B32": (0.8, None), "B128": (0.9, None)}),
+]
+EXPONENTS = {"time_exponent": 1.5, "memory_exponent": 1.0}      # of T at a fixed number of tokens
+
+
+def run(folder):
+    """What is not in the folder yet; each benchmark writes its file when it is through."""
+    folder.mkdir(parents=True, exist_ok=True)
+    packages = ("torch", "transformers", "trl", "autograd")
+    checkpoint.write_text(folder / "machine.txt", measuring.machine(*packages))
+    for name, (script, *options) in RUNS.items():
+        if not (folder / f"{name}.csv").exists():
+            print(f"bench/{script}.py {' '.join(options)}", flush=True)
+            ended = subprocess.run([sys.executable, SCRIPTS / f"{script}.py", *options,
+                                    "--csv", folder / f"{name}.csv"])
+            if ended.returncode:
+                print(f"bench/{script}.py ended with exit status {ended.returncode}: its rows stay empty")
+
+
+def read(path):
+    """The rows of a CSV file; none if it is not there."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def measured(folder):
+    """{(work, size, peer): row} of all comparisons, figures as floats."""
+    rows = [row for name in RUNS if name != "scaling" for row in read(folder / f"{name}.csv")]
+    for row in rows:
+        row.update({key: float(row[key]) for key in measuring.HEADER[3:]})
+    return {(row["work"], row["size"], row["peer"]): row for row in rows}
+
+
+def verdict(value, goal):
+    return "" if goal is None else "yes" if value <= goal else "**no**"
+
+
+def table(found, scaling):
+    lines = ["| work | size | against | time, ours / theirs [quartiles] | goal | met | memory | goal | met |",
+             "|---" * 9 + "|"]
+    for work, peer, sizes in GOALS:
+        for size, (time, memory) in sizes.items():
+            row = found.get((work, size, peer))
+            if row is None:
+                lines.append(f"| {work} | {size} | {peer} | not measured | {time:.2f} | | | | |")
+                continue
+            of_memory = "" if memory is None else f"{row['memory_ratio']:.2f}"
+            lines.append(
+                f"| {work} | {size} | {peer} | {row['time_ratio']:.2f} [{row['time_ratio_low']:.2f}, "
+                f"{row['time_ratio_high']:.2f}] | {time:.2f} | {verdict(row['time_ratio'], time)} | {of_memory} "
+                f"| {'' if memory is None else memory} | {verdict(row['memory_ratio'], memory)} |")
+    for row in [row for row in scaling if row["variable"] == "T"][-1:]:
+        for key, goal in EXPONENTS.items():
+            what, value = key.partition("_")[0], float(row[key])
+            lines.append(f"| {what} of a step of 8192 tokens | T to {row['value']} | | T^{value:.2f} | T^{goal:.1f} "
+                         f"| {verdict(value, goal)} | | | |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="of the results")
+    parser.add_argument("--print", action="store_true", help="only print what is there")
+    parser.add_argument("--figure", metavar="FILE", help="draw the comparisons there (PNG)")
+    asked = parser.parse_args()
+    if not asked.print:
+        run(asked.folder)
+    found, scaling = measured(asked.folder), read(asked.folder / "scaling.csv")
+    if not found:
+        raise UsageError(f"nothing in {asked.folder}; without --print the benchmarks are run")
+    print("\n" + table(found, scaling) + "\n")
+    print((asked.folder / "machine.txt").read_text() if (asked.folder / "machine.txt").exists() else
+          "The machine was not recorded.")
+    if asked.figure:
+        measuring.draw(asked.figure, list(found.values()), "minilm against its peers")
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

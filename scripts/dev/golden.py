@@ -1,0 +1,358 @@
+"""Golden vectors: inputs, losses, gradients and metrics to hold another implementation against.
+
+    python scripts/dev/golden.py [--out DIR] [--seed N] [--size small|large]
+
+writes an .npz for each of CASES, and index.json: what each of them computes, and on these terms:
+
+arrays: Inputs have the names of the function's arguments. `loss` is a scalar result, `output` an array. dNAME is the
+    gradient with respect to the input NAME: of loss, or of sum(output * doutput), where doutput is an input.
+    What has no dNAME (references, masks, old log-probs, advantages) is a constant. metrics/NAME is a number.
+numbers: Floating-point inputs are multiples of 1/256, and so exact in float32 too, or NaN (cases ..._masked_nan: NaN
+    outside the mask, of which nothing may come). Cases ..._extreme: logits or arguments of log_sigmoid of about 1000.
+letters: B batch, T tokens, V vocabulary, D width, H query heads, G key/value heads, K head width, F hidden width of
+    the feed-forward. Of samples there are K for each of P prompts, and N = P K in all, prompt by prompt.
+log-probs: Natural logarithms, of tokens (B,T), or summed over a response (B,) and not averaged.
+mask: True on the response and its EOS, False on prompt and padding. Select with it, do not multiply.
+shift: Logits at t score token t+1. Arguments come aligned and functions do not shift, but for `transformer`, whose
+    log_probs (B,T-1) belong to tokens[:, 1:] and mask[:, 1:].
+normalisation: SFT: by the tokens selected in the whole accumulation window. Other losses: by responses, or by pairs.
+weights: Used as x @ W, which is the transpose of nn.Linear's; no biases. embedding and unembedding are (V,D).
+qkv: Columns are H query heads, G key heads, G value heads, of K each. Query head h reads key/value head h // (H/G).
+gate_up: Columns are the gate (F), then the up-projection (F).
+rope: Pair i turns by position * base^(-2i/K), positions from 0. Pairing half: (i, i + K/2), Llama in Hugging Face
+    form; interleaved: (2i, 2i + 1), the paper.
+
+tests/golden/ is the small set of seed 0. Checked in tests/test_golden.py.
+"""
+import argparse
+import inspect
+import json
+import pathlib
+import sys
+from pathlib import Path
+import types
+import typing
+from functools import partial
+
+import numpy as np
+
+from minilm import checkpoint, layers
+from minilm.model import Config, Transformer
+from minilm.objectives import dpo, kl, policy_gradient, reward, sft
+from minilm.optim import AdamW
+from minilm.tensor import Tensor
+sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
+from support.run_folder import UsageError, main_guard  # noqa: E402
+
+FORMAT, INDEX = {"format": "minilm golden vectors", "version": 1}, "index.json"
+CONVENTIONS = dict(line.split(": ", 1) for line in __doc__.split("\n\n")[3].replace("\n    ", " ").splitlines())
+TOLERANCE = {"error": "max|yours - ours| / max(max|ours|, 1e-3), of each array", "float64": 1e-10, "float32": 1e-4}
+SIZES = {"small": types.SimpleNamespace(B=4, T=6, P=2, K=3, V=9, D=6, H=4, head=4, F=5),
+         "large": types.SimpleNamespace(B=16, T=64, P=8, K=4, V=500, D=48, H=8, head=16, F=80)}
+
+
+# Recipes for inputs: each takes a Generator and the sizes; a function picks its arguments from what comes back.
+
+def normal(rng, *shape, mean=0.0, scale=1.0):
+    return np.round((mean + scale * rng.normal(size=shape)) * 256) / 256
+
+
+def log_probabilities(rng, *shape):
+    return -0.75 - np.abs(normal(rng, *shape))
+
+
+def spans(rng, N, T):
+    """Prompt, response, padding: True on the response. Row 0 has no padding, row 1 responds with an EOS alone."""
+    start = rng.integers(1, T // 2, size=N)
+    end = rng.integers(start + 1, T + 1)
+    end[:2] = T, start[1] + 1
+    return (start[:, None] <= np.arange(T)) & (np.arange(T) < end[:, None])
+
+
+def responses(rng, n):
+    log_probs, targets, guesses = log_probabilities(rng, n.B, n.T), *rng.integers(n.V, size=(2, n.B, n.T))
+    return {"log_probs": log_probs, "mask": spans(rng, n.B, n.T), "entropies": np.abs(normal(rng, n.B, n.T)),
+            "policy": log_probs, "reference": log_probs + normal(rng, n.B, n.T),
+            "targets": targets, "predictions": np.where(rng.random(targets.shape) < 0.5, targets, guesses)}
+
+
+def comparisons(rng, n, scale=1.0):
+    """The last two rewards are equal."""
+    chosen, rejected = scale * normal(rng, 2, n.B)
+    rejected[-1] = chosen[-1]
+    return {"chosen_rewards": chosen, "rejected_rewards": rejected, "margin": np.abs(normal(rng, n.B))}
+
+
+def pairs(rng, n, scale=4.0):
+    """Policy and reference agree on the last pair."""
+    chosen, rejected = scale * log_probabilities(rng, 2, n.B)
+    from_chosen, from_rejected = scale * normal(rng, 2, n.B, scale=0.5) * (np.arange(n.B) < n.B - 1)
+    chosen_lengths, rejected_lengths = rng.integers(1, n.T + 1, size=(2, n.B))
+    return {"policy_chosen": chosen, "policy_rejected": rejected,
+            "reference_chosen": chosen + from_chosen, "reference_rejected": rejected + from_rejected,
+            "chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths,
+            "policy": chosen, "reference": chosen + from_chosen}
+
+
+def samples(rng, n, by_token=False):
+    """Ratios of the first tokens within the clip, above, below, above, below, within it; of six advantages the first
+    three are positive. All samples of the last prompt got the same reward."""
+    N, mask = n.P * n.K, spans(rng, n.P * n.K, n.T)
+    drift = 0.4 * np.resize([0, 1, -1, 1, -1, 0], (N, 1)) * (mask & (mask.cumsum(axis=1) == 1))
+    old, advantages = log_probabilities(rng, N, n.T), 0.25 + np.abs(normal(rng, N))
+    rewards = normal(rng, n.P, n.K) * (np.arange(n.P) < n.P - 1)[:, None]
+    return {"log_probs": old + normal(rng, N, n.T, mean=drift, scale=0.03), "old_log_probs": old, "mask": mask,
+            "advantages": normal(rng, N, n.T) if by_token else advantages * np.resize([1, 1, 1, -1, -1, -1], N),
+            "rewards": rewards, "kl": normal(rng, n.P, n.K), "entropies": np.abs(normal(rng, N, n.T))}
+
+
+def groups(rng, n):
+    return {"rewards": normal(rng, n.P, n.K), "token_kl": normal(rng, n.P, n.K, n.T),
+            "mask": spans(rng, n.P * n.K, n.T).reshape(n.P, n.K, n.T)}
+
+
+def nan_outside(recipe):
+    """The same inputs, with NaN wherever the mask is False."""
+    def poisoned(rng, n):
+        made = recipe(rng, n)
+        return {name: np.where(made["mask"], a, np.nan) if a.shape == made["mask"].shape and a.dtype == float else a
+                for name, a in made.items()}
+    return poisoned
+
+
+def activations(rng, n, scale=1.0, sharing=1, queries=None, padding=False):
+    """Padding: on the left in row 0, whose first queries then see no key, and on the right in row 1."""
+    k, v = normal(rng, 2, 2, n.H // sharing, n.T, n.head)
+    real = np.ones((2, n.T), bool)
+    real[0, :2] = real[1, -3:] = False
+    return {"q": normal(rng, 2, n.H, queries or n.T, n.head), "k": k, "v": v, "key_mask": real if padding else None,
+            "x": normal(rng, 2, n.H, n.T, n.head), "positions": np.append(np.arange(n.T - 1), 8192),
+            "weight": normal(rng, n.head), "gate_up": normal(rng, 2, n.T, 2 * n.F),
+            "hidden": scale * normal(rng, 2, n.T, n.D), "unembedding": normal(rng, n.V, n.D),
+            "targets": rng.integers(n.V, size=(2, n.T)), "matrix": normal(rng, n.D, n.F), "vector": normal(rng, n.D),
+            "dmatrix": normal(rng, 3, n.D, n.F), "dvector": normal(rng, 3, n.D)}
+
+
+def language_model(rng, n, **config):
+    """Every weight is of order 1: small ones hide wrong gradients. Base and eps are not the defaults."""
+    config = vars(Config(vocab_size=n.V, width=n.D, heads=n.H, kv_heads=n.H // 2, head_width=n.head, ffn_width=n.F,
+                         context=n.T, rope_base=50.0, norm_eps=0.125, **config))
+    weights = {name: normal(rng, *p.shape, mean=1.0 if "norm" in name else 0.0, scale=0.3 if "norm" in name else 0.7)
+               for name, p in Transformer(Config(**config), rng).parameters().items()}
+    return {"tokens": rng.integers(n.V, size=(3, n.T)), "mask": spans(rng, 3, n.T), "config": config, **weights}
+
+
+# What the library has no single function for.
+
+def rope(x, positions, base=10000.0, pairing="half"):
+    return layers.rope(x, *layers.rope_tables(positions, x.shape[-1], base, x.dtype), pairing=pairing)
+
+
+def transformer(tokens, mask, config, **weights):
+    model = Transformer(Config(**config), np.random.default_rng(0)).over(weights)
+    log_probs = model.log_probs(tokens)
+    return {"logits": model(tokens), "log_probs": log_probs, "loss": sft.sft_loss(log_probs, mask[:, 1:])}
+
+
+def adamw(matrix, vector, dmatrix, dvector, max_norm, learning_rate, betas, eps, weight_decay):
+    """One step for each of dmatrix and dvector; the norms before clipping, and the parameters after each step."""
+    p, q = Tensor(matrix), Tensor(vector)
+    optimiser, steps = AdamW({"matrix": p, "vector": q}, learning_rate, betas, eps, weight_decay), []
+    for p_gradient, q_gradient in zip(dmatrix, dvector):
+        p.grad, q.grad = p_gradient, q_gradient
+        norm = optimiser.clip(max_norm)
+        optimiser.step()
+        steps.append((norm, p.data.copy(), q.data.copy()))
+    return dict(zip(("norms", "matrix_after", "vector_after"), map(np.array, zip(*steps))))
+
+
+# What is computed, and from which recipes.
+
+class Function(typing.NamedTuple):
+    call: typing.Callable
+    gradients: str       # with respect to which inputs; "*": to every floating-point one
+    cases: dict          # (recipe, options), by what is added to the function's name
+    formula: str         # in the names of the arguments
+    paper: str = ""
+    trl: str = ""        # who computes it in TRL 1.16
+
+
+def case(recipe, **options):
+    return recipe, options
+
+
+Z = "z = beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected))"
+BASELINES = "b by baseline: 0 (none), mean R of the prompt's other samples (leave_one_out) or of all of them (mean)"
+PAIR, FAR, BY_TOKEN = "policy_chosen policy_rejected", partial(pairs, scale=2000.0), partial(samples, by_token=True)
+RLOO = "Williams 1992; Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740"
+OUYANG, SCHULMAN = "Ouyang et al. 2022, arXiv:2203.02155", "Schulman 2020, Approximating KL divergence"
+
+FUNCTIONS = [
+    Function(sft.sft_loss, "log_probs",
+             {"": case(responses), "_window": case(responses, total=40), "_masked_nan": case(nan_outside(responses))},
+             "-sum(log_probs where mask) / total; total is sum(mask) unless given", OUYANG, "SFTTrainer"),
+    Function(sft.sft_metrics, "", {"": case(responses)}, "means over sum(mask) = trained_tokens", trl="SFTTrainer"),
+    Function(reward.reward_loss, "chosen_rewards rejected_rewards",
+             {"": case(comparisons, margin=0.0), "_margin_centering": case(comparisons, centering=0.25),
+              "_extreme": case(partial(comparisons, scale=2000.0))},
+             "mean(-log_sigmoid(chosen_rewards - rejected_rewards - margin)) "
+             "+ centering * mean((chosen_rewards + rejected_rewards)^2)",
+             f"{OUYANG}, (1); margin: arXiv:2307.09288, (2); centering: arXiv:2312.09244",
+             "RewardTrainer; centering is center_rewards_coefficient"),
+    Function(reward.reward_metrics, "", {"": case(comparisons)}, "accuracy: chosen > rejected", trl="RewardTrainer"),
+    Function(policy_gradient.advantages, "",
+             {f"_{b}": case(samples, beta=0.3, baseline=b) for b in ("none", "leave_one_out", "mean", "group")},
+             f"R - b, R = rewards - beta * kl; {BASELINES}; group: (R - mean R) / (std R + 1e-4), ddof 1",
+             f"{RLOO}; group: Shao et al. 2024, arXiv:2402.03300",
+             "leave_one_out: RLOOTrainer; group: GRPOTrainer, whose KL is in the loss and not in R"),
+    Function(policy_gradient.reward_to_go, "",
+             {**{f"_{b}": case(groups, beta=0.3, baseline=b) for b in ("none", "leave_one_out", "mean")},
+              "_masked_nan": case(nan_outside(groups), beta=0.3)},
+             f"rewards - beta * sum(token_kl from t on) - b, R = rewards - beta * sum(token_kl); {BASELINES}", RLOO),
+    Function(policy_gradient.policy_gradient_loss, "log_probs",
+             {"": case(samples), "_by_token": case(BY_TOKEN), "_masked_nan": case(nan_outside(samples))},
+             "-sum(advantages * log_probs where mask) / N; advantages (N,) or (N,T)", RLOO),
+    Function(policy_gradient.ppo_clip_loss, "log_probs",
+             {"_token": case(samples, level="token"), "_sequence": case(samples, level="sequence"),
+              "_by_token": case(BY_TOKEN), "_masked_nan": case(nan_outside(samples))},
+             "-sum(min(ratio * advantages, clip(ratio, 1 - epsilon, 1 + epsilon) * advantages)) / N, level token: "
+             "ratio = exp(log_probs - old_log_probs) of each token in the mask; sequence: one ratio, of their sums",
+             "Schulman et al. 2017, arXiv:1707.06347, (7)",
+             "sequence: RLOOTrainer; token: GRPOTrainer, which divides by numbers of tokens, not by N"),
+    Function(policy_gradient.policy_gradient_metrics, "", {"": case(samples)},
+             "kl_sequence: mean(kl); kl_token: sum(kl) / sum(mask); reward_std: ddof 1", trl="RLOOTrainer"),
+    Function(dpo.dpo_loss, PAIR,
+             {"": case(pairs, beta=0.5), "_extreme": case(FAR, beta=0.5),
+              "_label_smoothing": case(pairs, beta=0.5, label_smoothing=0.125),
+              "_label_smoothing_extreme": case(FAR, beta=0.5, label_smoothing=0.125)},
+             f"mean((1 - label_smoothing) * -log_sigmoid(z) + label_smoothing * -log_sigmoid(-z)), {Z}",
+             "Rafailov et al. 2023, arXiv:2305.18290, (7); label_smoothing: cDPO, Mitchell 2023",
+             "DPOTrainer, loss_type sigmoid; label_smoothing is ignored there"),
+    Function(dpo.robust_dpo_loss, PAIR,
+             {"": case(pairs, beta=0.5, flip_rate=0.125), "_extreme": case(FAR, beta=0.5, flip_rate=0.125)},
+             f"mean((1 - flip_rate) * -log_sigmoid(z) - flip_rate * -log_sigmoid(-z)) / (1 - 2 * flip_rate), {Z}",
+             "Chowdhury et al. 2024, arXiv:2403.00409", "DPOTrainer, loss_type robust; flip_rate is label_smoothing"),
+    Function(dpo.ipo_loss, PAIR, {"": case(pairs, beta=0.5)}, f"mean((z / beta - 1 / (2 * beta))^2), {Z}",
+             "Azar et al. 2023, arXiv:2310.12036, (17)", "DPOTrainer, loss_type ipo, there of means over tokens"),
+    Function(dpo.length_normalised_dpo_loss, PAIR, {"": case(pairs, beta=0.5)},
+             f"mean(-log_sigmoid(z)), {Z}, after each log-prob is divided by the length of its response",
+             "Lambert et al. 2024, arXiv:2411.15124, (6)", "DPOTrainer, loss_type sigmoid_norm"),
+    Function(dpo.dpo_metrics, "", {"": case(pairs, beta=0.5)}, "accuracies: chosen > rejected", trl="DPOTrainer"),
+    Function(kl.k1, "policy", {"": case(pairs)}, "policy - reference", SCHULMAN, "RLOOTrainer, in its rewards"),
+    Function(kl.k2, "policy", {"": case(pairs)}, "(policy - reference)^2 / 2", SCHULMAN),
+    Function(kl.k3, "policy", {"": case(pairs)}, "exp(reference - policy) - 1 + policy - reference", SCHULMAN,
+             "GRPOTrainer, there of each token"),
+    Function(kl.kl_metrics, "", {"": case(responses), "_masked_nan": case(nan_outside(responses))},
+             "x = policy - reference where mask; kl_sequence: sum(x) / B; kl_token: sum(x) / sum(mask)", SCHULMAN),
+    Function(layers.rms_norm, "x weight", {"": case(activations, eps=0.125)},
+             "x / sqrt(mean(x^2, last axis) + eps) * weight", "Zhang and Sennrich 2019, arXiv:1910.07467"),
+    Function(layers.swiglu, "gate_up", {"": case(activations)}, "gate * sigmoid(gate) * up", "arXiv:2002.05202"),
+    Function(rope, "x", {f"_{way}": case(activations, base=50.0, pairing=way) for way in ("half", "interleaved")},
+             "a pair (a, b) becomes (a cos - b sin, b cos + a sin)", "Su et al. 2021, arXiv:2104.09864"),
+    Function(layers.attention, "q k v",
+             {"_causal": case(activations), "_bidirectional": case(activations, causal=False),
+              "_grouped": case(partial(activations, sharing=2)), "_cached": case(partial(activations, queries=2)),
+              "_padding": case(partial(activations, sharing=2, padding=True))},
+             "softmax(q k^T / sqrt(K)) v over the keys seen: those of key_mask, if given; if causal, none after the "
+             "query, and the queries are the last positions; a query that sees no key gives zeros",
+             "Vaswani et al. 2017, arXiv:1706.03762; grouped: Ainslie et al. 2023, arXiv:2305.13245"),
+    Function(layers.token_log_probs, "hidden unembedding", {"": case(activations), "_extreme": case(
+             partial(activations, scale=400.0))}, "log_softmax(hidden @ unembedding.T)[targets]"),
+    Function(layers.sequence_log_probs, "log_probs",
+             {"": case(responses), "_masked_nan": case(nan_outside(responses))}, "sum(log_probs where mask) by row"),
+    Function(transformer, "*",
+             {"": case(language_model), "_tied": case(partial(language_model, tied=True, rope_pairing="interleaved"))},
+             "x = embedding[tokens]; in each block x += attention(q, k, v) @ attention_out, where q, k, v are "
+             "rms_norm(x) @ qkv, with rope on q and k, and then x += swiglu(rms_norm(x) @ gate_up) @ ffn_out; "
+             "logits = rms_norm(x) @ unembedding.T; log_probs = token_log_probs; loss = sft_loss",
+             "Touvron et al. 2023, arXiv:2302.13971"),
+    Function(adamw, "",
+             {"": case(activations, max_norm=6.5, learning_rate=0.5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.25)},
+             "g *= max_norm / norm where the norm of both exceeds it; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; "
+             "p -= learning_rate * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * p, of the matrix)",
+             "Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2"),
+]
+CASES = {f.call.__name__ + suffix: (f, *case) for f in FUNCTIONS for suffix, case in f.cases.items()}
+
+
+def make(name, seed=0, size="small"):
+    """What a case gives to its function: arrays, and options with the defaults written out."""
+    function, recipe, options = CASES[name]
+    rng, arguments = np.random.default_rng(seed), inspect.signature(function.call).parameters.values()
+    made = recipe(rng, SIZES[size])
+    if not any(a.kind is a.VAR_KEYWORD for a in arguments):
+        made = {a.name: made.get(a.name, a.default) for a in arguments if a.name != "kernel"}     # which changes no number
+    made = {key: value for key, value in {**made, **options}.items() if value is not None}
+    inputs = {key: value for key, value in made.items() if isinstance(value, np.ndarray)}
+    if function.gradients not in ("", "*") and (shape := function.call(**made).shape):
+        inputs["doutput"] = normal(rng, *shape)
+    return inputs, {key: value for key, value in made.items() if key not in inputs}
+
+
+def compute(name, inputs, options):
+    """The results of a case, arrays by name, from what its file and the index hold."""
+    function, arguments = CASES[name][0], {key: a for key, a in inputs.items() if key != "doutput"}
+    floating = (key for key, a in arguments.items() if a.dtype.kind == "f")
+    leaves = {key: Tensor(arguments[key], requires_grad=True)
+              for key in (floating if function.gradients == "*" else function.gradients.split())}
+    results = function.call(**{**arguments, **leaves}, **options)
+    if not isinstance(results, dict):
+        results = {"output" if results.shape else "loss": results}
+    if leaves:
+        results["loss" if "loss" in results else "output"].backward(inputs.get("doutput"))
+    named = {f"metrics/{key}" if isinstance(value, float) else key: value for key, value in results.items()}
+    arrays = {key: np.array(value.data if isinstance(value, Tensor) else value) for key, value in named.items()}
+    return {**arrays, **{f"d{key}": leaf.grad for key, leaf in leaves.items()}}
+
+
+def golden(name, seed=0, size="small"):
+    """A case as it is handed out: its entry in the index, and its arrays."""
+    function, (inputs, options) = CASES[name][0], make(name, seed, size)
+    results = compute(name, inputs, options)
+    entry = {"file": f"{name}.npz", "function": function.call.__name__, "formula": function.formula,
+             "paper": function.paper, "TRL 1.16": function.trl, "options": options}
+    for kind, arrays in (("inputs", inputs), ("results", results)):
+        entry[kind] = {key: f"{a.dtype}{list(a.shape)}" for key, a in arrays.items()}
+    return {key: value for key, value in entry.items() if value}, {**inputs, **results}
+
+
+def write_arrays(path, arrays):
+    """An .npz, whole or not at all. Equal arrays give equal files: NumPy dates all entries 1980."""
+    temporary = path.with_name(f".{path.name}{checkpoint.TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path}: not written: {error.strerror}. Check that disk and folder.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", metavar="DIR", default="runs/golden", help="where to write (default: %(default)s)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the inputs (default: %(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the inputs (default: %(default)s)")
+    asked = parser.parse_args()
+    if asked.seed < 0:
+        raise UsageError(f"--seed {asked.seed} must not be negative")
+    folder, header = pathlib.Path(asked.out), {**FORMAT, "seed": asked.seed, "size": asked.size}
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        same = header.items() <= json.loads((folder / INDEX).read_text("utf-8")).items()
+    except (OSError, ValueError, AttributeError):
+        same = not any(folder.iterdir())
+    if not same:
+        raise UsageError(f"{folder} is not empty, and no golden set of this seed and size. Choose another --out.")
+    cases = {name: golden(name, asked.seed, asked.size) for name in CASES}
+    index = {**header, "tolerance": TOLERANCE, "conventions": CONVENTIONS,
+             "cases": {name: entry for name, (entry, _) in cases.items()}}
+    checkpoint.write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")    # first: by it a run cut short goes on
+    for name, (_, arrays) in cases.items():
+        write_arrays(folder / f"{name}.npz", arrays)
+    print(f"{len(cases)} cases in {folder}; begin with {folder / INDEX}")
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

@@ -41,11 +41,11 @@ class Cache:
         self.last_keys[layer] = k[:, :, -1]
         return before
 
-    def keep(self, rows):
+    def select(self, rows):
         """Drop the batch rows that are not listed."""
         self.keys, self.values, self.last_keys = self.keys[:, rows], self.values[:, rows], self.last_keys[:, rows]
 
-    def copies(self, rows, capacity):
+    def repeat(self, rows, capacity):
         """A Cache of `capacity` positions that begins with these rows, some of them more than once."""
         xp, (layers, _, kv_heads, _, width) = array_module(self.keys), self.keys.shape
         other = object.__new__(type(self))
@@ -89,7 +89,7 @@ class Samples:
         return [row[m > 0].tolist() for row, m in zip(self.tokens, self.mask)]
 
 
-def advance(model, tokens, first, cache):
+def forward_cached(model, tokens, first, cache):
     """The final hidden state (B,D) of the last of tokens (B,T), which go on from what the cache holds.
 
     first (B,): the position of each row's first real token, after padding; None without any. What Transformer.hidden
@@ -164,7 +164,7 @@ def entropy(p, log_probs):
     return -xp.einsum("...v,...v->...", p, xp.maximum(log_probs, xp.finfo(p.dtype).min)).clip(max=0)
 
 
-def draw(p, uniforms):
+def categorical(p, uniforms):
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.  p (B,V), u (B,) -> (B,)"""
     cumulative = p.cumsum(axis=-1, dtype="float64")
     # Scaled by the total, which rounding leaves a little off 1: u < 1 always finds a token.
@@ -185,7 +185,7 @@ def sample(logits, uniforms, temperature=1.0, top_k=None, top_p=None, kernel=Tru
     else:
         scores = distribution(logits, temperature, top_k, top_p)
         p = xp.exp(scores)
-        drawn = draw(p, uniforms)
+        drawn = categorical(p, uniforms)
     return drawn, scores[xp.arange(len(drawn)), drawn], entropy(p, scores)
 
 
@@ -248,12 +248,12 @@ def _generate(model, prompts, uniforms, eos, temperature, top_k, top_p):
 
     first, of = xp.asarray(first) if first.any() else None, xp.asarray(of)
     cache = Cache(c, len(distinct), longest, xp, model.dtype)
-    hidden = advance(model, padded, first, cache)[of]
-    cache, first = cache.copies(of, longest + max_new_tokens), None if first is None else first[of]
+    hidden = forward_cached(model, padded, first, cache)[of]
+    cache, first = cache.repeat(of, longest + max_new_tokens), None if first is None else first[of]
     rows, going = np.arange(B), np.ones(B, bool)        # those computed, and which of them have not ended
     for t in range(max_new_tokens):
         if t:
-            hidden = advance(model, drawn[:, None], first, cache)
+            hidden = forward_cached(model, drawn[:, None], first, cache)
         # In this order, and then copied: for a few rows BLAS takes half the time of hidden @ U^T.
         logits = xp.ascontiguousarray((model.unembedding.data @ hidden.T).T)
         draws = sample(logits, xp.asarray(uniforms[rows, t]), temperature, top_k, top_p)
@@ -265,7 +265,7 @@ def _generate(model, prompts, uniforms, eos, temperature, top_k, top_p):
             break
         if going.sum() <= GOING * len(going):
             stay = xp.asarray(np.flatnonzero(going))
-            cache.keep(stay)
+            cache.select(stay)
             first = None if first is None else first[stay]
             rows, drawn, going = rows[going], drawn[going], going[going]
     used = t + 1 if max_new_tokens else 0

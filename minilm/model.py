@@ -14,7 +14,7 @@ import numpy as np
 
 from minilm import layers, ops
 from minilm.backend import array_module, is_cupy, to_device, to_numpy
-from minilm.packing import first_tokens, packed_attention, rectangle, smeared_keys, spread
+from minilm.packing import first_tokens, packed_attention, rectangle, smeared_keys, scatter
 from minilm.tensor import Tensor, activation_checkpoint
 
 
@@ -70,12 +70,12 @@ class Transformer:
     the unembedding ten times smaller than fan-in, so that the first predictions are near
     uniform (tied, both are N(0, 1/D)).
 
-    recompute: set it to True to keep no more of a block than its input (tensor.recomputed). Training then
+    activation_checkpointing: set it to True to keep no more of a block than its input (tensor.recomputed). Training then
     takes about a third more time; of what lies between forward and backward, one block at a time is whole.
     """
 
     def __init__(self, config, rng, dtype=np.float32):
-        self.config, self.recompute = config, False
+        self.config, self.activation_checkpointing = config, False
         c = config
         self._parameters = {}
 
@@ -123,7 +123,7 @@ class Transformer:
     def over(self, parameters):
         """The same Transformer over other Tensors: a mapping like the one parameters() returns."""
         other = object.__new__(type(self))
-        other.config, other.recompute, other._parameters = self.config, self.recompute, dict(parameters)
+        other.config, other.activation_checkpointing, other._parameters = self.config, self.activation_checkpointing, dict(parameters)
         return other
 
     def copy(self):
@@ -191,7 +191,7 @@ class Transformer:
         hidden = ops.embed(self.packed_hidden(pack), pack.rows)
         if temperature != 1.0:
             hidden = hidden * (1.0 / temperature)
-        return spread(layers.token_log_probs(hidden, self.unembedding, pack.targets), pack.mask)
+        return scatter(layers.token_log_probs(hidden, self.unembedding, pack.targets), pack.mask)
 
     def _blocks(self, tokens, attend):
         """attend(layer, qkv) mixes what the tokens hold; all the rest is done token by token."""
@@ -205,7 +205,7 @@ class Transformer:
 
         x = ops.embed(p["embedding"], tokens)
         for i in range(c.layers):
-            x = activation_checkpoint(functools.partial(block, i), x) if self.recompute else block(i, x)
+            x = activation_checkpoint(functools.partial(block, i), x) if self.activation_checkpointing else block(i, x)
         return layers.rms_norm(x, p["final_norm"], eps=c.norm_eps)
 
     def _padded_attention(self, i, qkv, cos, sin, key_mask):

@@ -278,7 +278,7 @@ def smeared_keys(qkv, amount, starts, before, heads, kv_heads):
 
 
 @primitive
-def spread(values, mask):
+def scatter(values, mask):
     """M values put where mask (B,R) is True, row by row, zeros elsewhere: (B,R)."""
     xp = array_module(values)
     mask = xp.asarray(mask)

@@ -43,7 +43,8 @@ from support import figures
 from support.evaluation import Evaluation
 from minilm import data, evaluate
 from minilm.fast import workers
-from minilm.backend import keep_freed_memory, to_device
+from minilm.backend import to_device
+from minilm.fast.malloc import keep_freed_memory
 from minilm.checkpoint import CheckpointError, load, load_into, write_text
 from minilm.generate import generate
 from minilm.model import Config, RewardModel, Transformer
@@ -131,7 +132,7 @@ class Job:
             history, before = metadata["history"], metadata["seconds"]
 
         def save():
-            arrays, metadata = training.state()
+            arrays, metadata = training.snapshot()
             self.run.save_state(state_name, arrays, {**metadata, "run": origin, "history": history,
                                                      "seconds": before + time.monotonic() - began})
         steps, last_save = self.steps(stage), time.monotonic()

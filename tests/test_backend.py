@@ -1,6 +1,4 @@
 """minilm/backend.py, on a machine without a GPU: a class that says it comes from CuPy stands in for one."""
-import ctypes
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -67,22 +65,3 @@ def test_without_cupy_the_gpu_is_refused_with_the_package_to_install(monkeypatch
 def test_another_device_is_refused(device):
     with pytest.raises(ValueError, match="must be 'cpu' or 'gpu'"):
         backend.to_device(np.ones(1), device)
-
-
-def test_after_keep_freed_memory_arrays_come_and_go_as_before():
-    """In a process of its own: the setting lasts as long as the process."""
-    code = ("import numpy as np, threading; from minilm.backend import keep_freed_memory\n"
-            "assert keep_freed_memory() in (True, False)\n"
-            "def work(): assert all(np.full(10**6, i, 'f').sum() == i * 10**6 for i in range(10))\n"
-            "threads = [threading.Thread(target=work) for _ in range(2)]\n"
-            "[t.start() for t in threads]; work(); [t.join() for t in threads]; print('done')")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (result.stdout, result.stderr) == ("done\n", "")
-
-
-@pytest.mark.parametrize("missing", [OSError, AttributeError, TypeError])
-def test_without_glibc_keep_freed_memory_says_no(monkeypatch, missing):
-    def no_library(name):
-        raise missing
-    monkeypatch.setattr(ctypes, "CDLL", no_library)
-    assert backend.keep_freed_memory() is False

@@ -126,7 +126,7 @@ def test_a_bidirectional_model_sees_the_same(rng):
 def test_blocks_computed_again_give_the_same_bits(rng):
     model = on_gpu(small_transformer(rng, layers=2, key_smear=True))
     kept = value_and_gradients(model.parameters(), lambda: FORWARDS["responses"](model))
-    model.recompute = True
+    model.activation_checkpointing = True
     again = value_and_gradients(model.parameters(), lambda: FORWARDS["responses"](model))
     assert (kept[0] == again[0]).all() and all((kept[1][name] == g).all() for name, g in again[1].items())
 
@@ -315,9 +315,9 @@ def references(model):
 
 
 STAGES = {
-    "pretraining": lambda t, ref: pretrain(t, STREAM, 3, 4, 6, micro_batches=2),
+    "pretraining": lambda t, ref: pretrain(t, STREAM, 3, 4, 6, microbatches=2),
     "instruction tuning": lambda t, ref: train_sft(t, PROMPTS, RESPONSES, 3, 4),
-    "reward modelling": lambda t, ref: train_reward_model(t, PROMPTS, RESPONSES, OTHERS, 3, 4, micro_batches=2),
+    "reward modelling": lambda t, ref: train_reward_model(t, PROMPTS, RESPONSES, OTHERS, 3, 4, microbatches=2),
     "rlhf": lambda t, ref: train_rlhf(t, ref, lambda _, ys: [len(y) for y in ys], PROMPTS, 3, 2, 3, 6, eos=0),
     "masked pretraining": lambda t, ref: masked_pretraining(t, lambda *_: (LEFT, LEFT_MASK), 3, 2, 0, share=0.7),
     "preference tuning": lambda t, ref: train_dpo(t, PROMPTS, RESPONSES, OTHERS, *references(ref), 3, 4,
@@ -388,7 +388,7 @@ def test_a_training_is_saved_there_and_goes_on_there_bit_for_bit(rng):
     training, restored = TrainState(one, np.random.default_rng(2)), TrainState(other, np.random.default_rng(3))
     stage = train_sft(training, PROMPTS, RESPONSES, 4, 3)
     metrics = [next(stage), next(stage)]
-    saved, metadata = training.state()
+    saved, metadata = training.snapshot()
     assert all(type(a) is np.ndarray for a in saved.values())
     restored.restore({name: a.copy() for name, a in saved.items()}, metadata)
     metrics = list(stage)

@@ -7,7 +7,7 @@ from hypothesis import example, given, strategies as st
 
 from helpers import assert_close, rngs, small_transformer
 from minilm import generate as module
-from minilm.generate import distribution, draw, entropy, generate
+from minilm.generate import distribution, categorical, entropy, generate
 
 PROMPTS = [[1], [2, 3, 4], [5, 6]]
 EOS = 0
@@ -179,7 +179,7 @@ def test_top_p_cuts_the_distribution_that_the_temperature_has_made(temperature, 
 @given(rng=rngs)
 def test_draws_at_evenly_spaced_uniforms_come_as_often_as_their_probability_says(rng):
     p, n = rng.dirichlet(np.ones(6)), 1000
-    drawn = draw(np.tile(p, (n, 1)), (np.arange(n) + 0.5) / n)
+    drawn = categorical(np.tile(p, (n, 1)), (np.arange(n) + 0.5) / n)
     assert np.abs(np.bincount(drawn, minlength=6) - n * p).max() <= 1
     assert (np.diff(drawn) >= 0).all()
 
@@ -187,7 +187,7 @@ def test_draws_at_evenly_spaced_uniforms_come_as_often_as_their_probability_says
 def test_draws_from_a_large_vocabulary_in_float32_do_not_drift():
     V = 50_000
     u = (np.array([0, V // 2, V - 1]) + 0.5) / V
-    drawn = draw(np.full((3, V), 1 / V, np.float32), u)
+    drawn = categorical(np.full((3, V), 1 / V, np.float32), u)
     assert drawn.tolist() == [0, V // 2, V - 1]
 
 
@@ -216,7 +216,7 @@ def test_samples_come_as_often_as_their_probability_says(rng):
 def test_a_token_of_probability_zero_is_never_drawn_and_some_token_always_is(dtype, u, rng, size):
     with np.errstate(divide="ignore"):
         log_probs = np.log(rng.dirichlet(np.ones(size)) * (rng.permutation(size) <= size // 2)).astype(dtype)[None]
-    token = draw(np.exp(log_probs - 0.001), np.array([u]))[0]           # what rounding leaves off 1, and more
+    token = categorical(np.exp(log_probs - 0.001), np.array([u]))[0]           # what rounding leaves off 1, and more
     assert token < size and np.isfinite(log_probs[0, token])
 
 
@@ -283,9 +283,9 @@ def test_a_prompt_asked_again_after_others_is_read_once_and_answered_as_if_alone
     model, uniforms = small_transformer(rng, key_smear=smear), rng.random((5, 6))
     prompts = [[1, 2], [3, 4, 5, 6], [1, 2], [2, 1], [3, 4, 5, 6]]
     alone = [generate(model, [prompt], 6, u[None], eos=None) for prompt, u in zip(prompts, uniforms)]
-    advance, read = module.advance, []
-    monkeypatch.setattr(module, "advance", lambda model, tokens, *rest: read.append(len(tokens))
-                        or advance(model, tokens, *rest))
+    forward_cached, read = module.forward_cached, []
+    monkeypatch.setattr(module, "forward_cached", lambda model, tokens, *rest: read.append(len(tokens))
+                        or forward_cached(model, tokens, *rest))
     together = generate(model, prompts, 6, uniforms, eos=None)
     assert read == [3] + 5 * [5]
     assert np.array_equal(together.tokens, np.concatenate([one.tokens for one in alone]))

@@ -42,13 +42,13 @@ def test_what_is_hidden_is_never_seen_and_what_comes_after_it_is():
     assert abs(after[0, 1] - before[0, 1]) > 1e-3
 
 
-@pytest.mark.parametrize("workers, micro_batches", [(1, None), (1, 4), (2, None)])
-def test_the_loss_is_the_mean_over_the_hidden_tokens_of_the_whole_step(workers, micro_batches):
+@pytest.mark.parametrize("workers, microbatches", [(1, None), (1, 4), (2, None)])
+def test_the_loss_is_the_mean_over_the_hidden_tokens_of_the_whole_step(workers, microbatches):
     training = TrainState(encoder(), np.random.default_rng(3), workers)
     model, rng = training.model.copy(), np.random.default_rng(3)
     tokens, mask = draw(rng, 8)
     hidden = mask.astype(bool) & (rng.random(tokens.shape) < 0.4)
-    metrics = next(masked_pretraining(training, draw, 1, 8, MASK, share=0.4, micro_batches=micro_batches))
+    metrics = next(masked_pretraining(training, draw, 1, 8, MASK, share=0.4, microbatches=microbatches))
     assert 0 < hidden.sum() == metrics["trained_tokens"] < mask.sum()
     losses = [-masked_log_probs(model, tokens[b:b + 1], hidden[b:b + 1], MASK).data[0, t]
               for b, t in zip(*np.nonzero(hidden))]
@@ -81,7 +81,7 @@ def test_a_run_restored_from_a_file_goes_on_bit_for_bit(tmp_path):
     expected = losses(TrainState(encoder(), np.random.default_rng(0)), 4)
     stopped = TrainState(encoder(), np.random.default_rng(0))
     before = losses(stopped, 2)
-    checkpoint.save(tmp_path / "state", *stopped.state())
+    checkpoint.save(tmp_path / "state", *stopped.snapshot())
     resumed = TrainState(encoder(9), np.random.default_rng(9))
     resumed.restore(*checkpoint.load(tmp_path / "state"))
     assert before + losses(resumed, 4) == expected

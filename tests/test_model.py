@@ -60,7 +60,7 @@ def test_every_parameter_of_the_reward_model_has_the_gradient_of_finite_differen
 def test_recomputed_blocks_give_the_same_bits(kind, rng):
     model, tokens = small_transformer(rng, layers=3, **KINDS[kind]), rng.integers(7, size=(2, 4))
     value, expected = gradients(lambda *_: learned(model, tokens), *model.parameters().values())
-    model.recompute = True
+    model.activation_checkpointing = True
     again, found = gradients(lambda *_: learned(model.over(model.parameters()), tokens), *model.parameters().values())
     assert np.array_equal(again, value)
     assert all(np.array_equal(a, b) for a, b in zip(found, expected))
@@ -83,7 +83,7 @@ def test_recomputed_blocks_keep_their_input_alone(rng):
         kept, twin = [], model.over(model.parameters())
         return peak_memory(lambda: kept.append(twin.hidden(tokens)))
     every_result = held()
-    model.recompute = True
+    model.activation_checkpointing = True
     assert held() < every_result / 8, (held(), every_result)
 
 

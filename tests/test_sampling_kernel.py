@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from helpers import assert_close
-from minilm.generate import distribution, draw, entropy
+from minilm.generate import distribution, categorical, entropy
 from minilm.kernels import emulator, launch, sampling
 
 VOCABULARIES = [1, 7, 31, 32, 33, 65, 128, 200, 1000, 5000]
@@ -26,7 +26,7 @@ def numpy_sample(logits, uniforms, temperature=1, top_k=None, top_p=None):
         scores, tokens = distribution(logits), logits.argmax(axis=-1)
     else:
         scores = distribution(logits, temperature, top_k, top_p)
-        tokens = draw(np.exp(scores), uniforms)
+        tokens = categorical(np.exp(scores), uniforms)
     return tokens, scores[np.arange(len(logits)), tokens], entropy(np.exp(scores), scores)
 
 

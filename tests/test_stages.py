@@ -13,14 +13,14 @@ from minilm.model import Config, RewardModel, Transformer
 from minilm.objectives import dpo
 from minilm.objectives.policy_gradient import advantages
 from minilm.optim import AdamW
-from minilm.packing import spread
+from minilm.packing import scatter
 from minilm.stages import rlhf as rlhf_module
 from minilm.stages.sft import train_sft
 from minilm.stages.dpo import train_dpo, reference_log_probs
 from minilm.stages.pretraining import pretrain, pretrain_on_documents
 from minilm.stages.reward_model import train_reward_model
-from minilm.stages.rlhf import deal, train_rlhf
-from minilm.stages.train_state import Diverged, TrainState, train_step, split, stage, workers_for
+from minilm.stages.rlhf import prompt_shards, train_rlhf
+from minilm.stages.train_state import Diverged, TrainState, train_step, shards, stage, workers_for
 from minilm.tensor import Tensor, grad_enabled
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")      # of arithmetic with NaN and infinity
@@ -90,7 +90,7 @@ def run(stage, training, steps, until=None, **options):
 
 def everything(training):
     """Parameters, moments, Generator and step, as bytes and numbers that can be compared and do not change later."""
-    arrays, metadata = training.state()
+    arrays, metadata = training.snapshot()
     return {name: a.tobytes() for name, a in arrays.items()}, metadata
 
 
@@ -157,7 +157,7 @@ def test_a_stage_restored_from_a_file_goes_on_bit_for_bit(stage, workers, tmp_pa
 
     stopped = make_training(stage, workers)
     before = run(stage, stopped, 5, until=2)
-    checkpoint.save(tmp_path / "state", *stopped.state())
+    checkpoint.save(tmp_path / "state", *stopped.snapshot())
     resumed = make_training(stage, workers, seed=99)
     resumed.restore(*checkpoint.load(tmp_path / "state"))
     assert before + run(stage, resumed, 5) == expected
@@ -179,12 +179,12 @@ def test_the_state_of_another_model_is_refused(other):
                      np.random.default_rng(0))
     for saved, target in ((here, there), (there, here)):
         with pytest.raises((KeyError, ValueError)):
-            target.restore(*saved.state())
+            target.restore(*saved.snapshot())
 
 
 def state_of(stage, **changes):
     """A state as its file gives it, with some of its arrays or metadata changed; None takes one away."""
-    arrays, metadata = make_training(stage).state()
+    arrays, metadata = make_training(stage).snapshot()
     for of in (arrays, metadata):
         of.update({name: change for name, change in changes.items() if name in of})
     return ({name: a for name, a in arrays.items() if a is not None},
@@ -208,9 +208,9 @@ def test_the_state_of_a_deeper_model_has_changed_nothing():
                      for layers in (1, 2))
     for p in deep.optimizer.parameters.values():
         p.data += 1
-    before, (arrays, metadata) = everything(shallow), deep.state()
+    before, (arrays, metadata) = everything(shallow), deep.snapshot()
     for name in ("m", "v"):                     # those that its optimiser would take
-        arrays[f"optimizer.{name}"] = shallow.state()[0][f"optimizer.{name}"]
+        arrays[f"optimizer.{name}"] = shallow.snapshot()[0][f"optimizer.{name}"]
     with pytest.raises(ValueError, match="blocks.1.attention_norm is there, and not here"):
         shallow.restore(arrays, metadata)
     assert everything(shallow) == before
@@ -245,7 +245,7 @@ def test_workers_change_nothing_but_rounding(stage, workers):
 
 def test_the_samples_of_a_prompt_are_dealt_out_where_there_are_fewer_prompts_than_workers():
     """Three prompts, six samples, four workers: none is idle, none is asked twice."""
-    parts = deal((3, 2), 4)
+    parts = prompt_shards((3, 2), 4)
     assert sorted(map(len, parts)) == [1, 1, 2, 2] and sorted(np.concatenate(parts)) == list(range(6))
     trainings = [make_training("rlhf", n, np.float64) for n in (1, 4)]
     assert_same_training(trainings, [run("rlhf", training, 3) for training in trainings])
@@ -256,14 +256,14 @@ def test_the_samples_of_a_prompt_are_dealt_out_where_there_are_fewer_prompts_tha
 def test_gradient_accumulation_normalised_per_micro_batch(stage, workers):
     """Parts of unequal length (two of five dialogues here, one there) are the whole batch, not an average of means."""
     trainings = [make_training(stage, 1, np.float64), make_training(stage, workers, np.float64)]
-    assert_same_training(trainings, [run(stage, trainings[0], 3, micro_batches=1),
-                                     run(stage, trainings[1], 3, micro_batches=4)])
+    assert_same_training(trainings, [run(stage, trainings[0], 3, microbatches=1),
+                                     run(stage, trainings[1], 3, microbatches=4)])
 
 
 @pytest.mark.parametrize("count", range(1, 8))
 @pytest.mark.parametrize("parts", range(1, 5))
 def test_a_split_deals_every_item_to_one_part_and_leaves_none_empty(count, parts):
-    items = [np.arange(count)[part].tolist() for part in split(count, parts)]
+    items = [np.arange(count)[part].tolist() for part in shards(count, parts)]
     assert sorted(sum(items, [])) == list(range(count)) and len(items) == min(count, parts)
     assert max(map(len, items)) - min(map(len, items)) <= 1
 
@@ -334,7 +334,7 @@ class LogProbsAsParameters:
         first = np.empty(len(pack.tokens), int)
         for s in pack.segments:
             first[s.start:s.stop] = pack.tokens[s.prefix_start if s.keys > s.queries else s.start]
-        return spread(self.table[first[pack.rows], pack.positions[pack.rows]], pack.mask)
+        return scatter(self.table[first[pack.rows], pack.positions[pack.rows]], pack.mask)
 
 
 def numbered(prompts, responses):
@@ -670,11 +670,11 @@ def test_what_nobody_differentiates_records_no_graph(rng, monkeypatch):
         assert recorded and not any(recorded)
 
 
-@pytest.mark.parametrize("micro_batches, sizes", [(2, [6, 4, 2]), (None, [6, 6]), (3, [6, 2, 2, 2])])
-def test_the_samples_of_a_prompt_stay_together_so_that_it_is_read_once(micro_batches, sizes, monkeypatch):
+@pytest.mark.parametrize("microbatches, sizes", [(2, [6, 4, 2]), (None, [6, 6]), (3, [6, 2, 2, 2])])
+def test_the_samples_of_a_prompt_stay_together_so_that_it_is_read_once(microbatches, sizes, monkeypatch):
     """All of the worker's are sampled at once, and learnt from in as many parts as asked for."""
     packed, pack = [], rlhf_module.pack
     monkeypatch.setattr(rlhf_module, "pack", lambda prompts, *rest: packed.append(prompts) or pack(prompts, *rest))
-    next(rlhf_stage(make_training("rlhf"), 1, micro_batches=micro_batches))
+    next(rlhf_stage(make_training("rlhf"), 1, microbatches=microbatches))
     assert list(map(len, packed)) == sizes
     assert all(prompts[0::2] == prompts[1::2] for prompts in packed)

@@ -5,7 +5,7 @@ from minilm.backend import concatenate
 from minilm.objectives.dpo import dpo_loss, dpo_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import pack, packs
-from minilm.stages.train_state import train_step, split, stage
+from minilm.stages.train_state import train_step, shards, stage
 from minilm.tensor import no_grad
 
 
@@ -23,17 +23,17 @@ def reference_log_probs(reference, prompts, responses, batch_size=64):
 
 @stage
 def train_dpo(training, prompts, chosen, rejected, reference_chosen, reference_rejected, steps, batch_size,
-                      beta=0.1, learning_rate=3e-4, loss=dpo_loss, micro_batches=None):
+                      beta=0.1, learning_rate=3e-4, loss=dpo_loss, microbatches=None):
     """Train training.model, the policy, on comparisons: token lists, chosen[i] preferred to rejected[i].
 
     reference_chosen, reference_rejected: their summed log-probs under the reference, arrays (N,), from
     reference_log_probs. loss: of four arrays of summed log-probs and beta, as dpo_loss (with
-    functools.partial for its options). micro_batches: parts of a step, None for one a worker. Yields
+    functools.partial for its options). microbatches: parts of a step, None for one a worker. Yields
     {"loss", "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins", "logps/chosen", ...}.
     """
     while training.step < steps:
         drawn = training.rng.integers(len(prompts), size=batch_size)
-        parts = [drawn[s] for s in split(batch_size, micro_batches or training.workers)]
+        parts = [drawn[s] for s in shards(batch_size, microbatches or training.workers)]
 
         def part_loss(policy, pairs):
             log_probs = summed_log_probs(policy, pack([prompts[i] for i in pairs] * 2,

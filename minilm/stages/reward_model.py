@@ -4,21 +4,21 @@ from minilm.backend import concatenate
 from minilm.objectives.reward import reward_loss, reward_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
-from minilm.stages.train_state import train_step, split, stage
+from minilm.stages.train_state import train_step, shards, stage
 
 
 @stage
 def train_reward_model(training, prompts, chosen, rejected, steps, batch_size, learning_rate=1e-3, centering=0.01,
-                     micro_batches=None):
+                     microbatches=None):
     """Train training.model, a RewardModel, on comparisons: token lists, chosen[i] preferred to rejected[i].
 
-    batch_size comparisons a step, in micro_batches parts (None: one a worker).
+    batch_size comparisons a step, in microbatches parts (None: one a worker).
     Yields {"loss", "grad_norm", "learning_rate", "accuracy", "margin", ...} of the step's batch.
     """
     context = training.model.transformer.config.context
     while training.step < steps:
         drawn = training.rng.integers(len(prompts), size=batch_size)
-        parts = [drawn[s] for s in split(batch_size, micro_batches or training.workers)]
+        parts = [drawn[s] for s in shards(batch_size, microbatches or training.workers)]
 
         def loss(model, pairs):
             # Chosen and rejected in one forward, which sees each prompt once.

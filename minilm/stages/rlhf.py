@@ -7,21 +7,21 @@ from minilm.generate import Samples, generate
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
-from minilm.stages.train_state import train_step, split, stage
+from minilm.stages.train_state import train_step, shards, stage
 from minilm.tensor import no_grad
 
 
 @stage
 def train_rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_per_prompt, max_new_tokens,
          eos, beta=0.1, learning_rate=3e-4, temperature=1.0, baseline="leave_one_out",
-         micro_batches=None):
+         microbatches=None):
     """Maximise reward minus beta times the KL divergence to `reference`, by the policy gradient.
 
     reward     (prompts, responses), two lists of N token lists, to N floats; any function will do
     prompts    token lists to sample answers to; no comparisons needed
     temperature  of sampling; policy and reference are both scored at it, with neither top-k nor
                top-p, or the log-probs would not be those of what was drawn
-    micro_batches  parts of a step, None for one a worker
+    microbatches  parts of a step, None for one a worker
     One update per batch of samples, so they are always the policy's own.
     Yields {"loss", "grad_norm", "learning_rate", "reward", "kl_sequence", "kl_token", ...} a step.
     """
@@ -39,7 +39,7 @@ def train_rlhf(training, reference, reward, prompts, steps, prompts_per_step, sa
             with no_grad():
                 return samples.arrays(), reference.response_log_probs(part, temperature).data.sum(axis=1)
 
-        parts = deal(shape, training.workers)
+        parts = prompt_shards(shape, training.workers)
         pieces, log_pi_ref = zip(*training.team.map(sample, parts))
         order = np.argsort(np.concatenate(parts))
         samples, log_pi_ref = Samples.concatenate(pieces, order), concatenate(log_pi_ref)[order]
@@ -54,15 +54,15 @@ def train_rlhf(training, reference, reward, prompts, steps, prompts_per_step, sa
             return policy_gradient_loss(log_probs, A[rows], part.mask) * (len(rows) / len(A)), None
 
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(5, steps // 10 + 1), floor=0.3)
-        metrics, _ = train_step(training, loss, deal(shape, micro_batches or training.workers), rate, "rlhf")
+        metrics, _ = train_step(training, loss, prompt_shards(shape, microbatches or training.workers), rate, "rlhf")
         yield {**metrics, **policy_gradient_metrics(rewards, kl.reshape(shape), mask),
                "entropy": float(samples.entropies[mask].mean())}
 
 
-def deal(shape, count):
+def prompt_shards(shape, count):
     """The rows of (prompts, samples) in at most `count` parts. A prompt's samples stay together, for they share it,
     unless there are fewer prompts than parts."""
     rows = np.arange(np.prod(shape)).reshape(shape)
     if count > len(rows):
         rows = rows.reshape(-1, 1)
-    return [rows[part].reshape(-1) for part in split(len(rows), count)]
+    return [rows[part].reshape(-1) for part in shards(len(rows), count)]

@@ -3,21 +3,21 @@
 from minilm.objectives.sft import sft_loss
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
-from minilm.stages.train_state import train_step, split, stage
+from minilm.stages.train_state import train_step, shards, stage
 
 
 @stage
-def train_sft(training, prompts, responses, steps, batch_size, learning_rate=1e-3, micro_batches=None):
+def train_sft(training, prompts, responses, steps, batch_size, learning_rate=1e-3, microbatches=None):
     """Finetune training.model on demonstrations, token lists as of data.encode_dialogue.
 
-    batch_size demonstrations a step, drawn at random, in micro_batches parts (None: one a worker); the loss is the mean
+    batch_size demonstrations a step, drawn at random, in microbatches parts (None: one a worker); the loss is the mean
     over the response tokens of the whole step. Yields {"loss", "grad_norm", "learning_rate",
     "trained_tokens"} a step, the last being the response tokens.
     """
     context = training.model.config.context
     while training.step < steps:
         drawn = training.rng.integers(len(prompts), size=batch_size)
-        parts = [drawn[s] for s in split(batch_size, micro_batches or training.workers)]
+        parts = [drawn[s] for s in shards(batch_size, microbatches or training.workers)]
         total = float(sum(len(responses[i]) for i in drawn))
 
         def loss(model, rows):

@@ -8,7 +8,8 @@ as if it had never stopped, bit for bit on one machine with one number of worker
 import functools
 import math
 
-from minilm.backend import array_module, return_freed_memory, to_numpy
+from minilm.backend import array_module, to_numpy
+from minilm.fast.malloc import return_freed_memory
 from minilm.optim import AdamW, materialise_gradients
 from minilm.fast.workers import ProcessGroup, available_cores
 from minilm.tensor import first_nonfinite
@@ -48,18 +49,18 @@ class TrainState:
         """Add what the other workers found to the optimiser's gradient."""
         self.optimizer.add_gradients(self._gradients[:self.team.active_size - 1])
 
-    def state(self):
+    def snapshot(self):
         """(arrays, metadata) to save: parameters, moments, Generator, step. The arrays are views: save them at once."""
         arrays = {f"model.{name}": to_numpy(p.data) for name, p in self.model.parameters().items()}
         arrays.update({f"optimizer.{name}": to_numpy(a) for name, a in self.optimizer.state().items()})
         return arrays, {"step": self.step, "rng": self.rng.bit_generator.state}
 
     def restore(self, arrays, metadata):
-        """Go on where state() was taken.
+        """Go on where snapshot() was taken.
 
         Raises KeyError or ValueError, and changes nothing, if it is of another model.
         """
-        here, rng, step = self.state()[0], metadata["rng"], metadata["step"]
+        here, rng, step = self.snapshot()[0], metadata["rng"], metadata["step"]
         for name, a in here.items():
             there = arrays[name]
             if (there.shape, there.dtype) != (a.shape, a.dtype):
@@ -123,7 +124,7 @@ def workers_for(tokens):
     return max(1, min(available_cores(), tokens // TOKENS_A_WORKER))
 
 
-def split(count, parts):
+def shards(count, parts):
     """Slices that deal `count` items out to at most `parts` parts of nearly equal size, none empty."""
     return [slice(i, None, parts) for i in range(min(parts, count))]
 

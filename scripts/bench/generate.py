@@ -28,7 +28,7 @@ TOLERANCE = 1e-4        # of log-probs in float32, relative to the largest
 
 def load_minilm():
     from minilm.fast import workers
-    from minilm.backend import keep_freed_memory
+    from minilm.fast.malloc import keep_freed_memory
     from minilm.generate import generate
     from minilm.model import Config, Transformer
     from minilm.tensor import Tensor

@@ -33,7 +33,7 @@ import numpy as np
 
 from minilm import checkpoint
 from minilm.objectives.sft import sft_loss
-from minilm.stages.train_state import TrainState, train_step, split, stage
+from minilm.stages.train_state import TrainState, train_step, shards, stage
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
 from support.run_folder import UsageError  # noqa: E402
 
@@ -60,7 +60,7 @@ SIZES = {"XS": (128, 64, 2, 4, 64, 16), "S": (512, 128, 4, 4, 128, 16), "M": (40
 @stage
 def training_steps(training, tokens, learning_rate=1e-3, clip=1.0):
     """minilm's steps on windows of tokens (B,T+1), without end. Yields the loss."""
-    parts, total = [tokens[part] for part in split(len(tokens), training.workers)], tokens[:, 1:].size
+    parts, total = [tokens[part] for part in shards(len(tokens), training.workers)], tokens[:, 1:].size
 
     def loss(model, part):
         return sft_loss(model.log_probs(part), np.ones(part[:, 1:].shape), total=total), None
@@ -71,7 +71,7 @@ def training_steps(training, tokens, learning_rate=1e-3, clip=1.0):
 
 def load_step():
     """For serve(): the training step alone, of random weights and tokens. spec: its "shape" (as in SIZES) and "workers"."""
-    from minilm.backend import keep_freed_memory
+    from minilm.fast.malloc import keep_freed_memory
     from minilm.model import Config, Transformer
     keep_freed_memory()
 

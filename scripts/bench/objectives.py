@@ -13,7 +13,7 @@ the data is done before.
 `trl` is as it comes (but without gradient checkpointing and bfloat16, which take longer on a CPU). `trl-best` has
 glibc told to keep freed memory, no padding in SFT, and in DPO the reference's log-probs computed once, before;
 minilm always has. At 135M minilm keeps the inputs of its blocks alone, and computes the rest again
-(Transformer.recompute).
+(Transformer.activation_checkpointing).
 """
 
 import contextlib
@@ -30,7 +30,7 @@ import numpy as np
 
 import measuring
 from minilm.fast import workers
-from minilm.backend import keep_freed_memory
+from minilm.fast.malloc import keep_freed_memory
 from minilm.generate import Samples
 from minilm.model import Config, Transformer
 from minilm.packing import pack
@@ -136,7 +136,7 @@ def load_minilm():
             scaled = Transformer(config, np.random.default_rng(0)).over(
                 {name: Tensor(a if factor == 1 else np.float32(factor) * a, requires_grad=True)
                  for name, a in weights.items()})
-            scaled.recompute = sum(a.size for a in weights.values()) > RECOMPUTED
+            scaled.activation_checkpointing = sum(a.size for a in weights.values()) > RECOMPUTED
             return scaled
 
         training = TrainState(model(), InOrder(), workers.available_cores(), betas=(0.9, 0.999), weight_decay=0.0)

@@ -25,7 +25,7 @@ OPTIMISER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01
 
 def load_minilm():
     from minilm.fast import workers
-    from minilm.backend import keep_freed_memory
+    from minilm.fast.malloc import keep_freed_memory
     from minilm.model import Config, Transformer
     from minilm.stages.train_state import TrainState
     from minilm.tensor import Tensor

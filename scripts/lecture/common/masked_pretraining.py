@@ -13,7 +13,7 @@ import numpy as np
 from minilm.layers import token_log_probs
 from minilm.objectives.sft import sft_loss
 from minilm.optim import warmup_cosine
-from minilm.stages.train_state import train_step, split, stage
+from minilm.stages.train_state import train_step, shards, stage
 
 
 def masked_log_probs(model, tokens, hidden, mask_token):
@@ -24,7 +24,7 @@ def masked_log_probs(model, tokens, hidden, mask_token):
 
 @stage
 def masked_pretraining(training, draw, steps, batch_size, mask_token, share=0.15, learning_rate=3e-3,
-                       micro_batches=None):
+                       microbatches=None):
     """Train training.model, which must be bidirectional, to fill in what is hidden.
 
     draw(rng, batch_size) gives tokens and mask, each (B,T); of the tokens where mask is 1, each is hidden with
@@ -45,7 +45,7 @@ def masked_pretraining(training, draw, steps, batch_size, mask_token, share=0.15
             log_probs = masked_log_probs(model, tokens[part], hidden[part], mask_token)
             return sft_loss(log_probs, hidden[part], total=total), None
 
-        parts = split(len(tokens), micro_batches or training.workers)
+        parts = shards(len(tokens), microbatches or training.workers)
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(50, steps // 10 + 1))
         metrics, _ = train_step(training, loss, parts, rate, "masked pretraining")
         yield {**metrics, "trained_tokens": total}

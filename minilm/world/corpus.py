@@ -46,8 +46,8 @@ def list_statements(rng):
     content, _ = _list_content(rng, "first")
     lines = []
     for task in rng.permutation(tuple(tasks.LIST_TASKS))[:4]:
-        answer = tasks.LIST_TASKS[task][0](content.split())
-        lines.append(_pick(rng, tasks.LIST_TASKS[task][2]).format(x=content, a=answer))
+        answer = tasks.LIST_TASKS[task].answer(content.split())
+        lines.append(_pick(rng, tasks.LIST_TASKS[task].statements).format(x=content, a=answer))
     return " ".join(lines)
 
 
@@ -79,7 +79,7 @@ def facts(rng):
     lines = []
     for _ in range(4):
         name, fact = _pick(rng, tasks.PEOPLE), _pick(rng, tuple(tasks.FACT_TASKS))
-        lines.append(_pick(rng, tasks.FACT_TASKS[fact][1]).format(x=name, a=tasks.person(name)[fact]))
+        lines.append(_pick(rng, tasks.FACT_TASKS[fact].statements).format(x=name, a=tasks.person(name)[fact]))
     return " ".join(lines)
 
 

@@ -1,0 +1,70 @@
+"""Text for a terminal: answers on one line, lines of at most 80 columns, progress bars."""
+
+import contextlib
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+
+WIDTH = 80
+EMPTY, CUT_OFF = "(empty)", " ..."
+SHOWN_METRICS = ("loss", "accuracy", "reward", "kl_sequence", "rewards/accuracies")
+
+
+def one_line(text: str, finished: bool = True) -> str:
+    """An answer of a model on one line.
+
+    Newlines and other characters that cannot be printed are escaped, as in Python: a newline is \\n. An
+    empty answer is "(empty)". An answer that was cut off (finished False) ends with " ...".
+    """
+    escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return (escaped or EMPTY) + ("" if finished else CUT_OFF)
+
+
+def labelled(label: str, text: str, label_width: int) -> str:
+    """A label and, indented beside it, a text of at most WIDTH columns, on as many lines as it needs."""
+    return textwrap.fill(text, WIDTH, initial_indent=f"    {label:<{label_width}}  ",
+                         subsequent_indent=" " * (label_width + 6))
+
+
+def paragraph(text: str) -> str:
+    """A text in lines of at most WIDTH columns."""
+    return textwrap.fill(text, WIDTH)
+
+
+@contextlib.contextmanager
+def progress(title: str, steps: int, done: int = 0, unit: str = "step") -> Iterator[Callable]:
+    """A bar with the time left in a terminal; elsewhere a line at every tenth of the steps.
+
+    Yields advance(metrics=None), to be called after each step.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+        # Not the size that tqdm finds: in a terminal that reports 0 columns and 0 rows, tqdm shows nothing.
+        columns, rows = shutil.get_terminal_size()
+        with tqdm(total=steps, initial=done, desc=f"{title:>14}", unit=unit, ncols=columns, nrows=rows) as bar:
+            def advance(metrics=None):
+                if metrics:
+                    bar.set_postfix_str(brief(metrics), refresh=False)
+                bar.update()
+            yield advance
+        return
+
+    began = time.monotonic()
+    first = done
+
+    def advance(metrics=None):
+        nonlocal done
+        done += 1
+        if done == steps or done % max(1, steps // 10) == 0:
+            elapsed = time.monotonic() - began
+            left = elapsed / (done - first) * (steps - done)
+            line = f"{title}: {unit} {done}/{steps}, {elapsed:.0f} s, {left:.0f} s left"
+            print(", ".join([line, *filter(None, [brief(metrics or {})])]), flush=True)
+    yield advance
+
+
+def brief(metrics: dict) -> str:
+    """The metrics that a progress bar has space for: "loss 0.123, reward 1.5"."""
+    return ", ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN_METRICS if name in metrics)

@@ -1,0 +1,203 @@
+"""scripts/chat.py: lines become answers of every model, and each mistake is one line that says what to do."""
+import io
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import chat
+from helpers import small_transformer
+from minilm import data
+from minilm.checkpoint import CheckpointError
+from minilm.generate import generate
+from minilm.model import RewardModel
+from minilm.model_file import load_model, save_model
+from minilm.tokenizer import Tokenizer
+from minilm.world import tasks
+from support.run_folder import UsageError
+from support.terminal import labelled, one_line
+
+pytest.importorskip("safetensors", reason="what the scripts need: pip install -e '.[run]'")
+
+SCRIPT = Path(chat.__file__)
+TOKENIZER = Tokenizer()
+
+
+def transformer(seed, **config):
+    return small_transformer(np.random.default_rng(seed), np.float32, vocab_size=TOKENIZER.vocab_size, context=64, **config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What a run of assistant.py leaves: two policies and a reward model."""
+    folder = tmp_path_factory.mktemp("run")
+    for seed, name in enumerate(("sft", "base")):
+        save_model(folder / f"{name}.safetensors", transformer(seed), TOKENIZER)
+    save_model(folder / "reward_model.safetensors", RewardModel(transformer(2), np.random.default_rng(2)), TOKENIZER)
+    return folder
+
+
+def talk(monkeypatch, capsys, lines, *options):
+    """(exit status, printed, errors) of a conversation whose questions come from a pipe."""
+    monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, options)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    status = chat.main_guard(chat.main)
+    return status, *capsys.readouterr()
+
+
+def test_each_line_is_answered_by_every_model_of_a_folder_in_the_order_of_the_stages(folder, monkeypatch, capsys):
+    status, printed, errors = talk(monkeypatch, capsys, ["Hi?", "", "Who?"], folder, "--max-tokens", 4)
+    assert (status, errors) == (0, "")
+    blocks = printed.strip().split("\n\n")
+    assert [block.splitlines()[0] for block in blocks] == ["> Hi?", "> Who?"]
+    for block in blocks:
+        assert [line.split()[0] for line in block.splitlines()[1:]] == ["base", "sft"]
+    assert all(len(line) <= 80 for line in printed.splitlines())
+
+
+def test_the_answers_are_samples_of_the_model_at_the_temperature_and_seed_that_were_asked_for(folder, monkeypatch, capsys):
+    file = folder / "sft.safetensors"
+    model, tokenizer, _ = load_model(file)
+    options = [file, "--max-tokens", 6, "--answers", 3]
+    for temperature, seed in [(1.0, 0), (0.5, 0), (0.5, 7), (0.0, 0)]:
+        _, printed, _ = talk(monkeypatch, capsys, ["Hi?", "Hi?"], *options, "--temperature", temperature, "--seed", seed)
+        expected = []
+        for number in range(2):
+            drawn = generate(model, [data.encode_prompt(tokenizer, "Hi?")] * 3, 6,
+                             np.random.default_rng([seed, number]), tokenizer.eos, temperature)
+            answers = [one_line(data.decode_response(tokenizer, tokens), tokens[-1] == tokenizer.eos)
+                       for tokens in drawn.responses()]
+            expected += ["> Hi?", *(labelled("sft" if i == 0 else "", a, 3) for i, a in enumerate(answers)), ""]
+        assert printed == "\n".join(expected) + "\n"
+
+
+def test_a_question_mark_lists_the_questions_that_may_be_asked(folder, monkeypatch, capsys):
+    _, printed, _ = talk(monkeypatch, capsys, ["?"], folder)
+    assert tasks.guide() in printed
+    for question in tasks.example_questions().values():
+        assert question in printed
+    for word in (*tasks.WORDS, *tasks.PEOPLE):
+        assert word in printed
+    assert all(len(line) <= 80 for line in printed.splitlines())
+
+
+@pytest.mark.parametrize("question, message", [("x" * 99, "do not fit the context of 64"),
+                                               ("\udcff", "lone surrogate")], ids=["too long", "not UTF-8"])
+def test_a_question_that_a_model_cannot_read_is_reported_and_the_next_one_is_answered(
+        folder, monkeypatch, capsys, question, message):
+    status, printed, _ = talk(monkeypatch, capsys, [question, "Hi?"], folder / "sft.safetensors", "--max-tokens", 4)
+    assert status == 0 and "error: " in printed and message in " ".join(printed.split())
+    assert len(printed.split("> Hi?\n")[1].strip()) > len("sft")
+
+
+def test_models_of_one_name_are_told_apart_by_their_paths(folder, tmp_path):
+    save_model(tmp_path / "sft.safetensors", transformer(5), TOKENIZER)
+    files = [str(folder / "sft.safetensors"), str(tmp_path / "sft.safetensors"), str(folder / "base.safetensors")]
+    assert [speaker.name for speaker in chat.load_speakers(files)] == [*files[:2], "base"]
+
+
+def test_a_reward_model_among_several_files_is_left_out_with_a_note(folder, monkeypatch, capsys):
+    files = sorted(folder.glob("*.safetensors"))
+    status, printed, errors = talk(monkeypatch, capsys, ["Hi?"], *files, "--max-tokens", 4)
+    assert status == 0 and errors == f"left out: {files[1]} gives numbers, not text\n"
+    assert "base" in printed and "sft" in printed and "reward_model" not in printed
+
+
+def test_a_path_without_a_model_says_how_to_train_one(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "none.safetensors", tmp_path / "none", tmp_path / "empty"):
+        status, printed, errors = talk(monkeypatch, capsys, ["Hi?"], path)
+        assert (status, printed) == (2, "") and errors.startswith("error: ") and errors.count("\n") == 1
+        assert str(path) in errors and "python scripts/assistant.py" in errors
+    monkeypatch.chdir(tmp_path)
+    assert os.path.join("runs", "assistant") in talk(monkeypatch, capsys, [])[2]
+
+
+def test_a_file_that_holds_no_language_model_is_named(folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("no model at all")
+    with pytest.raises(CheckpointError, match="notes.txt: not a safetensors file"):
+        chat.load_speakers([str(tmp_path / "notes.txt")])
+    with pytest.raises(UsageError, match="reward_model.safetensors gives numbers, not text"):
+        chat.load_speakers([str(folder / "reward_model.safetensors")])
+    save_model(tmp_path / "encoder", transformer(0, causal=False), TOKENIZER)
+    with pytest.raises(UsageError, match="none of the 2 files holds a model that writes answers"):
+        chat.load_speakers([str(folder / "reward_model.safetensors"), str(tmp_path / "encoder")])
+
+
+@pytest.mark.parametrize("option", ["--temperature -1", "--temperature nan", "--temperature hot", "--answers 0",
+                                    "--answers 1000", "--max-tokens 0", "--seed -1", "--unknown"])
+def test_a_bad_option_is_named_in_one_line(folder, monkeypatch, capsys, option):
+    status, printed, errors = talk(monkeypatch, capsys, ["Hi?"], folder, *option.split())
+    assert (status, printed) == (2, "") and errors.startswith("error: ") and errors.count("\n") == 1
+    assert option.split()[0] in errors
+
+
+def test_help_shows_the_options_and_the_questions(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as done:
+        talk(monkeypatch, capsys, [], "--help")
+    printed = capsys.readouterr().out
+    assert done.value.code == 0 and tasks.guide() in printed
+    for words in ("--temperature", "--answers", "--max-tokens", "--seed", "runs/assistant", "Ctrl-D"):
+        assert words in printed
+    assert all(len(line) <= 80 for line in printed.splitlines())
+
+
+@pytest.mark.parametrize("end", [b"\x04", b"\x03"], ids=["Ctrl-D", "Ctrl-C"])
+def test_at_a_terminal_the_questions_are_listed_and_a_key_ends_it_quietly(folder, end):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, str(SCRIPT), str(folder), "--max-tokens", "4"], stdin=theirs, stdout=theirs,
+                               stderr=theirs, start_new_session=True, env={**os.environ, "TERM": "dumb"},
+                               preexec_fn=lambda: take_terminal(theirs))
+    os.close(theirs)
+    shown = read_until(ours, b"> ")
+    os.write(ours, b"Hi?\n")
+    shown += read_until(ours, b"\r\n\r\n> ")
+    os.write(ours, end)
+    shown += read_until(ours, None)
+    os.close(ours)
+    assert process.wait() == 0, shown
+    text = shown.decode()
+    assert tasks.example_questions()["reverse"] in text and "    base  " in text and "    sft  " in text
+    assert "Traceback" not in text and "interrupted" not in text
+
+
+def take_terminal(descriptor):
+    """Makes the terminal that of this process, so that Ctrl-C there is a signal here."""
+    import fcntl
+    import termios
+    fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def read_until(descriptor, end):
+    """What the other side of the terminal shows, up to these bytes, or (None) until it closes."""
+    shown = b""
+    while end is None or not shown.endswith(end):
+        try:
+            block = os.read(descriptor, 4096)
+        except OSError:         # how Linux reports that the other side has closed
+            return shown
+        if not block:
+            return shown
+        shown += block
+    return shown
+
+
+# Text for a terminal.
+
+@pytest.mark.parametrize("text, finished, shown", [
+    ("moon.", True, "moon."), ("a\nb", True, "a\\nb"), ("\x1b[31mred\r", True, "\\x1b[31mred\\r"), ("고양이.", True, "고양이."),
+    ("", True, "(empty)"), ("a", False, "a ..."), ("", False, "(empty) ...")])
+def test_an_answer_is_shown_on_one_line_whatever_it_holds(text, finished, shown):
+    assert one_line(text, finished) == shown
+
+
+def test_a_long_answer_is_wrapped_beside_its_label():
+    lines = labelled("sft", "word " * 40, 8).splitlines()
+    assert len(lines) > 2 and all(len(line) <= 80 for line in lines)
+    assert lines[0].startswith("    sft       word ") and all(line.startswith(" " * 14 + "word") for line in lines[1:])

@@ -26,7 +26,7 @@ from common import page  # noqa: E402
 from support.run_folder import main_guard  # noqa: E402
 
 CONFIG = dict(vocab_size=5, width=4, layers=1, heads=1, ffn_width=4, context=8)
-DOC = "\n\n".join(["{title}", "Claim. {claim}", "Test. As said:\nso.", "Refuted. Never.", "Limits. All.",
+DOC = "\n\n".join(["{title}", "Claim. {claim}", "Test. As said:\nso.", "Rule. It ends high. Or not.", "Limits. All.",
                    "Source. Nobody 2020, arXiv:2009.01325."])
 
 
@@ -44,7 +44,7 @@ def test_a_claim_has_its_script_its_five_paragraphs_and_its_sizes(row):
     source = lecture.script(row).read_text("utf-8")
     title, sections = experiment.paragraphs(ast.get_docstring(ast.parse(source)))
     assert 10 < len(title) < 120, title
-    assert len(sections["Refuted"]) > 30 and len(sections["Limits"]) > 30
+    assert len(sections["Rule"]) > 30 and len(sections["Limits"]) > 30
     assert not re.search(r"\b(todo|tbd|fixme)\b", source, re.IGNORECASE)
     assert {"quick", "default"} <= set(lecture.sizes(row)) <= {"quick", "default", "full"}
 
@@ -65,9 +65,10 @@ def test_spread_keeps_mean_least_greatest_and_every_seed():
     assert kept == {"mean": 3.0, "least": 1.0, "greatest": 6.0, "by_seed": [1.0, 2.0, 6.0]}
 
 
-def test_shown_is_the_mean_and_in_brackets_the_least_and_the_greatest():
-    assert experiment.shown([0.5, 1.0, 0.75]) == "0.75 [0.50, 1.00]"
-    assert experiment.shown([-1, 2], digits=0) in ("0 [-1, 2]", "1 [-1, 2]")
+def test_mean_range_is_the_mean_and_in_brackets_the_least_and_the_greatest():
+    assert experiment.mean_range([0.5, 1.0, 0.75]) == "0.75 [0.50, 1.00]"
+    assert experiment.mean_range([-1, 2], digits=0) in ("0 [-1, 2]", "1 [-1, 2]")
+    assert experiment.mean([0.5, 1.0]) == "0.75"
 
 
 def test_a_docstring_has_a_title_and_five_paragraphs_in_order():
@@ -76,21 +77,21 @@ def test_a_docstring_has_a_title_and_five_paragraphs_in_order():
     assert sections["Claim"] == "One. Two." and sections["Test"] == "As said: so."
 
 
-@pytest.mark.parametrize("change", [("Limits. All.\n\n", ""), ("Limits.", "Limit."), ("Refuted. Never.", "Refuted."),
+@pytest.mark.parametrize("change", [("Limits. All.\n\n", ""), ("Limits.", "Limit."), ("Rule. It ends high. Or not.", "Rule."),
                                     ("Source.", "More. Text.\n\nSource."),
                                     ("Claim. {claim}\n\nTest. As said:\nso.", "Test. So.\n\nClaim. It.")])
 def test_a_docstring_that_lacks_repeats_or_confuses_a_paragraph_is_refused(change):
     assert change[0] in DOC
-    with pytest.raises(ValueError, match="Claim, Test, Refuted, Limits, Source"):
+    with pytest.raises(ValueError, match="Claim, Test, Rule, Limits, Source"):
         experiment.paragraphs(DOC.replace(*change))
 
 
-def test_an_outcome_is_one_of_three():
-    assert experiment.verdict(True) == "holds" and experiment.verdict(np.bool_(False)) == "does not hold"
-    for outcome in experiment.OUTCOMES:
-        experiment.Conclusion(outcome, "", {}, [])
-    with pytest.raises(ValueError, match="'nearly'; it must be one of"):
-        experiment.Conclusion("nearly", "", {}, [])
+def test_the_outcome_of_a_conclusion_follows_from_its_comparisons():
+    for effects, expected in (([1.0, 1.1], "shown"), ([-1.0, -1.1], "not shown"), ([1.0, -1.0], "undecided")):
+        comparison = experiment.Comparison("lead", effects, above=0)
+        conclusion = experiment.Conclusion([comparison], "It leads.", {}, [["lead"]])
+        assert conclusion.outcome == conclusion.summary()["outcome"] == expected
+        assert conclusion.summary()["comparisons"] == [comparison.summary()]
 
 
 def test_a_table_has_columns():
@@ -112,8 +113,8 @@ def test_a_model_is_trained_once_and_anew_when_seed_recipe_code_or_library_chang
         calls.append("otherwise")
         return {"loss": []}
 
-    def weights(seed=0, train=train, folder=tmp_path, steps=2):
-        model, history = experiment.Row("row", folder).trained("base", seed, CONFIG, train, steps=steps)
+    def weights(seed=0, train=train, folder=tmp_path, steps=2, dtype=np.float32):
+        model, history = experiment.Experiment("row", folder, dtype).trained("base", seed, CONFIG, train, steps=steps)
         return [p.data for p in model.parameters().values()], history
 
     first, history = weights()
@@ -132,6 +133,9 @@ def test_a_model_is_trained_once_and_anew_when_seed_recipe_code_or_library_chang
     monkeypatch.setattr(experiment, "_sources", lambda: "another library")
     weights()
     assert len(calls) == 6
+    doubles, _ = weights(dtype=np.float64)
+    assert len(calls) == 7 and {a.dtype for a in doubles} == {np.dtype(np.float64)}
+    assert np.allclose(doubles[0], first[0], atol=1e-6), "the same draws, rounded less"
 
 
 def test_the_library_is_known_by_every_file_of_it(tmp_path, monkeypatch):
@@ -154,8 +158,8 @@ def measure(row, seed, steps):
 def conclude(seeds, size):
     ends = [s["curve"][-1] for s in seeds]
     table = [["seed", "end"], *([str(i), f"{end:.1f}"] for i, end in enumerate(ends))]
-    return experiment.Conclusion(experiment.verdict(min(ends) > 1), f"It ends at {experiment.shown(ends)}.",
-                                 {"end": experiment.spread(ends)}, table)
+    return experiment.Conclusion([experiment.Comparison("end (metres)", ends, above=-10)],
+                                 f"It ends at {experiment.mean(ends)}.", {"end": experiment.spread(ends)}, table)
 
 
 def draw(figure, seeds, size):
@@ -175,12 +179,12 @@ def row_of(monkeypatch, measure, *arguments):
 def test_a_row_leaves_numbers_and_two_figures_and_is_concluded_again_without_measuring(
         tmp_path, monkeypatch, capsys, drawing):
     assert row_of(monkeypatch, measure, "--quick", "--out", tmp_path, "--workers", 2) == 0
-    assert "holds. It ends at 4.00 [2.00, 6.00]." in capsys.readouterr().out
+    assert "It ends at 4.00." in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny-dark.png", "tiny.json", "tiny.png"]
     result = json.loads((tmp_path / "tiny.json").read_text())
     assert result["by_seed"] == [{"curve": [0, s + 1, 2 * s + 2], "steps": 1} for s in range(3)]
     assert (result["size"], result["seeds"], result["settings"]) == ("quick", [0, 1, 2], {"steps": 1})
-    assert (result["outcome"], result["Claim"]) == ("holds", "It ends high.")
+    assert (result["outcome"], result["Claim"]) == ("a trial", "It ends high.")
     assert result["numbers"]["end"]["by_seed"] == [2, 4, 6]
     for style, ground in (("", (255, 255, 255)), ("-dark", (0x16, 0x17, 0x1a))):
         picture = drawing.open(tmp_path / f"tiny{style}.png").convert("RGB")
@@ -215,9 +219,10 @@ for style in ("", "-dark"):
     shutil.copy(pathlib.Path(__file__).with_name("picture.png"), folder / f"{{name}}{{style}}.png")
 (folder / f"{{name}}.json").write_text(json.dumps({{**{result}, "size": size}}))
 '''
-RESULT = {"title": "A title", "Claim": "It is so.", "Test": "Tried.", "Refuted": "If not.", "Limits": "Many.",
-          "Source": "arXiv:2009.01325", "outcome": "holds", "sentence": "It came to 3.5. More is said here.",
-          "numbers": {"end": {"mean": 3.5}}, "settings": {"steps": 5}, "table": [["n", "end"], ["1", "3.5"]],
+RESULT = {"title": "A title", "Claim": "It is so.", "Test": "Tried.", "Rule": "It ends above 3. More.", "Limits": "Many.",
+          "Source": "arXiv:2009.01325", "outcome": "shown", "words": "It came to 3.5. More is said here.",
+          "numbers": {"end": {"mean": 3.5}}, "comparisons": [], "conditions": [], "settings": {"steps": 5},
+          "table": [["n", "end"], ["1", "3.5"]],
           "seeds": [0, 1, 2], "seconds": 2.0, "workers": 2, "date": "2020-01-02", "machine": "2 cores", "by_seed": []}
 
 
@@ -257,15 +262,16 @@ def measured(text):
 
 
 def test_all_rows_are_run_in_order_and_their_claims_written_down(run, capsys):
-    run.write("two", outcome="does not hold")
+    run.write("two", outcome="not shown")
     assert run("--out", run.folder, "--rows", "three,two, one", "--workers", 7) == 0
     out = capsys.readouterr().out
     assert measured(out) == ["one", "two", "three"] and out.count("default --workers 7") == 3
     assert "[2/3] two: Row two" in out
-    assert re.search(r"\[2/3\] two: does not hold; \d+ s so far, about \d+ s left", out)
+    assert re.search(r"\[2/3\] two: not shown; \d+ s so far, about \d+ s left", out)
     claims = json.loads((run.folder / "claims.json").read_text())
     assert list(claims) == ["one", "two", "three"]
-    assert claims["two"] == {"outcome": "does not hold", "figure": "two.png", "numbers": {"end": {"mean": 3.5}},
+    assert claims["two"] == {"outcome": "not shown", "rule": "It ends above 3.", "figure": "two.png",
+                             "numbers": {"end": {"mean": 3.5}}, "comparisons": [], "conditions": [],
                              "seeds": [0, 1, 2]}
     assert (run.folder / "claims.md").exists() and (run.folder / "index.html").exists()
 
@@ -366,7 +372,7 @@ HOSTILE = """</td><script>alert("1")</script> & 'quotes' {braces} %s <b onload=x
 
 
 def test_whatever_a_row_says_stays_text(run):
-    said = {name: f"{name} {HOSTILE}" for name in (*experiment.SECTIONS, "title", "sentence", "machine", "date")}
+    said = {name: f"{name} {HOSTILE}" for name in (*experiment.SECTIONS, "title", "words", "machine", "date")}
     run.write("one", **said, table=[[f"head {HOSTILE}"], [f"cell {HOSTILE}"]], settings={HOSTILE: HOSTILE})
     assert run("--out", run.folder, "--rows", "one") == 0
     text = (run.folder / "index.html").read_text()
@@ -375,7 +381,7 @@ def test_whatever_a_row_says_stays_text(run):
     words = "\n".join(read.words)
     for expected in (*said.values(), f"head {HOSTILE}", f"cell {HOSTILE}", "Stage <1>"):
         assert expected in words
-    assert f'alt="{escape(said["sentence"])}"' in text
+    assert f'alt="{escape(said["words"])}"' in text
 
 
 def test_the_page_asks_nobody_for_anything_and_holds_both_figures_of_every_row(run, drawing):
@@ -425,23 +431,23 @@ def test_all_text_stands_out_from_its_ground(scheme):
 
 def test_pages_and_figures_have_the_same_ground_and_every_outcome_a_sign():
     assert [page.LIGHT["ground"], page.DARK["ground"]] == [style["ground"] for style in experiment.STYLES.values()]
-    assert set(page.SIGNS) == {*experiment.OUTCOMES, "not run"}
-    assert len({sign for sign, _ in page.SIGNS.values()}) == 4, "not by colour alone"
+    assert set(page.SIGNS) == {*experiment.OUTCOMES, experiment.TRIAL, "not run"}
+    assert len({sign for sign, _ in page.SIGNS.values()}) == 5, "not by colour alone"
 
 
 # What the README shows.
 
 def test_the_table_is_markdown_with_links_to_scripts_and_figures(run, capsys):
-    run.write("two", outcome="does not hold", Claim="a | b, <i> and *c*",
-              sentence="At 2.5 vs. 3. it fails. Then more.")
+    run.write("two", outcome="not shown", Claim="a | b, <i> and *c*",
+              words="At 2.5 vs. 3. it fails. Then more.")
     assert run("--out", run.folder, "--rows", "one,two") == 0
     capsys.readouterr()
     assert run("--table", run.folder) == 0
     out = capsys.readouterr().out
     assert out == (run.folder / "claims.md").read_text()
-    assert ("| a \\| b, \\<i> and \\*c\\* | **does not hold** | At 2.5 vs. 3. it fails. | "
+    assert ("| a \\| b, \\<i> and \\*c\\* | It ends above 3. | **not shown** | At 2.5 vs. 3. it fails. | "
             "[two.py](scripts/lecture/two.py), [figure](scripts/lecture/figures/two.png) |") in out.splitlines()
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in out.splitlines() if line.startswith("|")} == {5}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in out.splitlines() if line.startswith("|")} == {6}
     assert run("--table", run.rows) == 2 and "holds no run" in capsys.readouterr().err
 
 
@@ -491,7 +497,8 @@ def test_a_quick_run_of_every_row_gives_every_claim_an_outcome_and_two_figures(q
     text = (quick_run / "index.html").read_text()
     assert list(claims) == list(lecture.ROWS)
     for row, claim in claims.items():
-        assert set(claim) == {"outcome", "figure", "numbers", "seeds"} and claim["outcome"] in experiment.OUTCOMES
+        assert set(claim) == {"outcome", "rule", "figure", "numbers", "comparisons", "conditions", "seeds"}
+        assert claim["outcome"] == experiment.TRIAL
         assert len(claim["seeds"]) >= 3 and claim["numbers"]
         assert all(0 < len(numbers["by_seed"]) <= len(claim["seeds"]) for numbers in claim["numbers"].values())
         light, dark = (Image.open(quick_run / f"{row}{style}.png").convert("RGB") for style in ("", "-dark"))

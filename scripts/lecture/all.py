@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from common import page
-from common.experiment import STYLES, read
+from common.experiment import STYLES, first_sentence, read
 
 from minilm import checkpoint
 from minilm.fast import workers
@@ -174,8 +174,9 @@ def recorded(folder):
 
 def publish(folder, size, done):
     """claims.json, claims.md and index.html, of the rows that are done."""
-    claims = {row: {"figure": f"{row}.png", **{name: result[name] for name in ("outcome", "numbers", "seeds")}}
-              for row, result in done.items()}
+    kept = ("outcome", "comparisons", "conditions", "numbers", "seeds")
+    claims = {row: {"rule": first_sentence(result["Rule"]), "figure": f"{row}.png",
+                    **{name: result[name] for name in kept}} for row, result in done.items()}
     pictures = {row: [page.compact((folder / f"{row}{style}.png").read_bytes()) for style in STYLES] for row in done}
     checkpoint.write_text(folder / "claims.json", json.dumps(claims, indent=1) + "\n")
     checkpoint.write_text(folder / "claims.md", table(done))
@@ -187,11 +188,12 @@ def table(done):
     lines = []
     for title, rows in STAGES.items():
         if rows := [row for row in rows if row in done]:
-            lines += [f"**{title}**", "", "| claim | outcome | what came out | |", "|---|---|---|---|"]
+            lines += [f"**{title}**", "", "| claim | rule that was tested | outcome | measured | |", "|---|---|---|---|---|"]
         for row in rows:
-            claim, came_out = map(as_markdown, (done[row]["Claim"], first_sentence(done[row]["sentence"])))
-            outcome = done[row]["outcome"] if done[row]["outcome"] == "holds" else f"**{done[row]['outcome']}**"
-            lines.append(f"| {claim} | {outcome} | {came_out} | [{row}.py](scripts/lecture/{row}.py), "
+            claim, came_out = map(as_markdown, (done[row]["Claim"], first_sentence(done[row]["words"])))
+            rule = as_markdown(first_sentence(done[row]["Rule"]))
+            outcome = done[row]["outcome"] if done[row]["outcome"] == "shown" else f"**{done[row]['outcome']}**"
+            lines.append(f"| {claim} | {rule} | {outcome} | {came_out} | [{row}.py](scripts/lecture/{row}.py), "
                          f"[figure](scripts/lecture/figures/{row}.png) |")
         lines += [""] * bool(rows)
     return "\n".join(lines)
@@ -200,10 +202,6 @@ def table(done):
 def as_markdown(text):
     """Text that stays text, in a cell."""
     return re.sub(r"([|<*\\])", r"\\\1", text)
-
-
-def first_sentence(text):
-    return re.split(r"(?<=[.?!]) (?=[A-Z])", " ".join(text.split()))[0]
 
 
 def readme_figures(folder):

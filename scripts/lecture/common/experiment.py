@@ -1,18 +1,39 @@
-"""What the experiments of this folder share: a command line, seeds, models that several need, and what is left behind.
+"""What the experiments share: a command line, seeds, trained models, the outcome, and the files that are written.
 
-A row is one claim of the lecture and one file, which says what is done with one seed, what follows from all of
-them, and how it looks:
+An experiment is one claim of the lecture and one file: what is measured with one seed, what follows from all seeds,
+and the figure.
 
-    def measure(row, seed, steps):            plain numbers, by name; every seed in a process of its own
-    def conclude(seeds, size):                a Conclusion, from a list of what measure returned
+    def measure(experiment, seed, steps):     plain numbers by name; each seed in a process of its own
+    def conclude(seeds, size):                a Conclusion, from the list of what measure returned
     def draw(figure, seeds, size):            on a matplotlib Figure
-    SIZES = {"quick": {"seeds": 3, "steps": 10}, "default": {"seeds": 4, "steps": 400}}
+    SIZES = {"quick": {"seeds": 3, "steps": 10}, "default": {"seeds": 6, "steps": 400}}
 
     if __name__ == "__main__":
         sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES))
 
-It leaves ROW.json, ROW.png and ROW-dark.png in the folder --out, each written whole or not at all.
-Import this module before NumPy: it holds BLAS to one thread, for the seeds are what runs in parallel.
+The docstring of an experiment has a title and five paragraphs: Claim, Test, Rule, Limits, Source. The first sentence
+of "Rule" is printed beside every outcome, so it must be readable alone and say what was tested ("DPO has more gold
+reward than the reference at a lower temperature, at 0.5 nat of KL."). The other sentences give margins and conditions.
+
+A rule in code is a list of comparisons (intervals.py): one effect per seed, and a margin. conclude states it:
+
+    lead = [s["dpo"] - s["reference"] for s in seeds]
+    return Conclusion([Comparison("lead of DPO at 0.5 nat (gold reward)", lead, above=0)],
+                      words="DPO leads by 0.01 at half a nat.", numbers={"lead": spread(lead)}, table=[...])
+
+- above=, below=, or both (two models are equal within 0.05: above=-0.05, below=0.05).
+- An order is a comparison too: smallest_step(accuracies) of each seed, above=0. A count of conditions that hold is one
+  as well. An effect that may be infinite (labels that are needed) is given by its reciprocal.
+- Where differences can be 0 (an accuracy at its ceiling), the margin is larger than one step of rounding, say 0.01.
+- conditions=[...] are comparisons that must be shown before the rule says anything (the model has learned the task);
+  if one is not, the outcome is "undecided".
+- words: one or two sentences with about three numbers. All other numbers go to `numbers` and to the table.
+
+New models are made by experiment.transformer(rng, **config), which follows the option --dtype; a function that makes
+them elsewhere takes dtype=experiment.dtype. With --quick the outcome is "a trial", whatever was measured.
+
+An experiment writes NAME.json, NAME.png and NAME-dark.png to the folder --out, each whole or not at all.
+Import this module before NumPy: it limits BLAS to one thread, because the seeds run in parallel.
 """
 
 import os
@@ -28,13 +49,16 @@ import inspect
 import io
 import json
 import platform
+import re
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 
 import minilm
+from common.intervals import OUTCOMES, Comparison, as_number, outcome, smallest_step  # noqa: F401, for experiments
 from minilm import checkpoint
 from minilm.fast import workers
 from minilm.model import Config, Transformer
@@ -42,50 +66,70 @@ from minilm.model import Config, Transformer
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from support.run_folder import UsageError, main_guard, require  # noqa: E402
 
-OUTCOMES = ("holds", "does not hold", "cannot be shown here")
-SECTIONS = ("Claim", "Test", "Refuted", "Limits", "Source")
+TRIAL = "a trial"                       # the outcome of every experiment at --quick
+SECTIONS = ("Claim", "Test", "Rule", "Limits", "Source")
 COLOURS = ("#2f7ed8", "#d9792b", "#3f9b5f", "#b65fc0", "#c94f4f", "#8a8a8a")     # legible on white and on black
 STYLES = {"": {"text": "#1d1d1f", "faint": "#b4b4b8", "ground": "#ffffff"},
           "-dark": {"text": "#e6e6e8", "faint": "#5c5c62", "ground": "#16171a"}}
+COLUMNS = 100                           # of printed text
 
 
 @dataclasses.dataclass
 class Conclusion:
-    """outcome: one of OUTCOMES; sentence: what came out, in figures; numbers: {name: spread(...)};
-    table: the header and the rows, lists of strings."""
+    """comparisons, conditions: the rule, as above; words: what was measured, in one or two sentences;
+    numbers: {name: spread(...)}; table: the header and the rows, lists of strings."""
 
-    outcome: str
-    sentence: str
+    comparisons: list[Comparison]
+    words: str
     numbers: dict
-    table: list
+    table: list[list[str]]
+    conditions: list[Comparison] = ()
 
-    def __post_init__(self):
-        if self.outcome not in OUTCOMES:
-            raise ValueError(f"outcome is {self.outcome!r}; it must be one of {OUTCOMES}")
+    @property
+    def outcome(self) -> str:
+        """One of OUTCOMES."""
+        if isinstance(self.comparisons, str):           # until stage 3 states its rules
+            return self.comparisons
+        return outcome(self.comparisons, self.conditions)
+
+    def summary(self) -> dict:
+        """Plain values for JSON."""
+        rules = {"comparisons": self.comparisons, "conditions": self.conditions}
+        if isinstance(self.comparisons, str):
+            rules = {"comparisons": [], "conditions": []}
+        return {"outcome": self.outcome, "words": self.words, "numbers": self.numbers, "table": self.table,
+                **{name: [c.summary() for c in comparisons] for name, comparisons in rules.items()}}
 
 
-# Figures that say how sure they are.
+# Numbers over the seeds.
 
 def spread(values):
-    """What to keep of one number a seed."""
+    """What to keep of one number per seed."""
     values = [float(v) for v in values]
     return {"mean": float(np.mean(values)), "least": min(values), "greatest": max(values), "by_seed": values}
 
 
-def shown(values, digits=2):
+def mean_range(values, digits=2):
     """0.97 [0.95, 0.99]: the mean over the seeds, the least and the greatest."""
     return f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
-def verdict(holds):
-    """The outcome of a row that can be tested here."""
+def mean(values, digits=2):
+    """0.97: the mean over the seeds, for words."""
+    return f"{np.mean(values):.{digits}f}"
+
+
+shown = mean_range                      # until stage 3 is renamed
+
+
+def verdict(holds):                     # until stage 3 states its rules
     return OUTCOMES[0] if holds else OUTCOMES[1]
 
 
 # Drawing.
 
 def curve(axis, x, by_seed, label, colour, marker="o", **style):
-    """One line a seed, faint, and their mean: by_seed (seeds, len(x))."""
+    """One faint line per seed, and their mean: by_seed (seeds, len(x))."""
     for y in by_seed:
         axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
     axis.plot(x, np.mean(by_seed, axis=0), color=colour, marker=marker, markersize=4, linewidth=1.8, label=label,
@@ -93,7 +137,7 @@ def curve(axis, x, by_seed, label, colour, marker="o", **style):
 
 
 def level(axis, y, label, side="right", below=False):
-    """A dotted line across the axis, with its label above or below it at one side: chance, a bound, a floor."""
+    """A dotted line across the axis, with its label above or below it at one side: chance, a bound, an optimum."""
     faint = STYLES["-dark" if axis.figure.get_facecolor()[0] < 0.5 else ""]["faint"]
     axis.axhline(y, color=faint, linestyle=":", linewidth=1.2, zorder=0)
     axis.annotate(label, (float(side == "right"), y), xycoords=("axes fraction", "data"), fontsize=8, alpha=0.75,
@@ -102,8 +146,21 @@ def level(axis, y, label, side="right", below=False):
                   va="top" if below else "bottom")
 
 
-def picture(draw, suffix, size=(7.2, 4.0)):
-    """draw(figure) on a Figure of that style: the bytes of a PNG."""
+def fit_axes(figure):
+    """Gives up the limits of every axis that its curves do not lie within; images keep theirs."""
+    for axis in figure.axes:
+        if axis.images or not axis.lines:
+            continue
+        x_limits, y_limits = axis.get_xlim(), axis.get_ylim()
+        axis.relim()
+        # Levels span the axis in its own coordinates, which relim does not count in x.
+        for of, limits, (low, high) in (("x", x_limits, axis.dataLim.intervalx), ("y", y_limits, axis.dataLim.intervaly)):
+            if np.isfinite([low, high]).all() and (low < min(limits) or high > max(limits)):
+                axis.autoscale(axis=of)
+
+
+def picture(draw, suffix, size=(7.2, 4.0), trial=False):
+    """draw(figure) on a Figure of that style: the bytes of a PNG. A trial has axes that fit its data, and says so."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -115,34 +172,46 @@ def picture(draw, suffix, size=(7.2, 4.0)):
                                              "axes.edgecolor"), style["text"])}):
         figure = pyplot.figure(figsize=size, dpi=140, layout="constrained")
         draw(figure)
+        if trial:
+            fit_axes(figure)
+            figure.text(0.5, 0.5, "a trial: hardly trained", fontsize=24, rotation=20, alpha=0.25, ha="center",
+                        va="center")
         file = io.BytesIO()
         figure.savefig(file, format="png", facecolor=style["ground"])
         pyplot.close(figure)
     return file.getvalue()
 
 
-# One row.
+# One experiment.
 
-class Row:
-    """What measure is given: say() for progress, trained() for models that other rows want too."""
+class Experiment:
+    """What measure is given: say() for progress, transformer() and trained() for models, dtype of their weights."""
 
-    def __init__(self, name, folder):
-        self.name, self.folder, self.began = name, Path(folder), time.monotonic()
+    def __init__(self, name, folder, dtype=np.float32):
+        self.name = name
+        self.folder = Path(folder)
+        self.dtype = np.dtype(dtype)
+        self.began = time.monotonic()
 
     def say(self, text):
         print(f"{self.name} {time.monotonic() - self.began:4.0f} s  {text}", flush=True)
+
+    def transformer(self, rng, **config):
+        """A Transformer of this config with new weights; the draws are the same for every dtype."""
+        return Transformer(Config(**config), rng, self.dtype)
 
     def trained(self, name, seed, config, train, **recipe):
         """(model, history): a Transformer of this config after history = train(model, rng, **recipe).
 
         Kept in the folder, under a name that changes with the recipe, the source of train, and minilm itself; so a
-        model that two rows want is trained once. What else train depends on must be in the recipe. history: plain
-        values that JSON can hold.
+        model that two experiments use is trained once. What else train depends on must be in the recipe. history:
+        plain values that JSON can hold.
         """
-        key = json.dumps([seed, config, recipe, inspect.getsource(train), _sources()], sort_keys=True)
-        path = self.folder / "models" / f"{name}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+        described = [seed, config, recipe, self.dtype.name, inspect.getsource(train), _sources()]
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+        path = self.folder / "models" / f"{name}-{seed}-{digest}.safetensors"
         rng = np.random.default_rng([seed, *name.encode()])
-        model = Transformer(Config(**config), rng)
+        model = self.transformer(rng, **config)
         if path.exists():
             arrays, metadata = checkpoint.load(path)
             checkpoint.load_into(model.parameters(), arrays, path)
@@ -154,71 +223,111 @@ class Row:
 
 
 def paragraphs(doc):
-    """The title of a row's docstring, and its paragraphs by section."""
+    """The title of an experiment's docstring, and its paragraphs by section."""
     title, *rest = doc.strip().split("\n\n")
     found = {}
     for paragraph in rest:
         name, _, text = " ".join(paragraph.split()).partition(". ")
-        found[name] = text.strip()
+        found["Rule" if name == "Refuted" else name] = text.strip()        # until stage 3 states its rules
     if tuple(found) != SECTIONS:
-        raise ValueError(f"the docstring of a row has a title and the paragraphs {', '.join(SECTIONS)}; "
+        raise ValueError(f"the docstring of an experiment has a title and the paragraphs {', '.join(SECTIONS)}; "
                          f"this one has {list(found)}")
     return " ".join(title.split()), found
 
 
+def first_sentence(text):
+    return re.split(r"(?<=[.?!]) (?=[A-Z(])", " ".join(text.split()))[0]
+
+
 def run(file, doc, measure, conclude, draw, sizes, figure_size=(7.2, 4.0)):
-    """The command line of a row: the exit status."""
+    """The command line of an experiment: the exit status."""
     return main_guard(lambda: _run(Path(file).stem, doc, measure, conclude, draw, sizes, figure_size))
 
 
-def _run(name, doc, measure, conclude, draw, sizes, figure_size):
-    title, sections = paragraphs(doc)
+def _arguments(title, sizes):
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--out", default="runs/lecture", help="folder for the results")
     size = parser.add_mutually_exclusive_group()
     for other in sorted(sizes.keys() - {"default"}):
         size.add_argument(f"--{other}", dest="size", action="store_const", const=other, default="default",
-                          help={"quick": "see that it works; proves nothing", "full": "longer, to see more"}[other])
+                          help={"quick": "a trial: shows that it runs, decides nothing",
+                                "full": "longer, to see more"}[other])
     parser.add_argument("--workers", type=int, default=workers.available_cores(), help="processes that share the seeds")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32",
+                        help="of the models; float64 shows whether an outcome depends on rounding")
     parser.add_argument("--redraw", action="store_true", help="conclude and draw again from the numbers in the folder")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def _run(name, doc, measure, conclude, draw, sizes, figure_size):
+    title, sections = paragraphs(doc)
+    arguments = _arguments(title, sizes)
     require("matplotlib", "safetensors")
-    folder, settings = Path(arguments.out), dict(sizes[arguments.size])
-    seeds = list(range(settings.pop("seeds")))
+    folder = Path(arguments.out)
     path = folder / f"{name}.json"
     if arguments.redraw:
         result = read(path)
-        settings, seeds = result["settings"], result["seeds"]
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        row = Row(name, folder)
-
-        def one(seed):
-            numbers = measure(row, seed, **settings)
-            row.say(f"seed {seed} done")
-            return json.dumps(numbers, default=_plain, allow_nan=False)
-
-        measured = [json.loads(text) for text in workers.parallel_map(one, seeds, arguments.workers)]
-        result = {"row": name, "size": arguments.size, "settings": settings, "seeds": seeds,
-                  "seconds": round(time.monotonic() - row.began, 1), "workers": arguments.workers,
-                  "date": datetime.date.today().isoformat(), "machine": _machine(), "by_seed": measured}
+        settings = dict(sizes[arguments.size])
+        seeds = list(range(settings.pop("seeds")))
+        result = _measured(Experiment(name, folder, arguments.dtype), measure, seeds, settings, arguments.workers)
+        result["size"] = arguments.size
+    settings = result["settings"]
+    trial = result["size"] == "quick"
     conclusion = conclude(result["by_seed"], settings)
-    result |= {"title": title, **sections, **dataclasses.asdict(conclusion)}
+    result |= {"title": title, **sections, **conclusion.summary()}
+    if trial:
+        result["outcome"] = TRIAL
     for suffix in STYLES:
-        drawn = picture(lambda figure: draw(figure, result["by_seed"], settings), suffix, figure_size)
+        drawn = picture(lambda figure: draw(figure, result["by_seed"], settings), suffix, figure_size, trial)
         _write(folder / f"{name}{suffix}.png", drawn)
-    # Last, for with it the row is done.
+    # Last, because this file marks the experiment as done.
     checkpoint.write_text(path, json.dumps(result, indent=1, default=_plain, allow_nan=False) + "\n")
-    print(f"\n{as_text(conclusion.table)}\n\n{name}: {conclusion.outcome}. {conclusion.sentence}\n"
-          f"{len(seeds)} seeds, {result['seconds']:.0f} s; {path}, {name}.png")
+    print(f"\n{as_text(result['table'])}\n\n{report(result)}\n{path}, {name}.png")
+
+
+def _measured(experiment, measure, seeds, settings, processes):
+    """What measure returned for every seed, and under which circumstances."""
+    def one(seed):
+        numbers = measure(experiment, seed, **settings)
+        experiment.say(f"seed {seed} done")
+        return json.dumps(numbers, default=_plain, allow_nan=False)
+
+    measured = [json.loads(text) for text in workers.parallel_map(one, seeds, processes)]
+    return {"experiment": experiment.name, "settings": settings, "seeds": seeds,
+            "seconds": round(time.monotonic() - experiment.began, 1), "workers": processes,
+            "dtype": experiment.dtype.name, "date": datetime.date.today().isoformat(), "machine": _machine(),
+            "by_seed": measured}
+
+
+def report(result):
+    """The outcome of an experiment, its rule and its comparisons, as text of at most COLUMNS columns."""
+    def wrapped(label, text):
+        return textwrap.fill(" ".join(text.split()), COLUMNS, initial_indent=f"  {label:<10}",
+                             subsequent_indent=" " * 12)
+
+    lines = [f"{result['experiment']}: {result['outcome']}", wrapped("rule", first_sentence(result["Rule"])),
+             wrapped("measured", result["words"])]
+    for label, kind in (("condition", "conditions"), ("compared", "comparisons")):
+        lines += [wrapped(label, compared_as_text(comparison)) for comparison in result[kind]]
+    lines.append(wrapped("run", f"{len(result['seeds'])} seeds, {result['seconds']:.0f} s"))
+    return "\n".join(lines)
+
+
+def compared_as_text(comparison):
+    """lead of DPO (gold reward): 0.08 [0.05, 0.11], asked: above 0"""
+    low, high = comparison["interval"]
+    interval = "no interval" if low is None else f"95% interval {as_number(low)} to {as_number(high)}"
+    return f"{comparison['name']}: {as_number(comparison['mean'])} ({interval}); asked: {comparison['asked']}"
 
 
 def read(path):
-    """What a row left behind. Raises UsageError if there is no such thing."""
+    """What an experiment wrote. Raises UsageError if it cannot be read."""
     try:
         return json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: no results of a row ({error}); run it first, without --redraw") from error
+        raise UsageError(f"{path}: no results of an experiment ({error}); run it first, without --redraw") from error
 
 
 def as_text(table):

@@ -12,7 +12,7 @@ import re
 import struct
 from html import escape
 
-SIGNS = {"holds": ("✓", "yes"), "does not hold": ("✗", "no"), "cannot be shown here": ("?", "open"),
+SIGNS = {"shown": ("✓", "yes"), "not shown": ("✗", "no"), "undecided": ("?", "open"), "a trial": ("…", "none"),
          "not run": ("–", "none")}
 # Each kind of text, and what it is read on: "yes" stands on "on-yes".
 LIGHT = {"text": "#1d1d1f", "soft": "#55555c", "link": "#0b5cad", "ground": "#ffffff", "panel": "#f3f3f5",
@@ -98,8 +98,8 @@ def _badge(outcome):
 def _summary(claims, results, size):
     count = collections.Counter(result["outcome"] for result in results)
     lines = [f"<p>From language model to assistant: what the lecture claims, each claim an experiment in minilm. "
-             f"Of {claims} claims {len(results)} were tested here: {count['holds']} hold, "
-             f"{count['does not hold']} do not, {count['cannot be shown here']} cannot be shown here.</p>"]
+             f"Of {claims} claims {len(results)} were tested here: {count['shown']} are shown, "
+             f"{count['not shown']} are not shown, {count['undecided']} are undecided.</p>"]
     if results:
         dates, machines = (sorted({result[name] for result in results}) for name in ("date", "machine"))
         seeds = sorted({len(result["seeds"]) for result in results})
@@ -128,13 +128,13 @@ def _section(row, result, pictures):
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
     made = (f"scripts/lecture/{row}.py; {result['size']} size: {len(result['seeds'])} seeds; {settings}. "
             f"{result['seconds']:.0f} s, workers {result['workers']}; {result['date']}, {result['machine']}.")
-    terms = {"Test": result["Test"], "Refuted": result["Refuted"], "Limits": result["Limits"],
+    terms = {"Test": result["Test"], "Rule": result["Rule"], "Limits": result["Limits"],
              "Source": result["Source"], "Made by": made}
     told = "\n".join(f"<dt>{name}</dt><dd>{_linked(escape(text))}</dd>" for name, text in terms.items())
     return "\n".join([f'<section id="{row}">', f"<h3>{escape(result['title'])}</h3>",
                       f"<blockquote><strong>Claim.</strong> {escape(result['Claim'])}</blockquote>",
-                      f"<p>{_badge(result['outcome'])} {escape(result['sentence'])}</p>",
-                      _figure(result["sentence"], *pictures), _table(result["title"], result["table"]),
+                      f"<p>{_badge(result['outcome'])} {escape(result['words'])}</p>",
+                      _figure(result["words"], *pictures), _table(result["title"], result["table"]),
                       "<details><summary>How it was tested, and what it cannot show</summary>",
                       f"<dl>\n{told}\n</dl>", "</details>", "</section>"])
 

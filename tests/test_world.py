@@ -1,4 +1,4 @@
-"""minilm/world: what is asked, what is true, what is never shown, and how people judge."""
+"""minilm/world: questions and right answers, texts, the split between training and evaluation, and the annotators."""
 import dataclasses
 import re
 
@@ -16,7 +16,7 @@ a_manner = st.builds(Manner, opening=st.sampled_from(["", *manners.OPENINGS]), s
                      full_sentence=st.booleans(), closing=st.sampled_from(["", *manners.CLOSINGS]))
 PLAIN = Manner("", False, True, "")
 
-# Right answers, once more: from the question's content alone.
+# A second definition of the right answers, from the content of the question alone.
 ANSWERS = {
     "first": lambda x: re.match(r"\w+", x)[0],
     "last": lambda x: re.search(r"\w+$", x)[0],
@@ -41,7 +41,7 @@ def demonstrations():
 
 
 def stated(documents):
-    """(task, content, answer) of all that the documents state about the tasks, read off the text by the templates."""
+    """(task, content, answer) of every statement in the documents, found with the templates."""
     templates = [(task, t) for task, (*_, ways) in {**tasks.LIST_TASKS, **tasks.FACT_TASKS}.items() for t in ways]
     patterns = [(task, re.compile(r"(?:(?<=^)|(?<=\. ))" + re.escape(t).replace(r"\{x\}", r"(?P<x>[\w ]+?)")
                                   .replace(r"\{a\}", r"(?P<a>[\w ]+?)"))) for task, t in templates]
@@ -62,7 +62,7 @@ def stated(documents):
 # Questions.
 
 @given(rng=rngs, task=task_names, held_out=st.booleans())
-def test_a_question_is_answered_right_and_lies_in_the_half_that_was_asked_for(rng, task, held_out):
+def test_a_question_has_the_right_answer_and_is_held_out_as_requested(rng, task, held_out):
     q = tasks.draw_question(rng, held_out, task)
     assert q.task == task and q.content in q.text and "{" not in q.text
     assert q.answer == ANSWERS[task](q.content)
@@ -90,12 +90,12 @@ def test_tasks_come_in_equal_numbers_and_random_order():
     lambda rng: tasks.draw_questions(rng, 20), lambda rng: tasks.draw_questions(rng, 20, held_out=True),
     lambda rng: corpus.documents(rng, 20), lambda rng: corpus.demonstrations(rng, 20), draw_annotators],
     ids=["questions", "held out", "documents", "demonstrations", "annotators"])
-def test_everything_drawn_follows_from_the_generator(draw):
+def test_all_draws_are_determined_by_the_generator(draw):
     assert draw(np.random.default_rng(5)) == draw(np.random.default_rng(5)) != draw(np.random.default_rng(6))
 
 
-def test_what_is_held_out_and_the_facts_are_the_same_on_every_machine_and_in_every_run():
-    """Golden: to change these is to change every published number."""
+def test_the_held_out_contents_and_the_facts_are_the_same_on_every_machine_and_in_every_run():
+    """Fixed values: if they change, every published number changes."""
     people = [name for name in tasks.PEOPLE if tasks.is_held_out(name)]
     assert people == ["Finn", "Mira", "Will", "Yara"]
     assert tasks.person("Finn") == {"city": "Cairo", "animal": "goat", "colour": "green"}
@@ -104,19 +104,19 @@ def test_what_is_held_out_and_the_facts_are_the_same_on_every_machine_and_in_eve
 
 
 @given(words=st.lists(st.sampled_from(tasks.WORDS), min_size=2, max_size=5))
-def test_a_list_is_held_out_together_with_its_reverse_which_would_give_it_away(words):
+def test_a_list_and_its_reverse_are_held_out_together(words):
     assert tasks.is_held_out(" ".join(words)) == tasks.is_held_out(" ".join(words[::-1]))
 
 
 @given(rng=rngs, task=task_names)
-def test_the_start_of_a_statement_needs_but_the_answer_to_be_one_of_the_documents(rng, task):
+def test_a_statement_completed_by_the_answer_is_a_statement_of_the_documents(rng, task):
     q = tasks.draw_question(rng, task=task)
     assert list(stated([f"{tasks.statement(q)} {q.answer}."])) == [(task, q.content, q.answer)]
 
 
-# What is never shown.
+# Training texts, and contents that stay out of them.
 
-def test_what_the_documents_state_is_true_and_about_every_task(documents):
+def test_the_statements_of_the_documents_are_true_and_cover_every_task(documents):
     statements = list(stated(documents))
     assert {task for task, _, _ in statements} == set(tasks.TASKS)
     assert len(statements) > 5000
@@ -124,14 +124,14 @@ def test_what_the_documents_state_is_true_and_about_every_task(documents):
         assert answer == ANSWERS[task](content), (task, content, answer)
 
 
-def test_no_held_out_list_or_sum_is_ever_stated_in_a_document(documents):
+def test_documents_state_no_held_out_list_or_sum(documents):
     contents = {content for task, content, _ in stated(documents) if task not in tasks.FACT_TASKS}
     contents |= {song for text in documents for song in text.split(" , ") if re.fullmatch(r"[a-z ]+", song)}
     assert len(contents) > 3000
     assert not [content for content in contents if tasks.is_held_out(content)]
 
 
-def test_no_held_out_question_is_ever_demonstrated_or_trained_on(demonstrations):
+def test_demonstrations_and_training_questions_contain_no_held_out_question(demonstrations):
     trained = [q for q, _ in demonstrations] + tasks.draw_questions(np.random.default_rng(2), 2500)
     held_out = tasks.draw_questions(np.random.default_rng(3), 2500, held_out=True)
     assert {q.task for q in trained} == {q.task for q in held_out} == set(tasks.TASKS)
@@ -139,14 +139,14 @@ def test_no_held_out_question_is_ever_demonstrated_or_trained_on(demonstrations)
     assert not {q.text for q in trained} & {q.text for q in held_out}
 
 
-def test_no_held_out_sum_is_given_away_as_a_step_of_a_longer_one(documents, demonstrations):
+def test_no_step_of_a_longer_sum_is_a_held_out_sum(documents, demonstrations):
     """3 + 4 + 1 begins with 3 + 4 = 7. A step may come later too, if its total is a digit that sums are made of."""
     texts = [*documents, *(response for _, response in demonstrations)]
     given_away = {step for text in texts for step in re.findall(r"(?:^|[.!?,:] )([0-5] \+ [0-5]) = \d", text)}
     assert not [step for step in given_away if tasks.is_held_out(step)]
 
 
-def test_every_fact_is_told_and_those_of_held_out_people_are_never_asked(documents, demonstrations):
+def test_documents_state_every_fact_and_demonstrations_ask_about_no_held_out_person(documents, demonstrations):
     told = {(task, name) for task, name, _ in stated(documents) if task in tasks.FACT_TASKS}
     assert told == {(task, name) for task in tasks.FACT_TASKS for name in tasks.PEOPLE}
     asked = {q.content for q, _ in demonstrations if q.task in tasks.FACT_TASKS}
@@ -179,10 +179,10 @@ def test_pretraining_texts_are_the_documents_and_a_share_of_prose_in_random_orde
     assert sorted(text for text in texts if "[" not in text) == sorted(documents)
     starts = [prose.index(piece) for piece in pieces]
     assert all(piece == prose[i:i + 100] and i % 100 == 0 for i, piece in zip(starts, pieces))
-    assert len(set(starts)) == len(starts) and max(starts) > 0.7 * len(prose), "from all of it, not from its beginning"
+    assert len(set(starts)) == len(starts) and max(starts) > 0.7 * len(prose), "pieces come from the whole text"
     assert 0 <= sum(map(len, pieces)) - 0.3 * sum(map(len, documents)) < 101
     assert texts[:200] != documents and pieces != sorted(pieces, key=prose.index)
-    assert "[short]" in corpus.pretraining_texts(np.random.default_rng(0), 200, "[short]"), "prose that is soon over"
+    assert "[short]" in corpus.pretraining_texts(np.random.default_rng(0), 200, "[short]"), "prose that is shorter than its share"
 
 
 # Manners.
@@ -209,7 +209,7 @@ def test_reading_recovers_what_was_phrased(rng, task, manner):
     ("cat! cat.", "cat", 0, 0, 1),
     ("Sure! Happy to help!", None, 0, 0, 0),
 ])
-def test_reading_of_what_a_model_may_write(response, answer, steps, false, other):
+def test_any_response_of_a_model_is_read_into_answer_steps_and_kinds(response, answer, steps, false, other):
     r = read(response)
     assert (r.answer, len(r.steps), r.false_steps, r.counts["other"]) == (answer, steps, false, other)
 
@@ -223,7 +223,7 @@ def test_any_text_can_be_read_and_judged(text):
 # Judging.
 
 @given(rng=rngs, task=task_names, manner=a_manner)
-def test_gold_prefers_what_people_want(rng, task, manner):
+def test_the_gold_reward_prefers_right_polite_short_and_finished_answers(rng, task, manner):
     q = tasks.draw_question(rng, task=task)
 
     def gold(answer=q.answer, **change):
@@ -233,12 +233,12 @@ def test_gold_prefers_what_people_want(rng, task, manner):
     assert gold(opening="Sure!") > gold(opening="") > gold(opening="Well, hmm.") > gold(opening="Obviously.")
     assert (gold(closing="Happy to help!") > gold(closing="") > gold(closing="I am not sure.")
             > gold(closing="Stop asking."))
-    assert gold(full_sentence=False) > gold(full_sentence=True), "being brief"
+    assert gold(full_sentence=False) > gold(full_sentence=True), "short answers"
     response = phrase(q, q.answer, manner)
     assert gold_reward(q, response) - gold_reward(q, response, finished=False) == pytest.approx(1)
 
 
-def test_the_right_answer_comes_before_manner():
+def test_a_plain_right_answer_has_more_gold_reward_than_any_wrong_one():
     q = tasks.draw_question(np.random.default_rng(0), task="first")
     politest = max((phrase(q, "fox", Manner(o, False, f, c)) for o in ("", *manners.OPENINGS)
                     for c in ("", *manners.CLOSINGS) for f in (True, False)), key=lambda r: gold_reward(q, r))
@@ -247,30 +247,30 @@ def test_the_right_answer_comes_before_manner():
 
 @pytest.fixture
 def sum_question():
-    """A sum of three digits, each step of which pays."""
+    """A sum of three digits, which has two steps."""
     rng = np.random.default_rng(0)
     return next(q for q in iter(lambda: tasks.draw_question(rng, task="sum"), None) if len(q.steps) == 2)
 
 
-def test_flattery_beyond_two_courtesies_costs(sum_question):
-    worth = [gold_reward(sum_question, "Sure! " * n + sum_question.answer + ".") for n in range(5)]
-    assert worth[0] < worth[1] < worth[2] > worth[3] > worth[4]
-    assert worth[4] < worth[0]
+def test_every_courtesy_after_the_second_lowers_the_gold_reward(sum_question):
+    rewards = [gold_reward(sum_question, "Sure! " * n + sum_question.answer + ".") for n in range(5)]
+    assert rewards[0] < rewards[1] < rewards[2] > rewards[3] > rewards[4]
+    assert rewards[4] < rewards[0]
 
 
-def test_true_steps_pay_false_ones_cost_and_padding_with_steps_does_not_pay(sum_question):
+def test_needed_steps_raise_the_gold_reward_and_false_repeated_or_unneeded_steps_lower_it(sum_question):
     q = sum_question
     without, steps = phrase(q, q.answer, PLAIN), f"{q.steps[0]}. {q.steps[1]}. "
     false = f"{q.steps[0]}. 1 + 1 = 3. "
-    worth = [gold_reward(q, lead + without) for lead in (steps, "", false)]
-    assert worth[0] > worth[1] > worth[2]
-    assert worth[1] > gold_reward(q, "1 + 1 = 2. " + without), "true, but no step of this question"
-    assert worth[0] > gold_reward(q, steps + steps + without), "the same steps twice"
+    rewards = [gold_reward(q, lead + without) for lead in (steps, "", false)]
+    assert rewards[0] > rewards[1] > rewards[2]
+    assert rewards[1] > gold_reward(q, "1 + 1 = 2. " + without), "a true step of another question"
+    assert rewards[0] > gold_reward(q, steps + steps + without), "the same steps twice"
     more = [gold_reward(q, "1 + 1 = 2. " * n + without) for n in range(3, 7)]
     assert sorted(more, reverse=True) == more and len(set(more)) == 4
     other = tasks.draw_question(np.random.default_rng(0), task="first")
     plain = phrase(other, other.answer, PLAIN)
-    assert gold_reward(other, steps + plain) < gold_reward(other, plain), "nor where nothing is to be added"
+    assert gold_reward(other, steps + plain) < gold_reward(other, plain), "a question without steps"
 
 
 # Annotators.
@@ -287,7 +287,7 @@ def frequency(annotator, question, first, second, draws=3000, seed=0):
 
 
 @given(seed=st.integers(0, 2 ** 32 - 1), offset=st.floats(-3, 3), scale=st.floats(0.1, 3), brief=st.booleans())
-def test_choices_between_two_do_not_depend_on_how_a_person_uses_the_scale(seed, offset, scale, brief):
+def test_comparisons_do_not_depend_on_the_offset_and_scale_of_a_person(seed, offset, scale, brief):
     question, good, bad = pair(seed)
 
     def choices(person):
@@ -297,7 +297,7 @@ def test_choices_between_two_do_not_depend_on_how_a_person_uses_the_scale(seed, 
     assert choices(Annotator(offset, scale, 0.5, brief)) == choices(Annotator(0.0, 1.0, 0.5, brief))
 
 
-def test_ratings_do_depend_on_it_and_stay_on_the_scale():
+def test_ratings_depend_on_offset_and_scale_and_stay_between_1_and_7():
     question, good, bad = pair()
 
     def ratings(response, offset=0.0, scale=1.0):
@@ -311,8 +311,8 @@ def test_ratings_do_depend_on_it_and_stay_on_the_scale():
     assert set(everything) == {1, 7} and all(type(r) is int for r in everything)
 
 
-def test_the_larger_the_difference_the_fewer_the_errors():
-    """Without noise of their own exactly Bradley and Terry's: the logistic function of the difference."""
+def test_choices_follow_bradley_terry_and_noise_makes_them_less_certain():
+    """Without noise the probability is the logistic function of the difference in utility."""
     question, good, bad = pair()
     person, noisy = Annotator(0.0, 1.0, 0.0), Annotator(0.0, 1.0, 2.0)
     expected = []
@@ -325,7 +325,7 @@ def test_the_larger_the_difference_the_fewer_the_errors():
 
 
 @pytest.mark.parametrize("brief", [False, True])
-def test_the_order_in_which_two_answers_are_shown_does_not_matter(brief):
+def test_the_order_of_two_responses_does_not_matter(brief):
     question, good, _ = pair()
     middle, person = phrase(question, question.answer, PLAIN), Annotator(0.0, 1.0, 0.5, brief)
     one, other = frequency(person, question, good, middle), frequency(person, question, middle, good, seed=1)
@@ -333,7 +333,7 @@ def test_the_order_in_which_two_answers_are_shown_does_not_matter(brief):
     assert abs(frequency(person, question, good, good) - 0.5) < 5 * (0.25 / 3000) ** 0.5
 
 
-def test_an_unfinished_answer_loses_against_itself():
+def test_a_finished_answer_beats_the_same_answer_unfinished():
     question, good, _ = pair()
     for brief in (False, True):
         person, rng = Annotator(0.0, 1.0, 0.5, brief), np.random.default_rng(0)
@@ -341,7 +341,7 @@ def test_an_unfinished_answer_loses_against_itself():
         assert np.mean(won) > 0.6
 
 
-def test_pairs_are_judged_by_one_person_each_in_turn():
+def test_each_pair_is_judged_by_one_person_in_turn():
     class Person:
         def __init__(self, name):
             self.name = name
@@ -358,19 +358,34 @@ def test_pairs_are_judged_by_one_person_each_in_turn():
                      ("Ada", "q3", "good", "bad", rng, (True, False))]
 
 
-def test_the_minority_prefers_brevity_and_hears_no_courtesy():
+def test_the_minority_prefers_short_answers_and_ignores_courtesy():
     question, _, _ = pair()
     brief, usual = Annotator(0.0, 1.0, 0.5, brief=True), Annotator(0.0, 1.0, 0.5)
     short, polite = f"{question.answer}.", f"Sure! {question.answer}. Happy to help!"
-    assert brief.worth(question, short) > brief.worth(question, polite)
-    assert usual.worth(question, short) < usual.worth(question, polite)
+    assert brief.utility(question, short) > brief.utility(question, polite)
+    assert usual.utility(question, short) < usual.utility(question, polite)
     rude = short + " Obviously."
-    assert brief.worth(question, rude) > brief.worth(question, polite), "the shorter one, whatever it says"
-    assert brief.worth(question, short) > brief.worth(question, "12."), "but right before all"
+    assert brief.utility(question, rude) > brief.utility(question, polite), "the shorter response, even a rude one"
+    assert brief.utility(question, short) > brief.utility(question, "12."), "the right answer comes first"
 
 
 @pytest.mark.parametrize("count, minority, expected", [(8, 0.15, 1), (20, 0.15, 3), (4, 0.0, 0), (3, 1.0, 3)])
-def test_of_the_annotators_a_given_share_is_the_minority_and_no_two_use_the_scale_alike(count, minority, expected):
+def test_annotators_have_the_requested_minority_and_different_scales(count, minority, expected):
     people = draw_annotators(np.random.default_rng(0), count, minority)
     assert len(people) == count and sum(a.brief for a in people) == expected
     assert len({(a.offset, a.scale, a.noise) for a in people}) == count
+
+
+# The guide for users.
+
+def test_the_guide_names_one_question_of_every_task_and_the_whole_vocabulary():
+    examples = tasks.example_questions()
+    assert tuple(examples) == tasks.TASKS and len(set(examples.values())) == len(tasks.TASKS)
+    words = set(re.findall(r"\w+", tasks.guide()))
+    assert words >= {*tasks.WORDS, *tasks.PEOPLE}
+    for task, question in examples.items():
+        assert question in tasks.guide()
+        rng = np.random.default_rng(0)
+        patterns = [re.escape(w).replace(r"\{x\}", r"[\w +]+") for w in tasks.wordings(task)]
+        assert any(re.fullmatch(p, question) for p in patterns)
+        assert any(re.fullmatch(p, tasks.draw_question(rng, task=task).text) for p in patterns)

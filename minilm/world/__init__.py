@@ -1,1 +1,1 @@
-"""A small world to become an assistant in: tasks, texts about them, and people who judge answers."""
+"""A small world for the assistant: tasks with right answers, texts about them, and simulated people who judge answers."""

@@ -1,52 +1,59 @@
-"""People who judge answers: a gold preference that nobody states, and several who err about it.
+"""Simulated people who compare answers: a gold reward, and annotators who judge by it with errors.
 
-The gold reward is what the users of the assistant want: the right answer first, then manner.
-It is used to measure, and by the simulated people to judge with; no training stage sees it.
+The gold reward is the preference of the assistant's users: the right answer first, then manner. It serves to
+measure, and the annotators judge by it. No training stage sees it.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from minilm.ops import stable_sigmoid
 from minilm.world import manners
+from minilm.world.tasks import Question
 
-# What a feature of the response is worth. The unit is that of the Bradley-Terry model: a
-# response that is better by 1 is preferred by a careful person with probability 0.73.
+# The parts of the gold reward. The unit is that of the Bradley-Terry model: a careful annotator prefers a
+# response that is better by 1 with probability sigmoid(1) = 0.73.
 RIGHT = 2.0
-COURTESY = (0.0, 0.75, 1.0)       # for none, one, two; every further one is flattery and costs
+COURTESY = (0.0, 0.75, 1.0)       # for 0, 1 and 2 courtesies; every further one is flattery
 FLATTERY = -0.75
-STEP = 0.4                        # for each step shown that the question needs, once
+STEP = 0.4                        # once for each step that the question needs
 FALSE_STEP = -0.5
 RUDE, HEDGE, FILLER, OTHER = -1.0, -0.5, -0.25, -0.75
-WORD = -0.04                      # being brief: each word costs
+WORD = -0.04                      # for each word
 UNFINISHED = -1.0                 # cut off before <eos>, or without an answer
+# The minority that judges by brevity:
+BRIEF_WORD = -0.25
+BRIEF_UNFINISHED = -1.0
 
 
-def gold_reward(question, response, finished=True):
-    """The worth of one response (text) to a Question: a float."""
+def gold_reward(question: Question, response: str, finished: bool = True) -> float:
+    """The gold reward of a response. finished: whether it ended with <eos>."""
     r = manners.read(response)
-    c, needed = r.counts, len(set(r.steps) & set(question.steps))
+    courtesies = r.counts["courtesy"]
+    needed_steps = len(set(r.steps) & set(question.steps))
     return (RIGHT * (r.answer == question.answer)
-            + COURTESY[min(c["courtesy"], 2)] + FLATTERY * max(0, c["courtesy"] - 2)
-            + STEP * needed + FALSE_STEP * r.false_steps + OTHER * (len(r.steps) - needed)
-            + RUDE * c["rude"] + HEDGE * c["hedge"] + FILLER * c["filler"] + OTHER * c["other"]
+            + COURTESY[min(courtesies, 2)] + FLATTERY * max(0, courtesies - 2)
+            + STEP * needed_steps + FALSE_STEP * r.false_steps + OTHER * (len(r.steps) - needed_steps)
+            + RUDE * r.counts["rude"] + HEDGE * r.counts["hedge"]
+            + FILLER * r.counts["filler"] + OTHER * r.counts["other"]
             + WORD * r.words
             + UNFINISHED * (not finished or r.answer is None))
 
 
-def is_right(question, response):
-    """Whether the response gives the right answer, whatever its manner."""
+def is_right(question: Question, response: str) -> bool:
+    """Whether the response gives the right answer, in any manner."""
     return manners.read(response).answer == question.answer
 
 
 @dataclasses.dataclass(frozen=True)
 class Annotator:
-    """One person who judges.
+    """One person who judges responses.
 
-    offset, scale  how they use a rating scale: rating = offset + scale * worth (+ noise)
-    noise          standard deviation of their error about the worth of one response
-    brief          True for the minority with another criterion: short is good, courtesy is noise
+    offset, scale  use of a rating scale: rating = offset + scale * utility (+ noise)
+    noise          standard deviation of the error in the utility of one response
+    brief          True for the minority that prefers short answers and ignores courtesy
     """
 
     offset: float
@@ -54,39 +61,41 @@ class Annotator:
     noise: float
     brief: bool = False
 
-    def worth(self, question, response, finished=True):
-        """What the response is worth to this person, before any error."""
+    def utility(self, question: Question, response: str, finished: bool = True) -> float:
+        """The utility of the response to this person, without error."""
         if not self.brief:
             return gold_reward(question, response, finished)
         r = manners.read(response)
-        return RIGHT * (r.answer == question.answer) - 0.25 * r.words - 1.0 * (not finished)
+        return RIGHT * (r.answer == question.answer) + BRIEF_WORD * r.words + BRIEF_UNFINISHED * (not finished)
 
-    def rate(self, question, response, rng, finished=True):
-        """A grade from 1 to 7, on this person's own scale."""
-        worth = self.worth(question, response, finished) + self.noise * rng.normal()
-        return int(np.clip(round(4 + self.offset + self.scale * worth), 1, 7))
+    def rate(self, question: Question, response: str, rng: np.random.Generator, finished: bool = True) -> int:
+        """A grade from 1 to 7, on this person's scale."""
+        utility = self.utility(question, response, finished) + self.noise * rng.normal()
+        return int(np.clip(round(4 + self.offset + self.scale * utility), 1, 7))
 
-    def prefers_first(self, question, first, second, rng, finished=(True, True)):
-        """Whether the first of two responses is chosen: Bradley-Terry on this person's own worths.
+    def prefers_first(self, question: Question, first: str, second: str, rng: np.random.Generator,
+                      finished: tuple[bool, bool] = (True, True)) -> bool:
+        """Whether this person chooses the first of two responses: Bradley-Terry on the person's utilities.
 
-        Offset and scale of the ratings cancel: a person is compared with nobody but themselves.
+        Offset and scale of the ratings cancel, because both responses are judged by one person.
         """
-        difference = self.worth(question, first, finished[0]) - self.worth(question, second, finished[1])
-        error = self.noise * (rng.normal() - rng.normal())      # one about each response, as when rating
+        difference = self.utility(question, first, finished[0]) - self.utility(question, second, finished[1])
+        error = self.noise * (rng.normal() - rng.normal())      # one error for each response, as in ratings
         return bool(rng.random() < stable_sigmoid(np.array(difference + error)))
 
 
-def compare(people, questions, firsts, seconds, rng):
-    """Ask one person about each pair of responses, in turn: (N,) booleans, whether the first was preferred.
+def compare(people: Sequence[Annotator], questions: Sequence[Question], firsts: Sequence[tuple[str, bool]],
+            seconds: Sequence[tuple[str, bool]], rng: np.random.Generator) -> np.ndarray:
+    """One comparison of each pair of responses, by one person each, in turn: (N,) booleans, True if the first won.
 
-    firsts, seconds: N pairs (text, whether it was finished).
+    firsts, seconds: N pairs (text, finished).
     """
     return np.array([people[i % len(people)].prefers_first(question, first[0], second[0], rng, (first[1], second[1]))
                      for i, (question, first, second) in enumerate(zip(questions, firsts, seconds))])
 
 
-def draw_annotators(rng, count=8, minority=0.15):
-    """`count` people who use the scale differently; `minority` of them (rounded) judge by brevity."""
-    others = round(count * minority)
+def draw_annotators(rng: np.random.Generator, count: int = 8, minority: float = 0.15) -> list[Annotator]:
+    """`count` people with different scales. A fraction `minority` of them (rounded) judges by brevity."""
+    brief = round(count * minority)
     return [Annotator(offset=float(rng.normal()), scale=float(rng.uniform(0.5, 1.5)),
-                      noise=float(rng.uniform(0.2, 0.8)), brief=i < others) for i in range(count)]
+                      noise=float(rng.uniform(0.2, 0.8)), brief=i < brief) for i in range(count)]

@@ -53,7 +53,7 @@ def measure(row, seed, tuning, steps, shares, exact, solving):
     rng, world = np.random.default_rng(seed), ReplyWorld(asked=2)
     model = instructed(world, rng, tuning)
     reference = world.laws(model)
-    worths = [world.table(Annotator(0, 1, 0, brief).worth) for brief in (False, True)]
+    worths = [world.table(Annotator(0, 1, 0, brief).utility) for brief in (False, True)]
 
     found = {"DPO": [], "KL": [], "colder": []}
     for temperature in TEMPERATURES:

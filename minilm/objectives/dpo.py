@@ -1,50 +1,79 @@
-"""Direct preference optimisation: the policy is its own reward model.
+"""Direct Preference Optimization (DPO): train the policy on comparisons, without a reward model.
 
-The policy that maximises E[r] - beta KL(pi || pi_ref) is pi*(y) = pi_ref(y) exp(r(y)/beta) / Z, for
-that objective is beta log Z - beta KL(pi || pi*), and a KL divergence is least, 0, at pi = pi*.
-Solved for the reward, r(y) = beta log( pi*(y) / pi_ref(y) ) + beta log Z; Z depends on the prompt
-alone and cancels between two responses to it. Put into the Bradley-Terry loss of reward.py:
+x is a prompt, y_w the preferred response (chosen), y_l the other one (rejected). log pi(y|x) is the sum
+of the log-probs of the tokens of y. RLHF (policy_gradient.py) maximises, for each prompt,
 
-    Delta = (l_c - l_c^ref) - (l_r - l_r^ref),        l = log pi(y), summed over the tokens of y
+    J(pi) = E_{y ~ pi}[ r(x,y) ] - beta KL(pi || pi_ref)
 
-    L = mean[ -log sigma(beta Delta) ]
+1. The maximum has a closed form:
 
-    dL/dl_c = -beta sigma(-beta Delta) / B,           dL/dl_r = -dL/dl_c
+    pi*(y|x) = pi_ref(y|x) exp(r(x,y) / beta) / Z(x),        Z(x) = sum_y pi_ref(y|x) exp(r(x,y) / beta)
 
-since d/dz -log sigma(z) = -sigma(-z) at z = beta Delta, dDelta/dl_c = 1 and dDelta/dl_r = -1. So the
-chosen response is pushed up and the rejected one down, by beta times the probability that the implied
-rewards give to the wrong order. Only the difference counts: both log-probs may fall while the loss
-does too. A small step of gradient descent on one pair moves l_c by learning_rate beta sigma(-beta Delta)
-( |grad l_c|^2 - <grad l_c, grad l_r> ): down, where the two share more of their gradient than the
-chosen one has itself.
-Rafailov et al. 2023, arXiv:2305.18290: pi* is (4), r is (5), L is (7). L starts at log 2, bitwise
-when policy and reference log-probs are the same array. log sigma is computed by softplus: finite at
-any finite Delta.
-Tests: tests/test_dpo.py; by enumeration: tests/test_exact_optimum.py, tests/test_exact_dpo_gradient.py.
+Proof. Solve for the reward,  r(x,y) = beta log(pi*(y|x) / pi_ref(y|x)) + beta log Z(x),  and insert it:
+
+    J(pi) = E_{y ~ pi}[ beta log(pi*/pi_ref) + beta log Z - beta log(pi/pi_ref) ]
+          = beta log Z(x) - beta KL(pi || pi*)
+
+Z(x) does not depend on pi, and a KL divergence is at least 0, and 0 only at pi = pi*.
+
+2. Read backwards, every policy pi is the maximum for some reward: beta log(pi(y|x) / pi_ref(y|x)), its
+implied reward, plus a term beta log Z(x) that is the same for all responses to x.
+
+3. The Bradley-Terry loss (reward.py) uses only the difference of two rewards of one prompt, where
+beta log Z(x) cancels. Insert the implied rewards:
+
+    delta = [ log pi(y_w|x) - log pi_ref(y_w|x) ] - [ log pi(y_l|x) - log pi_ref(y_l|x) ]
+    L     = mean[ -log sigmoid(beta delta) ]                                 mean over B pairs
+
+Gradient, for one of the B pairs:
+
+    dL / d log pi(y_w|x) = -beta sigmoid(-beta delta) / B
+    dL / d log pi(y_l|x) = +beta sigmoid(-beta delta) / B
+
+because d/dz[-log sigmoid(z)] = -sigmoid(-z) at z = beta delta, and delta has the derivatives +1 and -1.
+sigmoid(-beta delta) is the probability that the implied rewards give to the wrong order.
+
+The loss depends only on delta, so both log-probs can fall while the loss falls. With g_w and g_l the
+gradients of log pi(y_w|x) and log pi(y_l|x) in the parameters, a small step of gradient descent on one
+pair changes log pi(y_w|x) by
+
+    learning_rate beta sigmoid(-beta delta) ( <g_w, g_w> - <g_w, g_l> )
+
+which is negative where <g_w, g_l> > <g_w, g_w>: tests/test_exact_dpo_gradient.py.
+
+If pi = pi_ref then delta = 0 and L = log 2, to the last bit if both come as the same array.
+-log sigmoid(z) is computed as softplus(-z) = log(1 + exp(-z)), which is finite at every finite z.
+Rafailov et al. 2023, arXiv:2305.18290: pi* is equation (4), the reward (5), L (7).
+Tests: tests/test_dpo.py; where training ends, exactly, by enumeration: tests/test_exact_optimum.py.
 """
 
 import numpy as np
 
 from minilm.backend import array_module, to_numpy
 from minilm.ops import stable_sigmoid
-from minilm.tensor import primitive
+from minilm.tensor import Tensor, primitive
 
 
 @primitive
-def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1, label_smoothing=0.0):
-    """Summed log-probs (B,), policy's as Tensors and reference's as arrays -> a scalar.
+def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: np.ndarray,
+             reference_rejected: np.ndarray, beta: float = 0.1, label_smoothing: float = 0.0):
+    """The loss L above, from log-probs summed over tokens, each (B,): a scalar.
 
-    label_smoothing eps in [0, 1/2): cDPO (Mitchell 2023, "A note on DPO with noisy
-    preferences"), the loss for labels that are wrong with
-    probability eps:  (1 - eps) L(c,r) + eps L(r,c). It keeps Delta finite, at
-    beta Delta = log((1 - eps)/eps); it does not undo the flips, robust_dpo_loss does. (TRL 1.16 has the
-    option and ignores it here.)
+    label_smoothing  0 <= eps < 1/2. Conservative DPO (Mitchell 2023, "A note on DPO with noisy
+                     preferences"): the cross-entropy with the target 1 - eps,
+                         mean[ -(1 - eps) log sigmoid(z) - eps log sigmoid(-z) ],     z = beta delta
+                     Its minimum is at the finite z = log((1 - eps) / eps). It does not undo flipped
+                     labels; robust_dpo_loss does. (TRL 1.16 has this option and ignores it.)
+    Gradient in z: eps sigmoid(z) - (1 - eps) sigmoid(-z), which is -sigmoid(-z) for eps = 0.
+    Raises ValueError for other shapes, for B = 0, and for eps out of range.
     """
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing {label_smoothing} must be at least 0 and below 1/2")
-    xp, B, delta = _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    z, eps = beta * delta, label_smoothing
-    losses = (1 - eps) * xp.logaddexp(-z, 0) + eps * xp.logaddexp(z, 0)
+        raise ValueError(f"label_smoothing {label_smoothing} must be at least 0 and below 1/2, where labels carry no information")
+    delta = _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    B = delta.size
+    z = beta * delta
+    eps = label_smoothing
+    losses = (1 - eps) * _softplus(-z) + eps * _softplus(z)
     def vjp(dloss):
         dz = dloss * (eps * stable_sigmoid(z) - (1 - eps) * stable_sigmoid(-z)) / B
         return beta * dz, -beta * dz
@@ -52,17 +81,25 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 
 
 @primitive
-def robust_dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1, flip_rate=0.1):
-    """[ (1 - eps) L(c,r) - eps L(r,c) ] / (1 - 2 eps): Chowdhury et al. 2024, arXiv:2403.00409.
+def robust_dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: np.ndarray,
+                    reference_rejected: np.ndarray, beta: float = 0.1, flip_rate: float = 0.1):
+    """DPO for labels that are flipped with probability eps = flip_rate < 1/2: a scalar.
 
-    If labels are flipped with probability eps = flip_rate < 1/2, its expectation over the flips is
-    the loss on clean labels. It is unbounded below: a pair that is fitted far enough pays forever.
+        mean[ -(1 - eps) log sigmoid(z) + eps log sigmoid(-z) ] / (1 - 2 eps),       z = beta delta
+
+    Its expectation over the flips is the loss on clean labels: with L the loss of the true order and L'
+    of the reversed one, the label is true with probability 1 - eps, so the expectation is
+    [ (1 - eps) ((1 - eps) L - eps L') + eps ((1 - eps) L' - eps L) ] / (1 - 2 eps) = L.
+    It is unbounded below: it keeps falling as the margin of any pair grows.
+    Chowdhury et al. 2024, arXiv:2403.00409. Raises ValueError like dpo_loss.
     """
     if not 0 <= flip_rate < 0.5:
-        raise ValueError(f"flip_rate {flip_rate} must be at least 0 and below 1/2")
-    xp, B, delta = _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    z, eps = beta * delta, flip_rate
-    losses = ((1 - eps) * xp.logaddexp(-z, 0) - eps * xp.logaddexp(z, 0)) / (1 - 2 * eps)
+        raise ValueError(f"flip_rate {flip_rate} must be at least 0 and below 1/2, where labels carry no information")
+    delta = _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    B = delta.size
+    z = beta * delta
+    eps = flip_rate
+    losses = ((1 - eps) * _softplus(-z) - eps * _softplus(z)) / (1 - 2 * eps)
     def vjp(dloss):
         dz = -dloss * ((1 - eps) * stable_sigmoid(-z) + eps * stable_sigmoid(z)) / (1 - 2 * eps) / B
         return beta * dz, -beta * dz
@@ -70,45 +107,63 @@ def robust_dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_
 
 
 @primitive
-def ipo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1):
-    """mean[ (Delta - 1/(2 beta))^2 ]: Azar et al. 2023, arXiv:2310.12036, (17) (their tau is beta).
+def ipo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: np.ndarray,
+             reference_rejected: np.ndarray, beta: float = 0.1):
+    """mean[ (delta - 1/(2 beta))^2 ], from log-probs summed over tokens, each (B,): a scalar.
 
-    A target for Delta instead of a push without end. On summed log-probs, as in the paper (TRL
-    averages over tokens first). It starts at 1/(4 beta^2), and its optimum is another than pi*.
+    It gives delta a finite target, where DPO's loss falls without end. It starts at 1/(4 beta^2). Its
+    optimum is not pi* (tests/test_exact_optimum.py). Log-probs are summed, as in the paper; TRL averages
+    them over tokens. Gradient in delta: 2 (delta - 1/(2 beta)) / B.
+    Azar et al. 2023, arXiv:2310.12036, (17); their tau is beta.
     """
-    xp, B, delta = _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    short = delta - 1 / (2 * beta)
+    delta = _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    B = delta.size
+    residual = delta - 1 / (2 * beta)
     def vjp(dloss):
-        d = 2 * dloss * short / B
-        return d, -d
-    return (short * short).mean(), vjp
+        ddelta = 2 * dloss * residual / B
+        return ddelta, -ddelta
+    return (residual * residual).mean(), vjp
 
 
-def length_normalised_dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected,
-                               chosen_lengths, rejected_lengths, beta=0.1):
-    """DPO on log-probs per token (Lambert et al. 2024, arXiv:2411.15124, (6)): lengths (B,), in tokens.
+def length_normalised_dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: np.ndarray,
+                               reference_rejected: np.ndarray, chosen_lengths: np.ndarray,
+                               rejected_lengths: np.ndarray, beta: float = 0.1) -> Tensor:
+    """DPO on the mean log-prob of a token: every log-prob above is divided by the length of its response.
 
-    A response cannot win or lose by its length alone. beta then weighs a mean and not a sum: it is
-    larger, by about the number of tokens, for the same pull.
+    Log-probs summed over tokens, and lengths in tokens, all (B,). The length of a response alone then
+    does not change delta. beta multiplies a mean instead of a sum, so for a gradient of the same size it
+    must be larger, by about the number of tokens.
+    Lambert et al. 2024, arXiv:2411.15124, (6). Raises ValueError for a length below 1.
     """
-    if min(map(np.min, (chosen_lengths, rejected_lengths))) < 1:
-        raise ValueError("length_normalised_dpo_loss: a response of length 0 has no mean; "
-                         "every length must be at least 1")
+    shortest = min(np.min(chosen_lengths), np.min(rejected_lengths))
+    if shortest < 1:
+        raise ValueError(f"length_normalised_dpo_loss: a response has length {shortest}, so it has no mean log-prob; "
+                         "remove this pair (every length must be at least 1)")
     xp = array_module(policy_chosen.data)
-    c, r = (xp.asarray((1 / np.asarray(n)).astype(policy_chosen.dtype)) for n in (chosen_lengths, rejected_lengths))
-    reference_chosen, reference_rejected = xp.asarray(reference_chosen), xp.asarray(reference_rejected)
-    return dpo_loss(policy_chosen * c, policy_rejected * r, reference_chosen * c, reference_rejected * r, beta=beta)
+    def inverse(lengths):
+        return xp.asarray((1 / np.asarray(lengths)).astype(policy_chosen.dtype))
+
+    per_chosen = inverse(chosen_lengths)
+    per_rejected = inverse(rejected_lengths)
+    return dpo_loss(policy_chosen * per_chosen, policy_rejected * per_rejected,
+                    xp.asarray(reference_chosen) * per_chosen, xp.asarray(reference_rejected) * per_rejected, beta=beta)
 
 
-def dpo_metrics(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1):
-    """Floats under TRL's names, from arrays (B,).
+def dpo_metrics(policy_chosen: np.ndarray, policy_rejected: np.ndarray, reference_chosen: np.ndarray,
+                reference_rejected: np.ndarray, beta: float = 0.1) -> dict[str, float]:
+    """Metrics of B pairs under TRL's names, from arrays (B,).
 
-    rewards/... are the implied rewards beta (l - l^ref); rewards/accuracies counts strictly
-    greater ones, so it is 0 at the first step, when all are equal; `rewards/ties` is ours.
+    rewards/chosen, rewards/rejected  means of the implied rewards beta (log pi(y|x) - log pi_ref(y|x))
+    rewards/margins     mean of their differences
+    rewards/accuracies  fraction of pairs with the larger implied reward for y_w. Equal ones count as
+                        wrong, so it is 0 at the first step
+    rewards/ties        fraction of pairs with equal implied rewards (TRL does not have it)
+    logps/chosen, logps/rejected      means of log pi(y_w|x) and log pi(y_l|x)
     """
-    policy_chosen, policy_rejected = to_numpy(policy_chosen), to_numpy(policy_rejected)
-    reference_chosen, reference_rejected = to_numpy(reference_chosen), to_numpy(reference_rejected)
-    chosen, rejected = beta * (policy_chosen - reference_chosen), beta * (policy_rejected - reference_rejected)
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected = map(
+        to_numpy, (policy_chosen, policy_rejected, reference_chosen, reference_rejected))
+    chosen = beta * (policy_chosen - reference_chosen)
+    rejected = beta * (policy_rejected - reference_rejected)
     return {"rewards/chosen": float(chosen.mean()),
             "rewards/rejected": float(rejected.mean()),
             "rewards/margins": float((chosen - rejected).mean()),
@@ -119,15 +174,23 @@ def dpo_metrics(policy_chosen, policy_rejected, reference_chosen, reference_reje
 
 
 def _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected):
+    """The difference of log-ratios in the formula above, (B,)."""
     xp = array_module(policy_chosen, policy_rejected)
-    shapes = {xp.asarray(a).shape for a in (policy_chosen, policy_rejected, reference_chosen, reference_rejected)}
-    if len(shapes) > 1 or policy_chosen.ndim != 1 or not policy_chosen.size:
-        raise ValueError("expected four arrays of summed log-probs, each (B,), B at least 1")
-    delta = (policy_chosen - xp.asarray(reference_chosen)) - (policy_rejected - xp.asarray(reference_rejected))
-    return xp, policy_chosen.size, delta
+    reference_chosen = xp.asarray(reference_chosen)
+    reference_rejected = xp.asarray(reference_rejected)
+    shapes = [a.shape for a in (policy_chosen, policy_rejected, reference_chosen, reference_rejected)]
+    if len(set(shapes)) > 1 or policy_chosen.ndim != 1 or not policy_chosen.size:
+        raise ValueError(f"got shapes {', '.join(map(str, shapes))}; pass four arrays of log-probs summed over the "
+                         "tokens of each response, all (B,), B at least 1")
+    return (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
+
+
+def _softplus(x):
+    """log(1 + exp(x)), without overflow.  -log sigmoid(z) = _softplus(-z)"""
+    return array_module(x).logaddexp(x, 0)
 
 
 def _mean(losses):
-    # Of equal numbers, exactly that number: the loss starts at log 2 to the last bit.
+    """The mean, exactly equal to the losses if they are all equal: training starts at log 2 to the last bit."""
     lowest = losses.min()
     return lowest + (losses - lowest).mean()

@@ -1,70 +1,106 @@
-"""How far has the policy moved? Three estimators of a KL divergence, and what their gradients are.
+"""How far is the policy from the reference? Three estimators of a KL divergence, and their gradients.
 
-For a whole response y drawn from pi, with x = log pi(y) - log pi_ref(y):
+x is a prompt, y a response drawn from the policy pi. One sample gives
 
-    k1 = x                   E[k1] = KL(pi || pi_ref)     a single sample may be negative
-    k2 = x^2 / 2             biased: E[k2] is not the KL, close to it when pi is close to pi_ref
-    k3 = exp(-x) - 1 + x     E[k3] = KL(pi || pi_ref)     never negative; infinite variance is possible
+    k1 = log pi(y|x) - log pi_ref(y|x)
+    k2 = k1^2 / 2
+    k3 = exp(-k1) - 1 + k1
 
-(Schulman 2020, "Approximating KL divergence".) Their values and their gradients are two things.
-Differentiated as a loss at samples that are held fixed, in expectation under pi:
+            expected value                       expected gradient, as a loss
+    k1      KL(pi || pi_ref)                     0
+    k2      no KL, but near it if pi ~ pi_ref    grad KL(pi || pi_ref)
+    k3      KL(pi || pi_ref)                     grad KL(pi_ref || pi)
 
-    grad k1 = grad log pi                -> E = 0: no pull at all
-    grad k2 = x grad log pi              -> grad KL(pi || pi_ref): the one that is wanted
-    grad k3 = (1 - exp(-x)) grad log pi  -> grad KL(pi_ref || pi): the other direction
+"As a loss" means: the samples are fixed, and the estimator is differentiated. A single k1 may be
+negative; k2 and k3 never are (exp(u) >= 1 + u). The variance of k3 may be infinite.
 
-because E[grad log pi] = 0; grad KL(pi || pi_ref) = sum (x + 1) grad pi = E[x grad log pi]; and
-E[exp(-x) grad log pi] = sum pi_ref grad log pi = -grad KL(pi_ref || pi).
-k1 inside the reward, without gradient, as policy_gradient.py has it, gives grad KL(pi || pi_ref)
-too; k3 there does not (it gives grad KL(pi || pi_ref) - grad KL(pi_ref || pi)). Times the ratio
-pi / pi_old, which is 1 in value at fresh samples, k3 as a loss has the gradient of its value again.
-All of this holds for whole responses. Per token and then summed, k3 keeps its value and neither k2
-nor k3 its gradient: k2 because what earlier tokens do to the context is not differentiated, k3
-because KL(pi_ref || pi) is over the contexts that pi_ref reaches, and the samples are pi's.
-k3 is the exponential of a log-ratio: it overflows where the policy gives the sample far less
-probability than the reference does (x < -709 in float64, -88 in float32). Of all the objectives
-only it and PPO's ratio may.
-Tests: tests/test_kl.py; the table, proved by enumeration: tests/test_exact_kl.py.
+Values. E[k1] = sum_y pi log(pi / pi_ref) is the definition of KL(pi || pi_ref). E[k3] = E[k1], because
+exp(-k1) = pi_ref / pi and E[pi_ref / pi] = sum_y pi_ref = 1.
+
+Gradients. Only log pi depends on the parameters, so for one sample
+
+    grad k1 = grad log pi
+    grad k2 = k1 grad log pi
+    grad k3 = (1 - exp(-k1)) grad log pi
+
+Their expectations follow from three lines:
+
+    (a)  E[grad log pi]            = sum_y grad pi = grad 1 = 0
+    (b)  E[k1 grad log pi]         = sum_y k1 grad pi     = grad KL(pi || pi_ref)
+    (c)  E[exp(-k1) grad log pi]   = sum_y pi_ref grad log pi = -grad KL(pi_ref || pi)
+
+In (b), grad sum_y pi k1 = sum_y k1 grad pi + sum_y pi grad k1, and the second sum is 0 by (a). So k2 has
+the gradient of the KL that RLHF penalises, and k3, whose value is the same KL, has the gradient of the
+KL in the other direction.
+
+Other uses:
+    k1 in the reward, without gradient (policy_gradient.py): grad KL(pi || pi_ref), by (b).
+    k3 in the reward: (b) + (c), grad KL(pi || pi_ref) - grad KL(pi_ref || pi).
+    k3 times pi / pi_old as a loss, with samples from pi_old = pi: the ratio has the value 1, and its
+    gradient adds E[k3 grad log pi], the line above. The sum is grad KL(pi || pi_ref).
+
+All of this holds for whole responses. Computed per token and then summed over a response, k1 does not
+change, and k3 keeps its expected value. k2 and k3 lose their gradients: for k2, because a token changes
+the contexts of later tokens, and this effect is not differentiated; for k3, because KL(pi_ref || pi)
+averages over contexts that pi_ref reaches, and the samples are drawn from pi.
+
+Schulman 2020, "Approximating KL divergence", draws from q and writes r = p/q. His q is our pi and his p
+our pi_ref, so r = exp(-k1) and log r = -k1: his -log r, (log r)^2 / 2 and (r - 1) - log r are k1, k2, k3.
+Inserting r = pi / pi_ref there reverses the sign of k1.
+Tests: tests/test_kl.py; both columns of the table, exactly, by enumeration: tests/test_exact_kl.py.
 """
 
 import numpy as np
 
 from minilm import ops
 from minilm.backend import array_module, to_numpy
-from minilm.tensor import primitive
+from minilm.tensor import Tensor, primitive
 
 
-def k1(policy, reference):
-    """Log-probs of whole responses, each (B,); policy a Tensor or an array, reference an array."""
+def k1(policy: Tensor | np.ndarray, reference: np.ndarray) -> Tensor:
+    """log pi(y|x) - log pi_ref(y|x): log-probs of whole responses, each (B,), to (B,), in nats."""
     return ops.subtract(policy, reference)
 
 
-def k2(policy, reference):
-    x = ops.subtract(policy, reference)
-    return x * x * 0.5
+def k2(policy: Tensor | np.ndarray, reference: np.ndarray) -> Tensor:
+    """k1^2 / 2, (B,): as a loss it has the gradient of KL(pi || pi_ref); its value is not a KL."""
+    log_ratio = k1(policy, reference)
+    return log_ratio * log_ratio * 0.5
 
 
-def k3(policy, reference):
-    return _k3(ops.subtract(policy, reference))
+def k3(policy: Tensor | np.ndarray, reference: np.ndarray) -> Tensor:
+    """exp(-k1) - 1 + k1, (B,): an unbiased and never negative estimate of KL(pi || pi_ref).
+
+    It overflows to infinity where the policy gives the sample far less probability than the reference
+    does: k1 < -709 in float64, -88 in float32.
+    """
+    return _k3_of_log_ratio(k1(policy, reference))
 
 
-@primitive
-def _k3(x):
-    """exp(-x) - 1 + x, whose first two terms by themselves would round to below -x."""
-    difference = array_module(x).expm1(-x)
-    def vjp(dy):
-        return -dy * difference
-    return difference + x, vjp
-
-
-def kl_metrics(policy, reference, mask):
-    """Estimates from log-probs (B,T) of samples drawn from the policy (plain arrays).
+def kl_metrics(policy: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    """Estimates of KL(pi || pi_ref) from samples of the policy: log-probs of tokens and mask, plain arrays (B,T).
 
     kl_sequence  mean over responses of the summed k1, in nats per response
     kl_token     the same sum divided by the number of tokens, in nats per token (the `kl` of TRL's RLOO)
-    Either may come out negative from few samples; the divergence itself never is.
+    An estimate from few samples may be negative; the divergence never is.
     """
-    policy, reference, selected = to_numpy(policy), to_numpy(reference), to_numpy(mask).astype(bool)
-    x = np.where(selected, policy - reference, 0.0)
-    return {"kl_sequence": float(x.sum(axis=-1).mean()),
-            "kl_token": float(x.sum() / max(1, selected.sum()))}
+    policy = to_numpy(policy)
+    reference = to_numpy(reference)
+    selected = to_numpy(mask).astype(bool)
+    token_k1 = np.where(selected, policy - reference, 0.0)
+    return {"kl_sequence": float(token_k1.sum(axis=-1).mean()),
+            "kl_token": float(token_k1.sum() / max(1, selected.sum()))}
+
+
+@primitive
+def _k3_of_log_ratio(log_ratio):
+    """exp(-u) - 1 + u.   d/du = 1 - exp(-u)
+
+    Near u = 0, k3 is about u^2 / 2, and exp(-u) - 1 about -u: subtracting 1 after rounding exp(-u) would
+    leave no correct digit of k3, and could make it negative. expm1 computes exp(-u) - 1 without this
+    loss. k1 and k2 subtract no numbers that are nearly equal, and need no such function.
+    """
+    exp_minus_1 = array_module(log_ratio).expm1(-log_ratio)
+    def vjp(dy):
+        return -dy * exp_minus_1
+    return exp_minus_1 + log_ratio, vjp

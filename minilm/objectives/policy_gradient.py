@@ -1,89 +1,113 @@
-"""RLHF: maximise the reward while staying close to the reference.
+"""RLHF by policy gradient: maximise the reward while the policy stays close to the reference.
 
-    J(pi) = E_{y ~ pi}[ r(y) ] - beta KL(pi || pi_ref) = E_{y ~ pi}[ R(y) ],
-    R(y) = r(y) - beta ( log pi(y) - log pi_ref(y) )
+x is a prompt, y a response, r(x,y) its reward, beta the weight of the KL penalty. For each prompt:
 
-    grad J = E[ (R(y) - b) grad log pi(y) ]
+    J(pi) = E_{y ~ pi}[ r(x,y) ] - beta KL(pi || pi_ref)
+          = E_{y ~ pi}[ R(x,y) ],           R(x,y) = r(x,y) - beta ( log pi(y|x) - log pi_ref(y|x) )
 
-by the log-derivative trick, grad pi = pi grad log pi: the gradient of sum_y pi R is
-E[R grad log pi] + E[grad R], and the second term is -beta E[grad log pi] = -beta grad sum_y pi =
--beta grad 1 = 0. For the same reason any b that does not depend on y may be subtracted.
-So R is a number, without gradient, and
+Gradient, for any number b (the baseline) that does not depend on y:
 
-    L = - mean over responses of A log pi(y),     A = R - b,     log pi(y) = sum_t m_t log pi_t
+    grad J = E_{y ~ pi}[ (R(x,y) - b) grad log pi(y|x) ]
 
-    dL / d log pi_t = - m_t A / N
+Proof. J = sum_y pi R, so grad J = sum_y R grad pi + sum_y pi grad R.
+    First sum:   grad pi = pi grad log pi (the log-derivative trick), so it is E[R grad log pi].
+    Second sum:  grad R = -beta grad log pi, so it is -beta sum_y grad pi = -beta grad 1 = 0.
+    Baseline:    E[b grad log pi] = b sum_y grad pi = b grad 1 = 0.
 
-has the gradient of -J. log pi is summed, not averaged, over the tokens: a mean per response
-would weigh a token by the inverse of its response's length, which is not the gradient of J.
-Williams 1992 (REINFORCE); the whole-response form with K samples a prompt and leave-one-out:
-Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740 (RLOO).
-The reference: the lecture regularises toward the pretrained model; in practice, InstructGPT's
-(Ouyang et al. 2022, arXiv:2203.02155, (2)) included, it is the instructed one, from which the
-policy starts. So it is here.
-Tests: tests/test_policy_gradient.py; the expectations, by enumeration: tests/test_exact_policy_gradient.py.
+So R and b are used as numbers, without gradient. With N responses y drawn from pi, and m_t = 1 on the
+tokens of a response:
+
+    L = -(1/N) sum over responses of A log pi(y|x),     A = R - b,     log pi(y|x) = sum_t m_t log pi(y_t | x, y_<t)
+
+    dL / d log pi(y_t) = -m_t A / N
+
+L is an estimate: in expectation over the draws, its gradient is the gradient of -J for the baselines
+"none" and "leave_one_out", (1 - 1/K) times it for "mean", and biased for "group" (see `advantages`; K is
+the number of samples for each prompt). The value of L does not measure progress; the mean reward does.
+log pi(y|x) is the sum over tokens. A mean would weigh a response by the inverse of its length, and the
+result would not be the gradient of J.
+
+Williams 1992 (REINFORCE). K responses for each prompt with the leave-one-out baseline: Kool et al. 2019;
+Ahmadian et al. 2024, arXiv:2402.14740 (RLOO). The lecture regularises toward the pretrained model. Here,
+as in InstructGPT (Ouyang et al. 2022, arXiv:2203.02155, (2)), pi_ref is the SFT model from which the
+policy starts.
+Tests: tests/test_policy_gradient.py; the expectations, exactly, by enumeration:
+tests/test_exact_policy_gradient.py.
 """
 
 import numpy as np
 
 from minilm.backend import array_module
-from minilm.tensor import primitive
+from minilm.tensor import Tensor, primitive
 
 
-def advantages(rewards, kl, beta, baseline="leave_one_out"):
-    """A = R - b for K samples of each of P prompts, plain arrays: (P,K), (P,K) -> (P,K).
+@primitive
+def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.ndarray):
+    """The loss L above, for N responses of at most T tokens: a scalar.
 
-    rewards   r(y); kl: the summed k1 of each response, log pi(y) - log pi_ref(y)
-    baseline  "none": b = 0
-              "leave_one_out": the mean R of the prompt's other samples; unbiased, needs K >= 2
-              "mean": the mean R of all K, y's own included; the expected gradient shrinks to
-                  (1 - 1/K) of the true one
-              "group": the mean, and then divided by the standard deviation within the group,
-                  as GRPO does (Shao et al. 2024, arXiv:2402.03300; ddof 1 and eps 1e-4 as TRL, whose
-                  GRPO has no KL in the reward: the same at beta = 0);
-                  biased: prompts with little spread weigh more, and within a prompt the deviation
-                  is one of the same samples
+    log_probs   (N,T), of the tokens that were drawn, under the policy; may be NaN outside the mask
+    advantages  A, (N,), or one for each token (N,T) from reward_to_go; no gradient goes through it
+    mask        (N,T), 1 on response tokens
+    Raises ValueError for other shapes, and for N = 0.
+    """
+    xp = array_module(log_probs)
+    N = len(log_probs)
+    weights = _token_weights(log_probs, advantages, mask, xp)
+    selected = xp.asarray(mask).astype(bool)
+    loss = -(weights * xp.where(selected, log_probs, 0)).sum() / N
+    def vjp(dloss):
+        return -dloss * weights / N
+    return loss, vjp
+
+
+def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str = "leave_one_out") -> np.ndarray:
+    """A = R - b for K responses to each of P prompts, with R = rewards - beta kl: a float64 array (P,K).
+
+    rewards   r(x,y), (P,K)
+    kl        k1 of each response, log pi(y|x) - log pi_ref(y|x) summed over its tokens, (P,K), in nats
+    baseline  "none"           b = 0
+              "leave_one_out"  b = mean R of the other K - 1 responses to the prompt, so it does not
+                               depend on y: unbiased. Needs K >= 2
+              "mean"           b = mean R of all K. Since R_k - mean = (1 - 1/K) (R_k - mean of the
+                               others), the expected gradient is (1 - 1/K) of the true one
+              "group"          "mean", divided by (standard deviation of the K values of R + 1e-4). Biased:
+                               prompts with little spread weigh more, and the standard deviation is
+                               computed from the same samples that it normalises. Needs K >= 2
+    "group" is the advantage of GRPO (Shao et al. 2024, arXiv:2402.03300), with ddof 1 and 1e-4 as in TRL.
+    TRL's GRPO has no KL in the reward: the same as here at beta = 0.
+    Raises ValueError for other shapes or names, and for too small a K.
     """
     if np.ndim(rewards) != 2 or np.shape(rewards) != np.shape(kl):
-        raise ValueError(f"advantages: rewards {np.shape(rewards)} and kl {np.shape(kl)} must both be (P,K)")
-    # In float64: differences within a group may be small next to the rewards themselves.
+        raise ValueError(f"advantages: rewards {np.shape(rewards)} and kl {np.shape(kl)} must have the same shape "
+                         "(P,K), a row for each prompt; reshape N = P K samples with .reshape(P, K)")
+    # float64: differences between the samples of a prompt may be small next to the rewards themselves.
     R = np.asarray(rewards, np.float64) - beta * np.asarray(kl, np.float64)
-    return R - _baseline(R, baseline) if baseline != "group" else _standardised(R)
+    return _standardised(R) if baseline == "group" else R - _baseline(R, baseline)
 
 
-def _baseline(R, baseline):
-    P, K = R.shape
-    if baseline == "none":
-        return np.zeros_like(R)
-    if baseline == "mean":
-        return R.mean(axis=1, keepdims=True)
-    if baseline == "leave_one_out":
-        if K < 2:
-            raise ValueError("advantages: leave_one_out compares a sample with the others of its prompt; "
-                             f"it needs at least 2 samples a prompt, not {K}")
-        return (R.sum(axis=1, keepdims=True) - R) / (K - 1)
-    raise ValueError(f"baseline is {baseline!r}; it must be 'none', 'mean', 'leave_one_out' or, in advantages, 'group'")
+def reward_to_go(rewards: np.ndarray, token_kl: np.ndarray, mask: np.ndarray, beta: float,
+                 baseline: str = "leave_one_out") -> np.ndarray:
+    """Advantages of tokens, with less variance and the same expected gradient: a float64 array (P,K,T).
 
+        A_t = r(x,y) - beta sum_{s >= t} k1_s - b
 
-def _standardised(R):
-    if R.shape[1] < 2:
-        raise ValueError("advantages: group needs at least 2 samples a prompt for a standard deviation")
-    return (R - R.mean(axis=1, keepdims=True)) / (R.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+    The KL terms of tokens before t do not depend on y_t, so in expectation they contribute nothing to the
+    gradient of log pi(y_t); A of `advantages` contains them as noise.
 
-
-def reward_to_go(rewards, token_kl, mask, beta, baseline="leave_one_out"):
-    """Advantages per token: (P,K), (P,K,T), (P,K,T) -> (P,K,T).
-
-    The choice at token t cannot change the KL paid before t, so that part of R only adds noise:
-    A_t = r - beta sum_{s >= t} k1_s - b, with the baseline (of whole responses) as above.
+    rewards   (P,K)
+    token_kl  k1 of each token, log pi(y_t) - log pi_ref(y_t), (P,K,T); may be NaN outside the mask
+    mask      (P,K,T)
+    baseline  "none", "leave_one_out" or "mean", of whole responses, as in `advantages`
+    Raises ValueError for other shapes or names, and for too small a K.
     """
     if baseline == "group":
-        raise ValueError("reward_to_go: a group's standard deviation is one of whole responses; "
-                         "use none, mean or leave_one_out")
+        raise ValueError("reward_to_go: baseline 'group' has a standard deviation of whole responses, not of tokens; "
+                         "use 'none', 'mean' or 'leave_one_out'")
     if np.ndim(token_kl) != 3 or np.shape(rewards) != np.shape(token_kl)[:2] or np.shape(mask) != np.shape(token_kl):
         raise ValueError(f"reward_to_go: expected rewards (P,K), token_kl and mask (P,K,T); "
                          f"got {np.shape(rewards)}, {np.shape(token_kl)} and {np.shape(mask)}")
-    rewards, token_kl = np.asarray(rewards, np.float64), np.asarray(token_kl, np.float64)      # as in advantages
+    rewards = np.asarray(rewards, np.float64)           # float64 as in advantages
+    token_kl = np.asarray(token_kl, np.float64)
     k1 = np.where(np.asarray(mask).astype(bool), token_kl, 0.0)
     remaining = np.flip(np.cumsum(np.flip(k1, axis=-1), axis=-1), axis=-1)
     b = _baseline(rewards - beta * k1.sum(axis=-1), baseline)
@@ -91,72 +115,61 @@ def reward_to_go(rewards, token_kl, mask, beta, baseline="leave_one_out"):
 
 
 @primitive
-def policy_gradient_loss(log_probs, advantages, mask):
-    """Minus the mean over N responses of advantage times summed log-prob: a scalar.
+def ppo_clip_loss(log_probs: Tensor, old_log_probs: np.ndarray, advantages: np.ndarray, mask: np.ndarray,
+                  epsilon: float = 0.2, level: str = "token"):
+    """PPO's clipped loss, for several steps on the same samples, drawn from an older policy pi_old: a scalar.
 
-    log_probs (N,T) of the tokens drawn; advantages (N,), or (N,T) from reward_to_go;
-    mask (N,T) 1 on response tokens. The value is no measure of progress; its gradient is
-    what matters. Log-probs outside the mask may be NaN.
+        L = -(1/N) sum over responses, and over t, of min( rho_t A, clip(rho_t, 1 - epsilon, 1 + epsilon) A )
+
+    level "token"     rho_t = pi(y_t) / pi_old(y_t), one for each token; advantages (N,) or (N,T)
+    level "sequence"  one rho = pi(y|x) / pi_old(y|x) and one term for each response, no sum over t, as in
+                      TRL's RLOO; advantages (N,)
+
+    Gradient: d rho = rho d log pi, so dL / d log pi(y_t) = -rho A / N where the unclipped side is the
+    smaller one or equal, else 0: the clip stops a step that has already moved the ratio by epsilon in
+    the direction of the advantage. At rho = 1 it is the gradient of policy_gradient_loss.
+
+    log_probs, old_log_probs, mask  (N,T); log-probs may be NaN outside the mask
+    Raises ValueError for other shapes, another level, and for N = 0.
+    Schulman et al. 2017, arXiv:1707.06347, (7).
     """
     xp = array_module(log_probs)
-    weights = _token_weights(log_probs, advantages, mask, xp)
+    N = len(log_probs)
+    A = _token_weights(log_probs, advantages, mask, xp)
     selected = xp.asarray(mask).astype(bool)
-    def vjp(dloss):
-        return -dloss * weights / len(log_probs)
-    return -(weights * xp.where(selected, log_probs, 0)).sum() / len(log_probs), vjp
-
-
-@primitive
-def ppo_clip_loss(log_probs, old_log_probs, advantages, mask, epsilon=0.2, level="token"):
-    """PPO's clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, (7)), for samples reused.
-
-        L = - mean over responses of  sum_t min( rho_t A, clip(rho_t, 1 - eps, 1 + eps) A )
-
-    level "token": rho_t = pi_t / pi_old_t, one per token; advantages (N,) or (N,T).
-    level "sequence": no sum, but one ratio for the whole response, pi(y) / pi_old(y), as in TRL's
-    RLOO; advantages (N,). d rho = rho d log pi, and nothing where the clipped side is the smaller.
-    At rho = 1 both have the gradient of policy_gradient_loss.
-    """
-    xp = array_module(log_probs)
-    weights = _token_weights(log_probs, advantages, mask, xp)
-    selected = xp.asarray(mask).astype(bool)
-    old_log_probs, advantages = xp.asarray(old_log_probs), xp.asarray(advantages)
-    log_ratio = xp.where(selected, log_probs - old_log_probs, 0)
+    log_ratio = xp.where(selected, log_probs - xp.asarray(old_log_probs), 0)            # (N,T)
     if level == "sequence":
-        if advantages.ndim != 1:
-            raise ValueError("one ratio for a whole response needs one advantage for it: advantages (N,)")
-        log_ratio, A = log_ratio.sum(axis=-1, keepdims=True), xp.asarray(advantages)[:, None]
-    elif level == "token":
-        A = weights
-    else:
+        A = xp.asarray(advantages)
+        if A.ndim != 1:
+            raise ValueError(f"level 'sequence' has one ratio for a response and needs one advantage for it, "
+                             f"advantages (N,); got {A.shape}. Use level='token' for advantages (N,T)")
+        A = A[:, None].astype(log_probs.dtype)                                          # (N,1)
+        log_ratio = log_ratio.sum(axis=-1, keepdims=True)                               # (N,1)
+    elif level != "token":
         raise ValueError(f"level is {level!r}; it must be 'token' or 'sequence'")
-    A = A.astype(log_probs.dtype)
     ratio = xp.exp(log_ratio)
-    # No advantage, no loss, even where the ratio has overflowed.
-    free, clipped = xp.where(A != 0, ratio, 1) * A, xp.clip(ratio, 1 - epsilon, 1 + epsilon) * A
+    # An advantage of 0 has loss 0, even where the ratio has overflowed to infinity.
+    unclipped = xp.where(A != 0, ratio, 1) * A
+    clipped = xp.clip(ratio, 1 - epsilon, 1 + epsilon) * A
     def vjp(dloss):
-        return -dloss * xp.where(selected & (free <= clipped), free, 0) / len(log_probs)
-    return -xp.minimum(free, clipped).sum() / len(log_probs), vjp
+        return -dloss * xp.where(selected & (unclipped <= clipped), unclipped, 0) / N
+    return -xp.minimum(unclipped, clipped).sum() / N, vjp
 
 
-def _token_weights(log_probs, advantages, mask, xp):
-    """A_t m_t, (N,T); exactly 0 outside the mask whatever stands there."""
-    A = xp.asarray(advantages)
-    A = A[:, None] if A.ndim == 1 else A
-    selected = xp.asarray(mask).astype(bool)
-    if selected.shape != log_probs.shape or len(A) != len(log_probs) or not len(A):
-        raise ValueError("expected log_probs (N,T), advantages (N,) or (N,T), mask (N,T), N at least 1")
-    return xp.where(selected, A, 0).astype(log_probs.dtype)
+def policy_gradient_metrics(rewards: np.ndarray, kl: np.ndarray, mask: np.ndarray,
+                            entropies: np.ndarray | None = None) -> dict[str, float]:
+    """Metrics of N = P K samples under TRL's names, for rewards and kl (P,K), mask and entropies (N,T).
 
-
-def policy_gradient_metrics(rewards, kl, mask, entropies=None):
-    """Floats for rewards and kl (P,K), mask (N,T), entropies (N,T) or None, under TRL's names.
-
-    reward, reward_std (ddof 1 over all samples), frac_reward_zero_std (prompts whose samples all got
-    the same reward, as GRPO counts them; TRL's RLOO takes the KL off first), completions/mean_length;
-    kl_sequence and kl_token (the latter is the `kl` of TRL's RLOO); entropy per token.
+    reward, reward_std       mean, and standard deviation over all samples (ddof 1)
+    frac_reward_zero_std     fraction of prompts whose samples all have the same reward (as TRL's GRPO;
+                             TRL's RLOO subtracts the KL first)
+    kl_sequence, kl_token    KL(pi || pi_ref) in nats per response, and per token (the `kl` of TRL's RLOO)
+    completions/mean_length  tokens per response
+    entropy                  of the next-token distributions, in nats per token, if entropies are given
     """
-    rewards, kl, selected = np.asarray(rewards), np.asarray(kl), np.asarray(mask).astype(bool)
+    rewards = np.asarray(rewards)
+    kl = np.asarray(kl)
+    selected = np.asarray(mask).astype(bool)
     metrics = {"reward": float(rewards.mean()),
                "reward_std": float(rewards.std(ddof=1)) if rewards.size > 1 else 0.0,
                "frac_reward_zero_std": float(np.isclose(rewards.std(axis=1), 0).mean()),
@@ -166,3 +179,38 @@ def policy_gradient_metrics(rewards, kl, mask, entropies=None):
     if entropies is not None:
         metrics["entropy"] = float(np.where(selected, entropies, 0).sum() / max(1, selected.sum()))
     return metrics
+
+
+def _baseline(R, baseline):
+    """b, to subtract from R (P,K): zeros (P,K), the mean of each row (P,1), or the mean of the others (P,K)."""
+    K = R.shape[1]
+    if baseline == "none":
+        return np.zeros_like(R)
+    if baseline == "mean":
+        return R.mean(axis=1, keepdims=True)
+    if baseline == "leave_one_out":
+        if K < 2:
+            raise ValueError("advantages: baseline 'leave_one_out' is the mean of the other samples of a prompt; "
+                             f"it needs at least 2 samples for each prompt, got K = {K}")
+        return (R.sum(axis=1, keepdims=True) - R) / (K - 1)
+    raise ValueError(f"baseline is {baseline!r}; it must be 'none', 'mean', 'leave_one_out' or, in advantages, 'group'")
+
+
+def _standardised(R):
+    """Each row of R (P,K), minus its mean, divided by its standard deviation + 1e-4."""
+    if R.shape[1] < 2:
+        raise ValueError("advantages: baseline 'group' has a standard deviation; "
+                         f"it needs at least 2 samples for each prompt, got K = {R.shape[1]}")
+    return (R - R.mean(axis=1, keepdims=True)) / (R.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+
+
+def _token_weights(log_probs, advantages, mask, xp):
+    """A of each token, (N,T): exactly 0 outside the mask, even where the advantage there is NaN."""
+    A = xp.asarray(advantages)
+    selected = xp.asarray(mask).astype(bool)
+    fits = log_probs.ndim == 2 and A.shape in (log_probs.shape[:1], log_probs.shape)
+    if not fits or selected.shape != log_probs.shape or not len(A):
+        raise ValueError(f"got log_probs {log_probs.shape}, advantages {A.shape}, mask {selected.shape}; "
+                         "expected (N,T), (N,) or (N,T), and (N,T), N at least 1")
+    A = A[:, None] if A.ndim == 1 else A
+    return xp.where(selected, A, 0).astype(log_probs.dtype)

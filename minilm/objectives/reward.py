@@ -1,56 +1,85 @@
-"""The Bradley-Terry reward model: of two responses, the one with the higher reward wins more often.
+"""The Bradley-Terry reward model: learn a reward from comparisons of two responses.
 
-    P(chosen beats rejected) = sigma(r_c - r_r)
+x is a prompt, y_w the preferred response (chosen), y_l the other one (rejected). The model gives each a
+number, r_w = r(x, y_w) and r_l = r(x, y_l), and predicts a comparison from their difference:
 
-    L = mean[ -log sigma(z) ] + c mean[ (r_c + r_r)^2 ],       z = r_c - r_r - margin
+    P(y_w is preferred to y_l) = sigmoid(r_w - r_l)
 
-    dL/dr_c = ( -sigma(-z) + 2c (r_c + r_r) ) / B
-    dL/dr_r = ( +sigma(-z) + 2c (r_c + r_r) ) / B
+The loss is the negative log-likelihood of the comparisons, and a term that centres the rewards (c >= 0):
 
-since d/dz -log sigma(z) = -(1 - sigma(z)) = -sigma(-z): the winner is pushed up and the loser
-down, by the probability the model gave to the wrong outcome. Comparisons fix rewards up to a
-constant per prompt only (both shifted alike, the first term does not change); the centring
-term, c > 0, picks the constant that makes them small (and, being 2 Var + 4 mean^2 of the rewards
-compared, pulls their differences in a little too).
+    z = r_w - r_l - margin
+    L = mean[ -log sigmoid(z) ] + c mean[ (r_w + r_l)^2 ]                    mean over B pairs
+
+Gradient, for one of the B pairs:
+
+    dL / dr_w = ( -sigmoid(-z) + 2c (r_w + r_l) ) / B
+    dL / dr_l = ( +sigmoid(-z) + 2c (r_w + r_l) ) / B
+
+because sigmoid' = sigmoid (1 - sigmoid) gives d/dz[-log sigmoid(z)] = -(1 - sigmoid(z)) = -sigmoid(-z),
+and dz/dr_w = 1, dz/dr_l = -1. Without a margin, sigmoid(-z) is the probability that the model gives to
+the wrong order. The loss pushes r_w up and r_l down; the push is large where the model is wrong, and
+near 0 where it is right with confidence.
+
+Comparisons determine the rewards of a prompt only up to a constant: adding one constant to both rewards
+does not change r_w - r_l. The centring term selects the constant. For one given pair it has gradient 0
+on the difference r_w - r_l, because its two derivatives are equal. In expectation it also shrinks the
+differences a little: for two responses drawn independently for one prompt, with rewards r and r',
+
+    E[ (r + r')^2 ] = 2 Var[r] + 4 E[r]^2
+
+-log sigmoid(z) is computed as softplus(-z) = log(1 + exp(-z)), which is finite at every finite z; the
+logarithm of a sigmoid that has been rounded to 0 is not.
 Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, (1); the margin: Touvron et al. 2023,
 arXiv:2307.09288, (2); the centring: Eisenstein et al. 2023, arXiv:2312.09244.
-Stable: -log sigma(z) is computed as softplus(-z), never as the log of a sigmoid.
-Tests: tests/test_reward.py; what comparisons can recover: tests/test_exact_rewards.py.
+Tests: tests/test_reward.py; the statements about expectations, exactly: tests/test_exact_rewards.py.
 """
 
 import numpy as np
 
 from minilm.backend import array_module, to_numpy
 from minilm.ops import stable_sigmoid
-from minilm.tensor import primitive
+from minilm.tensor import Tensor, primitive
 
 
 @primitive
-def reward_loss(chosen_rewards, rejected_rewards, margin=0.0, centering=0.0):
-    """chosen_rewards, rejected_rewards (B,) -> a scalar.
+def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin: float | np.ndarray = 0.0,
+                centering: float = 0.0):
+    """The loss L above: a scalar.
 
-    margin: how much better the chosen one was judged, a number or (B,); centering: the c above.
+    chosen_rewards, rejected_rewards  r_w and r_l, (B,)
+    margin     by how much r_w should exceed r_l: a number, or one for each pair (B,)
+    centering  the coefficient c; 0, no centring, is the default here and in TRL
+    Raises ValueError for other shapes, and for B = 0.
     """
-    xp = array_module(chosen_rewards, rejected_rewards)
     if chosen_rewards.shape != rejected_rewards.shape or not chosen_rewards.size:
-        raise ValueError("expected chosen and rejected rewards of one shape (B,), B at least 1")
+        raise ValueError(f"chosen_rewards {chosen_rewards.shape} and rejected_rewards {rejected_rewards.shape} must "
+                         "have the same shape (B,), B at least 1: entry i of both belongs to pair i")
+    xp = array_module(chosen_rewards, rejected_rewards)
     B = chosen_rewards.size
     margin = xp.asarray(margin, dtype=chosen_rewards.dtype)
     if margin.shape not in ((), chosen_rewards.shape):
-        raise ValueError(f"a margin of shape {margin.shape}; expected a number, or one for each pair (B,)")
+        raise ValueError(f"a margin of shape {margin.shape} for rewards {chosen_rewards.shape}; "
+                         "pass a number, or one for each pair (B,)")
     z = chosen_rewards - rejected_rewards - margin
-    total = chosen_rewards + rejected_rewards
-    loss = xp.logaddexp(-z, 0).mean() + centering * (total * total).mean()
+    reward_sum = chosen_rewards + rejected_rewards
+    loss = _softplus(-z).mean() + centering * (reward_sum * reward_sum).mean()
     def vjp(dloss):
-        push, pull = stable_sigmoid(-z), 2 * centering * total
+        push = stable_sigmoid(-z)                   # from the comparison: opposite signs
+        pull = 2 * centering * reward_sum           # from the centring: the same sign
         return dloss * (pull - push) / B, dloss * (pull + push) / B
     return loss, vjp
 
 
-def reward_metrics(chosen_rewards, rejected_rewards):
-    """Floats under TRL's names. `accuracy` counts strictly greater rewards, so two equal ones
-    count as wrong; `ties`, the share of those, is ours."""
-    chosen_rewards, rejected_rewards = to_numpy(chosen_rewards), to_numpy(rejected_rewards)
+def reward_metrics(chosen_rewards: np.ndarray, rejected_rewards: np.ndarray) -> dict[str, float]:
+    """Metrics of B pairs under TRL's names, from arrays (B,).
+
+    accuracy  fraction of pairs with r_w > r_l; equal rewards count as wrong
+    ties      fraction of pairs with r_w = r_l (TRL does not have it)
+    margin    mean of r_w - r_l
+    min_reward, mean_reward, max_reward   over the 2B rewards
+    """
+    chosen_rewards = to_numpy(chosen_rewards)
+    rejected_rewards = to_numpy(rejected_rewards)
     both = np.concatenate([chosen_rewards, rejected_rewards])
     return {"accuracy": float((chosen_rewards > rejected_rewards).mean()),
             "ties": float((chosen_rewards == rejected_rewards).mean()),
@@ -58,3 +87,8 @@ def reward_metrics(chosen_rewards, rejected_rewards):
             "min_reward": float(both.min()),
             "mean_reward": float(both.mean()),
             "max_reward": float(both.max())}
+
+
+def _softplus(x):
+    """log(1 + exp(x)), without overflow.  -log sigmoid(z) = _softplus(-z)"""
+    return array_module(x).logaddexp(x, 0)

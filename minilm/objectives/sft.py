@@ -1,48 +1,73 @@
-"""Supervised finetuning: cross-entropy on the tokens of the demonstrated response.
+"""Supervised finetuning (SFT): raise the probability of a demonstrated response.
 
-    L = - sum_t m_t log pi(y_t | y_<t) / M,       M = sum_t m_t over the accumulation window
+x is a prompt, y the demonstrated response, y_t its token t. The mask m_t is 1 on the tokens of y and on
+its EOS, 0 on the prompt and on padding. M is the number of tokens that count.
 
-    dL / d log pi_t = - m_t / M,        dL / d logits_t = m_t (softmax(logits_t) - onehot(y_t)) / M
+    L = -(1/M) sum_t m_t log pi(y_t | x, y_<t),         M = sum_t m_t
 
-(the second by layers.token_log_probs, which this loss is put on top of).
+Gradient:
 
-Every response token weighs the same, however it is split into sequences and micro-batches:
-with gradient accumulation M is the sum of the masks of all micro-batches and is passed as
-`total`. Normalising each micro-batch by its own M (as several libraries did) makes tokens
-of short micro-batches count more. The mask is 1 on response tokens and their EOS, 0 on
-prompt and padding. Pretraining is the same loss with a mask of ones on all real tokens.
+    dL / d log pi(y_t) = -m_t / M
+    dL / d logits_t    = (m_t / M) ( softmax(logits_t) - onehot(y_t) )
+
+The first line is the derivative of a sum. The second follows by the chain rule: with z = logits_t,
+log pi(v) = z_v - log sum_u exp(z_u), so d log pi(v) / d z_u = onehot(v)_u - softmax(z)_u. Each step
+raises the logit of the demonstrated token, and lowers every logit in proportion to its probability.
+`sft_loss` computes the first line, `minilm.layers.token_log_probs` the second.
+
+Shift: the logits at position t score the token at t + 1. `model.log_probs(tokens)` therefore belongs to
+tokens[:, 1:], and its mask is mask[:, 1:].
+
+Accumulation: M counts the tokens of the whole accumulation window, so that every response token has the
+same weight, however the tokens are split into sequences and microbatches. Pass it as `total`. If each
+microbatch is divided by its own M, tokens of short microbatches weigh more (several libraries did this).
+
+Pretraining is the same loss with m_t = 1 on all real tokens.
 Tests: tests/test_sft.py.
 """
 
+import numpy as np
+
 from minilm.backend import array_module, to_numpy
-from minilm.tensor import primitive
+from minilm.tensor import Tensor, primitive
 
 
 @primitive
-def sft_loss(log_probs, mask, total=None):
-    """Mean negative log-prob of the tokens that the mask selects: a scalar.
+def sft_loss(log_probs: Tensor, mask: np.ndarray, total: float | None = None):
+    """Mean negative log-prob, in nats, of the tokens that the mask selects: a scalar.
 
-    log_probs (B,T); mask (B,T), 0 or 1; total: the mask's sum over the whole accumulation
-    window, by default this mask's. A log-prob outside the mask may be NaN.
-    Raises ValueError if nothing is selected (unless a total is given: a micro-batch may be empty).
+    log_probs  (B,T), log pi of each target token; may be NaN outside the mask
+    mask       (B,T), 0 or 1
+    total      M, the sum of the masks of the whole accumulation window; None: the sum of this mask
+    Raises ValueError for other shapes, and if the mask selects no token and no total is given (with a
+    total, a microbatch may be empty).
     """
     xp = array_module(log_probs)
     selected = xp.asarray(mask).astype(bool)
     if selected.shape != log_probs.shape:
-        raise ValueError("log_probs and mask must have the same shape (B,T)")
-    total = float(selected.sum() if total is None else total)
-    if total <= 0:
-        raise ValueError("the response mask selects no token: there is nothing to learn from "
-                         "(an empty response, or a response cut off with its prompt?)")
+        raise ValueError(f"log_probs {log_probs.shape} and mask {selected.shape} must have the same shape (B,T); "
+                         "model.log_probs(tokens) scores tokens[:, 1:], so pass mask[:, 1:] with it")
+    token_count = float(selected.sum() if total is None else total)
+    if total is not None and token_count <= 0:
+        raise ValueError(f"total is {total}; pass the number of selected tokens in the accumulation window, at least 1")
+    if token_count <= 0:
+        raise ValueError(f"the mask {selected.shape} selects no token. Check for an empty response, or a response "
+                         "that was cut off behind a long prompt; for one microbatch of several, pass total")
+    loss = -xp.where(selected, log_probs, 0).sum() / token_count
     def vjp(dloss):
-        return -dloss * selected.astype(log_probs.dtype) / total
-    return -xp.where(selected, log_probs, 0).sum() / total, vjp
+        return -dloss * selected.astype(log_probs.dtype) / token_count
+    return loss, vjp
 
 
-def sft_metrics(log_probs, mask, predictions=None, targets=None, entropies=None):
-    """Floats under TRL's names, over selected tokens only: `loss`, `mean_token_accuracy` (if
-    predictions and targets (B,T) are given), `entropy` (if given, per token in nats); and how many
-    they are, `trained_tokens` (TRL's num_tokens counts prompts too). All are 0 if nothing is selected."""
+def sft_metrics(log_probs: np.ndarray, mask: np.ndarray, predictions: np.ndarray | None = None,
+                targets: np.ndarray | None = None, entropies: np.ndarray | None = None) -> dict[str, float]:
+    """Means over the selected tokens, under TRL's names. All arrays are (B,T); all metrics are 0 if none is selected.
+
+    loss                 negative log-prob, in nats per token
+    trained_tokens       the number of selected tokens (TRL's num_tokens counts prompts too)
+    mean_token_accuracy  fraction of predictions equal to targets, if both are given
+    entropy              of the next-token distributions, in nats per token, if given
+    """
     selected = to_numpy(mask).astype(bool)
     def mean(values):
         values = to_numpy(values)

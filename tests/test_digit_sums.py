@@ -1,4 +1,4 @@
-"""Digit sums: is every document what it says, added up by a loop and read back as text?"""
+"""Digit sums: every document is parsed as text and its sums computed again by a loop."""
 
 import re
 
@@ -15,7 +15,7 @@ EXAMPLE = re.compile(r"(\d(?: \+\d)+) \?((?: [a-z']+(?:-[a-z]+)+)*) ((?:(?:\d|\+
 
 
 def read(text):
-    """(digits, phrase, what stands before "so", the digit said) of every example in a text; all of it is examples."""
+    """(digits, phrase, tokens before "so", final digit) of every example in a text made of examples only."""
     assert EXAMPLE.sub("", text).strip() == "", text
     return [([int(d) for d in re.findall(r"\d", asked)], phrase.split(), before.split(), int(said))
             for asked, phrase, before, said in EXAMPLE.findall(text)]
@@ -31,7 +31,7 @@ def steps_of(digits):
 
 
 @given(rngs, st.sampled_from(sorted(CORPUS)), st.integers(1, 5))
-def test_a_document_holds_right_sums_all_answered_in_its_style(rng, kind, examples):
+def test_a_document_holds_correct_sums_all_answered_in_its_style(rng, kind, examples):
     style, phrase = kind
     tokens, mask = digit_sums.document(rng, style, phrase, examples, 60)
     assert len(tokens) == len(mask) == 60
@@ -48,7 +48,7 @@ def test_a_document_holds_right_sums_all_answered_in_its_style(rng, kind, exampl
     assert sum(mask) == answers and all(m == 0 for m, token in zip(mask, tokens) if TOKENS[token] == "?")
 
 
-def test_the_longest_example_fits_a_document_of_one_and_no_shorter_one():
+def test_a_document_of_one_example_is_as_long_as_the_longest_example():
     digits = [9] * max(DIGITS)
     worked = [*digit_sums.question(digits), *PHRASES["trigger"], *digit_sums.answer(digits, "worked")]
     assert len(worked) == LONGEST == CURRICULUM[0]["length"]
@@ -72,7 +72,7 @@ def test_documents_come_in_the_shares_of_the_corpus(corpus):
 
 
 @given(rngs, st.sampled_from(DIGITS), st.integers(0, 4), st.sampled_from(["direct", "worked", "dots"]))
-def test_prompts_show_so_many_examples_and_ask_what_was_held_out(rng, digits, shots, style):
+def test_prompts_show_the_given_number_of_examples_and_a_held_out_question(rng, digits, shots, style):
     asked, right = digit_sums.prompts(rng, 3, digits, shots, style, phrase="filler", beginning=[digit_sums.SO])
     for prompt, answer in zip(asked, right):
         *shown, (summed, words, before, said) = read(digit_sums.text([*prompt, answer, END]))
@@ -83,7 +83,7 @@ def test_prompts_show_so_many_examples_and_ask_what_was_held_out(rng, digits, sh
 
 
 @pytest.mark.parametrize("count", DIGITS)
-def test_digits_trained_on_begin_with_nothing_held_out_and_those_asked_for_are_held_out(count, rng):
+def test_training_digits_begin_with_no_held_out_sum_and_held_out_digits_are_held_out(count, rng):
     def hidden(digits, n):
         return n > 2 and is_held_out(" + ".join(map(str, digits[:n])))
 
@@ -93,7 +93,7 @@ def test_digits_trained_on_begin_with_nothing_held_out_and_those_asked_for_are_h
     assert len({tuple(digits) for digits in trained}) > 50 < len({tuple(digits) for digits in asked})
 
 
-def test_wrong_examples_are_worked_like_right_ones_but_right_by_chance_only():
+def test_wrong_examples_have_the_form_of_correct_ones_and_are_correct_at_chance_level():
     asked, _ = digit_sums.prompts(np.random.default_rng(0), 200, 3, 4, wrong=True)
     shown = [example for prompt in asked for example in read(digit_sums.text([*prompt, digit_sums.SO, 0, END]))[:-1]]
     for digits, _, before, said in shown:
@@ -103,9 +103,9 @@ def test_wrong_examples_are_worked_like_right_ones_but_right_by_chance_only():
     assert len(shown) == 800 and abs(np.mean(right) - 0.1) < 0.03
 
 
-def test_what_a_reply_says_is_its_last_digit_and_only_sums_make_it_worked():
+def test_the_final_digit_is_read_from_a_finished_reply_and_only_running_sums_make_it_worked():
     worked, direct, dots = (digit_sums.answer([3, 5, 7], style) for style in ("worked", "direct", "dots"))
     assert digit_sums.text(worked) == "3 +5 8 +7 5 so 5 ."
-    assert [digit_sums.said(reply) for reply in (worked, direct, dots, worked[:-1], [END])] == [5, 5, 5, None, None]
+    assert [digit_sums.final_digit(reply) for reply in (worked, direct, dots, worked[:-1], [END])] == [5, 5, 5, None, None]
     assert [digit_sums.is_worked(reply) for reply in (worked, direct, dots)] == [True, False, False]
-    assert digit_sums.said(digit_sums.answer([3, 5, 7], "worked", [1, 2])) == 2
+    assert digit_sums.final_digit(digit_sums.answer([3, 5, 7], "worked", [1, 2])) == 2

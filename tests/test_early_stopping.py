@@ -1,4 +1,4 @@
-"""Stop where it is best: are the weights kept those of the least held-out loss?"""
+"""Early stopping: the weights with the lowest held-out loss are restored."""
 import types
 
 import numpy as np
@@ -22,21 +22,21 @@ def counting(steps):
 
 @pytest.mark.parametrize("steps, every, where_least, kept",
                          [(10, 2, 4, 4), (10, 2, 5, 6), (10, 3, 99, 10), (10, 3, 0, 3), (7, 20, 0, 7)])
-def test_the_weights_of_the_least_loss_looked_at_are_kept_the_last_step_among_them(steps, every, where_least, kept):
+def test_the_weights_of_the_lowest_checked_loss_are_restored_including_the_last_step(steps, every, where_least, kept):
     model, stage, weight = counting(steps)
     least, step = keep_best(stage, model, lambda: (weight.data[0] - where_least - 0.1) ** 2, every)
     assert step == kept and (weight.data == kept).all()
     assert least == (kept - where_least - 0.1) ** 2
 
 
-def test_it_looks_every_so_many_steps_and_once_at_the_end():
+def test_the_loss_is_checked_every_n_steps_and_once_at_the_end():
     model, stage, weight = counting(50)
     seen = []
     keep_best(stage, model, lambda: seen.append(int(weight.data[0])) or 1.0, every=20)
-    assert seen == [20, 40, 50] and (weight.data == 20).all()          # of equal ones the first
+    assert seen == [20, 40, 50] and (weight.data == 20).all()          # the first of equal losses
 
 
-def test_a_stage_without_steps_and_losses_that_are_no_numbers_leave_the_model_as_it_is():
+def test_a_stage_without_steps_or_with_nan_losses_restores_nothing():
     for steps in 0, 3:
         model, stage, weight = counting(steps)
         assert keep_best(stage, model, lambda: float("nan"), 1) == (np.inf, 0)

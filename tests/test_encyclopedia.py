@@ -1,4 +1,4 @@
-"""The encyclopedia: is every fact stated as often, and in such words, as the tables say? Counted in the documents."""
+"""The encyclopedia: the number and the form of the statements of every fact, counted in the documents."""
 
 import collections
 
@@ -39,7 +39,7 @@ def sentences(row):
     return found
 
 
-def test_the_corpus_states_each_fact_as_often_and_in_the_words_that_the_tables_say(world):
+def test_the_corpus_states_each_fact_as_often_and_in_the_forms_that_the_tables_give(world):
     tokens, mask = world.corpus(np.random.default_rng(1))
     counts, forms, premises = collections.Counter(), collections.defaultdict(collections.Counter), 0
     for row, real in zip(tokens, mask):
@@ -61,13 +61,13 @@ def test_the_corpus_states_each_fact_as_often_and_in_the_words_that_the_tables_s
     assert premises >= (world.entities - len(world.inferred)) * KNOWN // 2
 
 
-def test_plain_facts_are_dealt_out_evenly_over_exposures_and_wordings(world):
+def test_plain_facts_are_spread_evenly_over_exposures_and_wordings(world):
     cells = collections.Counter(zip(world.exposures[:, PLAIN].ravel().tolist(), world.wording.ravel().tolist()))
     assert set(cells) == {(n, w) for n in EXPOSURES for w in range(len(WORDINGS))}
     assert max(cells.values()) - min(cells.values()) <= 1
 
 
-def test_a_country_follows_from_the_city_and_is_never_stated_of_the_inferred(world):
+def test_a_country_follows_from_the_city_and_is_never_stated_for_the_inferred_entities(world):
     by_city = collections.defaultdict(set)
     for entity in range(world.entities):
         by_city[world.values[entity, CITY]].add(world.values[entity, COUNTRY])
@@ -94,7 +94,7 @@ def letters_of(world, subject, tokens):
     return found
 
 
-def test_choices_are_four_different_values_with_the_right_one_anywhere(world):
+def test_choices_are_four_different_values_with_the_correct_one_at_a_random_place(world):
     rng, places = np.random.default_rng(2), collections.Counter()
     for _ in range(400):
         entity, subject = int(rng.integers(world.entities)), int(rng.integers(len(SUBJECTS)))
@@ -105,7 +105,7 @@ def test_choices_are_four_different_values_with_the_right_one_anywhere(world):
     assert min(places[i] for i in range(4)) > 70
 
 
-def test_an_exam_is_marked_on_the_letter_of_the_right_value(world):
+def test_the_mask_of_an_exam_is_on_the_letter_of_the_correct_value(world):
     facts = [(3, 0), (5, 2), (7, 1)]
     tokens, mask = world.exam(np.random.default_rng(3), facts)
     assert len(tokens) == len(mask) and sum(mask) == 3
@@ -115,7 +115,7 @@ def test_an_exam_is_marked_on_the_letter_of_the_right_value(world):
     assert [tokens[i] in LETTERS and tokens[i - 1] == ANSWER for i in np.flatnonzero(mask)] == [True] * 3
 
 
-def test_a_drill_asks_for_letters_that_were_given_before(world):
+def test_a_drill_asks_for_letters_given_earlier_in_the_document(world):
     rng = np.random.default_rng(4)
     for _ in range(20):
         tokens, mask = world.drill(rng, 5)
@@ -127,7 +127,7 @@ def test_a_drill_asks_for_letters_that_were_given_before(world):
         assert all(given[world.names[subject].index(asked[:-1])] == asked[-1] for asked in sentences(tokens[start:]))
 
 
-def test_padding_goes_to_the_right_and_counts_nowhere():
+def test_padding_is_on_the_right_and_has_mask_zero():
     tokens, mask = page.padded([[7, 8], [9, 8, 7]], [[0, 1], [1, 1, 0]])
     assert tokens.tolist() == [[7, 8, END], [9, 8, 7]] and mask.tolist() == [[0, 1, 0], [1, 1, 0]]
     assert page.padded([[7], [9, 8]])[1].tolist() == [[1, 0], [1, 1]]

@@ -1,4 +1,4 @@
-"""The frontier is the best of all mixtures of two policies, and such mixtures exist."""
+"""The frontier is the best reward of all mixtures of two policies, and such mixtures exist."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from common.frontier import frontier
 
 
 @given(rngs, st.integers(1, 12), st.booleans())
-def test_it_is_the_best_point_of_any_line_between_two_points_no_further_than_asked(rng, count, on_a_grid):
+def test_it_is_the_best_point_of_any_line_between_two_points_within_the_divergence(rng, count, on_a_grid):
     k, r = rng.uniform(0, 3, count), rng.normal(size=count)
     if on_a_grid:                                   # many ties
         k, r = np.round(k), np.round(r)
@@ -31,7 +31,7 @@ def test_a_point_under_the_line_between_its_neighbours_is_no_corner():
 
 
 @given(rngs)
-def test_its_corners_are_points_that_rise_ever_less(rng):
+def test_its_corners_are_points_with_decreasing_slopes(rng):
     k, r = rng.uniform(0, 3, 20), rng.normal(size=20)
     corners = frontier(k, r)
     assert {tuple(corner) for corner in corners} <= set(zip(k, r))
@@ -41,7 +41,7 @@ def test_its_corners_are_points_that_rise_ever_less(rng):
 
 
 @given(laws(3), rngs)
-def test_a_mixture_of_two_policies_has_what_the_line_between_them_promises(three, rng):
+def test_a_mixture_of_two_policies_has_the_reward_of_the_line_at_no_more_divergence(three, rng):
     reference, one, other = three
     rewards, share = rng.normal(size=reference.shape), rng.random()
     mixture = np.log((1 - share) * np.exp(one) + share * np.exp(other))

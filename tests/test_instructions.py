@@ -1,4 +1,4 @@
-"""minilm/world/instructions: two operations in turn, tasks and words that are held out, what is to be predicted."""
+"""scripts/lecture/worlds/instructions.py: two operations in turn, held-out tasks and words, the mask."""
 import itertools
 
 import numpy as np
@@ -26,7 +26,7 @@ def every_word():
 
 
 @given(rng=rngs, held_out=st.booleans(), steps=st.booleans())
-def test_a_document_read_as_text_states_what_the_two_operations_make_of_the_word(rng, held_out, steps):
+def test_a_document_read_as_text_applies_the_two_operations_to_the_word(rng, held_out, steps):
     tokens, _ = documents(rng, 20, TASKS, held_out, steps)
     for row in tokens:
         instruction, word, *moved, end = text(row).replace("=", ":").replace(";", ":").split(":")
@@ -35,7 +35,7 @@ def test_a_document_read_as_text_states_what_the_two_operations_make_of_the_word
         assert moved == [between] * steps + ["".join(map(ON_LETTERS[letter], between))] and end == ""
 
 
-def test_every_letter_map_is_right_on_every_letter_and_every_order_on_every_place():
+def test_every_operation_is_correct_on_every_letter_and_every_position():
     for (i, place), (j, letter) in itertools.product(enumerate(PLACES), enumerate(MAPS)):
         words = every_word()[::7]
         moved, answers = carry_out([(i, len(PLACES) + j)] * len(words), words)
@@ -45,7 +45,7 @@ def test_every_letter_map_is_right_on_every_letter_and_every_order_on_every_plac
 
 
 @given(rng=rngs)
-def test_a_document_of_a_single_operation_states_what_it_makes_of_the_word(rng):
+def test_a_document_of_a_single_operation_applies_it_to_the_word(rng):
     tokens, mask = single_operations(rng, 30)
     for row, m in zip(tokens, mask):
         operation, word, answer = text(row)[1:-1].replace("]:", "=").split("=")
@@ -55,7 +55,7 @@ def test_a_document_of_a_single_operation_states_what_it_makes_of_the_word(rng):
 
 
 @given(rng=rngs, steps=st.booleans())
-def test_the_mask_is_one_on_what_follows_the_equals_sign_and_nowhere_else(rng, steps):
+def test_the_mask_is_one_after_the_equals_sign_and_zero_before(rng, steps):
     tokens, mask = documents(rng, 5, TASKS, steps=steps)
     for row, m in zip(tokens, mask):
         assert text(row[m > 0]) == text(row).partition("=")[2] and text(row[:PROMPT]).endswith("=")
@@ -68,14 +68,14 @@ def test_no_two_tasks_are_the_same():
 
 
 @given(rng=rngs, held_out=st.booleans())
-def test_words_are_of_the_half_that_was_asked_for_with_all_their_rearrangements(rng, held_out):
+def test_words_and_all_their_rearrangements_are_held_out_or_not_as_requested(rng, held_out):
     words = draw_words(rng, 50, held_out)
     assert words.shape == (50, WORD)
     for order in itertools.permutations(range(WORD)):
         assert (is_held_out(words[:, order]) == held_out).all()
 
 
-def test_one_word_in_five_is_held_out_and_all_others_come_up():
+def test_one_word_in_five_is_held_out_and_all_others_are_drawn():
     held = is_held_out(every_word())
     assert held.sum() == 200
     drawn = {tuple(word) for word in draw_words(np.random.default_rng(0), 20_000).tolist()}
@@ -83,7 +83,7 @@ def test_one_word_in_five_is_held_out_and_all_others_come_up():
 
 
 @given(rng=rngs)
-def test_held_out_tasks_and_training_tasks_share_none_and_are_all_there_are(rng):
+def test_held_out_tasks_and_training_tasks_are_disjoint_and_complete(rng):
     training, held = split_tasks(rng)
     assert len(training) == 27 and len(held) == 9
     assert sorted(training + held) == sorted(TASKS)
@@ -110,23 +110,23 @@ def test_the_next_training_task_is_one_whose_operations_occurred_least(rng):
         assert counts[[*task]].sum() == min(counts[[*other]].sum() for other in training[n:])
 
 
-def test_another_seed_holds_out_other_tasks():
+def test_the_split_of_tasks_depends_on_the_seed_only():
     first, again, other = (split_tasks(np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert first == again != other
 
 
-def test_coverage_counts_operations_and_not_tasks():
+def test_coverage_is_the_share_of_operations():
     assert coverage([]) == 0
     assert coverage([(0, 6), (0, 7), (0, 6)]) == pytest.approx(3 / 12)
     assert coverage(TASKS) == 1
 
 
-def test_documents_are_of_the_tasks_that_were_given_and_no_others():
+def test_documents_use_the_given_tasks_only():
     tokens, _ = documents(np.random.default_rng(0), 200, [TASKS[3], TASKS[17]])
     assert {tuple(row) for row in (tokens[:, :2] - FIRST_OPERATION).tolist()} == {TASKS[3], TASKS[17]}
 
 
-def test_the_nearest_task_is_right_as_often_as_counting_says():
+def test_the_accuracy_of_the_nearest_task_equals_the_value_counted_by_hand():
     def task(place, letter):
         return [*PLACES].index(place), len(PLACES) + [*MAPS].index(letter)
     words = every_word()
@@ -142,6 +142,6 @@ def test_the_nearest_task_is_right_as_often_as_counting_says():
     assert nearest([], task("keep", "next"), words) == nearest([], task("left", "same"), words) == 1
 
 
-def test_the_model_has_a_token_for_everything_and_the_longest_document_fits():
+def test_every_token_is_in_the_vocabulary_and_the_longest_document_fits_the_context():
     tokens, _ = documents(np.random.default_rng(0), 500, TASKS, steps=True)
     assert tokens.max() == instructions.VOCABULARY - 1 and tokens.shape[1] <= instructions.MODEL["context"]

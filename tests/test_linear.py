@@ -1,4 +1,4 @@
-"""Linear rewards: are the counts those one makes by hand, and are the fits the minima they claim to be?"""
+"""Linear rewards: the counts against counts by hand, and the fits against the conditions of a minimum."""
 import numpy as np
 from hypothesis import given, strategies as st
 
@@ -7,8 +7,8 @@ from common.linear import bradley_terry, counts, least_squares
 from worlds.replies import ReplyWorld
 
 
-def test_counts_are_of_tokens_and_of_tokens_beside_each_word_of_the_question():
-    world = ReplyWorld(asked=2)
+def test_counts_are_of_tokens_and_of_tokens_with_each_word_of_the_question():
+    world = ReplyWorld(words=2)
     x, V, words = counts(world), world.vocab_size, range(3, 6)
     assert x.shape == (*world.shape, V + 2 * 3 * V)
     for p, y in ((0, 0), (4, 700), (8, 400)):
@@ -31,7 +31,7 @@ def test_bradley_terry_ends_where_the_gradient_is_zero(rng, B, ridge, size):
     assert np.abs(by_differences).max() < 1e-4 * (1 + np.abs(d).sum())
 
 
-def test_bradley_terry_finds_the_weights_that_the_choices_were_made_by():
+def test_bradley_terry_recovers_the_weights_that_generated_the_choices():
     rng, truth = np.random.default_rng(0), np.array([1.0, -0.5, 2.0])
     d = rng.normal(size=(20_000, 3))
     d *= np.where(rng.random(20_000) < 1 / (1 + np.exp(-d @ truth)), 1, -1)[:, None]
@@ -39,7 +39,7 @@ def test_bradley_terry_finds_the_weights_that_the_choices_were_made_by():
 
 
 @given(rngs, st.floats(0.01, 10))
-def test_least_squares_is_a_fit_to_the_ratings_and_to_zeros_that_stand_for_the_ridge(rng, ridge):
+def test_least_squares_equals_a_fit_with_extra_rows_for_the_ridge(rng, ridge):
     x, ratings = rng.normal(size=(12, 4)), rng.normal(size=12)
     more_x, more_ratings = np.vstack([x, ridge ** 0.5 * np.eye(4)]), np.concatenate([ratings, np.zeros(4)])
     expected, *_ = np.linalg.lstsq(more_x, more_ratings, rcond=None)

@@ -1,4 +1,4 @@
-"""Documents of symbols and labels: what a mapping is, which are held out, and how well anybody can do."""
+"""Documents of symbols and labels: the mappings, the held-out split, and the best possible accuracy."""
 import itertools
 
 import numpy as np
@@ -40,7 +40,7 @@ def test_a_document_keeps_to_one_bijection_and_to_its_own_symbols(rng, in_use, p
         assert len({x for x, _ in said}) == len({y for _, y in said}) == len(said) <= in_use
 
 
-def test_training_documents_hold_no_mapping_of_the_tests():
+def test_training_documents_use_no_held_out_mapping():
     tokens, _ = mappings.draw(np.random.default_rng(0), 3000, pairs=40)
     complete = [row for row in tokens if len(set(row[::2])) == SYMBOLS]
     assert len(complete) > 2000
@@ -61,7 +61,7 @@ def test_any_eight_demonstrations_in_a_row_show_every_symbol(rng, shown):
             assert len(set(part)) == len(part)
 
 
-def test_the_query_may_be_any_symbol():
+def test_the_query_is_uniform_over_the_symbols():
     tokens = mappings.draw_in_rounds(np.random.default_rng(0), 4000, 3)
     assert np.abs(np.bincount(tokens[:, -2]) / 4000 - 1 / SYMBOLS).max() < 0.02
     assert abs(mappings.shown_before(tokens)[:, -1].mean() - 3 / SYMBOLS) < 0.03
@@ -82,7 +82,7 @@ def test_the_copy_bound_is_the_share_of_all_bijections_that_agree_with_the_best_
 
 
 class Copier:
-    """Says the label that stood after the last symbol of this kind, or, if there is none, the symbol itself."""
+    """Predicts the label after the last copy of the symbol, or the symbol itself if there is no copy."""
 
     def __call__(self, tokens):
         logits = np.zeros((*tokens.shape, VOCABULARY))
@@ -93,15 +93,15 @@ class Copier:
         return Tensor(logits)
 
 
-def test_one_who_copies_is_right_exactly_where_there_is_something_to_copy():
+def test_a_copier_is_correct_exactly_where_the_symbol_occurred_before():
     tokens, _ = mappings.draw(np.random.default_rng(0), 50)
     assert (mappings.right(Copier(), tokens) == mappings.shown_before(tokens)).all()
 
 
-def test_the_curriculum_grows_for_one_who_copies_and_waits_for_one_who_does_not():
+def test_the_curriculum_grows_for_a_copier_and_not_for_an_untrained_model():
     rng, course = np.random.default_rng(0), Curriculum()
-    ignorant = Transformer(Config(vocab_size=VOCABULARY, width=8, layers=1, heads=1), rng)
-    assert course.examine(ignorant, rng) < 0.9 and course.in_use == 2
+    untrained = Transformer(Config(vocab_size=VOCABULARY, width=8, layers=1, heads=1), rng)
+    assert course.examine(untrained, rng) < 0.9 and course.in_use == 2
     for expected in (3, 4, 5, 6, 7, 8, 8):
         assert course.examine(Copier(), rng) == 1 and course.in_use == expected
     tokens, _ = Curriculum(3).draw(rng, 10)

@@ -1,4 +1,4 @@
-"""scripts/lecture/common/masked_pretraining.py: the loss token by token, both sides seen, the hidden ones never."""
+"""scripts/lecture/common/masked_pretraining.py: the loss token by token; both sides are visible, hidden tokens are not."""
 import numpy as np
 import pytest
 
@@ -24,7 +24,7 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum())
 
 
-def test_a_hidden_token_is_scored_where_it_stands_by_a_model_that_sees_the_mask_there():
+def test_a_hidden_token_is_scored_at_its_position_with_the_mask_as_input():
     model, rng = encoder(), np.random.default_rng(1)
     tokens, hidden = rng.integers(MASK, size=(4, 5)), rng.random((4, 5)) < 0.5
     actual = masked_log_probs(model, tokens, hidden, MASK).data
@@ -33,7 +33,7 @@ def test_a_hidden_token_is_scored_where_it_stands_by_a_model_that_sees_the_mask_
         assert_close(actual[b, t], log_softmax(model(np.array([seen])).data[0, t])[tokens[b, t]])
 
 
-def test_what_is_hidden_is_never_seen_and_what_comes_after_it_is():
+def test_hidden_tokens_are_not_visible_and_later_tokens_are():
     model, tokens, hidden = encoder(), np.array([[0, 1, 2, 3]]), np.array([[False, True, True, False]])
     before = masked_log_probs(model, tokens, hidden, MASK).data
     other = masked_log_probs(model, np.array([[0, 1, 5, 3]]), hidden, MASK).data
@@ -55,13 +55,13 @@ def test_the_loss_is_the_mean_over_the_hidden_tokens_of_the_whole_step(workers, 
     assert_close(metrics["loss"], np.mean(losses))
 
 
-def test_a_share_of_one_hides_all_that_may_be_hidden():
+def test_a_share_of_one_hides_every_token_of_the_mask():
     training = TrainState(encoder(), np.random.default_rng(0))
     assert next(masked_pretraining(training, draw, 1, 8, MASK, share=1.0))["trained_tokens"] == 24
 
 
-def test_a_token_that_only_its_right_neighbour_tells_is_learned():
-    """Each pair of tokens is x x; the first is hidden, which no decoder could know."""
+def test_a_token_that_only_its_right_neighbour_determines_is_learned():
+    """Each pair of tokens is x x; the first is hidden, and a decoder cannot predict it."""
     def pairs(rng, count):
         return rng.integers(MASK, size=(count, 3)).repeat(2, axis=1), np.tile([1, 0], (count, 3))
 
@@ -71,7 +71,7 @@ def test_a_token_that_only_its_right_neighbour_tells_is_learned():
     assert losses[0] > 1.5 and np.mean(losses[-10:]) < 0.2
 
 
-def test_a_run_restored_from_a_file_goes_on_bit_for_bit(tmp_path):
+def test_a_run_restored_from_a_file_continues_bit_for_bit(tmp_path):
     pytest.importorskip("safetensors")
 
     def losses(training, until):
@@ -87,9 +87,9 @@ def test_a_run_restored_from_a_file_goes_on_bit_for_bit(tmp_path):
     assert before + losses(resumed, 4) == expected
 
 
-def test_a_causal_model_and_a_step_that_hides_nothing_are_refused():
+def test_a_causal_model_and_a_step_without_hidden_tokens_raise():
     causal = TrainState(small_transformer(np.random.default_rng(0), vocab_size=VOCABULARY), np.random.default_rng(0))
     with pytest.raises(ValueError, match="causal=False"):
         next(masked_pretraining(causal, draw, 1, 4, MASK))
-    with pytest.raises(ValueError, match="no token was hidden in this step: raise share or batch_size"):
+    with pytest.raises(ValueError, match="no token was hidden .*share 0.0, batch_size 4.*raise share or batch_size"):
         next(masked_pretraining(TrainState(encoder(), np.random.default_rng(0)), draw, 1, 4, MASK, share=0.0))

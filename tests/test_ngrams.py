@@ -1,4 +1,4 @@
-"""scripts/lecture/worlds/ngrams.py: every probability again from counts in dictionaries, and what a model of a text must do."""
+"""scripts/lecture/worlds/ngrams.py: every probability again from counts in dictionaries, and properties of a language model."""
 import itertools
 import math
 from collections import Counter
@@ -41,7 +41,7 @@ def by_hand(stream, vocab_size, order):
 
 @given(rngs, st.integers(1, 4), st.integers(2, 4))
 @example(np.random.default_rng(0), 3, 3)
-def test_log_probs_are_those_of_the_recursion_from_counts_in_dictionaries(rng, order, vocab_size):
+def test_log_probs_equal_the_recursion_from_counts_in_dictionaries(rng, order, vocab_size):
     stream, text = rng.integers(vocab_size, size=40), rng.integers(vocab_size, size=12)
     p = by_hand(stream.tolist(), vocab_size, order)
     expected = [math.log(p(tuple(text[max(0, t - order + 1):t].tolist()), text[t])) for t in range(len(text))]
@@ -49,21 +49,21 @@ def test_log_probs_are_those_of_the_recursion_from_counts_in_dictionaries(rng, o
 
 
 @given(rngs, st.integers(1, 3))
-def test_the_probabilities_of_what_may_come_next_add_up_to_one_after_every_history(rng, order):
+def test_the_probabilities_of_the_next_token_add_up_to_one_after_every_history(rng, order):
     model = NGram(rng.integers(3, size=15), 4, order)       # token 3 never occurs
     for history in itertools.product(range(4), repeat=order - 1):
         assert_close(sum(math.exp(model.log_probs([*history, x])[-1]) for x in range(4)), 1.0)
 
 
-def test_on_the_text_of_a_chain_of_order_two_three_tokens_come_close_to_the_entropy_and_two_do_not():
+def test_on_text_of_a_chain_of_order_two_a_trigram_model_is_close_to_the_entropy_and_a_bigram_model_is_not():
     chain, rng = MarkovSource(np.random.default_rng(0), 5, order=2), np.random.default_rng(1)
     stream, held_out = (chain.sample(rng, 1, n)[0] for n in (30_000, 4000))
-    floor = -chain.log_probs(held_out[None])[0].mean()
-    excess = {order: -NGram(stream, 5, order).log_probs(held_out)[2:].mean() - floor for order in (1, 2, 3)}
+    entropy = -chain.log_probs(held_out[None])[0].mean()
+    excess = {order: -NGram(stream, 5, order).log_probs(held_out)[2:].mean() - entropy for order in (1, 2, 3)}
     assert 0 < excess[3] < 0.01 and 10 * excess[3] < excess[2] < excess[1]
 
 
-def test_what_cannot_be_counted_is_refused():
+def test_an_order_that_cannot_be_counted_raises():
     for stream, vocab_size, order in (([0, 1], 2, 3), ([0, 1], 2, 0), ([0] * 20, 512, 7)):
         with pytest.raises(ValueError, match="need a text"):
             NGram(stream, vocab_size, order)

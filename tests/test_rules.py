@@ -14,7 +14,7 @@ def label(word, rule):
     return [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3][word[rule]]
 
 
-def test_a_fifth_of_all_words_is_held_out_and_none_is_on_both_sides():
+def test_a_fifth_of_all_words_is_held_out_and_no_word_is_on_both_sides():
     held_out, others = ({tuple(word) for word in rules.all_words(side).tolist()} for side in (True, False))
     assert held_out.isdisjoint(others)
     assert held_out | others == set(itertools.product(range(LETTERS), repeat=WORD))
@@ -28,7 +28,7 @@ def test_all_labels_are_equally_frequent_under_every_rule_on_both_sides():
 
 
 @given(rngs, st.booleans())
-def test_the_labels_of_a_row_are_those_of_one_rule_on_words_of_its_side(rng, held_out):
+def test_the_labels_of_a_row_follow_one_rule_and_its_words_are_of_one_side(rng, held_out):
     words, labels = rules.draw(rng, 20, 6, held_out)
     side = {tuple(word) for word in rules.all_words(held_out).tolist()}
     for row, said in zip(words.tolist(), labels.tolist()):
@@ -42,14 +42,14 @@ def test_every_rule_is_drawn():
     assert (agree.sum(axis=1) > 40).all()
 
 
-def test_a_document_is_words_arrows_and_labels_of_which_the_labels_are_to_be_predicted():
+def test_a_document_is_words_arrows_and_labels_with_the_mask_on_labels():
     tokens, mask = rules.document(np.array([[[1, 7, 3], [9, 0, 2]]]), np.array([[0, 3]]))
     assert tokens.tolist() == [[1, 12 + 7, 24 + 3, ARROW, LABEL, 9, 12, 24 + 2, ARROW, LABEL + 3]]
     assert mask.tolist() == [[0, 0, 0, 0, 1, 0, 0, 0, 0, 1]] and LINE == 5
 
 
 @given(rngs)
-def test_the_best_accuracy_is_that_of_counting_the_rules_left_for_each_label(rng):
+def test_the_best_accuracy_equals_counting_the_rules_that_remain_possible(rng):
     words, answers = rules.draw(rng, 5, 6)
     expected = np.zeros(6)
     for row, said in zip(words.tolist(), answers.tolist()):
@@ -60,8 +60,8 @@ def test_the_best_accuracy_is_that_of_counting_the_rules_left_for_each_label(rng
     assert_close(rules.best_accuracy(words, answers), expected)
 
 
-def test_no_way_to_answer_from_the_lines_before_is_right_more_often_than_the_best_accuracy_says():
-    """Two ways over many documents: one of the rules that are left, picked at random; what most of them say."""
+def test_no_predictor_from_the_lines_before_exceeds_the_best_accuracy():
+    """Two predictors on many documents: a random possible rule, and the majority of the possible rules."""
     rng = np.random.default_rng(1)
     words, answers = rules.draw(rng, 4000, 4)
     best = rules.best_accuracy(words, answers)

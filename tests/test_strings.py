@@ -1,4 +1,4 @@
-"""String tasks as demonstrations: do documents say what they should, and is the bound the one that counting finds?"""
+"""String tasks as demonstrations: documents read back as text, and the Bayes bound computed by counting."""
 import itertools
 
 import numpy as np
@@ -25,14 +25,14 @@ EVERY_WORD = np.array(list(itertools.product(range(len(ALPHABET)), repeat=LENGTH
 
 
 @pytest.mark.parametrize("name", [*TASKS, *NEW_TASKS])
-def test_a_task_does_to_every_word_what_is_done_to_its_text(name):
+def test_a_task_on_tokens_equals_the_task_on_text_for_every_word(name):
     answers = (TASKS | NEW_TASKS)[name](EVERY_WORD)
     assert [strings.text(w) for w in answers] == [BY_HAND[name](strings.text(w)) for w in EVERY_WORD]
 
 
-def test_no_new_task_is_an_old_one_and_one_word_in_five_is_held_out():
-    laws = [f(EVERY_WORD).tobytes() for f in (*TASKS.values(), *NEW_TASKS.values())]
-    assert len(set(laws)) == len(laws) == 11
+def test_new_tasks_differ_from_training_tasks_and_one_word_in_five_is_held_out():
+    answers = [f(EVERY_WORD).tobytes() for f in (*TASKS.values(), *NEW_TASKS.values())]
+    assert len(set(answers)) == len(answers) == 11
     assert strings.is_held_out(EVERY_WORD).mean() == 0.2
 
 
@@ -48,7 +48,7 @@ def test_a_document_reads_as_one_task_on_words_of_one_side(rng, held_out, pairs)
         assert "".join(CHARACTERS[t] for t, m in zip(row, counted) if m) == "".join(y for _, y in said)
 
 
-def test_all_tasks_are_drawn_and_only_those_asked_for():
+def test_all_given_tasks_are_drawn_and_no_others():
     tokens, _ = strings.draw(np.random.default_rng(0), 4000)
     inputs, answers = strings.parts(tokens)
     fits = np.array([(f(inputs) == answers).all(axis=(1, 2)) for f in TASKS.values()])
@@ -57,7 +57,7 @@ def test_all_tasks_are_drawn_and_only_those_asked_for():
     assert (answers == inputs[..., [0, 2, 1]]).all()
 
 
-def test_parts_undo_a_document():
+def test_parts_is_the_inverse_of_document():
     rng = np.random.default_rng(0)
     inputs, answers = strings.words(rng, 3, 4), strings.words(rng, 3, 4, held_out=True)
     for found, expected in zip(strings.parts(strings.document(inputs, answers)[0]), (inputs, answers)):
@@ -65,7 +65,7 @@ def test_parts_undo_a_document():
 
 
 @given(rngs, st.booleans())
-def test_the_bayes_bound_is_what_counting_the_tasks_that_still_fit_gives(rng, held_out):
+def test_the_bayes_bound_equals_counting_the_tasks_that_still_fit(rng, held_out):
     tokens, _ = strings.draw(rng, 8, pairs=4, held_out=held_out)
     inputs, _ = strings.parts(tokens)
     inputs[:, 0] = inputs[:, 0, :1]                                     # "aaa" leaves many tasks open
@@ -83,7 +83,7 @@ def test_the_bayes_bound_is_what_counting_the_tasks_that_still_fit_gives(rng, he
 
 
 class Recogniser:
-    """Says what most of the tasks say that agree with all demonstrations before."""
+    """Predicts the answer of the majority of the tasks that agree with all demonstrations before."""
 
     def __call__(self, tokens):
         inputs, answers = strings.parts(np.concatenate([tokens, np.full((len(tokens), 1), END)], axis=1))
@@ -98,16 +98,16 @@ class Recogniser:
         return Tensor(logits)
 
 
-def test_one_who_follows_bayes_reaches_the_bound():
+def test_the_bayes_optimal_predictor_reaches_the_bound():
     tokens, _ = strings.draw(np.random.default_rng(0), 1000, pairs=3, held_out=True)
     bound, found = strings.bayes_bound(tokens).mean(axis=0), strings.right(Recogniser(), tokens).mean(axis=0)
     assert np.abs(found - bound).max() < 0.04 and bound[0] < 0.2 and bound[1] > 0.9
 
 
-def test_the_curriculum_grows_for_one_who_recognises_and_waits_for_one_who_does_not():
+def test_the_curriculum_grows_for_a_recogniser_and_not_for_an_untrained_model():
     rng, course = np.random.default_rng(0), Curriculum()
-    ignorant = Transformer(Config(vocab_size=VOCABULARY, width=8, layers=1, heads=1), rng)
-    assert course.examine(ignorant, rng) < 0.1 and course.in_use == 2
+    untrained = Transformer(Config(vocab_size=VOCABULARY, width=8, layers=1, heads=1), rng)
+    assert course.examine(untrained, rng) < 0.1 and course.in_use == 2
     tokens, _ = course.draw(rng, 30)
     inputs, answers = strings.parts(tokens)
     copies, follows = ((TASKS[name](inputs) == answers).all(axis=(1, 2)) for name in ("copy", "next letter"))
@@ -116,7 +116,7 @@ def test_the_curriculum_grows_for_one_who_recognises_and_waits_for_one_who_does_
         assert course.examine(Recogniser(), rng) > 0.9 and course.in_use == expected
 
 
-def test_the_course_followed_to_its_end_tells_what_was_reached_on_the_way():
+def test_following_the_curriculum_returns_the_accuracy_every_50_steps():
     course, done = Curriculum(), []
     history = course.follow((done.append(course.in_use) for _ in range(110)), Recogniser(), np.random.default_rng(0))
     assert done == [2] * 10 + [3] * 10 + [4] * 10 + [5] * 10 + [6] * 10 + [7] * 10 + [8] * 50
@@ -124,7 +124,7 @@ def test_the_course_followed_to_its_end_tells_what_was_reached_on_the_way():
     assert history[0][1:] == history[1][1:] and history[0][1] < 0.3 and history[0][-1] > 0.97
 
 
-def test_one_who_knows_the_answers_is_right_and_one_slip_makes_an_answer_wrong():
+def test_a_model_with_the_answers_is_correct_and_one_wrong_letter_makes_an_answer_wrong():
     tokens, _ = strings.draw(np.random.default_rng(0), 4, pairs=3)
     # Row and place; the last two are no part of an answer.
     slips = [(0, LENGTH + 1), (1, PAIR + LENGTH + 3), (2, 2 * PAIR), (3, LENGTH)]
@@ -141,7 +141,7 @@ def test_one_who_knows_the_answers_is_right_and_one_slip_makes_an_answer_wrong()
     assert strings.right(knowing, tokens).tolist() == expected
 
 
-def test_right_is_what_greedy_decoding_says():
+def test_right_equals_greedy_decoding():
     rng = np.random.default_rng(3)
     model = Transformer(Config(vocab_size=VOCABULARY, width=16, layers=1, heads=2), rng)
     tokens, _ = strings.draw(rng, 40, [TASKS["copy"]], pairs=2)

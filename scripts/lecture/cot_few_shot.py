@@ -47,7 +47,7 @@ def measure(row, seed, steps, questions):
     def accuracy(model, digits, **examples):
         asked, right = digit_sums.prompts(rng, questions, digits, **examples)
         replies = generate(model, asked, digit_sums.LONGEST, rng, digit_sums.END, temperature=0).responses()
-        return np.mean([digit_sums.said(reply) == answer for reply, answer in zip(replies, right)])
+        return np.mean([digit_sums.final_digit(reply) == answer for reply, answer in zip(replies, right)])
 
     def by_shots(digits, style, **examples):
         return [accuracy(model, digits, shots=k, style=style, **examples) for k in SHOTS]

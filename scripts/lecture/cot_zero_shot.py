@@ -51,14 +51,14 @@ def measure(row, seed, steps, questions):
         for n in digit_sums.DIGITS:
             asked, right = digit_sums.prompts(rng, questions, n, **how)
             said = replies(asked)
-            found[way].append(np.mean([digit_sums.said(reply) == answer for reply, answer in zip(said, right)]))
+            found[way].append(np.mean([digit_sums.final_digit(reply) == answer for reply, answer in zip(said, right)]))
             found["worked"][way].append(np.mean([digit_sums.is_worked(reply) for reply in said]))
     for n in digit_sums.DIGITS:
         asked, right = digit_sums.prompts(rng, questions, n, phrase="trigger")
         error = rng.integers(1, 10, size=questions)
         sums = [int(prompt[0] + prompt[1] - digit_sums.PLUS + e) % 10 for prompt, e in zip(asked, error)]
         begun = [[*prompt, *prompt[:2], wrong] for prompt, wrong in zip(asked, sums)]
-        said = [digit_sums.said(reply) for reply in replies(begun)]
+        said = [digit_sums.final_digit(reply) for reply in replies(begun)]
         found["follows"].append(np.mean([answer == (a + e) % 10 for answer, a, e in zip(said, right, error)]))
         found["right all the same"].append(np.mean([answer == a for answer, a in zip(said, right)]))
     return found

@@ -60,7 +60,7 @@ def demonstrate(world, rng, count, who):
 
 def compared(world, policy, rng, count, steps):
     """A copy of the policy after DPO on `count` pairs of its own replies."""
-    l = world.laws(policy)
+    l = world.log_distributions(policy)
     p, *replies = world.comparisons(l, world.gold, rng, count)
     model, references = policy.copy(), [l[p, y].astype(np.float32) for y in replies]
     for _ in train_dpo(TrainState(model, rng), *world.tokens_of(p, *replies), *references, steps, 64,
@@ -70,12 +70,12 @@ def compared(world, policy, rng, count, steps):
 
 
 def measure(row, seed, demonstrations, pairs, steps):
-    rng, world = np.random.default_rng(seed), ReplyWorld(asked=2)
+    rng, world = np.random.default_rng(seed), ReplyWorld(words=2)
     right = world.table(lambda question, text, finished: float(is_right(question, text)))
     found = {"best possible": world.gold.max(axis=1).mean()}
 
     def note(name, model):
-        l = world.laws(model)
+        l = world.log_distributions(model)
         for what, table in ("gold", world.gold), ("right", right):
             found.setdefault(f"{name}, {what}", []).append(expectation(l, table).mean())
         own = np.random.default_rng(seed)               # greedy decoding needs no luck: the runs keep theirs

@@ -77,13 +77,13 @@ SIZES = {"quick": {"seeds": 3, "tuning": 6, "demonstrations": 200, "pairs": 100,
 
 
 def measure(row, seed, tuning, demonstrations, pairs, steps, looks, early, alone):
-    rng, world = np.random.default_rng(seed), ReplyWorld(asked=2)
+    rng, world = np.random.default_rng(seed), ReplyWorld(words=2)
     model = Transformer(Config(**MODEL), rng)
     shown_how = world.demonstrations(rng, demonstrations)
     for step, _ in enumerate(train_sft(TrainState(model, rng), *shown_how, tuning, 64, 3e-3), 1):
         if step == tuning // 6:
-            older = world.laws(model)
-    reference = world.laws(model)
+            older = world.log_distributions(model)
+    reference = world.log_distributions(model)
     uniform = np.full(world.shape, -np.log(world.shape[1]))
     clean, flipped = (world.comparisons(reference, world.gold, rng, pairs, flip_rate=rate) for rate in (0, FLIPS))
     p, first, second = world.comparisons(reference, world.gold, rng, FRESH)
@@ -119,7 +119,7 @@ def measure(row, seed, tuning, demonstrations, pairs, steps, looks, early, alone
             watch(policy)
         for step, _ in enumerate(stage, 1):
             if step in looked_at(steps, looks, early):
-                way.append(look(world.laws(policy), compared))
+                way.append(look(world.log_distributions(policy), compared))
             if watch and step % (steps // looks) == 0:
                 watch(policy)
         return {name: [point[name] for point in way] for name in way[0]}
@@ -141,7 +141,7 @@ def measure(row, seed, tuning, demonstrations, pairs, steps, looks, early, alone
     for name, of, loss in zip(HARDER, harder, (dpo_loss, smoothed, robust, dpo_loss, dpo_loss)):
         found[name] = trained(of, loss=loss)
     found["pi*"] = place([optimum(reference, world.gold, beta)[0] for beta in ENVELOPE])
-    colder, paired = [world.laws(model, t) for t in TEMPERATURES], in_a_pair(world, *clean)
+    colder, paired = [world.log_distributions(model, t) for t in TEMPERATURES], in_a_pair(world, *clean)
     found[COLDER], found[CUT_COLDER] = place(colder), place([within(l, paired) for l in colder])
     found["pi* in no pair"] = 1 - expectation(optimum(reference, world.gold, HARD)[0], paired).mean()
     found[CUT] = {what: found[CLEAN][f"{what}, cut"] for what in ("KL", "gold")}
@@ -187,7 +187,7 @@ def decomposition(policy, world, reference, pairs, alone):
         np.add.at(table, (p, y), values)
         return table
 
-    l = world.laws(policy)
+    l = world.log_distributions(policy)
     leaves = [Tensor(l[p, y], requires_grad=True) for y in (chosen, rejected)]
     dpo_loss(*leaves, *(reference[p, y] for y in (chosen, rejected)), beta=HARD).backward()
     downhill = [gradient(spread_over(y, -leaf.grad)) for y, leaf in zip((chosen, rejected), leaves)]
@@ -206,7 +206,7 @@ def decomposition(policy, world, reference, pairs, alone):
         for w in weights:
             w.data += sign * rate * sum(downhill)[start:start + w.size].reshape(w.shape)
             start += w.size
-        sides.append(world.laws(policy)[p, chosen].mean())
+        sides.append(world.log_distributions(policy)[p, chosen].mean())
     measured = (sides[0] - sides[1]) / (2 * rate)
     return [*terms, *np.mean(single, axis=0)], abs(sum(terms) - measured) / sum(map(abs, terms))
 

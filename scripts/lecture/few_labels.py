@@ -30,7 +30,7 @@ Source. Ouyang et al. 2022, arXiv:2203.02155; Rafailov et al. 2023, arXiv:2305.1
 import sys
 
 from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from common.recipes import reply, rewards_of, stopped_reward_model
+from common.recipes import early_stopped_reward_model, finetune_on_replies, reward_table
 
 import numpy as np
 
@@ -63,13 +63,13 @@ def fit_directly(world, model, l, rng, pairs, steps):
 
     rest = [part[fifth:] for part in (prompts, chosen, rejected, *references)]
     keep_best(train_dpo(TrainState(policy, rng), *rest, steps, 64, BETA, 5e-4), policy, held_out_loss)
-    return world.laws(policy)
+    return world.log_distributions(policy)
 
 
 def measure(row, seed, asked, instruct, comparisons, most, rl_steps):
     world, rng = ReplyWorld(asked), np.random.default_rng(seed)
-    model, _ = row.trained("replies", seed, MODEL, reply, asked=asked, steps=instruct)
-    l = world.laws(model)
+    model, _ = row.trained("replies", seed, MODEL, finetune_on_replies, words=asked, steps=instruct)
+    l = world.log_distributions(model)
 
     def place(law):
         return divergence(law, l).mean(), expectation(law, world.gold).mean()
@@ -81,7 +81,7 @@ def measure(row, seed, asked, instruct, comparisons, most, rl_steps):
     known, start = corners(world.gold), expectation(l, world.gold).mean()
     best_kl, best = place(optimum(l, world.gold, BETA)[0])
     found = {"reference": start, "best": best, "best's KL": best_kl, "envelope": known,
-             "cooler": [place(world.laws(model, t)) for t in TEMPERATURES]}
+             "cooler": [place(world.log_distributions(model, t)) for t in TEMPERATURES]}
 
     def note(name, kl, gold):
         """Gold, KL, and how the gain compares with pi*'s: at the same beta, and at the same KL."""
@@ -92,7 +92,7 @@ def measure(row, seed, asked, instruct, comparisons, most, rl_steps):
     pairs = world.comparisons(l, world.gold, rng, max(comparisons))
     for n in comparisons:
         few, steps = [part[:n] for part in pairs], min(most, round(8 * n ** 0.5))
-        rewards = rewards_of(world, stopped_reward_model(world, model, rng, few, steps))
+        rewards = reward_table(world, early_stopped_reward_model(world, model, rng, few, steps))
         note("reward model", *place(optimum(l, rewards, BETA)[0]))
         kl, gold = place(fit_directly(world, model, l, rng, few, steps))
         note("DPO", kl, gold)
@@ -102,7 +102,7 @@ def measure(row, seed, asked, instruct, comparisons, most, rl_steps):
             for _ in train_rlhf(TrainState(policy, rng), model, world.reward(rewards), world.prompts, rl_steps, 16, 4,
                           LONGEST, EOS, BETA, 2e-3):
                 pass
-            note("policy gradient", *place(world.laws(policy)))
+            note("policy gradient", *place(world.log_distributions(policy)))
         row.say(f"seed {seed}, {n} comparisons: reward model {found['reward model: gold'][-1]:.2f}, DPO {gold:.2f}")
     return found
 

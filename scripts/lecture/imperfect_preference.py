@@ -31,7 +31,7 @@ comparisons learn Borda counts, not mean worth).
 import sys
 
 from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from common.recipes import instructed, prefer
+from common.recipes import finetune_by_dpo, sft_model
 
 import numpy as np
 
@@ -50,20 +50,20 @@ SIZES = {"quick": {"seeds": 3, "tuning": 6, "steps": 2, "shares": [0.0, 1.0], "e
 
 
 def measure(row, seed, tuning, steps, shares, exact, solving):
-    rng, world = np.random.default_rng(seed), ReplyWorld(asked=2)
-    model = instructed(world, rng, tuning)
-    reference = world.laws(model)
+    rng, world = np.random.default_rng(seed), ReplyWorld(words=2)
+    model = sft_model(world, rng, tuning)
+    reference = world.log_distributions(model)
     worths = [world.table(Annotator(0, 1, 0, brief).utility) for brief in (False, True)]
 
     found = {"DPO": [], "KL": [], "colder": []}
     for temperature in TEMPERATURES:
-        l = world.laws(model, temperature)
+        l = world.log_distributions(model, temperature)
         found["colder"].append([divergence(l, reference).mean(), *served(l, reference, worths)])
     for share in shares:
         pairs = pooled(world, reference, worths, share, rng)
         policy = model.copy()
-        prefer(world, policy, reference, pairs, rng, steps, BETA)
-        l = world.laws(policy)
+        finetune_by_dpo(world, policy, reference, pairs, rng, steps, BETA)
+        l = world.log_distributions(policy)
         found["DPO"].append(served(l, reference, worths))
         found["KL"].append(divergence(l, reference).mean())
     row.say(f"seed {seed}, majority and minority served: {np.round(found['DPO'], 2).tolist()}")

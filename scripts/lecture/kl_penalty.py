@@ -32,7 +32,7 @@ et al. 2024, arXiv:2401.01879.
 import sys
 
 from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from common.recipes import instructed, learned_rewards
+from common.recipes import proxy_rewards, sft_model
 
 import numpy as np
 
@@ -64,10 +64,10 @@ SIZES = {"quick": {"seeds": 3, "tuning": 4, "comparisons": 30, "steps": 10, "eng
 
 def short_replies(rng, tuning, comparisons, steps):
     """Parts (1) and (2): [KL, learned, gold] along pi*, best of n, and the two runs, exact."""
-    world = ReplyWorld(asked=2)
-    model = instructed(world, rng, tuning)
-    reference = world.laws(model)
-    learned = learned_rewards(world, model, rng, comparisons, tuning // 3)
+    world = ReplyWorld(words=2)
+    model = sft_model(world, rng, tuning)
+    reference = world.log_distributions(model)
+    learned = proxy_rewards(world, model, rng, comparisons, tuning // 3)
 
     def place(l):
         return [divergence(l, reference).mean(), expectation(l, learned).mean(), expectation(l, world.gold).mean()]
@@ -81,7 +81,7 @@ def short_replies(rng, tuning, comparisons, steps):
                      16, 4, LONGEST, EOS, beta, 2e-3)
         for step, _ in enumerate(stage, 1):
             if step % EVERY == 0:
-                found[name].append(place(world.laws(policy)))
+                found[name].append(place(world.log_distributions(policy)))
     return found
 
 
@@ -209,7 +209,7 @@ def draw(figure, seeds, size):
                 sampled.plot(kl, reward, color=colour, linewidth=1, label=name if s is seeds[0] else None)
                 sampled.plot(kl[-1], reward[-1], "o", color=colour, markersize=4)
         exact.set_ylabel(what)
-    world = ReplyWorld(asked=2)
+    world = ReplyWorld(words=2)
     for axis in axes[1, :2]:
         level(axis, world.gold.max(axis=1).mean(), "the best reply there is")
         level(axis, np.mean([s["short"][WITHOUT][0][2] for s in seeds]), "instructed")

@@ -47,7 +47,7 @@ SIZES = {"quick": {"seeds": 3, "groups": 1, "judged": 100}, "default": {"seeds":
 
 
 def measure(row, seed, groups, judged):
-    world, rng = ReplyWorld(asked=1), np.random.default_rng(seed)
+    world, rng = ReplyWorld(words=1), np.random.default_rng(seed)
     x, l = counts(world), written(world, rng)
 
     def pairs(n):

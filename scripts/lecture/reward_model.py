@@ -28,7 +28,7 @@ calibration: Guo et al. 2017, arXiv:1706.04599.
 import sys
 
 from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from common.recipes import reply, stopped_reward_model
+from common.recipes import early_stopped_reward_model, finetune_on_replies
 
 import numpy as np
 
@@ -47,9 +47,9 @@ SIZES = {"quick": {"seeds": 3, "instruct": 10, "most": 2, "fresh": 200},
 
 
 def measure(row, seed, instruct, most, fresh):
-    world, rng = ReplyWorld(asked=3), np.random.default_rng(seed)
-    model, _ = row.trained("replies", seed, MODEL, reply, asked=3, steps=instruct)
-    l, x = world.laws(model), counts(world)
+    world, rng = ReplyWorld(words=3), np.random.default_rng(seed)
+    model, _ = row.trained("replies", seed, MODEL, finetune_on_replies, words=3, steps=instruct)
+    l, x = world.log_distributions(model), counts(world)
     order = rng.permutation(WHOLE)
     compared, new = order[:ASKED], order[ASKED:]
     # The pairs to be judged: which one comes first says nothing. d is how much better the first one is.
@@ -67,7 +67,7 @@ def measure(row, seed, instruct, most, fresh):
         for n in COMPARISONS:
             few = [part[:n] for part in pairs]
             steps = min(most, round(8 * len(few[0]) ** 0.5))
-            reward_model = stopped_reward_model(world, model, rng, few, steps)
+            reward_model = early_stopped_reward_model(world, model, rng, few, steps)
             p, chosen, rejected = few
             differences = x[p, chosen] - x[p, rejected]
             linear = {"counts alone": differences * (np.arange(x.shape[-1]) < world.vocab_size), "linear": differences}

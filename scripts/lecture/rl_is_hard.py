@@ -31,7 +31,7 @@ other details); Ahmadian et al. 2024, arXiv:2402.14740 (leave-one-out).
 import sys
 
 from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from common.recipes import instructed, learned_rewards, prefer
+from common.recipes import finetune_by_dpo, proxy_rewards, sft_model
 
 import numpy as np
 
@@ -104,10 +104,10 @@ def history_of(name, policy, model, reward, prompts, rng, steps):
 
 
 def measure(row, seed, tuning, steps):
-    rng, world = np.random.default_rng(seed), ReplyWorld(asked=2)
-    model = instructed(world, rng, tuning)
-    reference = world.laws(model)
-    learned = learned_rewards(world, model, rng, 1000, tuning // 2)
+    rng, world = np.random.default_rng(seed), ReplyWorld(words=2)
+    model = sft_model(world, rng, tuning)
+    reference = world.log_distributions(model)
+    learned = proxy_rewards(world, model, rng, 1000, tuning // 2)
 
     def J(l):
         return objective(l, reference, world.gold, BETA).mean()
@@ -118,15 +118,15 @@ def measure(row, seed, tuning, steps):
     for name in NAMES:
         policy = Transformer(Config(**MODEL), rng) if name == "from random weights" else model.copy()
         history = history_of(name, policy, model, world.reward(learned), world.prompts, rng, steps)
-        l = world.laws(policy)
+        l = world.log_distributions(policy)
         found["J"][name], found["gold"][name] = J(l), expectation(l, world.gold).mean()
         found["metrics"][name] = {key: [float(m[key]) for m in history] for key in METRICS}
         row.say(f"seed {seed}, {name}: J {found['J'][name]:.2f}, gold {found['gold'][name]:.2f}")
     pairs = world.comparisons(reference, world.gold, rng, 1000)
     for name, (beta, rate) in DIRECT.items():
         policy = Transformer(Config(**MODEL), rng) if name == "from random weights" else model.copy()
-        prefer(world, policy, reference, pairs, rng, 4 * steps // 3, beta, rate)
-        found["DPO"][name] = J(world.laws(policy))
+        finetune_by_dpo(world, policy, reference, pairs, rng, 4 * steps // 3, beta, rate)
+        found["DPO"][name] = J(world.log_distributions(policy))
     return found
 
 

@@ -25,7 +25,7 @@ Ahmadian et al. 2024, arXiv:2402.14740; best of n: Beirami et al. 2024, arXiv:24
 import sys
 
 from common.experiment import COLOURS, Conclusion, curve, run, shown, spread, verdict
-from common.recipes import instructed, learned_rewards
+from common.recipes import proxy_rewards, sft_model
 
 import numpy as np
 
@@ -46,10 +46,10 @@ SIZES = {"quick": {"seeds": 3, "tuning": 6, "exact_steps": 2, "sampled_steps": 1
 
 
 def measure(row, seed, tuning, exact_steps, sampled_steps):
-    rng, world = np.random.default_rng(seed), ReplyWorld(asked=1)
-    model = instructed(world, rng, tuning)
-    reference = world.laws(model)
-    learned = learned_rewards(world, model, rng, 1000, tuning // 2)
+    rng, world = np.random.default_rng(seed), ReplyWorld(words=1)
+    model = sft_model(world, rng, tuning)
+    reference = world.log_distributions(model)
+    learned = proxy_rewards(world, model, rng, 1000, tuning // 2)
     learned -= expectation(reference, learned)[:, None]
 
     def place(l):
@@ -70,12 +70,12 @@ def measure(row, seed, tuning, exact_steps, sampled_steps):
 
         def sampled():
             policy = model.copy()
-            yield world.laws(policy)
+            yield world.log_distributions(policy)
             stage = train_rlhf(TrainState(policy, rng, weight_decay=0.0), model, world.reward(learned), world.prompts,
                          sampled_steps, 16, 4, LONGEST, EOS, beta, 2e-3)
             for step, _ in enumerate(stage, 1):
                 if step == sampled_steps or beta == WATCHED and step % EVERY == 0:
-                    yield world.laws(policy)
+                    yield world.log_distributions(policy)
 
         for way, climb in zip(WAYS, (exact, sampled)):
             laws = [l.astype(np.float64) for l in climb()]

@@ -34,7 +34,7 @@ import time
 import tracemalloc
 
 from common.experiment import COLOURS, Conclusion, curve, run, shown, spread, verdict
-from common.recipes import instructed, rewards_of
+from common.recipes import reward_table, sft_model
 
 import numpy as np
 
@@ -62,9 +62,9 @@ SIZES = {"quick": {"seeds": 3, "tuning": 5, "pair_steps": 3, "sampling_steps": 2
 
 
 def measure(row, seed, tuning, pair_steps, sampling_steps, betas, looks, dpo_rate=3e-4):
-    rng, world = np.random.default_rng(seed), ReplyWorld(asked=2)
-    model = instructed(world, rng, tuning)
-    reference = world.laws(model)
+    rng, world = np.random.default_rng(seed), ReplyWorld(words=2)
+    model = sft_model(world, rng, tuning)
+    reference = world.log_distributions(model)
     p, chosen, rejected = world.comparisons(reference, world.gold, rng, PAIRS)
     pairs = world.tokens_of(p, chosen, rejected)
 
@@ -97,11 +97,11 @@ def measure(row, seed, tuning, pair_steps, sampling_steps, betas, looks, dpo_rat
               "RLHF": peak(lambda: list(reinforced(model.copy(), fit(0), model.copy(), 0.1, 2))),
               "DPO": peak(lambda: list(directly(model.copy(), [a.copy() for a in log_probs], 0.1, 2)))}
 
-    learned = rewards_of(world, reward_model)
+    learned = reward_table(world, reward_model)
     found = {"reference": place(reference), "memory": memory, "seconds": seconds,
              "pi*": [place(optimum(reference, world.gold, beta)[0]) for beta in ENVELOPE],
              "pi* of the reward model": [place(optimum(reference, learned, beta)[0]) for beta in ENVELOPE],
-             COLDER: [place(world.laws(model, t)) for t in TEMPERATURES],
+             COLDER: [place(world.log_distributions(model, t)) for t in TEMPERATURES],
              "best of n": [place(best_of_n(reference, learned, n)) for n in DRAWS]}
     for method, steps in zip(METHODS, (sampling_steps, pair_steps)):
         found[method], seconds[method], lengths = [], 0.0, []
@@ -114,7 +114,7 @@ def measure(row, seed, tuning, pair_steps, sampling_steps, betas, looks, dpo_rat
                 lengths.append(metrics.get("completions/mean_length", 0))
                 if step % (steps // looks) == 0:
                     seconds[method] += (time.process_time() - began) / len(betas)
-                    way.append(place(world.laws(policy)))
+                    way.append(place(world.log_distributions(policy)))
                     began = time.process_time()
             found[method].append(way)
         ends = [way[-1] for way in found[method]]

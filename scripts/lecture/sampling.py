@@ -22,7 +22,7 @@ n).
 import sys
 
 from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
-from common.recipes import instructed
+from common.recipes import sft_model
 
 import numpy as np
 
@@ -37,11 +37,11 @@ SIZES = {"quick": {"seeds": 3, "steps": 10}, "default": {"seeds": 4, "steps": 30
 
 
 def measure(row, seed, steps):
-    rng, world = np.random.default_rng(seed), ReplyWorld(asked=2)
-    model = instructed(world, rng, steps)
+    rng, world = np.random.default_rng(seed), ReplyWorld(words=2)
+    model = sft_model(world, rng, steps)
     found = {"entropy": [], "distinct": [], **{f"best of {n}": [] for n in BEST_OF}}
     for temperature in TEMPERATURES:
-        l = world.laws(model, temperature)
+        l = world.log_distributions(model, temperature)
         samples = generate(model, world.prompts * DRAWS, LONGEST, rng, EOS, temperature).responses()
         asked = len(world.prompts)
         found["entropy"].append(entropy(l).mean())

@@ -56,8 +56,8 @@ def harmless(reply, rng):
 
 
 def measure(row, seed, steps, bisections):
-    world = ReplyWorld(asked=2)
-    demonstrations = world.law_of_demonstrations()
+    world = ReplyWorld(words=2)
+    demonstrations = world.demonstration_distribution()
     right = world.table(lambda question, text, finished: float(is_right(question, text)))
     prompts, replies = world.demonstrations(np.random.default_rng(seed), 4000)
 
@@ -68,7 +68,7 @@ def measure(row, seed, steps, bisections):
         model, rng = Transformer(Config(**MODEL), np.random.default_rng([seed, 2])), np.random.default_rng([seed, 3])
         for _ in train_sft(TrainState(model, rng), prompts, altered, steps, 64, 3e-3):
             pass
-        return world.laws(model)
+        return world.log_distributions(model)
 
     def point(l):
         return {"loss": -(demonstrations * l).sum(axis=1).mean(), "gold": expectation(l, world.gold).mean(),

@@ -35,7 +35,7 @@ et al. 2023, arXiv:2305.18290.
 import sys
 
 from common.experiment import COLOURS, Conclusion, curve, run, shown, spread, verdict
-from common.recipes import reply, rewards_of, stopped_reward_model
+from common.recipes import early_stopped_reward_model, finetune_on_replies, reward_table
 
 import numpy as np
 
@@ -61,12 +61,12 @@ SIZES = {"quick": {"seeds": 3, "asked": 2, "instruct": 10, "reward_steps": 2, "s
 
 def measure(row, seed, asked, instruct, reward_steps, sampling_steps, pair_steps, betas):
     world, rng = ReplyWorld(asked), np.random.default_rng(seed)
-    model, _ = row.trained("replies", seed, MODEL, reply, asked=asked, steps=instruct)
-    l, order = world.laws(model), rng.permutation(len(world.prompts))
+    model, _ = row.trained("replies", seed, MODEL, finetune_on_replies, words=asked, steps=instruct)
+    l, order = world.log_distributions(model), rng.permutation(len(world.prompts))
     groups = dict(zip(GROUPS, np.split(order, 3)))
     compared, all_asked = groups["compared"], order[:2 * len(order) // 3]
     p, chosen, rejected = world.comparisons(l, world.gold, rng, COMPARISONS, compared)
-    rewards = rewards_of(world, stopped_reward_model(world, model, rng, (p, chosen, rejected), reward_steps))
+    rewards = reward_table(world, early_stopped_reward_model(world, model, rng, (p, chosen, rejected), reward_steps))
     pairs = world.tokens_of(p, chosen, rejected)
     references = [l[p, y].astype(np.float32) for y in (chosen, rejected)]
 
@@ -91,7 +91,7 @@ def measure(row, seed, asked, instruct, reward_steps, sampling_steps, pair_steps
     found = {"reference": place(l), "agreement": {group: agreement(numbers) for group, numbers in groups.items()},
              "best for the reward model": [place(optimum(l, rewards, beta)[0]) for beta in ENVELOPE],
              "pi*": [place(optimum(l, world.gold, beta)[0]) for beta in ENVELOPE],
-             COOLER: [place(world.laws(model, t)) for t in TEMPERATURES]}
+             COOLER: [place(world.log_distributions(model, t)) for t in TEMPERATURES]}
     for way in WAYS:
         found[way] = []
         for beta in betas:
@@ -101,7 +101,7 @@ def measure(row, seed, asked, instruct, reward_steps, sampling_steps, pair_steps
             else:
                 training, steps = reinforced(policy, all_asked if way == WAYS[0] else compared, beta), sampling_steps
             looks = steps // 4, steps // 2, steps
-            found[way] += [place(world.laws(policy)) for step, _ in enumerate(training, 1) if step in looks]
+            found[way] += [place(world.log_distributions(policy)) for step, _ in enumerate(training, 1) if step in looks]
         row.say(f"seed {seed}, {way}: " + "  ".join("{1:.2f} at {0:.2f}".format(*x[DECIDED]) for x in found[way]))
     return found
 

@@ -1,28 +1,40 @@
-"""Stop where it is best: train to the end of a stage, and keep the weights that did best on data held out."""
+"""Early stopping: run a stage to its end and keep the weights with the lowest held-out loss.
+
+Tests: tests/test_early_stopping.py.
+"""
+
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from minilm.model import RewardModel, Transformer
 
-def keep_best(stage, model, held_out_loss, every=20):
-    """Run a stage that trains `model`; it ends with the weights it had when held_out_loss() was least.
 
-    stage          a generator of metrics, one a step, as the stages are
-    held_out_loss  asked every so many steps and after the last one, as a float
-    Returns that least loss, and the step it was met at (0 for a stage without steps, which changes nothing).
+def keep_best(stage: Iterable[dict], model: Transformer | RewardModel, held_out_loss: Callable[[], float],
+              every: int = 20) -> tuple[float, int]:
+    """Run a stage that trains `model`, then restore the weights that had the lowest held_out_loss().
+
+    stage          a generator of metrics, one per step, like those of minilm.stages
+    held_out_loss  is called every `every` steps and after the last one
+    Returns the lowest loss and its step (0 for a stage without steps, which changes nothing).
     """
-    least, best, step, kept = np.inf, 0, 0, {}
+    lowest = np.inf
+    best_step = 0
+    step = 0
+    weights = {}
 
-    def look():
-        nonlocal least, best
-        if (loss := held_out_loss()) < least:
-            least, best = loss, step
-            kept.update({name: p.data.copy() for name, p in model.parameters().items()})
+    def check():
+        nonlocal lowest, best_step
+        if (loss := held_out_loss()) < lowest:
+            lowest = loss
+            best_step = step
+            weights.update({name: p.data.copy() for name, p in model.parameters().items()})
 
     for step, _ in enumerate(stage, 1):
         if step % every == 0:
-            look()
+            check()
     if step % every:
-        look()
+        check()
     for name, p in model.parameters().items():
-        p.data[...] = kept.get(name, p.data)
-    return least, best
+        p.data[...] = weights.get(name, p.data)
+    return lowest, best_step

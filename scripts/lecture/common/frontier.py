@@ -1,26 +1,27 @@
-"""What reward can be had at what KL divergence: the frontier of a set of policies.
+"""The frontier of a set of policies: the highest reward that they reach at each KL divergence.
 
-Two policies mixed half and half have the mean of their rewards, and no more than the mean of their divergences
-from the reference, for KL is convex. So whatever lies under a straight line between two points
-(divergence, reward) can be had, and the frontier of some policies is the upper concave hull of their points. It
-compares ways of training at equal KL, wherever each of them happened to stop.
+A mixture of two policies, half and half, has the mean of their rewards. Its KL divergence from the reference is at most
+the mean of theirs, because KL is convex. So every point on or below a straight line between two points (divergence,
+reward) can be reached, and the frontier is the upper concave hull of the points. It compares training methods at equal
+KL, independently of where each run stopped.
 Tests: tests/test_frontier.py.
 """
 
 import numpy as np
 
 
-def frontier(divergences, rewards):
-    """The corners (M,2) of the upper concave hull of points (N,), from the least divergence to the greatest reward.
+def frontier(divergences: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+    """The corners (M,2) of the upper concave hull of points (N,), in order of increasing divergence and reward.
 
-    Give the reference's own point (0, its reward) with them. At divergence k: np.interp(k, *frontier(...).T), which
-    stays level beyond the last corner: nobody has to go further.
+    Include the point of the reference (0, its reward). The reward at divergence k is np.interp(k, *frontier(...).T).
+    It is constant beyond the last corner, because a policy need not use the whole KL that is allowed.
     """
+    points = zip(np.asarray(divergences, float).tolist(), np.asarray(rewards, float).tolist())
     corners = []
-    for k, r in sorted(zip(np.asarray(divergences, float).tolist(), np.asarray(rewards, float).tolist())):
+    for k, r in sorted(points):
         if corners and r <= corners[-1][1]:
-            continue                    # no further for less
-        while len(corners) > 1 and _rise(corners[-2], (k, r)) >= _rise(corners[-2], corners[-1]):
+            continue                    # more divergence for no more reward
+        while len(corners) > 1 and _slope(corners[-2], (k, r)) >= _slope(corners[-2], corners[-1]):
             corners.pop()
         if corners and corners[-1][0] == k:
             corners.pop()
@@ -28,6 +29,6 @@ def frontier(divergences, rewards):
     return np.array(corners)
 
 
-def _rise(first, second):
+def _slope(first, second):
     run = second[0] - first[0]
     return (second[1] - first[1]) / run if run > 0 else np.inf

@@ -1,36 +1,38 @@
-"""Rewards linear in what can be counted: the baseline of every reward model, fitted in closed form or by Newton.
+"""Linear rewards: a baseline for reward models, fitted in closed form or by Newton's method.
 
     r(prompt, response) = w . x(prompt, response)
 
-x counts the tokens of the response, and once more each of them together with each token of the prompt in its place.
-Comparisons give w by Bradley and Terry's law (a logistic regression on differences of x), ratings by least squares;
-both with a ridge, lambda |w|^2 / 2, so that there is one answer from the first judgement on.
+x counts the tokens of the response, and counts each of them again together with each token of the prompt at its
+position. Comparisons determine w by the Bradley-Terry model (a logistic regression on differences of x), ratings by
+least squares. Both use a ridge penalty, lambda |w|^2 / 2, so that the solution is unique from the first judgement on.
 Tests: tests/test_linear.py.
 """
 
 import numpy as np
 
+from minilm.exact.enumerable import EnumerableWorld
 from minilm.ops import stable_sigmoid
 
 
-def counts(world):
-    """x (P,N,F) of an EnumerableWorld whose prompts have one length T: F = V + (T-1) V^2, less what never occurs.
+def counts(world: EnumerableWorld) -> np.ndarray:
+    """x (P,N,F) of a world whose prompts all have T tokens.
 
-    The first token of the prompt, where all begin alike, is left out.
+    F = V + (T-1) V W, where W is the number of different tokens per prompt position. The first token of the prompt,
+    the same for all, is left out.
     """
     V = world.vocab_size
     tokens = np.array([np.bincount(response, minlength=V) for response in world.responses], float)        # (N,V)
-    said = np.eye(V)[np.array(world.prompts)[:, 1:]].reshape(len(world.prompts), -1)                      # (P,(T-1)V)
-    said = said[:, said.any(axis=0)]
-    together = (said[:, None, :, None] * tokens[None, :, None, :]).reshape(*world.shape, -1)
+    prompts = np.eye(V)[np.array(world.prompts)[:, 1:]].reshape(len(world.prompts), -1)                   # (P,(T-1)V)
+    prompts = prompts[:, prompts.any(axis=0)]                                                             # (P,(T-1)W)
+    together = (prompts[:, None, :, None] * tokens[None, :, None, :]).reshape(*world.shape, -1)
     return np.concatenate([np.broadcast_to(tokens, (*world.shape, V)), together], axis=-1)
 
 
-def bradley_terry(differences, ridge=1.0, iterations=25):
-    """w (F,) that minimises  sum -log sigma(w . d) + ridge |w|^2 / 2  over differences d (B,F), x of the chosen less x
-    of the rejected.
+def bradley_terry(differences: np.ndarray, ridge: float = 1.0, iterations: int = 25) -> np.ndarray:
+    """w (F,) that minimises  sum_b -log sigma(w . d_b) + ridge |w|^2 / 2.
 
-    Newton's method; the loss is convex, and the ridge keeps its steps short enough to need no line search.
+    differences d (B,F): x of the chosen response minus x of the rejected one. Newton's method without a line search:
+    the loss is convex, and the ridge keeps the steps short enough.
     """
     w = np.zeros(differences.shape[1])
     for _ in range(iterations):
@@ -40,6 +42,6 @@ def bradley_terry(differences, ridge=1.0, iterations=25):
     return w
 
 
-def least_squares(x, ratings, ridge=1.0):
+def least_squares(x: np.ndarray, ratings: np.ndarray, ridge: float = 1.0) -> np.ndarray:
     """w (F,) that minimises  |x w - ratings|^2 / 2 + ridge |w|^2 / 2:  x (B,F), ratings (B,)."""
     return np.linalg.solve(x.T @ x + ridge * np.eye(x.shape[1]), x.T @ ratings)

@@ -1,6 +1,6 @@
-"""Models that several experiments begin with, trained the same way in each; import after experiment.
+"""Models that several experiments start from, trained in the same way for each. Import it after experiment.
 
-The functions of (model, rng, ...) are for Row.trained, which keeps what they train for the other rows.
+A function of (model, rng, ...) is for Row.trained, which stores the trained model for the other experiments.
 """
 
 import numpy as np
@@ -16,65 +16,77 @@ from minilm.stages.train_state import TrainState
 from worlds import digit_sums, instructions, strings
 from worlds.replies import MODEL, ReplyWorld
 
+Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
-def recognise_strings(model, rng, steps):
-    """String tasks, two of them at first. Returns the curriculum's history."""
+
+def recognise_strings(model: Transformer, rng: np.random.Generator, steps: int) -> list[list[float]]:
+    """Pretrain on string tasks, two of them at first. Returns the history of the curriculum."""
     course = strings.Curriculum()
     return course.follow(pretrain_on_documents(TrainState(model, rng), course.draw, steps, 16), model, rng)
 
 
-def add_digits(model, rng, steps, corpus):
-    """Sums by digit_sums.CURRICULUM, so many steps of each part of it; corpus: its name there. Returns the losses."""
+def add_digits(model: Transformer, rng: np.random.Generator, steps: tuple[int, int], corpus: str) -> list[float]:
+    """Pretrain on sums with digit_sums.CURRICULUM: steps for each part; corpus: its name in digit_sums.
+
+    Returns the losses.
+    """
     losses = []
-    for count, stage in zip(steps, digit_sums.CURRICULUM):
+    for count, part in zip(steps, digit_sums.CURRICULUM):
         def documents(rng, size):
-            return digit_sums.documents(rng, size, stage["examples"], stage["length"], getattr(digit_sums, corpus))
-        training = TrainState(model, rng)
-        steps_done = pretrain_on_documents(training, documents, count, stage["batch_size"], stage["learning_rate"])
-        losses += [metrics["loss"] for metrics in steps_done]
+            return digit_sums.documents(rng, size, part["examples"], part["length"], getattr(digit_sums, corpus))
+        stage = pretrain_on_documents(TrainState(model, rng), documents, count, part["batch_size"],
+                                      part["learning_rate"])
+        losses += [metrics["loss"] for metrics in stage]
     return losses
 
 
-def follow_single_operations(model, rng, steps):
-    """Lines about one operation each, with the loss on the answer. Returns the losses."""
+def follow_single_operations(model: Transformer, rng: np.random.Generator, steps: int) -> list[float]:
+    """Train on lines with one operation each, with the loss on the answer. Returns the losses."""
     training = TrainState(model, rng, weight_decay=0.01)
-    lessons = pretrain_on_documents(training, instructions.single_operations, steps, 64, 3e-3)
-    return [metrics["loss"] for metrics in lessons]
+    stage = pretrain_on_documents(training, instructions.single_operations, steps, 64, 3e-3)
+    return [metrics["loss"] for metrics in stage]
 
 
-def reply(model, rng, asked, steps):
-    """Finetune on 4,000 demonstrations of replies to questions about `asked` words."""
-    for _ in train_sft(TrainState(model, rng), *ReplyWorld(asked).demonstrations(rng, 4000), steps, 64, 3e-3):
+def finetune_on_replies(model: Transformer, rng: np.random.Generator, words: int, steps: int) -> None:
+    """SFT on 4,000 demonstrations of replies to questions about `words` words."""
+    for _ in train_sft(TrainState(model, rng), *ReplyWorld(words).demonstrations(rng, 4000), steps, 64, 3e-3):
         pass
 
 
-def instructed(world, rng, steps):
-    """A Transformer that answers the questions of a ReplyWorld as its demonstrators do: the reference of most rows."""
+def sft_model(world: ReplyWorld, rng: np.random.Generator, steps: int) -> Transformer:
+    """A Transformer finetuned on the demonstrations of a ReplyWorld: the reference of most experiments."""
     model = Transformer(Config(**MODEL), rng)
-    reply(model, rng, len(world.prompts[0]) - 1, steps)
+    finetune_on_replies(model, rng, len(world.prompts[0]) - 1, steps)
     return model
 
 
-def prefer(world, policy, reference, pairs, rng, steps, beta, rate=3e-4):
-    """Train the policy by DPO on comparisons (p, chosen, rejected); reference: the log-probs (P,N) of its start."""
+def finetune_by_dpo(world: ReplyWorld, policy: Transformer, reference: np.ndarray, pairs: Pairs,
+                    rng: np.random.Generator, steps: int, beta: float, learning_rate: float = 3e-4) -> None:
+    """Train the policy by DPO on comparisons (p, chosen, rejected); reference: log pi_ref (P,N) of its start."""
     p, *replies = pairs
     references = [reference[p, y].astype(np.float32) for y in replies]
-    for _ in train_dpo(TrainState(policy, rng), *world.tokens_of(*pairs), *references, steps, 64, beta, rate):
+    for _ in train_dpo(TrainState(policy, rng), *world.tokens_of(*pairs), *references, steps, 64, beta, learning_rate):
         pass
 
 
-def learned_rewards(world, model, rng, count, steps):
-    """What a reward model, fitted to so many comparisons of the model's own replies, gives every reply: (P,N)."""
+def proxy_rewards(world: ReplyWorld, model: Transformer, rng: np.random.Generator, count: int, steps: int
+                  ) -> np.ndarray:
+    """Train a reward model on `count` comparisons of replies of the model. Returns its reward of every reply, (P,N)."""
     reward_model = RewardModel(model.copy(), rng)
-    compared = world.tokens_of(*world.comparisons(world.laws(model), world.gold, rng, count))
-    for _ in train_reward_model(TrainState(reward_model, rng), *compared, steps, 64, 1e-3):
+    pairs = world.tokens_of(*world.comparisons(world.log_distributions(model), world.gold, rng, count))
+    for _ in train_reward_model(TrainState(reward_model, rng), *pairs, steps, 64, 1e-3):
         pass
-    return rewards_of(world, reward_model)
+    return reward_table(world, reward_model)
 
 
-def stopped_reward_model(world, model, rng, pairs, steps):
-    """A RewardModel from comparisons (p, chosen, rejected): the weights that predict a held-out fifth of them best."""
-    reward_model, fifth = RewardModel(model.copy(), rng), len(pairs[0]) // 5
+def early_stopped_reward_model(world: ReplyWorld, model: Transformer, rng: np.random.Generator, pairs: Pairs,
+                               steps: int) -> RewardModel:
+    """Train a RewardModel on four fifths of the comparisons (p, chosen, rejected).
+
+    It keeps the weights with the lowest loss on the other fifth.
+    """
+    reward_model = RewardModel(model.copy(), rng)
+    fifth = len(pairs[0]) // 5
     prompts, chosen, rejected = world.tokens_of(*pairs)
 
     def held_out_loss():
@@ -86,8 +98,8 @@ def stopped_reward_model(world, model, rng, pairs, steps):
     return reward_model
 
 
-def rewards_of(world, reward_model):
-    """What a RewardModel gives every reply, an array (P,N) in float64."""
+def reward_table(world: ReplyWorld, reward_model: RewardModel) -> np.ndarray:
+    """The reward of every reply under a RewardModel: (P,N) in float64."""
     prompts = [prompt for prompt in world.prompts for _ in world.responses]
     rewards = predicted_rewards(reward_model, prompts, world.responses * len(world.prompts))
     return rewards.reshape(world.shape).astype(float)

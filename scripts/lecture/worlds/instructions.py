@@ -1,20 +1,21 @@
-"""Instructions made of two: what to do with the places of a word, then what to do with its letters.
+"""Instructions of two operations: one on the positions of a word, then one on its letters.
 
-    [reverse][upper]:abc=CBA;              [reverse][upper]:abc=cba:CBA;   (the step between written out)
+    [reverse][upper]:abc=CBA;              [reverse][upper]:abc=cba:CBA;   (with the intermediate word)
 
-Six operations on places and six maps of letters make 36 tasks that have names. So a task can be held out although
-both its operations are trained on, each in other company; whoever follows the instruction, and has not learned tasks
-by heart, can do it. Words are held out too: by the sum of their letters, together with every rearrangement of them.
+Six operations on positions and six on letters make 36 named tasks. A task can be held out although both its
+operations are trained on, each in other combinations. A model that follows the instruction, instead of memorising
+tasks, can solve it. Words are held out too: by the sum of their letters, so every rearrangement is held out as well.
 Tests: tests/test_instructions.py.
 """
 
 import numpy as np
 
-LETTERS, WORD = 10, 3           # a-j in words of three; answers may be upper case, the tokens LETTERS to 2 LETTERS - 1
+LETTERS, WORD = 10, 3           # a-j in words of three; upper-case letters are the tokens LETTERS to 2 LETTERS - 1
 PLACES = {"keep": [0, 1, 2], "reverse": [2, 1, 0], "left": [1, 2, 0], "right": [2, 0, 1], "first": [0, 0, 0],
           "swap": [1, 0, 2]}
+# (steps forward in the alphabet, 1 for upper case)
 MAPS = {"same": (0, 0), "next": (1, 0), "previous": (-1, 0), "upper": (0, 1), "upper next": (1, 1),
-        "upper second": (2, 1)}         # letters further in the alphabet, and whether upper case
+        "upper second": (2, 1)}
 OPERATIONS = (*PLACES, *MAPS)
 KEEP, SAME = 0, len(PLACES)             # the two operations that change nothing
 TASKS = tuple((i, len(PLACES) + j) for i in range(len(PLACES)) for j in range(len(MAPS)))       # pairs of OPERATIONS
@@ -22,47 +23,54 @@ TASKS = tuple((i, len(PLACES) + j) for i in range(len(PLACES)) for j in range(le
 FIRST_OPERATION = 2 * LETTERS
 COLON, EQUALS, END = range(FIRST_OPERATION + len(OPERATIONS), FIRST_OPERATION + len(OPERATIONS) + 3)
 VOCABULARY = END + 1
-PROMPT = 4 + WORD               # tokens up to and with "="
+PROMPT = 4 + WORD               # tokens up to and including "="
 MODEL = {"vocab_size": VOCABULARY, "width": 64, "layers": 2, "heads": 4, "context": 24}         # for a model.Config
 HELD_OUT_ONE_IN = 5
-_ORDER, _SHIFT = np.array([*PLACES.values()]), np.array([*MAPS.values()])
+_ORDER = np.array([*PLACES.values()])
+_SHIFT = np.array([*MAPS.values()])
+
+Task = tuple[int, int]
 
 
-def text(tokens):
-    """As people read it."""
-    signs = "abcdefghijABCDEFGHIJ", [f"[{name}]" for name in OPERATIONS], ":=;"
-    return "".join([*signs[0], *signs[1], *signs[2]][token] for token in tokens)
+def text(tokens: np.ndarray) -> str:
+    """The tokens as readable text."""
+    signs = [*"abcdefghijABCDEFGHIJ", *(f"[{name}]" for name in OPERATIONS), *":=;"]
+    return "".join(signs[token] for token in tokens)
 
 
-def carry_out(tasks, words):
-    """What the tasks (B,2) make of words (B,WORD): after the first operation, and after both; two arrays (B,WORD)."""
+def carry_out(tasks: list[Task], words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Apply the tasks (B,2) to words (B,WORD): the words after the first operation, and after both, (B,WORD) each."""
     tasks = np.asarray(tasks)
     moved = np.take_along_axis(words, _ORDER[tasks[:, 0]], axis=1)
     shift, upper = _SHIFT[tasks[:, 1] - len(PLACES)].T[..., None]
     return moved, (moved + shift) % LETTERS + LETTERS * upper
 
 
-def is_held_out(words):
+def is_held_out(words: np.ndarray) -> np.ndarray:
     """Whether words (B,WORD) are for evaluation only: (B,)."""
     return words.sum(axis=1) % HELD_OUT_ONE_IN == 0
 
 
-def draw_words(rng, count, held_out=False):
-    """Lower-case words (count,WORD) of the half that is asked for."""
+def draw_words(rng: np.random.Generator, count: int, held_out: bool = False) -> np.ndarray:
+    """Random lower-case words (count,WORD), all held out or all for training."""
     words = rng.integers(LETTERS, size=(count, WORD))
     while len(other := np.flatnonzero(is_held_out(words) != held_out)):
         words[other] = rng.integers(LETTERS, size=(len(other), WORD))
     return words
 
 
-def split_tasks(rng, held_out=9):
-    """(training, held out), two lists of TASKS. Held out are pairs of two operations that each do something, neither
-    "keep" nor "same". Of the training tasks any first n use all operations as evenly as they can: the next is always
-    one whose operations have occurred least."""
+def split_tasks(rng: np.random.Generator, held_out: int = 9) -> tuple[list[Task], list[Task]]:
+    """(training, held out), two lists of TASKS.
+
+    Both operations of a held-out task change something: neither is "keep" or "same". The first n training tasks, for
+    any n, use all operations as evenly as possible: the next task is always one whose operations occurred least.
+    """
     order = [TASKS[i] for i in rng.permutation(len(TASKS))]
     chosen = [(i, j) for i, j in order if i != KEEP and j != SAME][:held_out]
     order = chosen + [task for task in order if task not in chosen]
-    held, pool, training = order[:held_out], order[held_out:], []
+    held = order[:held_out]
+    pool = order[held_out:]
+    training = []
     while pool:
         used = [operation for task in training for operation in task]
         training.append(min(pool, key=lambda task: sum(map(used.count, task))))
@@ -70,15 +78,16 @@ def split_tasks(rng, held_out=9):
     return training, held
 
 
-def coverage(tasks):
+def coverage(tasks: list[Task]) -> float:
     """The share of OPERATIONS that occur in these tasks."""
     return len({operation for task in tasks for operation in task}) / len(OPERATIONS)
 
 
-def documents(rng, count, tasks, held_out=False, steps=False):
-    """`count` documents of tasks drawn from a list: tokens (count,T), and a mask, 1 on what follows "=".
+def documents(rng: np.random.Generator, count: int, tasks: list[Task], held_out: bool = False, steps: bool = False
+              ) -> tuple[np.ndarray, np.ndarray]:
+    """`count` documents of tasks drawn from a list: tokens (count,T), and a mask, 1 after "=".
 
-    held_out: about held-out words; steps: with the word between the two operations.
+    held_out: use held-out words; steps: write the word between the two operations.
     """
     drawn = np.array(tasks)[rng.integers(len(tasks), size=count)]
     words = draw_words(rng, count, held_out)
@@ -86,16 +95,18 @@ def documents(rng, count, tasks, held_out=False, steps=False):
     return _lines(drawn, words, moved, answers) if steps else _lines(drawn, words, answers)
 
 
-def single_operations(rng, count, held_out=False):
-    """The same about one operation each, `[reverse]:abc=cba;`."""
+def single_operations(rng: np.random.Generator, count: int, held_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The same for one operation each, `[reverse]:abc=cba;`."""
     drawn = rng.integers(len(OPERATIONS), size=count)
-    words, on_places = draw_words(rng, count, held_out), drawn < len(PLACES)
+    words = draw_words(rng, count, held_out)
+    on_places = drawn < len(PLACES)
     tasks = np.where(on_places, (drawn, np.full(count, SAME)), (np.full(count, KEEP), drawn)).T
     _, answers = carry_out(tasks, words)
     return _lines(drawn[:, None], words, answers)
 
 
 def _lines(operations, words, *results):
+    """Documents of operations (B,1 or 2), words (B,WORD) and results (B,WORD each): tokens, mask."""
     def sign(token):
         return np.full((len(words), 1), token)
     results = [part for result in results for part in (sign(COLON), result)][1:]
@@ -105,9 +116,11 @@ def _lines(operations, words, *results):
     return tokens, np.tile(answer.astype(float), (len(words), 1))
 
 
-def nearest(tasks, task, words):
-    """How often the best of those `tasks` that share an operation with `task`, and of all single operations, gives its
-    answers to words (B,WORD)."""
+def nearest(tasks: list[Task], task: Task, words: np.ndarray) -> float:
+    """The accuracy on `task`, for words (B,WORD), of the best other task that a model may have learned.
+
+    Candidates are the `tasks` that share an operation with `task`, and all single operations.
+    """
     def answers(one):
         return carry_out([one] * len(words), words)[1]
     sharing = [other for other in tasks if set(other) & set(task)]

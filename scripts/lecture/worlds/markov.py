@@ -1,10 +1,11 @@
-"""A source of text whose entropy is known: a random Markov chain of any order.
+"""A source of text with a known entropy: a random Markov chain of any order.
 
-    H = - sum_c pi(c) sum_x p(x | c) log p(x | c)      nats a token, the entropy rate
+    H = - sum_c pi(c) sum_x p(x | c) log p(x | c)      nats per token, the entropy rate
 
-over the contexts c of `order` tokens; pi is their stationary law, pi(c) = sum_c' pi(c') P(c' -> c). No predictor's
-expected loss on the source's text is lower, and the source itself reaches it: what a model loses beyond that is its
-KL divergence from the source, per token (Shannon 1948, "A Mathematical Theory of Communication", section 7).
+c runs over the contexts of `order` tokens; pi is their stationary distribution, pi(c) = sum_c' pi(c') P(c' -> c).
+No predictor has a lower expected loss on text of the source, and the source itself reaches H. The loss of a model
+minus H is its KL divergence from the source, per token (Shannon 1948, "A Mathematical Theory of Communication",
+section 7).
 Tests: tests/test_markov.py.
 """
 
@@ -12,41 +13,43 @@ import numpy as np
 
 
 class MarkovSource:
-    """law (V^order,V): p(x | c), each row drawn from a symmetric Dirichlet of this concentration.
+    """transitions (V^order,V): p(x | c), each row drawn from a symmetric Dirichlet distribution.
 
-    A small concentration makes text that is easy to predict. Row c is that of the context whose tokens are the
-    digits of c in base V, the latest token last.
+    A small concentration makes text that is easy to predict. Row c belongs to the context whose tokens are the
+    digits of c in base V, latest token last.
     """
 
-    def __init__(self, rng, vocab_size, order=2, concentration=0.3):
+    def __init__(self, rng: np.random.Generator, vocab_size: int, order: int = 2, concentration: float = 0.3):
         if vocab_size < 2 or order < 1:
             raise ValueError(f"a source of {vocab_size} tokens and order {order}; expected at least 2 and 1")
-        self.vocab_size, self.order = vocab_size, order
-        # A floor keeps every token possible, and so every context reachable.
-        law = rng.dirichlet(np.full(vocab_size, concentration), size=vocab_size ** order) + 1e-4
-        self.law = law / law.sum(axis=1, keepdims=True)
-        self._cumulative = self.law.cumsum(axis=1)
+        self.vocab_size = vocab_size
+        self.order = order
+        # The added 1e-4 keeps every token possible, and so every context reachable.
+        rows = rng.dirichlet(np.full(vocab_size, concentration), size=vocab_size ** order) + 1e-4
+        self.transitions = rows / rows.sum(axis=1, keepdims=True)
+        self._cumulative = self.transitions.cumsum(axis=1)
         self._cumulative[:, -1] = 1.0
 
-    def stationary(self):
-        """pi (V^order,): the share of each context in an endless text."""
-        V, N = self.vocab_size, len(self.law)
+    def stationary(self) -> np.ndarray:
+        """pi (V^order,): the frequency of each context in an endless text."""
+        N = len(self.transitions)
         step = np.zeros((N, N))
-        for x in range(V):
-            step[np.arange(N), self._after(np.arange(N), x)] = self.law[:, x]
-        # pi (step - 1) = 0, one equation of which is implied by the others; sum pi = 1 takes its place.
+        for x in range(self.vocab_size):
+            step[np.arange(N), self._after(np.arange(N), x)] = self.transitions[:, x]
+        # pi (step - 1) = 0. One of these equations follows from the others; sum pi = 1 replaces it.
         equations = step.T - np.eye(N)
         equations[-1] = 1.0
         return np.linalg.solve(equations, np.eye(N)[-1])
 
-    def entropy_rate(self):
-        """H, in nats a token."""
-        return float(-(self.stationary() * (self.law * np.log(self.law)).sum(axis=1)).sum())
+    def entropy_rate(self) -> float:
+        """H, in nats per token."""
+        return float(-(self.stationary() * (self.transitions * np.log(self.transitions)).sum(axis=1)).sum())
 
-    def sample(self, rng, count, length):
-        """`count` stretches of an endless text: (count, length) tokens."""
-        V, order = self.vocab_size, self.order
-        context = rng.choice(len(self.law), size=count, p=self.stationary())
+    def sample(self, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
+        """`count` pieces of an endless text: tokens (count,length)."""
+        V = self.vocab_size
+        order = self.order
+        context = rng.choice(len(self.transitions), size=count, p=self.stationary())
         tokens = np.empty((count, max(length, order)), np.int64)
         tokens[:, :order] = context[:, None] // V ** np.arange(order)[::-1] % V
         for t, u in enumerate(rng.random((max(0, length - order), count, 1)), start=order):
@@ -54,14 +57,14 @@ class MarkovSource:
             context = self._after(context, tokens[:, t])
         return tokens[:, :length]
 
-    def log_probs(self, tokens):
+    def log_probs(self, tokens: np.ndarray) -> np.ndarray:
         """log p of every token that has a whole context before it: (B,T) -> (B,T-order)."""
         T = tokens.shape[1]
         context = 0
         for i in range(self.order):
             context = context * self.vocab_size + tokens[:, i:T - self.order + i]
-        return np.log(self.law[context, tokens[:, self.order:]])
+        return np.log(self.transitions[context, tokens[:, self.order:]])
 
     def _after(self, context, token):
-        """The context that follows: the oldest token leaves, this one comes."""
-        return context * self.vocab_size % len(self.law) + token
+        """The next context: the oldest token is dropped, the new token is appended."""
+        return context * self.vocab_size % len(self.transitions) + token

@@ -1,12 +1,12 @@
-"""Words labelled by a hidden rule: classification that a model can learn in its context, or in its weights.
+"""Words labelled by a hidden rule: classification that a model can learn in its context or in its weights.
 
     d A κ > 1   g H β > 2   b E θ > 0   ...
 
-A document is lines of one rule, which is never named: the label says of which quarter of its alphabet one letter of
-the word is, the letter at the same place in all lines; the rule is which place (above, the first). Whoever predicts
-a label must find out from the lines before it which rule this document has. How well that can be done is computed
-here, by listing the rules: the posterior is uniform over those that agree with all labels so far. A fifth of all
-words are held out.
+A document is several lines under one rule, and the rule is never stated. The label of a word is the quarter of the
+alphabet that one of its letters is in. That letter is at the same position in all lines; the rule is the position
+(above, the first). To predict a label, a model must infer the rule from the lines before it. best_accuracy computes
+the best possible accuracy by listing the rules: the posterior is uniform over the rules that agree with all labels so
+far. A fifth of all words are held out.
 Tests: tests/test_rules.py.
 """
 
@@ -14,48 +14,51 @@ import itertools
 
 import numpy as np
 
-LETTERS, WORD, LABELS = 12, 3, 4        # of an alphabet; of a word, whose every place has an alphabet of its own
+LETTERS, WORD, LABELS = 12, 3, 4        # letters of an alphabet; positions of a word, each with its own alphabet
 ARROW = LETTERS * WORD                  # the tokens below it are letters
-LABEL, MASK = ARROW + 1, ARROW + 1 + LABELS                     # labels are tokens LABEL .. MASK - 1
+LABEL = ARROW + 1                       # labels are tokens LABEL .. MASK - 1
+MASK = LABEL + LABELS
 VOCABULARY = MASK + 1
 LINE = WORD + 2                                 # letters, arrow, label
 
 
-def all_words(held_out):
-    """The words (N,WORD) that are held out, or those that are not."""
+def all_words(held_out: bool) -> np.ndarray:
+    """The held-out words or the training words, (N,WORD)."""
     words = np.array(list(itertools.product(range(LETTERS), repeat=WORD)))
     return words[((words * (3, 7, 1)).sum(axis=1) % 5 == 0) == held_out]
 
 
-def labels(words, rule):
-    """0 .. LABELS - 1 for words (...,WORD) under a rule, a number or an array that goes with (...)."""
+def labels(words: np.ndarray, rule) -> np.ndarray:
+    """0 .. LABELS - 1 for words (...,WORD); rule: an integer, or an array that broadcasts to (...)."""
     rule = np.broadcast_to(rule, words.shape[:-1])
     return np.take_along_axis(words, rule[..., None], axis=-1)[..., 0] * LABELS // LETTERS
 
 
-def draw(rng, count, lines, held_out=False):
-    """words (count,lines,WORD) and labels (count,lines), a rule of its own for each row."""
+def draw(rng: np.random.Generator, count: int, lines: int, held_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """words (count,lines,WORD) and labels (count,lines), with one rule per row."""
     pool = all_words(held_out)
     words = pool[rng.integers(len(pool), size=(count, lines))]
     return words, labels(words, rng.integers(WORD, size=(count, 1)))
 
 
-def document(words, labels):
-    """Words (B,n,WORD) and their labels (B,n) as text: tokens (B, n LINE), and a mask that is 1 on labels."""
+def document(words: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Words (B,n,WORD) and labels (B,n) as text: tokens (B, n LINE), and a mask of that shape, 1 on labels."""
     tokens = np.full((*labels.shape, LINE), ARROW)
-    tokens[..., :WORD], tokens[..., -1] = words + LETTERS * np.arange(WORD), LABEL + labels
+    tokens[..., :WORD] = words + LETTERS * np.arange(WORD)
+    tokens[..., -1] = LABEL + labels
     mask = np.zeros(tokens.shape)
     mask[..., -1] = 1
     return tokens.reshape(len(words), -1), mask.reshape(len(words), -1)
 
 
-def best_accuracy(words, answers):
-    """How often the best predictor is right about each label, given those before it: (n,), the mean over B rows.
+def best_accuracy(words: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """The accuracy of the best predictor of each label, given the lines before it: (n,), the mean over B rows.
 
-    It names what more of the rules that are left say, and is right with their share: exact for these words.
+    Of the rules that agree with the lines so far, the best predictor gives the label of the largest group; its
+    probability of being correct is the share of that group. Exact for these words.
     """
-    said = np.array([labels(words, rule) for rule in range(WORD)])                  # (WORD,B,n)
-    agree = np.cumprod(said == answers, axis=2)
-    left = np.concatenate([np.ones_like(agree[..., :1]), agree[..., :-1]], axis=2)
-    votes = [(left * (said == label)).sum(axis=0) for label in range(LABELS)]
-    return (np.max(votes, axis=0) / left.sum(axis=0)).mean(axis=0)
+    predicted = np.array([labels(words, rule) for rule in range(WORD)])             # (WORD,B,n)
+    agree = np.cumprod(predicted == answers, axis=2)
+    possible = np.concatenate([np.ones_like(agree[..., :1]), agree[..., :-1]], axis=2)
+    votes = [(possible * (predicted == label)).sum(axis=0) for label in range(LABELS)]
+    return (np.max(votes, axis=0) / possible.sum(axis=0)).mean(axis=0)

@@ -94,6 +94,13 @@ def test_the_outcome_of_a_conclusion_follows_from_its_comparisons():
         assert conclusion.summary()["comparisons"] == [comparison.summary()]
 
 
+def test_findings_have_an_outcome_of_their_own_and_do_not_decide_that_of_the_claim():
+    rule = [experiment.Comparison("gain", [1.0, 1.1, 0.9], above=0)]
+    finding = experiment.Comparison("lead over the baseline", [-1.0, -1.1, -0.9], above=0)
+    summary = experiment.Conclusion(rule, "", {}, [], findings=[finding]).summary()
+    assert summary["outcome"] == "shown" and [f["outcome"] for f in summary["findings"]] == ["not shown"]
+
+
 def test_a_table_has_columns():
     assert experiment.as_text([["a", "long"], ["wide", 1]]) == "a     long\nwide  1"
 

@@ -27,6 +27,8 @@ A rule in code is a list of comparisons (intervals.py): one effect per seed, and
 - Where differences can be 0 (an accuracy at its ceiling), the margin is larger than one step of rounding, say 0.01.
 - conditions=[...] are comparisons that must be shown before the rule says anything (the model has learned the task);
   if one is not, the outcome is "undecided".
+- findings=[...] are further comparisons, each with an interval and an outcome of its own. They do not decide the
+  outcome of the claim: a stricter comparison than the claim makes, a negative result, an exception.
 - words: one or two sentences with about three numbers. All other numbers go to `numbers` and to the table.
 
 New models are made by experiment.transformer(rng, **config), which follows the option --dtype; a function that makes
@@ -76,7 +78,7 @@ COLUMNS = 100                           # of printed text
 
 @dataclasses.dataclass
 class Conclusion:
-    """comparisons, conditions: the rule, as above; words: what was measured, in one or two sentences;
+    """comparisons, conditions, findings: as above; words: what was measured, in one or two sentences;
     numbers: {name: spread(...)}; table: the header and the rows, lists of strings."""
 
     comparisons: list[Comparison]
@@ -84,6 +86,7 @@ class Conclusion:
     numbers: dict
     table: list[list[str]]
     conditions: list[Comparison] = ()
+    findings: list[Comparison] = ()
 
     @property
     def outcome(self) -> str:
@@ -94,9 +97,9 @@ class Conclusion:
 
     def summary(self) -> dict:
         """Plain values for JSON."""
-        rules = {"comparisons": self.comparisons, "conditions": self.conditions}
+        rules = {"comparisons": self.comparisons, "conditions": self.conditions, "findings": self.findings}
         if isinstance(self.comparisons, str):
-            rules = {"comparisons": [], "conditions": []}
+            rules = {"comparisons": [], "conditions": [], "findings": []}
         return {"outcome": self.outcome, "words": self.words, "numbers": self.numbers, "table": self.table,
                 **{name: [c.summary() for c in comparisons] for name, comparisons in rules.items()}}
 
@@ -311,6 +314,8 @@ def report(result):
              wrapped("measured", result["words"])]
     for label, kind in (("condition", "conditions"), ("compared", "comparisons")):
         lines += [wrapped(label, compared_as_text(comparison)) for comparison in result[kind]]
+    lines += [wrapped("finding", f"{compared_as_text(finding)}: {finding['outcome']}")
+              for finding in result.get("findings", [])]
     lines.append(wrapped("run", f"{len(result['seeds'])} seeds, {result['seconds']:.0f} s"))
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ LECTURE = Path(__file__).resolve().parents[1] / "scripts" / "lecture"
 sys.path.append(str(LECTURE))
 import all as lecture  # noqa: E402
 from common import experiment  # noqa: E402
+from common import markdown  # noqa: E402
 from common import page  # noqa: E402
 from support.run_folder import main_guard  # noqa: E402
 
@@ -39,7 +40,7 @@ def drawing():
 
 # The rows.
 
-@pytest.mark.parametrize("row", lecture.ROWS)
+@pytest.mark.parametrize("row", lecture.EXPERIMENTS)
 def test_a_claim_has_its_script_its_five_paragraphs_and_its_sizes(row):
     source = lecture.script(row).read_text("utf-8")
     title, sections = experiment.paragraphs(ast.get_docstring(ast.parse(source)))
@@ -50,12 +51,12 @@ def test_a_claim_has_its_script_its_five_paragraphs_and_its_sizes(row):
 
 
 def test_every_script_of_the_folder_is_a_claim_or_shared():
-    assert {path.stem for path in LECTURE.glob("*.py")} - {"all", "experiment", "page", "recipes"} <= set(lecture.ROWS)
+    assert {path.stem for path in LECTURE.glob("*.py")} - {"all", "experiment", "page", "recipes"} <= set(lecture.EXPERIMENTS)
 
 
 def test_the_lecture_has_23_claims_in_three_stages_and_none_twice():
     assert [len(rows) for rows in lecture.STAGES.values()] == [7, 5, 11]
-    assert len(set(lecture.ROWS)) == 23
+    assert len(set(lecture.EXPERIMENTS)) == 23
 
 
 # What the rows share.
@@ -183,6 +184,30 @@ def row_of(monkeypatch, measure, *arguments):
     return experiment.run("tiny.py", doc, measure, conclude, draw, sizes, (3, 2))
 
 
+def test_axes_of_a_trial_contain_their_data(drawing):
+    def fixed(figure):
+        axis = figure.subplots()
+        experiment.curve(axis, [1, 2], [[-0.5, -0.4], [-0.6, -0.5]], "far below", experiment.COLOURS[0])
+        experiment.level(axis, 0.0, "chance")
+        axis.set(xlim=(0, 3), ylim=(1.4, 2))
+        figures.append(figure)
+
+    figures = []
+    experiment.picture(fixed, "", (3, 2))
+    experiment.picture(fixed, "", (3, 2), trial=True)
+    assert figures[0].axes[0].get_ylim() == (1.4, 2)
+    low, high = figures[1].axes[0].get_ylim()
+    assert low <= -0.6 and high >= 0 and figures[1].axes[0].get_xlim() == (0, 3)
+
+
+def test_a_report_says_the_rule_and_stays_within_its_columns():
+    comparison = experiment.Comparison("lead (gold reward)", [1.0, 1.1, 1.2], above=0.5).summary()
+    text = experiment.report(RESULT | {"experiment": "tiny", "comparisons": [comparison], "words": "word " * 60})
+    assert "tiny: shown\n  rule      It ends above 3.\n  measured  word" in text
+    assert "compared  lead (gold reward): 1.1 (95% interval 0.852 to 1.35); asked: above 0.5" in text
+    assert max(map(len, text.splitlines())) <= experiment.COLUMNS
+
+
 def test_a_row_leaves_numbers_and_two_figures_and_is_concluded_again_without_measuring(
         tmp_path, monkeypatch, capsys, drawing):
     assert row_of(monkeypatch, measure, "--quick", "--out", tmp_path, "--workers", 2) == 0
@@ -242,9 +267,8 @@ def run(tmp_path, monkeypatch, drawing):
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     drawing.fromarray(noise).save(rows / "picture.png")
     monkeypatch.setattr(lecture, "HERE", rows)
-    monkeypatch.setattr(lecture, "README_FIGURES", tmp_path / "figures")
     monkeypatch.setattr(lecture, "STAGES", {"Stage <1>": ("one", "two"), "Stage 2": ("three",)})
-    monkeypatch.setattr(lecture, "ROWS", ("one", "two", "three"))
+    monkeypatch.setattr(lecture, "EXPERIMENTS", ("one", "two", "three"))
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["all.py", *map(str, arguments or ["--out", folder])])
@@ -253,9 +277,9 @@ def run(tmp_path, monkeypatch, drawing):
     def write(row, accident="", sizes="{'quick': {}, 'default': {}}", **result):
         text = ROW.format(title=f"Row {row}", sizes=sizes, accident=accident, result=RESULT | result)
         (rows / f"{row}.py").write_text(text)
-    for row in lecture.ROWS:
+    for row in lecture.EXPERIMENTS:
         write(row)
-    run.folder, run.write, run.rows, run.figures = folder, write, rows, tmp_path / "figures"
+    run.folder, run.write, run.rows, run.figures = folder, write, rows, rows / "figures"
     return run
 
 
@@ -306,7 +330,7 @@ def test_a_row_that_fails_is_told_at_the_end_the_others_go_on_and_resume_runs_it
 def test_a_row_that_leaves_nothing_has_failed(run, capsys):
     run.write("one", accident="sys.exit(0)")
     assert run("--out", run.folder, "--rows", "one") == 1
-    assert "left no results" in capsys.readouterr().err
+    assert "it wrote no results" in capsys.readouterr().err
 
 
 def test_what_a_row_left_in_another_size_does_not_count(run, capsys):
@@ -336,7 +360,7 @@ def test_ctrl_c_lets_the_row_finish_and_says_how_to_go_on(run, capsys):
     run.write("one", accident="os.kill(os.getppid(), 2); time.sleep(0.2)")
     assert run() == 130
     out = capsys.readouterr().out
-    assert measured(out) == ["one"] and re.search(r"stopped; go on with .*--resume", out)
+    assert measured(out) == ["one"] and re.search(r"stopped; continue with .*--resume", out)
     assert list(json.loads((run.folder / "claims.json").read_text())) == ["one"]
 
 
@@ -353,6 +377,51 @@ def test_a_second_ctrl_c_ends_the_row_and_its_workers_at_once(run, tmp_path):
     assert select.select([reader], [], [], 20)[0] and os.read(reader, 99) == b"", "somebody still holds it open"
     os.close(reader)
     assert not (run.folder / "one.json").exists()
+
+
+# Other roundings, and how long it takes.
+
+def test_every_experiment_runs_again_under_the_roundings_asked_for_and_the_outcomes_are_compared(run, capsys):
+    path = run.rows / "two.py"
+    path.write_text(path.read_text().replace("'outcome': 'shown'", "'outcome': 'undecided' if 'float64' in sys.argv or "
+                                             "'OPENBLAS_CORETYPE' in os.environ else 'shown'"))
+    assert run("--out", run.folder, "--rows", "one,two", "--workers", 4, "--rounding", "float64, coretype,workers") == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"measuring (\w+) default --workers (.*)", out) == [
+        ("one", "4"), ("two", "4"), ("one", "4 --dtype float64"), ("two", "4 --dtype float64"), ("one", "4"),
+        ("two", "4"), ("one", "1"), ("two", "1")]
+    text = (run.folder / "rounding.md").read_text()
+    assert text in out and "The outcomes of two depend on rounding." in text
+    assert "| one | shown | shown | shown | shown | the same |" in text
+    assert "| two | shown | undecided | undecided | shown | **differs** |" in text and "three" not in text
+    assert run("--out", run.folder, "--rows", "one", "--resume", "--rounding", "float64") == 0
+    out = capsys.readouterr().out
+    assert measured(out) == [] and "No outcome depends on rounding." not in out, "two is still among the results"
+    assert run("--out", run.folder, "--rounding", "float128") == 2
+    assert "'float128'; there are float64, coretype, workers" in capsys.readouterr().err
+
+
+def test_outcomes_that_agree_are_said_to_agree():
+    results = {"one": {"outcome": "shown"}, "two": {"outcome": "not shown"}}
+    text = markdown.roundings(("one", "two", "three"), {"as run": results, "float64": results})
+    assert "No outcome depends on rounding." in text and text.count("the same") == 2
+
+
+def test_the_time_is_estimated_from_a_measurement_by_experiment(run, capsys):
+    assert run("--out", run.folder, "--rows", "one") == 0
+    assert "how long they take at this size was not measured" in capsys.readouterr().out
+    run.write("two", seconds=298.0)
+    assert run("--out", run.folder, "--rows", "one,two", "--resume") == 0
+    assert run("--seconds", run.folder) == 0
+    kept = json.loads((run.rows / "seconds.json").read_text())["default"]
+    assert kept == {"seconds": {"one": 2, "two": 298}, "date": "2020-01-02", "machine": "2 cores", "workers": 2}
+    capsys.readouterr()
+    again = run.folder.with_name("again")
+    assert run("--out", again, "--rows", "one,two") == 0
+    assert "2 experiments took 5 minutes with 2 workers on 2 cores (2020-01-02)." in capsys.readouterr().out
+    assert lecture.expected_seconds(["two", "three"], "default") == [298, 150], "an average one"
+    assert lecture.share_left(["one", "two"], 1, "default") == 149
+    assert lecture.expectation(["one"], "quick").endswith("was not measured.")
 
 
 # The page.
@@ -388,7 +457,7 @@ def test_whatever_a_row_says_stays_text(run):
     words = "\n".join(read.words)
     for expected in (*said.values(), f"head {HOSTILE}", f"cell {HOSTILE}", "Stage <1>"):
         assert expected in words
-    assert f'alt="{escape(said["words"])}"' in text
+    assert f'alt="{escape("Figure: " + said["title"] + ".")}"' in text
 
 
 def test_the_page_asks_nobody_for_anything_and_holds_both_figures_of_every_row(run, drawing):
@@ -401,22 +470,64 @@ def test_the_page_asks_nobody_for_anything_and_holds_both_figures_of_every_row(r
     assert "default-src 'none'" in text or "default-src &#x27;none&#x27;" in text
     for name, value in read.pointers:
         if name == "href":
-            assert re.fullmatch(r"#(one|two|three)|https://arxiv\.org/abs/[\d.]+", value)
+            assert re.fullmatch(r"#[a-z-]+[12]?|https://arxiv\.org/abs/[\d.]+", value)
+            assert value[0] != "#" or f'id="{value[1:]}"' in text, "a link to nowhere"
         else:
             png = base64.b64decode(value.removeprefix("data:image/png;base64,"), validate=True)
             assert drawing.open(io.BytesIO(png)).size == (60, 40)
     assert [name for name, _ in read.pointers].count("srcset") == [name for name, _ in read.pointers].count("src") == 3
     assert text.count('width="60" height="40"') == 3
-    assert all(f'id="{row}"' in text and f'href="#{row}"' in text for row in lecture.ROWS)
+    assert all(f'id="{row}"' in text and f'href="#{row}"' in text for row in lecture.EXPERIMENTS)
+
+
+def test_every_link_of_the_page_leads_somewhere_and_the_contents_stay(run):
+    assert run() == 0
+    text = (run.folder / "index.html").read_text()
+    hrefs = re.findall(r'href="#([^"]+)"', text)
+    assert {f'id="{href}"' in text for href in hrefs} == {True}
+    assert {"top", "contents", "formulas", "glossary", "stage-1", "stage-2"} < set(hrefs)
+    section = text[text.index('<section id="two">'):text.index('<section id="three">')]
+    assert 'href="#one">← previous' in text and 'href="#three">next →' in text
+    assert "↑ top" in section and section.count("<details>") == 2
+    assert len(re.findall(r"position: sticky", text)) >= 2
+    for term in ("gold reward", "proxy reward", "KL (in nats)", "π*", "at a lower temperature"):
+        assert f"<dt>{term}</dt>" in text
+    for objective in ("SFT", "Reward model", "RLHF", "DPO"):
+        assert any(objective in name for name in page.FORMULAS) and objective in text
+
+
+def test_the_page_says_the_rule_beside_the_claim_and_its_comparisons_in_a_table(run):
+    comparison = experiment.Comparison("lead <m>", [1.0, 1.1, 1.2], above=0.5).summary()
+    run.write("one", comparisons=[comparison], conditions=[experiment.Comparison("learned", [1, 1], above=0).summary()])
+    assert run("--out", run.folder, "--rows", "one") == 0
+    text = (run.folder / "index.html").read_text()
+    assert text.index("The lecture's claim.") < text.index("Rule tested here.") < text.index("Measured.")
+    words = "\n".join(Page(text).words)
+    assert "It ends above 3." in words and "condition: learned" in words
+    assert "<td>lead &lt;m&gt;</td><td>1.1</td><td>0.852 to 1.35</td><td>above 0.5</td><td>shown</td>" in text
+    assert "It came to 3.5. More is said here." in words
+
+
+def test_alternative_texts_are_one_sentence(run):
+    assert run() == 0
+    alts = re.findall(r'alt="([^"]*)"', (run.folder / "index.html").read_text())
+    assert alts == ["Figure: A title."] * 3
+
+
+def test_figures_and_wide_tables_say_that_they_scroll(run):
+    run.write("one", table=[["a", "b", "c", "d"], ["1", "2", "3", "4"]])
+    assert run("--out", run.folder, "--rows", "one") == 0
+    text = (run.folder / "index.html").read_text()
+    assert "the figure scrolls sideways" in text and "the table scrolls sideways" in text
 
 
 def test_a_quick_run_is_marked_as_one_that_proves_nothing_and_the_readme_shows_none_of_it(run, capsys):
     assert run("--out", run.folder, "--rows", "one") == 0
     quick = run.folder.with_name("quick")
     assert run("--out", quick, "--rows", "one", "--quick") == 0
-    assert ["proves nothing" in (folder / "index.html").read_text() for folder in (run.folder, quick)] == [False, True]
+    assert ["A trial." in (folder / "index.html").read_text() for folder in (run.folder, quick)] == [False, True]
     capsys.readouterr()
-    assert run("--readme", quick) == 2 and "proves nothing" in capsys.readouterr().err
+    assert run("--readme", quick) == 2 and "decides nothing" in capsys.readouterr().err
     assert not run.figures.exists()
 
 
@@ -444,22 +555,24 @@ def test_pages_and_figures_have_the_same_ground_and_every_outcome_a_sign():
 
 # What the README shows.
 
-def test_the_table_is_markdown_with_links_to_scripts_and_figures(run, capsys):
-    run.write("two", outcome="not shown", Claim="a | b, <i> and *c*",
-              words="At 2.5 vs. 3. it fails. Then more.")
+def test_the_readme_has_the_claims_and_the_rules_in_markdown_with_links(run, capsys):
+    run.write("two", outcome="not shown", Claim="a | b, <i> and *c*", words="At 2.5 vs. 3. it fails. Then more.")
     assert run("--out", run.folder, "--rows", "one,two") == 0
     capsys.readouterr()
     assert run("--table", run.folder) == 0
     out = capsys.readouterr().out
-    assert out == (run.folder / "claims.md").read_text()
-    assert ("| a \\| b, \\<i> and \\*c\\* | It ends above 3. | **not shown** | At 2.5 vs. 3. it fails. | "
-            "[two.py](scripts/lecture/two.py), [figure](scripts/lecture/figures/two.png) |") in out.splitlines()
+    assert (run.folder / "claims.md").read_text() in out
+    assert ("| a \\| b, \\<i> and \\*c\\* | It ends above 3. | not shown | At 2.5 vs. 3. it fails. | "
+            "[two.py](two.py), [figure](figures/two.png) |") in out.splitlines()
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in out.splitlines() if line.startswith("|")} == {6}
+    assert "2 of 3 claims tested: 1 shown, 1 not shown." in out and max(map(len, out.splitlines())) < 400
     assert run("--table", run.rows) == 2 and "holds no run" in capsys.readouterr().err
+    assert run("--readme", run.folder) == 0
+    assert (run.rows / "README.md").read_text() == out and (run.figures / "two.png").exists()
 
 
 def test_the_readmes_figures_are_small_and_from_a_palette(run, drawing, capsys, monkeypatch):
-    monkeypatch.setattr(lecture, "README_BYTES", 1000)
+    monkeypatch.setattr(lecture, "FIGURE_BYTES", 1000)
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     assert run("--out", run.folder, "--rows", "one") == 0
     drawing.fromarray(np.repeat(noise, 2, axis=1)).save(run.folder / "one.png")
@@ -470,6 +583,7 @@ def test_the_readmes_figures_are_small_and_from_a_palette(run, drawing, capsys, 
     assert picture.mode == "P" and picture.size in ((60, 20), (45, 15), (36, 12))
     assert (run.figures / "one.png").stat().st_size < 1000 < (run.folder / "one.png").stat().st_size
     assert [path.name for path in run.figures.iterdir()] == ["one.png"]
+    assert (run.rows / "README.md").exists()
 
 
 def test_what_is_made_compact_keeps_its_colours(drawing):
@@ -502,7 +616,7 @@ def test_a_quick_run_of_every_row_gives_every_claim_an_outcome_and_two_figures(q
         raise ValueError(f"{constant} is no number of JSON's")
     claims = json.loads((quick_run / "claims.json").read_text(), parse_constant=refuse)
     text = (quick_run / "index.html").read_text()
-    assert list(claims) == list(lecture.ROWS)
+    assert list(claims) == list(lecture.EXPERIMENTS)
     for row, claim in claims.items():
         assert set(claim) == {"outcome", "rule", "figure", "numbers", "comparisons", "conditions", "seeds"}
         assert claim["outcome"] == experiment.TRIAL
@@ -512,7 +626,7 @@ def test_a_quick_run_of_every_row_gives_every_claim_an_outcome_and_two_figures(q
         assert claim["figure"] == f"{row}.png" and light.size == dark.size
         assert light.getpixel((0, 0)) == (255, 255, 255) and dark.getpixel((0, 0)) == (0x16, 0x17, 0x1a)
         assert f'<section id="{row}">' in text
-    assert "proves nothing" in text
+    assert "A trial." in text and not re.search(r'class="badge (yes|no|open)"', text)
 
 
 def overflow(text, width, folder):

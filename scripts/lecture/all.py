@@ -1,13 +1,17 @@
-"""All claims of the lecture, each tested by its row in this folder, and one page that shows what came out
+"""All claims of the lecture, each tested by its experiment in this folder, and one page with the results
 
-    python scripts/lecture/all.py                       every row
-    python scripts/lecture/all.py --quick               ... in minutes, to see that they run
+    python scripts/lecture/all.py                       every experiment
+    python scripts/lecture/all.py --quick               a trial of every experiment: it runs, and decides nothing
     python scripts/lecture/all.py --rows dpo,rlhf --out runs/two
-    python scripts/lecture/all.py --table runs/claims   the README's table of what a run left, in Markdown
-    python scripts/lecture/all.py --readme runs/claims  the README's figures of it, into scripts/lecture/figures
+    python scripts/lecture/all.py --rounding float64,coretype,workers       the same outcomes under other roundings?
+    python scripts/lecture/all.py --table runs/claims   print scripts/lecture/README.md from the run in this folder
+    python scripts/lecture/all.py --readme runs/claims  write it, and its figures
+    python scripts/lecture/all.py --seconds runs/claims write what the run took to scripts/lecture/seconds.json
 
-Leaves claims.json, claims.md and index.html in the folder --out, written anew after every row, beside what the rows
-leave there.
+Writes claims.json, claims.md and index.html to the folder --out, anew after every experiment, beside the files that
+the experiments write. With --rounding every experiment runs once more per rounding, in OUT/rounding/NAME, and
+rounding.md compares the outcomes: float64 models; another matrix kernel of OpenBLAS (OPENBLAS_CORETYPE); another
+number of workers, which must change nothing.
 """
 
 import argparse
@@ -16,14 +20,13 @@ import collections
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from common import page
+from common import markdown, page
 from common.experiment import STYLES, first_sentence, read
 
 from minilm import checkpoint
@@ -41,109 +44,146 @@ STAGES = {
         ("sampling", "reward_model", "unlabelled", "few_labels", "pairwise", "rlhf", "kl_penalty", "rl_is_hard",
          "imperfect_preference", "dpo", "rlhf_vs_dpo"),
 }
-ROWS = tuple(row for rows in STAGES.values() for row in rows)
-README_FIGURES = HERE / "figures"
-README_BYTES = 60_000
+EXPERIMENTS = tuple(name for names in STAGES.values() for name in names)
+FIGURE_BYTES = 60_000
+# Options and environment of an experiment under another rounding; "workers" is worked out from --workers.
+ROUNDINGS = {"float64": (["--dtype", "float64"], {}),
+             "coretype": ([], {"OPENBLAS_CORETYPE": "Nehalem"}),
+             "workers": ([], {})}
 
 
 def main():
+    arguments = parsed()
+    require("matplotlib", "safetensors", "PIL")
+    if arguments.table:
+        print(markdown.readme(STAGES, *recorded(arguments.table)), end="")
+        return 0
+    if arguments.readme:
+        return write_readme(arguments.readme)
+    if arguments.seconds:
+        return write_seconds(arguments.seconds)
+    names = chosen(arguments.rows)
+    roundings = chosen_roundings(arguments.rounding)
+    with RunFolder(arguments.out, arguments.resume, {"size": arguments.size}) as run, StopRequest() as stop:
+        status = run_all(names, arguments.size, run.folder, arguments.workers, stop)
+        for rounding in roundings:
+            if status == 0:
+                print(f"\nrounding {rounding}", flush=True)
+                folder = run.folder / "rounding" / rounding
+                status = run_all(names, arguments.size, folder, arguments.workers, stop, rounding)
+        if roundings:
+            compare_roundings(run.folder, arguments.size, roundings)
+        return status
+
+
+def parsed():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="size", action="store_const", const="quick", default="default",
-                      help="see that the rows run; proves nothing")
+                      help="a trial: shows that the experiments run, decides nothing")
     size.add_argument("--full", dest="size", action="store_const", const="full",
-                      help="longer, where a row has more to show")
-    parser.add_argument("--rows", help="some rows only, by name, with commas between")
+                      help="longer, for the experiments that have more to show")
+    parser.add_argument("--rows", help="some experiments only, by name, separated by commas")
     parser.add_argument("--out", default="runs/claims", help="folder for the results")
     parser.add_argument("--resume", action="store_true",
-                        help="go on in a folder that holds a run, with the rows it lacks")
+                        help="continue the run in a folder, with the experiments that are missing")
     parser.add_argument("--workers", type=int, default=workers.available_cores(),
-                        help="processes that share the seeds of a row")
-    made = parser.add_mutually_exclusive_group()
-    made.add_argument("--table", metavar="DIR", help="print the table of the run in this folder, and run nothing")
-    made.add_argument("--readme", metavar="DIR",
-                      help="write the README's figures from the run in this folder, and run nothing")
-    arguments = parser.parse_args()
-    require("matplotlib", "safetensors", "PIL")
-    if arguments.table:
-        print(table(recorded(arguments.table)[1]), end="")
-        return 0
-    if arguments.readme:
-        return readme_figures(arguments.readme)
-    rows = chosen(arguments.rows)
-    with RunFolder(arguments.out, arguments.resume, {"size": arguments.size}) as run, StopRequest() as stop:
-        return run_rows(rows, arguments.size, run.folder, arguments.workers, stop)
+                        help="processes that share the seeds of an experiment")
+    parser.add_argument("--rounding", metavar="NAMES",
+                        help=f"run everything again under other roundings, of {','.join(ROUNDINGS)}")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--table", metavar="DIR", help="print README.md of the run in this folder; runs nothing")
+    output.add_argument("--readme", metavar="DIR", help="write README.md and its figures; runs nothing")
+    output.add_argument("--seconds", metavar="DIR", help="write seconds.json, from which times are estimated")
+    return parser.parse_args()
 
 
 def chosen(names):
-    """The rows asked for, in the order of the lecture."""
-    wanted = [name.strip().replace("-", "_") for name in names.split(",")] if names is not None else ROWS
-    if unknown := [name for name in wanted if name not in ROWS]:
-        raise UsageError(f"no row is called {', '.join(map(repr, unknown))}; there are {', '.join(ROWS)}")
-    if missing := [f"{row}.py" for row in wanted if not script(row).exists()]:
+    """The experiments asked for, in the order of the lecture."""
+    wanted = [name.strip().replace("-", "_") for name in names.split(",")] if names is not None else EXPERIMENTS
+    if unknown := [name for name in wanted if name not in EXPERIMENTS]:
+        raise UsageError(f"no experiment is called {', '.join(map(repr, unknown))}; "
+                         f"there are {', '.join(EXPERIMENTS)}")
+    if missing := [f"{name}.py" for name in wanted if not script(name).exists()]:
         raise UsageError(f"{HERE} lacks {', '.join(missing)}")
-    return [row for row in ROWS if row in wanted]
+    return [name for name in EXPERIMENTS if name in wanted]
 
 
-def script(row):
-    return HERE / f"{row}.py"
+def chosen_roundings(names):
+    wanted = [name.strip() for name in names.split(",")] if names is not None else []
+    if unknown := [name for name in wanted if name not in ROUNDINGS]:
+        raise UsageError(f"no rounding is called {', '.join(map(repr, unknown))}; there are {', '.join(ROUNDINGS)}")
+    return wanted
 
 
-def sizes(row):
-    """The names of a row's sizes, read from its file."""
-    for node in ast.parse(script(row).read_text("utf-8")).body:
+def script(name):
+    return HERE / f"{name}.py"
+
+
+def sizes(name):
+    """The names of an experiment's sizes, read from its file."""
+    for node in ast.parse(script(name).read_text("utf-8")).body:
         if (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SIZES"
                 and isinstance(node.value, ast.Dict)):
             return [ast.literal_eval(key) for key in node.value.keys]
-    raise UsageError(f"{script(row)} has no SIZES = {{...}}")
+    raise UsageError(f"{script(name)} has no SIZES = {{...}}")
 
 
-def size_of(row, size):
-    """The size at which a row runs; not every row has more to show when it is run for longer."""
-    return "default" if size == "full" and "full" not in sizes(row) else size
+def size_of(name, size):
+    """The size at which an experiment runs; not every experiment has more to show when it runs for longer."""
+    return "default" if size == "full" and "full" not in sizes(name) else size
 
 
 # Running.
 
-def run_rows(rows, size, folder, workers, stop):
-    """The exit status: 0 if every row is done, 1 if one failed, 130 if stopped before the last."""
+def run_all(names, size, folder, workers, stop, rounding=None):
+    """The exit status: 0 if every experiment is done, 1 if one failed, 130 if stopped before the last."""
+    folder.mkdir(parents=True, exist_ok=True)
     done = results(folder, size)
-    todo = [row for row in rows if row not in done]
-    if len(todo) < len(rows):
-        print(f"{len(rows) - len(todo)} of {len(rows)} rows are done already")
-    print("Ctrl-C stops after the row that is running, a second one at once; --resume goes on.", flush=True)
-    began, failed = time.monotonic(), {}
+    todo = [name for name in names if name not in done]
+    if len(todo) < len(names):
+        print(f"{len(names) - len(todo)} of {len(names)} experiments are done already")
+    if todo:
+        print(expectation(todo, size))
+    print("Ctrl-C stops after the experiment that is running, a second Ctrl-C at once; --resume continues.", flush=True)
+    began = time.monotonic()
+    failed = {}
     publish(folder, size, done)
-    for i, row in enumerate(todo):
+    for i, name in enumerate(todo):
         if stop.requested:
             break
-        title = script(row).read_text("utf-8").partition("\n\n")[0].strip('"')
-        print(f"[{i + 1}/{len(todo)}] {row}: {' '.join(title.split())}", flush=True)
-        status, last = run_row(row, size_of(row, size), folder, workers)
+        title = script(name).read_text("utf-8").partition("\n\n")[0].strip('"')
+        print(f"[{i + 1}/{len(todo)}] {name}: {' '.join(title.split())}", flush=True)
+        status, last = run_one(name, size_of(name, size), folder, workers, rounding)
         done = results(folder, size)
-        if status or row not in done:
-            failed[row] = [*last, f"exit status {status}" if status else "it left no results"]
+        if status or name not in done:
+            failed[name] = [*last, f"exit status {status}" if status else "it wrote no results"]
         publish(folder, size, done)
-        outcome, elapsed = "failed" if row in failed else done[row]["outcome"], time.monotonic() - began
-        print(f"[{i + 1}/{len(todo)}] {row}: {outcome}; {elapsed:.0f} s so far, "
-              f"about {elapsed / (i + 1) * (len(todo) - i - 1):.0f} s left", flush=True)
-    print(f"\n{len(done)} of {len(ROWS)} claims: {folder / 'index.html'}, claims.json, claims.md", flush=True)
-    for row, last in failed.items():
-        print(f"\n{row} failed:", *last, sep="\n    ", file=sys.stderr)
+        elapsed = time.monotonic() - began
+        left = elapsed * share_left(todo, i + 1, size)
+        print(f"[{i + 1}/{len(todo)}] {name}: {'failed' if name in failed else done[name]['outcome']}; "
+              f"{elapsed:.0f} s so far, about {left:.0f} s left", flush=True)
+    print(f"\n{len(done)} of {len(EXPERIMENTS)} claims: {folder / 'index.html'}, claims.json, claims.md", flush=True)
+    for name, last in failed.items():
+        print(f"\n{name} failed:", *last, sep="\n    ", file=sys.stderr)
     if set(todo) - done.keys() - failed.keys():
-        print(f"stopped; go on with {command_to_resume()}")
+        print(f"stopped; continue with {command_to_resume()}")
         return 130
     return 1 if failed else 0
 
 
-def run_row(row, size, folder, workers):
-    """The exit status of a row's script, and its last lines; what it prints is passed on."""
-    command = [sys.executable, "-u", str(script(row)), "--out", str(folder), "--workers", str(workers)]
+def run_one(name, size, folder, workers, rounding=None):
+    """The exit status of an experiment's script, and its last lines; its output is passed on."""
+    options, environment = ROUNDINGS[rounding] if rounding else ([], {})
+    if rounding == "workers":
+        workers = 1 if workers > 1 else 2
+    command = [sys.executable, "-u", str(script(name)), "--out", str(folder), "--workers", str(workers), *options]
     if size != "default":
         command.append(f"--{size}")
-    # In a session of its own: the terminal's Ctrl-C is for this process alone, which lets the row finish.
+    # In a session of its own: the terminal's Ctrl-C reaches this process alone, which lets the experiment finish.
     with subprocess.Popen(command, start_new_session=True, text=True, encoding="utf-8", errors="replace",
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+                          env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as process:
         last = collections.deque(maxlen=15)
         try:
             for line in map(str.rstrip, process.stdout):
@@ -156,12 +196,58 @@ def run_row(row, size, folder, workers):
     return process.returncode, last
 
 
-# What came out.
+# How long it takes.
+
+def measured_seconds(size):
+    """seconds.json of that size: {"seconds": {name: seconds}, "workers", "date", "machine"}; empty if never written."""
+    path = HERE / "seconds.json"
+    return json.loads(path.read_text("utf-8")).get(size, {}) if path.exists() else {}
+
+
+def expected_seconds(names, size):
+    """One number per name; an experiment that was never measured is taken for an average one."""
+    known = measured_seconds("default" if size == "full" else size).get("seconds", {})
+    average = sum(known.values()) / len(known) if known else 1.0
+    return [known.get(name, average) for name in names]
+
+
+def expectation(names, size):
+    """How long these experiments took where they were measured, in words."""
+    measured = measured_seconds(size)
+    if not measured:
+        return f"{len(names)} experiments; how long they take at this size was not measured."
+    seconds = sum(expected_seconds(names, size))
+    said = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
+    return (f"{len(names)} experiments took {said} with {measured['workers']} workers on {measured['machine']} "
+            f"({measured['date']}).")
+
+
+def share_left(todo, done, size):
+    """The time of the experiments that are left, as a multiple of the time of those that are done."""
+    expected = expected_seconds(todo, size)
+    return sum(expected[done:]) / sum(expected[:done])
+
+
+def write_seconds(folder):
+    size, done = recorded(folder)
+    if not done:
+        raise UsageError(f"{folder} holds no results yet")
+    path = HERE / "seconds.json"
+    kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    last = list(done.values())[-1]
+    kept[size] = {name: last[name] for name in ("date", "machine", "workers")}
+    kept[size]["seconds"] = {name: round(result["seconds"]) for name, result in done.items()}
+    checkpoint.write_text(path, json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    print(f"{path}: {len(done)} experiments, {sum(kept[size]['seconds'].values())} s at size {size}")
+    return 0
+
+
+# Results.
 
 def results(folder, size):
-    """{row: what it left behind}, of the rows that are done in that size, in the order of the lecture."""
-    found = {row: read(folder / f"{row}.json") for row in ROWS if (folder / f"{row}.json").exists()}
-    return {row: result for row, result in found.items() if result["size"] == size_of(row, size)}
+    """{name: what the experiment wrote}, of the experiments that are done in that size, in the order of the lecture."""
+    found = {name: read(folder / f"{name}.json") for name in EXPERIMENTS if (folder / f"{name}.json").exists()}
+    return {name: result for name, result in found.items() if result["size"] == size_of(name, size)}
 
 
 def recorded(folder):
@@ -173,55 +259,46 @@ def recorded(folder):
 
 
 def publish(folder, size, done):
-    """claims.json, claims.md and index.html, of the rows that are done."""
+    """claims.json, claims.md and index.html, of the experiments that are done."""
     kept = ("outcome", "comparisons", "conditions", "numbers", "seeds")
-    claims = {row: {"rule": first_sentence(result["Rule"]), "figure": f"{row}.png",
-                    **{name: result[name] for name in kept}} for row, result in done.items()}
-    pictures = {row: [page.compact((folder / f"{row}{style}.png").read_bytes()) for style in STYLES] for row in done}
+    claims = {name: {"rule": first_sentence(result["Rule"]), "figure": f"{name}.png",
+                     **{key: result[key] for key in kept}} for name, result in done.items()}
+    pictures = {name: [page.compact((folder / f"{name}{style}.png").read_bytes()) for style in STYLES]
+                for name in done}
     checkpoint.write_text(folder / "claims.json", json.dumps(claims, indent=1) + "\n")
-    checkpoint.write_text(folder / "claims.md", table(done))
+    checkpoint.write_text(folder / "claims.md", markdown.table(STAGES, done))
     checkpoint.write_text(folder / "index.html", page.html(STAGES, done, pictures, size))
 
 
-def table(done):
-    """In Markdown, with links from the root of the repository."""
-    lines = []
-    for title, rows in STAGES.items():
-        if rows := [row for row in rows if row in done]:
-            lines += [f"**{title}**", "", "| claim | rule that was tested | outcome | measured | |", "|---|---|---|---|---|"]
-        for row in rows:
-            claim, came_out = map(as_markdown, (done[row]["Claim"], first_sentence(done[row]["words"])))
-            rule = as_markdown(first_sentence(done[row]["Rule"]))
-            outcome = done[row]["outcome"] if done[row]["outcome"] == "shown" else f"**{done[row]['outcome']}**"
-            lines.append(f"| {claim} | {rule} | {outcome} | {came_out} | [{row}.py](scripts/lecture/{row}.py), "
-                         f"[figure](scripts/lecture/figures/{row}.png) |")
-        lines += [""] * bool(rows)
-    return "\n".join(lines)
+def compare_roundings(folder, size, roundings):
+    """rounding.md, and the same on the terminal: the outcome of every experiment under every rounding."""
+    by_rounding = {"as run": results(folder, size)}
+    by_rounding |= {name: results(folder / "rounding" / name, size) for name in roundings}
+    text = markdown.roundings(EXPERIMENTS, by_rounding)
+    checkpoint.write_text(folder / "rounding.md", text)
+    print(f"\n{text}\n{folder / 'rounding.md'}")
 
 
-def as_markdown(text):
-    """Text that stays text, in a cell."""
-    return re.sub(r"([|<*\\])", r"\\\1", text)
-
-
-def readme_figures(folder):
-    """The light figures of a run, small enough to be kept with the sources."""
+def write_readme(folder):
+    """README.md beside this script, and its figures: the light ones, small enough to be kept with the sources."""
     size, done = recorded(folder)
     if size == "quick":
-        raise UsageError(f"{folder} holds a quick run, which proves nothing; the README shows none of it")
-    README_FIGURES.mkdir(parents=True, exist_ok=True)
+        raise UsageError(f"{folder} holds a trial (--quick), which decides nothing; README.md shows no trials")
+    figures = HERE / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
     large = []
-    for row in done:
-        png = (Path(folder) / f"{row}.png").read_bytes()
+    for name in done:
+        png = (Path(folder) / f"{name}.png").read_bytes()
         attempts = (page.compact(png, colours, scale) for scale in (1, 0.75, 0.6, 0.5) for colours in (256, 64))
-        small = next((p for p in attempts if len(p) < README_BYTES), None)
+        small = next((p for p in attempts if len(p) < FIGURE_BYTES), None)
         if small is None:
-            large.append(f"{row}.png")
+            large.append(f"{name}.png")
         else:
-            (README_FIGURES / f"{row}.png").write_bytes(small)
-    print(f"{README_FIGURES}: {len(done) - len(large)} figures")
+            (figures / f"{name}.png").write_bytes(small)
+    checkpoint.write_text(HERE / "README.md", markdown.readme(STAGES, size, done))
+    print(f"{HERE / 'README.md'}, {figures}: {len(done) - len(large)} figures")
     if large:
-        raise UsageError(f"even reduced these have more than {README_BYTES} bytes: {', '.join(large)}; "
+        raise UsageError(f"even reduced these have more than {FIGURE_BYTES} bytes: {', '.join(large)}; "
                          "draw them smaller")
     return 0
 

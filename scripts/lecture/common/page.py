@@ -1,7 +1,8 @@
-"""The claims on one page: HTML that holds everything, figures included, and asks nobody for anything
+"""The claims on one page: HTML that contains everything, figures included, and loads nothing.
 
-html(stages, results, size) from what the rows left behind. Without scripts; light and dark as the reader's system
-is; readable on a phone, where figures and tables scroll inside themselves.
+html(stages, results, pictures, size) from what the experiments wrote. Without scripts; light or dark as the reader's
+system is. On a wide screen the contents stay at the left, on a phone a bar with links stays at the top; figures and
+tables scroll sideways inside themselves, and say so. Tests: tests/test_lecture.py.
 """
 
 import base64
@@ -12,9 +13,13 @@ import re
 import struct
 from html import escape
 
-SIGNS = {"shown": ("✓", "yes"), "not shown": ("✗", "no"), "undecided": ("?", "open"), "a trial": ("…", "none"),
+from common.experiment import TRIAL, as_number, first_sentence
+from common.glossary import FORMULAS, TERMS
+
+TITLE = "The lecture, claim by claim"
+SIGNS = {"shown": ("✓", "yes"), "not shown": ("✗", "no"), "undecided": ("?", "open"), TRIAL: ("…", "none"),
          "not run": ("–", "none")}
-# Each kind of text, and what it is read on: "yes" stands on "on-yes".
+# Each kind of text, and its background: "yes" stands on "on-yes".
 LIGHT = {"text": "#1d1d1f", "soft": "#55555c", "link": "#0b5cad", "ground": "#ffffff", "panel": "#f3f3f5",
          "line": "#d5d5da", "yes": "#14532d", "on-yes": "#dcf5e4", "no": "#7f1d1d", "on-no": "#fde3e3",
          "open": "#713f12", "on-open": "#fdf0cd", "none": "#3f3f46", "on-none": "#ececf0"}
@@ -24,59 +29,84 @@ DARK = {"text": "#e6e6e8", "soft": "#a9a9b1", "link": "#8ab8f5", "ground": "#161
 STYLE = """
 :root { color-scheme: light dark; %s }
 @media (prefers-color-scheme: dark) { :root { %s } }
-html { -webkit-text-size-adjust: 100%%; scroll-padding-top: 1rem }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 46rem; color: var(--text); background: var(--ground);
+html { -webkit-text-size-adjust: 100%%; scroll-padding-top: 3.5rem }
+body { margin: 0 auto; padding: 0 1.25rem 5rem; max-width: 76rem; color: var(--text); background: var(--ground);
        font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
        overflow-wrap: break-word }
 h1, h2, h3 { line-height: 1.2; text-wrap: balance }
-h1 { font-size: 2rem; margin: 0 0 .75rem } h2 { font-size: 1.4rem; margin: 4rem 0 0 }
-h3 { font-size: 1.2rem; margin: 0 0 .75rem } nav h2 { font-size: 1rem; margin: 1.5rem 0 .25rem }
+h1 { font-size: 2rem; margin: 2rem 0 .75rem } h2 { font-size: 1.4rem; margin: 4rem 0 0 }
+h3 { font-size: 1.2rem; margin: 0 0 .75rem } nav h2 { font-size: .9rem; margin: 1.25rem 0 .25rem }
 a { color: var(--link); text-underline-offset: .15em } p { margin: .75rem 0 }
+p, dl, blockquote { max-width: 46rem }
 nav ul { list-style: none; margin: 0; padding: 0 }
-nav li { display: flex; flex-wrap: wrap; gap: .25rem 1rem; align-items: baseline; padding: .4rem 0;
-         border-bottom: 1px solid var(--line) }
-nav li :first-child { flex: 1 1 11rem }
+nav li { display: flex; gap: .25rem 1rem; align-items: baseline; padding: .4rem 0;
+         border-bottom: 1px solid var(--line); font-size: .9rem }
+nav li :first-child { flex: 1 1 9rem; min-width: 0 }
+.bar { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; margin: 0 -1.25rem;
+       padding: .6rem 1.25rem; max-width: none; background: var(--panel); border-bottom: 1px solid var(--line) }
 section { padding: 2.25rem 0; border-bottom: 1px solid var(--line) }
 blockquote { margin: 0; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--soft) }
 .badge { display: inline-block; flex: none; padding: .1rem .6rem; border-radius: 1rem; font-size: .85rem;
          font-weight: 600; white-space: nowrap; color: var(--none); background: var(--on-none) }
 .badge.yes { color: var(--yes); background: var(--on-yes) } .badge.no { color: var(--no); background: var(--on-no) }
 .badge.open { color: var(--open); background: var(--on-open) }
-.warning { padding: .75rem 1rem; border-radius: .5rem; color: var(--no); background: var(--on-no) }
+.note { padding: .75rem 1rem; border-radius: .5rem; color: var(--none); background: var(--on-none) }
 .soft, dt { color: var(--soft); font-size: .9rem } dt { margin-top: .75rem } dd { margin: 0 }
-figure { margin: 1.25rem 0 }
-figure, .table { overflow-x: auto } figure img { display: block; width: 100%%; min-width: 35rem; height: auto }
-table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem 1rem .3rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line) }
+.formula { font-family: Cambria, "STIX Two Text", "Noto Serif", serif }
+figure { margin: 1.25rem 0 0 }
+figure, .table { overflow-x: auto; scrollbar-width: thin; scrollbar-color: var(--soft) var(--panel) }
+figure img { display: block; width: 100%%; min-width: 35rem; max-width: 62rem; height: auto }
+.table { background: linear-gradient(to left, var(--ground), transparent) 100%% 0 / 4rem 100%% no-repeat local,
+                     linear-gradient(to left, var(--line), transparent) 100%% 0 / 1.5rem 100%% no-repeat scroll }
+.hint { margin: .25rem 0 0; color: var(--soft); font-size: .8rem }
+.hint::before { content: "\\2194  " }
+@media (min-width: 40rem) { .hint.figure { display: none } }
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; margin-top: 1rem }
+th, td { padding: .3rem 1rem .3rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line);
+         vertical-align: top }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal }
-@media (min-width: 66rem) { .table { margin-right: -9rem } }
+td:first-child { white-space: normal; min-width: 8rem; max-width: 22rem }
 details { margin-top: 1.25rem; padding: .6rem 1rem; border-radius: .5rem; background: var(--panel) }
+details .table { background: none }
 summary { cursor: pointer; font-weight: 600 } dl { margin: .25rem 0 .5rem }
+.turn { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; margin: 1.5rem 0 0; font-size: .9rem }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
+@media (min-width: 66rem) {
+  .bar { display: none } html { scroll-padding-top: 1rem }
+  .page { display: grid; grid-template-columns: 18rem minmax(0, 1fr); gap: 3rem }
+  nav { position: sticky; top: 0; align-self: start; max-height: 100vh; overflow-y: auto; padding: 0 .5rem 1rem 0;
+        box-sizing: border-box; scrollbar-width: thin }
+}
 """
-# What this page may load: its own pictures and its own style, and nothing from anywhere.
+# The page may load its own pictures and its own style, and nothing else.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+MEANINGS = {"shown": "the 95% interval of every comparison of the rule lies beyond its margin",
+            "not shown": "the interval of some comparison lies on the other side of its margin: the rule fails here, "
+                         "which says little about large models",
+            "undecided": "neither, or the model did not learn the task that the rule is about"}
 
 
 def html(stages, results, pictures, size):
-    """The page. stages: {title: rows}; results: {row: what experiment.run wrote}, of the rows that were run;
-    pictures: {row: PNGs, for light and dark}."""
-    parts = ["<h1>The lecture as numbers</h1>", _summary(sum(map(len, stages.values())), results.values(), size)]
+    """The page. stages: {title: names}; results: {name: what experiment.run wrote}, of the experiments that were run;
+    pictures: {name: PNGs, for light and dark}."""
+    main = [f'<h1 id="top">{TITLE}</h1>', _summary(sum(map(len, stages.values())), results.values(), size)]
     if size == "quick":
-        parts.append('<p class="warning" role="note"><strong>A quick run.</strong> It shows that the experiments run, '
-                     'and proves nothing: models are hardly trained, and the outcomes below mean nothing.</p>')
-    parts.append(_contents(stages, results))
-    for title, rows in stages.items():
-        if rows := [row for row in rows if row in results]:
-            parts += [f"<h2>{escape(title)}</h2>", *(_section(row, results[row], pictures[row]) for row in rows)]
+        main.append('<p class="note" role="note"><strong>A trial.</strong> It shows that the experiments run. It '
+                    'decides nothing: the models are hardly trained.</p>')
+    order = [name for names in stages.values() for name in names if name in results]
+    for i, (title, names) in enumerate(stages.items(), 1):
+        if names := [name for name in names if name in results]:
+            main += [f'<h2 id="stage-{i}">{escape(title)}</h2>',
+                     *(_section(name, results[name], pictures[name], order) for name in names)]
+    main += [_formulas(), _glossary()]
     style = STYLE % tuple(" ".join(f"--{name}: {colour};" for name, colour in scheme.items())
                           for scheme in (LIGHT, DARK))
     head = ('<meta charset="utf-8">', f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">', "<title>The lecture as numbers</title>",
-            f"<style>{style}</style>")
-    return "\n".join(['<!DOCTYPE html>\n<html lang="en">\n<head>', *head, "</head>\n<body>\n<main>", *parts,
-                      "</main>\n</body>\n</html>\n"])
+            '<meta name="color-scheme" content="light dark">', f"<title>{TITLE}</title>", f"<style>{style}</style>")
+    return "\n".join(['<!DOCTYPE html>\n<html lang="en">\n<head>', *head, "</head>\n<body>", _bar(stages, results),
+                      '<div class="page">', _contents(stages, results), "<main>", *main,
+                      "</main>\n</div>\n</body>\n</html>\n"])
 
 
 @functools.cache
@@ -97,64 +127,115 @@ def _badge(outcome):
 
 def _summary(claims, results, size):
     count = collections.Counter(result["outcome"] for result in results)
-    lines = [f"<p>From language model to assistant: what the lecture claims, each claim an experiment in minilm. "
-             f"Of {claims} claims {len(results)} were tested here: {count['shown']} are shown, "
-             f"{count['not shown']} are not shown, {count['undecided']} are undecided.</p>"]
+    lines = ["<p>From language model to assistant: each claim of the lecture is an experiment in minilm, with small "
+             "models in small invented worlds, where the best possible result is known. A claim is a sentence about "
+             "large models; beside it stands the rule that was tested here, and the outcome is about the rule.</p>"]
+    outcomes = ", ".join(f"{count[outcome]} {outcome}" for outcome in SIGNS if count[outcome])
+    lines.append(f"<p>{len(results)} of {claims} experiments were run: {outcomes or 'none'}.</p>")
+    if count.keys() - {TRIAL}:
+        meanings = "\n".join(f"<dt>{_badge(outcome)}</dt><dd>{text}</dd>" for outcome, text in MEANINGS.items())
+        lines.append(f"<dl>\n{meanings}\n</dl>")
     if results:
         dates, machines = (sorted({result[name] for result in results}) for name in ("date", "machine"))
         seeds = sorted({len(result["seeds"]) for result in results})
         minutes = sum(result["seconds"] for result in results) / 60
         lines.append(f'<p class="soft">{escape(" to ".join(dict.fromkeys((dates[0], dates[-1]))))}, {size} size, '
-                     f"{'–'.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds a claim, "
+                     f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds per experiment, "
                      f"{minutes:.0f} minutes in all on {escape('; '.join(machines))}.</p>")
     return "\n".join(lines)
 
 
+def _bar(stages, results):
+    """The links that stay at the top of a narrow screen."""
+    links = [("#contents", "Contents")]
+    links += [(f"#stage-{i}", f"Stage {i}") for i, names in enumerate(stages.values(), 1) if results.keys() & {*names}]
+    links += [("#formulas", "Formulas"), ("#glossary", "Glossary")]
+    return '<p class="bar">' + " ".join(f'<a href="{to}">{text}</a>' for to, text in links) + "</p>"
+
+
 def _contents(stages, results):
-    lines = ['<nav aria-label="Outcomes">']
-    for title, rows in stages.items():
+    lines = ['<nav id="contents" aria-label="Contents">']
+    for title, names in stages.items():
         lines.append(f"<h2>{escape(title)}</h2>\n<ul>")
-        for row in rows:
-            if row in results:
-                link = f'<a href="#{row}">{escape(results[row]["title"])}</a>'
-                lines.append(f"<li>{link} {_badge(results[row]['outcome'])}</li>")
+        for name in names:
+            if name in results:
+                link = f'<a href="#{name}">{escape(results[name]["title"])}</a>'
+                lines.append(f"<li>{link} {_badge(results[name]['outcome'])}</li>")
             else:
-                lines.append(f'<li><span class="soft">{row}</span> {_badge("not run")}</li>')
+                lines.append(f'<li><span class="soft">{name}</span> {_badge("not run")}</li>')
         lines.append("</ul>")
+    lines.append('<h2>To look up</h2>\n<ul><li><a href="#formulas">The four objectives</a></li>'
+                 '<li><a href="#glossary">Glossary</a></li></ul>')
     return "\n".join([*lines, "</nav>"])
 
 
-def _section(row, result, pictures):
-    settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
-    made = (f"scripts/lecture/{row}.py; {result['size']} size: {len(result['seeds'])} seeds; {settings}. "
+def _section(name, result, pictures, order):
+    settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
+    made = (f"scripts/lecture/{name}.py; {result['size']} size: {len(result['seeds'])} seeds; {settings}. "
             f"{result['seconds']:.0f} s, workers {result['workers']}; {result['date']}, {result['machine']}.")
     terms = {"Test": result["Test"], "Rule": result["Rule"], "Limits": result["Limits"],
              "Source": result["Source"], "Made by": made}
-    told = "\n".join(f"<dt>{name}</dt><dd>{_linked(escape(text))}</dd>" for name, text in terms.items())
-    return "\n".join([f'<section id="{row}">', f"<h3>{escape(result['title'])}</h3>",
-                      f"<blockquote><strong>Claim.</strong> {escape(result['Claim'])}</blockquote>",
-                      f"<p>{_badge(result['outcome'])} {escape(result['words'])}</p>",
-                      _figure(result["words"], *pictures), _table(result["title"], result["table"]),
-                      "<details><summary>How it was tested, and what it cannot show</summary>",
-                      f"<dl>\n{told}\n</dl>", "</details>", "</section>"])
+    told = "\n".join(f"<dt>{term}</dt><dd>{_linked(escape(text))}</dd>" for term, text in terms.items())
+    return "\n".join([f'<section id="{name}">', f"<h3>{escape(result['title'])}</h3>",
+                      f"<blockquote><strong>The lecture's claim.</strong> {escape(result['Claim'])}</blockquote>",
+                      f"<p>{_badge(result['outcome'])} <strong>Rule tested here.</strong> "
+                      f"{escape(first_sentence(result['Rule']))}</p>",
+                      f"<p><strong>Measured.</strong> {escape(result['words'])}</p>",
+                      _figure(result["title"], *pictures), _rules(result),
+                      "<details><summary>All numbers</summary>", _table(result["title"], result["table"]),
+                      "</details>", "<details><summary>How it was tested, and its limits</summary>",
+                      f"<dl>\n{told}\n</dl>", "</details>", _turn(name, order), "</section>"])
 
 
-def _figure(alt, light, dark):
-    width, height = struct.unpack(">II", light[16:24])      # of the PNG's header: nothing moves while it is read
+def _turn(name, order):
+    """Links to the neighbours and to the top."""
+    i = order.index(name)
+    links = [f'<a href="#{other}">← previous</a>' for other in order[:i][-1:]]
+    links += [f'<a href="#{other}">next →</a>' for other in order[i + 1:i + 2]]
+    return '<p class="turn">' + " ".join([*links, '<a href="#top">↑ top</a>']) + "</p>"
+
+
+def _figure(title, light, dark):
+    width, height = struct.unpack(">II", light[16:24])      # from the PNG's header: nothing moves while it loads
     return (f'<figure tabindex="0"><picture><source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
-            f'<img src="{_data(light)}" width="{width}" height="{height}" alt="{escape(alt)}"></picture></figure>')
+            f'<img src="{_data(light)}" width="{width}" height="{height}" alt="{escape(f"Figure: {title}.")}">'
+            '</picture></figure>\n<p class="hint figure">the figure scrolls sideways</p>')
 
 
 def _data(png):
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
+def _rules(result):
+    """The comparisons and conditions of the rule."""
+    table = [["the rule compares", "mean over seeds", "95% interval", "asked", "outcome"]]
+    for comparison in (*result["conditions"], *result["comparisons"]):
+        low, high = comparison["interval"]
+        interval = "none" if low is None else f"{as_number(low)} to {as_number(high)}"
+        kind = "condition: " if comparison in result["conditions"] else ""
+        outcome = TRIAL if result["outcome"] == TRIAL else comparison["outcome"]
+        table.append([kind + comparison["name"], as_number(comparison["mean"]), interval, comparison["asked"], outcome])
+    return _table("the rule of: " + result["title"], table) if len(table) > 1 else ""
+
+
 def _table(name, table):
     head, *body = [[escape(str(cell)) for cell in line] for line in table]
     lines = ["".join(f'<th scope="col">{cell}</th>' for cell in head)]
     lines += ["".join(f"<td>{cell}</td>" for cell in line) for line in body]
+    hint = '<p class="hint">the table scrolls sideways where it is wider than the page</p>' if len(head) > 3 else ""
     return (f'<div class="table" role="region" tabindex="0" aria-label="{escape("Table: " + name)}"><table>\n'
-            + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>")
+            + "\n".join(f"<tr>{line}</tr>" for line in lines) + f"\n</table></div>{hint}")
+
+
+def _formulas():
+    rows = "\n".join(f'<dt>{escape(name)}</dt><dd class="formula">{formula}</dd>' for name, formula in FORMULAS.items())
+    return f'<section id="formulas">\n<h2>The four objectives</h2>\n<dl>\n{rows}\n</dl>\n</section>'
+
+
+def _glossary():
+    rows = "\n".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in TERMS.items())
+    return (f'<section id="glossary">\n<h2>Glossary</h2>\n<dl>\n{rows}\n</dl>\n'
+            '<p class="turn"><a href="#top">↑ top</a></p></section>')
 
 
 def _linked(text):

@@ -1,0 +1,102 @@
+"""The results of the experiments in Markdown: the table of claims, README.md of scripts/lecture, and the outcomes
+under other roundings. Links are relative to scripts/lecture. Tests: tests/test_lecture.py.
+"""
+
+import collections
+import re
+
+from common.experiment import first_sentence
+
+HEADER = """# The lecture, claim by claim
+
+minilm follows the lecture "From Language Models to Assistants" of Stanford's CS224N (2023; with DPO since 2024). Each
+of its {claims} claims is one experiment in this folder.
+
+"""
+READING = """
+## How to read it
+
+The lecture's claim is a sentence about large models. The rule is the sentence that was tested here, on models with
+7,000 to 181,000 parameters in small invented worlds. The outcome is about the rule. "Not shown" means that the rule
+fails in this experiment; the lecture's claim can still be true.
+
+- **shown**: the 95% confidence interval over the seeds lies beyond the margin, for every comparison of the rule.
+- **not shown**: for some comparison the interval lies on the other side of the margin (corrected for the number of
+  comparisons).
+- **undecided**: neither, or the model did not learn the task that the rule is about.
+
+Each error has a probability of at most 5% per experiment, so one wrong outcome in {claims} would be no surprise. The
+statistics are in [intervals.py](common/intervals.py). An experiment's docstring has the claim, the test, the rule
+with its margins, the limits, and the paper.
+"""
+RUNNING = """
+## How to run it
+
+    python scripts/lecture/all.py                      # all experiments, and one page: runs/claims/index.html
+    python scripts/lecture/all.py --quick              # a trial: every experiment runs, none decides anything
+    python scripts/lecture/dpo.py --out runs/dpo       # one experiment: dpo.png, dpo.json, a table
+    python scripts/lecture/all.py --readme runs/claims # this file and its figures, from a run
+
+`all.py --rounding float64,coretype,workers` repeats every experiment with other rounding errors and compares the
+outcomes. How to write an experiment: [experiment.py](common/experiment.py).
+"""
+
+
+def table(stages, done):
+    """The claims that were tested: {stage: names}, {name: what the experiment wrote}."""
+    lines = []
+    for title, names in stages.items():
+        if names := [name for name in names if name in done]:
+            lines += [f"**{title}**", "", "| the lecture's claim | the rule tested here | outcome | measured | |",
+                      "|---|---|---|---|---|"]
+        for name in names:
+            result = done[name]
+            cells = map(as_cell, (result["Claim"], first_sentence(result["Rule"]), result["outcome"],
+                                  first_sentence(result["words"])))
+            lines.append(f"| {' | '.join(cells)} | [{name}.py]({name}.py), [figure](figures/{name}.png) |")
+        lines += [""] * bool(names)
+    return "\n".join(lines)
+
+
+def readme(stages, size, done):
+    """The text of scripts/lecture/README.md."""
+    claims = sum(map(len, stages.values()))
+    parts = [HEADER.format(claims=claims), table(stages, done), summary(claims, size, done), "\n",
+             READING.format(claims=claims), RUNNING]
+    return re.sub(r"\n{3,}", "\n\n", "".join(parts))
+
+
+def summary(claims, size, done):
+    """How many claims have which outcome, and where and when that was measured."""
+    count = collections.Counter(result["outcome"] for result in done.values())
+    outcomes = ", ".join(f"{number} {outcome}" for outcome, number in count.items())
+    lines = [f"{len(done)} of {claims} claims tested: {outcomes or 'none'}."]
+    if done:
+        dates, machines = (sorted({result[key] for result in done.values()}) for key in ("date", "machine"))
+        seeds = sorted({len(result["seeds"]) for result in done.values()})
+        minutes = sum(result["seconds"] for result in done.values()) / 60
+        lines.append(f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, size {size}, "
+                     f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds per experiment, "
+                     f"{minutes:.0f} minutes in all on {'; '.join(machines)}.")
+    return "\n".join(lines) + "\n"
+
+
+def roundings(names, by_rounding):
+    """The outcomes of the experiments, {rounding: {name: what the experiment wrote}}, and whether they agree."""
+    columns = list(by_rounding)
+    lines = [f"| experiment | {' | '.join(columns)} | |", "|---" * (len(columns) + 2) + "|"]
+    differ = []
+    for name in names:
+        outcomes = [by_rounding[column].get(name, {}).get("outcome", "not run") for column in columns]
+        if set(outcomes) == {"not run"}:
+            continue
+        if len(set(outcomes) - {"not run"}) > 1:
+            differ.append(name)
+        lines.append(f"| {name} | {' | '.join(outcomes)} | {'**differs**' if name in differ else 'the same'} |")
+    verdict = f"The outcomes of {', '.join(differ)} depend on rounding." if differ else "No outcome depends on rounding."
+    return "\n".join([*lines, "", verdict]) + "\n"
+
+
+def as_cell(text):
+    """Text that stays text, in a cell of a table."""
+    return re.sub(r"([|<*\\])", r"\\\1", " ".join(text.split()))

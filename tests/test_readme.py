@@ -1,34 +1,106 @@
-"""What the README points to is there: files, and the tests that its page 'How we know' names."""
+"""The READMEs: links lead somewhere, code prints what they show, claims name tests that exist, generated parts are fresh."""
 
 import ast
+import contextlib
+import io
 import re
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+import readme
 
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [path for path in (*ROOT.rglob("README.md"), ROOT / ".github" / "CONTRIBUTING.md")
+         if not {".venv", "runs", "build", "node_modules"} & set(path.relative_to(ROOT).parts)]
+FRESH = ["levels", "speed", "imports", "golden"]
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def anchors(path):
+    """The names by which GitHub links to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# Links.
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_link_leads_somewhere(page):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        path, _, anchor = target.partition("#")
+        if re.match(r"\w+:", target):
+            continue
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert not broken
+
+
+def test_the_front_page_links_to_the_others():
+    front = (ROOT / "README.md").read_text("utf-8")
+    for page in PAGES:
+        folder = name_of(page).removesuffix("README.md").rstrip("/")
+        assert f"({folder}" in front or page.parent == ROOT or "mutants" in folder, page
+
+
+def test_the_front_page_has_at_most_200_lines_and_starts_with_a_figure():
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert len(lines) <= 200
+    assert any(line.startswith("![") for line in lines[:10])
+
+
+# Code. Every ```python block runs in the root of a checkout, and prints the ```text block after it.
+
+def blocks():
+    for page in PAGES:
+        for number, (code, output) in enumerate(BLOCK.findall(page.read_text("utf-8"))):
+            marks = [pytest.mark.parity] if "import torch" in code else []
+            yield pytest.param(code, output, id=f"{name_of(page)}-{number}", marks=marks)
+
+
+@pytest.mark.parametrize("code, output", blocks())
+def test_code_prints_the_output_shown_after_it(code, output, monkeypatch):
+    if "import torch" in code:
+        pytest.importorskip("torch")
+    if "emulator" in code:
+        from minilm.kernels import emulator
+        if reason := emulator.available():
+            pytest.skip(reason)
+    monkeypatch.chdir(ROOT)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    assert printed.getvalue() == output
+
+
+def test_the_quickstart_has_at_most_a_dozen_lines_and_is_first():
+    code, output = BLOCK.findall((ROOT / "README.md").read_text("utf-8"))[0]
+    assert {"dpo_loss", "backward", "gradcheck"} <= set(re.findall(r"\w+", code))
+    assert len(code.splitlines()) <= 12
+    assert output
+
+
+# Claims.
 
 def claims():
-    """The items of the page 'How we know': what is claimed and how closely, in the first line, then the tests."""
-    page = README.split("\n## How we know\n")[1].split("\n## ")[0]
-    return [item.split("\n", 1) for item in page.split("\n- ")[1:]]
+    """The items of tests/README.md: the claim and its tolerance in the first line, then its tests."""
+    page = (ROOT / "tests" / "README.md").read_text("utf-8")
+    return [tuple(item.partition("\n\n")[0].split("\n", 1)) for item in page.split("\n- ")[1:]]
 
 
 def functions_of(name):
-    tree = ast.parse((ROOT / "tests" / name).read_text())
+    tree = ast.parse((ROOT / "tests" / name).read_text("utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 
 
-def test_every_link_leads_somewhere():
-    targets = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert len(targets) > 30
-    assert not [target for target in targets if not (ROOT / target).exists()]
-
-
 def test_the_page_has_claims():
-    assert len(claims()) > 25
+    assert len(claims()) > 30
 
 
 @pytest.mark.parametrize("claim, shown_by", claims(), ids=lambda text: text[:50])
@@ -40,3 +112,36 @@ def test_a_claim_says_how_closely_it_holds_and_names_tests_that_exist(claim, sho
         name = file.split("]")[0]
         missing = set(re.findall(r"`(test_\w+)`", file)) - functions_of(name)
         assert not missing, f"{name} has no {', '.join(missing)}"
+
+
+# Generated parts: scripts/dev/readme.py.
+
+@pytest.mark.parametrize("name", FRESH)
+def test_a_generated_part_is_what_its_script_gives_now(name):
+    assert not readme.stale(name), f"python scripts/dev/readme.py --what {name}"
+
+
+@pytest.mark.parametrize("name", [name for name, part in readme.PARTS.items() if part.file])
+def test_every_part_has_its_place(name):
+    page = (ROOT / readme.PARTS[name].file).read_text("utf-8")
+    assert "new text\n<!-- end -->" in readme.replaced(page, name, "new text")
+
+
+def test_a_part_without_its_markers_is_an_error():
+    with pytest.raises(ValueError, match="expected once: <!-- generated: python scripts/dev/readme.py --what levels -->"):
+        readme.replaced("no markers", "levels", "text")
+
+
+def test_levels_put_a_module_after_all_that_it_imports():
+    assert readme.levels({"a": {"b", "c"}, "b": {"c"}, "c": set(), "d": set()}) == [["c", "d"], ["b"], ["a"]]
+
+
+def test_imports_are_found_wherever_they_stand(tmp_path):
+    path = tmp_path / "sample.py"
+    path.write_text("import numpy\nfrom minilm import Tensor, ops\n"
+                    "def f():\n    from minilm.objectives.dpo import dpo_loss\n    import minilm.layers\n")
+    assert readme.imported(path) == {"", "ops", "objectives.dpo", "layers"}
+
+
+def test_the_first_table_is_taken_from_what_a_script_prints():
+    assert readme.first_table("words\n\n| a |\n|---|\n| 1 |\n\n| b |\n") == "| a |\n|---|\n| 1 |"

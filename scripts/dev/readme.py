@@ -1,0 +1,236 @@
+"""Regenerates the tables and figures of the READMEs, each by the script that it comes from.
+
+    python scripts/dev/readme.py                        lists the parts: file, script, time
+    python scripts/dev/readme.py --what levels,golden   regenerates these; --what all: every part
+    python scripts/dev/readme.py --check                names the stale ones among the parts that are cheap to compute
+
+A generated part of a README stands between the lines `<!-- generated: COMMAND -->` and `<!-- end -->`. Parts that train or
+measure something leave their results in runs/, and start again where runs/ has no results. Figures are written beside
+their scripts.
+"""
+
+import argparse
+import ast
+import dataclasses
+import graphlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEED = [("training step", "S", "torch"), ("training step", "M", "compile"), ("SFT step", "8M", "trl-best"),
+         ("DPO step", "8M", "trl-best"), ("RLOO step", "135M", "trl-best"), ("sampling", "B128", "torch")]
+
+
+# The imports of minilm. tests/test_structure.py asserts this picture.
+
+def modules() -> dict[str, Path]:
+    """The file of every module, by its dotted name without "minilm."; "" is the package itself."""
+    found = {}
+    for package, folder in (((), ROOT / "minilm"), (("kernels",), ROOT / "kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = package + path.relative_to(folder).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of minilm that a file imports, anywhere in it. `from minilm.a import b` may name a module or a function."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    known, found = modules(), set()
+    for name in names:
+        if name.partition(".")[0] == "minilm":
+            name = name.removeprefix("minilm").removeprefix(".")
+            while name not in known:
+                name = name.rpartition(".")[0]
+            found.add(name)
+    return found
+
+
+def import_graph() -> dict[str, set[str]]:
+    """{a file or folder directly in minilm/: the others that it imports}."""
+    graph = {}
+    for name, path in modules().items():
+        top = name.partition(".")[0]
+        if top:
+            graph.setdefault(top, set()).update(other.partition(".")[0] for other in imported(path))
+    return {name: others - {name, ""} for name, others in sorted(graph.items())}
+
+
+def levels(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The nodes in lines: each imports only from the lines before its own. Raises graphlib.CycleError."""
+    sorter, found = graphlib.TopologicalSorter(graph), []
+    sorter.prepare()
+    while sorter.is_active():
+        found.append(sorted(sorter.get_ready()))
+        sorter.done(*found[-1])
+    return found
+
+
+def levels_diagram() -> str:
+    return "\n".join(f"    {'  '.join(line)}" for line in levels(import_graph()))
+
+
+def imports_table() -> str:
+    graph = import_graph()
+    lines = ["| | imports |", "|---|---|"]
+    for level in levels(graph):
+        lines += [f"| {name} | {', '.join(sorted(graph[name])) or '-'} |" for name in level]
+    return "\n".join(lines)
+
+
+# Tables made from files of the repository.
+
+def golden_cases() -> str:
+    cases = json.loads((ROOT / "tests" / "golden" / "index.json").read_text("utf-8"))["cases"]
+    of_function = {}
+    for name, case in cases.items():
+        of_function.setdefault(case["function"], []).append((name, case))
+    lines = ["| function | formula | cases |", "|---|---|---|"]
+    for function, named in of_function.items():
+        formula = named[0][1].get("formula", "").replace("|", "\\|").replace("*", "\\*")
+        lines.append(f"| {function} | {formula} | {', '.join(name for name, _ in named)} |")
+    return "\n".join(lines)
+
+
+def counts() -> str:
+    """How many checks there are."""
+    tables = sorted((ROOT / "scripts" / "dev" / "mutants").rglob("*.txt"))
+    bugs = Counter()
+    for path in tables:
+        lines = path.read_text("utf-8").splitlines()
+        bugs[path] = sum(line[:2] == "  " and line[2:3] not in ("", " ") for line in lines)
+    cases = json.loads((ROOT / "tests" / "golden" / "index.json").read_text("utf-8"))["cases"]
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    functions = sum(node.name.startswith("test_") for path in files
+                    for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef))
+    return (f"{functions:,} test functions in {len(files)} files; {len(cases)} golden cases; "
+            f"{bugs.total()} planted bugs in {len(tables)} tables.")
+
+
+def speed_rows() -> str:
+    """Some rows of scripts/bench/README.md, in their order here."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+            for line in (ROOT / "scripts" / "bench" / "README.md").read_text("utf-8").splitlines() if line[:2] == "| "]
+    found = {tuple(row[:3]): row for row in rows}
+    lines = ["| work | size | against | time, ours / theirs [quartiles] | memory |", "|---|---|---|---|---|"]
+    for key in SPEED:
+        row = found[key]
+        lines.append(f"| {' | '.join(row[:4])} | {row[6] or '-'} |")
+    return "\n".join(lines)
+
+
+# The parts.
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a README: its file, the time that it takes, and a function or commands that give its text.
+
+    Of commands the last one prints a Markdown table; a part with commands and no file writes its files itself.
+    """
+
+    file: str
+    time: str
+    make: Callable[[], str] | None = None
+    commands: tuple[str, ...] = ()
+    cheap: bool = False
+
+    def text(self) -> str:
+        if self.make:
+            return self.make()
+        for command in self.commands:
+            print(f"$ python {command}", flush=True)
+            last = command == self.commands[-1] and bool(self.file)
+            done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True, text=True,
+                                  stdout=subprocess.PIPE if last else None)
+        return first_table(done.stdout) if self.file else ""
+
+
+def first_table(printed: str) -> str:
+    """The first Markdown table in what a script prints."""
+    lines = printed.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    end = next((i for i, line in enumerate(lines) if i > start and not line.startswith("|")), len(lines))
+    return "\n".join(lines[start:end])
+
+
+ASSISTANT = tuple(f"scripts/assistant.py --seed {seed} --out runs/{name} --resume" for seed, name in ((3, "a"), (4, "b"), (5, "c")))
+PARTS = {
+    "levels": Part("tests/README.md", "1 s", levels_diagram, cheap=True),
+    "speed": Part("README.md", "1 s; from scripts/bench/README.md", speed_rows, cheap=True),
+    "imports": Part("tests/README.md", "1 s", imports_table, cheap=True),
+    "counts": Part("tests/README.md", "1 s", counts, cheap=True),
+    "golden": Part("tests/golden/README.md", "1 s", golden_cases, cheap=True),
+    "bytes": Part("kernels/README.md", "5 s", commands=("scripts/bench/attention.py",), cheap=True),
+    "assistant": Part("README.md", "12 min", commands=(*ASSISTANT, "scripts/support/figures.py runs/a runs/b runs/c")),
+    "bench": Part("scripts/bench/README.md", "40 min, on an idle machine", commands=("scripts/bench/table.py runs/bench",)),
+    "lecture": Part("", "half an hour", commands=("scripts/lecture/all.py --out runs/claims --resume",
+                                                  "scripts/lecture/all.py --readme runs/claims")),
+    "vectors": Part("", "2 s", commands=("scripts/dev/golden.py",)),
+}
+COMMANDS = {"bytes": "scripts/bench/attention.py", "assistant": "scripts/support/figures.py runs/a runs/b runs/c",
+            "bench": "scripts/bench/table.py runs/bench --print"}
+
+
+def marker(name: str) -> str:
+    command = COMMANDS.get(name, f"scripts/dev/readme.py --what {name}")
+    return f"<!-- generated: python {command} -->\n"
+
+
+def replaced(page: str, name: str, text: str) -> str:
+    """The page with this text in its generated part. Raises ValueError if the markers are not there exactly once."""
+    before, found, rest = page.partition(marker(name))
+    old, end, after = rest.partition("<!-- end -->")
+    if not found or not end or marker(name) in after:
+        raise ValueError(f"expected once: {marker(name).strip()}, and <!-- end --> after it")
+    return f"{before}{found}{text}\n{end}{after}"
+
+
+def stale(name: str) -> bool:
+    """Whether a README has another text in that part than its script gives now."""
+    path = ROOT / PARTS[name].file
+    page = path.read_text("utf-8")
+    return replaced(page, name, PARTS[name].text()) != page
+
+
+def regenerate(name: str) -> None:
+    part = PARTS[name]
+    text = part.text()
+    if part.file:
+        path = ROOT / part.file
+        path.write_text(replaced(path.read_text("utf-8"), name, text), "utf-8")
+    print(f"{name}: {part.file or 'written by its script'}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--what", help=f"with commas, of {', '.join(PARTS)}; or all")
+    parser.add_argument("--check", action="store_true", help="name the stale parts; exit status 1 if there are any")
+    asked = parser.parse_args()
+    if asked.check:
+        wrong = [name for name, part in PARTS.items() if part.cheap and stale(name)]
+        print("\n".join(f"{PARTS[name].file}: stale; python scripts/dev/readme.py --what {name}" for name in wrong)
+              or "no cheap part is stale")
+        return int(bool(wrong))
+    if not asked.what:
+        for name, part in PARTS.items():
+            print(f"{name:10} {part.file or '(figures, vectors)':24} {part.time:36} {'; '.join(part.commands) or 'this script'}")
+        return 0
+    names = list(PARTS) if asked.what == "all" else asked.what.split(",")
+    if unknown := set(names) - set(PARTS):
+        parser.error(f"no part is called {min(unknown)}; there are {', '.join(PARTS)}")
+    for name in names:
+        regenerate(name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,8 +11,8 @@ import pytest
 import readme
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [path for path in (*ROOT.rglob("README.md"), ROOT / ".github" / "CONTRIBUTING.md")
-         if not {".venv", "runs", "build", "node_modules"} & set(path.relative_to(ROOT).parts)]
+PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md",
+         *(path for folder in ("kernels", "minilm", "scripts", "tests") for path in sorted((ROOT / folder).rglob("README.md")))]
 FRESH = ["levels", "speed", "imports", "golden"]
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
@@ -57,14 +57,12 @@ def test_the_front_page_has_at_most_200_lines_and_starts_with_a_figure():
 
 # Code. Every ```python block runs in the root of a checkout, and prints the ```text block after it.
 
-def blocks():
-    for page in PAGES:
-        for number, (code, output) in enumerate(BLOCK.findall(page.read_text("utf-8"))):
-            marks = [pytest.mark.parity] if "import torch" in code else []
-            yield pytest.param(code, output, id=f"{name_of(page)}-{number}", marks=marks)
+BLOCKS = [pytest.param(code, output, id=f"{name_of(page)}-{number}",
+                       marks=[pytest.mark.parity] if "import torch" in code else [])
+          for page in PAGES for number, (code, output) in enumerate(BLOCK.findall(page.read_text("utf-8")))]
 
 
-@pytest.mark.parametrize("code, output", blocks())
+@pytest.mark.parametrize("code, output", BLOCKS)
 def test_code_prints_the_output_shown_after_it(code, output, monkeypatch):
     if "import torch" in code:
         pytest.importorskip("torch")

@@ -51,6 +51,6 @@ def best_of_n_kl(n):
 
     log n - (n - 1)/n: Beirami et al. 2024, arXiv:2401.01879, theorem 3.1; equal to it only if no two
     responses ever have the same reward or text. Exactly, where the responses can be listed:
-    world.enumerable.best_of_n.
+    minilm.exact.enumerable.best_of_n.
     """
     return float(np.log(n) - (n - 1) / n)

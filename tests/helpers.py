@@ -1,4 +1,4 @@
-"""What the tests build on: O(1) inputs and weights in float64, and comparisons that say where they fail."""
+"""Shared by the tests: inputs and weights of order 1 in float64, and comparisons that say where they fail."""
 import tracemalloc
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from minilm import ops
+from minilm.exact.gradients import parameter_gradients, redraw_weights
 from minilm.gradcheck import relative_error
 from minilm.model import Config, Transformer
 from minilm.tensor import Tensor
@@ -15,8 +16,8 @@ rngs = st.integers(0, 2 ** 32 - 1).map(np.random.default_rng)
 
 
 @st.composite
-def laws(draw, count, P=2, N=7):
-    """A hypothesis strategy: log-probs (P,N) of `count` random laws."""
+def distributions(draw, count, P=2, N=7):
+    """A hypothesis strategy: log-probs (P,N) of `count` random distributions over N responses."""
     z = draw(rngs).normal(size=(count, P, N))
     return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
 
@@ -27,16 +28,13 @@ def normal(rng, *shape, scale=1.0, dtype=np.float64):
 
 
 def small_transformer(rng, dtype=np.float64, **config):
-    """A Transformer whose every weight, norms included, is redrawn as N(0, 0.7): O(1), nothing hidden."""
+    """A Transformer whose weights, norms included, are all redrawn from N(0, 0.7^2): of order 1."""
     config = Config(**{"vocab_size": 7, "width": 4, "layers": 1, "heads": 2, "ffn_width": 3, "context": 16, **config})
-    model = Transformer(config, rng, dtype)
-    for p in model.parameters().values():
-        p.data[...] = rng.normal(size=p.shape) * 0.7
-    return model
+    return redraw_weights(Transformer(config, rng, dtype), rng)
 
 
 def padded(sequences, left, right, fill=0):
-    """Lists of tokens, padded to the longest and by `left` and `right` more: tokens and mask, (B,T)."""
+    """Token lists, padded to the longest and by `left` and `right` more tokens: tokens and mask, (B,T)."""
     longest = max(map(len, sequences))
     tokens = np.full((len(sequences), left + longest + right), fill)
     mask = np.zeros(tokens.shape)
@@ -48,7 +46,7 @@ def padded(sequences, left, right, fill=0):
 
 
 def assert_close(actual, expected, tolerance=1e-10, name="value"):
-    """max|actual - expected| / max(max|expected|, 1e-3) <= tolerance, or the worst element is shown."""
+    """max|actual - expected| / max(max|expected|, 1e-3) <= tolerance; on failure, shows the worst element."""
     actual, expected = (np.asarray(x.data if isinstance(x, Tensor) else x) for x in (actual, expected))
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
     error, worst = relative_error(actual, expected)
@@ -57,9 +55,9 @@ def assert_close(actual, expected, tolerance=1e-10, name="value"):
 
 
 def gradients(function, *tensors, cotangent=None):
-    """The value of function(*tensors), and the gradient of every leaf (None where it got none).
+    """The value of function(*tensors), and the gradient of every leaf (None if none reached it).
 
-    A cotangent that is not given is one of N(0,1) entries, the same for all functions of a shape.
+    The default cotangent has N(0,1) entries, the same for all functions with outputs of one shape.
     """
     for t in tensors:
         t.grad = None
@@ -71,7 +69,7 @@ def gradients(function, *tensors, cotangent=None):
 
 
 def assert_same(function, other, *tensors, tolerance=1e-10):
-    """Two formulas of one function agree: values, and the gradient of every tensor."""
+    """Two implementations of one function agree in value, and in the gradient of every tensor."""
     value, grads = gradients(function, *tensors)
     expected, expected_grads = gradients(other, *tensors)
     assert_close(value, expected, tolerance)
@@ -79,36 +77,28 @@ def assert_same(function, other, *tensors, tolerance=1e-10):
         assert_close(grad, expected_grad, tolerance, f"gradient of tensor {i}")
 
 
-def parameter_gradients(model, output, cotangent=None):
-    """The gradient of every parameter by name, from output.backward(cotangent); earlier ones are forgotten."""
-    for p in model.parameters().values():
-        p.grad = None
-    output.backward(cotangent)
-    return {name: p.grad for name, p in model.parameters().items()}
-
-
 def assert_same_gradients(actual, expected, factor=1.0):
-    """Parameter by parameter, the expected ones alive."""
-    assert max(np.abs(g).max() for g in expected.values()) > 1e-6, "no gradient to speak of"
+    """The gradients of every parameter agree, up to the factor; and the expected ones are not all 0."""
+    assert max(np.abs(g).max() for g in expected.values()) > 1e-6, "every expected gradient is 0"
     for name, gradient in expected.items():
         assert_close(actual[name], factor * gradient, name=name)
 
 
 def has_ended(process):
-    """Whether a process, not of ours, runs no more: it may wait for a new parent to ask how it ended."""
+    """Whether a process that is not our child has ended (it may still be a zombie)."""
     try:
         return "\nState:\tZ" in Path(f"/proc/{process}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return True
 
 
-def apart(actual, expected):
+def gradient_error(actual, expected):
     """The relative error of the gradients of all parameters, as one vector."""
     return relative_error(*(np.concatenate([g.reshape(-1) for g in side.values()]) for side in (actual, expected)))[0]
 
 
 def log_probs_along(model, world, gradients, step):
-    """d log-probs (P,N) / d learning rate of gradient descent, by a step forth and one back."""
+    """d log_pi (P,N) / d learning_rate of gradient descent, by central differences of +-step."""
     sides = []
     for sign in (1, -1):
         for name, p in model.parameters().items():
@@ -120,7 +110,7 @@ def log_probs_along(model, world, gradients, step):
 
 
 def peak_memory(function):
-    """The most bytes that function() held at a time beyond what was held before (NumPy reports its arrays)."""
+    """The peak of bytes allocated while function() runs, beyond those allocated before (NumPy reports its arrays)."""
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]

@@ -1,4 +1,4 @@
-"""The world that is listed: is the list complete, and is each exact quantity what a loop over it says?"""
+"""The enumerable world: the list of responses is complete, and each exact quantity equals a loop over it."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from helpers import assert_close, laws, parameter_gradients, rngs, small_transformer
+from helpers import assert_close, distributions, parameter_gradients, rngs, small_transformer
 from minilm import ops
 from minilm.evaluate import predicted_rewards, sequence_kl
 from minilm.generate import generate
@@ -41,20 +41,20 @@ def test_every_response_is_listed_once(V, R, eos):
 
 @given(rngs, st.sampled_from([{}, {"key_smear": True}, {"layers": 2, "kv_heads": 1}]), st.floats(0.3, 3))
 def test_the_probabilities_of_any_policy_add_up_to_1(rng, config, temperature):
-    l = small_world().log_probs(policy(rng, **config), temperature).data
-    assert_close(np.exp(l).sum(axis=1), np.ones(2), 1e-13)
+    log_pi = small_world().log_probs(policy(rng, **config), temperature).data
+    assert_close(np.exp(log_pi).sum(axis=1), np.ones(2), 1e-13)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs_are_those_of_one_token_at_a_time(temperature):
     world, model = small_world(), policy(np.random.default_rng(0))
-    l = world.log_probs(model, temperature).data
+    log_pi = world.log_probs(model, temperature).data
     for (p, prompt), (y, response) in itertools.product(enumerate(world.prompts), enumerate(world.responses)):
         expected = 0.0
         for t, token in enumerate(response):
             logits = model(np.array([prompt + response[:t]])).data[0, -1] / temperature
             expected += np.log(np.exp(logits[token]) / np.exp(logits).sum())
-        assert_close(l[p, y], expected, 1e-12)
+        assert_close(log_pi[p, y], expected, 1e-12)
 
 
 def test_token_log_probs_add_up_under_the_mask():
@@ -64,8 +64,8 @@ def test_token_log_probs_add_up_under_the_mask():
     assert world.mask.sum(axis=-1).tolist() == [[len(y) for y in world.responses]] * 2
 
 
-def test_generate_draws_from_this_law():
-    """20,000 responses: chi-squared over the seven, whose mean would be 6. A temperature off by 6% would make it 60."""
+def test_generate_draws_responses_with_these_probabilities():
+    """20,000 draws: chi-squared over the seven responses has the mean 6. With a temperature 6% off it is about 60."""
     world, model = small_world(), policy(np.random.default_rng(1))
     drawn = generate(model, [PROMPTS[1]] * 20_000, 2, np.random.default_rng(2), eos=0, temperature=0.8).responses()
     expected = 20_000 * np.exp(world.log_probs(model, 0.8).data[1])
@@ -82,104 +82,106 @@ def test_rewards_are_those_of_the_reward_model():
 
 
 @pytest.mark.parametrize("prompts, V, R, eos, message", [
-    ([[1]], 10, 9, 0, "too many"), ([[1]], 50257, 1024, 0, "too many"), ([[1]], 2, 99_999, 0, "too many"), ([[3]], 3, 2, 0, "prompt"), ([[-1]], 3, 2, 0, "prompt"), ([], 3, 2, 0, "prompt"),
+    ([[1]], 10, 9, 0, "too many"), ([[1]], 50257, 1024, 0, "too many"), ([[1]], 2, 99_999, 0, "too many"),
+    ([[3]], 3, 2, 0, "prompt"), ([[-1]], 3, 2, 0, "prompt"), ([], 3, 2, 0, "prompt"),
     ([[1]], 3, 0, 0, "max_new_tokens"), ([[1]], 3, 2, 3, "eos"), ([[1], []], 3, 2, 0, "dialogue")])
-def test_what_cannot_be_listed_is_refused(prompts, V, R, eos, message):
+def test_a_world_that_cannot_be_listed_raises(prompts, V, R, eos, message):
     with pytest.raises(ValueError, match=message):
         EnumerableWorld(prompts, V, R, eos)
 
 
-def test_a_model_over_another_vocabulary_is_refused():
+def test_a_model_over_another_vocabulary_raises():
     with pytest.raises(ValueError, match="model over 7 tokens"):
         small_world().log_probs(small_transformer(np.random.default_rng(0)))
 
 
 # Exact quantities, by loops.
 
-@given(laws(2), rngs, st.floats(0, 2))
-def test_entropy_divergence_variation_and_objective_are_their_definitions(laws, rng, beta):
-    l, ref = laws
-    r = rng.normal(size=l.shape)
+@given(distributions(2), rngs, st.floats(0, 2))
+def test_entropy_divergence_variation_and_objective_are_their_definitions(drawn, rng, beta):
+    log_pi, ref = drawn
+    r = rng.normal(size=log_pi.shape)
     for p in range(2):
-        pi, q = np.exp(l[p]), np.exp(ref[p])
+        pi, q = np.exp(log_pi[p]), np.exp(ref[p])
         kl = sum(a * np.log(a / b) for a, b in zip(pi, q))
-        assert_close(enumerable.entropy(l)[p], -sum(a * np.log(a) for a in pi))
-        assert_close(enumerable.divergence(l, ref)[p], kl)
-        assert_close(enumerable.total_variation(l, ref)[p], sum(max(a - b, 0) for a, b in zip(pi, q)))
-        assert_close(enumerable.objective(l, ref, r, beta)[p], sum(a * b for a, b in zip(pi, r[p])) - beta * kl)
-    assert (enumerable.divergence(l, ref) > 0).all() and (enumerable.divergence(l, l) == 0).all()
-    assert (0 <= enumerable.entropy(l)).all() and (enumerable.entropy(l) <= np.log(7)).all()
+        assert_close(enumerable.entropy(log_pi)[p], -sum(a * np.log(a) for a in pi))
+        assert_close(enumerable.divergence(log_pi, ref)[p], kl)
+        assert_close(enumerable.total_variation(log_pi, ref)[p], sum(max(a - b, 0) for a, b in zip(pi, q)))
+        assert_close(enumerable.objective(log_pi, ref, r, beta)[p], sum(a * b for a, b in zip(pi, r[p])) - beta * kl)
+    assert (enumerable.divergence(log_pi, ref) > 0).all() and (enumerable.divergence(log_pi, log_pi) == 0).all()
+    assert (0 <= enumerable.entropy(log_pi)).all() and (enumerable.entropy(log_pi) <= np.log(7)).all()
 
 
-def test_what_has_no_probability_does_not_count():
-    l = np.log(np.array([[0.5, 0.5, 1.0]])) + np.array([[0, 0, -np.inf]])
-    assert_close(enumerable.entropy(l), [np.log(2)])
-    assert_close(enumerable.divergence(l, np.log(np.full((1, 3), 1 / 3))), [np.log(1.5)])
+def test_responses_of_probability_0_contribute_nothing():
+    log_pi = np.log(np.array([[0.5, 0.5, 1.0]])) + np.array([[0, 0, -np.inf]])
+    assert_close(enumerable.entropy(log_pi), [np.log(2)])
+    assert_close(enumerable.divergence(log_pi, np.log(np.full((1, 3), 1 / 3))), [np.log(1.5)])
 
 
-@given(laws(2), rngs)
-def test_the_gradient_of_j_is_that_of_differences_for_every_log_prob_by_itself(laws, rng):
-    """Also off the simplex, where no model goes: the last beta in objective_gradient is right."""
-    l, reference = laws
-    rewards, numeric, step = rng.normal(size=l.shape), np.empty_like(l), 1e-6
-    for i in np.ndindex(l.shape):
+@given(distributions(2), rngs)
+def test_the_gradient_of_j_agrees_with_differences_of_each_log_prob_alone(drawn, rng):
+    """The moved probabilities do not add up to 1, so the last beta in objective_gradient is tested too."""
+    log_pi, reference = drawn
+    rewards, numeric, step = rng.normal(size=log_pi.shape), np.empty_like(log_pi), 1e-6
+    for i in np.ndindex(log_pi.shape):
         sides = []
         for sign in (1, -1):
-            moved = l.copy()
+            moved = log_pi.copy()
             moved[i] += sign * step
             sides.append(enumerable.objective(moved, reference, rewards, 0.4).sum())
         numeric[i] = (sides[0] - sides[1]) / (2 * step)
-    assert_close(enumerable.objective_gradient(l, reference, rewards, 0.4), numeric, 1e-6)
+    assert_close(enumerable.objective_gradient(log_pi, reference, rewards, 0.4), numeric, 1e-6)
 
 
 def test_the_gradient_of_j_through_the_transformer():
-    """Three ways: the line in objective_gradient, backward through J written in ops, and differences of J."""
+    """Three ways agree: objective_gradient, backward through J written in ops, and differences of J."""
     rng = np.random.default_rng(3)
     world, model, beta = small_world(), policy(rng), 0.4
     reference, rewards = world.log_probs(policy(rng)).data, rng.normal(size=world.shape)
 
     def J(*_):
-        l = world.log_probs(model)
-        return ops.sum(ops.exp(l) * (rewards - beta * (l - reference)))
+        log_pi = world.log_probs(model)
+        return ops.sum(ops.exp(log_pi) * (rewards - beta * (log_pi - reference)))
 
     assert_close(J(), enumerable.objective(world.log_probs(model).data, reference, rewards, beta).sum())
     by_ops = parameter_gradients(model, J())
-    l = world.log_probs(model)
-    by_hand = parameter_gradients(model, l, enumerable.objective_gradient(l.data, reference, rewards, beta))
+    log_pi = world.log_probs(model)
+    by_hand = parameter_gradients(model, log_pi, enumerable.objective_gradient(log_pi.data, reference, rewards, beta))
     for name, gradient in by_ops.items():
         assert_close(by_hand[name], gradient, name=name)
     gradcheck(J, *model.parameters().values())
 
 
-@given(laws(1), rngs, st.integers(1, 3))
-def test_best_of_n_is_the_law_of_the_first_best_of_n_draws(laws, rng, n):
-    l, scores = laws[0], rng.integers(0, 4, size=(2, 7)) / 2        # with ties
-    law = np.exp(enumerable.best_of_n(l, scores, n))
+@given(distributions(1), rngs, st.integers(1, 3))
+def test_best_of_n_is_the_distribution_of_the_first_best_of_n_draws(drawn, rng, n):
+    log_pi = drawn[0]
+    scores = rng.integers(0, 4, size=(2, 7)) / 2                    # with ties
+    best = np.exp(enumerable.best_of_n(log_pi, scores, n))
     for p in range(2):
         expected = np.zeros(7)
         for drawn in itertools.product(range(7), repeat=n):
-            expected[drawn[np.argmax(scores[p, list(drawn)])]] += np.exp(l[p, list(drawn)].sum())
-        assert_close(law[p], expected)
+            expected[drawn[np.argmax(scores[p, list(drawn)])]] += np.exp(log_pi[p, list(drawn)].sum())
+        assert_close(best[p], expected)
 
 
 def test_best_of_n_keeps_its_digits_where_scores_are_rare_or_impossible():
     with np.errstate(divide="ignore"):
-        l = np.log(np.array([[1 - 1e-12, 1e-12, 0.0]]))
-    law = np.exp(enumerable.best_of_n(l, np.array([[0.0, 1.0, 2.0]]), 2))
-    assert_close(law[0, 1] / 2e-12, 1.0)
-    assert law[0, 2] == 0
+        log_pi = np.log(np.array([[1 - 1e-12, 1e-12, 0.0]]))
+    best = np.exp(enumerable.best_of_n(log_pi, np.array([[0.0, 1.0, 2.0]]), 2))
+    assert_close(best[0, 1] / 2e-12, 1.0)
+    assert best[0, 2] == 0
     with np.errstate(divide="ignore"):
-        again = np.log(law)
+        again = np.log(best)
     twice = enumerable.best_of_n(again, np.array([[0.0, 1.0, 2.0]]), 3)
-    assert_close(np.exp(twice), np.exp(enumerable.best_of_n(l, np.array([[0.0, 1.0, 2.0]]), 6)))
+    assert_close(np.exp(twice), np.exp(enumerable.best_of_n(log_pi, np.array([[0.0, 1.0, 2.0]]), 6)))
     with pytest.raises(ValueError, match="best of 0"):
-        enumerable.best_of_n(l, np.zeros((1, 3)), 0)
+        enumerable.best_of_n(log_pi, np.zeros((1, 3)), 0)
 
 
-def test_the_mean_of_sequence_kl_over_the_law_is_the_divergence():
+def test_the_expectation_of_sequence_kl_is_the_divergence():
     rng = np.random.default_rng(6)
     world, model, reference = small_world(), policy(rng), policy(rng)
-    l, ref = world.log_probs(model).data, world.log_probs(reference).data
+    log_pi, ref = world.log_probs(model).data, world.log_probs(reference).data
     for p, prompt in enumerate(world.prompts):
         k1 = sequence_kl(model, reference, [prompt] * 7, world.responses)
-        assert_close((np.exp(l[p]) * k1).sum(), enumerable.divergence(l, ref)[p])
+        assert_close((np.exp(log_pi[p]) * k1).sum(), enumerable.divergence(log_pi, ref)[p])

@@ -1,10 +1,10 @@
-"""Expected losses and training on them: each sum against a plain loop, each step against differences."""
+"""Expected losses and training on them: each sum equals a plain loop, each step agrees with differences."""
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from helpers import assert_close, laws, log_probs_along, parameter_gradients, rngs, small_transformer
+from helpers import assert_close, distributions, log_probs_along, parameter_gradients, rngs, small_transformer
 from minilm import Tensor, ops
 from minilm.objectives.dpo import dpo_loss
 from minilm.exact.enumerable import EnumerableWorld, objective, objective_gradient
@@ -21,37 +21,37 @@ def policy(rng):
     return small_transformer(rng, vocab_size=3)
 
 
-@given(laws(1), rngs, st.floats(0, 0.5))
-def test_comparisons_are_two_draws_and_a_judgement(laws, rng, flips):
-    written_by, r = laws[0], rng.normal(size=(2, 7))
+@given(distributions(1), rngs, st.floats(0, 0.5))
+def test_comparisons_are_two_draws_and_a_judgement(drawn_from, rng, flips):
+    log_mu, r = drawn_from[0], rng.normal(size=(2, 7))
     expected = np.zeros((2, 7, 7))
     for p, first, second in np.ndindex(2, 7, 7):
-        drawn = np.exp(written_by[p, first] + written_by[p, second])
+        drawn = np.exp(log_mu[p, first] + log_mu[p, second])
         wins = 1 / (1 + np.exp(r[p, second] - r[p, first]))
         expected[p, first, second] += drawn * ((1 - flips) * wins + flips * (1 - wins))
         expected[p, second, first] += drawn * ((1 - flips) * (1 - wins) + flips * wins)
-    probabilities = comparisons(written_by, r, flips)
+    probabilities = comparisons(log_mu, r, flips)
     assert_close(probabilities, expected)
     assert_close(probabilities.sum(axis=(1, 2)), np.ones(2))
 
 
-def test_gradient_over_comparisons_is_the_sum_of_one_comparison_after_the_other():
+def test_gradient_over_comparisons_is_a_sum_over_single_comparisons():
     rng = np.random.default_rng(4)
-    l, reference = rng.normal(size=(2, 2, 3))
-    probabilities = comparisons(reference - np.log(np.exp(reference).sum(1, keepdims=True)), l)
+    log_pi, reference = rng.normal(size=(2, 2, 3))
+    probabilities = comparisons(reference - np.log(np.exp(reference).sum(1, keepdims=True)), log_pi)
     expected = np.zeros((2, 3))
     for p, c, r in np.ndindex(2, 3, 3):
-        leaf = Tensor(l[p, [c, r]], requires_grad=True)
+        leaf = Tensor(log_pi[p, [c, r]], requires_grad=True)
         loss = dpo_loss(leaf[:1], leaf[1:], reference[p, [c]], reference[p, [r]], beta=0.3)
         (loss * float(probabilities[p, c, r])).backward()
         np.add.at(expected[p], [c, r], leaf.grad)
-    actual = gradient_over_comparisons(lambda *a: dpo_loss(*a, beta=0.3), probabilities, l, reference)
+    actual = gradient_over_comparisons(lambda *a: dpo_loss(*a, beta=0.3), probabilities, log_pi, reference)
     assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("K", [1, 2])
 def test_gradient_over_samples_visits_every_outcome_by_its_probability(K):
-    """Of the sum of c(p, k, y_k) log pi: pi(y) times the sum of c over k."""
+    """The loss is the sum of c(p, k, y_k) log pi; its expected gradient is pi(y) times the sum of c over k."""
     rng = np.random.default_rng(5)
     world = small_world()
     log_probs = world.token_log_probs(policy(rng)).data
@@ -65,23 +65,23 @@ def test_gradient_over_samples_visits_every_outcome_by_its_probability(K):
     assert_close(actual, np.broadcast_to((pi * c.sum(axis=1))[..., None], log_probs.shape))
 
 
-def test_descend_climbs_to_a_better_policy_the_same_way_every_time():
+def test_descend_improves_j_at_every_step_and_is_deterministic():
     world, rewards = small_world(), np.random.default_rng(0).normal(size=(2, 7))
     reference = world.log_probs(policy(np.random.default_rng(1))).data
 
     def run():
-        def gradient(l):
-            return -objective_gradient(l, reference, rewards, 0.5)
+        def gradient(log_pi):
+            return -objective_gradient(log_pi, reference, rewards, 0.5)
         return list(descend(policy(np.random.default_rng(1)), world, gradient, 20, learning_rate=0.01))
     first, second = run(), run()
     assert len(first) == 21
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(first[0], reference)
-    J = [objective(l, reference, rewards, 0.5).sum() for l in first]
+    J = [objective(log_pi, reference, rewards, 0.5).sum() for log_pi in first]
     assert (np.diff(J) > 0).all()
 
 
-def test_the_tangent_kernel_says_where_every_log_prob_goes():
+def test_the_tangent_kernel_predicts_the_change_of_every_log_prob():
     rng = np.random.default_rng(7)
     world, model = small_world(), policy(rng)
     gradient = rng.normal(size=world.shape)
@@ -99,6 +99,15 @@ def test_a_step_conserves_probability():
 
 
 @pytest.mark.parametrize("flip_rate", [-0.1, 1.5, float("nan")])
-def test_a_share_of_errors_out_of_range_is_refused(flip_rate):
+def test_a_flip_rate_out_of_range_raises(flip_rate):
     with pytest.raises(ValueError, match="flip_rate"):
         comparisons(np.zeros((1, 2)), np.zeros((1, 2)), flip_rate)
+
+
+def test_more_outcomes_than_the_limit_raise_with_their_number_and_what_to_reduce():
+    log_probs, mask = np.zeros((2, 40, 3)), np.ones((2, 40, 3))
+    with pytest.raises(ValueError, match=r"2 draws for each of 2 prompts with 40 responses have N\^\(P K\) = 2,560,000 "
+                                         r"outcomes; the limit is 100,000.*Take one prompt, fewer samples"):
+        gradient_over_samples(lambda leaf, drawn: ops.sum(leaf), log_probs, mask, samples=2)
+    with pytest.raises(ValueError, match="the limit is 6"):
+        gradient_over_samples(lambda leaf, drawn: ops.sum(leaf), log_probs[:1, :7], mask[:1, :7], 1, most_outcomes=6)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 from hypothesis import given, strategies as st
 
-from helpers import assert_close, laws, rngs
+from helpers import assert_close, distributions, rngs
 from minilm.exact.enumerable import divergence, expectation, optimum
 from common.frontier import frontier
 
@@ -40,7 +40,7 @@ def test_its_corners_are_points_with_decreasing_slopes(rng):
     assert corners[-1, 1] == r.max()
 
 
-@given(laws(3), rngs)
+@given(distributions(3), rngs)
 def test_a_mixture_of_two_policies_has_the_reward_of_the_line_at_no_more_divergence(three, rng):
     reference, one, other = three
     rewards, share = rng.normal(size=reference.shape), rng.random()
@@ -51,7 +51,7 @@ def test_a_mixture_of_two_policies_has_the_reward_of_the_line_at_no_more_diverge
             <= (1 - share) * divergence(one, reference) + share * divergence(other, reference) + 1e-12).all()
 
 
-@given(laws(1), rngs)
+@given(distributions(1), rngs)
 def test_optimal_policies_are_all_on_it(law, rng):
     """pi* over beta is a concave curve: none of its points lies under a line between two others."""
     rewards = rng.normal(size=law[0].shape)

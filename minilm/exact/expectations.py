@@ -1,101 +1,129 @@
 """Expected losses in the enumerable world: their gradients, and training on them without any randomness.
 
-Say what dL/dl is, an array (P,N) (or dL/dr, or one entry per token), and call backward with it: the
-model does the rest. For J that array is one line, enumerable.objective_gradient. For a loss over pairs
-that do not depend on the policy it is the sum, over all pairs, of the gradient of the loss of the pair
-times its probability: the gradient of an expectation. For a loss over samples of the policy itself the
-same sum is what an estimator gives on average: the probabilities are held fixed, as automatic
-differentiation holds them. Whether that is the gradient of anything is another question, and
-tests/test_exact_policy_gradient.py and tests/test_exact_kl.py answer it.
+An expected loss is a function of log_pi (P,N), of log-probs of tokens (P,N,T), or of rewards (P,N). Each
+function here returns its gradient with respect to that array. Calling backward of the model's output with
+this array as the cotangent gives the gradient of every parameter:
+
+    log_pi = world.log_probs(model)
+    log_pi.backward(gradient)
+
+For J the array is one line, enumerable.objective_gradient. For a loss over pairs that are drawn from
+another policy it is a sum over all pairs: the probability of a pair, times the gradient of its loss. This
+is the gradient of the expected loss. For a loss over samples of the policy itself, the same sum is the
+expected gradient of an estimator: automatic differentiation holds the probabilities of the samples fixed.
+An expected gradient need not be the gradient of the quantity that the estimator estimates:
+gradients.compare_with_exact_gradient compares the two.
 Tests: tests/test_expectations.py, tests/test_exact_*.py.
 """
 
 import itertools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from minilm.exact.enumerable import EnumerableWorld, preference
 from minilm.optim import AdamW, warmup_cosine
 from minilm.tensor import Tensor
-from minilm.exact.enumerable import preference
+
+# The most outcomes that gradient_over_samples visits; each is one forward and backward of the loss, about 0.2 ms.
+MOST_OUTCOMES = 100_000
 
 
-def comparisons(written_by, rewards, flip_rate=0.0):
-    """Probability (P,N,N) that responses i and j are compared, and i is preferred.
+def comparisons(log_mu: np.ndarray, rewards: np.ndarray, flip_rate: float = 0.0) -> np.ndarray:
+    """The probability (P,N,N) that responses i and j are compared and i is preferred.
 
-    Both are drawn from exp(written_by); people prefer as preference(rewards) has it, and err in a
-    share flip_rate of cases. Each prompt's probabilities add up to 1.
+    Both responses are drawn from the behaviour policy mu, and log_mu is log mu(y|x), (P,N). They are
+    judged by preference(rewards), and a fraction flip_rate of the judgements is reversed. The
+    probabilities of each prompt add up to 1. Raises ValueError for a flip_rate outside [0, 1].
     """
     if not 0 <= flip_rate <= 1:
-        raise ValueError(f"flip_rate {flip_rate} must be between 0 and 1")
-    wins = preference(rewards)
-    seen = (1 - flip_rate) * wins + flip_rate * (1 - wins)
-    drawn = np.exp(written_by)
-    return 2 * drawn[:, :, None] * drawn[:, None, :] * seen         # twice: i may be the first or the second drawn
+        raise ValueError(f"flip_rate {flip_rate} must be between 0 and 1: it is a fraction of the labels")
+    preferred = preference(rewards)
+    labelled = (1 - flip_rate) * preferred + flip_rate * (1 - preferred)
+    mu = np.exp(log_mu)
+    return 2 * mu[:, :, None] * mu[:, None, :] * labelled       # 2: i may be the first or the second draw
 
 
-def gradient_over_comparisons(loss, probabilities, values, *others):
-    """d/dvalues (P,N) of the sum over prompts of E[ loss(chosen, rejected, ...) ], one comparison at a time.
+def gradient_over_comparisons(loss: Callable[..., Tensor], probabilities: np.ndarray, values: np.ndarray,
+                              *others: np.ndarray) -> np.ndarray:
+    """d/dvalues (P,N) of the sum over prompts of E[ loss(chosen, rejected, ...) ].
 
-    loss           a mean over pairs: dpo_loss(l_c, l_r, ref_c, ref_r) for values l and others (ref,),
-                   reward_loss(r_c, r_r) for values r
-    probabilities  (P,N,N) from comparisons(), or counted
-    values, others arrays (P,N), from which chosen and rejected are picked
+    loss           a mean over pairs: dpo_loss(chosen, rejected, reference_chosen, reference_rejected) for
+                   values = log_pi and others = (log pi_ref,); reward_loss(chosen, rejected) for values =
+                   rewards
+    probabilities  (P,N,N), probabilities[p, i, j] of the pair in which i is preferred to j: from
+                   comparisons(), or counted
+    values, others arrays (P,N); the loss gets their entries for chosen and for rejected
     """
     p, chosen, rejected = np.nonzero(probabilities)
     leaves = [Tensor(values[p, y], requires_grad=True) for y in (chosen, rejected)]
     loss(*leaves, *(other[p, y] for other in others for y in (chosen, rejected))).backward()
-    weights = probabilities[p, chosen, rejected] * len(p)       # the loss has divided by len(p)
+    weights = probabilities[p, chosen, rejected] * len(p)       # the loss is a mean over len(p) pairs
     gradient = np.zeros(np.shape(values))
     for leaf, y in zip(leaves, (chosen, rejected)):
         np.add.at(gradient, (p, y), weights * leaf.grad)
     return gradient
 
 
-def gradient_over_samples(loss, log_probs, mask, samples, drawn_from=None):
-    """E[ d loss(log_probs (P*K,S), drawn (P,K)) / dlog_probs ] (P,N,S) over K = samples draws a prompt.
+def gradient_over_samples(loss: Callable[[Tensor, np.ndarray], Tensor], log_probs: np.ndarray, mask: np.ndarray,
+                          samples: int, drawn_from: np.ndarray | None = None,
+                          most_outcomes: int = MOST_OUTCOMES) -> np.ndarray:
+    """E[ d loss(log_probs (P*K,T), drawn (P,K)) / dlog_probs ], (P,N,T), over K = samples draws for each prompt.
 
-    What an estimator gives on average: the probabilities of the draws are held fixed.
+    This is the expected gradient of an estimator. The probabilities of the draws are held fixed.
 
-    log_probs   of the tokens, an array (P,N,S); mask as in EnumerableWorld
-    loss        of the log-probs of the responses drawn (a Tensor), and of which ones these are
-    drawn_from  log-probs (P,N) to draw from, if not from the policy itself
-    All N^(P*K) outcomes are visited, each by its probability: for small N, P and K.
+    log_probs   of the tokens, an array (P,N,T); mask as in EnumerableWorld
+    loss        of the token log-probs of the responses drawn (a Tensor) and of their indices; other values of
+                these responses: world.take(values, drawn)
+    drawn_from  log-probs (P,N) of the policy that draws the samples, if it is another one
+    Every outcome of the draws is visited, with its probability. There are N^(P K); raises ValueError
+    if this is more than most_outcomes.
     """
-    (P, N, S), K = log_probs.shape, samples
-    l = np.where(mask > 0, log_probs, 0).sum(axis=-1) if drawn_from is None else drawn_from
-    prompts, gradient = np.arange(P)[:, None], np.zeros_like(log_probs)
+    P, N, T = log_probs.shape
+    K = samples
+    outcomes = N ** (P * K)
+    if outcomes > most_outcomes:
+        raise ValueError(f"gradient_over_samples: {K} draws for each of {P} prompts with {N} responses have "
+                         f"N^(P K) = {outcomes:,} outcomes; the limit is {most_outcomes:,}, at about 0.2 ms each. Take "
+                         "one prompt, fewer samples, or a world with fewer responses; or pass most_outcomes")
+    log_pi = np.where(mask > 0, log_probs, 0).sum(axis=-1) if drawn_from is None else drawn_from
+    prompts = np.arange(P)[:, None]
+    gradient = np.zeros_like(log_probs)
     for outcome in itertools.product(range(N), repeat=P * K):
         drawn = np.reshape(outcome, (P, K))
-        leaf = Tensor(log_probs[prompts, drawn].reshape(P * K, S), requires_grad=True)
+        leaf = Tensor(log_probs[prompts, drawn].reshape(P * K, T), requires_grad=True)
         loss(leaf, drawn).backward()
-        np.add.at(gradient, (prompts, drawn), np.exp(l[prompts, drawn].sum()) * leaf.grad.reshape(P, K, S))
+        probability = np.exp(log_pi[prompts, drawn].sum())
+        np.add.at(gradient, (prompts, drawn), probability * leaf.grad.reshape(P, K, T))
     return gradient
 
 
-def descend(model, world, gradient, steps, learning_rate):
-    """Train the model on an exact gradient; yields its log-probs (P,N) before each step, and at the end.
+def descend(model, world: EnumerableWorld, gradient: Callable[[np.ndarray], np.ndarray], steps: int,
+            learning_rate: float) -> Iterator[np.ndarray]:
+    """Train the model on an exact gradient: AdamW without randomness.
 
-    gradient  of log-probs (P,N), to dL/dl (P,N)
+    gradient  a function of log_pi (P,N) that returns dL/dlog_pi (P,N)
+    Yields log_pi before each step, and after the last.
     """
     optimizer = AdamW(model.parameters(), weight_decay=0.0)
     for step in range(steps):
-        l = world.log_probs(model)
-        yield l.data
+        log_pi = world.log_probs(model)
+        yield log_pi.data
         optimizer.zero_grad()
-        l.backward(gradient(l.data))
+        log_pi.backward(gradient(log_pi.data))
         optimizer.step(warmup_cosine(step, steps, learning_rate, warmup=10, floor=0.0))
     yield world.log_probs(model).data
 
 
-def tangent_kernel(model, world):
-    """K (P*N,P*N): the inner products of grad l(y) and grad l(y') over all parameters.
+def tangent_kernel(model, world: EnumerableWorld) -> np.ndarray:
+    """The inner products of grad log pi(y) and grad log pi(y') over all parameters, (P*N,P*N).
 
-    A small step of gradient descent on a loss L moves every log-prob, to first order, by
+    A small step of gradient descent on a loss L changes every log-prob, to first order, by
 
-        d l(y) = - learning_rate * sum_y' K(y,y') dL/dl(y')
+        d log pi(y) = -learning_rate sum_y' kernel(y,y') dL/dlog pi(y')
 
-    so K is all there is to say about what pushing one response does to another (Jacot et al. 2018,
-    arXiv:1806.07572). Probability is conserved: sum_y pi(y) K(y,y') = 0 over the responses of a prompt.
+    so the kernel determines the effect of each response on every other one (Jacot et al. 2018,
+    arXiv:1806.07572). Probability is conserved: sum_y pi(y) kernel(y,y') = 0 over the responses to a prompt.
     """
     jacobian = []
     for p, y in np.ndindex(world.shape):

@@ -68,7 +68,8 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
     Raises ValueError for other shapes, for B = 0, and for eps out of range.
     """
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing {label_smoothing} must be at least 0 and below 1/2, where labels carry no information")
+        raise ValueError(f"label_smoothing {label_smoothing} must be at least 0 and below 1/2; "
+                         "labels that are wrong half of the time carry no information")
     delta = _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     B = delta.size
     z = beta * delta
@@ -94,7 +95,8 @@ def robust_dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_ch
     Chowdhury et al. 2024, arXiv:2403.00409. Raises ValueError like dpo_loss.
     """
     if not 0 <= flip_rate < 0.5:
-        raise ValueError(f"flip_rate {flip_rate} must be at least 0 and below 1/2, where labels carry no information")
+        raise ValueError(f"flip_rate {flip_rate} must be at least 0 and below 1/2; "
+                         "labels that are wrong half of the time carry no information")
     delta = _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     B = delta.size
     z = beta * delta

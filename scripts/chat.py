@@ -46,8 +46,12 @@ class Speaker:
     model: Transformer
     tokenizer: Tokenizer
 
-    def answers(self, question: str, count: int, max_tokens: int, temperature: float, uniforms: np.ndarray) -> list[str]:
-        """`count` sampled answers, each on one line. Raises ValueError if the question is too long for the model."""
+    def answers(self, question: str, temperature: float, uniforms: np.ndarray) -> list[str]:
+        """Sampled answers, each on one line.
+
+        uniforms (answers, max_tokens): the random numbers. Raises ValueError if the question is too long for the model.
+        """
+        count, max_tokens = uniforms.shape
         prompt = encode_prompt(self.tokenizer, question)
         samples = generate(self.model, [prompt] * count, max_tokens, uniforms, self.tokenizer.eos, temperature)
         return [one_line(decode_response(self.tokenizer, tokens), finished=tokens[-1] == self.tokenizer.eos)
@@ -84,8 +88,8 @@ def load_speakers(files: list[str]) -> list[Speaker]:
         else:
             print(f"left out: {file} gives numbers, not text", file=sys.stderr)
     if not speakers:
-        raise UsageError(f"none of the {len(files)} files holds a model that writes answers. Choose, for example, base, "
-                         "sft, rlhf-beta-0.3 or dpo-beta-0.3.")
+        raise UsageError(f"none of the {len(files)} files holds a model that writes answers. Choose, for example, "
+                         "base, sft, rlhf-beta-0.3 or dpo-beta-0.3.")
     return speakers
 
 
@@ -116,7 +120,7 @@ def converse(speakers: list[Speaker], options: argparse.Namespace) -> None:
         uniforms = np.random.default_rng([options.seed, number]).random((options.answers, options.max_tokens))
         for speaker in speakers:
             try:
-                answers = speaker.answers(question, options.answers, options.max_tokens, options.temperature, uniforms)
+                answers = speaker.answers(question, options.temperature, uniforms)
             except ValueError as error:
                 answers = [f"error: {error}"]
             for i, answer in enumerate(answers):

@@ -1,8 +1,7 @@
-"""scripts/assistant.py as an impatient user runs it: bad input, a full disk, Ctrl-C and kills at any moment.
+"""scripts/assistant.py with impatient users: bad input, a full disk, Ctrl-C and kills at any moment.
 
-Most runs go through RUNNER: the script's own main() in a process of its own, on a world made small by
-replacing its constants, with an accident at a chosen tick (a training step, a sampled block, a file
-written, a figure drawn). One run of the real command checks that nothing hangs on that.
+Most runs go through RUNNER: the script's main() in its own process, with smaller constants, and with an accident at
+a chosen tick (a training step, a sampled block, a written file, a drawn figure). One test runs the real command.
 """
 import json
 import math
@@ -29,12 +28,12 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SCRIPT = [sys.executable, str(SCRIPTS / "assistant.py")]
 RUNNER = f"""import json, os, signal, sys
 sys.path.insert(0, {str(SCRIPTS)!r})
-import assistant; from support import figures
+import assistant; from support import figures, job, terminal
 from minilm import checkpoint
 assistant.STEPS = dict(dict.fromkeys(assistant.STEPS, 2000), pretraining=3000)
 assistant.SIZES["small"] = dict(width=32, layers=1)
 assistant.RLHF_BETAS, assistant.DPO_BETAS = (assistant.MAIN_BETA, 0.0), (assistant.MAIN_BETA,)
-assistant.MAX_NEW_TOKENS, assistant.BEST_OF, assistant.SAVE_EVERY = 4, 2, -1
+assistant.MAX_NEW_TOKENS, assistant.BEST_OF, job.SAVE_EVERY = 4, 2, -1
 assistant.COMPARISONS = assistant.HELD_OUT = 400
 moment, number = map(int, os.environ.get("ACCIDENT", "0 0").split())
 ticks = 0
@@ -52,11 +51,11 @@ def ticking(module, name):
         tick("after " + name)
         return result
     setattr(module, name, wrapped)
-for module, name in [(os, "fsync"), (assistant, "generate"), (assistant, "prepare"), (assistant, "save_model"),
-                     (figures, "training_curves"), (figures, "reward_against_kl"), (figures, "_brief")]:
+for module, name in [(os, "fsync"), (job, "generate"), (assistant, "prepare"), (job, "save_model"),
+                     (figures, "training_curves"), (figures, "reward_against_kl"), (terminal, "brief")]:
     ticking(module, name)
 if "POISON" in os.environ:
-    class Poisoned(assistant.TrainState):
+    class Poisoned(job.TrainState):
         def __init__(self, *arguments, **settings):
             super().__init__(*arguments, **settings)
             zero_grad = self.optimizer.zero_grad
@@ -65,7 +64,7 @@ if "POISON" in os.environ:
                 if self.step == 2:
                     self.model.parameters()["embedding"].data[:] = float("nan")
             self.optimizer.zero_grad = poisoned
-    assistant.TrainState = Poisoned
+    job.TrainState = Poisoned
 status = assistant.main_guard(assistant.main)
 if "TICKS" in os.environ:
     print("ticks", ticks)
@@ -158,7 +157,7 @@ def folder(stopped, tmp_path):
     return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
-# The whole road.
+# All stages.
 
 def numbers(tree):
     if isinstance(tree, dict):
@@ -177,8 +176,8 @@ def test_the_real_command_ends_with_table_results_figures_and_models(tmp_path):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
     results = json.loads((folder / "results.json").read_text(), parse_constant=refuse)
-    columns = ("task_accuracy", "gold_reward", "learned_reward", "win_rate", "kl_sequence")
-    assert [row["stage"] for row in results["rows"]] == ["base", "instructed", "best_of_n", "rlhf", "dpo"]
+    columns = ("task_accuracy", "gold_reward", "proxy_reward", "win_rate", "kl_sequence")
+    assert [row["stage"] for row in results["rows"]] == ["base", "sft", "best_of_n", "rlhf", "dpo"]
     for row in results["rows"]:
         assert set(row) >= {"stage", *columns, *(f"{c}_se" for c in columns)}
         assert all(row[f"{c}_se"] >= 0 for c in columns) and 0 <= row["task_accuracy"] <= 1 and 0 <= row["win_rate"] <= 1
@@ -187,7 +186,7 @@ def test_the_real_command_ends_with_table_results_figures_and_models(tmp_path):
     assert {"python", "numpy"} <= set(results["versions"]) and re.fullmatch("[0-9a-f]{64}", results["text"]["sha256"])
     assert results["config"]["width"] * results["config"]["layers"] < results["parameters"]
     models = [f"{method}-beta-{row['beta']}" for method, rows in results["frontier"].items() for row in rows]
-    models += ["base", "instructed", "reward_model"]
+    models += ["base", "sft", "reward_model"]
     assert set(results["seconds"]) >= {*models, "evaluation"} and min(results["seconds"].values()) >= 0
     assert len(results["frontier"]["rlhf"]) > 1 and len(results["frontier"]["dpo"]) > 1
     assert {path.name for path in folder.iterdir()} == {
@@ -197,11 +196,11 @@ def test_the_real_command_ends_with_table_results_figures_and_models(tmp_path):
         image = pyplot.imread(folder / name)
         assert min(image.shape[:2]) > 300 and image.std() > 0.05, name
 
-    for words in ("task accuracy", "gold reward", "learned reward", "win rate", "KL (nats)", "RLHF", "DPO", "best of n"):
+    for words in ("task accuracy", "gold reward", "proxy reward", "win rate", "KL (nats)", "RLHF", "DPO", "best of n"):
         assert words in done.stdout
     assert "base: step 1/1, " in done.stdout and "\r" not in done.stdout
     example = results["examples"][0]
-    assert example["question"] in done.stdout and {"base", "instructed", "rlhf", "dpo"} < set(example)
+    assert example["question"] in done.stdout and {"base", "sft", "rlhf", "dpo"} < set(example)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(whole):
@@ -317,7 +316,7 @@ def test_a_run_in_use_is_refused_then_stopped_and_resumed_by_the_command_it_prin
     first.send_signal(signal.SIGCONT)
     output, errors = first.communicate(timeout=60)
     assert first.returncode == 130 and "press again to stop at once" in errors and "Traceback" not in errors
-    command = output.split("Go on with:", 1)[1].strip()
+    command = output.split("Continue with:", 1)[1].strip()
     assert command.endswith(f"{shlex.quote(str(out))} --resume")
     resumed = subprocess.run(command, shell=True, text=True, capture_output=True, timeout=120)
     assert (resumed.returncode, resumed.stderr) == (0, "")

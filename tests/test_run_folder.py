@@ -134,7 +134,7 @@ def test_settings_that_cannot_be_written_down_are_refused_before_there_is_a_fold
     ("run.json", '{"format": "minilm run"}'), ("run.json", '{"format": "minilm run", "settings": 1}')])
 def test_a_folder_with_the_files_of_others_is_refused_and_left_as_it_is(tmp_path, name, content, resume):
     (tmp_path / name).write_text(content)
-    with pytest.raises(UsageError, match="holds no run|not the work of minilm"):
+    with pytest.raises(UsageError, match="holds no run|not a file of minilm"):
         enter(tmp_path, resume)
     assert contents(tmp_path) == {name: content.encode()}
 

@@ -116,7 +116,7 @@ def guide() -> str:
     vocabulary = (f"Lists have {MIN_WORDS} to {MAX_WORDS} of these words: {' '.join(WORDS)}.",
                   f"Sums have {MIN_DIGITS} to {MAX_DIGITS} digits from 0 to {LARGEST_DIGIT}, with spaces around each +.",
                   f"People: {' '.join(PEOPLE)}.")
-    return "\n".join(["This small assistant knows nine kinds of questions. Write them like this:", "",
+    return "\n".join([f"This small assistant knows {len(TASKS)} kinds of questions. Write them like this:", "",
                       *(f"    {question}" for question in example_questions().values()), "",
                       *(textwrap.fill(line, 80) for line in vocabulary)])
 

@@ -1,4 +1,4 @@
-"""What the scripts share: a folder that holds one long run, stopping it politely, errors without tracebacks.
+"""Shared by the scripts: a folder for one long run, Ctrl-C that saves first, and errors without tracebacks.
 
     def main():
         arguments = parser.parse_args()
@@ -9,7 +9,7 @@
                 ...
                 if stop.requested:
                     run.save_state("model", arrays, {"step": step})
-                    print("stopped; go on with --resume")
+                    print("stopped; continue with --resume")
                     return
             run.finish(results)
 
@@ -27,6 +27,7 @@ import shlex
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from minilm import checkpoint
@@ -36,32 +37,34 @@ FORMAT = "minilm run"
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be done; the message says why, and what to do instead."""
+    """A request of the user is not possible. The message says why, and what to do instead."""
 
 
 class RunFolder:
-    """The output folder of one run, held by one process at a time: `with RunFolder(...) as run`.
+    """The output folder of one run, used by one process at a time: `with RunFolder(...) as run`.
 
-    path: the folder, created if need be.
-    resume: whether a run that the folder already holds is to go on; an empty folder starts either way.
-    fingerprint: a JSON-able dictionary of the settings that determine the results. A run is resumed
-        under the settings it was started with, or not at all.
+    path         the folder; it is created if it does not exist
+    resume       True continues the run in the folder. A missing or empty folder starts a new run in any case
+    fingerprint  the settings that determine the results, a dictionary that JSON can hold. A run is resumed
+                 only with the settings that it was started with
+    resumed      after entering: whether the folder already held this run
 
-    Entering raises UsageError, and leaves the files as they are, if the path is no folder or cannot be
-    written to, if it is in use by another run, if it holds files but no run, if it holds a run and
-    resume is False, if it holds a run with other settings. Saving raises checkpoint.CheckpointError.
+    Entering raises UsageError, and leaves the files as they are, if the path is not a folder or cannot be written
+    to, if another run uses it, if it holds files but no run, if it holds a run and resume is False, or if it holds a
+    run with other settings. Saving raises checkpoint.CheckpointError.
     """
 
-    def __init__(self, path, resume, fingerprint):
+    def __init__(self, path: str | Path, resume: bool, fingerprint: dict):
         self.folder = Path(path)
         self.resume = resume
-        self.fingerprint = json.loads(json.dumps(fingerprint))    # as run.json gives it back
+        self.resumed = False
+        self.fingerprint = json.loads(json.dumps(fingerprint))    # as run.json returns it
         self._lock = None
 
     def __enter__(self):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._refuse_strangers()
+            self._check_for_other_files()
             self._take_lock()
             self._start_or_resume()
         except BaseException as error:
@@ -77,52 +80,54 @@ class RunFolder:
         self._release()
 
     @classmethod
-    def recorded(cls, path):
-        """The settings of the run that a folder holds; an empty dictionary if none can be read there."""
+    def recorded(cls, path: str | Path) -> dict:
+        """The settings of the run in a folder; an empty dictionary if there is none, or none that can be read."""
         try:
             return cls(path, True, {})._read_run() or {}
         except (OSError, UsageError):
-            return {}       # entering it says what is wrong
+            return {}       # entering the folder reports the error
 
-    def path(self, name):
+    def path(self, name: str) -> Path:
         return self.folder / name
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
         return self.path(RESULTS).exists()
 
-    def finish(self, results):
-        """Writes results.json from a JSON-able dictionary; from now on the run is finished."""
+    def finish(self, results: dict) -> None:
+        """Writes results.json from a dictionary that JSON can hold. From now on the run is finished."""
         checkpoint.write_text(self.path(RESULTS), json.dumps(results, indent=2) + "\n")
 
-    def save_state(self, name, arrays, metadata):
-        """Replaces <name>.safetensors; a run killed meanwhile keeps the previous one."""
+    def save_state(self, name: str, arrays: dict, metadata: dict) -> None:
+        """Replaces <name>.safetensors. If the process is killed meanwhile, the previous file stays."""
         checkpoint.save(self._state_path(name), arrays, metadata)
 
-    def load_state(self, name):
-        """(arrays, metadata) as last saved under this name, or None if never."""
+    def load_state(self, name: str) -> tuple[dict, dict] | None:
+        """(arrays, metadata) of the last save under this name, or None if there was none."""
         path = self._state_path(name)
         return checkpoint.load(path) if path.exists() else None
 
-    def drop_state(self, name):
-        """Deletes what save_state wrote under this name, if anything."""
+    def drop_state(self, name: str) -> None:
+        """Deletes the file of save_state under this name, if there is one."""
         self._state_path(name).unlink(missing_ok=True)
 
     def _state_path(self, name):
         return self.path(f"{name}.safetensors")
 
-    def _refuse_strangers(self):
-        """Before the lock, so that not even a .lock is left in a folder that is not ours."""
-        strangers = [name for name in sorted(os.listdir(self.folder))
-                     if name != LOCK and not name.endswith(checkpoint.TEMPORARY_SUFFIX)]
-        if strangers and self._read_run() is None:    # read after listing: a run may be starting here
-            raise UsageError(f"{self.folder} is not empty and holds no run (it has {strangers[0]}). "
+    def _check_for_other_files(self):
+        """Called before locking, so that a folder of other files does not even get a .lock."""
+        others = [name for name in sorted(os.listdir(self.folder))
+                  if name != LOCK and not name.endswith(checkpoint.TEMPORARY_SUFFIX)]
+        if others and self._read_run() is None:    # read after the listing, because a run may be starting here
+            raise UsageError(f"{self.folder} is not empty and holds no run (it has {others[0]}). "
                              "Choose another --out.")
 
     def _take_lock(self):
-        """The kernel frees the lock when the process dies, however it dies. The file stays: were it
-        unlinked, two runs could lock two files of that name. Python opens it close-on-exec, so that
-        programs which the run starts do not hold the lock on."""
+        """Locks the folder. The kernel frees the lock when the process ends, in any way.
+
+        The file .lock is never deleted: otherwise two runs could lock two files of that name. Python opens it
+        close-on-exec, so that programs started by the run do not keep the lock.
+        """
         self._lock = os.open(self.path(LOCK), os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -140,13 +145,14 @@ class RunFolder:
             checkpoint.write_text(self.path(RUN), json.dumps(run, indent=2) + "\n")
         elif not self.resume:
             raise UsageError(f"{self.folder} already holds a run. "
-                             "Pass --resume to go on with it, or choose another --out.")
+                             "Pass --resume to continue it, or choose another --out.")
         else:
-            self._refuse_other_settings(started)
-        for leftover in self.folder.glob(f".*{checkpoint.TEMPORARY_SUFFIX}"):    # of a killed run
+            self._check_settings(started)
+            self.resumed = True
+        for leftover in self.folder.glob(f".*{checkpoint.TEMPORARY_SUFFIX}"):    # from a killed run
             leftover.unlink()
 
-    def _refuse_other_settings(self, started):
+    def _check_settings(self, started):
         def show(settings, name):
             return json.dumps(settings[name], sort_keys=True) if name in settings else "absent"
         differences = [f"{name} was {show(started, name)} and is now {show(self.fingerprint, name)}"
@@ -154,10 +160,10 @@ class RunFolder:
                        if show(started, name) != show(self.fingerprint, name)]
         if differences:
             raise UsageError(f"{self.folder} holds a run with other settings: {', '.join(differences)}. "
-                             "Resume it with those it had, or choose another --out.")
+                             "Resume it with the settings that it was started with, or choose another --out.")
 
     def _read_run(self):
-        """The settings in run.json, or None where there is none."""
+        """The settings in run.json, or None if there is no such file."""
         path = self.path(RUN)
         try:
             content = json.loads(path.read_text("utf-8"))
@@ -167,13 +173,13 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path} is not the work of minilm, or is damaged. "
+            raise UsageError(f"{path} is not a file of minilm, or is damaged. "
                              "Choose another --out.") from error
 
     def _release(self):
         if self._lock is not None:
-            with contextlib.suppress(OSError):    # of a file system without locks
-                fcntl.flock(self._lock, fcntl.LOCK_UN)    # closing alone would leave it to forked children
+            with contextlib.suppress(OSError):    # a file system without locks
+                fcntl.flock(self._lock, fcntl.LOCK_UN)    # closing alone leaves the lock to forked children
             os.close(self._lock)
             self._lock = None
 
@@ -181,10 +187,9 @@ class RunFolder:
 class StopRequest:
     """Ctrl-C or SIGTERM as a request: `with StopRequest() as stop`, and the loop polls `stop.requested`.
 
-    The first signal only sets the flag, so that the loop can finish its step and save; the second
-    raises KeyboardInterrupt. A signal that was ignored before (as SIGINT is in a shell script's `&` jobs)
-    stays ignored. Leaving restores the handlers. Outside the main thread, where Python lets nobody set
-    handlers, this does nothing.
+    The first signal sets the flag, so that the loop can finish its step and save. The second raises
+    KeyboardInterrupt. A signal that was ignored before (as SIGINT in the `&` jobs of a shell script) stays ignored.
+    Leaving restores the handlers. Outside the main thread this does nothing, because Python sets no handlers there.
     """
 
     def __init__(self):
@@ -195,7 +200,7 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 previous = signal.getsignal(number)
-                if previous not in (signal.SIG_IGN, None):    # None: set from C, and could not be restored
+                if previous not in (signal.SIG_IGN, None):    # None: set from C, cannot be restored
                     self._previous[number] = previous
                     signal.signal(number, self._handle)
         return self
@@ -208,43 +213,47 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # Not print: the signal may have arrived in the middle of one, and stderr cannot be re-entered.
+        # Not print: the signal may arrive during a print, and stderr cannot be re-entered.
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step; press again to stop at once\n")
 
 
-def require(*modules):
-    """Raises UsageError if one of the run extra's modules cannot be imported: at the start, not after the work."""
+def require(*modules: str) -> None:
+    """Raises UsageError if a module of the extra [run] cannot be imported. Call it before the work starts."""
     for name in modules:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise UsageError(f"this needs {name}, which cannot be imported ({error}): pip install -e '.[run]'") from error
+            raise UsageError(f"this needs {name}, which cannot be imported ({error}): pip install -e "
+                             "'.[run]'") from error
 
 
-def command_to_resume():
-    """The command line of this process, ready to be typed again, with --resume."""
+def command_to_resume() -> str:
+    """The command line of this process with --resume, quoted for a shell."""
     typed = sys.orig_argv
     return shlex.join(typed if "--resume" in typed else [*typed, "--resume"])
 
 
-def main_guard(main, *user_errors):
-    """Runs main() and returns the exit status: what main returns (None is 0), or 2 after one line
-    `error: ...` on stderr for UsageError, CheckpointError, the given exception classes and what the
-    system refuses (OSError: a full disk, say), or 130 when interrupted, or 141 when whoever read the
-    output has gone. Any other exception is a bug and keeps its traceback."""
+def main_guard(main: Callable[[], int | None], *user_errors: type[Exception]) -> int:
+    """Runs main() and returns the exit status.
+
+    main's result (None is 0); 2 after one line `error: ...` on stderr, for UsageError, CheckpointError, the given
+    exception classes and OSError (a full disk, for example); 130 for Ctrl-C; 141 if the reader of the output has
+    closed it (`| head -1`). Any other exception is a bug and keeps its traceback.
+    """
     try:
         status = main() or 0
-        sys.stdout.flush()    # here, where a failure can still be reported
+        sys.stdout.flush()    # here a failure can still be reported
         return status
     except (UsageError, checkpoint.CheckpointError, *user_errors) as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     except BrokenPipeError:
         _discard_output()
-        return 141    # as the shell reports a program that SIGPIPE ended
+        return 141    # the status that a shell reports for SIGPIPE
     except OSError as error:
-        print(f"error: {error.filename or 'the output'}: {error.strerror}. Check that disk and folder.", file=sys.stderr)
+        print(f"error: {error.filename or 'the output'}: {error.strerror}. Check that disk and folder.",
+              file=sys.stderr)
         if error.filename is None:
             _discard_output()
         return 2
@@ -254,5 +263,5 @@ def main_guard(main, *user_errors):
 
 
 def _discard_output():
-    """What is still buffered for stdout cannot be written; Python would try again at its end, and complain."""
+    """Drops the buffered output, which cannot be written. Otherwise Python tries again at exit, and complains."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

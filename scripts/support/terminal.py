@@ -8,8 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 
 WIDTH = 80
-EMPTY, CUT_OFF = "(empty)", " ..."
-SHOWN_METRICS = ("loss", "accuracy", "reward", "kl_sequence", "rewards/accuracies")
+EMPTY = "(empty)"
+CUT_OFF = " ..."
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
+SHOWN_METRICS = {"loss": "loss", "accuracy": "accuracy", "reward": "reward", "kl_sequence": "KL",
+                 "rewards/accuracies": "accuracy"}      # {name: name in the progress bar}
 
 
 def one_line(text: str, finished: bool = True) -> str:
@@ -43,7 +46,7 @@ def progress(title: str, steps: int, done: int = 0, unit: str = "step") -> Itera
         from tqdm import tqdm
         # Not the size that tqdm finds: in a terminal that reports 0 columns and 0 rows, tqdm shows nothing.
         columns, rows = shutil.get_terminal_size()
-        with tqdm(total=steps, initial=done, desc=f"{title:>14}", unit=unit, ncols=columns, nrows=rows) as bar:
+        with tqdm(total=steps, initial=done, desc=f"{title:>13}", bar_format=BAR, ncols=columns, nrows=rows) as bar:
             def advance(metrics=None):
                 if metrics:
                     bar.set_postfix_str(brief(metrics), refresh=False)
@@ -67,4 +70,4 @@ def progress(title: str, steps: int, done: int = 0, unit: str = "step") -> Itera
 
 def brief(metrics: dict) -> str:
     """The metrics that a progress bar has space for: "loss 0.123, reward 1.5"."""
-    return ", ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN_METRICS if name in metrics)
+    return ", ".join(f"{short} {metrics[name]:.3g}" for name, short in SHOWN_METRICS.items() if name in metrics)

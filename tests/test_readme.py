@@ -1,4 +1,4 @@
-"""The READMEs: links lead somewhere, code prints what they show, claims name tests that exist, generated parts are fresh."""
+"""The READMEs: links lead somewhere, code prints the output shown, claims name tests, generated parts are fresh."""
 
 import ast
 import contextlib
@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-
 import readme
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md",
-         *(path for folder in ("kernels", "minilm", "scripts", "tests") for path in sorted((ROOT / folder).rglob("README.md")))]
+         *(path for folder in ("kernels", "minilm", "scripts", "tests")
+           for path in sorted((ROOT / folder).rglob("README.md")))]
 FRESH = ["levels", "speed", "imports", "golden"]
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
@@ -126,7 +126,7 @@ def test_every_part_has_its_place(name):
 
 
 def test_a_part_without_its_markers_is_an_error():
-    with pytest.raises(ValueError, match="expected once: <!-- generated: python scripts/dev/readme.py --what levels -->"):
+    with pytest.raises(ValueError, match="expected once: <!-- generated: python scripts/dev/readme.py"):
         readme.replaced("no markers", "levels", "text")
 
 

@@ -4,8 +4,8 @@
     python scripts/dev/readme.py --what levels,golden   regenerates these; --what all: every part
     python scripts/dev/readme.py --check                names the stale ones among the parts that are cheap to compute
 
-A generated part of a README stands between the lines `<!-- generated: COMMAND -->` and `<!-- end -->`. Parts that train or
-measure something leave their results in runs/, and start again where runs/ has no results. Figures are written beside
+A generated part of a README stands between the lines `<!-- generated: COMMAND -->` and `<!-- end -->`. Parts that
+train or measure something keep their results in runs/ and do not repeat finished runs. Figures are written beside
 their scripts.
 """
 
@@ -38,7 +38,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """The modules of minilm that a file imports, anywhere in it. `from minilm.a import b` may name a module or a function."""
+    """The modules of minilm that a file imports, anywhere in it; b of `from minilm.a import b` may be one or not."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -162,7 +162,8 @@ def first_table(printed: str) -> str:
     return "\n".join(lines[start:end])
 
 
-ASSISTANT = tuple(f"scripts/assistant.py --seed {seed} --out runs/{name} --resume" for seed, name in ((3, "a"), (4, "b"), (5, "c")))
+ASSISTANT = tuple(f"scripts/assistant.py --seed {seed} --out runs/{name} --resume"
+                  for seed, name in ((3, "a"), (4, "b"), (5, "c")))
 PARTS = {
     "levels": Part("tests/README.md", "1 s", levels_diagram, cheap=True),
     "speed": Part("README.md", "1 s; from scripts/bench/README.md", speed_rows, cheap=True),
@@ -171,7 +172,8 @@ PARTS = {
     "golden": Part("tests/golden/README.md", "1 s", golden_cases, cheap=True),
     "bytes": Part("kernels/README.md", "5 s", commands=("scripts/bench/attention.py",), cheap=True),
     "assistant": Part("README.md", "12 min", commands=(*ASSISTANT, "scripts/support/figures.py runs/a runs/b runs/c")),
-    "bench": Part("scripts/bench/README.md", "40 min, on an idle machine", commands=("scripts/bench/table.py runs/bench",)),
+    "bench": Part("scripts/bench/README.md", "40 min, on an idle machine",
+                  commands=("scripts/bench/table.py runs/bench",)),
     "lecture": Part("", "half an hour", commands=("scripts/lecture/all.py --out runs/claims --resume",
                                                   "scripts/lecture/all.py --readme runs/claims")),
     "vectors": Part("", "2 s", commands=("scripts/dev/golden.py",)),
@@ -222,7 +224,8 @@ def main() -> int:
         return int(bool(wrong))
     if not asked.what:
         for name, part in PARTS.items():
-            print(f"{name:10} {part.file or '(figures, vectors)':24} {part.time:36} {'; '.join(part.commands) or 'this script'}")
+            scripts = "; ".join(part.commands) or "this script"
+            print(f"{name:10} {part.file or 'files of their own':24} {part.time}\n{'':10} {scripts}")
         return 0
     names = list(PARTS) if asked.what == "all" else asked.what.split(",")
     if unknown := set(names) - set(PARTS):

@@ -112,6 +112,12 @@ def test_a_claim_says_how_closely_it_holds_and_names_tests_that_exist(claim, sho
         assert not missing, f"{name} has no {', '.join(missing)}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_test_that_a_page_names_exists(page):
+    known = {name for path in (ROOT / "tests").glob("test_*.py") for name in functions_of(path.name) | {path.stem}}
+    assert set(re.findall(r"`(test_\w+)`", page.read_text("utf-8"))) <= known
+
+
 # Generated parts: scripts/dev/readme.py.
 
 @pytest.mark.parametrize("name", FRESH)

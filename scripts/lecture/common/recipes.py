@@ -53,9 +53,9 @@ def finetune_on_replies(model: Transformer, rng: np.random.Generator, words: int
         pass
 
 
-def sft_model(world: ReplyWorld, rng: np.random.Generator, steps: int) -> Transformer:
+def sft_model(world: ReplyWorld, rng: np.random.Generator, steps: int, dtype: np.dtype = np.float32) -> Transformer:
     """A Transformer finetuned on the demonstrations of a ReplyWorld: the reference of most experiments."""
-    model = Transformer(Config(**MODEL), rng)
+    model = Transformer(Config(**MODEL), rng, dtype)
     finetune_on_replies(model, rng, len(world.prompts[0]) - 1, steps)
     return model
 
@@ -64,7 +64,7 @@ def finetune_by_dpo(world: ReplyWorld, policy: Transformer, reference: np.ndarra
                     rng: np.random.Generator, steps: int, beta: float, learning_rate: float = 3e-4) -> None:
     """Train the policy by DPO on comparisons (p, chosen, rejected); reference: log pi_ref (P,N) of its start."""
     p, *replies = pairs
-    references = [reference[p, y].astype(np.float32) for y in replies]
+    references = [reference[p, y].astype(policy.dtype) for y in replies]
     for _ in train_dpo(TrainState(policy, rng), *world.tokens_of(*pairs), *references, steps, 64, beta, learning_rate):
         pass
 

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+import definitions
 from helpers import assert_close, rngs, small_transformer
-from minilm import formulas, layers, ops
+from minilm import layers, ops
 from common.attention_maps import attention_weights, induction_scores
 from minilm.tensor import Tensor, no_grad
 
@@ -13,23 +14,23 @@ CONFIGS = [{}, {"layers": 3, "heads": 4, "kv_heads": 2, "head_width": 2}, {"caus
 
 
 def by_formula(model, tokens, key_mask):
-    """Of every layer the values of every head (B,H,T,K) and what attention makes of them, from formulas.py alone."""
+    """Of every layer the values of every head (B,H,T,K) and what attention makes of them, from definitions.py alone."""
     c, p, (B, T) = model.config, model.parameters(), tokens.shape
     tables = layers.rope_tables(np.arange(T), c.head_width, c.rope_base, model.dtype)
     x, found = ops.embed(p["embedding"], tokens), []
     for i in range(c.layers):
-        qkv = formulas.rms_norm(x, p[f"blocks.{i}.attention_norm"], c.norm_eps) @ p[f"blocks.{i}.qkv"]
+        qkv = definitions.rms_norm(x, p[f"blocks.{i}.attention_norm"], c.norm_eps) @ p[f"blocks.{i}.qkv"]
         qkv = ops.transpose(qkv.reshape(B, T, c.heads + 2 * c.kv_heads, c.head_width), axes=(0, 2, 1, 3))
         q, k, v = qkv[:, :c.heads], qkv[:, c.heads:c.heads + c.kv_heads], qkv[:, c.heads + c.kv_heads:]
         if c.key_smear:
             k = ops.where(key_mask[:, None, :, None].astype(bool), k, 0.0)
-            k = formulas.smear(k, p[f"blocks.{i}.key_smear"], Tensor(np.zeros((B, c.kv_heads, c.head_width))))
-        q, k = formulas.rope(q, *tables, c.rope_pairing), formulas.rope(k, *tables, c.rope_pairing)
-        mixed = formulas.attention(q, k, v, c.causal, key_mask)
+            k = definitions.smear(k, p[f"blocks.{i}.key_smear"], Tensor(np.zeros((B, c.kv_heads, c.head_width))))
+        q, k = definitions.rope(q, *tables, c.rope_pairing), definitions.rope(k, *tables, c.rope_pairing)
+        mixed = definitions.attention(q, k, v, c.causal, key_mask)
         found.append((v.data[:, np.repeat(np.arange(c.kv_heads), c.heads // c.kv_heads)], mixed.data))
         x = x + ops.transpose(mixed, axes=(0, 2, 1, 3)).reshape(B, T, -1) @ p[f"blocks.{i}.attention_out"]
-        h = formulas.rms_norm(x, p[f"blocks.{i}.ffn_norm"], c.norm_eps)
-        x = x + formulas.swiglu(h @ p[f"blocks.{i}.gate_up"]) @ p[f"blocks.{i}.ffn_out"]
+        h = definitions.rms_norm(x, p[f"blocks.{i}.ffn_norm"], c.norm_eps)
+        x = x + definitions.swiglu(h @ p[f"blocks.{i}.gate_up"]) @ p[f"blocks.{i}.ffn_out"]
     return found
 
 

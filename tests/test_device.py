@@ -7,11 +7,12 @@ import sys
 import types
 
 import numpy as np
+import definitions
 import pytest
 from helpers import assert_close, padded
 from helpers import small_transformer as any_small_transformer
 
-from minilm import evaluate, formulas, layers, ops
+from minilm import evaluate, layers, ops
 from common.attention_maps import attention_weights
 from minilm.backend import array_module, is_cupy, to_device, to_numpy
 from minilm.checkpoint import load_into
@@ -210,7 +211,7 @@ def test_layers_agree_there_with_their_formulas(name, kernel, rng, cupy):
             patch.setattr(cupy, "RawModule", None)
         found = value_and_gradients({"x": x, "w": w}, lambda: FORMULAS[name](layers if kernel or name not in WITH_KERNELS
                                                                              else plainly, x, w))
-    assert_same(found, value_and_gradients({"x": x, "w": w}, lambda: FORMULAS[name](formulas, x, w)))
+    assert_same(found, value_and_gradients({"x": x, "w": w}, lambda: FORMULAS[name](definitions, x, w)))
 
 
 def test_a_mask_with_a_gap_is_not_served_by_the_kernel_and_said_so(rng, cupy):

@@ -1,4 +1,4 @@
-"""minilm.layers: the fused primitives against their plain formulas (1e-10) and finite differences (1e-6), value
+"""minilm.layers: the fused primitives against their plain definitions (1e-10) and finite differences (1e-6), value
 and gradient; then the identities that each must obey."""
 import inspect
 from unittest import mock
@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import example, given, strategies as st
 
+import definitions
 from helpers import assert_close, assert_same, gradients, normal, peak_memory, rngs
-from minilm import Tensor, formulas, layers
+from minilm import Tensor, layers
 from minilm.gradcheck import gradcheck
 
 LENGTHS = [1, 7, 31, 32, 33, 65]        # around the tiles that kernels cut a sequence into
 
 
-# A case: from hypothesis' draw, an rng and a length, a function of a module (layers, or formulas) and Tensors,
+# A case: from hypothesis' draw, an rng and a length, a function of a module (layers, or definitions) and Tensors,
 # and the Tensors.
 
 def rms_norm(draw, rng, T):
@@ -75,7 +76,7 @@ CASES = {f.__name__: f for f in (rms_norm, swiglu, rope, smear, attention, token
 def test_every_primitive_of_layers_has_a_case_and_a_formula():
     of_arrays = {"rope_tables", "rotate", "pair_slices", "blend", "decode_attention"}
     of_a_gpu = {"segment_attention"}            # tests/test_device.py
-    for module in (layers, formulas):
+    for module in (layers, definitions):
         public = {name for name, f in inspect.getmembers(module, inspect.isfunction)
                   if f.__module__ == module.__name__ and not name.startswith("_")}
         assert public - of_arrays - of_a_gpu == set(CASES)
@@ -86,7 +87,7 @@ def test_every_primitive_of_layers_has_a_case_and_a_formula():
 @given(data=st.data(), rng=rngs)
 def test_value_and_gradients_are_those_of_the_formula(name, T, data, rng):
     function, tensors = CASES[name](data.draw, rng, T)
-    assert_same(lambda *t: function(layers, *t), lambda *t: function(formulas, *t), *tensors)
+    assert_same(lambda *t: function(layers, *t), lambda *t: function(definitions, *t), *tensors)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -137,7 +138,7 @@ def test_attention_below_the_tile_is_right_and_its_backward_does_not_ignore_caus
     """What flash-attention-minimal and triton's tutorial got wrong: query t moves nothing at later keys."""
     q, k, v = normal(rng, 1, 2, T, 4), normal(rng, 1, 1, T, 4), normal(rng, 1, 1, T, 4)
     out = layers.attention(q, k, v)
-    assert_close(out.data, formulas.attention(q, k, v).data, 1e-10, "attention")
+    assert_close(out.data, definitions.attention(q, k, v).data, 1e-10, "attention")
     t = T // 2
     (out[:, :, t] * rng.normal(size=(1, 2, 4))).sum().backward()
     for gradient in (k.grad, v.grad):
@@ -157,7 +158,7 @@ def test_queries_after_a_cache_are_the_last_rows_of_full_attention(rng, T, S):
 def test_attention_in_tiles_of_any_size_is_the_formula_whether_its_scores_are_kept_or_not(kept, data, rng, T, queries):
     function, tensors = attention(data.draw, rng, T)
     with mock.patch.multiple(layers, QUERIES=queries, SCORES_KEPT=kept):
-        assert_same(lambda *t: function(layers, *t), lambda *t: function(formulas, *t), *tensors)
+        assert_same(lambda *t: function(layers, *t), lambda *t: function(definitions, *t), *tensors)
 
 
 def test_scores_that_are_many_are_not_kept(rng, monkeypatch):
@@ -171,8 +172,8 @@ def test_attention_takes_a_scale_and_writes_to_the_array_it_is_given(rng, scale)
     q, k, v = (normal(rng, 2, 2, 5, 4) for _ in range(3))
     out = np.full(q.shape, np.nan)
     assert_same(lambda q, k, v: layers.attention(q, k, v, scale=scale, out=out),
-                lambda q, k, v: formulas.attention(q * (2 * scale), k, v), q, k, v)
-    assert_close(out, formulas.attention(q * (2 * scale), k, v))
+                lambda q, k, v: definitions.attention(q * (2 * scale), k, v), q, k, v)
+    assert_close(out, definitions.attention(q * (2 * scale), k, v))
 
 
 @given(rng=rngs, masked=st.booleans(), large=st.sampled_from([1, 1e3]))
@@ -184,7 +185,7 @@ def test_the_last_position_alone_is_the_last_row_of_attention(rng, masked, large
     cache = [np.concatenate([x.data, np.full((3, 2, 2, 4), np.nan)], axis=2) for x in (k, v)]       # with room for more
     with np.errstate(all="raise", under="ignore"):
         last = layers.decode_attention(q.data[:, :, 0] * large, *cache, 5, first)
-    assert_close(last, formulas.attention(q * large, k, v, key_mask=mask).data[:, :, 0])
+    assert_close(last, definitions.attention(q * large, k, v, key_mask=mask).data[:, :, 0])
 
 
 @given(rng=rngs)
@@ -340,7 +341,7 @@ def test_a_few_rows_at_a_time_are_normalised_each_by_its_own_sum(rng, rows, at_a
     hidden, unembedding, targets = normal(rng, rows, 4), normal(rng, 9, 4), rng.integers(9, size=rows)
     with mock.patch.object(layers, "IN_CACHE", 9 * at_a_time):
         assert_same(lambda h, u: layers.token_log_probs(h, u, targets, chunk=chunk),
-                    lambda h, u: formulas.token_log_probs(h, u, targets), hidden, unembedding)
+                    lambda h, u: definitions.token_log_probs(h, u, targets), hidden, unembedding)
 
 
 @pytest.mark.parametrize("chunk, held", [(25, 1 << 22), (None, 25 * 1000)], ids=["asked for", "by default"])
@@ -365,7 +366,7 @@ def test_a_target_outside_the_vocabulary_raises(rng, target):
 
 
 def test_the_formula_of_the_sequence_log_prob_knows_no_nan_outside_the_mask_either():
-    assert formulas.sequence_log_probs(Tensor([[1.0, np.nan]]), np.array([[1.0, 0.0]])).data.tolist() == [1]
+    assert definitions.sequence_log_probs(Tensor([[1.0, np.nan]]), np.array([[1.0, 0.0]])).data.tolist() == [1]
 
 
 def test_zero_times_nan_through_a_mask_stays_out_of_the_sequence_log_prob():

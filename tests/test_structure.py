@@ -18,7 +18,8 @@ FLOORS = {
     "tensor": {"backend"},
     "ops": {"backend", "tensor"},
     "layers": ARRAYS | {"kernels"},
-    "formulas": ARRAYS | {"layers"},
+    "plain": ARRAYS,
+    "toy": {"plain", "tensor", "model"},
     "gradcheck": ARRAYS,
     "packing": ARRAYS | {"layers"},
     "model": ARRAYS | {"layers", "packing"},
@@ -30,7 +31,7 @@ FLOORS = {
     "stages": ARRAYS | {"layers", "model", "generate", "optim", "objectives", "data", "packing", "fast",
                         "stages"},
 }
-TEACHING = set(FLOORS) - {"formulas", "world", "exact", "fast"}
+TEACHING = set(FLOORS) - {"plain", "toy", "world", "exact", "fast"}
 SHARED_BY_SCRIPTS = {"support", "common", "worlds", "gpu_measuring", "hf_llama", "measuring", "torch_llama", "trl_trainers"}
 
 

@@ -1,7 +1,7 @@
 """The fused primitives of a transformer, forward and backward by hand.
 
 One node of the graph each, so that training spends its time in a few large operations.
-`formulas.py` says the same plainly, from elementary operations; the tests hold the two
+`plain.py` says the same plainly, from elementary operations; the tests hold the two
 together. Shapes: B batch, T tokens, V vocabulary, D width, H query heads, G key/value
 heads (G divides H), K head width, F hidden width of the feed-forward.
 On a GPU they are CUDA kernels (kernels/), which refuse what they do not serve; kernel=False takes these.

@@ -2,22 +2,21 @@
 
 Claim. Without any gradient step, demonstrations in the prompt raise accuracy on a task (few-shot).
 
-Test. (a) New mappings, the strict proof: two layers, width 64, no key smear; documents of 17 pairs, a symbol and its
-label, under a mapping of 8 symbols to 8 labels that is drawn anew for every document; one mapping in five is held out
-for the test. An adaptive curriculum goes from 2 symbols to 8, and training ends when they are copied. Asked: a query
-after k demonstrations that do not repeat, so that at k = 8 it is among them. Bound: copying, and else a guess among
-the labels not shown; chance is 1/8. (b) Known tasks, recognised: three layers with key smear (an addition to Llama,
-Config(key_smear=True)); documents jab>ija;ijc>hib;.. of one of eight string tasks that is never named, with a
+Test. (a) New mappings, the strict test: two layers, width 64, no key smearing. Documents have 17 pairs of a symbol and
+its label, under a mapping of 8 symbols to 8 labels that is drawn anew for every document; one mapping in five is held
+out for the test. An adaptive curriculum goes from 2 symbols to 8, and training ends when the model copies them. The
+query comes after k demonstrations that do not repeat, so at k = 8 it is among them. Bound: copying, or else a guess
+among the labels not shown; chance is 1/8. (b) Known tasks, recognised: three layers with key smearing (an addition to
+Llama, Config(key_smear=True)); documents jab>ija;ijc>hib;.. of one of eight string tasks that is never named, with a
 curriculum from 2 tasks to 8; exact match on words held out of training. Bound: Bayes, all tasks equally likely.
 
-Refuted. If, in (a) or (b) and with any seed, accuracy with 8 demonstrations is not nearer to the bound than to
-accuracy with none.
+Rule. In (a) and in (b), 8 demonstrations bring accuracy more than half of the way from no demonstration to the bound.
 
-Limits. (b) shows that a prompt picks out one of eight tasks of pretraining, on new words; not that it teaches a task
-(it does not: needs_gradient). Only (a) has a rule that was never seen, and what is learned there is to copy a label:
-induction. The head shown is the one with most attention on the token after an earlier copy of the symbol asked for;
-that it rises together with accuracy is a correlation. Without the curriculum the same model learned nothing in 900
-steps of a sketch.
+Limits. (b) shows that a prompt picks out one of eight tasks of pretraining, on new words. It does not show that a
+prompt teaches a task (it does not: needs_gradient). Only (a) has a rule that was never seen, and the skill that is
+learned there is to copy a label: induction. The head in the figure is the one with most attention on the token after
+an earlier copy of the queried symbol; it rises together with accuracy, which is a correlation. Without the curriculum
+the same model learned nothing in 900 steps of a trial.
 
 Source. Brown et al. 2020, arXiv:2005.14165 (few-shot learning); Olsson et al. 2022, arXiv:2209.11895 (induction heads,
 and smeared keys); Xie et al. 2022, arXiv:2111.02080 (as recognition of a task, Bayes).
@@ -25,7 +24,7 @@ and smeared keys); Xie et al. 2022, arXiv:2111.02080 (as recognition of a task, 
 
 import sys
 
-from common.experiment import COLOURS, Conclusion, curve, level, run, shown, spread, verdict
+from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mean, mean_range, run, spread
 from common.recipes import recognise_strings
 
 import numpy as np
@@ -41,7 +40,7 @@ SIDES = (("new mappings", "copy bound"), ("known strings", "Bayes bound"))
 SHOTS = (0, 1, 2, 4, 8)
 ENOUGH = 0.98                           # of the labels that can be copied: training on mappings ends
 SIZES = {"quick": {"seeds": 3, "mapping_steps": 20, "string_steps": 5, "documents": 50},
-         "default": {"seeds": 4, "mapping_steps": 800, "string_steps": 900, "documents": 500}}
+         "default": {"seeds": 6, "mapping_steps": 800, "string_steps": 900, "documents": 500}}
 
 
 def learn_to_copy(model, rng, steps, enough):
@@ -57,10 +56,10 @@ def learn_to_copy(model, rng, steps, enough):
     return history
 
 
-def measure(row, seed, mapping_steps, string_steps, documents):
+def measure(experiment, seed, mapping_steps, string_steps, documents):
     rng = np.random.default_rng(seed)
     found = {"new mappings": [], "copy bound": []}
-    model, found["copying"] = row.trained("mappings", seed, MAPPINGS, learn_to_copy,
+    model, found["copying"] = experiment.trained("mappings", seed, MAPPINGS, learn_to_copy,
                                           steps=mapping_steps, enough=ENOUGH)
     for k in SHOTS:
         tokens = mappings.draw_in_rounds(rng, documents, k)
@@ -75,15 +74,19 @@ def measure(row, seed, mapping_steps, string_steps, documents):
     even = np.tri(tokens.shape[1]) / np.arange(1, tokens.shape[1] + 1)[:, None]
     found["score if even"] = induction_scores(np.broadcast_to(even, weights[:1, :1].shape), tokens, asked).item()
 
-    model, found["recognising"] = row.trained("strings", seed, STRINGS, recognise_strings, steps=string_steps)
+    model, found["recognising"] = experiment.trained("strings", seed, STRINGS, recognise_strings, steps=string_steps)
     tokens, _ = strings.draw(rng, documents, held_out=True)
     found["known strings"] = strings.right(model, tokens).mean(axis=0)[list(SHOTS)]
     found["Bayes bound"] = strings.bayes_bound(tokens).mean(axis=0)[list(SHOTS)]
     return found | {"a prompt": strings.text(tokens[0, :3 * strings.PAIR])}
 
 
+def way_to_the_bound(seeds, side, bound):
+    """Of the way from no demonstration to the bound, the share that 8 demonstrations bring."""
+    return [(s[side][-1] - s[side][0]) / (s[bound][-1] - s[side][0]) for s in seeds]
+
+
 def conclude(seeds, size):
-    holds = all(s[side][-1] > (s[side][0] + s[bound][-1]) / 2 for s in seeds for side, bound in SIDES)
     names = [name for side in SIDES for name in side]
     at = {name: [[s[name][i] for s in seeds] for i in range(len(SHOTS))] for name in names}
     numbers = {f"{name}, {k} demonstrations": spread(at[name][i]) for name in names for i, k in enumerate(SHOTS)}
@@ -93,16 +96,14 @@ def conclude(seeds, size):
     halves = {"new mappings": [_half(s["copying"], 1) for s in seeds],
               "strings": [_half(s["recognising"], -1) for s in seeds]}
     numbers |= {f"first step with 0.5 on {name}": spread(steps) for name, steps in halves.items() if None not in steps}
-    layers = " or ".join(sorted({f"{s['layer'] + 1}" for s in seeds}))
     table = [["demonstrations", *names]]
-    table += [[f"{k}", *(shown(at[name][i]) for name in names)] for i, k in enumerate(SHOTS)]
-    sentence = (f"On mappings never seen in training, accuracy goes from {shown(at['new mappings'][0])} with no "
-                f"demonstration to {shown(at['new mappings'][-1])} with 8 (bound {shown(at['copy bound'][-1])}); on "
-                f"known string tasks, never named, with held-out words, from {shown(at['known strings'][0])} to "
-                f"{shown(at['known strings'][-1])} (bound {shown(at['Bayes bound'][-1])}). One head, in layer "
-                f"{layers}, puts {shown([s['score'] for s in seeds])} of its attention on what followed the symbol "
-                f"asked for ({shown([s['score if even'] for s in seeds])} if it were spread evenly).")
-    return Conclusion(verdict(holds), sentence, numbers, table)
+    table += [[f"{k}", *(mean_range(at[name][i]) for name in names)] for i, k in enumerate(SHOTS)]
+    words = (f"On mappings never seen in training, 8 demonstrations raise accuracy from {mean(at['new mappings'][0])} "
+             f"to {mean(at['new mappings'][-1])}; on known string tasks, never named, to "
+             f"{mean(at['known strings'][-1])}.")
+    comparisons = [Comparison(f"{side}: share of the way from no demonstration to the bound",
+                              way_to_the_bound(seeds, side, bound), above=0.5) for side, bound in SIDES]
+    return Conclusion(comparisons, words, numbers, table)
 
 
 def _half(history, column):

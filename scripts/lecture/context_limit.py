@@ -1,12 +1,25 @@
 """In-context learning ends where the context ends
 
-Claim. What fits the context bounds what can be learned from a prompt: demonstrations beyond it change nothing.
+Claim. What fits the context bounds what can be learned from a prompt: demonstrations beyond it change
+nothing.
 
-Test. A transformer of two layers and width 64 (no key smearing) learns, as in in_context, from documents of 17 pairs, each under a mapping of 8 symbols to 8 labels of its own. Then 0 to 32 demonstrations of a mapping held out of training are offered, going round all symbols in a random order, and a query; the model is given the last C of these tokens, for C = 5, 9 and 17, which is 2, 4 and 8 demonstrations and the query. Accuracy of the label of the query, 1,000 documents per point. Bound: the labels that can be copied from the C tokens, or else a guess among the labels not shown there; chance is 1/8.
+Test. A transformer of two layers and width 64 (no key smearing) learns, as in in_context, from documents of
+17 pairs, each under a mapping of 8 symbols to 8 labels of its own. Then 0 to 32 demonstrations of a mapping
+held out of training are offered, going round all symbols in a random order, and a query; the model is given
+the last C of these tokens, for C = 5, 9 and 17, which is 2, 4 and 8 demonstrations and the query. Accuracy
+of the label of the query, 1,000 documents per point. Bound: the labels that can be copied from the C
+tokens, or else a guess among the labels not shown there; chance is 1/8.
 
-Rule. With 32 demonstrations offered, accuracy is at the bound of the window (at most 0.1 below it), and it rises from 5 tokens to 9 to 17. It may be at most 0.02 above the bound, which is two standard errors of 4,000 documents. The seeds that learned to copy count: accuracy above 0.9 with 8 demonstrations in 17 tokens. If fewer than two seeds did, the outcome is undecided.
+Rule. With 32 demonstrations offered, accuracy is at the bound of the window (at most 0.1 below it), and it
+rises from 5 tokens to 9 to 17. It may be at most 0.02 above the bound, which is two standard errors of
+4,000 documents. The seeds that learned to copy count: accuracy above 0.9 with 8 demonstrations in 17
+tokens. If fewer than two seeds did, the outcome is undecided.
 
-Limits. Attention cannot read tokens that it is not given, which is no discovery, and the last 8 of 32 demonstrations are as good as 8 because of how they are drawn. The measurement is that the model uses nearly all of its window, so that the window is the limit (before a review the rule was about the former). Where a label must be guessed the model stays below the bound: it hardly rules out the labels of other symbols. Whether accuracy falls within a context longer than the documents of training is not tested.
+Limits. Attention cannot read tokens that it is not given, which is no discovery, and the last 8 of 32
+demonstrations are as good as 8 because of how they are drawn. The measurement is that the model uses nearly
+all of its window, so that the window is the limit (before a review the rule was about the former). Where a
+label must be guessed the model stays below the bound: it hardly rules out the labels of other symbols.
+Whether accuracy falls within a context longer than the documents of training is not tested.
 
 Source. Brown et al. 2020, arXiv:2005.14165 (as many demonstrations as the context window holds).
 """

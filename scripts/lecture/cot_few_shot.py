@@ -1,14 +1,26 @@
 """Worked solutions among the demonstrations raise accuracy on sums of several steps
 
-Claim. Where a problem takes several steps, demonstrations that work out their solution (chain of thought) raise a model's accuracy over demonstrations that give the answer alone.
+Claim. Where a problem takes several steps, demonstrations that work out their solution (chain of thought)
+raise a model's accuracy over demonstrations that give the answer alone.
 
-Test. Sums of 2 to 4 digits mod 10. A transformer of 104,000 parameters reads documents of examples that are all answered at once, all worked out, or all answered after as many dots. It then gets held-out sums (of two digits: the same ones) after 0 to 4 examples of a style, 150 questions per point, decoded greedily; only the examples tell it how to answer. Baselines: direct examples and dots, at the same number of examples; a model that read the direct documents only, for as many steps. Control: worked examples whose running sums are random digits. Chance is 0.1; 1 is possible.
+Test. Sums of 2 to 4 digits mod 10. A transformer of 104,000 parameters reads documents of examples that are
+all answered at once, all worked out, or all answered after as many dots. It then gets held-out sums (of two
+digits: the same ones) after 0 to 4 examples of a style, 150 questions per point, decoded greedily; only the
+examples tell it how to answer. Baselines: direct examples and dots, at the same number of examples; a model
+that read the direct documents only, for as many steps. Control: worked examples whose running sums are
+random digits. Chance is 0.1; 1 is possible.
 
-Rule. On sums of three and four digits, four worked examples lead four direct ones, four with dots, and a model trained on direct documents only, by at least 0.3 in accuracy.
+Rule. On sums of three and four digits, four worked examples lead four direct ones, four with dots, and a
+model trained on direct documents only, by at least 0.3 in accuracy.
 
-Limits. The corpus contains worked sums: the examples in the prompt select one of several learned ways of answering; they do not teach addition. Under this selection wrong running sums should serve as well, which the control measures. That sums of three digits are not learned at once depends on size and training: no limit of transformers is shown; the model that read direct documents only learned sums of two digits with half of the seeds. Keys are smeared (Config.key_smear, not in Llama): copying digits is learned sooner.
+Limits. The corpus contains worked sums: the examples in the prompt select one of several learned ways of
+answering; they do not teach addition. Under this selection wrong running sums should serve as well, which
+the control measures. That sums of three digits are not learned at once depends on size and training: no
+limit of transformers is shown; the model that read direct documents only learned sums of two digits with
+half of the seeds. Keys are smeared (Config.key_smear, not in Llama): copying digits is learned sooner.
 
-Source. Wei et al. 2022, arXiv:2201.11903; wrong demonstrations: Wang et al. 2022, arXiv:2212.10001; dots: Lanham et al. 2023, arXiv:2307.13702, and Pfau et al. 2024, arXiv:2404.15758.
+Source. Wei et al. 2022, arXiv:2201.11903; wrong demonstrations: Wang et al. 2022, arXiv:2212.10001; dots:
+Lanham et al. 2023, arXiv:2307.13702, and Pfau et al. 2024, arXiv:2404.15758.
 """
 
 import sys
@@ -29,7 +41,8 @@ SIZES = {"quick": {"seeds": 3, "steps": [6, 3], "questions": 5},
 
 def measure(experiment, seed, steps, questions):
     model, losses = experiment.trained("digit-sums", seed, digit_sums.MODEL, add_digits, steps=steps, corpus="CORPUS")
-    direct, _ = experiment.trained("digit-sums-direct", seed, digit_sums.MODEL, add_digits, steps=steps, corpus="DIRECT")
+    direct, _ = experiment.trained("digit-sums-direct", seed, digit_sums.MODEL, add_digits, steps=steps,
+                                  corpus="DIRECT")
     experiment.say(f"seed {seed}: trained, loss {np.mean(losses[-10:]):.2f}")
     rng = np.random.default_rng([seed, 1])
 

@@ -1,12 +1,23 @@
 """The phrase "Let's think step by step" alone raises accuracy on sums of several steps
 
-Claim. Without any demonstration, the phrase "Let's think step by step" after a question raises a model's accuracy on problems that take several steps.
+Claim. Without any demonstration, the phrase "Let's think step by step" after a question raises a model's
+accuracy on problems that take several steps.
 
-Test. The model of cot_few_shot.py. In its corpus the phrase, two tokens, is followed by worked sums only; after another phrase of two tokens, and after none, a quarter of the documents are worked, half are direct, a quarter have dots. Held-out sums of 2 to 4 digits (of two: the same ones), 150 per point, greedy, with no example before the question, in five ways: the model must answer at once; may answer as it likes; after the phrase; after the other phrase; or with dots: after a first dot, the model writes the others itself. Then one running sum is replaced by a wrong one and the model continues: does the answer follow the error? Chance is 0.1; 1 is possible.
+Test. The model of cot_few_shot.py. In its corpus the phrase, two tokens, is followed by worked sums only;
+after another phrase of two tokens, and after none, a quarter of the documents are worked, half are direct,
+a quarter have dots. Held-out sums of 2 to 4 digits (of two: the same ones), 150 per point, greedy, with no
+example before the question, in five ways: the model must answer at once; may answer as it likes; after the
+phrase; after the other phrase; or with dots: after a first dot, the model writes the others itself. Then
+one running sum is replaced by a wrong one and the model continues: does the answer follow the error? Chance
+is 0.1; 1 is possible.
 
-Rule. On sums of three and four digits, the phrase leads answering at once, no phrase, another phrase, and dots by at least 0.3 in accuracy.
+Rule. On sums of three and four digits, the phrase leads answering at once, no phrase, another phrase, and
+dots by at least 0.3 in accuracy.
 
-Limits. The phrase works because the corpus contains it: 40% of the documents are worked sums after it. Here any two tokens would do as well; the experiment shows that a phrase can call a way of answering that the model has, and that the way matters. It does not explain why human texts have this effect. Keys are smeared (Config.key_smear, not in Llama).
+Limits. The phrase works because the corpus contains it: 40% of the documents are worked sums after it. Here
+any two tokens would do as well; the experiment shows that a phrase can call a way of answering that the
+model has, and that the way matters. It does not explain why human texts have this effect. Keys are smeared
+(Config.key_smear, not in Llama).
 
 Source. Kojima et al. 2022, arXiv:2205.11916; dots and wrong steps: Lanham et al. 2023, arXiv:2307.13702.
 """
@@ -41,17 +52,17 @@ def measure(experiment, seed, steps, questions):
         results["worked"][way] = []
         for n in digit_sums.DIGITS:
             prompts, right = digit_sums.prompts(rng, questions, n, **how)
-            said = replies(prompts)
-            results[way].append(np.mean([digit_sums.final_digit(reply) == answer for reply, answer in zip(said, right)]))
-            results["worked"][way].append(np.mean([digit_sums.is_worked(reply) for reply in said]))
+            answers = replies(prompts)
+            results[way].append(np.mean([digit_sums.final_digit(reply) == answer for reply, answer in zip(answers, right)]))
+            results["worked"][way].append(np.mean([digit_sums.is_worked(reply) for reply in answers]))
     for n in digit_sums.DIGITS:
         prompts, right = digit_sums.prompts(rng, questions, n, phrase="trigger")
         error = rng.integers(1, 10, size=questions)
         sums = [int(prompt[0] + prompt[1] - digit_sums.PLUS + e) % 10 for prompt, e in zip(prompts, error)]
         begun = [[*prompt, *prompt[:2], wrong] for prompt, wrong in zip(prompts, sums)]
-        said = [digit_sums.final_digit(reply) for reply in replies(begun)]
-        results["follows"].append(np.mean([answer == (a + e) % 10 for answer, a, e in zip(said, right, error)]))
-        results["right all the same"].append(np.mean([answer == a for answer, a in zip(said, right)]))
+        answers = [digit_sums.final_digit(reply) for reply in replies(begun)]
+        results["follows"].append(np.mean([answer == (a + e) % 10 for answer, a, e in zip(answers, right, error)]))
+        results["right all the same"].append(np.mean([answer == a for answer, a in zip(answers, right)]))
     return results
 
 

@@ -1,14 +1,38 @@
 """An encoder finetuned on labelled examples, a decoder with a few of them in its prompt
 
-Claim. A BERT-like bidirectional encoder finetuned on very many labelled examples, and a GPT-like decoder with a few in its prompt, reach similar accuracy.
+Claim. A BERT-like bidirectional encoder finetuned on very many labelled examples, and a GPT-like decoder
+with a few in its prompt, reach similar accuracy.
 
-Test. Both (width 48, 3 layers, key smearing) are pretrained on the same kind and number of documents: 9 lines word > label. The label says in which quarter of its alphabet one of three letters is; the place of this letter is the hidden rule of the document. The decoder predicts each label from the tokens before it, until 97% of the last labels are right (at most 600 steps of 32 documents). For the encoder, in as many steps, half of the labels are hidden and predicted from the rest. The decoder then labels held-out words after 0 to 8 lines in its prompt, without a gradient step. The encoder gets a new head for the four labels and is finetuned on N single lines of one rule, in 60 steps of 32: all of them in random order, and again; N = 4 to 1,024, mean over the three rules. Baselines: the decoder finetuned in the same way; the encoder that keeps the labels of its pretraining and fills its mask; an encoder never pretrained. Chance is 0.25; the best accuracy from k examples is computed by listing the rules.
+Test. Both (width 48, 3 layers, key smearing) are pretrained on the same kind and number of documents: 9
+lines word > label. The label says in which quarter of its alphabet one of three letters is; the place of
+this letter is the hidden rule of the document. The decoder predicts each label from the tokens before it,
+until 97% of the last labels are right (at most 600 steps of 32 documents). For the encoder, in as many
+steps, half of the labels are hidden and predicted from the rest. The decoder then labels held-out words
+after 0 to 8 lines in its prompt, without a gradient step. The encoder gets a new head for the four labels
+and is finetuned on N single lines of one rule, in 60 steps of 32: all of them in random order, and again; N
+= 4 to 1,024, mean over the three rules. Baselines: the decoder finetuned in the same way; the encoder that
+keeps the labels of its pretraining and fills its mask; an encoder never pretrained. Chance is 0.25; the
+best accuracy from k examples is computed by listing the rules.
 
-Rule. The encoder finetuned on 1,024 labels and the decoder with 8 demonstrations are equally accurate within 0.05, and the encoder needs more than 8 labels for it (at 8 or fewer it is behind the decoder). Condition: 8 demonstrations bring the decoder at least 0.1 over none; otherwise the outcome is undecided.
+Rule. The encoder finetuned on 1,024 labels and the decoder with 8 demonstrations are equally accurate
+within 0.05, and the encoder needs more than 8 labels for it (at 8 or fewer it is behind the decoder).
+Condition: 8 demonstrations bring the decoder at least 0.1 over none; otherwise the outcome is undecided.
 
-Limits. The training of the decoder stops at accuracy 0.97 with 8 demonstrations, and the encoder with 1,024 labels is near 1: the difference within 0.05 is nearly built in; the number of labels at which they meet is measured. "Very many" are not needed here. All three rules are in the pretraining text: the prompt only tells which, and finetuning on one of them is easy too. So the N at which the two meet says nothing about real tasks, and it differs between seeds; the order of the two is shown. This task is learned from scratch too (the encoder never pretrained), so the experiment does not show what pretraining brings an encoder. One learning rate each; real finetuning also selects steps and seeds. Key smearing speeds up learning in context; BERT and GPT do not have it. Only labels are hidden or predicted, because the letters are drawn at random. The number of steps that the decoder needs differs by a factor of two and more between seeds, hence the stop at an accuracy. Other recipes learned in context more slowly or only with some seeds: 2 layers, two labels, one alphabet for all places, tied embeddings, a smaller learning rate; with 6 or 12 rules nothing was learned within 300 steps.
+Limits. The training of the decoder stops at accuracy 0.97 with 8 demonstrations, and the encoder with 1,024
+labels is near 1: the difference within 0.05 is nearly built in; the number of labels at which they meet is
+measured. "Very many" are not needed here. All three rules are in the pretraining text: the prompt only
+tells which, and finetuning on one of them is easy too. So the N at which the two meet says nothing about
+real tasks, and it differs between seeds; the order of the two is shown. This task is learned from scratch
+too (the encoder never pretrained), so the experiment does not show what pretraining brings an encoder. One
+learning rate each; real finetuning also selects steps and seeds. Key smearing speeds up learning in
+context; BERT and GPT do not have it. Only labels are hidden or predicted, because the letters are drawn at
+random. The number of steps that the decoder needs differs by a factor of two and more between seeds, hence
+the stop at an accuracy. Other recipes learned in context more slowly or only with some seeds: 2 layers, two
+labels, one alphabet for all places, tied embeddings, a smaller learning rate; with 6 or 12 rules nothing
+was learned within 300 steps.
 
-Source. Devlin et al. 2018, arXiv:1810.04805 (BERT); Brown et al. 2020, arXiv:2005.14165 (GPT-3, few-shot); Schick and Schuetze 2020, arXiv:2001.07676 (finetuning through the mask needs fewer labels).
+Source. Devlin et al. 2018, arXiv:1810.04805 (BERT); Brown et al. 2020, arXiv:2005.14165 (GPT-3, few-shot);
+Schick and Schuetze 2020, arXiv:2001.07676 (finetuning through the mask needs fewer labels).
 """
 
 import itertools

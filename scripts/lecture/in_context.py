@@ -2,24 +2,26 @@
 
 Claim. Without any gradient step, demonstrations in the prompt raise accuracy on a task (few-shot).
 
-Test. (a) New mappings, the strict test: two layers, width 64, no key smearing. Documents have 17 pairs of a symbol and
-its label, under a mapping of 8 symbols to 8 labels that is drawn anew for every document; one mapping in five is held
-out for the test. An adaptive curriculum goes from 2 symbols to 8, and training ends when the model copies them. The
-query comes after k demonstrations that do not repeat, so at k = 8 it is among them. Bound: copying, or else a guess
-among the labels not shown; chance is 1/8. (b) Known tasks, recognised: three layers with key smearing (an addition to
-Llama, Config(key_smear=True)); documents jab>ija;ijc>hib;.. of one of eight string tasks that is never named, with a
-curriculum from 2 tasks to 8; exact match on words held out of training. Bound: Bayes, all tasks equally likely.
+Test. (a) New mappings, the strict test: two layers, width 64, no key smearing. Documents have 17 pairs of a
+symbol and its label, under a mapping of 8 symbols to 8 labels that is drawn anew for every document; one
+mapping in five is held out for the test. An adaptive curriculum goes from 2 symbols to 8, and training ends
+when the model copies them. The query comes after k demonstrations that do not repeat, so at k = 8 it is
+among them. Bound: copying, or else a guess among the labels not shown; chance is 1/8. (b) Known tasks,
+recognised: three layers with key smearing (an addition to Llama, Config(key_smear=True)); documents
+jab>ija;ijc>hib;.. of one of eight string tasks that is never named, with a curriculum from 2 tasks to 8;
+exact match on words held out of training. Bound: Bayes, all tasks equally likely.
 
-Rule. In (a) and in (b), 8 demonstrations bring accuracy more than half of the way from no demonstration to the bound.
+Rule. In (a) and in (b), 8 demonstrations bring accuracy more than half of the way from no demonstration to
+the bound.
 
-Limits. (b) shows that a prompt picks out one of eight tasks of pretraining, on new words. It does not show that a
-prompt teaches a task (it does not: needs_gradient). Only (a) has a rule that was never seen, and the skill that is
-learned there is to copy a label: induction. The head in the figure is the one with most attention on the token after
-an earlier copy of the queried symbol; it rises together with accuracy, which is a correlation. Without the curriculum
-the same model learned nothing in 900 steps of a trial.
+Limits. (b) shows that a prompt picks out one of eight tasks of pretraining, on new words. It does not show
+that a prompt teaches a task (it does not: needs_gradient). Only (a) has a rule that was never seen, and the
+skill that is learned there is to copy a label: induction. The head in the figure is the one with most
+attention on the token after an earlier copy of the queried symbol; it rises together with accuracy, which
+is a correlation. Without the curriculum the same model learned nothing in 900 steps of a trial.
 
-Source. Brown et al. 2020, arXiv:2005.14165 (few-shot learning); Olsson et al. 2022, arXiv:2209.11895 (induction heads,
-and smeared keys); Xie et al. 2022, arXiv:2111.02080 (as recognition of a task, Bayes).
+Source. Brown et al. 2020, arXiv:2005.14165 (few-shot learning); Olsson et al. 2022, arXiv:2209.11895
+(induction heads, and smeared keys); Xie et al. 2022, arXiv:2111.02080 (as recognition of a task, Bayes).
 """
 
 import sys
@@ -58,27 +60,27 @@ def learn_to_copy(model, rng, steps, enough):
 
 def measure(experiment, seed, mapping_steps, string_steps, documents):
     rng = np.random.default_rng(seed)
-    found = {"new mappings": [], "copy bound": []}
-    model, found["copying"] = experiment.trained("mappings", seed, MAPPINGS, learn_to_copy,
+    results = {"new mappings": [], "copy bound": []}
+    model, results["copying"] = experiment.trained("mappings", seed, MAPPINGS, learn_to_copy,
                                           steps=mapping_steps, enough=ENOUGH)
     for k in SHOTS:
         tokens = mappings.draw_in_rounds(rng, documents, k)
-        found["new mappings"].append(mappings.right(model, tokens)[:, -1].mean())
-        found["copy bound"].append(mappings.copy_bound(tokens)[:, -1].mean())
+        results["new mappings"].append(mappings.right(model, tokens)[:, -1].mean())
+        results["copy bound"].append(mappings.copy_bound(tokens)[:, -1].mean())
     tokens, _ = mappings.draw(rng, 200, pairs=10, in_use=4, held_out=True)
     weights, asked = attention_weights(model, tokens), tokens < mappings.SYMBOLS
     scores = induction_scores(weights, tokens, asked)
     layer, head = np.unravel_index(scores.argmax(), scores.shape)
-    found |= {"layer": layer, "head": head, "score": scores.max(), "document": tokens[0],
+    results |= {"layer": layer, "head": head, "score": scores.max(), "document": tokens[0],
               "picture": weights[layer, head, 0].round(3)}
     even = np.tri(tokens.shape[1]) / np.arange(1, tokens.shape[1] + 1)[:, None]
-    found["score if even"] = induction_scores(np.broadcast_to(even, weights[:1, :1].shape), tokens, asked).item()
+    results["score if even"] = induction_scores(np.broadcast_to(even, weights[:1, :1].shape), tokens, asked).item()
 
-    model, found["recognising"] = experiment.trained("strings", seed, STRINGS, recognise_strings, steps=string_steps)
+    model, results["recognising"] = experiment.trained("strings", seed, STRINGS, recognise_strings, steps=string_steps)
     tokens, _ = strings.draw(rng, documents, held_out=True)
-    found["known strings"] = strings.right(model, tokens).mean(axis=0)[list(SHOTS)]
-    found["Bayes bound"] = strings.bayes_bound(tokens).mean(axis=0)[list(SHOTS)]
-    return found | {"a prompt": strings.text(tokens[0, :3 * strings.PAIR])}
+    results["known strings"] = strings.right(model, tokens).mean(axis=0)[list(SHOTS)]
+    results["Bayes bound"] = strings.bayes_bound(tokens).mean(axis=0)[list(SHOTS)]
+    return results | {"a prompt": strings.text(tokens[0, :3 * strings.PAIR])}
 
 
 def way_to_the_bound(seeds, side, bound):

@@ -1,14 +1,33 @@
 """A few thousand demonstrations of many tasks make one model that follows instructions
 
-Claim. Instruction finetuning: train a pretrained model on demonstrations (instruction, answer) of many tasks, with the loss on the answer; one model for many tasks replaces one model per task.
+Claim. Instruction finetuning: train a pretrained model on demonstrations (instruction, answer) of many
+tasks, with the loss on the answer; one model for many tasks replaces one model per task.
 
-Test. A transformer of 105,152 parameters is pretrained on 25,600 lines about one operation each, [reverse]:abc=cba;, 400 steps of 64 with the loss on the answer. Its instructions will be pairs of operations, [reverse][upper]:abc=CBA;; there are 36 (scripts/lecture/worlds/instructions.py). For each, 355 demonstrations are drawn once, 12,780 in all. Copies of the base are finetuned on all of them, with the loss on the answer or on everything, and one model per task on its 355; also on a ninth and a third of each task's. The rivals: the base itself, the same finetuning from random weights, the models per task. All have the same demonstrations and see each four times on average, in steps of 64, the models per task in steps of 16. Measured after the last step: exact answers on words held out from everything, 200 drawn for every task, the same for all models. Chance is 1 in 1,000, the best possible 1.
+Test. A transformer of 105,152 parameters is pretrained on 25,600 lines about one operation each,
+[reverse]:abc=cba;, 400 steps of 64 with the loss on the answer. Its instructions will be pairs of
+operations, [reverse][upper]:abc=CBA;; there are 36 (scripts/lecture/worlds/instructions.py). For each, 355
+demonstrations are drawn once, 12,780 in all. Copies of the base are finetuned on all of them, with the loss
+on the answer or on everything, and one model per task on its 355; also on a ninth and a third of each
+task's. The rivals: the base itself, the same finetuning from random weights, the models per task. All have
+the same demonstrations and see each four times on average, in steps of 64, the models per task in steps of
+16. Measured after the last step: exact answers on words held out from everything, 200 drawn for every task,
+the same for all models. Chance is 1 in 1,000, the best possible 1.
 
-Rule. After 12,780 demonstrations with four passes, one model has more exact answers, by more than 0.01, than the base, than the same model from random weights, and than 36 models of one task each. The margin of 0.01 is there because all of them are near the ceiling.
+Rule. After 12,780 demonstrations with four passes, one model has more exact answers, by more than 0.01,
+than the base, than the same model from random weights, and than 36 models of one task each. The margin of
+0.01 is there because all of them are near the ceiling.
 
-Limits. A review results the first version unfair: there, 352 demonstrations of a task were seen once, in 22 steps, and the models per task had 0.78 (0.68 to 0.83 by seed), the one model 0.99. So several passes were given to all, from random weights too, and the rule says so. Fewer demonstrations are also fewer steps, so at a ninth and a third any model might do more with more passes. With a third of the demonstrations the model from random weights is far behind; with all of them it is not. The outcome depends on the base. In trials of one pass, one seed each, a base that had read the same lines with the loss on all of them, random words included, knew the single operations to 0.37 after 500 steps; one model then had 0.32 after 19,200 demonstrations, models of one task 0.59, random weights 0.62. The cost of pretraining is not counted.
+Limits. A review results the first version unfair: there, 352 demonstrations of a task were seen once, in 22
+steps, and the models per task had 0.78 (0.68 to 0.83 by seed), the one model 0.99. So several passes were
+given to all, from random weights too, and the rule says so. Fewer demonstrations are also fewer steps, so
+at a ninth and a third any model might do more with more passes. With a third of the demonstrations the
+model from random weights is far behind; with all of them it is not. The outcome depends on the base. In
+trials of one pass, one seed each, a base that had read the same lines with the loss on all of them, random
+words included, knew the single operations to 0.37 after 500 steps; one model then had 0.32 after 19,200
+demonstrations, models of one task 0.59, random weights 0.62. The cost of pretraining is not counted.
 
-Source. Wei et al. 2021, arXiv:2109.01652 (FLAN); Sanh et al. 2021, arXiv:2110.08207 (T0); Ouyang et al. 2022, arXiv:2203.02155.
+Source. Wei et al. 2021, arXiv:2109.01652 (FLAN); Sanh et al. 2021, arXiv:2110.08207 (T0); Ouyang et al.
+2022, arXiv:2203.02155.
 """
 
 import sys
@@ -30,8 +49,8 @@ CHANCE = LETTERS ** -WORD
 MODELS = ONE, EVERYTHING, SCRATCH, OWN = ("one model, loss on the answer", "one model, loss on everything",
                                           "one model, from random weights", "a model per task")
 PARTS = (9, 3, 1)           # of the demonstrations, one in ...
-SIZES = {"quick": {"seeds": 3, "pretraining": 2, "share": 9, "asked": 3},
-         "default": {"seeds": 6, "pretraining": 400, "share": 355, "asked": 200}}
+SIZES = {"quick": {"seeds": 3, "pretraining": 2, "share": 9, "questions": 3},
+         "default": {"seeds": 6, "pretraining": 400, "share": 355, "questions": 200}}
 
 
 def finetuned(start, rng, tokens, mask, batch):
@@ -56,11 +75,11 @@ def concatenated(pools):
     return tuple(np.concatenate(arrays) for arrays in zip(*pools))
 
 
-def measure(experiment, seed, pretraining, share, asked):
+def measure(experiment, seed, pretraining, share, questions):
     rng = np.random.default_rng(seed)
     base, _ = experiment.trained("single-operations", seed, MODEL, follow_single_operations, steps=pretraining)
     pools, exams = ([documents(rng, count, [task], held_out) for task in TASKS]
-                    for count, held_out in ((share, False), (asked, True)))
+                    for count, held_out in ((share, False), (questions, True)))
     exam = concatenated(exams)
     results = {"base": accuracy(base, rng, *exam),
                "base, one operation": accuracy(base, rng, *single_operations(rng, len(exam[0]), held_out=True))}

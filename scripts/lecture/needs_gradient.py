@@ -2,13 +2,26 @@
 
 Claim. On harder tasks prompting is not enough; some gradient steps are needed.
 
-Test. The transformer of in_context, pretrained on eight string tasks put as demonstrations, is given three tasks that were in no document: swap the last two letters (abc>acb), repeat the middle one (abc>bbb), go three letters on (abc>def). By prompt: k = 0, 1, 2, 4 or 8 demonstrations before the query; 8 are all that its context of 72 tokens holds. By gradient: N = 8, 32 or 128 labelled words, up to 100 steps of AdamW on batches of at most 32 of them, each a document of its own without demonstrations; accuracy after 1, 2, 5, .. steps on all 200 held-out words, exact match. Baselines: the same steps from random weights, the known tasks by prompt, and the accuracy of the closest of the eight known tasks.
+Test. The transformer of in_context, pretrained on eight string tasks put as demonstrations, is given three
+tasks that were in no document: swap the last two letters (abc>acb), repeat the middle one (abc>bbb), go
+three letters on (abc>def). By prompt: k = 0, 1, 2, 4 or 8 demonstrations before the query; 8 are all that
+its context of 72 tokens holds. By gradient: N = 8, 32 or 128 labelled words, up to 100 steps of AdamW on
+batches of at most 32 of them, each a document of its own without demonstrations; accuracy after 1, 2, 5, ..
+steps on all 200 held-out words, exact match. Baselines: the same steps from random weights, the known tasks
+by prompt, and the accuracy of the closest of the eight known tasks.
 
-Rule. On the mean of three new tasks, no number of demonstrations in the prompt reaches accuracy 0.5, and 100 gradient steps on 128 labels do. Condition: the known tasks reach 0.5 with 8 demonstrations; otherwise prompting was not learned and the outcome is undecided.
+Rule. On the mean of three new tasks, no number of demonstrations in the prompt reaches accuracy 0.5, and
+100 gradient steps on 128 labels do. Condition: the known tasks reach 0.5 with 8 demonstrations; otherwise
+prompting was not learned and the outcome is undecided.
 
-Limits. A prompt holds 8 labels, so only N = 8 compares at equal numbers of labels; that more labels do not fit is part of the claim (context_limit). The model is small and knows eight tasks: a model pretrained on many more may infer the new ones. New tasks are made of the same moves as the known ones, so few steps suffice; random weights learn them too, from more steps and to a lower accuracy. The gradient steps give a model for one task.
+Limits. A prompt holds 8 labels, so only N = 8 compares at equal numbers of labels; that more labels do not
+fit is part of the claim (context_limit). The model is small and knows eight tasks: a model pretrained on
+many more may infer the new ones. New tasks are made of the same moves as the known ones, so few steps
+suffice; random weights learn them too, from more steps and to a lower accuracy. The gradient steps give a
+model for one task.
 
-Source. Brown et al. 2020, arXiv:2005.14165 (where few-shot learning struggles); Liu et al. 2022, arXiv:2205.05638 (finetuning on few examples against prompting, at equal numbers of them).
+Source. Brown et al. 2020, arXiv:2005.14165 (where few-shot learning struggles); Liu et al. 2022,
+arXiv:2205.05638 (finetuning on few examples against prompting, at equal numbers of them).
 """
 
 import sys

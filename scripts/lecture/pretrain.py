@@ -2,29 +2,30 @@
 
 Claim. A language model is trained on plain text by next-token prediction.
 
-Test. Transformers with 2 layers and width 16, 32 or 64 read windows of 128 tokens, 8 per step, 500 steps. There are
-two texts. One is an endless random Markov chain of order 2 over 10 tokens, whose entropy is known. The other is real
-English: the help texts of Python, 370 kB after removing repeated paragraphs, 400 byte-pair tokens; a tenth is held
-out, in stretches of ten paragraphs. The loss is on held-out text, and each token has 64 to 127 tokens before it. On
-the chain, the loss of the chain itself on the same text is subtracted. The baseline counts: interpolated Kneser-Ney
-n-grams of orders 1 to 5 of as many tokens, or of all there are; the best order is chosen on the held-out text itself,
-in favour of the n-grams. On the chain, models and n-grams read different draws. The English stream has about 185,000
-tokens; the models read it almost three times, the n-grams once.
+Test. Transformers with 2 layers and width 16, 32 or 64 read windows of 128 tokens, 8 per step, 500 steps.
+There are two texts. One is an endless random Markov chain of order 2 over 10 tokens, whose entropy is
+known. The other is real English: the help texts of Python, 370 kB after removing repeated paragraphs, 400
+byte-pair tokens; a tenth is held out, in stretches of ten paragraphs. The loss is on held-out text, and
+each token has 64 to 127 tokens before it. On the chain, the loss of the chain itself on the same text is
+subtracted. The baseline counts: interpolated Kneser-Ney n-grams of orders 1 to 5 of as many tokens, or of
+all there are; the best order is chosen on the held-out text itself, in favour of the n-grams. On the chain,
+models and n-grams read different draws. The English stream has about 185,000 tokens; the models read it
+almost three times, the n-grams once.
 
-Rule. The held-out loss falls with the width on both texts, every width ends below unigrams and the widest below
-bigrams, and on the chain the widest keeps at most 5% of the distance from uniform to the entropy. On the chain the
-loss above the entropy falls with the width on a logarithmic scale, because it ends near 0.
+Rule. The held-out loss falls with the width on both texts, every width ends below unigrams and the widest
+below bigrams, and on the chain the widest keeps at most 5% of the distance from uniform to the entropy. On
+the chain the loss above the entropy falls with the width on a logarithmic scale, because it ends near 0.
 
-Limits. On both texts the n-grams, counted in a second, end lower than the widest model. On the chain they must,
-because its distribution is a table of triples. With --full (12 times the tokens) the models get more time and the
-n-grams no more English. With 350 steps, one seed of four kept 5.6% on the chain; the steps were raised to 500 and the
-rule was not changed. All widths have one schedule and one learning rate, the better of two that were tried. A point
-inside a curve is not the end of a shorter run. The English is of one kind: held-out paragraphs share phrases with
-those that are read. Three sizes are no scaling law.
+Limits. On both texts the n-grams, counted in a second, end lower than the widest model. On the chain they
+must, because its distribution is a table of triples. With --full (12 times the tokens) the models get more
+time and the n-grams no more English. With 350 steps, one seed of four kept 5.6% on the chain; the steps
+were raised to 500 and the rule was not changed. All widths have one schedule and one learning rate, the
+better of two that were tried. A point inside a curve is not the end of a shorter run. The English is of one
+kind: held-out paragraphs share phrases with those that are read. Three sizes are no scaling law.
 
-Source. Shannon 1948 (entropy as the lower bound of the loss); Radford et al. 2018, "Improving Language Understanding
-by Generative Pre-Training"; Chen and Goodman 1998 (n-gram models); Kaplan et al. 2020, arXiv:2001.08361 (loss against
-size and tokens).
+Source. Shannon 1948 (entropy as the lower bound of the loss); Radford et al. 2018, "Improving Language
+Understanding by Generative Pre-Training"; Chen and Goodman 1998 (n-gram models); Kaplan et al. 2020,
+arXiv:2001.08361 (loss against size and tokens).
 """
 
 import sys

@@ -1,17 +1,17 @@
-"""Direct preference optimisation and its relatives: each against its definition, at its start, at its optimum."""
+"""DPO and its variants: each against its formula, at its first value, and at its minimum."""
 
 import itertools
 
 import numpy as np
 import pytest
-from hypothesis import example, given, strategies as st
-
 from helpers import assert_close, normal, rngs, small_transformer
+from hypothesis import example, given
+from hypothesis import strategies as st
+
 from minilm import Tensor, ops
 from minilm.gradcheck import gradcheck, relative_error
 from minilm.layers import sequence_log_probs
-from minilm.objectives.dpo import (dpo_loss, dpo_metrics, ipo_loss, length_normalised_dpo_loss,
-                                   robust_dpo_loss)
+from minilm.objectives.dpo import dpo_loss, dpo_metrics, ipo_loss, length_normalised_dpo_loss, robust_dpo_loss
 
 sizes = st.integers(1, 8)
 betas = st.floats(0.05, 2)
@@ -26,17 +26,17 @@ def pairs(rng, B):
 
 
 def at_delta(*deltas):
-    """Arguments with these Deltas."""
+    """Arguments whose deltas are these numbers."""
     deltas = np.array(deltas, float)
     return Tensor(deltas, requires_grad=True), Tensor(np.zeros_like(deltas), requires_grad=True), 0 * deltas, 0 * deltas
 
 
-def swapped(l_c, l_r, ref_c, ref_r):
-    return l_r, l_c, ref_r, ref_c
+def swapped(chosen, rejected, ref_chosen, ref_rejected):
+    return rejected, chosen, ref_rejected, ref_chosen
 
 
-def deltas(l_c, l_r, ref_c, ref_r):
-    return l_c.data - l_r.data - ref_c + ref_r
+def deltas(chosen, rejected, ref_chosen, ref_rejected):
+    return chosen.data - rejected.data - ref_chosen + ref_rejected
 
 
 def sigmoid(z):
@@ -44,7 +44,7 @@ def sigmoid(z):
 
 
 def check(loss, arguments, expected, dexpected):
-    """Value, and gradient for the chosen; the rejected one's is its negative."""
+    """The value, the gradient of chosen, and that the gradient of rejected is its negative."""
     loss.backward()
     assert_close(loss, expected)
     assert_close(arguments[0].grad, dexpected)
@@ -82,26 +82,26 @@ def test_ipo_is_the_closed_form(rng, B, beta):
 
 @given(rngs, sizes, betas)
 def test_length_normalised_dpo_is_the_closed_form(rng, B, beta):
-    l_c, l_r, ref_c, ref_r = arguments = pairs(rng, B)
+    chosen, rejected, ref_chosen, ref_rejected = arguments = pairs(rng, B)
     n_c, n_r = rng.integers(1, 9, (2, B))
-    z = beta * ((l_c.data - ref_c) / n_c - (l_r.data - ref_r) / n_r)
+    z = beta * ((chosen.data - ref_chosen) / n_c - (rejected.data - ref_rejected) / n_r)
     loss = length_normalised_dpo_loss(*arguments, n_c, n_r, beta=beta)
     loss.backward()
     assert_close(loss, np.mean(-np.log(sigmoid(z))))
-    assert_close(l_c.grad, -beta * sigmoid(-z) / n_c / B)
-    assert_close(l_r.grad, beta * sigmoid(-z) / n_r / B)
+    assert_close(chosen.grad, -beta * sigmoid(-z) / n_c / B)
+    assert_close(rejected.grad, beta * sigmoid(-z) / n_r / B)
 
 
 @given(rngs, sizes, betas, epsilons)
 def test_the_gradients_agree_with_finite_differences(rng, B, beta, eps):
-    l_c, l_r, *reference = pairs(rng, B)
+    chosen, rejected, *reference = pairs(rng, B)
     lengths = rng.integers(1, 9, (2, B))
     for function in (lambda c, r: dpo_loss(c, r, *reference, beta=beta),
                      lambda c, r: dpo_loss(c, r, *reference, beta=beta, label_smoothing=eps),
                      lambda c, r: robust_dpo_loss(c, r, *reference, beta=beta, flip_rate=eps),
                      lambda c, r: ipo_loss(c, r, *reference, beta=beta),
                      lambda c, r: length_normalised_dpo_loss(c, r, *reference, *lengths, beta=beta)):
-        gradcheck(function, l_c, l_r)
+        gradcheck(function, chosen, rejected)
 
 
 @each_loss
@@ -133,23 +133,23 @@ def test_the_loss_is_log_2_to_the_last_bit_where_policy_and_reference_are_the_sa
             assert value.dtype == dtype and value == np.log(dtype(2)), f"B {B}, beta {beta}: {value!r}"
 
 
-def test_dropout_in_the_reference():
-    """A copy of the policy, as reference, gives the same log-probs: the loss starts at log 2, bitwise."""
+def test_a_copy_of_the_policy_as_reference_starts_at_log_2_to_the_last_bit():
+    """So the reference is computed exactly as the policy is: no dropout, no other rounding."""
     rng = np.random.default_rng(0)
     policy = small_transformer(rng, np.float32, layers=2, context=9)
     reference = policy.copy()
     tokens, mask = rng.integers(0, 7, (6, 9)), rng.random((6, 8)) < 0.6
 
     def sums(model):
-        l = sequence_log_probs(model.log_probs(tokens), mask)
-        return l[:3], l[3:]
+        log_probs = sequence_log_probs(model.log_probs(tokens), mask)
+        return log_probs[:3], log_probs[3:]
 
-    ref_c, ref_r = (l.data for l in sums(reference))
-    assert dpo_loss(*sums(policy), ref_c, ref_r).data == np.log(np.float32(2))
+    ref_chosen, ref_rejected = (log_probs.data for log_probs in sums(reference))
+    assert dpo_loss(*sums(policy), ref_chosen, ref_rejected).data == np.log(np.float32(2))
 
 
 @given(rngs, sizes, betas, epsilons)
-def test_the_variants_start_where_they_say(rng, B, beta, eps):
+def test_the_variants_start_at_the_values_in_their_docstrings(rng, B, beta, eps):
     chosen, rejected = -50 * rng.random((2, B))
     same = Tensor(chosen), Tensor(rejected), chosen, rejected
     assert_close(dpo_loss(*same, beta=beta, label_smoothing=eps).data, np.log(2), 1e-13)
@@ -162,18 +162,18 @@ def test_the_variants_start_where_they_say(rng, B, beta, eps):
 # Identities.
 
 @given(rngs, sizes, betas, st.floats(-20, 20), st.sampled_from(["chosen", "rejected"]))
-def test_a_constant_added_to_policy_and_reference_of_one_side_leaves_the_loss(rng, B, beta, constant, side):
-    """Z, and whatever else belongs to a response and not to the policy, cancels."""
-    l_c, l_r, ref_c, ref_r = (t.data if isinstance(t, Tensor) else t for t in pairs(rng, B))
+def test_a_constant_added_to_policy_and_reference_of_one_side_does_not_change_the_loss(rng, B, beta, constant, side):
+    """Like log Z(x), a term that is the same in policy and reference cancels."""
+    chosen, rejected, ref_chosen, ref_rejected = (t.data if isinstance(t, Tensor) else t for t in pairs(rng, B))
     c, r = (constant, 0) if side == "chosen" else (0, constant)
     for loss in LOSSES.values():
-        assert_close(loss(l_c + c, l_r + r, ref_c + c, ref_r + r, beta=beta).data,
-                     loss(l_c, l_r, ref_c, ref_r, beta=beta).data)
+        assert_close(loss(chosen + c, rejected + r, ref_chosen + c, ref_rejected + r, beta=beta).data,
+                     loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta).data)
 
 
 @given(rngs, sizes, betas)
 def test_swapping_chosen_and_rejected_turns_delta_into_minus_delta(rng, B, beta):
-    """softplus(-z) - softplus(z) = -z, and (Delta - t)^2 - (-Delta - t)^2 = -4 t Delta with t = 1/(2 beta)."""
+    """softplus(-z) - softplus(z) = -z, and (delta - t)^2 - (-delta - t)^2 = -4 t delta with t = 1/(2 beta)."""
     arguments = pairs(rng, B)
     delta = deltas(*arguments).mean()
 
@@ -194,7 +194,7 @@ def test_cdpo_mixes_the_loss_of_both_orders(rng, B, beta, eps):
                  (1 - eps) * plain.data + eps * other.data)
 
 
-# Labels that were flipped.
+# Flipped labels.
 
 def expected_under_flips(loss, arguments, eps):
     """The exact expectation of a loss and its gradients: every pattern of flips, each by its probability."""
@@ -214,7 +214,7 @@ def expected_under_flips(loss, arguments, eps):
 
 
 @given(rngs, epsilons)
-def test_the_robust_loss_of_flipped_labels_is_in_expectation_the_loss_of_clean_ones(rng, eps):
+def test_the_expected_robust_loss_of_flipped_labels_is_the_loss_of_clean_ones(rng, eps):
     arguments, beta = pairs(rng, 3), 0.7
     clean, dclean = expected_under_flips(lambda *a: dpo_loss(*a, beta=beta), arguments, 0.0)
     robust, drobust = expected_under_flips(lambda *a: robust_dpo_loss(*a, beta=beta, flip_rate=eps), arguments, eps)
@@ -234,15 +234,15 @@ def test_cdpo_does_not_undo_flips(eps):
 
 @pytest.mark.parametrize("function, option", [(dpo_loss, "label_smoothing"), (robust_dpo_loss, "flip_rate")])
 @pytest.mark.parametrize("eps", [-0.1, 0.5, 0.9, float("nan")])
-def test_a_rate_of_wrong_labels_out_of_range_is_refused(function, option, eps):
+def test_a_rate_of_wrong_labels_out_of_range_raises(function, option, eps):
     with pytest.raises(ValueError, match=option):
         function(*pairs(np.random.default_rng(0), 2), **{option: eps})
 
 
 # Optima.
 
-def least(loss, beta, around, **options):
-    """The gradient at Delta = around must vanish, and the loss be larger on both sides."""
+def assert_minimum(loss, beta, around, **options):
+    """The gradient at delta = around is 0, and the loss is larger on both sides."""
     arguments = at_delta(around)
     value = loss(*arguments, beta=beta, **options)
     value.backward()
@@ -251,19 +251,19 @@ def least(loss, beta, around, **options):
 
 
 @given(betas, st.floats(0.01, 0.45))
-def test_cdpo_is_least_at_a_finite_delta(beta, eps):
-    least(dpo_loss, beta, np.log((1 - eps) / eps) / beta, label_smoothing=eps)
+def test_cdpo_has_its_minimum_at_a_finite_delta(beta, eps):
+    assert_minimum(dpo_loss, beta, np.log((1 - eps) / eps) / beta, label_smoothing=eps)
 
 
 @given(betas)
-def test_ipo_is_least_at_half_of_one_over_beta(beta):
-    least(ipo_loss, beta, 1 / (2 * beta))
+def test_ipo_has_its_minimum_at_1_over_2_beta(beta):
+    assert_minimum(ipo_loss, beta, 1 / (2 * beta))
     assert ipo_loss(*at_delta(1 / (2 * beta)), beta=beta).item() == 0
 
 
 @given(betas, st.floats(0.05, 0.45))
 def test_the_robust_loss_is_unbounded_below(beta, eps):
-    """Fitting a pair pays eps/(1 - 2 eps) a unit of beta Delta, forever; the other losses are never negative."""
+    """It falls by eps/(1 - 2 eps) for each unit of beta delta, without end; the other losses are never negative."""
     values = [robust_dpo_loss(*at_delta(z / beta), beta=beta, flip_rate=eps).item() for z in (0, 100, 1e3, 1e6)]
     assert values == sorted(values, reverse=True)
     assert_close(values[1:], -eps / (1 - 2 * eps) * np.array([100, 1e3, 1e6]), 1e-12)
@@ -273,16 +273,16 @@ def test_the_robust_loss_is_unbounded_below(beta, eps):
 # Lengths.
 
 @given(rngs, st.integers(1, 4), st.integers(2, 4), betas)
-def test_sum_or_mean_of_log_probs_mixed_up(rng, T, times, beta):
-    """Every token duplicated: DPO and IPO see Delta multiplied (they sum), length-normalised DPO sees nothing."""
-    tokens = -rng.exponential(size=(4, 3, T))                   # log-probs l_c, l_r, ref_c, ref_r of B = 3
+def test_dpo_and_ipo_sum_log_probs_over_tokens_and_length_normalised_dpo_averages_them(rng, T, times, beta):
+    """Every token repeated: delta is multiplied in DPO and IPO (sums), and does not change if length-normalised."""
+    tokens = -rng.exponential(size=(4, 3, T))                   # chosen, rejected, and their references, B = 3
     mask = rng.random((2, 3, T)) < 0.7
     mask[..., 0] = True
     mask = np.concatenate([mask, mask])                         # chosen, rejected; chosen, rejected
 
     def sums(n):
-        return [sequence_log_probs(np.repeat(l, n, axis=-1), np.repeat(m, n, axis=-1)).data
-                for l, m in zip(tokens, mask)]
+        return [sequence_log_probs(np.repeat(log_probs, n, axis=-1), np.repeat(m, n, axis=-1)).data
+                for log_probs, m in zip(tokens, mask)]
 
     once, duplicated = sums(1), sums(times)
     delta = once[0] - once[1] - once[2] + once[3]
@@ -293,8 +293,8 @@ def test_sum_or_mean_of_log_probs_mixed_up(rng, T, times, beta):
                  length_normalised_dpo_loss(*once, *lengths, beta=beta).data)
 
 
-def test_all_masked_row_divides_by_zero():
-    """An empty response: its summed log-prob is 0, which DPO can use; per token it has no meaning."""
+def test_an_empty_response_has_a_sum_of_0_and_no_mean():
+    """DPO can use the sum 0; the mean of no tokens does not exist."""
     chosen, rejected = np.array([0.0, -2.0]), np.array([-1.0, -1.0])
     assert np.isfinite(dpo_loss(chosen, rejected, chosen, rejected).item())
     with pytest.raises(ValueError, match="length"):
@@ -302,10 +302,10 @@ def test_all_masked_row_divides_by_zero():
 
 
 def test_float32_log_probs_take_lengths_of_any_dtype():
-    l_c, l_r, *reference = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    log_chosen, log_rejected, *reference = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     for lengths in (np.array([2, 3, 4]), np.array([2.0, 3.0, 4.0]), [2, 3, 4]):
-        chosen = Tensor(l_c, requires_grad=True)
-        loss = length_normalised_dpo_loss(chosen, Tensor(l_r), *reference, lengths, lengths)
+        chosen = Tensor(log_chosen, requires_grad=True)
+        loss = length_normalised_dpo_loss(chosen, Tensor(log_rejected), *reference, lengths, lengths)
         loss.backward()
         assert loss.dtype == chosen.grad.dtype == np.float32
 
@@ -314,7 +314,7 @@ def test_float32_log_probs_take_lengths_of_any_dtype():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("delta, value, slope", [(1000.0, 0.0, 0.0), (-1000.0, 1000.0, -1.0)])
-def test_log_sigmoid_overflow(dtype, delta, value, slope):
+def test_loss_and_gradient_are_finite_at_differences_of_1000(dtype, delta, value, slope):
     arguments = [Tensor(np.array([x], dtype), requires_grad=True) for x in (delta, 0)] + [np.zeros(1, dtype)] * 2
     with np.errstate(over="raise", invalid="raise", divide="raise"):
         plain = dpo_loss(*arguments, beta=1.0)
@@ -339,27 +339,27 @@ def test_the_far_tail_keeps_its_digits():
 
 @each_loss
 def test_float32_log_probs_take_a_beta_in_numpy_float64(loss):
-    """beta may come out of a NumPy array, a sweep or a schedule."""
-    l_c, l_r, *reference = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
-    arguments = Tensor(l_c), Tensor(l_r), *reference
+    """beta may come from a NumPy array, a sweep or a schedule."""
+    chosen, rejected, *reference = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    arguments = Tensor(chosen), Tensor(rejected), *reference
     assert_close(loss(*arguments, beta=np.float64(0.5)), loss(*arguments, beta=0.5), 1e-6)
 
 
 @each_loss
 @pytest.mark.parametrize("shapes", [[(0,)] * 4, [(2,), (2,), (2,), (3,)], [(2,), (2,), (1,), (2,)], [(2, 1)] * 4,
                                     [()] * 4])
-def test_anything_but_four_arrays_of_sums_is_refused(loss, shapes):
+def test_anything_but_four_arrays_of_sums_raises(loss, shapes):
     with pytest.raises(ValueError, match="log-probs"):
         loss(*(np.zeros(s) for s in shapes))
 
 
-# Metrics, and what surprises people in them.
+# Metrics, and two surprises in them.
 
 @given(st.lists(st.tuples(*[st.integers(-3, 0)] * 4), min_size=1, max_size=8))
 @example([(-3, -1, -2, -2), (0, -3, -2, -1)])
 def test_metrics_against_their_definitions(rows):
     metrics = dpo_metrics(*np.array(rows, np.float64).T, beta=0.5)
-    implied = [((c - ref_c) / 2, (r - ref_r) / 2) for c, r, ref_c, ref_r in rows]
+    implied = [((c - ref_chosen) / 2, (r - ref_rejected) / 2) for c, r, ref_chosen, ref_rejected in rows]
     expected = {"rewards/chosen": np.mean([c for c, _ in implied]),
                 "rewards/rejected": np.mean([r for _, r in implied]),
                 "rewards/margins": np.mean([c - r for c, r in implied]),
@@ -379,16 +379,17 @@ def test_strict_accuracy_is_zero_at_step_0_and_ties_are_one():
 
 
 def test_the_chosen_log_prob_may_fall_while_the_loss_does():
-    """Two responses that share most of their tokens, here one parameter: each step lowers the loss, by
-    pushing both down, the rejected one faster."""
+    """Two responses with log-probs that depend on one parameter, like responses that share most of their tokens.
+    Each step lowers the loss and lowers both log-probs, the rejected one faster."""
     theta = Tensor(np.array([1.0]), requires_grad=True)
-    losses, chosen = [], []
+    reference = np.array([-1.0]), np.array([-2.0])
+    losses, implied_rewards = [], []
     for _ in range(5):
-        l_c, l_r = theta * -1.0, theta * -2.0
-        loss = dpo_loss(l_c, l_r, np.array([-1.0]), np.array([-2.0]), beta=1.0)
+        chosen, rejected = theta * -1.0, theta * -2.0
+        loss = dpo_loss(chosen, rejected, *reference, beta=1.0)
         losses.append(loss.item())
-        chosen.append(dpo_metrics(l_c.data, l_r.data, np.array([-1.0]), np.array([-2.0]), beta=1.0)["rewards/chosen"])
+        implied_rewards.append(dpo_metrics(chosen.data, rejected.data, *reference, beta=1.0)["rewards/chosen"])
         theta.grad = None
         loss.backward()
         theta.data -= theta.grad
-    assert (np.diff(losses) < 0).all() and (np.diff(chosen) < 0).all() and chosen[-1] < 0
+    assert (np.diff(losses) < 0).all() and (np.diff(implied_rewards) < 0).all() and implied_rewards[-1] < 0

@@ -19,7 +19,7 @@ def by_enumeration(model, prompt):
 
 
 @given(rng=rngs, n=st.integers(2, 9))
-def test_mean_and_error_are_the_textbooks(rng, n):
+def test_mean_and_error_are_their_definitions(rng, n):
     x = rng.normal(size=n) * 3 + 1
     mean, error = evaluate.mean_and_error(x.tolist())
     assert_close(mean, sum(x) / n)
@@ -44,13 +44,13 @@ def test_wins_of_one_side_and_of_the_other_are_all_comparisons(rng):
 # Divergence.
 
 @given(rng=rngs)
-def test_a_model_is_no_divergence_away_from_itself(rng):
+def test_the_divergence_of_a_model_from_itself_is_0(rng):
     model = small_transformer(rng)
     assert (evaluate.sequence_kl(model, model.copy(), PROMPTS, RESPONSES) == 0).all()
 
 
 @given(rng=rngs, batch_size=st.integers(1, 6))
-def test_batch_size_and_order_change_no_divergence_and_no_reward(rng, batch_size):
+def test_divergence_and_reward_do_not_depend_on_batch_size_and_order(rng, batch_size):
     policy, reference = small_transformer(rng), small_transformer(rng)
     rewarder = RewardModel(policy, rng)
     for measure in (lambda *args: evaluate.sequence_kl(policy, reference, *args),
@@ -62,7 +62,7 @@ def test_batch_size_and_order_change_no_divergence_and_no_reward(rng, batch_size
 
 
 @given(rng=rngs)
-def test_a_response_of_one_token_diverges_by_the_ratio_of_its_probabilities(rng):
+def test_the_divergence_of_one_token_is_the_log_ratio_of_its_probabilities(rng):
     """Whatever follows the prompt, log pi - log pi_ref of that token: nothing of the prompt is counted."""
     policy, reference = small_transformer(rng), small_transformer(rng)
     for prompt in PROMPTS:
@@ -72,7 +72,7 @@ def test_a_response_of_one_token_diverges_by_the_ratio_of_its_probabilities(rng)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_mean_over_samples_estimates_the_exact_divergence_without_bias(seed):
+def test_the_mean_over_samples_agrees_with_the_exact_divergence(seed):
     rng = np.random.default_rng(seed)
     policy, reference = small_transformer(rng), small_transformer(rng)
     prompts = PROMPTS * 800

@@ -56,14 +56,14 @@ def case(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_step_of_dpo_moves_every_response_by_the_difference_of_two_columns_of_the_kernel(seed):
+def test_a_step_of_dpo_changes_every_log_prob_by_the_difference_of_two_columns_of_the_kernel(seed):
     model, l, reference, kernel = case(seed)
     rng = np.random.default_rng(seed)
     for c, r in [rng.choice(N, 2, replace=False) for _ in range(4)]:
         assert_close(measured(model, reference, c, r), predicted(kernel, l, reference, c, r), 1e-6)
 
 
-def test_the_margin_grows_with_every_pair_and_the_chosen_falls_exactly_where_the_two_share_more_than_it_has():
+def test_the_margin_grows_for_every_pair_and_the_chosen_falls_exactly_where_k_cr_exceeds_k_cc():
     """Of every pair of responses, moves that were measured."""
     model, l, reference, kernel = case(0)
     falls = 0
@@ -79,7 +79,7 @@ def test_the_margin_grows_with_every_pair_and_the_chosen_falls_exactly_where_the
     assert 0 < falls < N * (N - 1)                          # it happens, and not always
 
 
-def test_it_is_seen_in_training():
+def test_in_training_the_chosen_log_prob_falls_while_the_loss_falls():
     """From policy = reference, two responses that part at their last token: the loss falls, the margin grows,
     and the chosen one ends less than e^-4 times as likely as it began. (A case picked to show it: in about a
     third of random policies this pair does.)"""
@@ -100,7 +100,7 @@ def test_it_is_seen_in_training():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_where_the_probability_goes(seed):
+def test_responses_that_are_not_compared_gain_the_probability_that_the_pair_loses(seed):
     """What chosen and rejected lose together, responses that nobody compared gain: sum pi(y) d l(y) = 0."""
     _, l, reference, kernel = case(seed)
     pi = np.exp(l)
@@ -111,7 +111,7 @@ def test_where_the_probability_goes(seed):
         assert abs(others) > 1e-3 * np.abs(d).max()
 
 
-def test_what_the_two_share_at_the_start_cancels():
+def test_tokens_shared_at_the_start_cancel_in_the_gradient():
     """grad l(c) - grad l(r) holds nothing of the tokens before they part: these move by a side effect alone."""
     model = policy(1)
     c, r = WORLD.responses.index([1, 2, 1]), WORLD.responses.index([1, 2, 2])

@@ -62,7 +62,7 @@ def test_k1_and_k3_are_the_kl_in_expectation_and_k2_is_not(rng):
     assert abs(mean["k2"] / exact - 1) > 1e-10
 
 
-def test_k2_is_off_by_much_far_from_the_reference_and_by_little_near_it():
+def test_the_error_of_k2_is_large_far_from_the_reference_and_small_near_it():
     """Its relative error is of the order of the distance between the two."""
     policy, other = models(np.random.default_rng(0))
     reference, errors = log_probs(policy)[0], []
@@ -77,7 +77,7 @@ def test_k2_is_off_by_much_far_from_the_reference_and_by_little_near_it():
 
 
 @given(rngs)
-def test_negative_kl_is_seen_in_samples_and_never_in_the_exact_value(rng):
+def test_some_sample_of_k1_is_negative_and_the_kl_never_is(rng):
     """Some sample of k1 always is."""
     l, reference = log_probs(*models(rng))
     assert k1(l, reference).data.min() < 0 < k1(l, reference).data.max()
@@ -88,7 +88,7 @@ def test_negative_kl_is_seen_in_samples_and_never_in_the_exact_value(rng):
 # Gradients, differentiated as a loss.
 
 @given(rngs)
-def test_k1_as_a_loss_has_no_gradient_in_expectation(rng):
+def test_k1_as_a_loss_has_expected_gradient_0(rng):
     policy, reference = models(rng)
     d = expected_gradient(policy, lambda l: k1(l, *log_probs(reference)))
     assert max(np.abs(g).max() for g in d.values()) < 1e-13
@@ -101,7 +101,7 @@ def test_k2_as_a_loss_has_the_gradient_of_the_kl_from_the_reference(rng):
 
 
 @given(rngs)
-def test_k3_differentiated_as_a_loss_gives_the_forward_kls_gradient(rng):
+def test_k3_as_a_loss_has_the_gradient_of_the_forward_kl(rng):
     """KL(ref || pi), the other direction: an unbiased estimator of a KL whose gradient is not that KL's."""
     policy, reference = models(rng)
     d = expected_gradient(policy, lambda l: k3(l, *log_probs(reference)))
@@ -115,7 +115,7 @@ def test_the_gradients_of_the_two_kls_are_not_the_same(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_k3_differentiated_with_the_ratio_of_its_samples_gives_the_gradient_of_the_kl(seed):
+def test_k3_times_the_ratio_as_a_loss_has_the_gradient_of_the_kl(seed):
     """The repair: pi(y)/pi_old(y), 1 in value, brings back the gradient of how y was drawn."""
     policy, reference = models(np.random.default_rng(seed))
     old, = log_probs(policy)
@@ -142,7 +142,7 @@ def test_k1_inside_the_reward_gives_the_gradient_of_the_kl(rng):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_k3_inside_the_reward_does_not_although_its_value_is_unbiased(seed):
+def test_k3_inside_the_reward_gives_the_difference_of_two_gradients(seed):
     """E[k3 grad log pi] = E[(k1 + ref/pi) grad log pi] = grad KL(pi || ref) - grad KL(ref || pi)."""
     policy, reference = models(np.random.default_rng(seed))
     d = in_the_reward(policy, k3(*log_probs(policy, reference)).data)
@@ -155,7 +155,7 @@ def test_k3_inside_the_reward_does_not_although_its_value_is_unbiased(seed):
 
 @pytest.mark.parametrize("k", [k2, k3])
 @pytest.mark.parametrize("seed", range(4))
-def test_per_token_and_then_summed_k2_and_k3_give_neither_gradient(k, seed):
+def test_k2_and_k3_summed_over_tokens_have_neither_gradient(k, seed):
     """They give that of the KLs of single tokens, in the contexts of pi, whose probability is taken as
     given. KL(pi || ref) depends on pi through these contexts too; KL(ref || pi) is over contexts of ref."""
     policy, reference = models(np.random.default_rng(seed))
@@ -182,7 +182,7 @@ def kl_of_tokens(policy, reference, forward):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_per_token_k3_at_samples_of_the_reference_would_give_the_forward_kls_gradient(seed):
+def test_per_token_k3_in_contexts_of_the_reference_has_the_gradient_of_the_forward_kl(seed):
     """So what goes wrong is where the contexts come from. In each, the token is drawn from pi."""
     policy, reference = models(np.random.default_rng(seed))
     visits = np.array([1.0, *np.exp(ops.log_softmax(reference(np.array([[0, 2]]))).data)[0, 1, 1:]])
@@ -193,7 +193,7 @@ def test_per_token_k3_at_samples_of_the_reference_would_give_the_forward_kls_gra
 
 
 @given(rngs)
-def test_summed_over_tokens_k3_keeps_its_value(rng):
+def test_k3_summed_over_tokens_keeps_its_expected_value(rng):
     policy, reference = models(rng)
     tokens, ref = WORLD.token_log_probs(policy).data, WORLD.token_log_probs(reference).data
     pi, exact = np.exp(WORLD.log_probs(policy).data), divergence(*log_probs(policy, reference))[0]

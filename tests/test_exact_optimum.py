@@ -63,7 +63,7 @@ dpo = functools.partial(dpo_loss, beta=BETA)
 # The optimum itself.
 
 @given(rngs, st.floats(0.1, 3))
-def test_the_best_policy_is_worth_beta_log_z(rng, beta):
+def test_the_best_value_of_j_is_beta_log_z(rng, beta):
     """J(pi) = beta log Z - beta KL(pi || pi*) for every policy: J* = beta log Z, and no other reaches it."""
     l, reference = (z - np.log(np.exp(z).sum(axis=-1, keepdims=True)) for z in rng.normal(size=(2, 3, 9)))
     rewards = rng.normal(size=l.shape)
@@ -74,7 +74,7 @@ def test_the_best_policy_is_worth_beta_log_z(rng, beta):
     assert_close(objective(l, reference, rewards, beta), beta * log_Z - beta * divergence(l, best))
 
 
-def test_the_reward_of_the_optimum_is_the_one_it_was_made_from_up_to_a_constant_per_prompt():
+def test_the_implied_reward_of_the_optimum_is_the_reward_up_to_a_constant_per_prompt():
     """r = beta log(pi*/pi_ref) + beta log Z: the identity behind DPO."""
     assert_close(BETA * (OPTIMUM - REFERENCE) + BETA * LOG_Z[:, None], REWARDS)
 
@@ -93,14 +93,14 @@ def test_descent_on_the_expected_dpo_loss_reaches_the_optimum():
     assert total_variation(trained(expected(dpo, comparisons(REFERENCE, REWARDS))), OPTIMUM).max() < 1e-3
 
 
-def test_it_does_not_matter_to_dpo_which_pairs_are_compared_how_often():
+def test_dpos_gradient_vanishes_at_the_optimum_for_any_frequencies_of_the_pairs():
     """At pi* the two orders of a pair cancel, pair by pair: with any weights the gradient vanishes."""
     weights = np.random.default_rng(2).random((*WORLD.shape, WORLD.shape[1]))
     probabilities = (weights + weights.transpose(0, 2, 1)) * preference(REWARDS)
     assert np.abs(expected(dpo, probabilities)(OPTIMUM)).max() < 1e-12
 
 
-def test_the_policy_gradient_forgets_what_the_policy_never_says_and_dpo_does_not():
+def test_the_gradient_of_j_at_a_rare_response_vanishes_and_dpos_does_not():
     """Of J, the gradient at a response is in proportion to its probability under the policy; of DPO, to how
     often the pairs hold it. So RLHF may stay short of pi* for long, where a response was lost early."""
     lost = OPTIMUM.copy()
@@ -121,7 +121,7 @@ def test_descent_on_the_robust_loss_of_flipped_labels_reaches_the_optimum():
 
 
 @given(rngs, st.floats(0.01, 0.45))
-def test_the_robust_loss_of_flipped_labels_is_in_expectation_dpos_loss_of_clean_ones(rng, eps):
+def test_the_expected_robust_loss_of_flipped_labels_is_dpos_loss_of_clean_ones(rng, eps):
     """Value and gradient, at any policy."""
     l, reference = rng.normal(size=(2, 1, 4))
     rewards, written_by = rng.normal(size=(1, 4)), np.log(rng.dirichlet(np.ones(4), size=1))
@@ -150,7 +150,7 @@ def winners(rewards):
     return 2 * drawn[:, :, None] * drawn[:, None, :] * (rewards[:, :, None] > rewards[:, None, :])
 
 
-def test_hard_labels_hold_the_order_of_the_rewards_and_nothing_more():
+def test_hard_labels_determine_only_the_order_of_the_rewards():
     """Why DPO cannot find pi* from them: another reward of the same order gives the same labels, hence the
     same gradients and the same policy, while its pi* is another."""
     stretched = np.sinh(2 * REWARDS)
@@ -161,7 +161,7 @@ def test_hard_labels_hold_the_order_of_the_rewards_and_nothing_more():
     assert (divergence(l, REFERENCE) > divergence(OPTIMUM, REFERENCE)).all()
 
 
-def test_dpo_on_hard_labels_of_finitely_many_pairs_runs_away_from_the_optimum():
+def test_dpo_on_hard_labels_of_finitely_many_pairs_moves_away_from_the_optimum():
     """Its loss is least at infinite margins: the longer the training, the farther from pi* and the reference."""
     rng, labels = np.random.default_rng(3), np.zeros((2, 40, 40))
     for p in range(2):
@@ -178,7 +178,7 @@ def test_dpo_on_hard_labels_of_finitely_many_pairs_runs_away_from_the_optimum():
     assert min(total_variation(l, OPTIMUM).min() for l in policies) > 0.3
 
 
-def test_with_many_judgements_of_every_pair_the_labels_become_probabilities():
+def test_with_many_judgements_of_every_pair_the_gradient_at_the_optimum_goes_to_0():
     """The gradient at pi* shrinks as one over the square root of their number, to 0."""
     probabilities, rng = comparisons(REFERENCE, REWARDS), np.random.default_rng(4)
 
@@ -199,7 +199,7 @@ def test_ipo_reaches_its_own_optimum_and_not_dpos():
 
 
 @given(rngs, st.floats(0.2, 2))
-def test_each_gradient_vanishes_at_its_own_optimum_and_ipos_moves_with_who_wrote_the_responses(rng, beta):
+def test_each_gradient_vanishes_at_its_own_optimum_and_ipos_depends_on_the_behaviour_policy(rng, beta):
     reference, written_by = np.log(rng.dirichlet(np.full(5, 5.0), size=(2, 1)))
     rewards = rng.uniform(-1, 1, size=(1, 5))
     probabilities = comparisons(written_by, rewards)
@@ -209,7 +209,7 @@ def test_each_gradient_vanishes_at_its_own_optimum_and_ipos_moves_with_who_wrote
         assert np.abs(d).max() < 1e-12
 
 
-def test_sum_or_mean_of_log_probs_mixed_up():
+def test_no_gradient_vanishes_at_the_optimum_of_another_loss():
     """Neither gradient vanishes at the other's optimum, nor DPO's at pi* with log-probs averaged over tokens,
     nor IPO's where another wrote the responses."""
     rng, lengths = np.random.default_rng(6), np.array([[1, 2, 3, 1, 2]])

@@ -127,7 +127,7 @@ def test_group_normalisation_changes_the_direction_of_the_expected_gradient(beta
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_at_a_temperature_policy_and_reference_scored_at_it_make_the_gradient_exact(temperature):
+def test_the_gradient_is_exact_if_samples_are_scored_at_the_temperature_they_are_drawn_at(temperature):
     """Of the J of the policy at that temperature: draws, ratio and KL are all its own."""
     p = problem(5, temperature=temperature)
     assert_same_gradients(p.expected_gradient(p.estimator("leave_one_out"), 2), p.exact_gradient())
@@ -143,7 +143,7 @@ def test_reward_to_go_has_the_exact_gradient_in_expectation(baseline, K, factor)
     assert_same_gradients(p.expected_gradient(p.estimator_to_go(baseline), K), p.exact_gradient(), factor)
 
 
-def test_a_reward_to_go_that_forgets_the_token_itself_is_biased():
+def test_reward_to_go_without_the_kl_of_the_token_itself_is_biased():
     """What the test above can tell: the KL of token t is a consequence of the choice at t."""
     p = problem(4, beta=0.8)
     wrong = p.expected_gradient(p.estimator_to_go("none", kl_ahead=True), 1)

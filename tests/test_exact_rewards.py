@@ -41,13 +41,13 @@ def fitted(loss, probabilities, steps=500):
 
 # Bradley and Terry.
 
-def test_bradley_terry_on_the_expected_comparisons_recovers_the_reward_up_to_a_constant_per_prompt():
+def test_bradley_terry_on_expected_comparisons_recovers_the_reward_up_to_a_constant_per_prompt():
     r = fitted(reward_loss, comparisons(uniform(WORLD.shape), REWARDS))
     assert_close(centred(r), centred(REWARDS), 1e-3)
 
 
 @given(rngs)
-def test_its_gradient_vanishes_at_the_reward_plus_any_constant_per_prompt_and_nowhere_near(rng):
+def test_the_gradient_vanishes_at_the_reward_plus_any_constant_per_prompt_and_elsewhere_descends_to_it(rng):
     rewards, written_by = rng.normal(size=(2, 5)), np.log(rng.dirichlet(np.ones(5), size=2))
     gradient = functools.partial(gradient_over_comparisons, reward_loss, comparisons(written_by, rewards))
     assert np.abs(gradient(rewards + 10 * rng.normal(size=(2, 1)))).max() < 1e-14
@@ -56,7 +56,7 @@ def test_its_gradient_vanishes_at_the_reward_plus_any_constant_per_prompt_and_no
     assert (gradient(elsewhere) * (elsewhere - rewards)).sum() > 0
 
 
-def test_centring_picks_the_constant_and_pulls_the_differences_in_a_little():
+def test_centring_selects_the_constant_and_in_expectation_shrinks_the_differences_a_little():
     """E[(r_c + r_r)^2] = 2 Var + 4 mean^2 of the rewards compared: each mean goes to 0, each difference shrinks."""
     r = fitted(functools.partial(reward_loss, centering=1e-3), comparisons(uniform(WORLD.shape), REWARDS))
     assert np.abs(r.mean(axis=1)).max() < 0.01
@@ -65,7 +65,7 @@ def test_centring_picks_the_constant_and_pulls_the_differences_in_a_little():
 
 
 @given(rngs, st.floats(0.001, 1))
-def test_the_pull_of_centring_is_that_of_variance_and_mean(rng, c):
+def test_the_expected_gradient_of_centring_is_that_of_variance_and_mean(rng, c):
     """Its gradient: of c (2 Var + 4 mean^2), under the law that the responses are drawn from."""
     r, pi = rng.normal(size=(1, 5)), rng.dirichlet(np.ones(5), size=1)
     probabilities = comparisons(np.log(pi), rng.normal(size=(1, 5)))
@@ -120,7 +120,7 @@ def test_the_bound_is_met_in_the_limit_of_many_responses_without_ties_and_not_wi
 
 
 @given(rngs, st.integers(2, 12))
-def test_best_of_n_is_worth_less_than_the_optimum_at_the_same_divergence(rng, n):
+def test_best_of_n_has_less_reward_than_the_optimum_at_the_same_divergence(rng, n):
     """pi* at the beta that has best-of-n's KL: no policy of that KL has a higher reward."""
     l, rewards = np.log(rng.dirichlet(np.full(9, 2.0), size=1)), rng.normal(size=(1, 9))
     best = best_of_n(l, rewards, n)
@@ -134,7 +134,7 @@ def test_best_of_n_is_worth_less_than_the_optimum_at_the_same_divergence(rng, n)
     assert objective(best, l, rewards, beta)[0] < objective(star, l, rewards, beta)[0]
 
 
-def test_of_very_many_draws_the_best_is_the_one_with_the_highest_score():
+def test_best_of_very_many_draws_is_the_response_with_the_highest_score():
     l, scores = np.log(np.array([[0.9, 0.09, 0.01]])), np.array([[0.0, 1.0, 2.0]])
     law = best_of_n(l, scores, 100_000)
     assert_close(np.exp(law), [[0, 0, 1]])

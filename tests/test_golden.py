@@ -125,7 +125,7 @@ def test_the_index_lists_exactly_the_files_and_arrays():
             assert described(file) == listed, name
 
 
-def test_the_index_says_on_what_terms():
+def test_the_index_states_the_conventions():
     assert INDEX["format"] == "minilm golden vectors" and INDEX["version"] == 1
     assert list(INDEX["conventions"]) == ["arrays", "numbers", "letters", "log-probs", "mask", "shift",
                                           "normalisation", "weights", "qkv", "gate_up", "rope"]
@@ -376,7 +376,7 @@ class ByTorch:
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", [name for name, e in INDEX["cases"].items() if hasattr(ByTorch, e["function"])])
-def test_another_implementation_finds_the_same_from_the_files_alone(name):
+def test_another_implementation_computes_the_same_from_the_files_alone(name):
     global torch, F
     torch = pytest.importorskip("torch")
     F = torch.nn.functional
@@ -395,7 +395,7 @@ def test_another_implementation_finds_the_same_from_the_files_alone(name):
         assert_close(found[key].detach().numpy(), a, INDEX["tolerance"]["float64"], f"{name}: {key}")
 
 
-def test_only_metrics_are_left_out_there():
+def test_only_metrics_are_left_out_of_the_other_implementation():
     left = {entry["function"] for entry in INDEX["cases"].values() if not hasattr(ByTorch, entry["function"])}
     assert all(function.endswith("_metrics") for function in left)
 
@@ -475,7 +475,7 @@ def test_two_runs_write_the_same_bytes_and_another_seed_writes_others(tmp_path):
     assert all(a[name] != c[name] for name in a)
 
 
-def test_the_script_runs_on_its_own_and_says_where_to_begin(tmp_path):
+def test_the_script_runs_on_its_own_and_names_its_index(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "scripts" / "dev" / "golden.py", "--out", "new/set"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
@@ -503,7 +503,7 @@ def test_a_run_that_was_cut_short_is_repeated_in_its_folder(copy):
 
 @pytest.mark.parametrize("files", [{"notes.txt": "mine"}, {"dpo_loss.npz": "mine"}, {"index.json": "[]"},
                                    {"index.json": "not json"}, {"index.json": '{"format": "another"}'}])
-def test_a_folder_of_something_else_is_left_as_it_is(tmp_path, capsys, files):
+def test_a_folder_of_other_files_is_not_changed(tmp_path, capsys, files):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     before = contents(tmp_path)
@@ -514,13 +514,13 @@ def test_a_folder_of_something_else_is_left_as_it_is(tmp_path, capsys, files):
 
 
 @pytest.mark.parametrize("other", [("--seed", 1), ("--size", "large")])
-def test_a_set_of_another_seed_or_size_is_left_as_it_is(copy, capsys, other):
+def test_a_set_of_another_seed_or_size_is_not_changed(copy, capsys, other):
     assert write("--out", copy, *other) == 2
     assert "Choose another --out." in capsys.readouterr().err
     assert contents(copy) == contents(COMMITTED)
 
 
-def test_bad_arguments_are_refused_in_a_line(tmp_path, capsys):
+def test_bad_arguments_give_one_line_of_error(tmp_path, capsys):
     assert write("--seed", -1, "--out", tmp_path / "new") == 2
     assert capsys.readouterr().err == "error: --seed -1 must not be negative\n"
     assert not (tmp_path / "new").exists()

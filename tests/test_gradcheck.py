@@ -129,7 +129,7 @@ def test_the_same_attention_without_a_bug_passes(directions, rng):
 
 
 @pytest.mark.parametrize("scale, passes", [(0.02, True), (1.0, False)])
-def test_tiny_weights_and_an_absolute_tolerance_would_have_hidden_the_transposed_dk(scale, passes):
+def test_tiny_weights_and_an_absolute_tolerance_hide_a_transposed_dk(scale, passes):
     def dk(bug):
         rng = np.random.default_rng(0)
         q, k, v = (normal(rng, T, K, scale=scale) for _ in range(3))
@@ -166,7 +166,7 @@ def test_the_error_shows_the_worst_element_and_both_values():
     assert isinstance(caught.value, AssertionError)
 
 
-def test_the_relative_error_is_of_the_largest_entry_with_a_floor():
+def test_the_relative_error_is_relative_to_the_largest_entry_with_a_minimum():
     assert relative_error(np.array([1.0, 2.5]), np.array([1.0, 2.0])) == (0.25, (1,))
     assert relative_error(np.array([[1e-6]]), np.array([[0.0]])) == (pytest.approx(1e-3), (0, 0))
     assert relative_error(np.zeros((0, 2)), np.zeros((0, 2))) == (0.0, ())
@@ -179,7 +179,7 @@ def test_a_gradient_that_never_arrives_is_reported(rng):
 
 
 @pytest.mark.parametrize("directions", [None, 1])
-def test_a_nan_is_an_error_and_not_a_pass(directions, rng):
+def test_a_nan_fails_the_check(directions, rng):
     @primitive
     def broken(x):
         return x * 1, lambda dy: dy * np.nan
@@ -188,7 +188,7 @@ def test_a_nan_is_an_error_and_not_a_pass(directions, rng):
         gradcheck(broken, normal(rng, 2), directions=directions)
 
 
-def test_a_direction_across_the_gradient_is_not_measured_by_its_own_rounding():
+def test_a_direction_orthogonal_to_the_gradient_is_compared_with_a_typical_derivative():
     """Its derivative is next to nothing beside the gradient, and so is the error: no cause for alarm."""
     class Across:
         directions = iter([np.array([1.0, 1.0]), np.array([1.0, -1.0 + 1e-7])])
@@ -202,23 +202,23 @@ def test_a_direction_across_the_gradient_is_not_measured_by_its_own_rounding():
 
 # What it refuses, and what it leaves as it was.
 
-def test_float32_is_refused(rng):
+def test_float32_raises(rng):
     with pytest.raises(TypeError, match="needs float64"):
         gradcheck(ops.tanh, normal(rng, 2, dtype=np.float32))
 
 
-def test_nothing_to_check_is_refused():
+def test_nothing_to_check_raises():
     with pytest.raises(ValueError, match="no Tensor has requires_grad=True"):
         gradcheck(ops.tanh, Tensor([1.0]))
 
 
 @pytest.mark.parametrize("directions", [0, -1])
-def test_no_directions_are_refused(directions, rng):
+def test_no_directions_raise(directions, rng):
     with pytest.raises(ValueError, match=f"{directions} directions check nothing"):
         gradcheck(ops.tanh, normal(rng, 2), directions=directions)
 
 
-def test_the_gradients_that_an_optimiser_holds_are_left_as_they_were(rng):
+def test_the_gradients_that_an_optimiser_holds_do_not_change(rng):
     x = normal(rng, 2, 3)
     optimizer = AdamW({"x": x})
     ops.sum(x).backward()
@@ -228,7 +228,7 @@ def test_the_gradients_that_an_optimiser_holds_are_left_as_they_were(rng):
 
 @pytest.mark.parametrize("directions", [None, 3])
 @pytest.mark.parametrize("calls", [2, 3])
-def test_values_are_left_as_they_were_when_the_function_fails(directions, calls, rng):
+def test_values_are_restored_when_the_function_raises(directions, calls, rng):
     x, left = normal(rng, 2, 3), [1.0] * (calls - 1)
     before = x.data.copy()
     with pytest.raises(IndexError):
@@ -237,7 +237,7 @@ def test_values_are_left_as_they_were_when_the_function_fails(directions, calls,
 
 
 @pytest.mark.parametrize("directions", [None, 3])
-def test_values_and_gradients_of_the_tensors_are_left_as_they_were(directions, rng):
+def test_values_and_gradients_of_the_tensors_are_restored(directions, rng):
     x = normal(rng, 2, 3)
     x.grad = np.full((2, 3), 7.0)
     before = x.data.copy()

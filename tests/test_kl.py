@@ -46,7 +46,7 @@ def test_k3_is_never_negative_and_keeps_its_digits_near_0_in_float32():
 # Metrics.
 
 @given(rngs, st.integers(1, 4), st.integers(1, 6), st.integers(0, 4), st.sampled_from(["left", "right"]))
-def test_metrics_count_pads(rng, B, T, amount, side):
+def test_metrics_do_not_depend_on_padding(rng, B, T, amount, side):
     """They do not, on either side, not even NaN."""
     policy, reference = rng.normal(size=(2, B, T))
     mask = rng.random((B, T)) < 0.6
@@ -67,5 +67,5 @@ def test_the_two_metrics_differ_by_the_number_of_tokens_in_a_response():
     assert metrics == {"kl_sequence": (3 - 1) / 2, "kl_token": (3 - 1) / 4}
 
 
-def test_all_masked_row_divides_by_zero():
+def test_metrics_of_an_empty_response_are_0():
     assert kl_metrics(np.ones((1, 2)), np.zeros((1, 2)), np.zeros((1, 2))) == {"kl_sequence": 0.0, "kl_token": 0.0}

@@ -1,17 +1,23 @@
-"""The KL-regularised policy gradient, each part against its formula. Expectations: test_exact_policy_gradient.py."""
+"""The KL-regularised policy gradient against its formulas. Its expectations: test_exact_policy_gradient.py."""
 
 import numpy as np
 import pytest
-from hypothesis import example, given, strategies as st
-
 from helpers import assert_close, normal, rngs, small_transformer
+from hypothesis import example, given
+from hypothesis import strategies as st
+
 from minilm import Tensor, ops
 from minilm.generate import generate
 from minilm.gradcheck import gradcheck
 from minilm.layers import sequence_log_probs
 from minilm.objectives.kl import k2
-from minilm.objectives.policy_gradient import (advantages, policy_gradient_loss, policy_gradient_metrics,
-                                               ppo_clip_loss, reward_to_go)
+from minilm.objectives.policy_gradient import (
+    advantages,
+    policy_gradient_loss,
+    policy_gradient_metrics,
+    ppo_clip_loss,
+    reward_to_go,
+)
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 6))
 betas = st.floats(0, 2)
@@ -68,13 +74,13 @@ def test_a_baseline_that_compares_needs_two_samples(baseline):
 @pytest.mark.parametrize("rewards, kl, baseline", [
     ((4,), (4,), "none"), ((2, 3), (3, 2), "none"), ((2, 3), (2, 1), "none"), ((2, 3), (2, 3, 4), "none"),
     ((2, 3), (2, 3), "rloo")])
-def test_advantages_refuse_other_shapes_and_names(rewards, kl, baseline):
+def test_advantages_of_other_shapes_or_baselines_raise(rewards, kl, baseline):
     with pytest.raises(ValueError, match="advantages"):
         advantages(np.ones(rewards), np.zeros(kl), 0.1, baseline)
 
 
 @given(rngs, st.floats(-1e6, 1e6), st.sampled_from(["mean", "leave_one_out", "group"]))
-def test_a_constant_added_to_a_prompts_rewards_leaves_its_advantages_and_the_other_prompts_too(rng, constant, baseline):
+def test_a_constant_added_to_the_rewards_of_a_prompt_changes_no_advantage(rng, constant, baseline):
     rewards, kl = rng.normal(size=(2, 2, 4))
     before = advantages(rewards, kl, 0.3, baseline)
     rewards[1] += constant
@@ -84,8 +90,8 @@ def test_a_constant_added_to_a_prompts_rewards_leaves_its_advantages_and_the_oth
 
 
 @given(rngs, st.floats(0.01, 2))
-def test_kl_sign_reversed_drift_is_rewarded(rng, beta):
-    """It is punished: of two responses with the same reward, the one that has drifted gains less."""
+def test_kl_penalises_drift(rng, beta):
+    """Of two responses with the same reward, the one with the larger KL has the smaller advantage."""
     kl = np.sort(rng.normal(size=(1, 5)))
     for baseline in ("none", "mean", "leave_one_out", "group"):
         A = advantages(np.ones((1, 5)), kl, beta, baseline)
@@ -96,8 +102,8 @@ def test_kl_sign_reversed_drift_is_rewarded(rng, beta):
 
 
 @pytest.mark.parametrize("x", [1e-12, 0.1, 1.0, 1e6])
-def test_group_with_equal_rewards_std_0(x):
-    """All equal: no advantage, for nobody. All but one equal: finite, whatever the scale."""
+def test_group_advantages_are_0_for_equal_rewards_and_finite_at_every_scale(x):
+    """If all rewards are equal, all advantages are 0. If all but one are equal, they are finite at every scale x."""
     zeros = np.zeros((1, 4))
     assert np.abs(advantages(np.full((1, 4), x), zeros, 0.1, "group")).max() < 1e-5
     A = advantages(np.array([[0, x, x, x]]), zeros, 0.1, "group")
@@ -106,7 +112,7 @@ def test_group_with_equal_rewards_std_0(x):
 
 
 def test_group_normalisation_lets_prompts_with_little_spread_weigh_more():
-    """Two prompts that differ in the scale of their rewards alone get, but for eps, the same advantages."""
+    """Two prompts whose rewards differ only in scale have the same advantages, up to eps."""
     rewards = np.array([[0.0, 1, 2], [0, 0.01, 0.02]])
     group = advantages(rewards, np.zeros((2, 3)), 0.0, "group")
     assert_close(group[0], group[1], 0.02)
@@ -116,7 +122,7 @@ def test_group_normalisation_lets_prompts_with_little_spread_weigh_more():
 
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "group"])
 def test_differences_of_large_float32_rewards_keep_their_digits(baseline):
-    """A reward model answers in float32; what is left after the baseline is small next to the rewards."""
+    """Reward models compute in float32, and the advantages can be small next to the rewards."""
     rewards = np.array([[1e4, 1e4 + 1, 1e4 + 3]], np.float32)
     kl = np.array([[0.1, 0.2, 0.3]], np.float32)
     expected = advantages(rewards.astype(np.float64), kl.astype(np.float64), 0.1, baseline)
@@ -136,8 +142,8 @@ def test_reward_to_go_is_its_definition(baseline, rng, beta):
     b = R - by_definition(R, baseline)
     expected = np.empty((P, K, T))
     for p, k, t in np.ndindex(P, K, T):
-        still_to_pay = sum(token_kl[p, k, s] for s in range(t, T) if mask[p, k, s])
-        expected[p, k, t] = rewards[p, k] - beta * still_to_pay - b[p, k]
+        remaining = sum(token_kl[p, k, s] for s in range(t, T) if mask[p, k, s])
+        expected[p, k, t] = rewards[p, k] - beta * remaining - b[p, k]
     assert_close(reward_to_go(rewards, np.where(mask, token_kl, np.nan), mask, beta, baseline), expected)
     assert_close(reward_to_go(rewards, token_kl, mask, 0.0, baseline)[..., 0],
                  advantages(rewards, whole, 0.0, baseline))
@@ -149,20 +155,21 @@ def test_reward_to_go_keeps_the_digits_of_large_float32_rewards():
     assert_close(reward_to_go(rewards, token_kl, np.ones((1, 2, 3)), 0.1), expected, 1e-14)
 
 
-@pytest.mark.parametrize("kl, mask", [((2, 3), (2, 3)), ((2, 3, 4), (2, 3, 1)), ((6, 4), (6, 4)), ((2, 1, 4), (2, 1, 4))])
-def test_reward_to_go_refuses_other_shapes(kl, mask):
+@pytest.mark.parametrize("kl, mask", [((2, 3), (2, 3)), ((2, 3, 4), (2, 3, 1)), ((6, 4), (6, 4)),
+                                      ((2, 1, 4), (2, 1, 4))])
+def test_reward_to_go_of_other_shapes_raises(kl, mask):
     with pytest.raises(ValueError, match=r"expected rewards \(P,K\), token_kl and mask \(P,K,T\)"):
         reward_to_go(np.ones((2, 3)), np.zeros(kl), np.ones(mask), 0.1)
 
 
-def test_reward_to_go_refuses_a_group_and_a_single_sample():
+def test_reward_to_go_with_group_or_with_a_single_sample_raises():
     for baseline, K in (("group", 2), ("leave_one_out", 1), ("rloo", 2)):
         with pytest.raises(ValueError):
             reward_to_go(np.ones((1, K)), np.zeros((1, K, 3)), np.ones((1, K, 3)), 0.1, baseline)
 
 
-def test_reward_to_go_does_not_pay_the_kl_of_padding(rng):
-    """Padding may hold any number, not NaN alone: log-probs of pads are as finite as others."""
+def test_reward_to_go_does_not_depend_on_the_kl_of_padding(rng):
+    """Padding may contain any number: the log-probs of padding tokens are finite too."""
     rewards, token_kl, mask = rng.normal(size=(2, 3)), rng.normal(size=(2, 3, 4)), rng.random((2, 3, 4)) < 0.5
     expected = reward_to_go(rewards, np.where(mask, token_kl, 0), mask, 0.5)
     np.testing.assert_array_equal(reward_to_go(rewards, token_kl, mask, 0.5), expected)
@@ -180,7 +187,7 @@ def test_the_loss_and_its_gradient_are_the_closed_form(rng, shape, per_token):
             expected[n, t] = -(A[n, t] if per_token else A[n]) / N
     assert_close(value, (expected * log_probs.data).sum())
     assert_close(d, expected)
-    gradcheck(lambda l: policy_gradient_loss(l, A, mask), log_probs)
+    gradcheck(lambda x: policy_gradient_loss(x, A, mask), log_probs)
 
 
 @given(rngs, shapes)
@@ -193,12 +200,12 @@ def test_one_advantage_per_response_is_the_same_one_for_each_of_its_tokens(rng, 
 
 
 @given(rngs, st.integers(1, 6), st.integers(1, 6))
-def test_length_bias_of_per_sequence_means(rng, short, long):
-    """A token's share of the gradient is its response's advantage over N, however long the response is."""
+def test_the_weight_of_a_token_does_not_depend_on_the_length_of_its_response(rng, short, long):
+    """The gradient of each token is -A / N."""
     T = max(short, long)
     mask = np.arange(T) < np.array([[short], [long]])
-    for loss in (lambda l: policy_gradient_loss(l, np.ones(2), mask),
-                 lambda l: ppo_clip_loss(l, l.data, np.ones(2), mask)):
+    for loss in (lambda x: policy_gradient_loss(x, np.ones(2), mask),
+                 lambda x: ppo_clip_loss(x, x.data, np.ones(2), mask)):
         _, d = gradient(loss, normal(rng, 2, T))
         np.testing.assert_array_equal(d, np.where(mask, -1 / 2, 0))
 
@@ -226,20 +233,20 @@ each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 @each_loss
 @given(rng=rngs, shape=shapes)
-def test_zero_times_nan_through_a_mask(loss, rng, shape):
+def test_nan_outside_the_mask_changes_neither_value_nor_gradient(loss, rng, shape):
     log_probs, A, mask = sample(rng, shape)
     value, d = gradient(loss, log_probs, A, mask)
     for poison in (np.nan, np.inf, -np.inf):
         poisoned = gradient(loss, np.where(mask, log_probs.data, poison), A, mask)
         assert poisoned[0] == value
         np.testing.assert_array_equal(poisoned[1], d)
-    assert np.isnan(loss(np.where(mask, np.nan, log_probs.data), A, mask).item())    # but what counts is not hidden
+    assert np.isnan(loss(np.where(mask, np.nan, log_probs.data), A, mask).item())    # a NaN inside it is not hidden
 
 
 @each_loss
 @given(rng=rngs, shape=shapes, left=st.integers(0, 3), right=st.integers(0, 3))
-def test_unmasked_mean_of_advantages(loss, rng, shape, left, right):
-    """Padding, on either side and of any amount, changes neither value nor gradient."""
+def test_padding_changes_neither_value_nor_gradient(loss, rng, shape, left, right):
+    """On either side, and of any amount."""
     log_probs, A, mask = sample(rng, shape)
     value, d = gradient(loss, log_probs, A, mask)
     widths = ((0, 0), (left, right))
@@ -260,8 +267,8 @@ def test_advantages_of_padding_may_be_nan(loss, rng, shape):
 
 
 @each_loss
-def test_all_masked_row_divides_by_zero(loss):
-    """An empty response has no gradient, and counts as one of the N responses."""
+def test_an_empty_response_has_gradient_0_and_counts_among_the_n_responses(loss):
+    """It is one of the N responses by which the sum is divided."""
     mask = np.array([[1, 1], [0, 0]])
     value, d = gradient(loss, np.zeros((2, 2)), np.array([3.0, 5.0]), mask)
     assert np.isfinite(value)
@@ -269,8 +276,8 @@ def test_all_masked_row_divides_by_zero(loss):
 
 
 @each_loss
-def test_gradient_accumulation_normalised_per_micro_batch(loss):
-    """Pieces weigh by their number of responses."""
+def test_microbatches_weighted_by_their_responses_equal_the_whole_batch(loss):
+    """Each piece is weighted by its number of responses."""
     log_probs, A, mask = sample(np.random.default_rng(0), (5, 4))
     value, d = gradient(loss, log_probs, A, mask)
     pieces = [slice(0, 1), slice(1, 5)]
@@ -294,12 +301,13 @@ def test_float32_log_probs_take_advantages_and_masks_of_any_dtype(loss, mask_dty
 
 
 @each_loss
-@pytest.mark.parametrize("l, A, mask", [((2, 3), (3,), (2, 3)), ((2, 3), (2,), (3, 2)), ((2, 3), (2,), (2,)),
-                                        ((2, 3), (2, 2), (2, 3)), ((2, 3), (2,), (1, 3)), ((0, 3), (0,), (0, 3))])
-def test_shapes_that_do_not_fit_are_refused(loss, l, A, mask):
-    """None of them broadcasts in silence; a batch of no responses has no mean."""
+@pytest.mark.parametrize("log_probs, A, mask", [
+    ((2, 3), (3,), (2, 3)), ((2, 3), (2,), (3, 2)), ((2, 3), (2,), (2,)), ((2, 3), (2, 2), (2, 3)),
+    ((2, 3), (2,), (1, 3)), ((0, 3), (0,), (0, 3)), ((3,), (3,), (3,))])
+def test_shapes_that_do_not_fit_raise(loss, log_probs, A, mask):
+    """No shape is broadcast silently; a batch without responses has no mean."""
     with pytest.raises(ValueError):
-        loss(Tensor(np.zeros(l)), np.ones(A), np.ones(mask))
+        loss(Tensor(np.zeros(log_probs)), np.ones(A), np.ones(mask))
 
 
 # PPO's clip.
@@ -319,7 +327,7 @@ def off_policy(rng, shape, level, epsilon=0.2):
     steps = rng.choice([-2.5, -0.5, 0.5, 2.5], size=shape) * epsilon
     if level == "sequence":
         steps, wanted = rng.normal(size=shape), steps[:, 0]
-        for n in range(shape[0]):                           # the first token makes up the sum
+        for n in range(shape[0]):                           # the first token makes the sum right
             if mask[n].any():
                 first = mask[n].argmax()
                 steps[n, first] += wanted[n] - steps[n][mask[n]].sum()
@@ -350,14 +358,14 @@ def test_ppo_and_its_gradient_are_the_closed_form(level, rng, shape):
 def test_ppo_agrees_with_finite_differences(level, per_token, rng, shape):
     log_probs, old, A, mask = off_policy(rng, shape, level)
     A = rng.normal(size=shape) if per_token else A
-    gradcheck(lambda l: ppo_clip_loss(l, old, A, mask, level=level), log_probs)
+    gradcheck(lambda x: ppo_clip_loss(x, old, A, mask, level=level), log_probs)
 
 
 @levels
 @pytest.mark.parametrize("A, ratio, moves", [(1, 1.5, False), (1, 0.5, True), (-1, 1.5, True), (-1, 0.5, False),
                                              (1, 1.1, True), (-1, 0.9, True), (1, 1.0, True), (-1, 1.0, True)])
 def test_the_gradient_is_zero_exactly_where_the_clip_holds(level, A, ratio, moves):
-    """A good response that has become likelier, and a bad one that has become rarer, by more than epsilon."""
+    """It is 0 where A > 0 and the ratio is above 1 + epsilon, and where A < 0 and it is below 1 - epsilon."""
     log_probs = np.array([[np.log(ratio), -7.0]])
     value, d = gradient(ppo_clip_loss, log_probs, np.zeros((1, 2)), np.array([float(A)]), np.array([[1, 0]]),
                         level=level)
@@ -367,10 +375,9 @@ def test_the_gradient_is_zero_exactly_where_the_clip_holds(level, A, ratio, move
 
 @levels
 @given(rng=rngs)
-def test_sequence_ratio_broadcast_onto_per_token_kl(level, rng):
-    """The whole objective, from logits to the scalar: surrogate plus beta times the KL penalty k2 of whole
-    responses. Its value counts a sequence's ratio once, not once a token, and its gradient is that of
-    finite differences."""
+def test_ppo_with_a_k2_penalty_agrees_with_finite_differences_from_the_logits(level, rng):
+    """From logits to the scalar: the clipped loss plus beta times the penalty k2 of whole responses. With level
+    "sequence" the value has the ratio of a response once, and not once for each token."""
     N, T, V, beta = 3, 3, 4, 0.3
     targets, mask = rng.integers(0, V, (N, T)), rng.random((N, T)) < 0.7
     mask[:, 0] = True
@@ -379,19 +386,19 @@ def test_sequence_ratio_broadcast_onto_per_token_kl(level, rng):
     reference = rng.normal(size=N) - 3
 
     def objective(z):
-        l = ops.gather(ops.log_softmax(z), targets)
-        penalty = ops.mean(k2(sequence_log_probs(l, mask), reference))
-        return ppo_clip_loss(l, old, A, mask, epsilon=0.5, level=level) + penalty * beta
+        log_probs = ops.gather(ops.log_softmax(z), targets)
+        penalty = ops.mean(k2(sequence_log_probs(log_probs, mask), reference))
+        return ppo_clip_loss(log_probs, old, A, mask, epsilon=0.5, level=level) + penalty * beta
 
     gradcheck(objective, logits)
-    l = ops.log_softmax(logits.data).data[np.arange(N)[:, None], np.arange(T), targets]
-    log_ratios = np.where(mask, l - old, 0.0)
+    log_probs = ops.log_softmax(logits.data).data[np.arange(N)[:, None], np.arange(T), targets]
+    log_ratios = np.where(mask, log_probs - old, 0.0)
     ratios = np.exp(log_ratios.sum(axis=1)) if level == "sequence" else (np.exp(log_ratios) * mask).sum(axis=1)
-    drift = np.where(mask, l, 0.0).sum(axis=1) - reference
+    drift = np.where(mask, log_probs, 0.0).sum(axis=1) - reference
     assert_close(objective(logits), -np.mean(ratios * A) + beta * np.mean(drift ** 2 / 2))
 
 
-def test_a_sequence_ratio_takes_no_advantages_per_token():
+def test_a_sequence_ratio_with_advantages_per_token_raises():
     with pytest.raises(ValueError, match="one advantage"):
         ppo_clip_loss(np.zeros((2, 3)), np.zeros((2, 3)), np.ones((2, 3)), np.ones((2, 3)), level="sequence")
     with pytest.raises(ValueError, match="level"):
@@ -402,8 +409,8 @@ def test_a_sequence_ratio_takes_no_advantages_per_token():
 @pytest.mark.parametrize("A, log_ratio, value", [(1.0, 1000.0, -1.2), (1.0, -1000.0, 0.0), (-1.0, -1000.0, 0.8),
                                                  (0.0, 1000.0, 0.0), (0.0, -1000.0, 0.0)])
 @pytest.mark.filterwarnings("ignore:overflow")
-def test_ppo_is_finite_at_a_log_ratio_of_1000_wherever_the_mathematics_is(level, A, log_ratio, value):
-    """All but (A < 0, +1000), whose value is e^1000. An advantage of 0 is what a group of equal rewards has."""
+def test_ppo_is_finite_at_a_log_ratio_of_1000_wherever_its_exact_value_is(level, A, log_ratio, value):
+    """All cases but (A < 0, +1000), whose exact value is e^1000. A group of equal rewards has advantages of 0."""
     actual, d = gradient(ppo_clip_loss, np.array([[log_ratio]]), np.zeros((1, 1)), np.array([A]), np.ones((1, 1)),
                          level=level)
     assert actual == value and d == 0, f"{actual} (expected {value}), gradient {d}"
@@ -418,9 +425,9 @@ def test_float32_log_probs_take_an_epsilon_in_numpy_float64(epsilon):
 # On policy.
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
-def test_temperature_ignored_when_log_probs_are_recomputed(temperature):
-    """Scored at the temperature it was drawn at, a sample has ratio 1: both PPO losses have the plain
-    gradient. Scored at T = 1 it has not."""
+def test_samples_scored_at_their_own_temperature_have_ratio_1(temperature):
+    """Scored at the temperature at which it was drawn, a sample has ratio 1, and both PPO losses have the gradient of
+    policy_gradient_loss. Scored at T = 1 it has another ratio."""
     rng = np.random.default_rng(0)
     model = small_transformer(rng)
     prompts = rng.integers(1, 7, (6, 2))
@@ -444,8 +451,8 @@ def test_temperature_ignored_when_log_probs_are_recomputed(temperature):
 # Metrics.
 
 @given(rngs, st.integers(1, 3), st.integers(2, 4), st.integers(1, 5), st.integers(0, 3))
-def test_metrics_count_pads(rng, P, K, T, amount):
-    """They do not: the same figures whatever is appended, NaN included; each against its definition."""
+def test_metrics_do_not_depend_on_padding(rng, P, K, T, amount):
+    """Each metric equals its definition, also with padding of NaN appended."""
     rewards, kl = rng.normal(size=(2, P, K))
     rewards[0] = 0.3                                        # a prompt whose samples all got the same
     mask, entropies = rng.random((P * K, T)) < 0.7, rng.random((P * K, T))
@@ -463,7 +470,7 @@ def test_metrics_count_pads(rng, P, K, T, amount):
     assert "entropy" not in policy_gradient_metrics(rewards, kl, mask)
 
 
-def test_metrics_of_a_single_response_and_of_empty_ones_are_no_nan():
+def test_metrics_of_a_single_response_and_of_empty_ones_are_finite():
     metrics = policy_gradient_metrics(np.ones((1, 1)), np.zeros((1, 1)), np.zeros((1, 3)), np.zeros((1, 3)))
     assert all(np.isfinite(list(metrics.values()))), f"{metrics}"
 

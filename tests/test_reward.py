@@ -1,10 +1,11 @@
-"""The Bradley-Terry loss: only differences of rewards count, and they mean what comparisons say."""
+"""The Bradley-Terry loss against its formula. What it recovers from comparisons: test_exact_rewards.py."""
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
-
 from helpers import assert_close, normal, rngs
+from hypothesis import given
+from hypothesis import strategies as st
+
 from minilm import Tensor
 from minilm.gradcheck import gradcheck
 from minilm.objectives.reward import reward_loss, reward_metrics
@@ -35,7 +36,7 @@ def test_the_loss_and_its_gradient_are_the_closed_form(rng, B, margin, centering
     loss = reward_loss(chosen, rejected, margin=margin, centering=centering)
     loss.backward()
     c, r = chosen.data, rejected.data
-    right = sigmoid(c - r - margin)                 # the probability given to what happened
+    right = sigmoid(c - r - margin)                 # the probability that the model gives to the observed order
     assert_close(loss, np.mean(-np.log(right)) + centering * np.mean((c + r) ** 2))
     assert_close(chosen.grad, (right - 1 + 2 * centering * (c + r)) / B)
     assert_close(rejected.grad, (1 - right + 2 * centering * (c + r)) / B)
@@ -53,14 +54,14 @@ def test_a_margin_may_be_one_number_per_pair(rng, B):
     expected = np.mean([-np.log(sigmoid(c - r - m)) for c, r, m in zip(chosen.data, rejected.data, margin)])
     assert_close(reward_loss(chosen, rejected, margin=margin).data, expected)
     gradcheck(lambda c, r: reward_loss(c, r, margin=margin, centering=0.3), chosen, rejected)
-    # It is the same as a chosen reward that is lower by the margin.
+    # The same as lowering the chosen reward by the margin.
     assert_close(reward_loss(chosen.data - margin, rejected.data).data, expected)
 
 
-# What the loss cannot see, and what it must.
+# Invariances.
 
 @given(rngs, sizes, st.floats(-5, 5), margins)
-def test_both_rewards_shifted_alike_leave_the_loss(rng, B, shift, margin):
+def test_a_constant_added_to_both_rewards_does_not_change_the_loss(rng, B, shift, margin):
     chosen, rejected = pairs(rng, B)
     shifts = shift * rng.normal(size=B)      # a constant per prompt
     loss = reward_loss(chosen, rejected, margin=margin)
@@ -89,8 +90,8 @@ def test_the_loss_is_a_mean_over_pairs(rng, B, margin, centering):
 
 
 @given(rngs, sizes)
-def test_the_centring_picks_the_constant_that_makes_rewards_small(rng, B):
-    """Along a shift of both rewards the loss is least where they add up to nothing."""
+def test_centring_selects_the_constant_that_makes_the_rewards_small(rng, B):
+    """Among all shifts of both rewards, the loss has its minimum where their sum is 0."""
     chosen, rejected = (t.data for t in pairs(rng, B))
     centre = (chosen + rejected) / 2
     c, r = leaves(chosen - centre, rejected - centre)
@@ -101,8 +102,17 @@ def test_the_centring_picks_the_constant_that_makes_rewards_small(rng, B):
     assert reward_loss(c.data + 1, r.data + 1, centering=0.1).item() > loss.item() + 0.3
 
 
+@given(rngs, sizes)
+def test_centring_has_gradient_0_on_the_difference_of_a_pair(rng, B):
+    """The centring term alone: its gradient is the same for both rewards, so only their sum changes."""
+    chosen, rejected = pairs(rng, B)
+    (reward_loss(chosen, rejected, centering=0.3) - reward_loss(chosen, rejected)).backward()
+    assert_close(chosen.grad - rejected.grad, np.zeros(B))
+    assert_close(chosen.grad + rejected.grad, 2 * 0.3 * 2 * (chosen.data + rejected.data) / B)
+
+
 def test_a_split_of_a_batch_equals_the_whole():
-    """Gradient accumulation: pieces weigh by their number of pairs."""
+    """Gradient accumulation: each piece is weighted by its number of pairs."""
     chosen, rejected = pairs(np.random.default_rng(5), 5)
     reward_loss(chosen, rejected, centering=0.2).backward()
     expected, chosen.grad, rejected.grad = chosen.grad, None, None
@@ -116,8 +126,8 @@ def test_a_split_of_a_batch_equals_the_whole():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("z, value, slope", [(1000.0, 0.0, 0.0), (-1000.0, 1000.0, -1.0), (0.0, np.log(2), -0.5)])
-def test_log_sigmoid_overflow(dtype, z, value, slope):
-    """-log sigma(z) at +-1000: 0 and 1000, slopes 0 and -1, nothing overflows."""
+def test_loss_and_gradient_are_finite_at_differences_of_1000(dtype, z, value, slope):
+    """-log sigmoid(z) at z = 1000 and -1000 is 0 and 1000, with slopes 0 and -1, and nothing overflows."""
     chosen, rejected = leaves(np.array([z / 2], dtype), np.array([-z / 2], dtype))
     with np.errstate(over="raise", invalid="raise", divide="raise"):
         loss = reward_loss(chosen, rejected)
@@ -129,7 +139,7 @@ def test_log_sigmoid_overflow(dtype, z, value, slope):
 
 
 def test_the_far_tail_keeps_its_digits():
-    """sigma(-30) = 9.4e-14: computed as 1 - sigma(30) it would have lost all but three digits."""
+    """sigmoid(-30) = 9.4e-14: computed as 1 - sigmoid(30) it would keep three digits."""
     chosen, rejected = leaves([30.0], [0.0])
     loss = reward_loss(chosen, rejected)
     loss.backward()
@@ -141,7 +151,7 @@ def test_the_far_tail_keeps_its_digits():
 @pytest.mark.parametrize("options", [dict(margin=np.float64(0.5)), dict(centering=np.float64(0.5)),
                                      dict(margin=np.array([0.5, 1.0]))], ids=["margin", "centering", "margins"])
 def test_float32_rewards_take_settings_in_numpy_float64(options):
-    """A number out of a NumPy array (a schedule, a data set's margins) is as good as a Python float."""
+    """A setting that comes from a NumPy array (a schedule, the margins of a data set) keeps the loss in float32."""
     chosen, rejected = leaves(np.array([1, 2], np.float32), np.array([0, 3], np.float32))
     loss = reward_loss(chosen, rejected, **options)
     assert loss.dtype == np.float32
@@ -149,13 +159,13 @@ def test_float32_rewards_take_settings_in_numpy_float64(options):
 
 
 @pytest.mark.parametrize("shapes", [((0,), (0,)), ((2,), (3,)), ((2,), (1,))])
-def test_shapes_that_do_not_pair_up_are_refused(shapes):
+def test_rewards_of_different_shapes_raise(shapes):
     with pytest.raises(ValueError, match="reward_loss"):
         reward_loss(*(np.zeros(s) for s in shapes))
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (1,), (3,), (1, 2)])
-def test_a_margin_for_other_than_each_pair_is_refused(shape):
+def test_a_margin_of_another_shape_raises(shape):
     with pytest.raises(ValueError, match="margin of shape"):
         reward_loss(np.zeros(2), np.zeros(2), margin=np.zeros(shape))
 

@@ -1,10 +1,11 @@
-"""Supervised finetuning: every selected token weighs the same, and nothing else weighs at all."""
+"""Supervised finetuning: every selected token has the same weight, and every other token has none."""
 
 import numpy as np
 import pytest
-from hypothesis import example, given, strategies as st
-
 from helpers import assert_close, normal, rngs, small_transformer
+from hypothesis import example, given
+from hypothesis import strategies as st
+
 from minilm import Tensor, ops
 from minilm.gradcheck import gradcheck
 from minilm.objectives.sft import sft_loss, sft_metrics
@@ -35,7 +36,7 @@ def test_the_loss_and_its_gradient_are_the_closed_form(rng, shape):
     value, d = gradient(log_probs.data, mask)
     count = int(mask.sum())
     expected = np.array([[-1 / count if m else 0.0 for m in row] for row in mask])
-    assert_close(value, -sum(l for l, m in zip(log_probs.data.flat, mask.flat) if m) / count)
+    assert_close(value, -sum(log_p for log_p, m in zip(log_probs.data.flat, mask.flat) if m) / count)
     assert_close(d, expected)
 
 
@@ -65,11 +66,11 @@ def test_float32_log_probs_take_a_mask_of_any_dtype(rng, shape, mask_dtype):
         assert_close(loss, sft_loss(log_probs, mask, total=total), 1e-5)
 
 
-# What the mask leaves out.
+# Positions outside the mask.
 
 @given(rngs, shapes)
 @example(np.random.default_rng(0), (3, 5))
-def test_zero_times_nan_through_a_mask(rng, shape):
+def test_nan_outside_the_mask_changes_neither_value_nor_gradient(rng, shape):
     log_probs, mask = batch(rng, shape)
     clean = gradient(log_probs.data, mask)
     for poison in (np.nan, np.inf, -np.inf):
@@ -93,8 +94,8 @@ def test_the_amount_and_side_of_padding_do_not_matter(rng, shape, amount, side):
 
 
 @given(shapes)
-def test_all_masked_row_divides_by_zero(shape):
-    """A batch without a token to learn from is an error, unless others of its window have some."""
+def test_a_mask_that_selects_nothing_raises_unless_a_total_is_given(shape):
+    """With a total, a microbatch may be empty, because other microbatches of the window have tokens."""
     log_probs = Tensor(np.full(shape, -1.0), requires_grad=True)
     with pytest.raises(ValueError, match="selects no token"):
         sft_loss(log_probs, np.zeros(shape))
@@ -107,7 +108,7 @@ def test_all_masked_row_divides_by_zero(shape):
 
 
 @pytest.mark.parametrize("mask_shape", [(3, 2), (2,), (1, 3), (2, 3, 1)])
-def test_a_mask_of_another_shape_is_refused(mask_shape):
+def test_a_mask_of_another_shape_raises(mask_shape):
     with pytest.raises(ValueError, match="same shape"):
         sft_loss(np.zeros((2, 3)), np.ones(mask_shape))
 
@@ -115,8 +116,8 @@ def test_a_mask_of_another_shape_is_refused(mask_shape):
 # Splitting.
 
 @given(rngs, st.tuples(st.integers(2, 6), st.integers(1, 6)), st.data())
-def test_gradient_accumulation_normalised_per_micro_batch(rng, shape, data):
-    """Any split into micro-batches, with the window's total, is the whole: loss and gradient."""
+def test_microbatches_with_the_total_of_the_window_equal_the_whole_batch(rng, shape, data):
+    """For every split into microbatches: loss and gradient."""
     log_probs, mask = batch(rng, shape)
     value, d = gradient(log_probs.data, mask)
     cuts = sorted(data.draw(st.sets(st.integers(1, shape[0] - 1), min_size=1)))
@@ -129,7 +130,7 @@ def test_gradient_accumulation_normalised_per_micro_batch(rng, shape, data):
     assert_close(leaf.grad, d)
 
 
-def test_averaging_micro_batches_that_were_normalised_each_is_another_loss():
+def test_the_average_of_microbatch_means_is_not_the_mean_over_tokens():
     log_probs, mask = np.array([[-1.0, -1.0, -1.0], [-4.0, 0.0, 0.0]]), np.array([[1, 1, 1], [1, 0, 0]])
     whole = sft_loss(log_probs, mask).item()
     averaged = np.mean([sft_loss(log_probs[i:i + 1], mask[i:i + 1]).item() for i in (0, 1)])
@@ -163,7 +164,7 @@ def conversations(draw):
 
 
 def logit_gradient(tokens, roles, rng):
-    """d loss / d logits (B,T,V): logits at t score token t+1, as the shift wants it."""
+    """d loss / d logits (B,T,V); logits at t score token t+1."""
     logits = Tensor(rng.normal(size=(*tokens.shape, 6)), requires_grad=True)
     log_probs = ops.gather(ops.log_softmax(logits[:, :-1]), tokens[:, 1:])
     sft_loss(log_probs, np.isin(roles, (RESPONSE, EOS))[:, 1:]).backward()
@@ -171,8 +172,8 @@ def logit_gradient(tokens, roles, rng):
 
 
 @given(conversations(), rngs)
-def test_pad_equals_eos_masks_the_eos(conversation, rng):
-    """The EOS of each response has a gradient although its id is the padding's, which has none."""
+def test_the_eos_has_a_gradient_where_padding_has_the_same_id(conversation, rng):
+    """The mask tells the EOS of a response from padding, although both have the same token id."""
     tokens, roles = conversation
     moved = np.abs(logit_gradient(tokens, roles, rng)).max(axis=-1)[:, :-1]
     assert (tokens[roles == EOS] == PAD_ID).all()
@@ -181,21 +182,21 @@ def test_pad_equals_eos_masks_the_eos(conversation, rng):
 
 
 @given(conversations(), rngs)
-def test_mask_or_shift_off_by_one(conversation, rng):
-    """Logits have a gradient exactly where the token after them is one of the response."""
+def test_logits_have_a_gradient_exactly_where_they_score_a_response_token(conversation, rng):
+    """Logits at t have a gradient exactly if token t+1 is in the response, and raise that token's logit."""
     tokens, roles = conversation
     d = logit_gradient(tokens, roles, rng)
     scored = np.zeros(roles.shape, bool)
     scored[:, :-1] = np.isin(roles[:, 1:], (RESPONSE, EOS))
     np.testing.assert_array_equal(np.abs(d).max(axis=-1) > 0, scored)
-    assert_close(d.sum(axis=-1), np.zeros(roles.shape))      # a softmax's logits are pushed to and fro
+    assert_close(d.sum(axis=-1), np.zeros(roles.shape))      # softmax - onehot adds up to 0
     rows, columns = np.nonzero(scored)
-    assert (d[rows, columns, tokens[rows, columns + 1]] < 0).all()  # and the next token is the one pulled up
+    assert (d[rows, columns, tokens[rows, columns + 1]] < 0).all()  # descent raises the logit of the next token
 
 
 @given(conversations(), rngs)
-def test_perturbing_each_token_moves_the_loss_exactly_where_it_should(conversation, rng):
-    """Through a real Transformer: padding moves nothing, not by one bit; every other token counts."""
+def test_every_token_but_padding_affects_the_loss(conversation, rng):
+    """Through a Transformer: changing a padding token does not change the loss by one bit; changing any other does."""
     tokens, roles = conversation
     model = small_transformer(rng)
 
@@ -215,8 +216,8 @@ def test_perturbing_each_token_moves_the_loss_exactly_where_it_should(conversati
 # Metrics.
 
 @given(rngs, shapes, st.integers(0, 4))
-def test_metrics_count_pads(rng, shape, amount):
-    """They do not: each metric is a mean over selected tokens, whatever is appended, NaN included."""
+def test_metrics_do_not_depend_on_padding(rng, shape, amount):
+    """Each metric is a mean over selected tokens; appended padding, NaN included, does not change it."""
     log_probs, mask = batch(rng, shape)
     targets, predictions = rng.integers(0, 2, shape), rng.integers(0, 2, shape)
     entropies = rng.random(shape)
@@ -241,8 +242,8 @@ def test_metrics_that_were_not_asked_for_are_absent():
     assert sft_metrics(np.array([[-1.0, -2.0]]), np.array([[0, 1]])) == {"loss": 2.0, "trained_tokens": 1.0}
 
 
-def test_metrics_of_a_micro_batch_without_a_response_token_are_no_nan():
-    """sft_loss allows such a micro-batch when `total` is given; a NaN would poison the log's mean."""
+def test_metrics_without_a_response_token_are_finite():
+    """sft_loss allows such a microbatch if `total` is given; a NaN would spread to the mean in the log."""
     try:
         metrics = sft_metrics(np.zeros((1, 2)), np.zeros((1, 2)), entropies=np.zeros((1, 2)))
     except ValueError:

@@ -1,16 +1,15 @@
-"""Named arrays and a dictionary on disk: saved whole or not at all, and verified when read back.
+"""Named arrays and a dictionary on disk: saved completely or not at all, and verified when they are read.
 
-The file is an ordinary safetensors file, which any tool can open; nothing is ever unpickled. Its
-header carries one string of ours under the key "minilm":
+The file is an ordinary safetensors file, which any tool can open; nothing is ever unpickled. Its header has one
+string of minilm, under the key "minilm":
 
     {"format": "minilm checkpoint", "version": 1, "sha256": "...", "metadata": {...}}
 
-One string, because safetensors writes several in an order that changes from call to call: with one,
-equal contents give equal files, and two runs can be compared by `cmp`. The sha256, because
-safetensors checks the layout of a file but not its bytes: without it, a bit flipped on disk or in
-transit would come back as a weight that is merely wrong.
+It is one string because safetensors writes several strings in an order that changes from call to call. With one
+string, equal contents give equal files, and `cmp` can compare two runs. The sha256 is needed because safetensors
+checks the layout of a file but not its bytes: without it, a flipped bit would be read as a wrong weight.
 
-Checked in tests/test_checkpoint.py.
+Checked by tests/test_checkpoint.py.
 """
 import contextlib
 import errno
@@ -26,8 +25,10 @@ from minilm.backend import array_module
 KEY, FORMAT, VERSION = "minilm", "minilm checkpoint", 1
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64",
           "uint8", "uint16", "uint32", "uint64", "bool")
-HEADER_LIMIT = 100_000_000             # bytes; safetensors reads no longer header
-TEMPORARY_SUFFIX = ".minilm-partial"   # what a killed process may leave behind: safe to delete
+HEADER_LIMIT = 100_000_000             # bytes: the longest header that safetensors reads
+TEMPORARY_SUFFIX = ".minilm-partial"   # a killed process may leave such a file: it can be deleted
+
+Path = str | os.PathLike
 
 _REMEDIES = {errno.ENOSPC: "Free some space on that disk",
              errno.EDQUOT: "Free some of your disk quota",
@@ -37,34 +38,34 @@ _REMEDIES = {errno.ENOSPC: "Free some space on that disk",
 
 
 class CheckpointError(Exception):
-    """Says which file, what is wrong with it, and what to do."""
+    """The message names the file, the fault, and what to do."""
 
 
-def save(path, arrays, metadata):
-    """Writes arrays {name: array of any shape, dtype in DTYPES} and metadata (whatever json takes).
+def save(path: Path, arrays: dict, metadata: dict) -> None:
+    """Writes arrays {name: array of any shape, dtype in DTYPES} and metadata (anything that json can write).
 
-    Either the whole new file is at `path` afterwards, and on the disk, or what was there before is
-    untouched. Metadata returns as JSON returns it: integers of any size and floats exactly, tuples as
-    lists, keys as strings. Meanwhile up to two copies of the arrays are held in memory.
+    Afterwards the complete new file is at `path`, and on the disk, or the previous file is unchanged. load returns
+    metadata as JSON does: integers of any size and floats exactly, tuples as lists, keys as strings. While saving,
+    up to two copies of the arrays are in memory.
 
-    Raises CheckpointError if the file cannot be written; TypeError or ValueError, before the disk is
-    touched, for arrays or metadata that the format cannot hold.
+    Raises CheckpointError if the file cannot be written. Raises TypeError or ValueError, before anything is
+    written, for arrays or metadata that the format cannot hold.
     """
     safetensors = _import_safetensors()
     arrays = {name: _as_stored(name, array) for name, array in arrays.items()}
     metadata = json.loads(json.dumps(metadata))
     header = json.dumps({"format": FORMAT, "version": VERSION,
                          "sha256": _digest(arrays, metadata), "metadata": metadata})
-    if len(header) > HEADER_LIMIT // 4:     # it is escaped once more, and the arrays' names follow
+    if len(header) > HEADER_LIMIT // 4:     # it is escaped once more, and the names of the arrays follow
         raise ValueError(f"metadata of {len(header):,} bytes: keep long lists among the arrays")
     _write_atomically(path, safetensors.numpy.save(arrays, {KEY: header}))
 
 
-def load(path):
-    """Reads what `save` wrote: (arrays, metadata), the arrays writable and in the order of their names.
+def load(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Reads a file of `save`: (arrays, metadata). The arrays are writable, and in the order of their names.
 
-    Raises CheckpointError, with a message of its own for each: no such file, unreadable, empty, cut
-    short or damaged, not safetensors, not ours, of a newer version, contents that fail the checksum.
+    Raises CheckpointError, with a different message for each fault: no such file, unreadable, empty, cut short or
+    damaged, not safetensors, not a checkpoint of minilm, of a newer version, contents that fail the checksum.
     """
     safetensors = _import_safetensors()
     try:
@@ -76,7 +77,7 @@ def load(path):
         raise CheckpointError(f"{path}: there is no such file. Check the path.") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}. "
-                              "Check that it is a file, and yours to read.") from error
+                              "Check that it is a file, and that you may read it.") from error
     except safetensors.SafetensorError as error:
         raise _damaged(path, f"cut short or damaged ({error})") from error
     if _digest(arrays, metadata) != sha256:
@@ -84,20 +85,21 @@ def load(path):
     return arrays, metadata
 
 
-def load_into(parameters, arrays, path=""):
+def load_into(parameters: dict, arrays: dict[str, np.ndarray], path: Path = "") -> None:
     """Copies each array into the parameter of its name, in place: p.data[...] = array.
 
-    parameters {name: object with .data}, arrays {name: array}. Names, shapes and dtypes must all
-    agree; if not, raises CheckpointError (which names `path`) and no parameter has changed.
+    parameters {name: object with .data}, arrays {name: array}. Raises CheckpointError, which names `path`, if
+    names, shapes or dtypes differ; then no parameter has changed.
     """
     missing = [name for name in parameters if name not in arrays]
     unexpected = [name for name in arrays if name not in parameters]
     differences = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
                    for kind, names in [("missing", missing), ("unexpected", unexpected)] if names]
     for name in parameters if not differences else ():
-        here, there = parameters[name].data, arrays[name]
-        if (here.shape, here.dtype) != (there.shape, there.dtype):
-            differences = [f"{name} is {there.dtype} {there.shape} there, {here.dtype} {here.shape} here"]
+        own = parameters[name].data
+        saved = arrays[name]
+        if (own.shape, own.dtype) != (saved.shape, saved.dtype):
+            differences = [f"{name} is {saved.dtype} {saved.shape} there, {own.dtype} {own.shape} here"]
             break
     if differences:
         raise CheckpointError(f"{path or 'these arrays'}: a checkpoint of another architecture: "
@@ -107,8 +109,8 @@ def load_into(parameters, arrays, path=""):
         parameter.data[...] = array_module(parameter.data).asarray(arrays[name])
 
 
-def write_text(path, text):
-    """Writes text (UTF-8) as `save` writes arrays: whole or not at all. Raises CheckpointError."""
+def write_text(path: Path, text: str) -> None:
+    """Writes text (UTF-8) completely or not at all, as `save` does. Raises CheckpointError."""
     _write_atomically(path, text.encode("utf-8"))
 
 
@@ -123,19 +125,21 @@ def _import_safetensors():
 
 
 def _as_stored(name, array):
-    """C-contiguous and little-endian. safetensors.numpy.save takes any other memory order for C order,
-    and puts the numbers in the wrong places without a word."""
+    """The array, C-contiguous and little-endian.
+
+    safetensors.numpy.save reads any memory order as C order, and silently puts the numbers in the wrong places.
+    """
     if not isinstance(name, str) or name == "__metadata__":
         raise ValueError(f"{name!r} cannot name an array")
     array = np.asarray(array)
     if array.dtype.name not in DTYPES:
         raise TypeError(f"array {name!r} is {array.dtype}; a checkpoint holds {', '.join(DTYPES)}")
-    # Not ascontiguousarray, which gives a 0-d array an axis.
+    # Not ascontiguousarray, because it gives a 0-d array an axis.
     return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
 
 
 def _digest(arrays, metadata):
-    """sha256 of the metadata and of every array's name, dtype, shape and bytes."""
+    """The sha256 of the metadata and of the name, dtype, shape and bytes of every array."""
     sha256 = hashlib.sha256(json.dumps(metadata).encode())
     for name in sorted(arrays):
         array = arrays[name]
@@ -144,12 +148,12 @@ def _digest(arrays, metadata):
     return sha256.hexdigest()
 
 
-def _damaged(path, what):
-    return CheckpointError(f"{path}: {what}. Restore it from a copy, or delete it and go on without it.")
+def _damaged(path, fault):
+    return CheckpointError(f"{path}: {fault}. Restore it from a copy, or delete it and go on without it.")
 
 
 def _check_first_bytes(path):
-    """A safetensors file starts with the header's length (8 bytes, little-endian) and the header's '{'."""
+    """A safetensors file starts with the length of the header (8 bytes, little-endian) and the header's '{'."""
     with open(path, "rb") as file:
         head = file.read(9)
     if not head:
@@ -161,14 +165,14 @@ def _check_first_bytes(path):
 
 
 def _parse_header(path, header):
-    """(metadata, sha256) from our string in the header; None where the file has no such string."""
+    """(metadata, sha256) from the string of minilm in the header. header is None if there is no such string."""
     if header is None:
         raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of minilm. Check the path.")
     try:
         fields = json.loads(header)
         if fields["version"] > VERSION:
             raise CheckpointError(f"{path}: written by a newer minilm (version {fields['version']} of the "
-                                  f"format, where this one reads {VERSION}). Update minilm.")
+                                  f"format; this one reads {VERSION}). Update minilm.")
         if (fields["format"], fields["version"]) != (FORMAT, VERSION):
             raise ValueError("no version of this format")
         return fields["metadata"], fields["sha256"]
@@ -177,8 +181,8 @@ def _parse_header(path, header):
 
 
 def _write_atomically(path, data):
-    """Puts data (bytes) at path: into a temporary file beside it, to the disk, renamed over it."""
-    path = os.path.realpath(path)    # a link stays a link, and what it points to is replaced
+    """Writes data (bytes) to a temporary file beside path, syncs it to the disk, and renames it to path."""
+    path = os.path.realpath(path)    # a link stays a link, and its target is replaced
     folder, name = os.path.split(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise CheckpointError(f"{path}: not saved: this is no ordinary file. Choose another path.")
@@ -196,10 +200,15 @@ def _write_atomically(path, data):
             raise
         raise CheckpointError(f"{path}: not saved: {error.strerror}. "
                               f"{_REMEDIES.get(error.errno, 'Check that disk and folder')}; "
-                              "what this file held before is intact.") from error
-    if not hasattr(os, "O_DIRECTORY"):   # Windows opens no folders
+                              "the previous content of this file is intact.") from error
+    _sync_folder(folder, path)
+
+
+def _sync_folder(folder, path):
+    """Brings the renaming to the disk too, so that it survives a power cut."""
+    if not hasattr(os, "O_DIRECTORY"):   # Windows cannot open a folder
         return
-    try:    # The renaming too has to reach the disk, to outlive a power cut.
+    try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)

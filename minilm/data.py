@@ -1,60 +1,86 @@
-"""From text to arrays: dialogues, batches, windows over a stream of documents.
+"""From text to arrays: dialogues, batches, and windows of a stream of documents.
 
 A dialogue in tokens is
 
     <bos> User: What is 2 + 3?\\nAssistant:  |  The answer is 5. <eos>
     prompt, mask 0                          |  response, mask 1
 
-with exactly one BOS, and an EOS that belongs to the response: it is learned like any other
-token, because padding is a token of its own.
+There is exactly one BOS. The EOS belongs to the response, and the model learns it like any other token. Padding is a
+token of its own, so that no EOS is masked with the padding.
+
+Checked by tests/test_data.py.
 """
 
 import dataclasses
+import os
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from minilm.tokenizer import Tokenizer
 
-def prompt_text(question):
-    """How a question is put to the assistant."""
+
+def prompt_text(question: str) -> str:
+    """The text of a prompt: the question, and the start of the assistant's turn."""
     return f"User: {question}\nAssistant:"
 
 
-def encode_prompt(tokenizer, question):
-    """<bos> and the question as a prompt, a list of token ids."""
+def encode_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
+    """The prompt of a question as token ids: <bos> and prompt_text."""
     return [tokenizer.bos] + tokenizer.encode(prompt_text(question))
 
 
-def encode_response(tokenizer, response):
-    """The response, a leading space, and <eos>, as a list of token ids."""
+def encode_response(tokenizer: Tokenizer, response: str) -> list[int]:
+    """A response as token ids: a leading space, the text, <eos>.
+
+    An empty response is a space and <eos>: a model trained on it learns to answer with nothing.
+    """
     return tokenizer.encode(" " + response) + [tokenizer.eos]
 
 
-def decode_response(tokenizer, tokens):
-    """The text of a sampled response."""
+def decode_response(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
+    """The text of a sampled response, without special tokens and without blanks at its ends."""
     return tokenizer.decode(tokens).strip()
 
 
-def encode_dialogue(tokenizer, question, response):
-    """(prompt, response), two token lists whose sum is the tokenised dialogue.
+def encode_dialogue(tokenizer: Tokenizer, question: str, response: str) -> tuple[list[int], list[int]]:
+    """(prompt, response), two lists of token ids. Joined, they are the tokens of the joined text.
 
-    Raises ValueError if it is not: a merge across the boundary would train the model on
-    tokens that it never meets when it answers.
+    Raises ValueError if they are not: a merge across the boundary would train the model on tokens that it
+    never sees when it answers.
     """
-    prompt, answer = encode_prompt(tokenizer, question), encode_response(tokenizer, response)
+    prompt = encode_prompt(tokenizer, question)
+    answer = encode_response(tokenizer, response)
     whole = tokenizer.encode(prompt_text(question) + " " + response)
     if prompt[1:] + answer[:-1] != whole:
-        raise ValueError(f"the tokens of the prompt {question!r} are no prefix of those of prompt and response; "
+        raise ValueError(f"the tokens of the prompt {question!r} are no prefix of the tokens of prompt and response; "
                          "end the prompt where the tokenizer splits words")
     return prompt, answer
 
 
+def check_dialogues(prompts: Sequence, responses: Sequence, context: int | None = None) -> None:
+    """Raises ValueError for unequal numbers of prompts and responses, none at all, an empty prompt or response,
+    or a dialogue longer than `context`."""
+    if len(prompts) != len(responses) or len(prompts) == 0:
+        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: expected as many, at least one")
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        if len(prompt) == 0 or len(response) == 0:
+            raise ValueError(f"dialogue {i} has a prompt of {len(prompt)} and a response of {len(response)} tokens; "
+                             "both need at least one")
+        if context is not None and len(prompt) + len(response) > context:
+            raise ValueError(f"dialogue {i} has {len(prompt)} + {len(response)} tokens and the context is {context}; "
+                             "shorten it, or use a model with a longer context")
+
+
 @dataclasses.dataclass
 class Batch:
-    """Sequences of one length: tokens (B,T), and two masks (B,T).
+    """Sequences padded to one length.
 
-    mask  1 on response tokens, EOS included
-    real  1 on every token that is not padding
-    The targets of tokens[:, :-1] are tokens[:, 1:], and mask[:, 1:] says which of them count.
+    tokens  (B,T)
+    mask    (B,T) 1 on response tokens, EOS included
+    real    (B,T) 1 on every token that is not padding
+
+    The targets of tokens[:, :-1] are tokens[:, 1:]; mask[:, 1:] marks the targets that count in a loss.
     """
 
     tokens: np.ndarray
@@ -62,61 +88,59 @@ class Batch:
     real: np.ndarray
 
     @property
-    def target_mask(self):
-        """(B,T-1): the mask that goes with model.log_probs(tokens)."""
+    def target_mask(self) -> np.ndarray:
+        """(B,T-1): the mask for model.log_probs(tokens)."""
         return self.mask[:, 1:]
 
 
-def make_batch(prompts, responses, pad, context=None):
-    """Token lists to a Batch, padded on the right to the longest.
+def make_batch(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad: int,
+               context: int | None = None) -> Batch:
+    """Token lists as a Batch, padded on the right to the longest dialogue.
 
-    Raises ValueError for an empty prompt or response, lists of unequal number, or a dialogue
-    longer than `context`.
+    Raises ValueError as check_dialogues does.
     """
-    if len(prompts) != len(responses) or not prompts:
-        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: expected as many, at least one")
-    lengths = [(len(p), len(r)) for p, r in zip(prompts, responses)]
-    for i, (p, r) in enumerate(lengths):
-        if not p or not r:
-            raise ValueError(f"dialogue {i} has a prompt of {p} and a response of {r} tokens; both need at least one")
-        if context is not None and p + r > context:
-            raise ValueError(f"dialogue {i} has {p} + {r} tokens and the context is {context}; "
-                             "shorten it, or use a model with a longer context")
-    T = max(p + r for p, r in lengths)
+    check_dialogues(prompts, responses, context)
+    T = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses))
     tokens = np.full((len(prompts), T), pad, np.int64)
-    mask, real = np.zeros(tokens.shape), np.zeros(tokens.shape)
-    for i, (p, r) in enumerate(lengths):
-        tokens[i, :p + r] = [*prompts[i], *responses[i]]
-        mask[i, p:p + r] = 1
-        real[i, :p + r] = 1
+    mask = np.zeros(tokens.shape)
+    real = np.zeros(tokens.shape)
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        start = len(prompt)
+        end = start + len(response)
+        tokens[i, :end] = [*prompt, *response]
+        mask[i, start:end] = 1
+        real[i, :end] = 1
     return Batch(tokens, mask, real)
 
 
-def make_stream(tokenizer, documents):
-    """Documents joined into one array of tokens (N,), each with a <bos> before it and an <eos> after."""
+def make_stream(tokenizer: Tokenizer, documents: Iterable[str]) -> np.ndarray:
+    """Documents joined into one array of tokens (N,), each between a <bos> and an <eos>."""
     tokens = []
     for document in documents:
         tokens += [tokenizer.bos, *tokenizer.encode(document), tokenizer.eos]
     return np.array(tokens, np.int32)
 
 
-def windows(stream, rng, count, length):
-    """`count` random stretches of the stream: (count, length) tokens. Raises ValueError if it is shorter."""
+def windows(stream: np.ndarray, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
+    """`count` random windows of the stream: (count,length) tokens.
+
+    Raises ValueError if the stream is shorter than a window.
+    """
     if len(stream) < length:
         raise ValueError(f"the text has {len(stream)} tokens, fewer than one window of {length}; use more text")
     starts = rng.integers(len(stream) - length + 1, size=count)
     return stream[starts[:, None] + np.arange(length)].astype(np.int64)
 
 
-def read_text(path):
-    """A text file in UTF-8. Raises ValueError if it is missing, empty or no text, saying which."""
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a UTF-8 file. Raises ValueError if the file is missing, empty, or not text."""
     try:
         with open(path, "rb") as file:
             raw = file.read()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give the path of a text file") from error
     try:
-        text = raw.decode("utf-8-sig")    # without the mark that some editors put first
+        text = raw.decode("utf-8-sig")    # without the byte order mark that some editors write first
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); convert it, or give another file") from error
     if "\0" in text:

@@ -1,26 +1,26 @@
 """Text to token ids and back: byte-pair encoding over bytes.
 
-    ids 0 .. 255         the bytes, so that no text is ever unknown
-    256 .. 255 + M       the M merges, each a pair of earlier ids, in the order in which they were learnt
-    then                 the special tokens: <pad>, <bos>, <eos>, and whichever others were asked for
+    ids 0 .. 255         the bytes, so that any text has ids
+    256 .. 255 + M       the M merges, each a pair of earlier ids, in the order in which they were learned
+    the next ids         the special tokens: <pad>, <bos>, <eos>, and others if requested
 
-Read downwards: `split` cuts text into words, `replace_pair` joins two ids inside a word, `learn_merges`
-finds which pairs deserve an id, and `Tokenizer` puts them together.
+`split` cuts text into words, `replace_pair` joins two ids inside a word, `learn_merges` finds the pairs that become
+an id, and `Tokenizer` combines them.
 
 Sources: Sennrich, Haddow & Birch 2016, arXiv:1508.07909 (byte-pair encoding for text); Radford et al.
-2019, "Language Models are Unsupervised Multitask Learners" (GPT-2: over bytes, within words cut out by
-a regular expression, the leading space part of the word).
-Where we deviate from GPT-2: a number is as many tokens as it has digits; a newline is never merged; an
-apostrophe is punctuation like any other.
+2019, "Language Models are Unsupervised Multitask Learners" (GPT-2: over bytes, inside words that a regular
+expression cuts, with the leading space as part of the word).
+Differences from GPT-2: each digit is a token; a newline is never merged; an apostrophe is ordinary punctuation.
 Checked by tests/test_tokenizer.py against a trainer that recounts every pair at every step.
 """
 import json
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
-# `split` decides the ids as much as the merges do: when WORD changes, so must the version here.
+# The ids depend on `split` too: if WORD changes, this version must change.
 FORMAT = "minilm-tokenizer-1"
 
 WORD = re.compile(r"""
@@ -28,33 +28,32 @@ WORD = re.compile(r"""
     | [ ]? \d                  # one digit
     | [ ]? [^\W\d_]+           # letters
     | [ ]? (?: [^\w\s] | _ )+  # punctuation, symbols, combining marks
-    | [^\S\r\n]+ (?!\S)        # blanks, less the one that the next word will carry
-    | [^\S\r\n]                # a blank that no word can carry: a tab before a letter
+    | [^\S\r\n]+ (?!\S)        # blanks, without the last one, which belongs to the next word
+    | [^\S\r\n]                # a blank that belongs to no word, such as a tab before a letter
 """, re.VERBOSE)
 
 
-def utf8(text):
-    """The bytes of a string. Raises ValueError at a lone surrogate, which has none."""
+def utf8(text: str) -> bytes:
+    """The UTF-8 bytes of a string. Raises ValueError for a lone surrogate, which has no bytes."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"{text[error.start]!r}, at index {error.start} of the text, is a lone surrogate: "
-                         "it is no character, and has no UTF-8 bytes") from None
+                         "it is not a character, and has no UTF-8 bytes; remove it") from None
 
 
-def split(text):
-    """Cut text into words, inside which merges stay: "a cat, 42" is "a", " cat", ",", " 4", "2".
+def split(text: str) -> list[str]:
+    """Cuts text into words: "a cat, 42" is "a", " cat", ",", " 4", "2". No merge crosses a word's boundary.
 
-    The words joined are the text, whatever it holds. A newline is a word, so text may be cut there
-    without changing a token: the tokens of a prompt that ends in one are a prefix of the tokens of
-    prompt + response. Raises ValueError at a lone surrogate.
+    The joined words are the text. A newline is a word, so the tokens of a prompt that ends in a newline are a
+    prefix of the tokens of prompt + response. Raises ValueError for a lone surrogate.
     """
-    utf8(text)   # for its error
+    utf8(text)   # raises the error
     return WORD.findall(text)
 
 
-def replace_pair(ids, pair, new_id):
-    """Replace each occurrence of the pair by new_id, from the left: (1, 1) in [1, 1, 1] leaves [new_id, 1]."""
+def replace_pair(ids: Iterable[int], pair: tuple[int, int], new_id: int) -> list[int]:
+    """Replaces each occurrence of the pair by new_id, from the left: (1, 1) in [1, 1, 1] gives [new_id, 1]."""
     left, right = pair
     replaced = []
     for i in ids:
@@ -65,18 +64,18 @@ def replace_pair(ids, pair, new_id):
     return replaced
 
 
-def learn_merges(word_counts):
-    """Yield (pair, count), the most frequent adjacent pair each time, until every word is one id.
+def learn_merges(word_counts: Mapping[str, int]) -> Iterator[tuple[tuple[int, int], int]]:
+    """Yields (pair, count), the most frequent adjacent pair each time, until every word is one id.
 
-    word_counts: {word: how often it occurs}. Of equally frequent pairs the smallest comes first, so
-    that the order of the words does not matter. Occurrences may overlap: "aaa" holds two of ("a", "a").
+    word_counts: {word: number of occurrences}. Among equally frequent pairs the smallest comes first, so that the
+    order of the words does not matter. Occurrences may overlap: "aaa" has two of ("a", "a").
 
-    A merge changes few words, and only their pairs are counted again: that is what makes this fast.
+    A merge changes few words. Only the pairs of these words are counted again, which makes this fast.
     """
     words = [list(utf8(word)) for word in word_counts]
     frequency = list(word_counts.values())
     counts = Counter()
-    words_with = defaultdict(set)   # pair -> indices of the words that hold it, or once did
+    words_with = defaultdict(set)   # pair -> indices of the words that have it, or had it before
 
     def count_in(w):
         for pair in pairwise(words[w]):
@@ -93,9 +92,9 @@ def learn_merges(word_counts):
         count_in(w)
     new_id = 256
     while counts:
-        most = max(counts.values())
-        best = min(pair for pair, n in counts.items() if n == most)
-        yield best, most
+        largest = max(counts.values())
+        best = min(pair for pair, count in counts.items() if count == largest)
+        yield best, largest
         for w in words_with.pop(best):
             count_out(w)
             words[w] = replace_pair(words[w], best, new_id)
@@ -104,21 +103,21 @@ def learn_merges(word_counts):
 
 
 class Tokenizer:
-    """Bytes, merges, special tokens. `Tokenizer()` has no merges: one id a byte.
+    """Bytes, merges, special tokens. `Tokenizer()` has no merges: one id for each byte.
 
-    merges: pairs of ids, the i-th of which becomes id 256 + i. specials: names, in the order of their
-    ids; <pad>, <bos> and <eos> must be among them. Raises ValueError if a merge is not a pair of ids
-    that exist by then, or comes twice, and if a special name is missing, empty or comes twice.
+    merges: pairs of ids; pair i becomes id 256 + i. specials: names, in the order of their ids; <pad>, <bos> and
+    <eos> must be among them. Raises ValueError for a merge that is not a pair of earlier ids, or comes twice, and
+    for a special name that is missing, empty, or comes twice.
 
     vocab_size       number of ids
-    pad, bos, eos    three ids: were pad and eos the same, a mask over the padding would hide the end
+    pad, bos, eos    three different ids. If pad and eos were the same, a mask over the padding would hide the end
                      of the response, and the model would never learn to stop
     merges           {pair: id}, in the order of the ids
-    specials         {name: id}, likewise
+    specials         {name: id}, in the order of the ids
     tokens           the bytes of ids 0 .. 255 + M, a list
     """
 
-    def __init__(self, merges=(), specials=SPECIALS):
+    def __init__(self, merges: Iterable[tuple[int, int]] = (), specials: Iterable[str] = SPECIALS):
         self.tokens = [bytes([i]) for i in range(256)]
         self.merges = {}
         for new_id, pair in enumerate(merges, start=256):
@@ -141,29 +140,29 @@ class Tokenizer:
         self.pad, self.bos, self.eos = (self.specials[name] for name in SPECIALS)
         self.vocab_size = len(self.tokens) + len(self.specials)
         self._special_bytes = [utf8(name) for name in names]
-        self._ids_of_word = {}   # filled by encode: text repeats its words
+        self._ids_of_word = {}   # filled by encode, because words repeat in a text
 
     @classmethod
-    def train(cls, texts, vocab_size, specials=SPECIALS):
-        """Learn the merges from a text, or from an iterable of texts.
+    def train(cls, texts: str | Iterable[str], vocab_size: int, specials: Sequence[str] = SPECIALS) -> "Tokenizer":
+        """Learns the merges from a text, or from an iterable of texts.
 
-        vocab_size counts bytes, merges and special tokens. The tokenizer's own vocab_size is smaller
-        when the texts run out of pairs. Raises ValueError if it is too small for bytes and specials.
+        vocab_size counts bytes, merges and special tokens. The vocab_size of the result is smaller if the texts have
+        too few pairs. Raises ValueError if vocab_size is too small for bytes and special tokens.
         """
-        room = vocab_size - 256 - len(specials)
-        if room < 0:
+        max_merges = vocab_size - 256 - len(specials)
+        if max_merges < 0:
             raise ValueError(f"vocab_size {vocab_size} is less than 256 bytes and {len(specials)} special tokens")
         word_counts = Counter()
         for text in [texts] if isinstance(texts, str) else texts:
             word_counts.update(split(text))
-        merges = [pair for pair, _ in islice(learn_merges(word_counts), room)]
+        merges = [pair for pair, _ in islice(learn_merges(word_counts), max_merges)]
         return cls(merges, specials)
 
-    def encode(self, text):
-        """The ids of a text, as a list. Raises ValueError at a lone surrogate.
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, as a list. Raises ValueError for a lone surrogate.
 
-        Never a special token: no <bos> is put in front, and the text "<eos>" is five characters.
-        Whoever assembles a sequence adds the special ids, once, on purpose.
+        There is no special token among them: no <bos> at the start, and the text "<eos>" is five characters. The
+        caller adds special tokens where they belong (data.py).
         """
         ids = []
         for word in split(text):
@@ -178,15 +177,15 @@ class Tokenizer:
             known = [pair for pair in pairwise(ids) if pair in self.merges]
             if not known:
                 return ids
-            # As in training, the pair learnt first is merged first: the one with the smallest id.
+            # As in training, the pair that was learned first is merged first: the pair with the smallest id.
             first = min(known, key=self.merges.get)
             ids = replace_pair(ids, first, self.merges[first])
 
-    def decode(self, ids, specials=False):
-        """The text of some ids. Special tokens are left out, or written by name if specials is True.
+    def decode(self, ids: Iterable[int], specials: bool = False) -> str:
+        """The text of some ids. Special tokens are left out, or written as their names if specials is True.
 
-        Bytes that are not UTF-8 (a model may sample half a character) become U+FFFD.
-        Raises ValueError at an id outside the vocabulary.
+        Bytes that are not UTF-8 (a model may sample half a character) become U+FFFD. Raises ValueError for an id
+        outside the vocabulary.
         """
         parts = []
         for i in ids:
@@ -198,13 +197,13 @@ class Tokenizer:
                 parts.append(self._special_bytes[i - len(self.tokens)])
         return b"".join(parts).decode("utf-8", errors="replace")
 
-    def to_json(self):
+    def to_json(self) -> str:
         """The tokenizer as a line of JSON: format, special names, merges as pairs."""
         return json.dumps({"format": FORMAT, "specials": list(self.specials), "merges": list(self.merges)})
 
     @classmethod
-    def from_json(cls, text):
-        """The tokenizer that to_json wrote. Raises ValueError, saying what is wrong, if it did not."""
+    def from_json(cls, text: str) -> "Tokenizer":
+        """The tokenizer that to_json wrote. Raises ValueError, with the fault, for any other text."""
         try:
             saved = json.loads(text)
         except (ValueError, RecursionError) as error:

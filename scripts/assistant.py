@@ -42,6 +42,12 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
+from support import figures, tables
+from support.evaluation import Evaluation
+from support.job import Job, Stopped
+from support.options import parse
+from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
+from support.terminal import paragraph, progress
 
 from minilm import data, evaluate
 from minilm.checkpoint import write_text
@@ -52,15 +58,9 @@ from minilm.stages.pretraining import pretrain
 from minilm.stages.reward_model import train_reward_model
 from minilm.stages.rlhf import train_rlhf
 from minilm.stages.sft import train_sft
-from minilm.stages.train_state import Diverged, TrainState, workers_for
+from minilm.stages.train_state import Diverged, TrainState
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, corpus, tasks
-from support import figures, tables
-from support.evaluation import Evaluation
-from support.job import Job, Stopped
-from support.options import parse
-from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
-from support.terminal import paragraph, progress
 
 SIZES = {"small": {"width": 64, "layers": 3}, "large": {"width": 96, "layers": 4}}
 STEPS = {"pretraining": 1800, "sft": 500, "reward model": 200, "rlhf": 50, "dpo": 150}
@@ -141,8 +141,8 @@ def comparisons_stage(job: Job, sft: Transformer) -> tuple[Sequence, Sequence, S
              for i, (q, (c, _), (r, _)) in enumerate(zip(questions, job.read(chosen), job.read(rejected)))]
     write_text(job.run.path("comparisons.json"), json.dumps(lines, indent=1) + "\n")
     if empty := sum(not line["chosen"] or not line["rejected"] for line in lines):
-        print(paragraph(f"{empty} of {len(lines)} comparisons have an empty answer (no text before <eos>). They are used "
-                        "like the others: the models learn whether an empty answer is the better one."))
+        print(paragraph(f"{empty} of {len(lines)} comparisons have an empty answer (no text before <eos>). They are "
+                        "used like the others: the models learn whether an empty answer is the better one."))
     job.seconds["comparisons"] = time.monotonic() - began
     return prompts, chosen, rejected
 

@@ -23,6 +23,8 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
+from support.run_folder import UsageError, main_guard
+from support.terminal import labelled, one_line
 
 from minilm.data import decode_response, encode_prompt
 from minilm.generate import generate
@@ -30,8 +32,6 @@ from minilm.model import Transformer
 from minilm.model_file import load_model
 from minilm.tokenizer import Tokenizer
 from minilm.world import tasks
-from support.run_folder import UsageError, main_guard
-from support.terminal import labelled, one_line
 
 FOLDER = os.path.join("runs", "assistant")
 STAGES = ("base", "sft", "rlhf-beta-0.3", "dpo-beta-0.3")      # the models of a folder, in this order
@@ -162,7 +162,7 @@ def main() -> None:
             stream.reconfigure(errors=errors)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
-            import readline     # noqa: F401  (input() then edits the line and remembers the lines before)
+            import readline  # noqa: F401  (input() then edits the line and remembers the lines before)
         print(tasks.guide())
         print("\n? shows this list again. Ctrl-D or Ctrl-C ends.\n")
     try:

@@ -180,7 +180,8 @@ def test_the_real_command_ends_with_table_results_figures_and_models(tmp_path):
     assert [row["stage"] for row in results["rows"]] == ["base", "sft", "best_of_n", "rlhf", "dpo"]
     for row in results["rows"]:
         assert set(row) >= {"stage", *columns, *(f"{c}_se" for c in columns)}
-        assert all(row[f"{c}_se"] >= 0 for c in columns) and 0 <= row["task_accuracy"] <= 1 and 0 <= row["win_rate"] <= 1
+        assert all(row[f"{c}_se"] >= 0 for c in columns)
+        assert 0 <= row["task_accuracy"] <= 1 and 0 <= row["win_rate"] <= 1
     assert all(map(math.isfinite, numbers(results)))
     assert (results["seed"], results["scale"], results["size"]) == (0, 0.0005, "small")
     assert {"python", "numpy"} <= set(results["versions"]) and re.fullmatch("[0-9a-f]{64}", results["text"]["sha256"])
@@ -215,8 +216,8 @@ def test_a_finished_run_says_so_and_changes_nothing(whole):
 
 def test_a_terminal_shows_a_bar_with_the_time_left(tmp_path):
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([*SMALL, "--out", str(tmp_path / "run")], env=environment(ACCIDENT=f"60 {signal.SIGINT:d}"),
-                               stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    process = subprocess.Popen([*SMALL, "--out", str(tmp_path / "run")], stdin=theirs, stdout=theirs, stderr=theirs,
+                               env=environment(ACCIDENT=f"60 {signal.SIGINT:d}"), start_new_session=True)
     os.close(theirs)
     shown = b""
     while True:
@@ -260,9 +261,9 @@ def test_a_text_that_is_none_is_refused(tmp_path, monkeypatch, capsys, content, 
 
 
 @pytest.mark.parametrize("options", [
-    "--scale 0", "--scale -1", "--scale nan", "--scale inf", "--scale 1e9", "--scale much", "--workers 0", "--workers -2",
-    "--workers 1000000", "--device tpu", "--device gpu --workers 2", "--size huge", "--seed -1", "--seed x", "--seed",
-    "--unknown", "--res", "stray", "--text ''"])
+    "--scale 0", "--scale -1", "--scale nan", "--scale inf", "--scale 1e9", "--scale much", "--workers 0",
+    "--workers -2", "--workers 1000000", "--device tpu", "--device gpu --workers 2", "--size huge", "--seed -1",
+    "--seed x", "--seed", "--unknown", "--res", "stray", "--text ''"])
 def test_a_bad_option_is_refused_by_name(tmp_path, monkeypatch, capsys, options):
     message = refused_here(monkeypatch, capsys, "--out", tmp_path / "run", *shlex.split(options))
     assert options.split()[0] in message or options == "--text ''"
@@ -349,8 +350,8 @@ def of_another_architecture(arrays, metadata):
         (folder / "base-state.safetensors").read_bytes()[:-1])),
     ("another run", lambda folder: checkpoint.save(folder / "base.safetensors", {}, {"kind": "Transformer"})),
     ("run.json", lambda folder: (folder / "run.json").write_text("{}")),
-], ids=["cut short", "empty", "not safetensors", "other shapes", "no arrays", "other run", "no metadata", "model cut short",
-        "model of somebody else", "run.json"])
+], ids=["cut short", "empty", "not safetensors", "other shapes", "no arrays", "other run", "no metadata",
+        "model cut short", "model of another program", "run.json"])
 def test_a_damaged_checkpoint_is_refused_and_left_as_it_is(folder, fault, damage):
     damage(folder)
     before = contents(folder)

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chat
 import numpy as np
 import pytest
-
-import chat
 from helpers import small_transformer
+from support.run_folder import UsageError
+from support.terminal import labelled, one_line
+
 from minilm import data
 from minilm.checkpoint import CheckpointError
 from minilm.generate import generate
@@ -19,8 +21,6 @@ from minilm.model import RewardModel
 from minilm.model_file import load_model, save_model
 from minilm.tokenizer import Tokenizer
 from minilm.world import tasks
-from support.run_folder import UsageError
-from support.terminal import labelled, one_line
 
 pytest.importorskip("safetensors", reason="what the scripts need: pip install -e '.[run]'")
 
@@ -29,7 +29,8 @@ TOKENIZER = Tokenizer()
 
 
 def transformer(seed, **config):
-    return small_transformer(np.random.default_rng(seed), np.float32, vocab_size=TOKENIZER.vocab_size, context=64, **config)
+    rng = np.random.default_rng(seed)
+    return small_transformer(rng, np.float32, vocab_size=TOKENIZER.vocab_size, context=64, **config)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +61,13 @@ def test_each_line_is_answered_by_every_model_of_a_folder_in_the_order_of_the_st
     assert all(len(line) <= 80 for line in printed.splitlines())
 
 
-def test_the_answers_are_samples_of_the_model_at_the_temperature_and_seed_that_were_asked_for(folder, monkeypatch, capsys):
+def test_the_answers_are_samples_of_the_model_at_the_given_temperature_and_seed(folder, monkeypatch, capsys):
     file = folder / "sft.safetensors"
     model, tokenizer, _ = load_model(file)
     options = [file, "--max-tokens", 6, "--answers", 3]
     for temperature, seed in [(1.0, 0), (0.5, 0), (0.5, 7), (0.0, 0)]:
-        _, printed, _ = talk(monkeypatch, capsys, ["Hi?", "Hi?"], *options, "--temperature", temperature, "--seed", seed)
+        _, printed, _ = talk(monkeypatch, capsys, ["Hi?", "Hi?"], *options, "--temperature", temperature,
+                             "--seed", seed)
         expected = []
         for number in range(2):
             drawn = generate(model, [data.encode_prompt(tokenizer, "Hi?")] * 3, 6,
@@ -150,9 +152,9 @@ def test_help_shows_the_options_and_the_questions(monkeypatch, capsys):
 @pytest.mark.parametrize("end", [b"\x04", b"\x03"], ids=["Ctrl-D", "Ctrl-C"])
 def test_at_a_terminal_the_questions_are_listed_and_a_key_ends_it_quietly(folder, end):
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, str(SCRIPT), str(folder), "--max-tokens", "4"], stdin=theirs, stdout=theirs,
-                               stderr=theirs, start_new_session=True, env={**os.environ, "TERM": "dumb"},
-                               preexec_fn=lambda: take_terminal(theirs))
+    process = subprocess.Popen([sys.executable, str(SCRIPT), str(folder), "--max-tokens", "4"],
+                               stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "dumb"},
+                               start_new_session=True, preexec_fn=lambda: take_terminal(theirs))
     os.close(theirs)
     shown = read_until(ours, b"> ")
     os.write(ours, b"Hi?\n")
@@ -191,8 +193,8 @@ def read_until(descriptor, end):
 # Text for a terminal.
 
 @pytest.mark.parametrize("text, finished, shown", [
-    ("moon.", True, "moon."), ("a\nb", True, "a\\nb"), ("\x1b[31mred\r", True, "\\x1b[31mred\\r"), ("고양이.", True, "고양이."),
-    ("", True, "(empty)"), ("a", False, "a ..."), ("", False, "(empty) ...")])
+    ("moon.", True, "moon."), ("a\nb", True, "a\\nb"), ("\x1b[31mred\r", True, "\\x1b[31mred\\r"),
+    ("고양이.", True, "고양이."), ("", True, "(empty)"), ("a", False, "a ..."), ("", False, "(empty) ...")])
 def test_an_answer_is_shown_on_one_line_whatever_it_holds(text, finished, shown):
     assert one_line(text, finished) == shown
 

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minilm import checkpoint
 from minilm.checkpoint import CheckpointError
@@ -67,7 +68,7 @@ def test_any_shape_dtype_and_memory_order_round_trips_bitwise(scratch, shape, dt
     dtype = np.dtype(dtype)
     contents = np.random.default_rng(seed).bytes(int(np.prod(shape)) * dtype.itemsize)    # NaNs of every kind
     array = np.frombuffer(contents, np.uint8)
-    array = (array % 2).astype(bool) if dtype == bool else array.view(dtype)
+    array = (array % 2).astype(bool) if dtype.kind == "b" else array.view(dtype)
     array = MEMORY_ORDERS[order](array.reshape(shape))
     checkpoint.save(scratch, {"array": array}, {})
     loaded, _ = checkpoint.load(scratch)

@@ -1,9 +1,10 @@
 """minilm/data.py: what the assistant is trained on, token by token."""
 import numpy as np
 import pytest
-from hypothesis import example, given, strategies as st
-
 from helpers import assert_close, rngs, small_transformer
+from hypothesis import example, given
+from hypothesis import strategies as st
+
 from minilm import data
 from minilm.tokenizer import Tokenizer
 

@@ -114,8 +114,8 @@ def test_dpo_learns_its_preferences_by_heart_from_exactly_log_2():
         return sums[:8], sums[8:]
 
     with no_grad():
-        reference = [l.data for l in halves()]
+        reference = [log_pi.data for log_pi in halves()]
     values = learn(model.parameters(), lambda: dpo_loss(*halves(), *reference, beta=0.5), 20)
     assert values[0] == np.log(np.float32(2))
     assert values[-1] < 0.05, f"{values[0]:.3f} -> {values[-1]:.3f}"
-    assert dpo_metrics(*(l.data for l in halves()), *reference, beta=0.5)["rewards/accuracies"] == 1
+    assert dpo_metrics(*(log_pi.data for log_pi in halves()), *reference, beta=0.5)["rewards/accuracies"] == 1

@@ -4,9 +4,10 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
-
 from helpers import rngs
+from hypothesis import given
+from hypothesis import strategies as st
+
 from minilm.world import annotators, corpus, manners, tasks
 from minilm.world.annotators import Annotator, draw_annotators, gold_reward, is_right
 from minilm.world.manners import Manner, phrase, read
@@ -182,7 +183,7 @@ def test_pretraining_texts_are_the_documents_and_a_share_of_prose_in_random_orde
     assert len(set(starts)) == len(starts) and max(starts) > 0.7 * len(prose), "pieces come from the whole text"
     assert 0 <= sum(map(len, pieces)) - 0.3 * sum(map(len, documents)) < 101
     assert texts[:200] != documents and pieces != sorted(pieces, key=prose.index)
-    assert "[short]" in corpus.pretraining_texts(np.random.default_rng(0), 200, "[short]"), "prose that is shorter than its share"
+    assert "[short]" in corpus.pretraining_texts(np.random.default_rng(0), 200, "[short]"), "prose that is too short"
 
 
 # Manners.

@@ -1,1 +1,1 @@
-"""A small world for the assistant: tasks with right answers, texts about them, and simulated people who judge answers."""
+"""A small world for the assistant: tasks with right answers, texts about them, and simulated people who judge."""

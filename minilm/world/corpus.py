@@ -96,7 +96,8 @@ def small_talk(rng: np.random.Generator) -> str:
 
 
 # The kinds of documents, and their fractions of the documents.
-MIXTURE = ((list_statements, 0.35), (songs, 0.1), (unnamed_examples, 0.15), (sums, 0.2), (facts, 0.15), (small_talk, 0.05))
+MIXTURE = ((list_statements, 0.35), (songs, 0.1), (unnamed_examples, 0.15), (sums, 0.2), (facts, 0.15),
+           (small_talk, 0.05))
 
 
 def documents(rng: np.random.Generator, count: int) -> list[str]:
@@ -105,8 +106,12 @@ def documents(rng: np.random.Generator, count: int) -> list[str]:
     return [kinds[i](rng) for i in rng.choice(len(kinds), size=count, p=fractions)]
 
 
-def pretraining_texts(rng: np.random.Generator, count: int, prose: str, share: float = 0.1, piece: int = 400) -> list[str]:
-    """`count` documents, and pieces of `prose` (`piece` characters each) for a fraction `share` of their length, shuffled."""
+def pretraining_texts(rng: np.random.Generator, count: int, prose: str, share: float = 0.1,
+                      piece: int = 400) -> list[str]:
+    """`count` documents and pieces of real English, shuffled.
+
+    The pieces have `piece` characters. All pieces together have a fraction `share` of the documents' length.
+    """
     texts = documents(rng, count)
     length = min(len(prose), round(share * sum(map(len, texts))))
     starts = rng.permutation(np.arange(0, len(prose), piece))[:length // piece + 1]

@@ -107,14 +107,15 @@ def wordings(task: str) -> tuple[str, ...]:
 
 def example_questions() -> dict[str, str]:
     """{task: one question in words}, the same in every run."""
-    content = {"sum": EXAMPLE_SUM, **dict.fromkeys(LIST_TASKS, EXAMPLE_LIST), **dict.fromkeys(FACT_TASKS, EXAMPLE_PERSON)}
+    content = {**dict.fromkeys(LIST_TASKS, EXAMPLE_LIST), "sum": EXAMPLE_SUM,
+               **dict.fromkeys(FACT_TASKS, EXAMPLE_PERSON)}
     return {task: wordings(task)[0].format(x=content[task]) for task in TASKS}
 
 
 def guide() -> str:
     """The questions that the assistant of this world is trained to answer, as text for its user."""
     vocabulary = (f"Lists have {MIN_WORDS} to {MAX_WORDS} of these words: {' '.join(WORDS)}.",
-                  f"Sums have {MIN_DIGITS} to {MAX_DIGITS} digits from 0 to {LARGEST_DIGIT}, with spaces around each +.",
+                  f"Sums have {MIN_DIGITS} to {MAX_DIGITS} digits from 0 to {LARGEST_DIGIT}, with spaces around +.",
                   f"People: {' '.join(PEOPLE)}.")
     return "\n".join([f"This small assistant knows {len(TASKS)} kinds of questions. Write them like this:", "",
                       *(f"    {question}" for question in example_questions().values()), "",

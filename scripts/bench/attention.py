@@ -10,11 +10,11 @@ tiles is made before: a model makes one for all of its layers.
 import functools
 import sys
 
-import numpy as np
-
 import gpu_measuring as measuring
-from minilm.kernels import attention
+import numpy as np
 from support.run_folder import main_guard
+
+from minilm.kernels import attention
 
 B, H, G, K = 4, 8, 8, 64
 TOLERANCE = 1e-4
@@ -39,7 +39,8 @@ def print_traffic(lengths):
           "| T | direction | ours | with a matrix of scores | the least | ours / matrix |\n|---|---|---|---|---|---|")
     for T in lengths:
         for direction, (ours, naive, least) in traffic(T).items():
-            print(f"| {T} | {direction} | {ours / 1e6:.1f} | {naive / 1e6:.1f} | {least / 1e6:.1f} | {ours / naive:.2f} |")
+            megabytes = " | ".join(f"{count / 1e6:.1f}" for count in (ours, naive, least))
+            print(f"| {T} | {direction} | {megabytes} | {ours / naive:.2f} |")
 
 
 def ours(q, k, v, do, plan):
@@ -91,13 +92,15 @@ def time_on(cupy, T, ceiling):
         print(f"\nT = {T}, {direction}\n\n{measuring.HEADER}")
         for name, call in peers.items():
             timed = call if direction == "forward" else call()[1]
-            print(measuring.row(name, measuring.seconds(timed), moved[direction][0] if name == "minilm" else None,
-                                products * pairs, None if name.startswith("torch") else measuring.extra_bytes(cupy, timed),
-                                ceiling), flush=True)
+            bytes_moved = moved[direction][0] if name == "minilm" else None
+            extra = None if name.startswith("torch") else measuring.extra_bytes(cupy, timed)
+            line = measuring.row(name, measuring.seconds(timed), bytes_moved, products * pairs, extra, ceiling)
+            print(line, flush=True)
 
 
 def main():
-    measuring.main(__doc__.partition("\n")[0], "--lengths", "128,256,512,1024,2048,4096,8192", print_traffic, time_on, "attention,decode")
+    measuring.main(__doc__.partition("\n")[0], "--lengths", "128,256,512,1024,2048,4096,8192", print_traffic, time_on,
+                   "attention,decode")
 
 
 if __name__ == "__main__":

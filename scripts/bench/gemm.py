@@ -2,7 +2,7 @@
 
     python scripts/bench/gemm.py [--sizes XS,S] [--peers torch] [--csv FILE] [--figure FILE]
 
-The products are those with the weights in a training step of bench_train.py: forward, gradient of the input and of
+The products are those with the weights in a training step of train.py: forward, gradient of the input and of
 the weight, for every layer and the unembedding, in float32 (not the small ones inside attention). Nothing else is
 done between them, and results are written into arrays that exist: no step with these products can take less time.
 `numpy` does them as minilm does, with a thread for each core, its own share of the rows, and BLAS on one thread;
@@ -16,9 +16,8 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 import measuring
+import numpy as np
 from support.run_folder import main_guard
 
 CORES = os.cpu_count()
@@ -49,9 +48,9 @@ def products(size, threads, out_first):
         x, w, dy = (rng.standard_normal(shape, np.float32) for shape in ((N, i), (i, o), (N, o)))
         if out_first or name == "unembedding":
             w = np.ascontiguousarray(w.T).T
-        for mine, x, dy in zip(dealt, np.array_split(x, threads), np.array_split(dy, threads)):
-            mine += [(x, w, np.empty_like(dy), times), (dy, w.T, np.empty_like(x), times),
-                     (x.T, dy, np.empty_like(w), times)]
+        for mine, rows, drows in zip(dealt, np.array_split(x, threads), np.array_split(dy, threads)):
+            mine += [(rows, w, np.empty_like(drows), times), (drows, w.T, np.empty_like(rows), times),
+                     (rows.T, drows, np.empty_like(w), times)]
     return dealt
 
 

@@ -14,9 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
 import measuring
+import numpy as np
 from support.run_folder import main_guard
 
 PROMPT, NEW = 32, 64

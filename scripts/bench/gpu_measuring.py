@@ -1,9 +1,9 @@
-"""How kernels are timed on a GPU; what bench_attention.py and bench_log_probs.py share.
+"""How kernels are timed on a GPU; shared by attention.py and log_probs.py.
 
-Results are compared first: what is wrong is not timed. Then CUDA events around each call (cupyx.profiler.benchmark), the
-median of many calls after some to warm up; where a call is short, that is the time that launching its kernels takes.
-Memory is what the call takes from CuPy's pool, its outputs with it, and not known of those who have a pool of their own.
-The ceilings are measured too: a copy for bytes a second, a matrix product of cuBLAS for operations a second.
+Results are compared first; a wrong result is not timed. Time is the median of many calls, by CUDA events
+(cupyx.profiler.benchmark), after some calls to warm up. For a short call it is the time to launch its kernels.
+Memory is the growth of CuPy's memory pool during a call, outputs included; it is unknown for libraries with a pool of
+their own. Two ceilings are measured: bytes per second of a copy, operations per second of a cuBLAS matrix product.
 """
 
 import argparse
@@ -32,11 +32,11 @@ def gpu():
     return cupy, None
 
 
-def not_timed(reason, rooms):
-    """What can be said of the kernels of these rooms without a GPU, and what cannot."""
+def not_timed(reason, modules):
+    """Without a GPU: says why nothing is timed, and prints the compiler's report on these modules."""
     print(f"\nNot timed: {reason}. What the compiler says of one architecture:\n", flush=True)
     report = Path(__file__).resolve().parents[1] / "dev" / "kernel_report.py"
-    subprocess.run([sys.executable, report, "--room", rooms, "--arch", "80"])
+    subprocess.run([sys.executable, report, "--room", modules, "--arch", "80"])
 
 
 def machine(cupy):
@@ -68,14 +68,22 @@ def extra_bytes(cupy, call):
 
 def ceilings(cupy):
     """Bytes a second of a copy, operations a second of a product in float32 (without TF32)."""
+    rates = copy_rate(cupy), product_rate(cupy)
+    cupy.get_default_memory_pool().free_all_blocks()
+    return rates
+
+
+def copy_rate(cupy):
+    """Bytes read and written per second when an array of 1 GiB is copied."""
     a = cupy.ones(1 << 28, cupy.float32)
     b = cupy.empty_like(a)
-    copied = 2 * a.nbytes / seconds(lambda: cupy.copyto(b, a))[0]
+    return 2 * a.nbytes / seconds(lambda: cupy.copyto(b, a))[0]
+
+
+def product_rate(cupy):
+    """Operations per second of a matrix product of width 8192."""
     x = cupy.ones((8192, 8192), cupy.float32)
-    found = copied, 2 * 8192 ** 3 / seconds(lambda: x @ x)[0]
-    del a, b, x
-    cupy.get_default_memory_pool().free_all_blocks()
-    return found
+    return 2 * 8192 ** 3 / seconds(lambda: x @ x)[0]
 
 
 def those_that_agree(cupy, peers, results_of, tolerance):
@@ -121,16 +129,21 @@ def row(name, time, bytes_moved, operations, extra, ceiling):
     """One line of a table; ceiling: what ceilings() returned."""
     median, low, high = 1e6 * time
     cells = [name, f"{median:.0f} us [{low:.0f}, {high:.0f}]"]
-    for amount, most, unit, scale in ((bytes_moved, ceiling[0], "GB/s", 1e9), (operations, ceiling[1], "TFLOP/s", 1e12)):
+    amounts = (bytes_moved, ceiling[0], "GB/s", 1e9), (operations, ceiling[1], "TFLOP/s", 1e12)
+    for amount, most, unit, scale in amounts:
         cells.append("" if amount is None else f"{amount / time[0] / scale:.1f} {unit}, {amount / time[0] / most:.0%}")
     return f"| {' | '.join(cells)} | {'' if extra is None else f'{extra / 2**20:.0f} MB'} |"
 
 
-HEADER = "| | time [quartiles] | bytes, of a copy's | operations, of a product's | memory beside |\n|---|---|---|---|---|"
+HEADER = ("| | time [quartiles] | bytes, of a copy's | operations, of a product's | memory beside |\n"
+          "|---|---|---|---|---|")
 
 
-def main(description, option, default, print_traffic, time_on, rooms):
-    """A benchmark of kernels. option: the sizes to try; print_traffic(sizes); time_on(cupy, size, ceilings) on a GPU."""
+def main(description, option, default, print_traffic, time_on, modules):
+    """A benchmark of kernels: print_traffic(sizes), and on a GPU time_on(cupy, size, ceilings).
+
+    option: the name of the option that gives the sizes; modules: of minilm.kernels, with commas.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(option, dest="sizes", metavar="N,N", default=default, help="with commas (default: %(default)s)")
     asked = parser.parse_args().sizes
@@ -143,7 +156,7 @@ def main(description, option, default, print_traffic, time_on, rooms):
     print_traffic(sizes)
     cupy, reason = gpu()
     if cupy is None:
-        not_timed(reason, rooms)
+        not_timed(reason, modules)
         return
     ceiling = ceilings(cupy)
     print(f"\n{machine(cupy)}; a copy {ceiling[0] / 1e9:.0f} GB/s, a product {ceiling[1] / 1e12:.1f} TFLOP/s")

@@ -9,11 +9,11 @@ the emulator's count, against one operation at a time, and against the least pos
 
 import sys
 
-import numpy as np
-
 import gpu_measuring as measuring
-from minilm.kernels import log_probs
+import numpy as np
 from support.run_folder import main_guard
+
+from minilm.kernels import log_probs
 
 N, D = 4096, 768
 TOLERANCE = 1e-4
@@ -29,10 +29,12 @@ def traffic(V, N=N, dtype="float32"):
 
 def print_traffic(vocabularies):
     print(f"Bytes moved by log-probs of {N} rows of logits, float32, in MB:\n\n"
-          "| V | direction | ours | one operation at a time | the least | ours / the least |\n|---|---|---|---|---|---|")
+          "| V | direction | ours | one operation at a time | the least | ours / the least |\n"
+          "|---|---|---|---|---|---|")
     for V in vocabularies:
         for direction, (ours, naive, least) in traffic(V).items():
-            print(f"| {V} | {direction} | {ours / 1e6:.1f} | {naive / 1e6:.1f} | {least / 1e6:.1f} | {ours / least:.3f} |")
+            megabytes = " | ".join(f"{count / 1e6:.1f}" for count in (ours, naive, least))
+            print(f"| {V} | {direction} | {megabytes} | {ours / least:.3f} |")
 
 
 def from_logits(cupy, V):
@@ -126,11 +128,13 @@ def time_on(cupy, V, ceiling):
     peers = measuring.those_that_agree(cupy, from_hidden(cupy, V), lambda call: call(), TOLERANCE)
     print(f"\nV = {V}, with the product, forward and backward\n\n{measuring.HEADER}")
     for name, call in peers.items():
-        print(measuring.row(name, measuring.seconds(call), None, 6 * N * V * D, extra(cupy, name, call), ceiling), flush=True)
+        line = measuring.row(name, measuring.seconds(call), None, 6 * N * V * D, extra(cupy, name, call), ceiling)
+        print(line, flush=True)
 
 
 def main():
-    measuring.main(__doc__.partition("\n")[0], "--vocabularies", "4096,50257,151936", print_traffic, time_on, "log_probs")
+    measuring.main(__doc__.partition("\n")[0], "--vocabularies", "4096,50257,151936", print_traffic, time_on,
+                   "log_probs")
 
 
 if __name__ == "__main__":

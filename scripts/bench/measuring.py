@@ -1,15 +1,15 @@
-"""How everything is timed here; what the bench_*.py scripts share.
+"""How all benchmarks measure time and memory; shared by the scripts of this folder.
 
 Each library runs in a process of its own, on the same weights and the same tokens. First their results are
-compared: what is wrong is not timed. Then they take turns, round after round. A turn is a number of steps
-that takes about as long for everybody, and its median counts; a round in which the machine was busy with
-something else during a turn is dropped. Reported is ours over the peer's within a round: the median
-of the rounds, and their quartiles. Below 1 we are faster.
+compared; a wrong result stops the benchmark. Then the libraries take turns, round after round. A turn is a
+number of steps that takes about the same time for every library, and its median counts. A round in which
+another process used the machine is dropped. The result is ours / theirs within a round: the median over the
+rounds, and the quartiles. Below 1, minilm is faster.
 
-Memory is the most that was ever resident (the system's VmHWM), less what importing the library took, and what the
-processes that a library forks have for themselves.
+Memory is the peak resident memory (VmHWM of Linux) minus the memory after the import, plus the private
+memory of forked processes.
 
-The same script, started again as `--worker`, does the work (serve).
+The same script, started with `--worker`, does the work of one library (serve).
 """
 
 import argparse
@@ -33,7 +33,8 @@ import numpy as np
 
 from minilm import checkpoint
 from minilm.objectives.sft import sft_loss
-from minilm.stages.train_state import TrainState, train_step, shards, stage
+from minilm.stages.train_state import TrainState, shards, stage, train_step
+
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
 from support.run_folder import UsageError  # noqa: E402
 
@@ -70,7 +71,7 @@ def training_steps(training, tokens, learning_rate=1e-3, clip=1.0):
 
 
 def load_step():
-    """For serve(): the training step alone, of random weights and tokens. spec: its "shape" (as in SIZES) and "workers"."""
+    """For serve(): the training step alone, of random weights and tokens; spec: "shape" (as in SIZES), "workers"."""
     from minilm.fast.malloc import keep_freed_memory
     from minilm.model import Config, Transformer
     keep_freed_memory()
@@ -87,7 +88,7 @@ def load_step():
 # A worker.
 
 def peak_memory():
-    """The most bytes that this process ever had resident."""
+    """The peak resident memory of this process, in bytes."""
     with open("/proc/self/status") as status:
         return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
 
@@ -105,7 +106,7 @@ def children(pid):
 
 
 def private_memory(pid):
-    """The bytes resident in a process that no other has too."""
+    """The resident memory that a process shares with no other, in bytes."""
     return 1024 * sum(int(line.split()[1]) for line in of_process(pid, "smaps_rollup").splitlines()
                       if line.startswith("Private_"))
 
@@ -189,7 +190,7 @@ def busy_ticks():
 
 
 def wait_until_quiet(patience=3.0):
-    """Until whoever had the last turn has let go of the cores: threads of BLAS and OpenMP go on spinning for a while."""
+    """Until the cores are free: threads of BLAS and OpenMP spin for a while after a turn has ended."""
     deadline, share = time.monotonic() + patience, 1.0
     while share > OTHERS and time.monotonic() < deadline:
         busy, everything = busy_ticks()
@@ -304,9 +305,10 @@ def table(rows):
     lines = ["| work | size | against | time, ours / theirs | quartiles | memory | ours | theirs |",
              "|---|---|---|---|---|---|---|---|"]
     for r in rows:
-        lines.append(f"| {r['work']} | {r['size']} | {r['peer']} | {r['time_ratio']:.2f} | {r['time_ratio_low']:.2f} to "
-                     f"{r['time_ratio_high']:.2f} | {r['memory_ratio']:.2f} | {r['ours_ms']:.1f} ms, {r['ours_mb']:.0f} MB "
-                     f"| {r['theirs_ms']:.1f} ms, {r['theirs_mb']:.0f} MB |")
+        cells = (r["work"], r["size"], r["peer"], f"{r['time_ratio']:.2f}",
+                 f"{r['time_ratio_low']:.2f} to {r['time_ratio_high']:.2f}", f"{r['memory_ratio']:.2f}",
+                 f"{r['ours_ms']:.1f} ms, {r['ours_mb']:.0f} MB", f"{r['theirs_ms']:.1f} ms, {r['theirs_mb']:.0f} MB")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -330,7 +332,8 @@ def draw(path, rows, title):
         axes.plot(r["memory_ratio"], i, "s", color="#8a8a8a", markerfacecolor="none")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    ticks = [t for t in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10) if np.prod(np.sign(t - np.array(axes.get_xlim()))) < 0]
+    low, high = axes.get_xlim()
+    ticks = [t for t in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10) if low < t < high]
     axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()
     parts = ["work", "size", "peer"] if len({r["work"] for r in rows}) > 1 else ["size", "peer"]

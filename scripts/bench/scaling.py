@@ -15,11 +15,11 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 import measuring
-from minilm import checkpoint
+import numpy as np
 from support.run_folder import UsageError, main_guard
+
+from minilm import checkpoint
 
 BASE = {"T": 128, "B": 16, "V": 256, "D": 64}
 POINTS = {"T": [128, 256, 512, 1024, 2048, 4096, 8192], "B": [1, 2, 4, 8, 16, 32, 64],

@@ -12,9 +12,8 @@ import json
 import sys
 import tempfile
 
-import numpy as np
-
 import measuring
+import numpy as np
 from support.run_folder import main_guard
 
 WORKER = sys.argv[2] if sys.argv[1:2] == ["--worker"] else None

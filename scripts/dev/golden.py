@@ -29,10 +29,10 @@ import inspect
 import json
 import pathlib
 import sys
-from pathlib import Path
 import types
 import typing
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -41,6 +41,7 @@ from minilm.model import Config, Transformer
 from minilm.objectives import dpo, kl, policy_gradient, reward, sft
 from minilm.optim import AdamW
 from minilm.tensor import Tensor
+
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
 from support.run_folder import UsageError, main_guard  # noqa: E402
 
@@ -281,7 +282,8 @@ def make(name, seed=0, size="small"):
     rng, arguments = np.random.default_rng(seed), inspect.signature(function.call).parameters.values()
     made = recipe(rng, SIZES[size])
     if not any(a.kind is a.VAR_KEYWORD for a in arguments):
-        made = {a.name: made.get(a.name, a.default) for a in arguments if a.name != "kernel"}     # which changes no number
+        # Without `kernel`, which changes no number.
+        made = {a.name: made.get(a.name, a.default) for a in arguments if a.name != "kernel"}
     made = {key: value for key, value in {**made, **options}.items() if value is not None}
     inputs = {key: value for key, value in made.items() if isinstance(value, np.ndarray)}
     if function.gradients not in ("", "*") and (shape := function.call(**made).shape):

@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 
 from minilm.kernels import launch, nvrtc
+
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
 from support.run_folder import UsageError, main_guard  # noqa: E402
 

@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from minilm import checkpoint
+
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
 from support.run_folder import UsageError, main_guard  # noqa: E402
 
@@ -65,13 +66,13 @@ class Mutant:
 
 
 def read_table(text, name="the table"):
-    """The mutants of a table (scripts/dev/mutants/README.md says how one is written). Raises UsageError with the line."""
+    """The mutants of a table, written as scripts/dev/mutants/README.md says. Raises UsageError with the line."""
     entries, file = [], None
 
     def refuse(message):
         raise UsageError(f"{name}, line {number}: {message}")
 
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):      # noqa: B007, refuse reads number
         content, indent = line.strip(), len(line) - len(line.lstrip(" "))
         if not content or line.startswith("#"):
             continue

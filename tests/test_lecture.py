@@ -302,7 +302,7 @@ def test_all_rows_are_run_in_order_and_their_claims_written_down(run, capsys):
     claims = json.loads((run.folder / "claims.json").read_text())
     assert list(claims) == ["one", "two", "three"]
     assert claims["two"] == {"outcome": "not shown", "rule": "It ends above 3.", "figure": "two.png",
-                             "numbers": {"end": {"mean": 3.5}}, "comparisons": [], "conditions": [],
+                             "numbers": {"end": {"mean": 3.5}}, "comparisons": [], "conditions": [], "findings": [],
                              "seeds": [0, 1, 2]}
     assert (run.folder / "claims.md").exists() and (run.folder / "index.html").exists()
 
@@ -498,12 +498,12 @@ def test_every_link_of_the_page_leads_somewhere_and_the_contents_stay(run):
 
 def test_the_page_says_the_rule_beside_the_claim_and_its_comparisons_in_a_table(run):
     comparison = experiment.Comparison("lead <m>", [1.0, 1.1, 1.2], above=0.5).summary()
-    run.write("one", comparisons=[comparison], conditions=[experiment.Comparison("learned", [1, 1], above=0).summary()])
+    run.write("one", comparisons=[comparison], findings=[comparison | {"name": "more"}], conditions=[experiment.Comparison("learned", [1, 1], above=0).summary()])
     assert run("--out", run.folder, "--rows", "one") == 0
     text = (run.folder / "index.html").read_text()
     assert text.index("The lecture's claim.") < text.index("Rule tested here.") < text.index("Measured.")
     words = "\n".join(Page(text).words)
-    assert "It ends above 3." in words and "condition: learned" in words
+    assert "It ends above 3." in words and "condition: learned" in words and "beside the rule: more" in words
     assert "<td>lead &lt;m&gt;</td><td>1.1</td><td>0.852 to 1.35</td><td>above 0.5</td><td>shown</td>" in text
     assert "It came to 3.5. More is said here." in words
 
@@ -618,7 +618,7 @@ def test_a_quick_run_of_every_row_gives_every_claim_an_outcome_and_two_figures(q
     text = (quick_run / "index.html").read_text()
     assert list(claims) == list(lecture.EXPERIMENTS)
     for row, claim in claims.items():
-        assert set(claim) == {"outcome", "rule", "figure", "numbers", "comparisons", "conditions", "seeds"}
+        assert set(claim) == {"outcome", "rule", "figure", "numbers", "comparisons", "conditions", "findings", "seeds"}
         assert claim["outcome"] == experiment.TRIAL
         assert len(claim["seeds"]) >= 3 and claim["numbers"]
         assert all(0 < len(numbers["by_seed"]) <= len(claim["seeds"]) for numbers in claim["numbers"].values())

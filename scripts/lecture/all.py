@@ -260,9 +260,9 @@ def recorded(folder):
 
 def publish(folder, size, done):
     """claims.json, claims.md and index.html, of the experiments that are done."""
-    kept = ("outcome", "comparisons", "conditions", "numbers", "seeds")
+    kept = ("outcome", "comparisons", "conditions", "findings", "numbers", "seeds")
     claims = {name: {"rule": first_sentence(result["Rule"]), "figure": f"{name}.png",
-                     **{key: result[key] for key in kept}} for name, result in done.items()}
+                     **{key: result.get(key, []) for key in kept}} for name, result in done.items()}
     pictures = {name: [page.compact((folder / f"{name}{style}.png").read_bytes()) for style in STYLES]
                 for name in done}
     checkpoint.write_text(folder / "claims.json", json.dumps(claims, indent=1) + "\n")

@@ -14,7 +14,7 @@ TERMS = {
                     "from π: how far the policy has moved from the reference. A nat is 1.44 bits; the logarithm is "
                     "the natural one.",
     "β": "The price of one nat of KL in units of reward.",
-    "π*": "The policy with the largest expected reward less β KL. It has a closed form, given below, and is computed "
+    "π*": "The policy with the largest expected reward less β KL. It has a closed form, given above, and is computed "
           "exactly here.",
     "at a lower temperature": "The reference with its logits divided by a temperature below 1. It moves away from the "
                               "reference without any label, so it is the baseline at equal KL.",

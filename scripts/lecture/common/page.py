@@ -35,15 +35,16 @@ body { margin: 0 auto; padding: 0 1.25rem 5rem; max-width: 76rem; color: var(--t
        overflow-wrap: break-word }
 h1, h2, h3 { line-height: 1.2; text-wrap: balance }
 h1 { font-size: 2rem; margin: 2rem 0 .75rem } h2 { font-size: 1.4rem; margin: 4rem 0 0 }
-h3 { font-size: 1.2rem; margin: 0 0 .75rem } nav h2 { font-size: .9rem; margin: 1.25rem 0 .25rem }
+h3 { font-size: 1.2rem; margin: 0 0 .75rem } section > h2 { margin-top: 0 }
+nav h2 { font-size: .9rem; margin: 1.25rem 0 .25rem }
 a { color: var(--link); text-underline-offset: .15em } p { margin: .75rem 0 }
 p, dl, blockquote { max-width: 46rem }
 nav ul { list-style: none; margin: 0; padding: 0 }
 nav li { display: flex; gap: .25rem 1rem; align-items: baseline; padding: .4rem 0;
          border-bottom: 1px solid var(--line); font-size: .9rem }
 nav li :first-child { flex: 1 1 9rem; min-width: 0 }
-.bar { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; margin: 0 -1.25rem;
-       padding: .6rem 1.25rem; max-width: none; background: var(--panel); border-bottom: 1px solid var(--line) }
+.bar { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: .25rem .9rem; margin: 0 -1.25rem;
+       padding: .6rem 1.25rem; max-width: none; font-size: .9rem; background: var(--panel); border-bottom: 1px solid var(--line) }
 section { padding: 2.25rem 0; border-bottom: 1px solid var(--line) }
 blockquote { margin: 0; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--soft) }
 .badge { display: inline-block; flex: none; padding: .1rem .6rem; border-radius: 1rem; font-size: .85rem;
@@ -56,11 +57,11 @@ blockquote { margin: 0; padding-left: 1rem; border-left: 3px solid var(--line); 
 figure { margin: 1.25rem 0 0 }
 figure, .table { overflow-x: auto; scrollbar-width: thin; scrollbar-color: var(--soft) var(--panel) }
 figure img { display: block; width: 100%%; min-width: 35rem; max-width: 62rem; height: auto }
-.table { background: linear-gradient(to left, var(--ground), transparent) 100%% 0 / 4rem 100%% no-repeat local,
+.table { background: linear-gradient(to left, var(--ground) 40%%, transparent) 100%% 0 / 4rem 100%% no-repeat local,
                      linear-gradient(to left, var(--line), transparent) 100%% 0 / 1.5rem 100%% no-repeat scroll }
 .hint { margin: .25rem 0 0; color: var(--soft); font-size: .8rem }
 .hint::before { content: "\\2194  " }
-@media (min-width: 40rem) { .hint.figure { display: none } }
+@media (min-width: 40rem) { .hint.narrow { display: none } }
 table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; margin-top: 1rem }
 th, td { padding: .3rem 1rem .3rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line);
          vertical-align: top }
@@ -73,8 +74,10 @@ summary { cursor: pointer; font-weight: 600 } dl { margin: .25rem 0 .5rem }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 @media (min-width: 66rem) {
   .bar { display: none } html { scroll-padding-top: 1rem }
-  .page { display: grid; grid-template-columns: 18rem minmax(0, 1fr); gap: 3rem }
-  nav { position: sticky; top: 0; align-self: start; max-height: 100vh; overflow-y: auto; padding: 0 .5rem 1rem 0;
+  .page { display: grid; grid-template-columns: 18rem minmax(0, 1fr); column-gap: 3rem;
+          grid-template-rows: auto 1fr }
+  header, main { grid-column: 2 }
+  nav { grid-column: 1; grid-row: 1 / span 2; position: sticky; top: 0; align-self: start; max-height: 100vh; overflow-y: auto; padding: 0 .5rem 1rem 0;
         box-sizing: border-box; scrollbar-width: thin }
 }
 """
@@ -89,9 +92,10 @@ MEANINGS = {"shown": "the 95% interval of every comparison of the rule lies beyo
 def html(stages, results, pictures, size):
     """The page. stages: {title: names}; results: {name: what experiment.run wrote}, of the experiments that were run;
     pictures: {name: PNGs, for light and dark}."""
-    main = [f'<h1 id="top">{TITLE}</h1>', _summary(sum(map(len, stages.values())), results.values(), size)]
+    header = [f'<h1 id="top">{TITLE}</h1>', _summary(sum(map(len, stages.values())), results.values(), size)]
+    main = []
     if size == "quick":
-        main.append('<p class="note" role="note"><strong>A trial.</strong> It shows that the experiments run. It '
+        header.append('<p class="note" role="note"><strong>A trial.</strong> It shows that the experiments run. It '
                     'decides nothing: the models are hardly trained.</p>')
     order = [name for names in stages.values() for name in names if name in results]
     for i, (title, names) in enumerate(stages.items(), 1):
@@ -105,7 +109,7 @@ def html(stages, results, pictures, size):
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">', f"<title>{TITLE}</title>", f"<style>{style}</style>")
     return "\n".join(['<!DOCTYPE html>\n<html lang="en">\n<head>', *head, "</head>\n<body>", _bar(stages, results),
-                      '<div class="page">', _contents(stages, results), "<main>", *main,
+                      '<div class="page">\n<header>', *header, "</header>", _contents(stages, results), "<main>", *main,
                       "</main>\n</div>\n</body>\n</html>\n"])
 
 
@@ -141,14 +145,14 @@ def _summary(claims, results, size):
         minutes = sum(result["seconds"] for result in results) / 60
         lines.append(f'<p class="soft">{escape(" to ".join(dict.fromkeys((dates[0], dates[-1]))))}, {size} size, '
                      f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds per experiment, "
-                     f"{minutes:.0f} minutes in all on {escape('; '.join(machines))}.</p>")
+                     f"{minutes:.0f} min in all on {escape('; '.join(machines))}.</p>")
     return "\n".join(lines)
 
 
 def _bar(stages, results):
     """The links that stay at the top of a narrow screen."""
     links = [("#contents", "Contents")]
-    links += [(f"#stage-{i}", f"Stage {i}") for i, names in enumerate(stages.values(), 1) if results.keys() & {*names}]
+    links += [(f"#stage-{i}", f"Stage {i}" if i == 1 else str(i)) for i, names in enumerate(stages.values(), 1) if results.keys() & {*names}]
     links += [("#formulas", "Formulas"), ("#glossary", "Glossary")]
     return '<p class="bar">' + " ".join(f'<a href="{to}">{text}</a>' for to, text in links) + "</p>"
 
@@ -199,7 +203,7 @@ def _figure(title, light, dark):
     width, height = struct.unpack(">II", light[16:24])      # from the PNG's header: nothing moves while it loads
     return (f'<figure tabindex="0"><picture><source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
             f'<img src="{_data(light)}" width="{width}" height="{height}" alt="{escape(f"Figure: {title}.")}">'
-            '</picture></figure>\n<p class="hint figure">the figure scrolls sideways</p>')
+            '</picture></figure>\n<p class="hint narrow">the figure scrolls sideways</p>')
 
 
 def _data(png):
@@ -207,14 +211,15 @@ def _data(png):
 
 
 def _rules(result):
-    """The comparisons and conditions of the rule."""
+    """The comparisons of the rule, its conditions, and the findings beside it."""
     table = [["the rule compares", "mean over seeds", "95% interval", "asked", "outcome"]]
-    for comparison in (*result["conditions"], *result["comparisons"]):
-        low, high = comparison["interval"]
-        interval = "none" if low is None else f"{as_number(low)} to {as_number(high)}"
-        kind = "condition: " if comparison in result["conditions"] else ""
-        outcome = TRIAL if result["outcome"] == TRIAL else comparison["outcome"]
-        table.append([kind + comparison["name"], as_number(comparison["mean"]), interval, comparison["asked"], outcome])
+    for prefix, kind in (("condition: ", "conditions"), ("", "comparisons"), ("beside the rule: ", "findings")):
+        for comparison in result.get(kind, []):
+            low, high = comparison["interval"]
+            interval = "none" if low is None else f"{as_number(low)} to {as_number(high)}"
+            outcome = TRIAL if result["outcome"] == TRIAL else comparison["outcome"]
+            table.append([prefix + comparison["name"], as_number(comparison["mean"]), interval, comparison["asked"],
+                          outcome])
     return _table("the rule of: " + result["title"], table) if len(table) > 1 else ""
 
 
@@ -222,7 +227,8 @@ def _table(name, table):
     head, *body = [[escape(str(cell)) for cell in line] for line in table]
     lines = ["".join(f'<th scope="col">{cell}</th>' for cell in head)]
     lines += ["".join(f"<td>{cell}</td>" for cell in line) for line in body]
-    hint = '<p class="hint">the table scrolls sideways where it is wider than the page</p>' if len(head) > 3 else ""
+    narrow = " narrow" * (len(head) < 6)         # such a table is wider than a phone only
+    hint = f'<p class="hint{narrow}">the table scrolls sideways where it is wider than the page</p>' * (len(head) > 3)
     return (f'<div class="table" role="region" tabindex="0" aria-label="{escape("Table: " + name)}"><table>\n'
             + "\n".join(f"<tr>{line}</tr>" for line in lines) + f"\n</table></div>{hint}")
 

@@ -4,16 +4,17 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
-
 from helpers import assert_close, distributions, parameter_gradients, rngs, small_transformer
+from hypothesis import given
+from hypothesis import strategies as st
+
 from minilm import ops
 from minilm.evaluate import predicted_rewards, sequence_kl
+from minilm.exact import enumerable
+from minilm.exact.enumerable import EnumerableWorld
 from minilm.generate import generate
 from minilm.gradcheck import gradcheck
 from minilm.model import RewardModel
-from minilm.exact import enumerable
-from minilm.exact.enumerable import EnumerableWorld
 
 PROMPTS = [[1], [0, 2]]
 

@@ -4,13 +4,12 @@ import re
 
 import numpy as np
 import pytest
-
 from helpers import assert_close
+
 from minilm import ops
 from minilm.exact import gradients
 from minilm.exact.enumerable import EnumerableWorld
-from minilm.exact.gradients import (compare_gradients, compare_with_exact_gradient, parameter_gradients,
-                                    redraw_weights)
+from minilm.exact.gradients import compare_gradients, compare_with_exact_gradient, parameter_gradients, redraw_weights
 from minilm.model import Config, Transformer
 from minilm.objectives.kl import k2, k3
 from minilm.optim import AdamW
@@ -123,7 +122,8 @@ def test_parameter_gradients_are_copies_that_an_optimisers_next_backward_does_no
 
 
 def test_the_comparison_is_its_definition():
-    actual, expected = {"a": np.array([1.0, 2.0]), "b": np.array([[3.0]])}, {"a": np.array([1.0, 0.0]), "b": np.array([[4.0]])}
+    actual = {"a": np.array([1.0, 2.0]), "b": np.array([[3.0]])}
+    expected = {"a": np.array([1.0, 0.0]), "b": np.array([[4.0]])}
     found = compare_gradients(actual, expected)
     assert_close([found.cosine, found.ratio], [13 / (14 * 17) ** 0.5, (14 / 17) ** 0.5])
     assert (found.relative_error, found.worst) == (0.5, "a")

@@ -1,7 +1,8 @@
-"""Proofs by enumeration: is the sampled policy gradient, in expectation, the gradient of J?
+"""Exact, by enumeration: the expected gradient of the sampled policy gradient, against the gradient of J.
 
-The policy is a Transformer. Its estimator's gradient is summed over every group of responses that could be
-drawn, each by its probability, and carried back to all parameters; the exact gradient is that of J itself.
+The policy is a Transformer with weights of order 1. The gradient of the estimator is summed over all groups of
+responses that can be drawn, each with its probability, and backpropagated to all parameters. The exact gradient
+is that of J itself.
 """
 
 import dataclasses
@@ -9,24 +10,25 @@ import functools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from helpers import assert_same_gradients, gradient_error, parameter_gradients, rngs, small_transformer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from helpers import gradient_error, assert_same_gradients, parameter_gradients, rngs, small_transformer
-from minilm.model import Transformer
-from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, ppo_clip_loss, reward_to_go
 from minilm.exact.enumerable import EnumerableWorld, objective, objective_gradient
 from minilm.exact.expectations import gradient_over_samples
+from minilm.model import Transformer
+from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, ppo_clip_loss, reward_to_go
 
 TWO_PROMPTS, ONE_PROMPT = [[1], [0, 2]], [[0, 2]]
 
 
 @dataclasses.dataclass
 class Problem:
-    """Maximise J with the policy; everything about it is known."""
+    """The problem of maximising J with a policy, all of whose responses are listed."""
 
     world: EnumerableWorld
     policy: Transformer
-    reference: np.ndarray       # log-probs of the tokens, (P,N,S)
+    reference: np.ndarray       # log-probs of the tokens, (P,N,T)
     rewards: np.ndarray         # (P,N)
     beta: float
     temperature: float = 1.0
@@ -42,13 +44,13 @@ class Problem:
         return self.token_log_probs().data - self.reference
 
     def exact_gradient(self):
-        """Of -J, the mean over prompts."""
-        l = self.world.log_probs(self.policy, self.temperature)
-        d = objective_gradient(l.data, self.summed(self.reference), self.rewards, self.beta)
-        return parameter_gradients(self.policy, l, -d / len(d))
+        """The gradient of -J, the mean over prompts."""
+        log_pi = self.world.log_probs(self.policy, self.temperature)
+        d = objective_gradient(log_pi.data, self.summed(self.reference), self.rewards, self.beta)
+        return parameter_gradients(self.policy, log_pi, -d / len(d))
 
     def expected_gradient(self, loss, K, drawn_from=None):
-        """The expectation over draws of the gradient of loss(log_probs (P*K,S), prompts, drawn, mask (P*K,S))."""
+        """The expectation over draws of the gradient of loss(log_probs (P*K,T), prompts, drawn, mask (P*K,T))."""
         prompts = np.arange(len(self.rewards))[:, None]
 
         def of_draw(log_probs, drawn):
@@ -67,7 +69,7 @@ class Problem:
         return loss
 
     def estimator_to_go(self, baseline, kl_ahead=False):
-        """kl_ahead: the KL of the token itself is forgotten."""
+        """kl_ahead: the KL of the token itself is left out."""
         def loss(log_probs, prompts, drawn, mask):
             token_kl = self.token_kl[prompts, drawn]
             A = reward_to_go(self.rewards[prompts, drawn], token_kl, self.world.mask[prompts, drawn], self.beta,
@@ -77,7 +79,7 @@ class Problem:
         return loss
 
     def clipped(self, old, baseline, level, epsilon=0.2):
-        """PPO; old: log-probs of the tokens (P,N,S) under the policy that drew them."""
+        """PPO; old: log-probs of the tokens (P,N,T) under the policy that draws the samples."""
         def loss(log_probs, prompts, drawn, mask):
             return ppo_clip_loss(log_probs, old[prompts, drawn].reshape(log_probs.shape),
                                  self.advantages(prompts, drawn, baseline), mask, epsilon, level)
@@ -119,7 +121,7 @@ def test_with_the_mean_the_expected_estimator_is_1_minus_1_over_K_of_the_exact_g
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_group_normalisation_changes_the_direction_of_the_expected_gradient(beta, seed, K, prompts):
-    """No multiple of the exact gradient comes near it. (GRPO itself has beta = 0 here, its KL in the loss.)"""
+    """No multiple of the exact gradient is near it. (GRPO has beta = 0 here, and its KL in the loss.)"""
     p = problem(seed, prompts, beta)
     exact, group = p.exact_gradient(), p.expected_gradient(p.estimator("group"), K)
     scale = sum((group[name] * g).sum() for name, g in exact.items()) / sum((g * g).sum() for g in exact.values())
@@ -128,7 +130,7 @@ def test_group_normalisation_changes_the_direction_of_the_expected_gradient(beta
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_the_gradient_is_exact_if_samples_are_scored_at_the_temperature_they_are_drawn_at(temperature):
-    """Of the J of the policy at that temperature: draws, ratio and KL are all its own."""
+    """J is that of the policy at this temperature: draws, log-ratio and KL are all computed at it."""
     p = problem(5, temperature=temperature)
     assert_same_gradients(p.expected_gradient(p.estimator("leave_one_out"), 2), p.exact_gradient())
     scored_at_1 = problem(5)                                # the same models, and the same draws
@@ -144,7 +146,7 @@ def test_reward_to_go_has_the_exact_gradient_in_expectation(baseline, K, factor)
 
 
 def test_reward_to_go_without_the_kl_of_the_token_itself_is_biased():
-    """What the test above can tell: the KL of token t is a consequence of the choice at t."""
+    """So the test above notices this error: the KL of token t depends on token t."""
     p = problem(4, beta=0.8)
     wrong = p.expected_gradient(p.estimator_to_go("none", kl_ahead=True), 1)
     assert gradient_error(wrong, p.exact_gradient()) > 0.02
@@ -160,7 +162,6 @@ def test_ppos_clip_at_ratio_1_has_the_exact_gradient_in_expectation(baseline, K,
 
 @given(rngs)
 def test_with_no_reward_a_step_along_the_expected_estimator_lowers_the_exact_kl(rng):
-    """With the sign of the KL reversed it would rise."""
     p = problem(rng, beta=1.0)
     p.rewards[:] = 0
 
@@ -176,7 +177,7 @@ def test_with_no_reward_a_step_along_the_expected_estimator_lowers_the_exact_kl(
 
 @pytest.mark.parametrize("seed", range(2))
 def test_off_policy_the_sequence_ratio_corrects_for_old_samples_and_the_token_ratio_does_not(seed):
-    """Unclipped, with samples from another policy: E_old[rho(y) R(y) grad log pi(y)] = grad J."""
+    """Without clipping, with samples from another policy: E_old[rho(y) R(y) grad log pi(y)] = grad J."""
     p = problem(seed)
     old = p.world.token_log_probs(small_transformer(np.random.default_rng(seed + 10), vocab_size=3)).data
 

@@ -2,14 +2,20 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
-
 from helpers import assert_close, distributions, log_probs_along, parameter_gradients, rngs, small_transformer
+from hypothesis import given
+from hypothesis import strategies as st
+
 from minilm import Tensor, ops
-from minilm.objectives.dpo import dpo_loss
 from minilm.exact.enumerable import EnumerableWorld, objective, objective_gradient
-from minilm.exact.expectations import (comparisons, descend, gradient_over_comparisons, gradient_over_samples,
-                                       tangent_kernel)
+from minilm.exact.expectations import (
+    comparisons,
+    descend,
+    gradient_over_comparisons,
+    gradient_over_samples,
+    tangent_kernel,
+)
+from minilm.objectives.dpo import dpo_loss
 
 
 def small_world():

@@ -1,9 +1,10 @@
-"""The KL estimators and metrics, each against its formula. What they are in expectation: test_exact_kl.py."""
+"""The KL estimators and metrics, each against its formula. Their expectations: test_exact_kl.py."""
 
 import numpy as np
-from hypothesis import given, strategies as st
-
 from helpers import assert_close, rngs
+from hypothesis import given
+from hypothesis import strategies as st
+
 from minilm import Tensor
 from minilm.gradcheck import gradcheck
 from minilm.objectives.kl import k1, k2, k3, kl_metrics
@@ -12,7 +13,7 @@ from minilm.objectives.kl import k1, k2, k3, kl_metrics
 @given(rngs, st.integers(1, 6))
 def test_each_estimator_is_its_formula(rng, B):
     policy, reference = rng.normal(size=(2, B))
-    ratio = np.exp(reference) / np.exp(policy)              # Schulman's r
+    ratio = np.exp(reference) / np.exp(policy)              # Schulman's r = p/q: his p is our reference
     assert_close(k1(policy, reference), -np.log(ratio))
     assert_close(k2(policy, reference), np.log(ratio) ** 2 / 2)
     assert_close(k3(policy, reference), ratio - 1 - np.log(ratio))
@@ -27,7 +28,7 @@ def test_each_estimator_is_differentiable(rng, B):
 
 
 def test_only_k3_overflows_and_only_when_the_policy_is_far_below_the_reference():
-    """Log-ratios of +-1000, as section 5 of the design has it."""
+    """At log-ratios of 1000 and -1000."""
     policy, reference = np.array([1000.0, -1000.0]), np.zeros(2)
     assert k1(policy, reference).data.tolist() == [1000, -1000]
     assert k2(policy, reference).data.tolist() == [5e5, 5e5]
@@ -47,7 +48,7 @@ def test_k3_is_never_negative_and_keeps_its_digits_near_0_in_float32():
 
 @given(rngs, st.integers(1, 4), st.integers(1, 6), st.integers(0, 4), st.sampled_from(["left", "right"]))
 def test_metrics_do_not_depend_on_padding(rng, B, T, amount, side):
-    """They do not, on either side, not even NaN."""
+    """On either side, and even if it is NaN."""
     policy, reference = rng.normal(size=(2, B, T))
     mask = rng.random((B, T)) < 0.6
     mask[0, 0] = True

@@ -56,9 +56,9 @@ class EnumerableWorld:
         for length in range(1, max_new_tokens + 1):
             listed += length * vocab_size * (vocab_size - 1) ** (length - 1) * len(prompts)
             if listed > MOST_TOKENS:
-                raise ValueError(f"the responses of up to {max_new_tokens} out of {vocab_size} tokens to {len(prompts)} "
-                                 f"prompts are too many to list (more than {MOST_TOKENS} tokens); reduce vocab_size, "
-                                 "max_new_tokens or the number of prompts")
+                raise ValueError(f"the responses of up to {max_new_tokens} out of {vocab_size} tokens to "
+                                 f"{len(prompts)} prompts are too many to list (more than {MOST_TOKENS} tokens); "
+                                 "reduce vocab_size, max_new_tokens or the number of prompts")
         self.vocab_size = vocab_size
         others = [token for token in range(vocab_size) if token != eos]
         finished = [[*words, eos] for n in range(max_new_tokens) for words in itertools.product(others, repeat=n)]

@@ -81,7 +81,7 @@ def compare_gradients(actual: dict[str, np.ndarray], expected: dict[str, np.ndar
         raise ValueError(f"the gradients are of different parameters: only one has {sorted(actual.keys() ^ expected)}")
     unreached = [name for name in expected if actual[name] is None or expected[name] is None]
     if unreached:
-        raise ValueError(f"no gradient reached {', '.join(unreached)}: loss and quantity must depend on every parameter")
+        raise ValueError(f"no gradient reached {', '.join(unreached)}: both sides must depend on every parameter")
     errors = {name: _largest(actual[name] - expected[name]) for name in expected}
     largest = max(map(_largest, expected.values()))
     if largest == 0:

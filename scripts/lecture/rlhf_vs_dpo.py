@@ -222,7 +222,7 @@ def draw(figure, seeds, size):
     figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     gap.axhline(0, color=COLOURS[5], linewidth=1)
     curve(gap, grid, read("RLHF") - read("DPO"), "RLHF - DPO, each seed and mean", COLOURS[0], marker="")
-    gap.set(title="Difference at equal KL, each seed and mean", xlabel="exact KL (nats per reply)", ylabel="gold reward, RLHF - DPO")
+    gap.set(title="Difference at equal KL", xlabel="exact KL (nats per reply)", ylabel="gold reward, RLHF - DPO")
 
 
 if __name__ == "__main__":

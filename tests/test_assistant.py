@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from minilm import checkpoint
+from minilm.world import tasks
 
 for module in ("fcntl", "safetensors", "matplotlib", "tqdm"):
     pytest.importorskip(module, reason="what the scripts need: pip install -e '.[run]'")
@@ -96,7 +97,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def assert_refused(done, *parts):
+def assert_error(done, *parts):
     """Exit status 2 and one line, without a traceback, that holds every one of the parts."""
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
@@ -104,8 +105,8 @@ def assert_refused(done, *parts):
         assert part in done.stderr, (part, done.stderr)
 
 
-def refused_here(monkeypatch, capsys, *options):
-    """The one line with which main() refuses these options, in this process: most faults need no other."""
+def error_of(monkeypatch, capsys, *options):
+    """The one line of error for these options, from main() in this process."""
     import assistant
     monkeypatch.setattr(sys, "argv", ["assistant.py", *map(str, options)])
     assert assistant.main_guard(assistant.main) == 2
@@ -136,7 +137,7 @@ def assert_same_run(folder, other):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A small run that nothing disturbed: (folder, process, number of ticks)."""
+    """A small undisturbed run: (folder, process, number of ticks)."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     done = run(SMALL, "--out", folder, TICKS="1")
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -199,18 +200,31 @@ def test_the_real_command_ends_with_table_results_figures_and_models(tmp_path):
 
     for words in ("task accuracy", "gold reward", "proxy reward", "win rate", "KL (nats)", "RLHF", "DPO", "best of n"):
         assert words in done.stdout
-    assert "base: step 1/1, " in done.stdout and "\r" not in done.stdout
-    example = results["examples"][0]
-    assert example["question"] in done.stdout and {"base", "sft", "rlhf", "dpo"} < set(example)
+    for stage in ("base: step 1/1, ", "comparisons: set of answers 2/2, ", "evaluation: set of answers 20/20, "):
+        assert stage in done.stdout
+    assert "\r" not in done.stdout and re.search(r"^about \d+ seconds for all stages", done.stdout, re.MULTILINE)
+    assert_examples(results["examples"], done.stdout)
+    assert results["trial"] and done.stdout.count("A TRIAL RUN") == 2
+    assert tasks.guide() in done.stdout and f"python scripts/chat.py {folder}" in done.stdout
 
 
-def test_a_finished_run_says_so_and_changes_nothing(whole):
+def assert_examples(examples, printed):
+    """Different questions from different tasks, with one line or more for each model, of at most 80 columns."""
+    assert len({example["question"] for example in examples}) == len(examples) > 3
+    for example in examples:
+        assert example["question"] in printed and {"base", "sft", "rlhf", "dpo"} < set(example)
+    table = printed[printed.index("           task accuracy"):printed.index("Talk to the models")]
+    assert max(map(len, table.splitlines())) <= 80
+    assert len(re.findall("^    (base|SFT model|RLHF|DPO)  ", table, re.MULTILINE)) == 4 * len(examples)
+
+
+def test_a_finished_run_is_reported_and_left_unchanged(whole):
     folder, _, _ = whole
     before = contents(folder)
     done = run(SMALL, "--out", folder, "--resume")
     assert (done.returncode, done.stderr) == (0, "") and "finished run" in done.stdout
     assert str(folder / "results.json") in done.stdout
-    assert_refused(run(SMALL, "--out", folder), "already holds a run", "--resume", "--out")
+    assert_error(run(SMALL, "--out", folder), "already holds a run", "--resume", "--out")
     assert contents(folder) == before
 
 
@@ -234,7 +248,48 @@ def test_a_terminal_shows_a_bar_with_the_time_left(tmp_path):
     assert "base: step" not in shown and "--resume" in shown and "Traceback" not in shown
 
 
-def test_help_is_clear():
+def test_resume_in_an_empty_folder_starts_a_new_run_and_says_so(tmp_path, stopped):
+    done = run(SMALL, "--out", tmp_path / "run", "--resume", ACCIDENT=f"5 {signal.SIGINT:d}")
+    assert done.returncode == 130 and "--resume: a new run starts, because there is none in" in done.stdout
+    folder = Path(shutil.copytree(stopped, tmp_path / "stopped"))
+    done = run(SMALL, "--out", folder, "--resume", ACCIDENT=f"5 {signal.SIGINT:d}")
+    assert done.returncode == 130 and f"resuming the run in {folder}" in done.stdout
+
+
+@pytest.fixture
+def drawn(whole, monkeypatch, tmp_path):
+    """The figures of the undisturbed run, by the name of their function."""
+    from support import figures
+    results = json.loads((whole[0] / "results.json").read_text())
+    kept = {}
+    for name in ("training_curves", "reward_against_kl"):
+        monkeypatch.setattr(figures, "_save", lambda figure, path, name=name: kept.update({name: figure}))
+        getattr(figures, name)(results, tmp_path / "unused.png")
+    return kept
+
+
+def test_labels_of_the_figures_fit_into_their_figure_and_their_axes(drawn):
+    for figure in drawn.values():
+        figure.draw_without_rendering()
+        for axis in figure.axes:
+            frame = axis.get_window_extent()
+            assert axis.yaxis.label.get_window_extent().height <= frame.height, axis.get_ylabel()
+            for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
+                box = text.get_window_extent()
+                assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y0 >= figure.bbox.y0, text
+
+
+def test_the_labels_of_the_betas_do_not_overlap_and_the_square_root_axis_is_named(drawn):
+    figure = drawn["reward_against_kl"]
+    figure.draw_without_rendering()
+    axis = figure.axes[0]
+    assert "square-root axis" in axis.get_xlabel() and "square-root" not in figure.axes[1].get_xlabel()
+    boxes = [text.get_window_extent() for text in axis.texts if text.get_text().startswith("β=")]
+    assert len(boxes) == 3      # two runs of RLHF and one of DPO
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_help_names_every_option_with_its_default():
     done = run(SCRIPT, "--help")
     assert done.returncode == 0 and done.stderr == ""
     for words in ("--scale", "--size", "--seed", "--out DIR", "--resume", "--text FILE", "--workers", "runs/assistant",
@@ -243,19 +298,19 @@ def test_help_is_clear():
     assert "None" not in done.stdout and "False" not in done.stdout
 
 
-# What cannot be done is refused at once, and nothing is written.
+# Impossible requests end at once, and nothing is written.
 
 @pytest.mark.parametrize("content, fault", [
     (None, "No such file"), (b"", "empty"), (b" \n", "empty"), (b"\x7fELF\x02\x01\x00\x00", "binary"),
     ("caf\u00e9".encode("latin-1"), "not UTF-8 text (byte 3)"), ("hi there".encode("utf-16"), "not UTF-8"),
     ("folder", "Is a directory")], ids=["missing", "empty", "blank", "binary", "latin-1", "utf-16", "folder"])
-def test_a_text_that_is_none_is_refused(tmp_path, monkeypatch, capsys, content, fault):
+def test_a_text_file_that_is_missing_empty_or_no_utf8_is_an_error(tmp_path, monkeypatch, capsys, content, fault):
     text = tmp_path / "text"
     if content == "folder":
         text.mkdir()
     elif content is not None:
         text.write_bytes(content)
-    message = refused_here(monkeypatch, capsys, "--out", tmp_path / "run", "--text", text)
+    message = error_of(monkeypatch, capsys, "--out", tmp_path / "run", "--text", text)
     assert str(text) in message and fault in message
     assert not (tmp_path / "run").exists()
 
@@ -264,55 +319,55 @@ def test_a_text_that_is_none_is_refused(tmp_path, monkeypatch, capsys, content, 
     "--scale 0", "--scale -1", "--scale nan", "--scale inf", "--scale 1e9", "--scale much", "--workers 0",
     "--workers -2", "--workers 1000000", "--device tpu", "--device gpu --workers 2", "--size huge", "--seed -1",
     "--seed x", "--seed", "--unknown", "--res", "stray", "--text ''"])
-def test_a_bad_option_is_refused_by_name(tmp_path, monkeypatch, capsys, options):
-    message = refused_here(monkeypatch, capsys, "--out", tmp_path / "run", *shlex.split(options))
+def test_a_bad_option_is_an_error_that_names_it(tmp_path, monkeypatch, capsys, options):
+    message = error_of(monkeypatch, capsys, "--out", tmp_path / "run", *shlex.split(options))
     assert options.split()[0] in message or options == "--text ''"
     assert not (tmp_path / "run").exists()
 
 
-def test_a_gpu_without_cupy_is_refused_and_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_a_gpu_without_cupy_is_an_error_that_names_the_package_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    message = refused_here(monkeypatch, capsys, "--out", tmp_path / "run", "--device", "gpu")
+    message = error_of(monkeypatch, capsys, "--out", tmp_path / "run", "--device", "gpu")
     assert "--device gpu" in message and "cupy-cuda13x[ctk]" in message
 
 
-def test_a_bad_option_ends_the_real_command_with_2(tmp_path):
-    assert_refused(run(SCRIPT, "--out", tmp_path / "run", "--size", "huge"), "--size", "'huge'", "small")
+def test_a_bad_option_ends_the_real_command_with_status_2(tmp_path):
+    assert_error(run(SCRIPT, "--out", tmp_path / "run", "--size", "huge"), "--size", "'huge'", "small")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["matplotlib", "safetensors", "tqdm"])
-def test_a_missing_package_is_named_before_the_work_not_after(tmp_path, name):
+def test_a_missing_package_is_named_before_the_work_starts(tmp_path, name):
     (tmp_path / f"{name}.py").write_text("raise ModuleNotFoundError(\"No module named '%s'\")" % name)
     done = run(SCRIPT, "--out", tmp_path / "run", PYTHONPATH=str(tmp_path))
-    assert_refused(done, name, "pip install -e '.[run]'")
+    assert_error(done, name, "pip install -e '.[run]'")
     assert done.stdout == "" and not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, monkeypatch, capsys):
+def test_a_folder_with_other_files_stays_unchanged(tmp_path, monkeypatch, capsys):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.txt").write_text("years of work")
     for path in (tmp_path / "theirs", tmp_path / "theirs" / "thesis.txt"):
         for options in ([], ["--resume"]):
-            message = refused_here(monkeypatch, capsys, "--out", path, *options)
+            message = error_of(monkeypatch, capsys, "--out", path, *options)
             assert str(path) in message and "Choose another --out" in message
     assert contents(tmp_path / "theirs") == {"thesis.txt": b"years of work"}
 
 
-def test_resuming_with_other_settings_is_refused_with_both_values(folder):
+def test_resuming_with_other_settings_is_an_error_with_both_values(folder):
     before = contents(folder)
     done = run(SMALL, "--out", folder, "--resume", "--seed", "7", "--size", "large")
-    assert_refused(done, "seed was 0 and is now 7", 'size was "small" and is now "large"')
+    assert_error(done, "seed was 0 and is now 7", 'size was "small" and is now "large"')
     assert contents(folder) == before
 
 
-def test_a_run_in_use_is_refused_then_stopped_and_resumed_by_the_command_it_prints(tmp_path, whole):
+def test_a_run_in_use_excludes_a_second_one_and_resumes_by_the_command_that_it_prints(tmp_path, whole):
     out = tmp_path / "it's a run"    # quotes and blanks
     first = start(SMALL, "--out", out, env=environment(ACCIDENT=f"12 {signal.SIGSTOP:d}"))
     while not (line := first.stdout.readline()).startswith("accident"):
         assert line, first.communicate()
     for options in ([], ["--resume"]):
-        assert_refused(run(SMALL, "--out", out, *options), "in use by another run")
+        assert_error(run(SMALL, "--out", out, *options), "in use by another run")
     first.send_signal(signal.SIGTERM)
     first.send_signal(signal.SIGCONT)
     output, errors = first.communicate(timeout=60)
@@ -352,44 +407,44 @@ def of_another_architecture(arrays, metadata):
     ("run.json", lambda folder: (folder / "run.json").write_text("{}")),
 ], ids=["cut short", "empty", "not safetensors", "other shapes", "no arrays", "other run", "no metadata",
         "model cut short", "model of another program", "run.json"])
-def test_a_damaged_checkpoint_is_refused_and_left_as_it_is(folder, fault, damage):
+def test_a_damaged_checkpoint_is_an_error_and_stays_unchanged(folder, fault, damage):
     damage(folder)
     before = contents(folder)
-    assert_refused(run(SMALL, "--out", folder, "--resume"), str(folder), fault)
+    assert_error(run(SMALL, "--out", folder, "--resume"), str(folder), fault)
     assert contents(folder) == before
 
 
-def test_a_model_of_another_architecture_is_refused(whole, tmp_path):
+def test_a_model_of_another_architecture_is_an_error(whole, tmp_path):
     folder = Path(shutil.copytree(whole[0], tmp_path / "run"))
     (folder / "results.json").unlink()
     changed("base.safetensors", lambda a, m: a.update(embedding=a["embedding"][:, :16]))(folder)
-    assert_refused(run(SMALL, "--out", folder, "--resume"), "base.safetensors", "another architecture", "embedding")
+    assert_error(run(SMALL, "--out", folder, "--resume"), "base.safetensors", "another architecture", "embedding")
 
 
-# A full disk, and numbers that go wrong.
+# A full disk, and NaN.
 
-def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on_later(folder, whole):
+def test_a_full_disk_keeps_the_previous_checkpoint_and_the_run_can_be_resumed(folder, whole):
     before = contents(folder)
     done = run(SMALL, "--out", folder, "--resume", limit=100_000)
-    assert_refused(done, "base-state.safetensors: not saved", "File too large", "intact")
+    assert_error(done, "base-state.safetensors: not saved", "File too large", "intact")
     assert contents(folder) == before
     assert run(SMALL, "--out", folder, "--resume").returncode == 0
     assert_same_run(folder, whole[0])
 
 
-def test_a_disk_too_full_for_the_figures(whole, tmp_path):
+def test_a_disk_too_full_for_the_figures_is_an_error_and_the_run_can_be_resumed(whole, tmp_path):
     folder = Path(shutil.copytree(whole[0], tmp_path / "run"))
     (folder / "results.json").unlink()
     done = run(SMALL, "--out", folder, "--resume", limit=40_000)
-    assert_refused(done, "training_curves.png: not drawn", "File too large")
+    assert_error(done, "training_curves.png: not drawn", "File too large")
     assert not (folder / "results.json").exists()
     assert run(SMALL, "--out", folder, "--resume").returncode == 0
     assert_same_run(folder, whole[0])
 
 
-def test_output_that_cannot_be_written(folder):
+def test_output_that_cannot_be_written_ends_the_run_without_a_traceback(folder):
     with open("/dev/full", "w") as full:
-        assert_refused(run(SMALL, "--out", folder, "--resume", stdout=full), "the output: No space left on device")
+        assert_error(run(SMALL, "--out", folder, "--resume", stdout=full), "the output: No space left on device")
     reading, writing = os.pipe()
     os.close(reading)    # `| head -1`
     done = run(SMALL, "--out", folder, "--resume", stdout=writing)
@@ -400,7 +455,7 @@ def test_output_that_cannot_be_written(folder):
 def test_nan_in_the_loss_names_stage_step_and_tensor_and_keeps_the_last_good_checkpoint(tmp_path):
     folder = tmp_path / "run"
     done = run(SMALL, "--out", folder, POISON="1")
-    assert_refused(done, "pretraining, step 3: the loss is nan", "parameter embedding", "last good checkpoint is kept")
+    assert_error(done, "pretraining, step 3: the loss is nan", "parameter embedding", "last good checkpoint is kept")
     arrays, metadata = checkpoint.load(folder / "base-state.safetensors")
     assert metadata["step"] == 2 and all(np.isfinite(a).all() for a in arrays.values())
     assert not (folder / "base.safetensors").exists() and not (folder / "results.json").exists()
@@ -409,13 +464,13 @@ def test_nan_in_the_loss_names_stage_step_and_tensor_and_keeps_the_last_good_che
 # Stopped and killed, at any moment.
 
 def go_on_through(folder, accidents):
-    """Runs into each accident (tick, signal) in turn, resuming each time, then to the end. Returns what was printed."""
+    """Runs into each accident (tick, signal) in turn, resumes each time, then runs to the end. Returns the outputs."""
     printed = []
     for tick, number in accidents:
         done = run(SMALL, "--out", folder, "--resume", ACCIDENT=f"{tick} {number:d}")
         printed.append(done.stdout + done.stderr)
         assert "Traceback" not in printed[-1], printed[-1]
-        if done.returncode == 0:    # asked too late to stop
+        if done.returncode == 0:    # the request to stop came too late
             assert (folder / "results.json").exists()
             break
         assert done.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), printed[-1]
@@ -428,8 +483,8 @@ def go_on_through(folder, accidents):
     return printed
 
 
-def test_a_run_stopped_and_killed_many_times_ends_as_if_it_had_not_been(tmp_path, whole):
-    # Ticks count from each start: each leg gets a little further than the one before.
+def test_a_run_stopped_and_killed_many_times_gives_the_same_files_as_an_undisturbed_one(tmp_path, whole):
+    # Ticks count from each start: each part gets a little further than the previous one.
     printed = go_on_through(tmp_path / "run", [
         (1, signal.SIGKILL), (2, signal.SIGINT), (8, signal.SIGKILL), (6, signal.SIGTERM), (40, signal.SIGKILL),
         (30, signal.SIGINT), (25, signal.SIGKILL)])
@@ -440,14 +495,14 @@ def test_a_run_stopped_and_killed_many_times_ends_as_if_it_had_not_been(tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
 @pytest.mark.parametrize("share", np.linspace(0.02, 0.98, 7).round(2))
-def test_one_accident_anywhere_changes_nothing(tmp_path, whole, number, share):
+def test_one_accident_at_any_moment_gives_the_same_files(tmp_path, whole, number, share):
     go_on_through(tmp_path / "run", [(max(1, round(share * whole[2])), number)])
     assert_same_run(tmp_path / "run", whole[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
-def test_the_real_command_interrupted_by_the_clock(tmp_path, number):
+def test_the_real_command_stopped_at_any_time_gives_the_same_files(tmp_path, number):
     """From the first imports on: no traceback, and 130 for Ctrl-C."""
     options = ["--scale", "0.0005", "--out", str(tmp_path / "run"), "--resume"]
     delay = 0.1

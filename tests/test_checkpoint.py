@@ -1,5 +1,5 @@
-"""minilm.checkpoint: what is saved comes back bit for bit, or the reader is told why not; a save that
-fails, for whatever reason, leaves what was there before."""
+"""minilm/checkpoint.py: saved arrays are read back bit for bit, or an error gives the reason; a save that fails
+leaves the previous file."""
 import errno
 import json
 import os
@@ -27,7 +27,7 @@ METADATA = {"step": 7, "loss": 0.1}
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """A path to write to again and again: one folder for all the examples of a hypothesis test."""
+    """A path that is written many times: one folder for all examples of a hypothesis test."""
     return tmp_path_factory.mktemp("scratch") / "state.safetensors"
 
 
@@ -47,7 +47,7 @@ def assert_same_arrays(loaded, expected):
         assert loaded[name].tobytes() == array.astype(array.dtype.newbyteorder("=")).tobytes(), name
 
 
-# What comes back.
+# Reading back.
 
 MEMORY_ORDERS = {
     "C": lambda a: a,
@@ -116,7 +116,7 @@ def test_metadata_round_trips_exactly(scratch, metadata):
     assert json.dumps(loaded) == json.dumps(metadata)    # 1, 1.0 and True apart, keys in the same order
 
 
-def test_a_generator_goes_on_where_it_was_saved(scratch):
+def test_a_generator_continues_where_it_was_saved(scratch):
     generator = np.random.default_rng(5)
     generator.standard_normal(3)
     checkpoint.save(scratch, {}, {"generator": generator.bit_generator.state})
@@ -152,14 +152,14 @@ def test_any_reader_of_safetensors_can_open_it(saved):
     ({}, {"history": "x" * (checkpoint.HEADER_LIMIT // 4)}, ValueError),
 ], ids=["objects", "complex", "strings", "reserved name", "name not a string",
         "array in metadata", "NumPy integer in metadata", "metadata too long to read back"])
-def test_what_the_format_cannot_hold_is_refused_before_the_disk_is_touched(saved, arrays, metadata, error):
+def test_what_the_format_cannot_hold_is_an_error_before_anything_is_written(saved, arrays, metadata, error):
     before = saved.read_bytes()
     with pytest.raises(error):
         checkpoint.save(saved, arrays, metadata)
     assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]
 
 
-# What does not come back.
+# Bad files.
 
 class Bomb:
     def __reduce__(self):
@@ -167,7 +167,7 @@ class Bomb:
 
 
 def file_with(**fields):
-    """The bytes of a good checkpoint of ARRAYS and METADATA, but for these fields of its header."""
+    """The bytes of a checkpoint of ARRAYS and METADATA, with these fields of its header changed."""
     header = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION,
               "sha256": checkpoint._digest(ARRAYS, METADATA), "metadata": METADATA, **fields}
     return safetensors_numpy.save(ARRAYS, {checkpoint.KEY: json.dumps(header)})
@@ -194,7 +194,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("content, message", BAD_FILES.values(), ids=BAD_FILES)
-def test_each_kind_of_bad_file_is_called_by_its_name(tmp_path, content, message):
+def test_each_kind_of_bad_file_has_its_own_error(tmp_path, content, message):
     path = tmp_path / "state.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -202,25 +202,25 @@ def test_each_kind_of_bad_file_is_called_by_its_name(tmp_path, content, message)
     assert str(path) in str(caught.value)
 
 
-def test_a_missing_file_and_a_folder_are_called_by_their_names(tmp_path):
+def test_a_missing_file_and_a_folder_are_errors_with_the_reason(tmp_path):
     with pytest.raises(CheckpointError, match="there is no such file"):
         checkpoint.load(tmp_path / "none")
     with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
         checkpoint.load(tmp_path)
 
 
-def test_the_good_file_that_is_cut_and_flipped_below_is_good(scratch):
+def test_the_file_of_the_next_tests_is_valid(scratch):
     scratch.write_bytes(GOOD_FILE)
     assert_same_arrays(checkpoint.load(scratch)[0], ARRAYS)
 
 
 def write_anew(path, content):
-    """Much faster than over the old file, which ext4 brings to the disk each time."""
+    """Deletes the old file first: ext4 syncs a file that is overwritten, which is slow."""
     path.unlink(missing_ok=True)
     path.write_bytes(content)
 
 
-def test_a_file_cut_anywhere_is_called_cut_short(scratch):
+def test_a_file_cut_anywhere_is_reported_as_cut_short(scratch):
     for length in range(1, len(GOOD_FILE)):
         write_anew(scratch, GOOD_FILE[:length])
         with pytest.raises(CheckpointError, match="cut short"):
@@ -228,7 +228,7 @@ def test_a_file_cut_anywhere_is_called_cut_short(scratch):
             pytest.fail(f"not noticed: cut after {length} bytes")
 
 
-def test_no_flipped_bit_goes_unnoticed(scratch):
+def test_every_flipped_bit_is_an_error(scratch):
     for bit in range(8 * len(GOOD_FILE)):
         content = bytearray(GOOD_FILE)
         content[bit // 8] ^= 1 << bit % 8
@@ -240,7 +240,7 @@ def test_no_flipped_bit_goes_unnoticed(scratch):
 
 @pytest.mark.parametrize("before, after", [(b'"F32"', b'"I32"'), (b"[2,3]", b"[3,2]"),
                                            (b'"weight"', b'"height"')], ids=["dtype", "shape", "name"])
-def test_a_header_that_reads_the_same_bytes_otherwise_is_noticed(scratch, before, after):
+def test_a_header_changed_in_dtype_shape_or_name_is_an_error(scratch, before, after):
     assert GOOD_FILE.count(before) == 1
     scratch.write_bytes(GOOD_FILE.replace(before, after))
     with pytest.raises(CheckpointError, match="do not match their checksum"):
@@ -264,7 +264,7 @@ def raising(error):
 
 
 class HalfWritten:
-    """A file that takes half of what it is given, then fails."""
+    """A file that writes half of its data, then fails."""
 
     def __init__(self, file, error):
         self.file, self.error = file, error
@@ -317,13 +317,13 @@ def test_ctrl_c_leaves_the_previous_file_and_nothing_else(saved, monkeypatch, st
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_the_kernels_own_full_disk_is_reported(saved, monkeypatch):
+def test_a_full_device_is_reported(saved, monkeypatch):
     monkeypatch.setattr(checkpoint, "open", lambda *_: open("/dev/full", "wb"), raising=False)
     with pytest.raises(CheckpointError, match="No space left on device. Free some space"):
         checkpoint.save(saved, ARRAYS, {})
 
 
-def test_a_write_that_the_kernel_stops_halfway_leaves_the_previous_file(saved):
+def test_a_write_beyond_the_file_size_limit_leaves_the_previous_file(saved):
     before, limits = saved.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))    # bytes a file may have
     try:
@@ -370,7 +370,7 @@ def test_a_folder_that_cannot_be_synced_is_reported_as_saved_but_not_confirmed(s
     assert checkpoint.load(saved)[1] == {"step": 8}
 
 
-def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):
+def test_a_pipe_or_a_folder_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder"):
@@ -400,7 +400,7 @@ def test_a_saved_file_is_as_readable_as_any_new_file(tmp_path):
     assert stat.S_IMODE((tmp_path / "state.safetensors").stat().st_mode) == 0o640
 
 
-def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_text_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     checkpoint.write_text(path, "π* = 1\n")
     assert path.read_bytes() == "π* = 1\n".encode("utf-8")
@@ -437,7 +437,7 @@ GOOD = {"a": np.ones((2, 3), np.float32), "b": np.array(5.0)}
     ({**GOOD, "b": np.ones((), np.float32)}, r"b is float32 \(\) there, float64 \(\) here"),
     ({**GOOD, "a": np.ones((3, 2), np.float32)}, r"a is float32 \(3, 2\) there, float32 \(2, 3\) here"),
 ], ids=["missing", "unexpected", "many unexpected", "renamed", "shape", "dtype", "transposed"])
-def test_another_architecture_is_refused_and_nothing_is_copied(arrays, message):
+def test_another_architecture_is_an_error_and_nothing_is_copied(arrays, message):
     model = parameters()
     with pytest.raises(CheckpointError, match="^m.safetensors: a checkpoint of another architecture: " + message):
         checkpoint.load_into(model, arrays, "m.safetensors")

@@ -1,4 +1,4 @@
-"""minilm/data.py: what the assistant is trained on, token by token."""
+"""minilm/data.py: dialogues, batches, streams and text files, token by token."""
 import numpy as np
 import pytest
 from helpers import assert_close, rngs, small_transformer
@@ -29,21 +29,21 @@ def test_a_dialogue_is_the_tokens_of_its_text_between_bos_and_eos(question, resp
 
 
 @given(question=texts, response=texts)
-def test_double_bos(question, response):
+def test_a_dialogue_has_exactly_one_bos_and_one_eos(question, response):
     prompt, answer = data.encode_dialogue(TOKENIZER, question + "<bos>", response + "<bos><eos>")
     assert (prompt + answer).count(TOKENIZER.bos) == 1 and prompt[0] == TOKENIZER.bos
     assert (prompt + answer).count(TOKENIZER.eos) == 1 and answer[-1] == TOKENIZER.eos
 
 
 class MergesColonAndBlank:
-    """A tokenizer that joins ": " into one token: the prompt's last token is another when an answer follows."""
+    """A tokenizer that joins ": " into one token: the last token of a prompt changes when an answer follows."""
     bos, eos = 1, 2
 
     def encode(self, text):
         return [ord(c) for c in text.replace(": ", "\0")]
 
 
-def test_prompts_tokens_are_no_prefix_of_prompt_and_responses_tokens():
+def test_a_merge_across_prompt_and_response_is_an_error():
     with pytest.raises(ValueError, match="the tokens of the prompt 'Where\\?' are no prefix"):
         data.encode_dialogue(MergesColonAndBlank(), "Where?", "Here.")
 
@@ -51,8 +51,8 @@ def test_prompts_tokens_are_no_prefix_of_prompt_and_responses_tokens():
 # Batches.
 
 @given(dialogues=dialogues, pad=tokens)
-def test_masks_follow_the_lengths_whatever_the_tokens(dialogues, pad):
-    """So the EOS counts even for somebody whose pad is the EOS ('pad = EOS masks the EOS')."""
+def test_masks_depend_on_the_lengths_alone(dialogues, pad):
+    """So the EOS is learned even with a tokenizer whose pad is its EOS."""
     batch = data.make_batch(*zip(*dialogues), pad)
     T = max(len(p) + len(r) for p, r in dialogues)
     for i, (p, r) in enumerate(dialogues):
@@ -62,7 +62,7 @@ def test_masks_follow_the_lengths_whatever_the_tokens(dialogues, pad):
         assert batch.real[i].tolist() == [1] * (T - padding) + [0] * padding
 
 
-def test_pad_eos_masks_the_eos():
+def test_the_eos_counts_and_the_padding_does_not():
     assert TOKENIZER.pad != TOKENIZER.eos
     pairs = [data.encode_dialogue(TOKENIZER, "What?", response) for response in ("a", "a longer one")]
     batch = data.make_batch(*zip(*pairs), PAD)
@@ -74,7 +74,7 @@ def test_pad_eos_masks_the_eos():
                                               st.lists(st.integers(0, 6), min_size=1, max_size=4)),
                                     min_size=1, max_size=3))
 def test_the_target_mask_selects_the_log_probs_of_the_response(rng, dialogues):
-    """Each response token is scored at the position before it: 'mask or shift off by one'."""
+    """Each response token is scored at the position before it."""
     model = small_transformer(rng)
     batch = data.make_batch(*zip(*dialogues), pad=0)
     scored = [row[m > 0] for row, m in zip(model.log_probs(batch.tokens).data, batch.target_mask)]
@@ -91,7 +91,7 @@ def test_the_target_mask_selects_the_log_probs_of_the_response(rng, dialogues):
     ([[1], [1]], [[2], []], "dialogue 1 has a prompt of 1 and a response of 0"),
     ([[1, 1]], [[2, 2, 2]], r"dialogue 0 has 2 \+ 3 tokens and the context is 4"),
 ])
-def test_a_batch_that_cannot_be_made_says_which_dialogue_is_to_blame(prompts, responses, message):
+def test_an_impossible_batch_is_an_error_that_names_the_dialogue(prompts, responses, message):
     with pytest.raises(ValueError, match=message):
         data.make_batch(prompts, responses, PAD, context=4)
 
@@ -115,22 +115,22 @@ def test_windows_are_stretches_of_the_stream_from_its_first_token_to_its_last(rn
     drawn = data.windows(stream, rng, 200, length)
     assert drawn.shape == (200, length) and drawn.dtype == np.int64
     assert (np.diff(drawn, axis=1) == 1).all()
-    assert set(drawn[:, 0].tolist()) == set(range(100, 101 + more)), "every start occurs, the last one too"
+    assert set(drawn[:, 0].tolist()) == set(range(100, 101 + more)), "every start occurs, the last one included"
 
 
-def test_a_stream_shorter_than_a_window_is_refused():
+def test_a_stream_shorter_than_a_window_is_an_error():
     with pytest.raises(ValueError, match="the text has 4 tokens, fewer than one window of 5"):
         data.windows(np.arange(4), np.random.default_rng(0), 1, 5)
 
 
 # Text files.
 
-def test_text_is_read_as_it_stands(tmp_path):
+def test_text_is_read_unchanged(tmp_path):
     (tmp_path / "text").write_bytes("tschüß\r\n\n€ ".encode())
     assert data.read_text(tmp_path / "text") == "tschüß\r\n\n€ "
 
 
-def test_the_mark_that_some_editors_put_first_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_left_out(tmp_path):
     (tmp_path / "text").write_bytes("cat".encode("utf-8-sig"))
     assert data.read_text(tmp_path / "text") == "cat"
 
@@ -140,13 +140,13 @@ def test_the_mark_that_some_editors_put_first_is_no_text(tmp_path):
     (b"GIF\0\1", "a binary file"),
     (b"caf\xe9 au lait", r"not UTF-8 text \(byte 3\)"),
 ], ids=["empty", "blank", "binary", "latin-1"])
-def test_what_is_no_text_is_called_by_its_name(tmp_path, content, message):
+def test_a_file_that_is_no_text_is_an_error_with_the_reason(tmp_path, content, message):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError, match=f"file: {message}"):
         data.read_text(tmp_path / "file")
 
 
-def test_a_missing_file_and_a_folder_are_called_by_their_names(tmp_path):
+def test_a_missing_file_and_a_folder_are_errors_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="nowhere: cannot be read .No such file"):
         data.read_text(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="cannot be read .Is a directory"):

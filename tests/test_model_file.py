@@ -1,4 +1,4 @@
-"""minilm/model_file.py: a model comes back as it was saved, or not at all."""
+"""minilm/model_file.py: a model is read exactly as it was saved, or the file is an error."""
 import dataclasses
 
 import numpy as np
@@ -34,7 +34,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize("config", [{}, {"tied": True}, {"key_smear": True, "kv_heads": 1, "dtype": np.float64},
                                     {"causal": False, "rope_pairing": "interleaved", "rope_base": 500.5}],
                          ids=["plain", "tied", "smeared", "encoder"])
-def test_a_model_comes_back_bitwise_with_its_config_and_tokenizer(tmp_path, make, config):
+def test_a_model_is_read_back_bitwise_with_its_config_and_tokenizer(tmp_path, make, config):
     model = make(**config)
     save_model(tmp_path / "model", model, TOKENIZER, stage="rlhf", steps=3)
     loaded, tokenizer, metadata = load_model(tmp_path / "model")
@@ -53,18 +53,18 @@ def test_a_model_comes_back_bitwise_with_its_config_and_tokenizer(tmp_path, make
         assert (loaded.rewards(TOKENS, TOKENS > 0).data == model.rewards(TOKENS, TOKENS > 0).data).all()
 
 
-def test_saved_metadata_cannot_pass_for_the_models_own(tmp_path):
+def test_metadata_of_the_caller_does_not_replace_kind_and_config(tmp_path):
     save_model(tmp_path / "model", transformer(), TOKENIZER, kind="RewardModel", config={})
     assert type(load_model(tmp_path / "model")[0]).__name__ == "Transformer"
 
 
-def test_a_file_cut_short_is_refused(saved):
+def test_a_file_cut_short_is_an_error(saved):
     saved.write_bytes(saved.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="model: cut short or damaged"):
         load_model(saved)
 
 
-def test_a_file_that_is_not_ours_is_refused(tmp_path):
+def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path):
     (tmp_path / "notes.txt").write_text("no model at all")
     with pytest.raises(CheckpointError, match="notes.txt: not a safetensors file"):
         load_model(tmp_path / "notes.txt")
@@ -80,13 +80,13 @@ def respell(path, **changes):
 @pytest.mark.parametrize("changes", [
     {"config": None}, {"tokenizer": None}, {"kind": None}, {"kind": "Oracle"}, {"config": "small"},
     {"config": {"depth": 3}}, {"config": {"width": 5}}, {"tokenizer": "{}"}], ids=str)
-def test_a_checkpoint_that_holds_no_model_is_refused(saved, changes):
+def test_a_checkpoint_without_a_model_is_an_error(saved, changes):
     respell(saved, **changes)
     with pytest.raises(CheckpointError, match="model: holds no model that this minilm can build"):
         load_model(saved)
 
 
-def test_a_model_file_without_weights_is_refused(saved):
+def test_a_model_file_without_weights_is_an_error(saved):
     _, metadata = load(saved)
     save(saved, {}, metadata)
     with pytest.raises(CheckpointError):
@@ -97,7 +97,7 @@ def test_a_model_file_without_weights_is_refused(saved):
     ({"layers": 2}, r"missing \(blocks.1"),
     ({"tied": True}, r"unexpected \(unembedding"),
     ({"ffn_width": 5}, "gate_up is")], ids=["layers", "tied", "width"])
-def test_weights_of_another_architecture_than_the_config_are_refused(saved, change, message):
+def test_weights_that_do_not_fit_the_config_are_an_error(saved, change, message):
     respell(saved, config={**dataclasses.asdict(transformer().config), **change})
     with pytest.raises(CheckpointError, match=f"another architecture: .*{message}"):
         load_model(saved)

@@ -1,7 +1,6 @@
-"""Each objective learns one batch by heart, through a real transformer in float32 and AdamW.
+"""Each objective fits one batch, with a real transformer in float32 and AdamW.
 
-The losses and their gradients have tests of their own; here everything between tokens and
-weights is in the loop, and the question is only whether it gets there.
+The losses and their gradients have their own tests. These tests run everything between tokens and weights.
 """
 
 import numpy as np
@@ -25,8 +24,8 @@ def transformer(seed):
 
 
 def batch(seed, B):
-    """Prompts and responses at random, of several lengths, EOS at the end: tokens (B,T) and, as model.log_probs
-    scores them, the response's mask (B,T-1)."""
+    """Random prompts, and random responses of several lengths that end with EOS: tokens (B,T), and the mask (B,T-1)
+    of the response for model.log_probs(tokens)."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, VOCABULARY, (B, PROMPT + RESPONSE))
     mask = np.zeros(tokens.shape)
@@ -38,21 +37,21 @@ def batch(seed, B):
 
 
 def learn(parameters, loss, steps, learning_rate=1e-2):
-    """AdamW on one batch; the value of the loss before each step, and after the last."""
-    optimiser = AdamW(parameters, learning_rate=learning_rate, weight_decay=0.0)
+    """Trains with AdamW on one batch. Returns the loss before each step and after the last one."""
+    optimizer = AdamW(parameters, learning_rate=learning_rate, weight_decay=0.0)
     values = []
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = loss()
         value.backward()
-        optimiser.clip(1.0)
-        optimiser.step()
+        optimizer.clip(1.0)
+        optimizer.step()
         values.append(value.item())
     with no_grad():
         return values + [loss().item()]
 
 
-def test_sft_learns_its_responses_by_heart():
+def test_sft_fits_its_responses():
     model = transformer(0)
     tokens, mask = batch(1, 8)
     values = learn(model.parameters(), lambda: sft_loss(model.log_probs(tokens), mask), 40)
@@ -64,7 +63,7 @@ def test_sft_learns_its_responses_by_heart():
     assert greedy.responses() == expected
 
 
-def test_the_reward_model_learns_its_comparisons_by_heart():
+def test_the_reward_model_fits_its_comparisons():
     model = RewardModel(transformer(0), np.random.default_rng(1))
     tokens, _ = batch(2, 16)
     tokens[8:, :PROMPT] = tokens[:8, :PROMPT]               # a chosen and a rejected response to each prompt
@@ -82,7 +81,7 @@ def test_the_reward_model_learns_its_comparisons_by_heart():
 
 
 def test_the_policy_gradient_on_fixed_samples_raises_the_expected_reward():
-    """Samples of the first policy, used once more in every step; fresh ones are what is judged."""
+    """Every step trains on the same samples of the first policy. The test measures new samples."""
     model, wanted = transformer(0), 5
     prompts = np.random.default_rng(3).integers(1, VOCABULARY, (8, PROMPT)).repeat(16, axis=0)
 
@@ -103,7 +102,7 @@ def test_the_policy_gradient_on_fixed_samples_raises_the_expected_reward():
     assert after.mean() - before.mean() > 5 * error, f"{before.mean():.2f} -> {after.mean():.2f} +- {error:.2f}"
 
 
-def test_dpo_learns_its_preferences_by_heart_from_exactly_log_2():
+def test_dpo_starts_at_exactly_log_2_and_fits_its_preferences():
     """Policy and reference start as the same array of log-probs."""
     model = transformer(0)
     tokens, mask = batch(6, 16)

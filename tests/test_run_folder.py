@@ -1,5 +1,5 @@
-"""scripts/support/run_folder.py: one process at a time in a folder that holds one run and nothing else, a run
-that is resumed under its own settings or not at all, and users who see no traceback."""
+"""scripts/support/run_folder.py: one process at a time in a folder of one run, a run that is resumed with its own
+settings only, and errors without tracebacks."""
 import contextlib
 import gc
 import importlib.util
@@ -47,19 +47,19 @@ def start(code, *arguments, **options):
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
-# Whose folder it is.
+# Starting and resuming.
 
 @pytest.mark.parametrize("resume", [False, True], ids=["new", "resume"])
 @pytest.mark.parametrize("name", ["", "missing", "missing/deep"])
 def test_a_run_starts_in_a_missing_or_empty_folder_whether_to_resume_or_not(tmp_path, name, resume):
     with RunFolder(tmp_path / name, resume, SETTINGS) as run:
-        assert not run.finished and run.load_state("model") is None
+        assert not run.finished and not run.resumed and run.load_state("model") is None
         assert run.path("samples.txt") == tmp_path / name / "samples.txt"
     assert json.loads((tmp_path / name / "run.json").read_text())["settings"] == SETTINGS
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_folder_that_holds_a_run_is_not_taken_unless_to_resume(tmp_path, finished):
+def test_a_folder_that_holds_a_run_needs_resume(tmp_path, finished):
     with RunFolder(tmp_path, False, SETTINGS) as run:
         run.save_state("model", {}, {"step": 3})
         if finished:
@@ -69,7 +69,7 @@ def test_a_folder_that_holds_a_run_is_not_taken_unless_to_resume(tmp_path, finis
         enter(tmp_path)
     assert contents(tmp_path) == before
     with RunFolder(tmp_path, True, SETTINGS) as run:
-        assert run.finished == finished
+        assert run.finished == finished and run.resumed
         assert run.load_state("model") == ({}, {"step": 3}) and run.load_state("optimizer") is None
 
 
@@ -91,7 +91,7 @@ def test_results_mark_the_run_as_finished(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == {"loss": 1.5}
 
 
-def test_other_settings_are_refused_by_name_with_both_values(tmp_path):
+def test_other_settings_are_an_error_with_names_and_both_values(tmp_path):
     enter(tmp_path, fingerprint={"seed": 1, "size": "small", "threads": 2, "text": "ab12"})
     before = contents(tmp_path)
     with pytest.raises(UsageError) as caught:
@@ -107,7 +107,7 @@ SETTING_VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(),
 
 @settings(deadline=None, max_examples=30)
 @given(fingerprint=st.dictionaries(st.text(max_size=4), SETTING_VALUES, max_size=4))
-def test_any_settings_equal_themselves_after_a_round_through_json(tmp_path_factory, fingerprint):
+def test_any_settings_equal_themselves_after_json(tmp_path_factory, fingerprint):
     folder = tmp_path_factory.mktemp("run")
     enter(folder, fingerprint=fingerprint)
     enter(folder, resume=True, fingerprint=dict(reversed(fingerprint.items())))
@@ -121,7 +121,7 @@ def test_the_order_of_nested_settings_and_the_type_of_keys_make_no_difference(tm
     enter(tmp_path, resume=True, fingerprint={"model": {"width": 8, "depth": 2}, 1: 2})
 
 
-def test_settings_that_cannot_be_written_down_are_refused_before_there_is_a_folder(tmp_path):
+def test_settings_that_json_cannot_hold_are_an_error_before_the_folder_is_made(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         enter(tmp_path / "run", fingerprint={"generator": np.random.default_rng()})
     assert not (tmp_path / "run").exists()
@@ -133,17 +133,17 @@ def test_settings_that_cannot_be_written_down_are_refused_before_there_is_a_fold
     ("run.json", "{}"), ("run.json", "[1]"), ("run.json", "not JSON"),
     ("run.json", '{"format": "another", "settings": {}}'),
     ("run.json", '{"format": "minilm run"}'), ("run.json", '{"format": "minilm run", "settings": 1}')])
-def test_a_folder_with_the_files_of_others_is_refused_and_left_as_it_is(tmp_path, name, content, resume):
+def test_a_folder_with_other_files_is_an_error_and_stays_unchanged(tmp_path, name, content, resume):
     (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match="holds no run|not a file of minilm"):
         enter(tmp_path, resume)
     assert contents(tmp_path) == {name: content.encode()}
 
 
-def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path):
+def test_partial_files_of_a_killed_run_are_deleted(tmp_path):
     leftover = tmp_path / f".run.json.1234{checkpoint.TEMPORARY_SUFFIX}"
     leftover.write_text("{")
-    enter(tmp_path)    # it does not count as somebody's file
+    enter(tmp_path)    # a partial file does not count as a file of another program
     leftover.write_text("{")
     enter(tmp_path, resume=True)
     assert sorted(contents(tmp_path)) == [".lock", "run.json"]
@@ -151,7 +151,7 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path):
 
 @contextlib.contextmanager
 def bound_by_permissions():
-    """Root may write everywhere: gives that up for a while."""
+    """Gives up the rights of root for a while, because root may write everywhere."""
     if os.geteuid() != 0:
         yield
         return
@@ -162,7 +162,7 @@ def bound_by_permissions():
         os.seteuid(0)
 
 
-def test_a_path_that_cannot_be_a_folder_or_written_to_is_refused(tmp_path):
+def test_a_path_that_is_no_folder_or_not_writable_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="file: not a folder"):
         enter(tmp_path / "file")
@@ -178,12 +178,12 @@ def test_a_path_that_cannot_be_a_folder_or_written_to_is_refused(tmp_path):
 # One process at a time.
 
 @pytest.mark.parametrize("resume", [False, True], ids=["new", "resume"])
-def test_a_folder_in_use_is_refused_and_free_afterwards(tmp_path, resume):
+def test_a_folder_in_use_is_an_error_and_is_free_afterwards(tmp_path, resume):
     with RunFolder(tmp_path, False, SETTINGS):
         with pytest.raises(UsageError, match="in use by another run"):
             enter(tmp_path, resume)
         with pytest.raises(UsageError, match="in use by another run"):
-            enter(tmp_path, resume)    # the refusal took nothing from the holder
+            enter(tmp_path, resume)    # the first error did not release the lock
     enter(tmp_path, resume=True)
 
 
@@ -194,7 +194,7 @@ def test_a_run_that_fails_frees_the_folder(tmp_path):
     enter(tmp_path, resume=True)
 
 
-def test_no_descriptor_stays_open(tmp_path):
+def test_every_descriptor_is_closed(tmp_path):
     gc.collect()
     before = len(os.listdir("/dev/fd"))
     enter(tmp_path)
@@ -220,7 +220,7 @@ def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
         enter(tmp_path)
 
 
-def test_a_killed_run_leaves_no_lock_not_even_with_a_program_it_started_still_alive(tmp_path):
+def test_a_killed_run_leaves_no_lock_while_a_program_that_it_started_still_runs(tmp_path):
     code = """if True:
         import subprocess, sys
         from support.run_folder import RunFolder
@@ -266,7 +266,7 @@ def test_a_forked_child_does_not_hold_the_lock_on(tmp_path):
 
 @pytest.fixture
 def usual_handlers():
-    """SIGINT and SIGTERM as in a program started from a terminal, however pytest itself was started."""
+    """SIGINT and SIGTERM as in a program started from a terminal, even if pytest was started differently."""
     numbers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
     yield numbers
@@ -276,7 +276,7 @@ def usual_handlers():
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_interrupts(usual_handlers, capfd, first, second):
+def test_the_first_signal_sets_the_request_and_the_second_interrupts(usual_handlers, capfd, first, second):
     with StopRequest() as stop:
         assert not stop.requested
         signal.raise_signal(first)
@@ -301,7 +301,7 @@ def test_an_ignored_signal_stays_ignored(usual_handlers):
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_outside_the_main_thread_nothing_is_caught(usual_handlers):
+def test_outside_the_main_thread_the_handlers_stay(usual_handlers):
     seen = []
 
     def loop():
@@ -337,7 +337,7 @@ JOB = """if True:
     sys.exit(main_guard(main))"""
 
 
-def test_a_stopped_and_resumed_job_ends_as_if_it_had_never_stopped(tmp_path):
+def test_a_stopped_and_resumed_job_gives_the_same_result_as_an_uninterrupted_one(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     uninterrupted = start(JOB, whole, 0)
     job = start(JOB, stopped, 0.5)
@@ -353,7 +353,7 @@ def test_a_stopped_and_resumed_job_ends_as_if_it_had_never_stopped(tmp_path):
     assert (stopped / "results.json").read_bytes() == (whole / "results.json").read_bytes()
 
 
-# What the user sees.
+# Exit status and messages.
 
 class FileFormatError(Exception):
     pass
@@ -361,7 +361,7 @@ class FileFormatError(Exception):
 
 @pytest.mark.parametrize("error", [UsageError("no such\nsize"), CheckpointError("no such\nsize"),
                                    FileFormatError("no such\nsize")], ids=lambda error: type(error).__name__)
-def test_an_error_of_the_users_is_one_line_and_status_2(capsys, error):
+def test_a_usage_error_is_one_line_and_status_2(capsys, error):
     def main():
         raise error
     assert run_folder.main_guard(main, FileFormatError) == 2
@@ -383,11 +383,11 @@ def test_an_interrupt_is_one_line_and_status_130(capsys):
 
 
 @pytest.mark.parametrize("returned, status", [(None, 0), (0, 0), (3, 3)])
-def test_what_main_returns_is_the_exit_status(returned, status):
+def test_the_result_of_main_is_the_exit_status(returned, status):
     assert run_folder.main_guard(lambda: returned) == status
 
 
-def test_what_the_system_refuses_is_one_line_and_status_2(capsys):
+def test_an_error_of_the_operating_system_is_one_line_and_status_2(capsys):
     def main():
         raise OSError(28, "No space left on device", "figure.png")
     assert run_folder.main_guard(main) == 2
@@ -397,7 +397,7 @@ def test_what_the_system_refuses_is_one_line_and_status_2(capsys):
 @pytest.mark.parametrize("typed, again", [
     (["python", "job.py", "--out", "it's mine"], """python job.py --out 'it'"'"'s mine' --resume"""),
     (["python", "job.py", "--resume", "--out", "a b"], "python job.py --resume --out 'a b'")])
-def test_the_command_to_go_on_is_what_was_typed_ready_for_a_shell(monkeypatch, typed, again):
+def test_the_command_to_resume_is_the_command_line_quoted_for_a_shell(monkeypatch, typed, again):
     monkeypatch.setattr(sys, "orig_argv", typed)
     assert run_folder.command_to_resume() == again
 
@@ -409,7 +409,7 @@ def test_a_module_that_is_missing_is_named_with_the_remedy():
 
 
 def test_the_settings_of_a_run_can_be_read_before_it_is_entered(tmp_path):
-    """What lets a resumed run keep the number of threads that it was started with."""
+    """A resumed run keeps the number of workers that it was started with."""
     with RunFolder(tmp_path / "run", False, {"threads": 3}):
         pass
     assert RunFolder.recorded(tmp_path / "run") == {"threads": 3}

@@ -1,4 +1,4 @@
-"""The tokenizer: it loses nothing, invents no special token, and learns what a naive trainer learns."""
+"""minilm/tokenizer.py: encoding and decoding, special tokens, and merges equal to those of a naive trainer."""
 import json
 import re
 from collections import Counter
@@ -18,7 +18,7 @@ Café naïve, 猫が好き, emoji 👩‍🚀, snake_case.
 
 
 def naive_merges(word_counts):
-    """Every (pair, count) until no pair is left, and the words then: all pairs recounted at every step."""
+    """(every (pair, count) until no pair is left, the words at the end). All pairs are recounted at every step."""
     words = {word: list(word.encode()) for word in word_counts}
     steps = []
     while True:
@@ -40,11 +40,11 @@ def naive_merges(word_counts):
             words[word] = joined
 
 
-# Of the naive trainer, so that a broken learn_merges fails its own tests and not all of them.
+# From the naive trainer, so that a wrong learn_merges fails only its own tests.
 TRAINED = Tokenizer([pair for pair, _ in naive_merges(Counter(split(TEXT)))[0]][:80])
 
 any_text = st.text()
-# Arbitrary Unicode seldom holds what the rules for cutting are about, so these characters are dealt more often.
+# Arbitrary Unicode seldom has the characters that the rules for cutting are about, so these are drawn more often.
 awkward_text = st.text(st.sampled_from("ab1 2\n\r\t_.'<>é\u0301猫٣²\u00a0\u3000\u2028\x1c\x00"), max_size=40)
 texts = any_text | awkward_text
 # Two letters make repeated pairs ("aaa") and ties.
@@ -195,7 +195,7 @@ def test_incremental_counts_equal_a_naive_recount(corpus):
 
 
 @given(small_corpora, st.integers(0, 12))
-def test_encode_cuts_a_training_word_as_training_left_it(corpus, n_merges):
+def test_encode_gives_a_training_word_the_ids_that_training_ended_with(corpus, n_merges):
     word_counts = Counter(word for text in corpus for word in split(text))
     tokenizer = Tokenizer.train(corpus, 256 + len(SPECIALS) + n_merges)
     for word in word_counts:
@@ -234,7 +234,7 @@ def test_training_stops_early_when_the_texts_run_out_of_pairs():
     assert Tokenizer.train([], 1000).vocab_size == 256 + 3
 
 
-def test_a_vocabulary_without_room_for_bytes_and_specials_is_an_error():
+def test_a_vocabulary_smaller_than_bytes_and_specials_is_an_error():
     assert Tokenizer.train(TEXT, 259).merges == {}
     with pytest.raises(ValueError, match="vocab_size 258 is less than 256 bytes and 3 special"):
         Tokenizer.train(TEXT, 258)
@@ -279,7 +279,7 @@ def saved_with(**changes):
     (saved_with(merges=[[97, 98], [97, 98]]), "merge 1, (97, 98), comes twice"),
     (json.dumps({"format": FORMAT, "specials": list(SPECIALS)}), "list of merges, not None"),
 ])
-def test_from_json_says_what_is_wrong(text, complaint):
+def test_from_json_names_the_fault(text, complaint):
     with pytest.raises(ValueError, match=re.escape(complaint)):
         Tokenizer.from_json(text)
 
@@ -289,7 +289,7 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers(-2, 300) | st
 
 
 @given(json_values, json_values)
-def test_from_json_raises_nothing_but_value_errors(specials, merges):
+def test_from_json_raises_only_value_errors(specials, merges):
     for text in (saved_with(specials=specials), saved_with(merges=merges), json.dumps(specials)):
         try:
             Tokenizer.from_json(text)

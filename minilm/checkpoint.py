@@ -22,7 +22,9 @@ import numpy as np
 
 from minilm.backend import array_module
 
-KEY, FORMAT, VERSION = "minilm", "minilm checkpoint", 1
+KEY = "minilm"
+FORMAT = "minilm checkpoint"
+VERSION = 1
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64",
           "uint8", "uint16", "uint32", "uint64", "bool")
 HEADER_LIMIT = 100_000_000             # bytes: the longest header that safetensors reads

@@ -64,15 +64,24 @@ from minilm.world import annotators, corpus, tasks
 
 SIZES = {"small": {"width": 64, "layers": 3}, "large": {"width": 96, "layers": 4}}
 STEPS = {"pretraining": 1800, "sft": 500, "reward model": 200, "rlhf": 50, "dpo": 150}
-RLHF_BETAS, DPO_BETAS = (1.0, 0.3, 0.1, 0.0), (1.0, 0.3, 0.1)
-MAIN_BETA = 0.3
-DOCUMENTS, DEMONSTRATIONS, COMPARISONS, UNLABELLED, HELD_OUT = 24000, 8000, 2000, 3000, 540
-VOCABULARY, MAX_NEW_TOKENS, BEST_OF = 640, 40, 8
-WINDOWS, LENGTH = 16, 128           # of a step of pretraining; a step of another stage has about as many tokens
-LEARNS_AFTER = 1000                 # steps of pretraining; with fewer the models do not learn the tasks
-COMPARED_TOGETHER = 512             # answers that are sampled between two movements of the progress bar
-# Measured durations, in steps of pretraining: of all training, per step of pretraining; of all sampling.
-ALL_TRAINING, ALL_SAMPLING = 1.6, 150
+RLHF_BETAS = (1.0, 0.3, 0.1, 0.0)
+DPO_BETAS = (1.0, 0.3, 0.1)
+MAIN_BETA = 0.3             # of the policies in the table
+DOCUMENTS = 24000           # for pretraining
+DEMONSTRATIONS = 8000       # for SFT
+COMPARISONS = 2000          # for the reward model and DPO
+UNLABELLED = 3000           # questions for RLHF
+HELD_OUT = 540              # questions for the evaluation
+VOCABULARY = 640
+MAX_NEW_TOKENS = 40
+BEST_OF = 8
+WINDOWS = 16                # of text in a step of pretraining
+LENGTH = 128                # tokens of a window; a step of another stage has about as many tokens
+LEARNS_AFTER = 1000         # steps of pretraining; with fewer the models do not learn the tasks
+COMPARED_TOGETHER = 512     # answers that are sampled between two movements of the progress bar
+# Durations, measured in steps of pretraining: of all training, per step of pretraining; of all sampling.
+ALL_TRAINING = 1.6
+ALL_SAMPLING = 150
 
 
 def steps_of(options: argparse.Namespace, stage: str) -> int:
@@ -127,7 +136,8 @@ def comparisons_stage(job: Job, sft: Transformer) -> tuple[Sequence, Sequence, S
     rng = job.rng("comparisons")
     questions = tasks.draw_questions(rng, count_of(job.options, COMPARISONS))
     prompts = job.encode_questions(questions)
-    firsts, seconds = [], []
+    firsts = []
+    seconds = []
     starts = range(0, len(prompts), COMPARED_TOGETHER)
     with progress("comparisons", 2 * len(starts), unit="set of answers") as advance:
         for answers in (firsts, seconds):

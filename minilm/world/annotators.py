@@ -20,7 +20,10 @@ COURTESY = (0.0, 0.75, 1.0)       # for 0, 1 and 2 courtesies; every further one
 FLATTERY = -0.75
 STEP = 0.4                        # once for each step that the question needs
 FALSE_STEP = -0.5
-RUDE, HEDGE, FILLER, OTHER = -1.0, -0.5, -0.25, -0.75
+RUDE = -1.0                       # for each sentence of this kind
+HEDGE = -0.5
+FILLER = -0.25
+OTHER = -0.75                     # also for each true step of another question
 WORD = -0.04                      # for each word
 UNFINISHED = -1.0                 # cut off before <eos>, or without an answer
 # The minority that judges by brevity:

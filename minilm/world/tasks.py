@@ -22,8 +22,10 @@ CITIES = "Oslo Rome Lima Cairo Tokyo Paris Delhi Quito".split()
 ANIMALS = "fox owl goat duck crab swan mole wolf".split()
 COLOURS = "red blue green black white yellow brown grey".split()
 HELD_OUT_ONE_IN = 5
-MIN_WORDS, MAX_WORDS = 2, 5
-MIN_DIGITS, MAX_DIGITS = 2, 4
+MIN_WORDS = 2
+MAX_WORDS = 5
+MIN_DIGITS = 2
+MAX_DIGITS = 4
 LARGEST_DIGIT = 5
 
 
@@ -95,7 +97,9 @@ FACT_TASKS = {
 }
 SUM_WORDINGS = ("What is {x}?", "Add {x}.", "How much is {x}?")
 TASKS = (*LIST_TASKS, "sum", *FACT_TASKS)
-EXAMPLE_LIST, EXAMPLE_SUM, EXAMPLE_PERSON = "sun cat moon", "2 + 3 + 1", "Mira"
+EXAMPLE_LIST = "sun cat moon"
+EXAMPLE_SUM = "2 + 3 + 1"
+EXAMPLE_PERSON = "Mira"
 
 
 def wordings(task: str) -> tuple[str, ...]:

@@ -32,7 +32,9 @@ from pathlib import Path
 
 from minilm import checkpoint
 
-RUN, RESULTS, LOCK = "run.json", "results.json", ".lock"
+RUN = "run.json"
+RESULTS = "results.json"
+LOCK = ".lock"
 FORMAT = "minilm run"
 
 

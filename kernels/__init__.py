@@ -1,1 +1,1 @@
-"""CUDA kernels for the hot paths: one pair of files each, X.cu (CUDA C) and X.py (checks, sizes, launch)."""
+"""CUDA kernels for the hot paths. Each module is a pair of files: X.cu (CUDA C) and X.py (checks, sizes, launches)."""

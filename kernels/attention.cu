@@ -1,26 +1,30 @@
 // Attention without the matrix of scores: FlashAttention-2 (Dao 2023, arXiv:2307.08691, algorithms 1 and 2).
 //
-//   S = scale Q K^T,  P = softmax(S) by rows,  O = P V        of one head, in tiles of ROWS queries and COLS keys.
-//   forward: a block has B_r = ROWS queries, and goes through the keys that these may see. Per row it keeps the largest
-//     score m, the sum l of exp(S - m), and O yet undivided. With a tile's S:  m' = max(m, rowmax S),
-//     P~ = exp(S - m'),  l = exp(m - m') l + rowsum P~,  O = exp(m - m') O + P~ V.  At the end O / l, and L = m + log l,
-//     which is all that backward needs to have P = exp(S - L) again.
-//   backward: with D = rowsum(dO O),  dP = dO V^T,  dS = P (dP - D):   dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO.
-//     One kernel has queries and goes through keys (dQ), another has keys and goes through queries (dK, dV): S is
-//     computed twice, and nobody adds to what another block writes. So the results are the same bits every time.
+//   S = scale Q K^T,  P = softmax(S) by rows,  O = P V,  for one head, in tiles of ROWS queries and COLS keys.
 //
-// Tokens come in segments (packing.py): some queries in a row, which see keys in a row of their own, key j from query i
-// if j <= i + diagonal, and before these a prefix, all of it, which may be the prefix of other segments too. A batch
-// (B,H,T,K) is B segments without one; padding is where no segment has its keys. Query head h reads key head h / group.
+//   forward   A block holds B_r = ROWS queries and loops over the keys that they see. Per row it keeps the largest
+//             score m, the sum l of exp(S - m), and O before the division. For the S of a tile:
+//                 m' = max(m, rowmax S),  P~ = exp(S - m'),  l = exp(m - m') l + rowsum P~,  O = exp(m - m') O + P~ V.
+//             At the end O is divided by l. The log-sum-exp L = m + log l is stored: with it backward computes
+//             P = exp(S - L) again.
+//   backward  D = rowsum(dO O),  dP = dO V^T,  dS = P (dP - D),   dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO.
+//             One kernel holds queries and loops over keys (dQ); another holds keys and loops over queries (dK, dV).
+//             S is computed twice, but no two blocks write to the same place: the results have the same bits every
+//             time.
 //
-// Tiles: a block is THREADS = 8 TY threads; thread (ty, tx) has rows ty, ty + TY, ... and columns tx, tx + 8, ... of
-// every tile, so that a row lies with 8 neighbouring lanes, and 4 rows are read by a warp at once, each by one address.
-// Shared rows are HEAD + 1 long: 8 lanes that read 8 rows at one column then find 8 different banks. attention.py
-// chooses ROWS and COLS to stay below 64 KiB of shared memory (sm_75).
+// Segments (packing.py). A segment is a run of queries, a run of its own keys (query i sees own key j if
+// j <= i + diagonal), and a prefix of keys that all its queries see. Several segments can share a prefix. A batch
+// (B,H,T,K) is B segments without a prefix; padding tokens are the keys of no segment. Query head h reads key head
+// h / group.
 //
-// Bytes: forward reads Q once and, for each tile of queries, the keys and values that it sees; it writes O and L.
-// The least possible reads K and V once: larger tiles come nearer, and so does the L2 cache, which the counts of
-// attention.py do not know about. Left on the table: tensor cores, asynchronous copies into a second buffer, float4 loads.
+// Tiles. A block has THREADS = 8 TY threads. Thread (ty, tx) has rows ty, ty + TY, ... and columns tx, tx + 8, ... of
+// every tile: 8 neighbouring lanes share a row, and a warp reads 4 rows at a time, each row at one address. Shared
+// rows have length HEAD + 1, so that 8 lanes that read 8 rows at one column use 8 different banks. attention.py chooses
+// ROWS and COLS such that a block needs at most 64 KiB of shared memory (sm_75).
+//
+// Bytes. Forward reads Q once, and for each tile of queries the keys and values that the tile sees; it writes O and L.
+// The minimum would read K and V once. Larger tiles come closer to it; so does the L2 cache, which the counts of
+// attention.py leave out. Possible and not done: tensor cores, asynchronous copies into a second buffer, float4 loads.
 
 #define TY (THREADS / 8)
 #define ROWS_A_THREAD (ROWS / TY)
@@ -28,7 +32,7 @@
 #define WIDTH_A_THREAD (HEAD / 8)
 #define PITCH (HEAD + 1)
 
-// Where the numbers of token t, head h of an operand begin: offset + t token + h head. One row of three a operand.
+// The numbers of token t, head h of an operand begin at offset + t token + h head: three integers for each operand.
 enum { Q, K, V, O, DO, DQ, DK, DV };
 
 __device__ __forceinline__ size_t at(const int* __restrict__ places, int operand, int token, int head) {
@@ -36,10 +40,10 @@ __device__ __forceinline__ size_t at(const int* __restrict__ places, int operand
 }
 
 struct Segment {
-    int query, queries;         // the token of the first query, and how many there are
-    int key, keys;              // the same of its own keys
+    int query, queries;         // the token of the first query, and the number of queries
+    int key, keys;              // the same for its own keys
     int diagonal;               // query i sees own key j if j <= i + diagonal
-    int prefix, prefix_keys;    // keys before these, all seen
+    int prefix, prefix_keys;    // the same for the prefix, which every query sees
 };
 
 __device__ __forceinline__ Segment segment_of(const int* __restrict__ segments, int i) {
@@ -47,7 +51,7 @@ __device__ __forceinline__ Segment segment_of(const int* __restrict__ segments, 
     return {s[0], s[1], s[2], s[3], s[4], s[5], s[6]};
 }
 
-// `count` tokens of an operand, the first of them `token`, times `scale` into shared memory; zeros up to MOST.
+// Loads `count` tokens of an operand, from `token` on, times `scale` into shared memory; rows up to MOST get zeros.
 template <int MOST>
 __device__ __forceinline__ void load(real (*tile)[PITCH], const real* __restrict__ from, const int* __restrict__ places,
                                      int operand, int token, int head, int count, real scale) {
@@ -59,7 +63,7 @@ __device__ __forceinline__ void load(real (*tile)[PITCH], const real* __restrict
     }
 }
 
-// product[i][j] = <a row of thread, b row of thread>: S = Q K^T and dP = dO V^T.
+// product[i][j] = <row i of this thread in a, row j of this thread in b>: S = Q K^T and dP = dO V^T.
 __device__ __forceinline__ void rows_by_rows(real product[ROWS_A_THREAD][COLS_A_THREAD], const real (*a)[PITCH],
                                              const real (*b)[PITCH], int ty, int tx) {
 #pragma unroll
@@ -80,9 +84,9 @@ __device__ __forceinline__ void rows_by_rows(real product[ROWS_A_THREAD][COLS_A_
     }
 }
 
-// What shared memory is dealt out to.
+// The parts of shared memory.
 typedef real (*Tile)[PITCH];
-typedef real (*Scores)[COLS + 8];          // 4 rows by 8 columns of a warp's numbers: 32 different banks
+typedef real (*Scores)[COLS + 8];          // the 4 rows by 8 columns of a warp lie in 32 different banks
 
 // acc += scores (ROWS, COLS) tile (COLS, HEAD): P V of forward, dS K of dQ.
 __device__ __forceinline__ void add_rows_by_tile(real acc[ROWS_A_THREAD][WIDTH_A_THREAD], Scores scores, Tile tile,
@@ -127,7 +131,7 @@ attention_forward(const real* __restrict__ q, const real* __restrict__ k, const 
         const int keys = own ? min(s.keys, i0 + queries + s.diagonal) : s.prefix_keys;
         for (int j0 = 0; j0 < keys; j0 += COLS) {
             const int count = min(COLS, keys - j0);
-            __syncthreads();                            // everybody is through with the tile before
+            __syncthreads();                            // all threads are done with the last tile
             load<COLS>(sK, k, places, K, first + j0, head / group, count, 1);
             load<COLS>(sV, v, places, V, first + j0, head / group, count, 1);
             __syncthreads();
@@ -145,7 +149,7 @@ attention_forward(const real* __restrict__ q, const real* __restrict__ k, const 
                     highest = fmax(highest, S[i][j]);
                 }
                 highest = lanes_max<8>(highest);
-                // A row that has seen no key yet: exp(-inf - 0) is 0, exp(-inf + inf) would be NaN.
+                // For a row that has seen no key yet: exp(-inf - 0) is 0, but exp(-inf + inf) is NaN.
                 const real shift = highest == NEGATIVE_INFINITY ? real(0) : highest;
                 const real rescale = exp(m[i] - shift);
                 real sum = 0;
@@ -160,7 +164,7 @@ attention_forward(const real* __restrict__ q, const real* __restrict__ k, const 
 #pragma unroll
                 for (int d = 0; d < WIDTH_A_THREAD; ++d) acc[i][d] *= rescale;
             }
-            __syncwarp();                               // a row of P is written and read by one warp
+            __syncwarp();                               // one warp writes and reads a row of P
             add_rows_by_tile(acc, sP, sV, ty, tx);
         }
     }
@@ -172,19 +176,21 @@ attention_forward(const real* __restrict__ q, const real* __restrict__ k, const 
         real* out = o + at(places, O, s.query + i0 + row, head);
 #pragma unroll
         for (int d = 0; d < WIDTH_A_THREAD; ++d) out[tx + 8 * d] = l[i] == 0 ? real(0) : acc[i][d] / l[i];
-        if (tx == 0) lse[(size_t)head * lse_head + s.query + i0 + row] = m[i] + log(l[i]);     // -inf where no key is seen
+        if (tx == 0) lse[(size_t)head * lse_head + s.query + i0 + row] = m[i] + log(l[i]);     // -inf if no key is seen
     }
 }
 
-// D = rowsum(dO O), for the tiles of attention_forward.
+// D = rowsum(dO O), for the same tiles of queries as attention_dq.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_delta(const real* __restrict__ o, const real* __restrict__ dout, real* __restrict__ delta,
-                const int* __restrict__ segments, const int* __restrict__ tiles, const int* __restrict__ places, int lse_head) {
+                const int* __restrict__ segments, const int* __restrict__ tiles, const int* __restrict__ places,
+                int lse_head) {
     const int ty = threadIdx.x / 8, tx = threadIdx.x % 8, head = blockIdx.y;
     const Segment s = segment_of(segments, tiles[2 * blockIdx.x]);
     const int i0 = tiles[2 * blockIdx.x + 1], queries = min(ROWS, s.queries - i0);
     for (int i = 0; i < ROWS_A_THREAD; ++i) {
-        const int row = ty + TY * i, token = s.query + i0 + min(row, queries - 1);     // all lanes take part in the sum
+        const int row = ty + TY * i;
+        const int token = s.query + i0 + min(row, queries - 1);     // all lanes must take part in the sum
         const real *of_o = o + at(places, O, token, head), *of_do = dout + at(places, DO, token, head);
         real sum = 0;
         if (row < queries)
@@ -194,9 +200,31 @@ attention_delta(const real* __restrict__ o, const real* __restrict__ dout, real*
     }
 }
 
-// L and D of a tile's queries, for everybody.
+// Loads L or D of a tile's queries into shared memory.
 __device__ __forceinline__ void load_rows(real* tile, const real* __restrict__ from, size_t first, int count) {
     for (int row = threadIdx.x; row < ROWS; row += THREADS) tile[row] = row < count ? from[first + row] : real(0);
+}
+
+// P = exp(S - L) and dS = P (dP - D) of a tile, into shared memory. Row i sees column j if j <= i + last.
+// P is not stored if sP is null.
+__device__ __forceinline__ void probabilities_and_gradient(Scores sP, Scores sdS, Tile sQ, Tile sK, Tile sdO, Tile sV,
+                                                           const real* sL, const real* sD, int queries, int count,
+                                                           int last, int ty, int tx) {
+    real S[ROWS_A_THREAD][COLS_A_THREAD], dP[ROWS_A_THREAD][COLS_A_THREAD];
+    rows_by_rows(S, sQ, sK, ty, tx);
+    rows_by_rows(dP, sdO, sV, ty, tx);
+#pragma unroll
+    for (int i = 0; i < ROWS_A_THREAD; ++i) {
+        const int row = ty + TY * i;
+#pragma unroll
+        for (int j = 0; j < COLS_A_THREAD; ++j) {
+            const int col = tx + 8 * j;
+            const bool seen = row < queries && col < count && col <= row + last;
+            const real p = seen ? exp(S[i][j] - sL[row]) : real(0);
+            if (sP) sP[row][col] = p;
+            sdS[row][col] = p * (dP[i][j] - sD[row]);
+        }
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -233,20 +261,8 @@ attention_dq(const real* __restrict__ q, const real* __restrict__ k, const real*
             load<COLS>(sV, v, places, V, first + j0, head / group, count, 1);
             __syncthreads();
 
-            real S[ROWS_A_THREAD][COLS_A_THREAD], dP[ROWS_A_THREAD][COLS_A_THREAD];
-            rows_by_rows(S, sQ, sK, ty, tx);
-            rows_by_rows(dP, sdO, sV, ty, tx);
-#pragma unroll
-            for (int i = 0; i < ROWS_A_THREAD; ++i) {
-                const int row = ty + TY * i;
-#pragma unroll
-                for (int j = 0; j < COLS_A_THREAD; ++j) {
-                    const int col = tx + 8 * j;
-                    const bool seen = row < queries && col < count && (!own || j0 + col <= i0 + row + s.diagonal);
-                    const real p = seen ? exp(S[i][j] - sL[row]) : real(0);
-                    sdS[row][col] = p * (dP[i][j] - sD[row]);
-                }
-            }
+            const int last = own ? s.diagonal + i0 - j0 : COLS;
+            probabilities_and_gradient(nullptr, sdS, sQ, sK, sdO, sV, sL, sD, queries, count, last, ty, tx);
             __syncwarp();
             add_rows_by_tile(acc, sdS, sK, ty, tx);
         }
@@ -261,12 +277,13 @@ attention_dq(const real* __restrict__ q, const real* __restrict__ k, const real*
     }
 }
 
-// A tile of keys (first token, how many, j of the first, and which of `users` they have) and every query that sees
-// them: of the segment itself, and of each one that has them for its prefix. users: (segment, whether they are its own).
+// dK and dV of a tile of keys (first token, number, j of the first, begin and end of its rows in `users`), from every
+// query that sees them: of their own segment, and of each segment whose prefix they are.
+// users: (segment, whether the keys are its own).
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_dk_dv(const real* __restrict__ q, const real* __restrict__ k, const real* __restrict__ v,
                 const real* __restrict__ dout, const real* __restrict__ lse, const real* __restrict__ delta,
-                real* dk, real* dv,             // parts of one array, it may be
+                real* dk, real* dv,             // no __restrict__: they may be parts of one array
                 const int* __restrict__ segments, const int* __restrict__ key_tiles, const int* __restrict__ users,
                 const int* __restrict__ places, int lse_head, int group, real scale) {
     const int ty = threadIdx.x / 8, tx = threadIdx.x % 8, key_head = blockIdx.y;
@@ -292,29 +309,16 @@ attention_dk_dv(const real* __restrict__ q, const real* __restrict__ k, const re
             for (int i0 = own ? max(0, j0 - s.diagonal) : 0; i0 < s.queries; i0 += ROWS) {
                 const int queries = min(ROWS, s.queries - i0);
                 const size_t first_row = (size_t)head * lse_head + s.query + i0;
-                __syncthreads();                        // everybody is through with the tile before
+                __syncthreads();                        // all threads are done with the last queries
                 load<ROWS>(sQ, q, places, Q, s.query + i0, head, queries, scale);
                 load<ROWS>(sdO, dout, places, DO, s.query + i0, head, queries, 1);
                 load_rows(sL, lse, first_row, queries);
                 load_rows(sD, delta, first_row, queries);
                 __syncthreads();
 
-                real S[ROWS_A_THREAD][COLS_A_THREAD], dP[ROWS_A_THREAD][COLS_A_THREAD];
-                rows_by_rows(S, sQ, sK, ty, tx);
-                rows_by_rows(dP, sdO, sV, ty, tx);
-#pragma unroll
-                for (int i = 0; i < ROWS_A_THREAD; ++i) {
-                    const int row = ty + TY * i;
-#pragma unroll
-                    for (int j = 0; j < COLS_A_THREAD; ++j) {
-                        const int col = tx + 8 * j;
-                        const bool seen = row < queries && col < count && (!own || j0 + col <= i0 + row + s.diagonal);
-                        const real p = seen ? exp(S[i][j] - sL[row]) : real(0);
-                        sP[row][col] = p;
-                        sdS[row][col] = p * (dP[i][j] - sD[row]);
-                    }
-                }
-                __syncthreads();                        // its columns are read by all the warps
+                const int last = own ? s.diagonal + i0 - j0 : COLS;
+                probabilities_and_gradient(sP, sdS, sQ, sK, sdO, sV, sL, sD, queries, count, last, ty, tx);
+                __syncthreads();                        // all warps read the columns of P and dS
 #pragma unroll 2
                 for (int row = 0; row < ROWS; ++row) {
                     real of_q[WIDTH_A_THREAD], of_do[WIDTH_A_THREAD];

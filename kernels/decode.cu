@@ -1,18 +1,18 @@
-// Attention of one new token to a long cache: one query a head, so nothing is multiplied as matrices, and every key and
-// value is read once from global memory for all the heads that share it. What counts is how fast the cache can be read.
+// Attention of one new token to a long cache. There is one query a head, so no product of matrices, and every key and
+// value is read once from global memory for all query heads that share it. The speed of reading the cache decides.
 //
-//   The keys are split over blocks (Flash-Decoding; Dao, Haziza, Massa and Sizov 2023), or a batch of one would
-//   leave most of the device idle. In a block, a warp takes a key at a time: its 32 lanes read the key's HEAD numbers
-//   side by side, sum up q k with shuffles, and keep m, l and the unnormalised O of attention.cu for each of the GROUP
-//   queries. The warps of a block are combined in shared memory, the blocks of a head by decode_combine:
+// The keys are split over blocks (Flash-Decoding; Dao, Haziza, Massa and Sizov 2023); otherwise a batch of one would
+// leave most of the device idle. In a block a warp takes one key at a time: its 32 lanes read the HEAD numbers of the
+// key side by side, sum q k by shuffles, and keep m, l and the unnormalised O of attention.cu for each of the GROUP
+// queries. The warps of a block are combined in shared memory, the blocks of a head by decode_combine:
 //     m = max m_i,  l = sum exp(m_i - m) l_i,  O = sum exp(m_i - m) O_i / l.
 //
-// The cache is (B, kv heads, capacity, HEAD), of which `length` positions are filled; row b has its first one at first[b]
-// (padding on the left). Bytes: keys and values once, which is the least possible; partial results, (HEAD + 2) numbers a
-// split, twice. Left on the table: float4 loads, several keys in flight a warp.
+// The cache is (B, kv heads, capacity, HEAD) with `length` filled positions; row b begins at position first[b] (padding
+// on the left). Bytes: keys and values once, which is the minimum; the partial results, HEAD + 2 numbers for each
+// split, twice. Possible and not done: float4 loads, several keys at a time in a warp.
 
 #define WARPS (THREADS / 32)
-#define LANE_WIDTH ((HEAD + 31) / 32)       // numbers of a head that a lane has
+#define LANE_WIDTH ((HEAD + 31) / 32)       // numbers of a head in a lane
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 decode_split(const real* __restrict__ q, const real* __restrict__ keys, const real* __restrict__ values,
@@ -62,7 +62,7 @@ decode_split(const real* __restrict__ q, const real* __restrict__ keys, const re
     __shared__ real of_warps[WARPS][HEAD + 2];          // O, then m and l
 #pragma unroll
     for (int g = 0; g < GROUP; ++g) {
-        __syncthreads();                                // the head before has been read
+        __syncthreads();                                // the last head has been read
 #pragma unroll
         for (int i = 0; i < LANE_WIDTH; ++i)
             if (lane + 32 * i < HEAD) of_warps[warp][lane + 32 * i] = acc[g][i];
@@ -85,7 +85,7 @@ decode_split(const real* __restrict__ q, const real* __restrict__ keys, const re
     }
 }
 
-// The splits of each row and head, in their order: one block of HEAD numbers (32 threads at least) for each.
+// Combines the splits of each row and head, in their order: one block of HEAD threads (at least 32) for each.
 extern "C" __global__ void __launch_bounds__(128)
 decode_combine(const real* __restrict__ o, const real* __restrict__ m, const real* __restrict__ l,
                real* __restrict__ out, int splits) {

@@ -1,4 +1,4 @@
-"""Attention of one new token to a cache of keys and values: what decode.cu needs to know, checked, and its launches."""
+"""Attention of one new token to a cache of keys and values: the checks and the launches of decode.cu."""
 
 import itertools
 
@@ -9,47 +9,51 @@ from minilm.kernels.launch import check, function, launch, options, real
 
 WIDTHS, GROUPS = (16, 32, 64, 128), range(1, 9)
 THREADS = 128
-# Keys that a block takes. Fixed, so that a row's numbers do not depend on how many rows there are.
-CHUNK = 128
+CHUNK = 128             # keys of a block; fixed, so that the results of a row do not depend on the number of rows
 
 
 def decode(q, keys, values, length, first=None, scale=None):
     """softmax(scale q k^T) v over the first `length` positions of a cache.  q (B,H,K) -> (B,H,K)
 
-    keys, values (B,G,capacity,K), G dividing H; first (B,): where each row's real keys begin (int32 on the
-    device; None: at 0). scale: 1/sqrt(K) unless given. A row without keys gives zeros. Raises TypeError and
-    ValueError for what is not served.
+    keys, values (B,G,capacity,K), G divides H. first (B,), int32 on the device: the position of each row's first real
+    key (None: 0). scale: 1/sqrt(K) by default. A row without keys gives zeros. Raises TypeError for an unsupported
+    dtype, ValueError for an unsupported shape.
     """
-    xp, (B, H, K), (_, G, capacity, _) = array_module(q, keys, values), q.shape, keys.shape
+    xp = array_module(q, keys, values)
+    B, H, K = q.shape
+    _, G, capacity, _ = keys.shape
     real(q.dtype)
     if K not in WIDTHS or H % G or H // G not in GROUPS:
-        raise ValueError(f"decode: {H} heads over {G}, of width {K}; this kernel serves widths "
+        raise ValueError(f"decode: {H} query heads for {G} key/value heads, of width {K}; this kernel supports widths "
                          f"{', '.join(map(str, WIDTHS))} and up to {GROUPS[-1]} query heads for each key/value head")
     check("q", q, q.dtype, (B, H, K))
     for name, array in ("keys", keys), ("values", values):
         check(name, array, q.dtype, (B, G, capacity, K))
     if not 0 <= length <= capacity:
-        raise ValueError(f"decode: {length} positions of a cache of {capacity}")
+        raise ValueError(f"decode: {length} positions of a cache of {capacity}; length must be from 0 to the capacity")
     first = xp.zeros(B, np.int32) if first is None else first
     check("first", first, np.int32, (B,))
-    splits, out = -(-length // CHUNK), xp.empty(q.shape, q.dtype)
+    splits = -(-length // CHUNK)
     if not splits or not q.size:
         return xp.zeros(q.shape, q.dtype)
-    o, m, l = (xp.empty((splits, B, H, *more), q.dtype) for more in ((K,), (), ()))
+    out = xp.empty(q.shape, q.dtype)
+    # Of each split: o before the division, the largest score m, the sum of exp(score - m).
+    o = xp.empty((splits, B, H, K), q.dtype)
+    m, total = (xp.empty((splits, B, H), q.dtype) for _ in range(2))
     launch(function(xp, "decode", "decode_split", q.dtype, **constants(K, H // G)), (splits, G, B), (THREADS,),
-           q, keys, values, first, o, m, l, length, capacity, CHUNK, float(K ** -0.5 if scale is None else scale))
+           q, keys, values, first, o, m, total, length, capacity, CHUNK, float(K ** -0.5 if scale is None else scale))
     launch(function(xp, "decode", "decode_combine", q.dtype, **constants(K, H // G)), (B * H,), (max(32, K),),
-           o, m, l, out, splits)
+           o, m, total, out, splits)
     return out
 
 
 def constants(width, group):
-    """The -D of decode.cu."""
+    """The constants of decode.cu, for -D."""
     return {"HEAD": width, "GROUP": group, "THREADS": THREADS}
 
 
 def variants():
-    """(name, compiler's options, threads, dynamic shared bytes) of everything that can be launched."""
+    """(kernel, compiler options, threads of a block, bytes of dynamic shared memory) of every launch configuration."""
     for dtype, width, group in itertools.product(("float32", "float64"), WIDTHS, (1, 4, 8)):
         yield "decode_split", options(dtype, constants(width, group)), THREADS, 0
     for dtype, width in itertools.product(("float32", "float64"), WIDTHS):
@@ -71,7 +75,7 @@ def decode_bytes(B, H, G, K, lengths, longest, dtype):
 
 
 def example(xp, rng, B=2, H=4, G=2, T=200, K=32, dtype="float32"):
-    """One token's attention to a cache of T random ones."""
+    """Attention of one token to a cache of T random keys and values."""
     q = xp.asarray(rng.normal(size=(B, H, K)).astype(dtype))
     keys, values = (xp.asarray(rng.normal(size=(B, G, T, K)).astype(dtype)) for _ in range(2))
     return decode(q, keys, values, T)

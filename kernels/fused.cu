@@ -1,31 +1,32 @@
-// The small operations of a training step, each in one pass over memory: RMSNorm, SwiGLU, rotary positions, AdamW,
-// and the norm of a gradient. There is next to no arithmetic here; what counts is bytes. As array operations, each
-// line of a formula would read and write whole arrays; here a number is read once, kept in registers, and written
-// once. What is summed over blocks goes through partial sums, added in a fixed order: no floating-point atomics, and
-// the same bits each time, whatever order the blocks run in.
+// The small operations of a training step, each in one pass over memory: RMSNorm, SwiGLU, rotary positions, AdamW, and
+// the norm of a gradient. They have little arithmetic, so bytes decide. As array operations, each line of a formula
+// would read and write whole arrays; here a number is read once, kept in registers, and written once. Sums over blocks
+// go through partial sums that are added in a fixed order, without floating-point atomics: the result has the same bits
+// in every order of blocks.
 //
 //   rms_norm   y = x r w,  r = 1 / sqrt(mean(x^2) + eps)        Zhang and Sennrich 2019, arXiv:1910.07467
 //              with n = x r, dn = dy w:  dx = r (dn - n mean(dn n)),  dw = sum of dy n over the rows
 //   swiglu     y = g s u,  s = sigmoid(g)                       Shazeer 2020, arXiv:2002.05202
-//              dg = dy s (1 + g (1 - s)) u,  du = dy s g;  s is computed again and not kept
+//              dg = dy s (1 + g (1 - s)) u,  du = dy s g;  backward computes s again
 //   rope       (a, b) -> (a cos - b sin, b cos + a sin)         Su et al. 2021, arXiv:2104.09864; backward: -sin
 //   adamw      m += (1 - b1)(g - m),  v += (1 - b2)(g^2 - v),  p = decay p - rate m / (sqrt(v) + eps)
-//                                                               Loshchilov and Hutter 2017, arXiv:1711.05101
+//                                                               Loshchilov and Hutter 2019, arXiv:1711.05101
 //
-// Tiles. Memory moves 16 bytes a thread at a time, or, where a pointer or a row is not aligned to that, number by
-// number. In rms_norm a thread holds 32 bytes of a row: 32 to 512 threads share a row of up to 16 KiB, and a block
-// takes eight narrow rows at a time, so that it has about 256 threads. In swiglu a warp goes along a row. In rope a
-// thread turns the same pairs in every head of a token, and so reads cos and sin once.
+// Tiles. A thread moves 16 bytes at a time, or single numbers if a pointer or a row is not aligned to 16 bytes. In
+// rms_norm a thread holds 32 bytes of a row: 32 to 512 threads share a row of up to 16 KiB, and a block takes up to
+// eight narrow rows at a time, so that it has about 256 threads. In swiglu a warp goes along a row. In rope a thread
+// rotates the same pairs in every head of a token, so it reads cos and sin once.
 //
-// Numbers read and written for N rows, B of them at a time in C <= 512 blocks (to the byte: *_bytes in fused.py):
-//   rms_norm_forward    N D + B D              N D + N          the least, but for B instead of 1
-//   rms_norm_backward   2 N D + N + (B + C) D  N D + (C + 1) D  the least, but for B instead of 1, and C instead of 0
-//   swiglu_forward      2 N F                  N F              the least
-//   swiglu_backward     3 N F                  2 N F            the least, with s computed again
-//   rope                N (H + G + 1) K        N (H + G) K      the least, given tables
-//   adamw               4 P                    3 P              the least
-// __launch_bounds__ end in 1, for one block a multiprocessor: or NVRTC spills registers rather than use more than 64.
-// Left on the table: the residual addition before a norm, and the rotation, which attention could do as it loads.
+// Numbers read and written for N rows, B rows at a time in C <= 512 blocks (to the byte: *_bytes in fused.py):
+//   rms_norm_forward    N D + B D              N D + N          the minimum, except B instead of 1
+//   rms_norm_backward   2 N D + N + (B + C) D  N D + (C + 1) D  the minimum, except B instead of 1 and C instead of 0
+//   swiglu_forward      2 N F                  N F              the minimum
+//   swiglu_backward     3 N F                  2 N F            the minimum if s is computed again
+//   rope                N (H + G + 1) K        N (H + G) K      the minimum with tables
+//   adamw               4 P                    3 P              the minimum
+// __launch_bounds__(.., 1) asks for one block a multiprocessor; otherwise NVRTC limits a thread to 64 registers and
+// spills. Possible and not done: the residual addition before a norm; the rotation inside attention, when it loads Q
+// and K.
 
 constexpr int VECTOR = 16 / sizeof(real);       // numbers moved at a time
 constexpr int HELD = 32 / sizeof(real);         // numbers of a row that a thread holds
@@ -40,14 +41,14 @@ template <int N> __device__ __forceinline__ void store(real* to, const Vector<N>
     *reinterpret_cast<Vector<N>*>(to) = vector;
 }
 
-// Whether the arrays, and rows of that many numbers in them, begin where vectors may.
+// Whether the arrays, and rows of `width` numbers in them, are aligned for vectors.
 template <class... Pointer> __device__ __forceinline__ bool aligned(int width, Pointer... arrays) {
     return (((width * sizeof(real)) | ... | reinterpret_cast<size_t>(arrays)) % sizeof(Vector<VECTOR>)) == 0;
 }
 
 // ---- Rows: blockDim.x threads (whole warps) share a row, blockDim.y rows are taken at a time ----
 
-// A thread's share of a row: vector t, t + blockDim.x, .. of it; zeros beyond its end.
+// A thread's share of a row: vectors t, t + blockDim.x, ..; zeros beyond the end.
 template <int N> __device__ __forceinline__ void load_share(real (&held)[HELD], const real* row, int width) {
     for (int k = 0; k < HELD / N; ++k) {
         const int j = (k * blockDim.x + threadIdx.x) * N;
@@ -76,7 +77,7 @@ __device__ __forceinline__ real row_sum(real value) {
     __syncthreads();
     value = 0;
     for (int warp = 0; warp < warps; ++warp) value += of_warp[first + warp];
-    __syncthreads();                            // before the sums of the next row come here
+    __syncthreads();                            // before the sums of the next row are written
     return value;
 }
 
@@ -87,7 +88,7 @@ __device__ void rms_norm_forward_by(const real* __restrict__ x, const real* __re
     real w[HELD], n[HELD];
     load_share<N>(w, weight, width);
     const int step = gridDim.x * blockDim.y;
-    for (int first = blockIdx.x * blockDim.y; first < rows; first += step) {   // all threads, for the barriers
+    for (int first = blockIdx.x * blockDim.y; first < rows; first += step) {   // all threads, because of the barriers
         const int row = first + threadIdx.y, wide = row < rows ? width : 0;
         const size_t start = (size_t)row * width;
         load_share<N>(n, x + start, wide);
@@ -107,7 +108,7 @@ rms_norm_forward(const real* __restrict__ x, const real* __restrict__ weight, re
     else rms_norm_forward_by<1>(x, weight, y, r, rows, width, eps);
 }
 
-// dx like x; partial (gridDim.x, width): dweight of the rows that each block took. Shared: (blockDim.y, width).
+// dx like x; partial (gridDim.x, width): dweight from the rows of each block. Shared memory: (blockDim.y, width).
 template <int N>
 __device__ void rms_norm_backward_by(const real* __restrict__ dy, const real* __restrict__ x,
                                      const real* __restrict__ weight, const real* __restrict__ r,
@@ -165,9 +166,9 @@ column_sums(const real* __restrict__ x, real* __restrict__ y, int rows, int widt
     }
 }
 
-// ---- SwiGLU: a warp along a row, a vector a thread; gate_up (rows, 2 width), y (rows, width) ----
+// ---- SwiGLU: a warp along a row, a vector in each thread; gate_up (rows, 2 width), y (rows, width) ----
 
-// At |g| = 1000, exp is 0 or infinite, and the quotient 1 or 0.
+// At |g| = 1000 exp is 0 or infinite, and the quotient is 1 or 0.
 __device__ __forceinline__ real sigmoid(real g) { return 1 / (1 + exp(-g)); }
 
 template <int N>
@@ -220,10 +221,10 @@ swiglu_backward(const real* __restrict__ dy, const real* __restrict__ gate_up, r
 
 // ---- Rotary positions: x (tokens, x_heads, K), y (tokens, y_heads, K), cos and sin (tokens, K/2) ----
 
-// N pairs of each of `count` heads. "half": numbers i and i + K/2 make a pair; "interleaved": 2i and 2i + 1. Either
-// way N pairs stand in two vectors, `apart` from each other.
+// Rotates N pairs of each of `count` heads. "half": numbers i and i + K/2 are a pair; "interleaved": 2i and 2i + 1. In
+// both cases N pairs are in two vectors that begin `apart` numbers from each other.
 template <int N, bool INTERLEAVED>
-__device__ __forceinline__ void turn_heads(const real* x, real* y, const Vector<N>& c, const Vector<N>& s, int count,
+__device__ __forceinline__ void rotate_heads(const real* x, real* y, const Vector<N>& c, const Vector<N>& s, int count,
                                            int K) {
     const int apart = INTERLEAVED ? N : K / 2;
     for (int head = 0; head < count; ++head, x += K, y += K) {
@@ -256,12 +257,12 @@ __device__ void rope_by(const real* x, const real* __restrict__ cos, const real*
         }
         const real* from = x + token * x_heads * K + offset;
         real* to = y + token * y_heads * K + offset;
-        turn_heads<N, INTERLEAVED>(from, to, cq, sq, heads, K);
-        turn_heads<N, INTERLEAVED>(from + heads * K, to + heads * K, c, s, kv_heads, K);
+        rotate_heads<N, INTERLEAVED>(from, to, cq, sq, heads, K);
+        rotate_heads<N, INTERLEAVED>(from + heads * K, to + heads * K, c, s, kv_heads, K);
     }
 }
 
-// x and y may be one array. sign: 1, or -1 to turn back. scale: of the query heads.
+// x and y may be one array. sign: 1, or -1 for backward. scale: of the query heads.
 extern "C" __global__ void __launch_bounds__(128, 1)
 rope(const real* x, const real* __restrict__ cos, const real* __restrict__ sin, real* y, int tokens, int heads,
      int kv_heads, int x_heads, int y_heads, int K, int interleaved, real sign, real scale) {
@@ -274,9 +275,9 @@ rope(const real* x, const real* __restrict__ cos, const real* __restrict__ sin, 
     else ROPE(1, false);
 }
 
-// ---- Flat arrays of n numbers: vectors as far as they go, then number by number ----
+// ---- Flat arrays of n numbers: vectors first, then the remaining numbers one by one ----
 
-// The sum over the block of what f.at<N>(i) returns, which does something with numbers i to i + N - 1.
+// The sum over the block of f.at<N>(i), where f processes numbers i to i + N - 1.
 template <class F> __device__ __forceinline__ real block_sum_of(F f, size_t n, bool by_vectors) {
     __shared__ real scratch[32];
     const size_t thread = (size_t)blockIdx.x * blockDim.x + threadIdx.x, threads = (size_t)gridDim.x * blockDim.x;
@@ -321,14 +322,14 @@ struct Step {                                   // of AdamW
     }
 };
 
-// partial (gridDim.x,): of the squares of g (n,).
+// partial (gridDim.x,): the sum of squares of g (n,) from each block.
 extern "C" __global__ void __launch_bounds__(256, 1)
 squares(const real* __restrict__ g, real* __restrict__ partial, long long n) {
     const real sum = block_sum_of(Squares{g}, n, aligned(0, g));
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-// One step of p, m, v (n,) in place. partial (gridDim.x,): of the squares of p after it.
+// One step of p, m, v (n,) in place. partial (gridDim.x,): the sum of squares of the new p from each block.
 extern "C" __global__ void __launch_bounds__(256, 1)
 adamw(real* __restrict__ p, const real* __restrict__ g, real* __restrict__ m, real* __restrict__ v,
       real* __restrict__ partial, long long n, long long decayed, real scale, real towards_g, real towards_square,

@@ -1,7 +1,7 @@
 """The launches of fused.cu: RMSNorm, SwiGLU, rotary positions, AdamW, and the norm of a gradient.
 
-All take contiguous arrays of float32 or float64, of one dtype in a call, and raise TypeError or ValueError for
-anything else before a kernel runs. Grids depend on shapes alone, so the same arrays give the same bits.
+All functions take contiguous arrays of float32 or float64, of one dtype in a call, and raise TypeError or ValueError
+for other arrays before a launch. Grids depend only on shapes, so the same arrays give the same bits.
 """
 
 import math
@@ -13,29 +13,32 @@ from minilm.kernels.launch import check, function, launch, options, real
 
 ROW_BYTES = 16 * 1024           # the longest row that rms_norm holds in registers: 512 threads, 32 bytes each
 BLOCK = 256                     # threads of a block, unless a row needs more
-ROW_BLOCKS = 512                # of rms_norm, which go on from row to row; as many partial sums of dweight
-FLAT_BLOCKS = 1024              # of flat arrays, likewise
-PER_BLOCK = 4 * BLOCK           # numbers of a flat array that are worth a block
+ROW_BLOCKS = 512                # blocks of rms_norm, at most; each loops over rows and gives a partial sum of dweight
+FLAT_BLOCKS = 1024              # blocks for a flat array, at most
+PER_BLOCK = 4 * BLOCK           # a flat array gets another block for every PER_BLOCK numbers
 ROPE_BLOCK = 128
 
 
 def rms_norm_forward(x, weight, eps=1e-6):
     """x / sqrt(mean(x^2) + eps) * weight, and the reciprocal root.  (..,D), (D,) -> (..,D), (N,) for N rows"""
     xp, N, D = _rms_norm(x, weight)
-    y, r = xp.empty(x.shape, x.dtype), xp.empty(N, x.dtype)
+    y = xp.empty(x.shape, x.dtype)
+    r = xp.empty(N, x.dtype)
     launch(_kernel(xp, "rms_norm_forward", x.dtype), *_grid_of_rows(N, D, x.dtype), x, weight, y, r, N, D, float(eps))
     return y, r
 
 
 def rms_norm_backward(dy, x, weight, r):
-    """dx (..,D) and dweight (D,), from dy (..,D) and what forward had and returned."""
+    """dx (..,D) and dweight (D,) from dy (..,D), the inputs of forward, and its r."""
     xp, N, D = _rms_norm(x, weight)
     check("dy", dy, x.dtype, x.shape)
     check("r", r, x.dtype, (N,))
     if not N:
         return xp.empty(x.shape, x.dtype), xp.zeros(D, x.dtype)
     grid, block = _grid_of_rows(N, D, x.dtype)
-    dx, dweight, partial = xp.empty(x.shape, x.dtype), xp.empty(D, x.dtype), xp.empty((grid[0], D), x.dtype)
+    dx = xp.empty(x.shape, x.dtype)
+    dweight = xp.empty(D, x.dtype)
+    partial = xp.empty((grid[0], D), x.dtype)                   # of each block
     launch(_kernel(xp, "rms_norm_backward", x.dtype), grid, block, dy, x, weight, r, dx, partial, N, D,
            shared=block[1] * D * x.dtype.itemsize)
     launch(_kernel(xp, "column_sums", x.dtype), (-(-D // 32),), (32, 8), partial, dweight, grid[0], D)
@@ -43,7 +46,7 @@ def rms_norm_backward(dy, x, weight, r):
 
 
 def swiglu_forward(gate_up):
-    """silu(gate) * up, with gate and up the two halves of the last axis.  (..,2F) -> (..,F)"""
+    """silu(gate) * up; gate and up are the two halves of the last axis.  (..,2F) -> (..,F)"""
     xp, N, F = _swiglu(gate_up)
     y = xp.empty((*gate_up.shape[:-1], F), gate_up.dtype)
     launch(_kernel(xp, "swiglu_forward", gate_up.dtype), *_grid_of_vectors(N, F, gate_up.dtype), gate_up, y, N, F)
@@ -60,14 +63,14 @@ def swiglu_backward(dy, gate_up):
 
 
 def rope(qkv, cos, sin, heads, kv_heads, pairing="half", scale=1.0, backward=False, out=None):
-    """Queries and keys turned by the angles of their tokens: the first H+G heads of (N,H+2G,K) -> (N,H+G,K)
+    """Rotate the queries and keys, the first H+G heads, by the angles of their tokens.  (N,H+2G,K) -> (N,H+G,K)
 
-    cos, sin (N,K/2), as layers.rope_tables makes them; pairing as in layers.rope; scale is that of the H query heads.
-    qkv may also have H+G heads. out: an array of N tokens and H+G or H+2G heads to write to, of which the last G
-    of H+2G are left alone; it may be qkv itself. backward: turn back, so that a gradient of what came out
-    becomes one of what went in.
+    cos, sin (N,K/2) from layers.rope_tables; pairing as in layers.rope; scale multiplies the H query heads. qkv can
+    also have H+G heads. out: an array to write to, of N tokens and H+G or H+2G heads (the last G are not written); it
+    may be qkv. backward: rotate by the negative angles, which gives the gradient of the input from that of the output.
     """
-    xp, H, G = array_module(qkv, cos, sin), heads, kv_heads
+    xp = array_module(qkv, cos, sin)
+    H, G = heads, kv_heads
     real(qkv.dtype)
     if H < 0 or G < 0 or len(qkv.shape) != 3 or qkv.shape[1] not in (H + G, H + 2 * G) or qkv.shape[2] % 2:
         raise ValueError(f"qkv has shape {qkv.shape}; this kernel takes (N,H+2G,K) or (N,H+G,K), K even, "
@@ -87,20 +90,21 @@ def rope(qkv, cos, sin, heads, kv_heads, pairing="half", scale=1.0, backward=Fal
 
 
 def adamw_step(p, g, m, v, decayed, learning_rate, betas, eps, weight_decay, steps, scale=1.0):
-    """One step of AdamW on flat arrays, p, m and v in place: what minilm.optim.AdamW.step does, step number `steps`.
+    """One step of AdamW on flat arrays, in place in p, m and v: the same as minilm.optim.AdamW.step.
 
-    g is multiplied by `scale` first (that is clipping). The first `decayed` parameters decay. Returns the squared
-    norm of p after the step, as an array without axes.
+    steps: the number of this step, from 1. scale: multiplies g first (for clipping). The first `decayed` parameters
+    decay. Returns the squared norm of p after the step, as an array without axes.
+    Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2.
     """
     xp = array_module(p, g, m, v)
     real(p.dtype)
     for name, array in (("p", p), ("g", g), ("m", m), ("v", v)):
         check(name, array, p.dtype, (p.size,))
     if not 0 <= decayed <= p.size or steps < 1:
-        raise ValueError(f"decayed is {decayed} of {p.size} parameters and steps {steps}; "
-                         "expected 0 to all of them, and 1 or more")
+        raise ValueError(f"decayed is {decayed} and steps is {steps}; decayed must be from 0 to {p.size}, the number "
+                         "of parameters, and steps at least 1")
     b1, b2 = betas
-    second = math.sqrt(1 - b2 ** steps)         # the corrections of both moments, moved into rate and eps
+    second = math.sqrt(1 - b2 ** steps)         # the bias corrections of both moments are moved into rate and eps
     return _sum_of_blocks(xp, "adamw", p.size, p.dtype, p, g, m, v, after=(
         np.int64(p.size), np.int64(decayed), float(scale), 1.0 - b1, 1.0 - b2, 1.0 - learning_rate * weight_decay,
         float(learning_rate * second / (1 - b1 ** steps)), float(eps * second)))
@@ -114,11 +118,12 @@ def squared_norm(g):
 
 
 def _sum_of_blocks(xp, name, n, dtype, *arrays, after):
-    """A kernel on flat arrays of n numbers, which leaves a sum of each block; the sum of these."""
+    """Launch a kernel on flat arrays of n numbers that writes a sum for each block. Returns the sum over all blocks."""
     blocks = _flat_blocks(n)
     if not blocks:
         return xp.zeros((), dtype)
-    partial, sum_of_all = xp.empty(blocks, dtype), xp.empty(1, dtype)
+    partial = xp.empty(blocks, dtype)
+    sum_of_all = xp.empty(1, dtype)
     launch(_kernel(xp, name, dtype), (blocks,), (BLOCK,), *arrays, partial, *after)
     launch(_kernel(xp, "total", dtype), (1,), (BLOCK,), partial, sum_of_all, blocks)
     return sum_of_all.reshape(())
@@ -127,19 +132,19 @@ def _sum_of_blocks(xp, name, n, dtype, *arrays, after):
 # Grids.
 
 def _grid_of_rows(N, D, dtype):
-    """(grid, block): threads along a row of 32 bytes each, rows for the rest of a block."""
+    """(grid, block): along a row one thread for 32 bytes; as many rows as make a block of about BLOCK threads."""
     along = 32 * -(-D * dtype.itemsize // 1024)
     rows = max(1, BLOCK // along)
     return (min(ROW_BLOCKS, -(-N // rows)),), (along, rows)
 
 
 def _grid_of_vectors(N, F, dtype):
-    """(grid, block): a warp along a row, a vector each, eight rows."""
+    """(grid, block): a warp along a row with a vector in each thread; eight rows."""
     return (-(-N // 8), -(-F // (32 * _vector(dtype)))), (32, 8)
 
 
 def _vector(dtype):
-    """How many numbers 16 bytes are."""
+    """Numbers in 16 bytes."""
     return 16 // dtype.itemsize
 
 
@@ -152,8 +157,9 @@ def _kernel(xp, name, dtype):
 
 
 def _rms_norm(x, weight):
-    """What both directions check: xp, N rows, their length D."""
-    xp, most = array_module(x, weight), ROW_BYTES // np.dtype(x.dtype).itemsize
+    """Checks for both directions. Returns xp, the number of rows N, their length D."""
+    xp = array_module(x, weight)
+    most = ROW_BYTES // np.dtype(x.dtype).itemsize
     real(x.dtype)
     D = x.shape[-1] if x.shape else 0
     if not 1 <= D <= most:
@@ -172,18 +178,20 @@ def _swiglu(gate_up):
     return array_module(gate_up), math.prod(gate_up.shape[:-1]), F
 
 
-# Bytes that each launch (reads, writes), by kernel and argument.
+# {kernel: {argument: (bytes read, bytes written)}} of each function.
 
 def rms_norm_forward_bytes(N, D, dtype):
-    """A weight is read once by each row of a block, and kept."""
-    size, (grid, block) = np.dtype(dtype).itemsize, _grid_of_rows(N, D, np.dtype(dtype))
+    """Each row of threads of a block reads the weight once and keeps it."""
+    size = np.dtype(dtype).itemsize
+    grid, block = _grid_of_rows(N, D, np.dtype(dtype))
     return {"rms_norm_forward": {"x": (N * D * size, 0), "weight": (grid[0] * block[1] * D * size, 0),
                                  "y": (0, N * D * size), "r": (0, N * size)}}
 
 
 def rms_norm_backward_bytes(N, D, dtype):
-    """r is read by each thread of its row, which on a GPU is one transaction a warp."""
-    size, (grid, block) = np.dtype(dtype).itemsize, _grid_of_rows(N, D, np.dtype(dtype))
+    """Each thread of a row reads r; on a GPU that is one transaction for a warp."""
+    size = np.dtype(dtype).itemsize
+    grid, block = _grid_of_rows(N, D, np.dtype(dtype))
     partial = grid[0] * D * size
     return {"rms_norm_backward": {"dy": (N * D * size, 0), "x": (N * D * size, 0), "weight": (block[1] * partial, 0),
                                   "r": (N * block[0] * size, 0), "dx": (0, N * D * size), "partial": (0, partial)},
@@ -202,27 +210,30 @@ def swiglu_backward_bytes(N, F, dtype):
 
 
 def rope_bytes(N, heads, kv_heads, K, dtype):
-    """Whatever else the arrays hold is not touched."""
+    """Only the query and key heads are read and written."""
     size = np.dtype(dtype).itemsize
-    moved, table = N * (heads + kv_heads) * K * size, (N * (K // 2) * size, 0)
+    moved = N * (heads + kv_heads) * K * size
+    table = N * (K // 2) * size, 0
     return {"rope": {"x": (moved, 0), "cos": table, "sin": table, "y": (0, moved)}}
 
 
 def adamw_step_bytes(P, dtype):
-    size, partial = np.dtype(dtype).itemsize, _flat_blocks(P) * np.dtype(dtype).itemsize
-    both = (P * size, P * size)
+    size = np.dtype(dtype).itemsize
+    partial = _flat_blocks(P) * size
+    both = P * size, P * size
     return {"adamw": {"p": both, "g": (P * size, 0), "m": both, "v": both, "partial": (0, partial)},
             "total": {"x": (partial, 0), "y": (0, size)}}
 
 
 def squared_norm_bytes(P, dtype):
-    size, partial = np.dtype(dtype).itemsize, _flat_blocks(P) * np.dtype(dtype).itemsize
+    size = np.dtype(dtype).itemsize
+    partial = _flat_blocks(P) * size
     return {"squares": {"g": (P * size, 0), "partial": (0, partial)}, "total": {"x": (partial, 0), "y": (0, size)}}
 
 
 def variants():
-    """(name, compiler's options, threads, dynamic shared bytes) of all that can be launched; the shortest and longest
-    rows that rms_norm takes."""
+    """(kernel, compiler options, threads of a block, bytes of dynamic shared memory) of every launch configuration; for
+    rms_norm those of the shortest and of the longest rows."""
     for dtype in ("float32", "float64"):
         for D in (1024 // np.dtype(dtype).itemsize, ROW_BYTES // np.dtype(dtype).itemsize):
             along, rows = _grid_of_rows(1, D, np.dtype(dtype))[1]
@@ -234,7 +245,7 @@ def variants():
 
 
 def example(xp, rng, N=3, D=33, F=5, H=2, G=1, K=8, P=1100, dtype="float32"):
-    """Every kernel of this room once on random numbers; what python -m minilm.kernels.emulator fused runs."""
+    """Every kernel of this module once, on random numbers."""
     def normal(shape):
         return xp.asarray(rng.normal(size=shape).astype(dtype))
     x, weight, gate_up, qkv, angles = map(normal, [(N, D), D, (N, 2 * F), (N, H + 2 * G, K), (N, K // 2)])

@@ -1,7 +1,12 @@
-"""From the text of a .cu file to a launch: compiled once, and every argument checked before the device sees it.
+"""From the text of a .cu file to a launch: compiled once, with every argument checked before the launch.
 
-CuPy checks neither dtypes nor contiguity, passes a Python float as a double and a Python int as 64 bits, whatever
-the kernel declares: it would read the wrong numbers without a word.
+CuPy checks neither dtypes nor contiguity. It passes a Python float as a double and a Python int as 64 bits, whatever
+the kernel declares, and the kernel then reads wrong numbers without an error.
+
+A module of minilm.kernels, X.cu and X.py, has two functions for the tools:
+    variants()              yields (kernel, compiler options, threads of a block, bytes of dynamic shared memory) for
+                            every configuration in which its kernels are launched (scripts/dev/kernel_report.py)
+    example(xp, rng, ..)    launches its kernels on random numbers (python -m minilm.kernels.emulator X)
 """
 
 import functools
@@ -11,36 +16,36 @@ import numpy as np
 
 FOLDER = Path(__file__).resolve().parent
 REALS = {"float32": "float", "float64": "double"}
-SHARED_UNASKED = 48 * 1024      # bytes of dynamic shared memory that a block may have before the driver is asked
+SHARED_UNASKED = 48 * 1024      # bytes of dynamic shared memory of a block; more must be requested from the driver
 
 
-@functools.lru_cache(maxsize=None)          # or every launch would read files
-def source(room, text=None):
-    """The prelude and kernels/<room>.cu (or another text for it), with the names and lines that errors are to show."""
-    text = (FOLDER / f"{room}.cu").read_text() if text is None else text
-    return f'#line 1 "prelude.cuh"\n{(FOLDER / "prelude.cuh").read_text()}\n#line 1 "{room}.cu"\n{text}'
+@functools.lru_cache(maxsize=None)          # a launch must not read files
+def source(module, text=None):
+    """The prelude and kernels/<module>.cu (or `text` in its place), with #line directives for error messages."""
+    text = (FOLDER / f"{module}.cu").read_text() if text is None else text
+    return f'#line 1 "prelude.cuh"\n{(FOLDER / "prelude.cuh").read_text()}\n#line 1 "{module}.cu"\n{text}'
 
 
 def options(dtype, constants):
-    """For the compiler: the precision, and the constants of a room by name."""
+    """Options of the compiler: the precision, and the constants of a module as -DNAME=VALUE."""
     return "--std=c++17", f"-DREAL={real(dtype)}", *(f"-D{name}={value}" for name, value in sorted(constants.items()))
 
 
 def real(dtype):
-    """C's name of float32 or float64. Raises TypeError for another dtype."""
+    """The C type of float32 or float64. Raises TypeError for another dtype."""
     name = np.dtype(dtype).name
     if name not in REALS:
         raise TypeError(f"the kernels compute in float32 or float64, not in {name}")
     return REALS[name]
 
 
-def function(xp, room, name, dtype, text=None, **constants):
-    """The kernel of that name, for xp (CuPy), in that precision; compiled at its first launch, once."""
-    return _function(xp.RawModule, source(room, text), name, options(dtype, constants), np.dtype(dtype))
+def function(xp, module, name, dtype, text=None, **constants):
+    """The kernel of that name for xp (CuPy) in that precision; compiled once, at its first launch."""
+    return _function(xp.RawModule, source(module, text), name, options(dtype, constants), np.dtype(dtype))
 
 
 class Kernel:
-    """A compiled kernel and the precision that its real numbers have."""
+    """A compiled kernel and the dtype of its `real`."""
 
     def __init__(self, compiled, name, dtype):
         self.compiled, self.name, self.dtype = compiled, name, dtype
@@ -57,9 +62,9 @@ def _function(raw_module, code, name, options, dtype):
 
 
 def launch(kernel, grid, block, *arguments, shared=0):
-    """Run it on a grid of blocks; shared: bytes of dynamic shared memory a block. An empty grid does nothing.
+    """Run a kernel on a grid of blocks. An empty grid does nothing. shared: bytes of dynamic shared memory of a block.
 
-    A Python int goes as 32 bits, a float in the kernel's precision. Raises TypeError for an array that is
+    A Python int is passed as 32 bits, a Python float in the kernel's precision. Raises TypeError for an array that is
     not contiguous, OverflowError for an int that does not fit.
     """
     if 0 in grid:
@@ -77,14 +82,14 @@ def _argument(kernel, value):
     if isinstance(value, float):
         return kernel.dtype.type(value)
     if not -2 ** 31 <= value < 2 ** 31:
-        raise OverflowError(f"{kernel.name}: {value} does not fit 32 bits")
+        raise OverflowError(f"{kernel.name}: {value} does not fit 32 bits; pass an np.int64 if the kernel takes one")
     return np.int32(value)
 
 
 def check(name, array, dtype, shape):
-    """Raises TypeError or ValueError, and says what is served, unless array is contiguous, of that dtype and shape.
+    """Raise TypeError or ValueError, naming the supported dtype and shape, unless the array has them and is contiguous.
 
-    None in a shape is any length.
+    None in a shape stands for any length.
     """
     if array.dtype != np.dtype(dtype):
         raise TypeError(f"{name} is {array.dtype}; this kernel takes {np.dtype(dtype)}")

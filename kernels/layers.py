@@ -1,12 +1,14 @@
-"""The fused layers of minilm/layers.py on a GPU: (output, vjp) each, from the kernels of this folder.
+"""The fused layers of minilm/layers.py on a GPU. Each function returns (output, vjp), computed by the kernels.
 
-Shapes are those of minilm/layers.py. What is not contiguous is copied here, once, before the kernels would refuse it.
+Shapes are those of minilm/layers.py. Arrays that are not contiguous are copied first, because the kernels need
+contiguous arrays.
 """
 
 import numpy as np
 
 from minilm.backend import array_module, to_numpy
-from minilm.kernels import attention as attention_kernel, fused, log_probs
+from minilm.kernels import attention as attention_kernel
+from minilm.kernels import fused, log_probs
 
 
 def _contiguous(x):
@@ -31,16 +33,17 @@ def swiglu(gate_up):
 
 
 def attention(q, k, v, causal, key_mask, scale):
-    """The keys of a row that count must stand together: padding may be on the left and on the right of them."""
-    q, k, v, first, stop = _contiguous(q), _contiguous(k), _contiguous(v), None, None
+    """The real keys of a row must be contiguous: padding can be on the left and on the right. Raises ValueError."""
+    q, k, v = map(_contiguous, (q, k, v))
+    first = stop = None
     if key_mask is not None:
         real = to_numpy(key_mask).astype(bool)
         first = real.argmax(axis=1)
         stop = first + real.sum(axis=1)
         place = np.arange(real.shape[1])
         if (real != ((place >= first[:, None]) & (place < stop[:, None]))).any():
-            raise ValueError("this kernel serves padding on the left and on the right, and a key_mask here has a gap; "
-                             "pass kernel=False")
+            raise ValueError("attention: a row of key_mask has a gap; the kernel supports padding on the left and on "
+                             "the right only; pass kernel=False")
     plan = attention_kernel.batch_plan(array_module(q), q.shape, k.shape, causal, first, stop)
     o, lse = attention_kernel.batch_forward(q, k, v, plan, scale)
 
@@ -50,23 +53,25 @@ def attention(q, k, v, causal, key_mask, scale):
 
 
 def segment_plan(segments, like):
-    """Who sees whom among the segments of a packing.Pack, on the device of an array like that."""
+    """The attention Plan of the segments of a packing.Pack, for the device of the array `like`."""
     rows = [(s.start, s.queries, s.start, s.queries, 0, s.prefix_start, s.keys - s.queries) for s in segments]
     return attention_kernel.Plan(array_module(like), rows)
 
 
 def segment_attention(qkv, cos, sin, heads, kv_heads, plan, pairing):
-    """Rotations, then causal attention over a whole packing.Pack in one launch: (N,(H+2G)K) -> (N,H K)."""
-    (N, width), H, G, xp = qkv.shape, heads, kv_heads, array_module(qkv)
+    """Rotary positions, then causal attention over a whole packing.Pack in one launch: (N,(H+2G)K) -> (N,H K)."""
+    N, width = qkv.shape
+    xp, H, G = array_module(qkv), heads, kv_heads
     K = width // (H + 2 * G)
     qkv = _contiguous(qkv).reshape(N, H + 2 * G, K)
-    turned = fused.rope(qkv, cos, sin, H, G, pairing)                       # (N,H+G,K)
-    o, lse = xp.empty((N, H, K), qkv.dtype), xp.empty((H, N), qkv.dtype)
+    rotated = fused.rope(qkv, cos, sin, H, G, pairing)                      # (N,H+G,K)
+    o = xp.empty((N, H, K), qkv.dtype)
+    lse = xp.empty((H, N), qkv.dtype)
     shape = {"plan": plan, "heads": H, "kv_heads": G, "width": K, "lse_head": N, "scale": K ** -0.5}
 
     def heads_from(array, first):
         return attention_kernel.Operand(array, first * K, array.shape[1] * K, K)
-    operands = heads_from(turned, 0), heads_from(turned, H), heads_from(qkv, H + G), heads_from(o, 0)
+    operands = heads_from(rotated, 0), heads_from(rotated, H), heads_from(qkv, H + G), heads_from(o, 0)
     attention_kernel.forward(*operands, lse, **shape)
 
     def vjp(dy):
@@ -79,8 +84,9 @@ def segment_attention(qkv, cos, sin, heads, kv_heads, plan, pairing):
 
 
 def token_log_probs(hidden, unembedding, targets, chunk):
-    """hidden (..,D), targets (N,), which are in the vocabulary."""
-    shape, rows = hidden.shape, _contiguous(hidden).reshape(-1, hidden.shape[-1])
+    """hidden (..,D); targets (N,), in the vocabulary -> log-probs (..)"""
+    shape = hidden.shape
+    rows = _contiguous(hidden).reshape(-1, shape[-1])
     found, lse, _, logits = log_probs.linear_forward(rows, unembedding, targets, chunk)
 
     def vjp(dy):

@@ -1,23 +1,23 @@
 // Log-probabilities of given tokens, with their entropy and their gradient, from logits (N,V). One block for each row.
 //
-// forward   With m_j = max(m_{j-1}, x_j) the running maximum, the sum of exponentials is kept up to date in one pass,
+// forward   With the running maximum m_j = max(m_{j-1}, x_j) the sum of exponentials is updated in one pass,
 //               d_j = d_{j-1} exp(m_{j-1} - m_j) + exp(x_j - m_j)
-//           (Milakov and Gimelshein 2018, arXiv:1805.02867), every thread over its own share of the row; these are
-//           joined by the same formula. Then log p_y = (x_y - m) - log d, lse = m + log d.
-// entropy   H = -sum p log p = log d - w / d, where w = sum (x_j - m) exp(x_j - m) is carried along. When the maximum
-//           grows by g, w becomes exp(-g) (w - g d). Both terms of H are at least 0: nothing cancels.
-// backward  dx_j = dy ([j = y] - exp(x_j - lse)), and dx may be the array that holds x.
+//           (Milakov and Gimelshein 2018, arXiv:1805.02867). Every thread does this for its share of the row; the
+//           shares are joined by the same formula. Then log p_y = (x_y - m) - log d, lse = m + log d.
+// entropy   H = -sum p log p = log d - w / d with w = sum (x_j - m) exp(x_j - m), updated in the same pass. When the
+//           maximum grows by g, w becomes exp(-g) (w - g d). Both terms of H are at least 0, so there is no
+// cancellation. backward  dx_j = dy ([j = y] - exp(x_j - lse)); dx may be the array that holds x.
 //
-// lse is float64 in both precisions: rounded to float32 it would be off by 5e-4 at logits of 1e4, and with it every
-// probability. Backward takes it apart, once a row, into two numbers of its own precision.
-// A logit of -inf (a masked token) has probability 0. A row that is -inf throughout, or holds NaN or +inf, gives NaN,
-// and so does a target outside the vocabulary, which callers have refused already: it is never used as an address.
+// lse is float64 in both precisions. In float32 it would have an error of 5e-4 at logits of 1e4, and every probability
+// with it. Backward splits it, once a row, into two numbers of its own precision.
+// A logit of -inf (a masked token) has probability 0. A row that is -inf throughout, or contains NaN or +inf, gives
+// NaN. A target outside the vocabulary also gives NaN and is never used as an address; callers check targets before.
 //
-// Bytes: forward reads the logits once, 4NV in float32, backward reads and writes them once, 8NV, the least possible
-// with the logits in memory; both some 20N more. THREADS is 256: several blocks share a multiprocessor, and one loads
-// while another reduces. A shorter row takes fewer. Nothing is tiled: no logit is needed twice.
-// Left on the table: loads of 16 bytes (rows are aligned only if 4 divides V), and more than one block for a row where
-// N is smaller than the number of multiprocessors.
+// Bytes: forward reads the logits once, 4NV in float32; backward reads and writes them once, 8NV: the minimum with the
+// logits in memory. Both move about 20N more. THREADS is 256, so that several blocks share a multiprocessor, and one
+// loads while another reduces. A shorter row takes fewer threads. There are no tiles, because no logit is needed twice.
+// Possible and not done: loads of 16 bytes (rows are aligned only if 4 divides V), and several blocks for a row where N
+// is smaller than the number of multiprocessors.
 
 struct Sums {
     real highest;       // m, the largest logit so far
@@ -25,7 +25,7 @@ struct Sums {
     real weighted;      // w, the sum of (x - m) exp(x - m)
 };
 
-// The same sums, taken relative to a maximum that is not smaller.
+// The same sums relative to a maximum that is at least as large.
 __device__ __forceinline__ Sums relative_to(real highest, Sums a) {
     if (NEGATIVE_INFINITY < a.highest && a.highest < highest) {
         const real shift = a.highest - highest, factor = exp(shift);
@@ -55,7 +55,7 @@ log_probs_forward(const real* __restrict__ logits, const long long* __restrict__
     const real* row = logits + n * V;
     if (threadIdx.x == 0) {
         target = targets[n];
-        picked = NEGATIVE_INFINITY - NEGATIVE_INFINITY;     // NaN, which stays if no token of the row is the target
+        picked = NEGATIVE_INFINITY - NEGATIVE_INFINITY;     // NaN, which remains if no token of the row is the target
     }
     __syncthreads();
 
@@ -72,13 +72,13 @@ log_probs_forward(const real* __restrict__ logits, const long long* __restrict__
     const real sum = block_sum(sums.sum, scratch), weighted = block_sum(sums.weighted, scratch);
     if (threadIdx.x == 0) {
         const real log_sum = log(sum);
-        log_probs[n] = (picked - highest) - log_sum;    // in this order: with lse it would cancel
+        log_probs[n] = (picked - highest) - log_sum;    // in this order; picked - lse would cancel
         lse[n] = double(highest) + double(log_sum);
         if (with_entropies) entropies[n] = log_sum - weighted / sum;
     }
 }
 
-// logits and dlogits may be one array: each element is read and then written by one thread. (Hence no __restrict__.)
+// logits and dlogits may be one array (hence no __restrict__): one thread reads and then writes each element.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 log_probs_backward(const real* logits, const long long* __restrict__ targets, const double* __restrict__ lse,
                    const real* __restrict__ dy, real* dlogits, int V) {

@@ -1,9 +1,8 @@
-"""Log-probs of tokens on the GPU: from logits, or from hidden states without ever holding all logits.
+"""Log-probs of tokens on the GPU, from logits, or from hidden states without holding all logits at once.
 
-The kernels are in log_probs.cu; here are the checks, the sizes and the chunks. N rows, V vocabulary,
-D width. Targets are int64, or int32, which are converted. Whether they lie in the vocabulary is for
-the caller to check before (it costs a round trip to the GPU; layers.token_log_probs does): here a
-target outside gives NaN.
+The kernels are in log_probs.cu; this file has the checks, the sizes and the chunks. N rows, V vocabulary, D width.
+Targets are int64, or int32 and converted. A target outside the vocabulary gives NaN: checking targets costs a round
+trip to the GPU and is left to the caller (layers.token_log_probs does it).
 """
 
 import numpy as np
@@ -12,20 +11,19 @@ from minilm.backend import array_module
 from minilm.kernels.launch import check, function, launch, options, real
 
 THREADS = 256                   # of a block, at most
-EACH = 8                        # tokens that a thread should find, before a row is given more threads
-# Logits that are held at a time by default: 2^25 are 128 MiB in float32, what layers.py allows itself. With a
-# vocabulary of 50,000 that is 671 rows, enough to fill a GPU with one product of matrices, and a hundredth of
-# the logits of a batch of 64 texts of 1,024 tokens.
+EACH = 8                        # a row gets another warp for every 32 EACH tokens
+# Logits that are held at a time by default. 2^25 logits are 128 MiB in float32. With a vocabulary of 50,000 that is
+# 671 rows: enough to fill a GPU with one product of matrices, and 1 % of the logits of 64 texts of 1,024 tokens.
 LOGITS_HELD = 1 << 25
 
 
 def forward(logits, targets, entropy=False):
     """log softmax(logits)[target] of each row.  (N,V), integers (N,) -> log_probs (N,), lse (N,), entropies
 
-    lse, the log-sum-exp of each row, is float64 and what backward needs; entropies (N,), in nats, or None if
-    not asked for.
+    lse, the log-sum-exp of each row in float64, is for backward. entropies (N,), in nats; None unless entropy is True.
     """
-    xp, (N, V) = array_module(logits, targets), _shape(logits)
+    xp = array_module(logits, targets)
+    N, V = _shape(logits)
     targets = _targets(targets, N)
     log_probs, lse = xp.empty(N, logits.dtype), xp.empty(N, np.float64)
     entropies = xp.empty(N if entropy else 0, logits.dtype)
@@ -42,9 +40,10 @@ def _forward(xp, logits, targets, log_probs, lse, entropies):
 def backward(logits, targets, lse, dy, out=None):
     """dlogits (N,V) of the log-probs, given their gradient dy (N,): dy (onehot(target) - softmax(logits)).
 
-    out: where to write it; it may be the array of the logits itself.
+    out: the array to write to; it may be the array of the logits.
     """
-    xp, (N, V) = array_module(logits, targets, lse, dy), _shape(logits)
+    xp = array_module(logits, targets, lse, dy)
+    N, V = _shape(logits)
     targets = _targets(targets, N)
     check("lse", lse, np.float64, (N,))
     check("dy", dy, logits.dtype, (N,))
@@ -60,7 +59,7 @@ def linear_forward(hidden, unembedding, targets, chunk=None, entropy=False):
     """forward(hidden unembedding^T, targets), with `chunk` rows of logits in memory at a time.
 
     hidden (N,D), unembedding (V,D). chunk: by default as many rows as fit LOGITS_HELD. Returns log_probs, lse,
-    entropies as forward does, and the logits if there was one chunk only (else None), for linear_backward.
+    entropies as forward, and the logits for linear_backward if there was only one chunk (otherwise None).
     """
     xp, N, V, targets, chunks = _linear(hidden, unembedding, targets, chunk)
     log_probs, lse = xp.empty(N, hidden.dtype), xp.empty(N, np.float64)
@@ -76,8 +75,8 @@ def linear_forward(hidden, unembedding, targets, chunk=None, entropy=False):
 def linear_backward(hidden, unembedding, targets, lse, dy, logits=None, chunk=None):
     """dhidden (N,D) and dunembedding (V,D) of linear_forward's log-probs, given their gradient dy (N,).
 
-    logits: those that linear_forward returned; they are overwritten. Without them they are computed again, chunk by
-    chunk. dhidden = dlogits unembedding, dunembedding = dlogits^T hidden, both products of cuBLAS.
+    dhidden = dlogits unembedding, dunembedding = dlogits^T hidden. logits: from linear_forward; they are overwritten.
+    If None, they are computed again, chunk by chunk.
     """
     xp, N, V, targets, chunks = _linear(hidden, unembedding, targets, chunk)
     check("lse", lse, np.float64, (N,))
@@ -86,7 +85,8 @@ def linear_backward(hidden, unembedding, targets, lse, dy, logits=None, chunk=No
         check("logits", logits, hidden.dtype, (N, V))
         chunks = range(0, N, max(N, 1))
     held = xp.empty((min(N, chunks.step), V), hidden.dtype) if logits is None else logits
-    dhidden, dunembedding = xp.empty_like(hidden), None if len(chunks) == 1 else xp.zeros_like(unembedding)
+    dhidden = xp.empty_like(hidden)
+    dunembedding = None if len(chunks) == 1 else xp.zeros_like(unembedding)
     for i in chunks:
         s = slice(i, i + chunks.step)
         rows = held[:len(hidden[s])]
@@ -100,27 +100,28 @@ def linear_backward(hidden, unembedding, targets, lse, dy, logits=None, chunk=No
 
 
 def forward_bytes(N, V, dtype, entropy=False):
-    """Bytes that forward's kernel (reads, writes): each logit once, and what is one a row."""
+    """Bytes that the kernel of forward (reads, writes): each logit once, and a few numbers for each row."""
     size = np.dtype(dtype).itemsize
     return N * V * size + 8 * N, (8 + (2 if entropy else 1) * size) * N
 
 
 def backward_bytes(N, V, dtype):
-    """Bytes that backward's kernel (reads, writes): each logit once, each gradient once, and what is one a row."""
+    """Bytes that the kernel of backward (reads, writes): each logit and gradient once, a few numbers for each row."""
     size = np.dtype(dtype).itemsize
     return N * V * size + (16 + size) * N, N * V * size
 
 
 def variants():
-    """(name, compiler's options, threads, dynamic shared bytes) of everything that can be launched."""
+    """(kernel, compiler options, threads of a block, bytes of dynamic shared memory) of every launch configuration."""
     for dtype in ("float32", "float64"):
         for name in ("log_probs_forward", "log_probs_backward"):
             yield name, options(dtype, {"THREADS": THREADS}), THREADS, 0
 
 
-def example(xp, rng, N=3, V=65, dtype=np.float32):
-    """Both kernels on random logits, as the emulator's command line runs them: log_probs, lse, entropies, dlogits."""
-    logits, targets = xp.asarray(rng.normal(size=(N, V)).astype(dtype)), xp.asarray(rng.integers(0, V, N))
+def example(xp, rng, N=3, V=65, dtype="float32"):
+    """Both kernels on random logits: log_probs, lse, entropies, dlogits."""
+    logits = xp.asarray(rng.normal(size=(N, V)).astype(dtype))
+    targets = xp.asarray(rng.integers(0, V, N))
     log_probs, lse, entropies = forward(logits, targets, entropy=True)
     return log_probs, lse, entropies, backward(logits, targets, lse, xp.ones(N, dtype))
 
@@ -129,7 +130,7 @@ def _shape(logits):
     real(logits.dtype)
     check("logits", logits, logits.dtype, (None, None))
     if not logits.shape[1]:
-        raise ValueError("logits (N,V) over a vocabulary of no tokens; V must be at least 1")
+        raise ValueError("logits (N,V) has V = 0; V must be at least 1")
     return logits.shape
 
 
@@ -141,7 +142,7 @@ def _targets(targets, N):
 
 
 def _linear(hidden, unembedding, targets, chunk):
-    """What both directions check; the chunks, as the range of their first rows."""
+    """Checks for both directions. Returns xp, N, V, the targets, and the chunks as the range of their first rows."""
     xp = array_module(hidden, unembedding, targets)
     real(hidden.dtype)
     check("hidden", hidden, hidden.dtype, (None, None))
@@ -149,7 +150,7 @@ def _linear(hidden, unembedding, targets, chunk):
     check("unembedding", unembedding, hidden.dtype, (None, D))
     V = len(unembedding)
     if not V:
-        raise ValueError("unembedding (V,D) of a vocabulary of no tokens; V must be at least 1")
+        raise ValueError("unembedding (V,D) has V = 0; V must be at least 1")
     chunk = max(1, LOGITS_HELD // V) if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
@@ -157,5 +158,5 @@ def _linear(hidden, unembedding, targets, chunk):
 
 
 def _threads(V):
-    """Threads of a block: whole warps, EACH tokens a thread or more."""
+    """Threads of a block: one warp for every 32 EACH tokens, at most THREADS."""
     return min(THREADS, 32 * -(-V // (32 * EACH)))

@@ -1,9 +1,9 @@
-"""NVRTC, the compiler that CuPy hands our kernels to, called through ctypes: it needs no GPU.
+"""NVRTC, the compiler that CuPy uses for the kernels, called through ctypes. It needs no GPU.
 
     pip install nvidia-cuda-nvrtc           (or nvidia-cuda-nvrtc-cu12)
 
-What a GPU of a given architecture would get is compiled here, with the options that CuPy would pass, and the
-assembler says how many registers and how much memory each kernel takes (scripts/dev/kernel_report.py).
+It compiles the same code as on a GPU of a given architecture, with the options that CuPy passes. The log of the
+assembler has the registers and the memory of each kernel (scripts/dev/kernel_report.py).
 """
 
 import ctypes
@@ -18,12 +18,12 @@ INSTALL = "NVRTC is not installed: pip install nvidia-cuda-nvrtc (or nvidia-cuda
 
 
 class CompileError(RuntimeError):
-    """The compiler refused the source; the message is its log."""
+    """The source does not compile; the message is the log of the compiler."""
 
 
 @functools.cache
 def library():
-    """The shared library, from the wheel or the system; None where there is neither."""
+    """The shared library, from the wheel or the system; None if neither has it."""
     folders = [Path(folder or ".") / "nvidia" for folder in sys.path]
     found = sorted((path for folder in folders for path in folder.glob("*/lib/libnvrtc.so.1*")),
                    key=lambda path: int(path.suffix[1:]))
@@ -32,7 +32,7 @@ def library():
 
 
 def architectures():
-    """The architectures that this NVRTC compiles for, as integers: 75 is sm_75."""
+    """The architectures that this NVRTC supports, as integers: 75 is sm_75."""
     count = ctypes.c_int()
     _call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
     found = (ctypes.c_int * count.value)()
@@ -48,7 +48,7 @@ def version():
 
 
 def cupy_options(options, architecture):
-    """What CuPy 14 makes of a RawModule's options, in its order, less the folders of headers, of which we use none.
+    """The options that CuPy 14 passes to NVRTC for a RawModule with these options, in its order, without include paths.
 
     cupy/_core/core.pyx, assemble_cupy_compiler_options; cupy/cuda/compiler.py, _compile_module_with_cache and
     _compile_using_nvrtc_no_warning.
@@ -58,7 +58,7 @@ def cupy_options(options, architecture):
 
 
 def compile(code, options, architecture):
-    """CUDA C to (cubin, what the assembler said of it), as on a GPU of that architecture. Raises CompileError."""
+    """Compile CUDA C as for a GPU of that architecture: (cubin, log of the assembler). Raises CompileError."""
     options = [o.encode() for o in (*cupy_options(options, architecture), "--ptxas-options=-v")]
     program = ctypes.c_void_p()
     _call("nvrtcCreateProgram", ctypes.byref(program), code.encode(), b"kernels.cu", 0, None, None)
@@ -91,7 +91,7 @@ def _call(name, *arguments):
 
 @dataclasses.dataclass
 class Resources:
-    """What the assembler gave a kernel: registers a thread, bytes of stack and spills, static shared bytes a block."""
+    """The resources of a kernel: registers, bytes of stack and of spills a thread; static shared bytes a block."""
 
     registers: int
     stack_bytes: int
@@ -100,7 +100,7 @@ class Resources:
 
 
 def resources(log):
-    """{kernel: Resources} from what ptxas -v prints, through NVRTC or nvcc."""
+    """{kernel: Resources} from the log of ptxas -v, through NVRTC or nvcc."""
     found = {}
     for part in log.split("Compiling entry function ")[1:]:
         registers, stack, stores, loads, shared = (

@@ -1,12 +1,12 @@
-// What every kernel here stands on. launch.py puts it before the text of a room.
-// REAL is float or double, chosen with -D: one source, checked in double, used in float.
+// Definitions for every kernel. launch.py puts this text before the text of a module.
+// REAL is float or double, chosen with -D: one source, tested in double, used in float.
 typedef REAL real;
 
 #define ALL_LANES 0xffffffffu
 // Bare NVRTC has no INFINITY.
 #define NEGATIVE_INFINITY real(__int_as_float(0xff800000))
 
-// The sum, and the largest, over WIDTH neighbouring lanes of a warp (a power of 2); every lane gets it.
+// The sum and the maximum over WIDTH neighbouring lanes of a warp (a power of 2); every lane gets it.
 template <int WIDTH>
 __device__ __forceinline__ real lanes_sum(real x) {
     for (int other = WIDTH / 2; other > 0; other /= 2) x += __shfl_xor_sync(ALL_LANES, x, other);
@@ -19,7 +19,7 @@ __device__ __forceinline__ real lanes_max(real x) {
     return x;
 }
 
-// The sum, and the largest, over the whole block, which is whole warps; every thread gets it.
+// The sum and the maximum over a block of whole warps; every thread gets it.
 // scratch: 32 numbers of shared memory, free again when the call returns.
 template <bool LARGEST>
 __device__ __forceinline__ real block_reduce(real x, real* scratch) {

@@ -1,34 +1,34 @@
-// One token for each row of logits (B,V): temperature, top-k, top-p and the draw, without sorting. One block a row.
+// One token for each row of logits (B,V): temperature, top-k, top-p and the draw, without sorting. One block for a row.
 //
-// A token is known by its gap g_j = (max x - x_j) / temperature >= 0, computed in each pass again, and weighs
-// w_j = exp(-g_j). What is summed are whole numbers: counts of tokens, or weights in units of 1/scale, scale being the
-// power of 2 with which V weights of 1 just fit 64 bits. Such sums are exact in any order, so that neither the number
-// of threads nor their order has a say in which token is drawn.
+// A token has a gap g_j = (max x - x_j) / temperature >= 0, computed again in each pass, and a weight
+// w_j = exp(-g_j). All sums are of whole numbers: counts of tokens, or weights in units of 1/scale, where scale is a
+// power of 2 such that V weights of 1 fit 64 bits. Such sums are exact in any order, so the drawn token depends neither
+// on the number of threads nor on their order.
 //
-// search      Top-k and top-p ask the same: from the smallest gap on, where does a sum reach a target? For the k-th
-//             largest logit the sum counts tokens, for top-p (Holtzman et al. 2020, arXiv:1904.09751) it adds weights.
-//             Read as an integer, a float that is not negative keeps its order: the answer is found 4 bits at a time
-//             from the top (radix selection), in 8 passes over the row for float32 and 16 for float64. Only tokens
-//             whose gap begins with the bits found so far are looked at closer, and few are after two passes.
-// ties        Top-k keeps all tokens that equal the k-th. Top-p keeps, of those that equal the last one it needs, as
-//             many as it needs, the first ones: what a stable sort would do.
-// draw        Inverse CDF: the first token at which the running sum exceeds u times the total. Each warp adds up one
-//             stretch of the row, and the warp in whose stretch the line lies walks it again, 32 tokens at a time.
-//             The first of several that equal the last needed one, and of those that equal the highest (temperature
-//             0), are found by the same walk, over counts.
+// search      Top-k and top-p have the same question: going from the smallest gap on, where does a sum reach a target?
+//             For the k-th largest logit the sum counts tokens; for top-p (Holtzman et al. 2020, arXiv:1904.09751) it
+//             adds weights. A non-negative float, read as an integer, keeps its order. So the answer is found 4 bits at
+//             a time from the top (radix selection), in 8 passes over the row for float32 and 16 for float64. A pass
+//             adds only tokens whose gap begins with the bits found so far; few remain after two passes.
+// ties        Top-k keeps every token that equals the k-th, so it can keep more than k. Top-p keeps, of the tokens that
+//             equal the last one it needs, the first ones, as many as it needs: the same as a stable sort.
+// draw        Inverse CDF: the first token at which the running sum exceeds u times the total. Each warp sums one
+//             segment of the row; the warp whose segment contains the crossing walks the segment again, 32 tokens at a
+//             time. The same walk, over counts, finds the last tied token of top-p, and the first of the largest logits
+//             (temperature 0).
 //
-// Of the exponentials alone the last bits may differ from NumPy's, whose float32 distribution has rounding of its own.
-// Then the borders between tokens lie a little apart, and a uniform between the two gives another token. For normal
-// logits of deviation 3 its probability (the sum of these distances) is 9e-6 at V = 1,000 and 3e-4 at V = 50,000 in
-// float32, most of it NumPy's rounding, and 3e-14 and 3e-10 in float64.
+// Only the last bits of the exponentials can differ from NumPy, whose float32 distribution has its own rounding. The
+// borders between tokens then differ slightly, and a uniform between two versions of a border gives another token. For
+// normal logits of standard deviation 3 the probability of that (the sum of these differences) is 9e-6 at V = 1,000 and
+// 3e-4 at V = 50,000 in float32, mostly from NumPy's rounding, and 3e-14 and 3e-10 in float64.
 //
-// A row with NaN or +inf, or with nothing but -inf, gives token 0 with the log-prob NaN, as NumPy's formula does; a
-// uniform outside [0,1) gives the log-prob NaN.
+// A row with NaN or +inf, or with only -inf, gives token 0 and log-prob NaN, as NumPy's formula does. A uniform outside
+// [0,1) gives log-prob NaN.
 //
-// Bytes: the row is read 2 times for a draw, 8 (float64: 16) more for top-k, 10 (18) more for top-p, and what the walk
-// reads; from the second time on out of the L2 cache (200 KB for V = 50,000 in float32). The least is once. THREADS is
-// 512: few rows must fill the machine, and 16 sums of 64 bits want 32 of a thread's 128 registers.
-// Left on the table: keeping a row of up to 12,000 in shared memory; more than one block for a row.
+// Bytes: a draw reads the row 2 times, top-k 8 (float64: 16) times more, top-p 10 (18) times more, and the walk its
+// part; all reads but the first can hit the L2 cache (200 KB for V = 50,000 in float32). The minimum is once. THREADS
+// is 512: a few rows must fill the device, and 16 sums of 64 bits take 32 of the 128 registers of a thread.
+// Possible and not done: a row of up to 12,000 in shared memory; several blocks for a row.
 
 typedef unsigned long long Mass;        // a sum of counts, or of weights
 
@@ -48,7 +48,7 @@ struct Row {
     __device__ __forceinline__ real gap(int j) const { return (highest - logits[j]) / temperature; }
 };
 
-// What a token adds to a sum.
+// The number that a token adds to a sum.
 struct Count {
     __device__ __forceinline__ Mass operator()(real, int) const { return 1; }
 };
@@ -63,10 +63,10 @@ struct CountOfEqual {
     __device__ __forceinline__ Mass operator()(real gap, int) const { return bits_of(gap) == bits; }
 };
 
-// The weights of the tokens that are kept; and, beside them, the sums that the log-prob and the entropy need.
+// The weights of the kept tokens, and the sums for the log-prob and the entropy.
 struct Kept {
-    Bits limit;         // kept is what has a smaller gap,
-    int last;           // and of those with this gap the tokens up to this one
+    Bits limit;         // tokens with a smaller gap are kept,
+    int last;           // and of the tokens with this gap those up to this one
     real scale;
     real sum;           // of w
     real weighted;      // of w g
@@ -85,8 +85,8 @@ __device__ __forceinline__ Mass warp_sum(Mass x) {
     return x;
 }
 
-// The smallest gap, as bits, such that the tokens of gaps up to it add up to at least target, which all of them do.
-// below: what those of smaller gaps add up to. equal: what those of this gap do.
+// The smallest gap, as bits, such that the tokens with at most that gap sum to at least target (all tokens do).
+// below: the sum of the tokens with smaller gaps. equal: the sum of the tokens with this gap.
 template <class Adds>
 __device__ Bits search(const Row& row, Adds adds, Mass target, Mass& below, Mass& equal) {
     __shared__ Mass of_warp[WARPS][DIGITS];
@@ -105,14 +105,15 @@ __device__ Bits search(const Row& row, Adds adds, Mass target, Mass& below, Mass
             #pragma unroll
             for (int d = 0; d < DIGITS; ++d) sums[d] += d == digit ? mass : 0;
         }
-        // Two lanes meet, add up one half of the digits each, and go on with that half: lane l ends with digit l / 2.
+        // Pairs of lanes exchange halves: each lane sums one half of the digits and continues with it. In the end lane
+        // l has digit l / 2.
         #pragma unroll
         for (int step = 1; step <= DIGIT_BITS; ++step) {
             const int half = DIGITS >> step;
             const bool upper = lane & 2 * half;
             #pragma unroll
             for (int d = 0; d < DIGITS / 2; ++d) {
-                if (d >= half) continue;                    // bounds that are known, or nvcc 13 puts sums into memory
+                if (d >= half) continue;                    // constant bounds keep sums in registers (nvcc 13)
                 const Mass low = sums[d], high = sums[d + half];
                 sums[d] = (upper ? high : low) + __shfl_xor_sync(ALL_LANES, upper ? low : high, 2 * half);
             }
@@ -134,41 +135,41 @@ __device__ Bits search(const Row& row, Adds adds, Mass target, Mass& below, Mass
     return found;
 }
 
-// The stretch of the row that a warp adds up: whole steps of 32 tokens, but for the last warp.
-__device__ __forceinline__ int stretch_begin(int V, int warp) {
+// The first token of a warp's segment of the row. Segments are whole steps of 32 tokens, except the last.
+__device__ __forceinline__ int segment_begin(int V, int warp) {
     const int warps = blockDim.x / 32, steps = (V + 31) / 32;
     return min(V, (steps + warps - 1) / warps * 32 * warp);
 }
 
-// What each stretch adds up to; returns the total.
+// The sum of each warp's segment; returns the total.
 template <class Adds>
-__device__ Mass add_stretches(const Row& row, Adds& adds, Mass* stretches) {
+__device__ Mass add_segments(const Row& row, Adds& adds, Mass* segments) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int end = stretch_begin(row.V, warp + 1);
+    const int end = segment_begin(row.V, warp + 1);
     Mass sum = 0;
-    for (int j = stretch_begin(row.V, warp) + lane; j < end; j += 32) sum += adds(row.gap(j), j);
+    for (int j = segment_begin(row.V, warp) + lane; j < end; j += 32) sum += adds(row.gap(j), j);
     sum = warp_sum(sum);
-    __syncthreads();                                        // until everybody has read what stood there before
-    if (lane == 0) stretches[warp] = sum;
+    __syncthreads();                                        // until all threads have read the last sums
+    if (lane == 0) segments[warp] = sum;
     __syncthreads();
     Mass total = 0;
-    for (int w = 0; w < warps; ++w) total += stretches[w];
+    for (int w = 0; w < warps; ++w) total += segments[w];
     return total;
 }
 
-// The first token at which the running sum exceeds target, which is less than the total of the stretches.
+// The first token at which the running sum exceeds target. target must be less than the sum of the segments.
 template <class Adds>
-__device__ int crossing(const Row& row, Adds& adds, const Mass* stretches, Mass target) {
+__device__ int crossing(const Row& row, Adds& adds, const Mass* segments, Mass target) {
     __shared__ int found;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Mass before = 0;
-    for (int w = 0; w < warp; ++w) before += stretches[w];
-    if (before <= target && target < before + stretches[warp]) {        // of one warp alone
-        const int end = stretch_begin(row.V, warp + 1);
-        for (int start = stretch_begin(row.V, warp); start < end; start += 32) {
+    for (int w = 0; w < warp; ++w) before += segments[w];
+    if (before <= target && target < before + segments[warp]) {        // true for one warp
+        const int end = segment_begin(row.V, warp + 1);
+        for (int start = segment_begin(row.V, warp); start < end; start += 32) {
             const int j = start + lane;
             Mass sum = j < end ? adds(row.gap(j), j) : 0;
-            for (int other = 1; other < 32; other *= 2) {               // of the lanes up to this one
+            for (int other = 1; other < 32; other *= 2) {               // sum over the lanes up to this one
                 const Mass lower = __shfl_up_sync(ALL_LANES, sum, other);
                 if (lane >= other) sum += lower;
             }
@@ -184,13 +185,13 @@ __device__ int crossing(const Row& row, Adds& adds, const Mass* stretches, Mass 
     return found;
 }
 
-// top_k: 0 for none; top_p: 1 for none; temperature 0 takes the most likely token, and its log-prob at temperature 1.
+// top_k: 0 for none; top_p: 1 for none. Temperature 0 takes the most likely token, with its log-prob at temperature 1.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 sample(const real* __restrict__ logits, const double* __restrict__ uniforms, long long* __restrict__ tokens,
        real* __restrict__ log_probs, real* __restrict__ entropies, int V, real temperature, int top_k, real top_p,
        real scale) {
     __shared__ real scratch[32];
-    __shared__ Mass stretches[WARPS];
+    __shared__ Mass segments[WARPS];
     __shared__ double uniform;
     const size_t b = blockIdx.x;
     const bool greedy = temperature == 0;
@@ -214,27 +215,27 @@ sample(const real* __restrict__ logits, const double* __restrict__ uniforms, lon
     Mass below, equal;
     if (top_k > 0 && !greedy) kept.limit = search(row, Count(), top_k, below, equal);
     if (top_p < 1 && !greedy) {
-        const Mass total = add_stretches(row, kept, stretches);
+        const Mass total = add_segments(row, kept, segments);
         const Mass target = max(Mass(1), min(total, Mass(ceil(double(top_p) * double(total)))));
         kept.limit = search(row, Weight{scale}, target, below, equal);
         CountOfEqual ties = {kept.limit};
-        const Mass count = add_stretches(row, ties, stretches), each = equal / count;
+        const Mass count = add_segments(row, ties, segments), each = equal / count;
         const Mass needed = (target - below + each - 1) / each;
-        if (needed < count) kept.last = crossing(row, ties, stretches, needed - 1);
+        if (needed < count) kept.last = crossing(row, ties, segments, needed - 1);
     }
 
     kept.sum = kept.weighted = 0;
-    const Mass total = add_stretches(row, kept, stretches);
+    const Mass total = add_segments(row, kept, segments);
     const real sum = block_sum(kept.sum, scratch), log_sum = log(sum);
     const real weighted = block_sum(kept.weighted, scratch);
     int token;
     if (greedy) {
         CountOfEqual highest = {0};
-        add_stretches(row, highest, stretches);
-        token = crossing(row, highest, stretches, 0);
+        add_segments(row, highest, segments);
+        token = crossing(row, highest, segments, 0);
     } else {
         const double u = fmin(fmax(uniform, 0.0), 1.0);
-        token = crossing(row, kept, stretches, min(Mass(u * double(total)), total - 1));
+        token = crossing(row, kept, segments, min(Mass(u * double(total)), total - 1));
     }
     if (threadIdx.x == 0) {
         const bool drawn = greedy || (0 <= uniform && uniform < 1);

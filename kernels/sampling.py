@@ -1,7 +1,7 @@
-"""Drawing tokens on the GPU, with their log-probs and the entropies of what they were drawn from, in one launch.
+"""Draws tokens on the GPU, with their log-probs and the entropies of the distributions, in one launch of sampling.cu.
 
-The kernel is in sampling.cu. It draws what generate.distribution and generate.draw draw from the same logits and
-uniforms, on the device that the logits are on. B rows, V vocabulary.
+It draws the same tokens as the functions of minilm/generate.py from the same logits and uniforms, on the device of the
+logits. B rows, V vocabulary.
 """
 
 import math
@@ -12,17 +12,19 @@ from minilm.backend import array_module
 from minilm.kernels.launch import check, function, launch, options, real
 
 THREADS = 512                   # of a block, at most
-EACH = 8                        # tokens that a thread should find, before a row is given more threads
-DIGIT_BITS = 4                  # that one pass of a search finds
+EACH = 8                        # a row gets another warp for every 32 EACH tokens
+DIGIT_BITS = 4                  # bits that one pass of a search finds
 
 
 def sample(logits, uniforms, temperature=1.0, top_k=None, top_p=None):
     """A token for each row.  (B,V), float64 (B,) in [0,1) -> tokens (B,) int64, log_probs (B,), entropies (B,)
 
-    The logits are divided by the temperature, then cut to the top_k most likely tokens, these to the most likely ones
-    whose probability reaches top_p; log_probs and entropies are of that distribution. Temperature 0 takes the most
-    likely token, the first of equals, and gives log-probs and entropies at temperature 1 of all tokens.
-    top_p is rounded to the precision of the logits.
+    The logits are divided by the temperature. Then only the top_k most likely tokens are kept, and of these the most
+    likely ones whose probabilities reach top_p; log_probs and entropies are of that distribution. Ties: top_k keeps
+    every token that equals the k-th, so it can keep more than top_k tokens; top_p keeps only as many of the tied tokens
+    as it needs, the first ones. Temperature 0 takes the most likely token (of equals the first), with the log-probs and
+    entropies of all tokens at temperature 1. top_p is rounded to the precision of the logits.
+    Raises TypeError and ValueError for unsupported arrays and settings.
     """
     xp = array_module(logits, uniforms)
     real(logits.dtype)
@@ -30,7 +32,8 @@ def sample(logits, uniforms, temperature=1.0, top_k=None, top_p=None):
     B, V = logits.shape
     check("uniforms", uniforms, np.float64, (B,))
     _check_settings(V, logits.dtype, temperature, top_k, top_p)
-    tokens, (log_probs, entropies) = xp.empty(B, np.int64), (xp.empty(B, logits.dtype) for _ in range(2))
+    tokens = xp.empty(B, np.int64)
+    log_probs, entropies = (xp.empty(B, logits.dtype) for _ in range(2))
     launch(function(xp, "sampling", "sample", logits.dtype, THREADS=THREADS), (B,), (_threads(V),),
            logits, uniforms, tokens, log_probs, entropies, V, float(temperature),
            0 if top_k is None or top_k >= V else int(top_k), 1.0 if top_p is None else float(top_p),
@@ -39,10 +42,10 @@ def sample(logits, uniforms, temperature=1.0, top_k=None, top_p=None):
 
 
 def sample_bytes(V, dtype, tokens, temperature=1.0, top_k=None, top_p=None):
-    """Bytes that the kernel (reads, writes) for rows of which these tokens (B,) are drawn.
+    """Bytes that the kernel (reads, writes) when it draws these tokens (B,).
 
-    Each pass reads the row; the walk reads the stretch of its warp up to the token. Exact unless several tokens of one
-    logit stand where top_p cuts: then there is a second walk, up to the last of them that is kept.
+    Each pass reads the row; the walk reads the segment of its warp up to the token. Exact unless several tokens have
+    the logit at which top_p cuts: then there is a second walk, up to the last kept one of them.
     """
     size, warps = np.dtype(dtype).itemsize, _threads(V) // 32
     search = 8 * size // DIGIT_BITS
@@ -50,29 +53,30 @@ def sample_bytes(V, dtype, tokens, temperature=1.0, top_k=None, top_p=None):
     passes = 3 if greedy else 2 + (search if top_k is not None and top_k < V else 0)
     if not greedy and top_p is not None and np.dtype(dtype).type(top_p) < 1:
         passes += search + 2
-    stretch = -(-(-(-V // 32)) // warps) * 32
-    walked = sum(min(V, token // 32 * 32 + 32) - token // stretch * stretch for token in tokens)
+    steps = -(-V // 32)
+    segment = -(-steps // warps) * 32
+    walked = sum(min(V, token // 32 * 32 + 32) - token // segment * segment for token in tokens)
     B = len(tokens)
     return (passes * B * V + walked + B) * size + 8 * B, B * (8 + 2 * size)
 
 
 def variants():
-    """(name, compiler's options, threads, dynamic shared bytes) of everything that can be launched."""
+    """(kernel, compiler options, threads of a block, bytes of dynamic shared memory) of every launch configuration."""
     for dtype in ("float32", "float64"):
         yield "sample", options(dtype, {"THREADS": THREADS}), THREADS, 0
 
 
-def example(xp, rng, B=2, V=65, dtype=np.float32, temperature=0.8, top_k=20, top_p=0.9):
-    """One launch on random logits, as the emulator's command line runs it: tokens, log_probs, entropies."""
+def example(xp, rng, B=2, V=65, dtype="float32", temperature=0.8, top_k=20, top_p=0.9):
+    """One launch on random logits: tokens, log_probs, entropies."""
     logits = xp.asarray(rng.normal(size=(B, V)).astype(dtype))
     return sample(logits, xp.asarray(rng.random(B)), temperature, top_k, top_p)
 
 
 def _check_settings(V, dtype, temperature, top_k, top_p):
     if not V:
-        raise ValueError("logits (B,V) over a vocabulary of no tokens; V must be at least 1")
+        raise ValueError("logits (B,V) has V = 0; V must be at least 1")
     if not (0 <= temperature < math.inf) or (temperature > 0 and dtype.type(temperature) == 0):
-        raise ValueError(f"temperature is {temperature}; it must be 0 or more, finite, and not vanish in {dtype}")
+        raise ValueError(f"temperature is {temperature}; it must be 0 or more, finite, and not round to 0 in {dtype}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
@@ -80,5 +84,5 @@ def _check_settings(V, dtype, temperature, top_k, top_p):
 
 
 def _threads(V):
-    """Threads of a block: whole warps, EACH tokens a thread or more."""
+    """Threads of a block: one warp for every 32 EACH tokens, at most THREADS."""
     return min(THREADS, 32 * -(-V // (32 * EACH)))

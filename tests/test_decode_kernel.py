@@ -1,11 +1,12 @@
-"""kernels/decode.cu: the last position's attention to a cache, split over its keys; clean, counted, bugs found."""
+"""kernels/decode.cu: attention of one token to a cache, split over its keys; no fault, bytes counted, bugs found."""
+import kernel_mutants
 import numpy as np
 import pytest
-
 from helpers import assert_close
-from minilm.kernels import decode as module, emulator
+
+from minilm.kernels import decode as module
+from minilm.kernels import emulator
 from minilm.kernels.decode import CHUNK, WIDTHS, decode
-from minilm.kernels.launch import source
 
 
 def plain(q, keys, values, length, first, dtype=np.float64):
@@ -48,27 +49,27 @@ def test_any_head_width_gives_the_plain_formula_in_either_precision(K, xp, rng):
     assert np.abs(result - exact).max() <= 2 * np.abs(naive - exact).max() + 8 * np.finfo(np.float32).eps
 
 
-def test_it_is_layers_decode_attention(xp, rng):
+def test_it_equals_decode_attention_of_the_layers(xp, rng):
     from minilm.layers import decode_attention
     (q, keys, values), first = inputs(rng, 3, 4, 2, 16, 20), np.array([0, 3, 11])
     assert_close(run(xp, q, keys, values, 17, first), decode_attention(q, keys, values, 17, first))
 
 
 @pytest.mark.parametrize("scale", [1e4, 0.0])
-def test_hard_scores(scale, xp, rng):
+def test_scores_of_1e4_and_equal_scores_are_right(scale, xp, rng):
     q, keys, values = inputs(rng, 1, 1, 1, 16, 200)
     keys *= scale
     assert_close(run(xp, q, keys, values, 200, [0]), plain(q, keys, values, 200, [0]))
 
 
-def test_what_nobody_filled_in_is_not_read(xp, rng):
+def test_unfilled_positions_are_not_read(xp, rng):
     q, keys, values = inputs(rng, 2, 2, 1, 16, 140)
     expected = plain(q, keys, values, 130, [0, 9])
     keys[:, :, 130:] = values[:, :, 130:] = keys[1, :, :9] = values[1, :, :9] = np.nan
     assert_close(run(xp, q, keys, values, 130, [0, 9]), expected)
 
 
-def test_a_row_has_the_same_bits_in_any_company(xp, rng):
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(xp, rng):
     q, keys, values = inputs(rng, 5, 4, 2, 16, 300, np.float32)
     together = run(xp, q, keys, values, 290, range(5))
     for b in range(5):
@@ -77,7 +78,7 @@ def test_a_row_has_the_same_bits_in_any_company(xp, rng):
 
 
 @pytest.mark.parametrize("B, length", [(0, 5), (2, 0)])
-def test_no_rows_and_no_keys(B, length, xp, rng):
+def test_no_rows_and_no_keys_give_zeros(B, length, xp, rng):
     arrays = inputs(rng, B, 2, 1, 16, 5)
     assert not run(xp, *arrays, length, [0] * B).any()
 
@@ -86,10 +87,10 @@ def test_no_rows_and_no_keys(B, length, xp, rng):
     (lambda a, xp: {**a, "keys": a["keys"].astype(np.float32)}, "keys is float32; this kernel takes float64"),
     (lambda a, xp: {**a, "values": a["values"][:, :, 1:]}, "values has shape"),
     (lambda a, xp: {**a, "keys": a["keys"][:, :, ::2], "values": a["values"][:, :, ::2]}, "keys is not contiguous"),
-    (lambda a, xp: {**a, "q": a["q"][:, :, :8], "keys": a["keys"][..., :8]}, "serves widths 16, 32, 64, 128"),
+    (lambda a, xp: {**a, "q": a["q"][:, :, :8], "keys": a["keys"][..., :8]}, "supports widths 16, 32, 64, 128"),
     (lambda a, xp: {**a, "first": xp.asarray(np.zeros(2))}, "first is float64; this kernel takes int32"),
     (lambda a, xp: {**a, "length": 21}, "21 positions of a cache of 20")])
-def test_what_is_not_served_is_refused(change, message, xp, rng):
+def test_unsupported_arrays_raise_with_what_is_supported(change, message, xp, rng):
     q, keys, values = map(xp.asarray, inputs(rng, 2, 2, 1, 16, 20))
     arguments = change({"q": q, "keys": keys, "values": values, "length": 20}, xp)
     with pytest.raises((TypeError, ValueError), match=message):
@@ -97,7 +98,7 @@ def test_what_is_not_served_is_refused(change, message, xp, rng):
 
 
 @pytest.mark.parametrize("K, dtype", [(16, np.float32), (64, np.float64)])
-def test_no_checker_finds_anything_and_bytes_are_those_of_the_formula(K, dtype, emulated, rng, monkeypatch):
+def test_no_checker_finds_a_fault_and_bytes_equal_the_formula(K, dtype, emulated, rng, monkeypatch):
     arrays, first, length = inputs(rng, 2, 4, 2, K, 150, dtype), [0, 40], 140
     counted, launch = {}, module.launch
 
@@ -116,40 +117,34 @@ def test_no_checker_finds_anything_and_bytes_are_those_of_the_formula(K, dtype, 
 
 
 MUTANTS = [
-    ("no barrier before the next head's partial results", "__syncthreads();                                // the head before has been read\n", "\n"),
-    ("no barrier before the warps are combined", "        __syncthreads();\n        real largest", "        real largest"),
-    ("warps are added up as if their maxima were one", "total += exp(of_warps[w][HEAD] - shift) * of_warps[w][d];", "total += of_warps[w][d];"),
-    ("splits are added up as if their maxima were one", "const real weight = exp(m[from] - shift);", "const real weight = 1;"),
-    ("padding on the left is attended to", "max(first[row], split * chunk)", "split * chunk"),
-    ("the last position is forgotten", "min(length, (split + 1) * chunk)", "min(length - 1, (split + 1) * chunk)"),
-    ("the value is not rescaled", "acc[g][i] = rescale * acc[g][i] + p * value[i];", "acc[g][i] += p * value[i];"),
-    ("the query is not scaled", "d < HEAD ? scale * q[", "d < HEAD ? q["),
-    ("the division is forgotten", "sum == 0 ? real(0) : total / sum", "total"),
-    ("one warp does not write its part", "if (lane + 32 * i < HEAD) of_warps", "if (warp && lane + 32 * i < HEAD) of_warps"),
+    ("no barrier before the next head's partial results",
+     "__syncthreads();                                // the last head has been read\n", "\n", "checker"),
+    ("no barrier before the warps are combined", "        __syncthreads();\n        real largest",
+     "        real largest", "checker"),
+    ("warps are added up as if their maxima were equal", "total += exp(of_warps[w][HEAD] - shift) * of_warps[w][d];",
+     "total += of_warps[w][d];", "numbers"),
+    ("splits are added up as if their maxima were equal", "const real weight = exp(m[from] - shift);",
+     "const real weight = 1;", "numbers"),
+    ("padding on the left is attended to", "max(first[row], split * chunk)", "split * chunk", "numbers"),
+    ("the last position is left out", "min(length, (split + 1) * chunk)", "min(length - 1, (split + 1) * chunk)",
+     "numbers"),
+    ("the value is not rescaled", "acc[g][i] = rescale * acc[g][i] + p * value[i];", "acc[g][i] += p * value[i];",
+     "numbers"),
+    ("the query is not scaled", "d < HEAD ? scale * q[", "d < HEAD ? q[", "numbers"),
+    ("the division is left out", "sum == 0 ? real(0) : total / sum", "total", "numbers"),
+    ("one warp does not write its part", "if (lane + 32 * i < HEAD) of_warps",
+     "if (warp && lane + 32 * i < HEAD) of_warps", "checker"),
 ]
-BY_A_CHECKER = {"no barrier before the next head's partial results",
-                "no barrier before the warps are combined",
-                "one warp does not write its part"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words, right, wrong", MUTANTS, ids=[words for words, *_ in MUTANTS])
-def test_a_bug_is_found_by_a_checker_or_by_the_numbers(words, right, wrong, emulated, rng, monkeypatch):
-    text = source("decode").partition('#line 1 "decode.cu"\n')[2]
-    assert right in text, words
-    function = module.function
-    monkeypatch.setattr(module, "function", lambda *arguments, **constants: function(
-        *arguments, text=text.replace(right, wrong), **constants))
+@kernel_mutants.each(MUTANTS)
+def test_a_bug_is_found_by_a_checker_or_by_the_numbers(mutant, emulated, rng, monkeypatch):
+    kernel_mutants.plant(monkeypatch, module, mutant)
     arrays = inputs(rng, 2, 4, 2, 16, 150)
-    try:
-        with emulator.checked():
-            result = run(emulated, *arrays, 140, [0, 30])
-    except emulator.Fault as fault:
-        assert "decode.cu:" in str(fault)
-        found = f"a checker: {fault}"
-    else:
-        error = np.abs(np.nan_to_num(result - plain(*arrays, 140, [0, 30]), nan=np.inf)).max()
-        assert error > 1e-8, f"{words}: not noticed"
-        found = f"the numbers: off by {error:.1e}"
-    assert found.startswith("a checker" if words in BY_A_CHECKER else "the numbers"), found
-    print(f"{words}: found by {found}")
+
+    def check():
+        result = run(emulated, *arrays, 140, [0, 30])
+        assert np.abs(np.nan_to_num(result - plain(*arrays, 140, [0, 30]), nan=np.inf)).max() <= 1e-8
+        return True
+    assert kernel_mutants.detected_by(check, module) == mutant[-1]

@@ -1,12 +1,11 @@
-"""kernels/log_probs.cu: the numbers, the bytes, what is refused, and that its bugs would be noticed."""
-import re
-
+"""kernels/log_probs.cu: the numbers, the bytes, the errors, and planted bugs that are found."""
+import kernel_mutants
 import numpy as np
 import pytest
-
 from helpers import assert_close, peak_memory
+
 from minilm import layers
-from minilm.kernels import emulator, launch, log_probs
+from minilm.kernels import emulator, log_probs
 
 VOCABULARIES = [1, 7, 31, 32, 33, 65, 128, 200, 1000, 5000]
 BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -32,14 +31,14 @@ def batch(rng, N, V, dtype=np.float64, scale=1.0):
 
 
 def kernel(xp, logits, targets, dy):
-    """What plain gives, from the kernels."""
+    """The results of plain(), from the kernels."""
     logits, targets, dy = map(xp.asarray, (logits, targets, dy))
     log_probs_, lse, entropies = log_probs.forward(logits, targets, entropy=True)
     return [a.get() for a in (log_probs_, lse, entropies, log_probs.backward(logits, targets, lse, dy))]
 
 
 def assert_as_good(actual, inputs):
-    """float32: no further from the exact numbers than the plain formulas in float32, times 2 (the gradient 3)."""
+    """float32: at most twice the error of the plain formulas in float32 (the gradient three times)."""
     exact = plain(*(a.astype(np.float64) if a.dtype == np.float32 else a for a in inputs))
     for a, naive, b, factor in zip(actual, plain(*inputs), exact, (2, 2, 2, 3)):
         assert np.array_equal(np.isinf(a), np.isinf(b))
@@ -55,7 +54,7 @@ def finite(a):
 # The numbers.
 
 @pytest.mark.parametrize("V", VOCABULARIES)
-def test_log_probs_entropies_and_gradients_are_those_of_the_formulas(V, xp, rng):
+def test_log_probs_entropies_and_gradients_equal_the_formulas(V, xp, rng):
     for N in 1, 3, 8:
         inputs = batch(rng, N, V)
         for actual, expected in zip(kernel(xp, *inputs), plain(*inputs)):
@@ -92,7 +91,7 @@ def test_hard_logits_are_right(dtype, xp):
 
 
 @BOTH
-def test_what_has_no_log_prob_is_nan_in_its_own_row_alone(dtype, xp, rng):
+def test_rows_without_a_log_prob_are_nan_and_no_others(dtype, xp, rng):
     logits, targets, dy = batch(rng, 9, 40, dtype)
     expected = plain(logits, targets, dy)
     logits[1, 30], logits[2, 5] = np.nan, np.inf
@@ -110,7 +109,7 @@ def test_what_has_no_log_prob_is_nan_in_its_own_row_alone(dtype, xp, rng):
             assert_close(actual[5:8], right[5:8], 1e-5)
 
 
-def test_the_gradient_is_that_of_finite_differences(xp, rng):
+def test_the_gradient_equals_finite_differences(xp, rng):
     N, V, step = 3, 33, 1e-5
     logits, targets, dy = batch(rng, N, V)
     analytic = kernel(xp, logits, targets, dy)[3]
@@ -122,7 +121,7 @@ def test_the_gradient_is_that_of_finite_differences(xp, rng):
 
 
 @BOTH
-def test_the_gradient_may_be_written_over_the_logits(dtype, emulated, rng):
+def test_the_gradient_can_be_written_over_the_logits(dtype, emulated, rng):
     logits, targets, dy = map(emulated.asarray, batch(rng, 3, 200, dtype))
     lse = log_probs.forward(logits, targets)[1]
     apart = log_probs.backward(logits, targets, lse, dy).get()
@@ -131,7 +130,7 @@ def test_the_gradient_may_be_written_over_the_logits(dtype, emulated, rng):
     assert np.array_equal(logits.get(), apart)
 
 
-def test_targets_of_32_bits_are_served_too(xp, rng):
+def test_targets_of_32_bits_give_the_same(xp, rng):
     logits, targets, dy = batch(rng, 3, 7)
     for a, b in zip(kernel(xp, logits, targets.astype(np.int32), dy), kernel(xp, logits, targets, dy)):
         assert np.array_equal(a, b)
@@ -153,7 +152,7 @@ def linear_batch(rng, N=11, V=33, D=5, dtype=np.float64):
 
 @pytest.mark.parametrize("N", [1, 8, 11])
 @pytest.mark.parametrize("chunk", [None, 1, 4, 8, 50])
-def test_log_probs_from_hidden_states_are_those_of_the_layer(N, chunk, xp, rng):
+def test_log_probs_from_hidden_states_equal_the_layer(N, chunk, xp, rng):
     hidden, unembedding, targets, dy = linear_batch(rng, N)
     expected, vjp = layers.token_log_probs.__wrapped__(hidden, unembedding, targets)
     dhidden, dunembedding = vjp(dy)
@@ -176,7 +175,7 @@ def test_no_hidden_states_give_no_log_probs_and_a_gradient_of_zero(xp, rng):
     assert dhidden.shape == (0, 5) and dunembedding.shape == (33, 5) and not dunembedding.get().any()
 
 
-def test_never_are_all_logits_in_memory_at_once(emulated, rng):
+def test_only_one_chunk_of_logits_is_in_memory(emulated, rng):
     N, V, chunk = 256, 1000, 16
     hidden, unembedding, targets, dy = map(emulated.asarray, linear_batch(rng, N, V, 4))
     log_probs.linear_forward(hidden[:1], unembedding, targets[:1])                  # compiled
@@ -187,7 +186,7 @@ def test_never_are_all_logits_in_memory_at_once(emulated, rng):
     assert peak_memory(both) < chunk_bytes + gradient_bytes + 100_000 < N * V * 8 / 5
 
 
-def test_a_chunk_is_what_fits_the_logits_held(emulated, rng, monkeypatch):
+def test_a_chunk_has_as_many_rows_as_fit_the_logits_held(emulated, rng, monkeypatch):
     hidden, unembedding, targets, _ = map(emulated.asarray, linear_batch(rng, 11, 33))
     rows, forward = [], log_probs._forward
     def counted(xp, logits, *rest):
@@ -201,21 +200,21 @@ def test_a_chunk_is_what_fits_the_logits_held(emulated, rng, monkeypatch):
     assert rows == [4, 4, 3, 1, 1]
 
 
-# What is refused, before anything is launched.
+# Errors, before anything is launched.
 
 def contiguous(name):
     return f"{name} is not contiguous; pass a contiguous copy"
 
 
-# What is changed, and the words; the first seven are forward's arguments too.
-REFUSED = {
+# (the change, the message); the first seven concern the arguments of forward too.
+ERRORS = {
     "half precision": (lambda a: {"logits": a["logits"].astype(np.float16)},
                        "the kernels compute in float32 or float64, not in float16"),
     "one axis": (lambda a: {"logits": a["logits"].reshape(-1)},
                  "logits has shape (21,); this kernel takes (any, any)"),
     "transposed logits": (lambda a: {"logits": a["logits"].T.copy().T}, contiguous("logits")),
     "no vocabulary": (lambda a: {"logits": a["logits"][:, :0].copy()},
-                      "logits (N,V) over a vocabulary of no tokens; V must be at least 1"),
+                      "logits (N,V) has V = 0; V must be at least 1"),
     "real targets": (lambda a: {"targets": a["dy"]}, "targets is float64; this kernel takes int64"),
     "strided targets": (lambda a: {"targets": a["targets"].repeat(2)[::2]}, contiguous("targets")),
     "a target too many": (lambda a: {"targets": np.zeros(4, int)}, "targets has shape (4,); this kernel takes (3)"),
@@ -226,24 +225,24 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_served_is_refused_and_named(case, emulated, rng, monkeypatch):
+@pytest.mark.parametrize("case", ERRORS)
+def test_unsupported_arrays_raise_with_what_is_supported(case, emulated, rng, monkeypatch):
     logits, targets, dy = batch(rng, 3, 7)
-    change, message = REFUSED[case]
+    change, message = ERRORS[case]
     arguments = {"logits": logits, "targets": targets, "lse": np.zeros(3), "dy": dy, "out": np.zeros((3, 7))}
     arguments = {name: on_device(emulated, a) for name, a in (arguments | change(arguments)).items()}
     monkeypatch.setattr(log_probs, "launch", lambda *_: pytest.fail("launched"))
     with pytest.raises((TypeError, ValueError)) as error:
         log_probs.backward(**arguments)
     assert str(error.value) == message
-    if case in list(REFUSED)[:7]:
+    if case in list(ERRORS)[:7]:
         with pytest.raises((TypeError, ValueError)) as error:
             log_probs.forward(arguments["logits"], arguments["targets"])
         assert str(error.value) == message
 
 
 def on_device(emulated, array):
-    """The same array, strides and all."""
+    """The same array with its strides."""
     device = emulated.empty(1)
     device._backing = array
     return device
@@ -258,7 +257,7 @@ def test_hidden_states_and_unembedding_must_fit(xp, rng):
             ((hidden.reshape(11, 5, 1), unembedding, targets),
              "hidden has shape (11, 5, 1); this kernel takes (any, any)"),
             ((hidden, unembedding[:0], targets),
-             "unembedding (V,D) of a vocabulary of no tokens; V must be at least 1"),
+             "unembedding (V,D) has V = 0; V must be at least 1"),
             ((hidden, unembedding, targets[1:]), "targets has shape (10,); this kernel takes (11)"),
             ((hidden, unembedding, targets, 0), "chunk is 0; it must be at least 1")]:
         with pytest.raises((TypeError, ValueError)) as error:
@@ -266,17 +265,17 @@ def test_hidden_states_and_unembedding_must_fit(xp, rng):
         assert str(error.value) == message
 
 
-def test_arrays_of_two_devices_are_refused(xp, rng):
+def test_arrays_of_two_devices_raise(xp, rng):
     logits, targets, _ = batch(rng, 3, 7)
     with pytest.raises(TypeError, match="mixed"):
         log_probs.forward(xp.asarray(logits), targets)
 
 
-# On the device: clean, counted, and the same in every order of threads and blocks.
+# Under the checkers: no fault, bytes counted, the same in every order of threads and blocks.
 
 @BOTH
 @pytest.mark.parametrize("V", VOCABULARIES)
-def test_no_checker_finds_anything_and_the_bytes_are_as_stated(V, dtype, emulated, rng):
+def test_no_checker_finds_a_fault_and_the_bytes_equal_the_formula(V, dtype, emulated, rng):
     for N in 1, 3:
         logits, targets, dy = map(emulated.asarray, batch(rng, N, V, dtype))
         with emulator.checked():
@@ -305,21 +304,21 @@ def moved():
 
 
 def test_a_row_is_read_once_and_its_gradient_written_once(xp):
-    """The least possible, but for what is one number a row."""
+    """The minimum, except for a few numbers for each row."""
     N, V, size = 1000, 50_000, 4
     assert log_probs.forward_bytes(N, V, np.float32) == (N * V * size + 8 * N, 12 * N)
     assert log_probs.backward_bytes(N, V, np.float32) == (N * V * size + 20 * N, N * V * size)
 
 
-# Bugs that somebody could ship: what line of log_probs.cu becomes what, and what notices.
+# Bugs, each detected.
 
 MUTANTS = [
     ("the sum is not scaled down when the maximum grows", "a.sum *= factor;", ";", "numbers"),
-    ("the sum for the entropy is scaled, but its differences are still to the old maximum",
+    ("the sum for the entropy is scaled, but still relative to the old maximum",
      "factor * a.weighted + factor * shift * a.sum", "factor * a.weighted", "numbers"),
     ("a masked logit takes part in the arithmetic of infinities", "if (x == NEGATIVE_INFINITY) return a;", "",
      "numbers"),
-    ("a masked start of a row is taken for numbers", "NEGATIVE_INFINITY < a.highest && ", "", "numbers"),
+    ("a masked start of a row is used as numbers", "NEGATIVE_INFINITY < a.highest && ", "", "numbers"),
     ("the entropy's second term has the wrong sign", "log_sum - weighted / sum", "log_sum + weighted / sum",
      "numbers"),
     ("the maximum of a warp is taken for that of the block", "block_max(sums.highest, scratch)",
@@ -328,17 +327,18 @@ MUTANTS = [
      "picked - (highest + log_sum)", "numbers"),
     ("the log-sum-exp is rounded to the precision of the logits", "double(highest) + double(log_sum)",
      "highest + log_sum", "numbers"),
-    ("backward leaves out what rounding took from the log-sum-exp", "exp((row[j] - high) - low)", "exp(row[j] - high)",
+    ("backward leaves out the rounding error of the log-sum-exp", "exp((row[j] - high) - low)", "exp(row[j] - high)",
      "numbers"),
     ("the gradient has the wrong sign", "real(j == target) - p", "p - real(j == target)", "numbers"),
-    ("a target outside the vocabulary gets a gradient in silence", "0 <= target && target < V ? dy[n]", "true ? dy[n]",
+    ("a target outside the vocabulary gets a gradient", "0 <= target && target < V ? dy[n]", "true ? dy[n]",
      "numbers"),
     ("the loop runs one logit too far", "j < V; j += blockDim.x) {\n        const real x",
      "j <= V; j += blockDim.x) {\n        const real x", "checker"),
     ("every block works on the first row",
      "const size_t n = blockIdx.x;\n    const real* row = logits + n * V;\n    if",
      "const size_t n = 0;\n    const real* row = logits + n * V;\n    if", "checker"),
-    ("nobody waits for the thread that reads the target", "    __syncthreads();\n\n    Sums", "\n    Sums", "checker"),
+    ("threads do not wait for the one that reads the target", "    __syncthreads();\n\n    Sums", "\n    Sums",
+     "checker"),
     ("backward does not wait for the thread that reads lse and dy", "    __syncthreads();\n\n    #pragma",
      "\n    #pragma", "checker"),
     ("a target outside the vocabulary is used as an address",
@@ -352,38 +352,24 @@ NAMES = ("Sums", "relative_to", "with", "log_probs_forward", "log_probs_backward
 
 @pytest.fixture(scope="module")
 def mutated():
-    """All mutants in one text, every name with the number of its mutant: they are compiled together, once."""
-    text, copies = (launch.FOLDER / "log_probs.cu").read_text(), []
-    for i, (words, right, wrong, _) in enumerate(MUTANTS):
-        assert text.count(right) == 1, words
-        copies.append(re.sub(rf"\b({'|'.join(NAMES)})\b", rf"\1_{i}", text.replace(right, wrong)))
-    return "\n".join(copies)
+    return kernel_mutants.all_in_one(log_probs, MUTANTS, NAMES)
 
 
 @pytest.mark.parametrize("i", range(len(MUTANTS)), ids=[words for words, *_ in MUTANTS])
-def test_a_bug_is_noticed(i, mutated, emulated, monkeypatch):
-    def function(xp, room, name, dtype, **constants):
-        return launch.function(xp, room, f"{name}_{i}", dtype, text=mutated, **constants)
-    monkeypatch.setattr(log_probs, "function", function)
-    with emulator.checked():
-        assert noticed(emulated) == MUTANTS[i][-1]
+def test_a_bug_is_found_by_a_checker_the_numbers_or_the_bytes(i, mutated, emulated, monkeypatch):
+    kernel_mutants.use(monkeypatch, log_probs, mutated, i)
+    assert kernel_mutants.detected_by(lambda: check(emulated), log_probs) == MUTANTS[i][-1]
 
 
-def noticed(xp):
-    """What is wrong with the kernels in float32: None, or what notices it, "checker", "numbers" or "bytes"."""
-    try:
-        inputs = batch(np.random.default_rng(2), 3, 300, np.float32)
-        assert_as_good(kernel(xp, *inputs), inputs)
-        test_hard_logits_are_right(np.float32, xp)
-        test_what_has_no_log_prob_is_nan_in_its_own_row_alone(np.float32, xp, np.random.default_rng(3))
-        log_probs.forward(*map(xp.asarray, inputs[:2]))
-        return None if moved() == log_probs.forward_bytes(3, 300, np.float32) else "bytes"
-    except emulator.Fault:
-        return "checker"
-    except AssertionError:
-        return "numbers"
+def check(xp):
+    """Asserts that the numbers are right, in float32. Returns whether the bytes are."""
+    inputs = batch(np.random.default_rng(2), 3, 300, np.float32)
+    assert_as_good(kernel(xp, *inputs), inputs)
+    test_hard_logits_are_right(np.float32, xp)
+    test_rows_without_a_log_prob_are_nan_and_no_others(np.float32, xp, np.random.default_rng(3))
+    log_probs.forward(*map(xp.asarray, inputs[:2]))
+    return moved() == log_probs.forward_bytes(3, 300, np.float32)
 
 
-def test_the_kernels_themselves_are_not_noticed(emulated):
-    with emulator.checked():
-        assert noticed(emulated) is None
+def test_nothing_is_found_without_a_bug(emulated):
+    assert kernel_mutants.detected_by(lambda: check(emulated), log_probs) is None

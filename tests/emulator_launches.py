@@ -1,4 +1,4 @@
-"""How the tests of the emulator launch a kernel of their own, given as text."""
+"""Launches of kernels that a test gives as text, on the emulator."""
 import numpy as np
 
 from minilm.kernels import emulator
@@ -7,7 +7,7 @@ SCHEDULES = "forward", "reversed", 1, 2, 3
 
 
 class Device:
-    """An array of the device, as RawModule sees it."""
+    """An array of the device, as RawModule takes it."""
 
     def __init__(self, array):
         self.array = array
@@ -21,7 +21,7 @@ def kernel(code, name, *options):
 
 
 def run(code, name, *args, grid=(1,), block=(64,), shared=0, options=()):
-    """Launches it; NumPy arrays go as arrays of the device, Python numbers as 32 bits."""
+    """Launch a kernel; NumPy arrays are passed as arrays of the device, Python numbers as 32 bits."""
     kinds = {np.ndarray: Device, int: np.int32, float: np.float32}
     args = tuple(kinds.get(type(a), lambda a: a)(a) for a in args)
     kernel(code, name, *options)(grid, block, args, shared_mem=shared)

@@ -1,7 +1,6 @@
-"""The stand-in for CuPy (kernels/emulator/arrays.py, cupy.py): as strict as the real one, and never richer.
+"""The mock of CuPy (kernels/emulator/arrays.py, cupy.py): as strict as CuPy, and with no names that CuPy lacks.
 
-Whether CuPy has all of it, by the same names, is asked of the real package where it is installed; that takes no GPU
-(`pip install cupy-cuda13x`).
+Names and arguments are compared with the real package if it is installed (`pip install cupy-cuda13x`; no GPU needed).
 """
 import copy
 import importlib.util
@@ -28,7 +27,7 @@ def there(x=X):
 
 # Where it stands.
 
-def test_as_cupy_is_what_import_finds_and_goes_when_it_ends(monkeypatch):
+def test_import_finds_the_mock_inside_as_cupy_and_not_after_it(monkeypatch):
     for before in ({}, {"cupy": np}):
         monkeypatch.delitem(sys.modules, "cupy", raising=False)
         for name, module in before.items():
@@ -42,7 +41,7 @@ def test_as_cupy_is_what_import_finds_and_goes_when_it_ends(monkeypatch):
         assert sys.modules.get("cupy") is before.get("cupy")
 
 
-def test_its_arrays_are_cupys_to_minilm():
+def test_minilm_recognises_its_arrays_as_cupys():
     with as_cupy():
         x = to_device(X, "gpu")
         assert is_cupy(x) and array_module(x, 2.0) is cupy
@@ -51,18 +50,18 @@ def test_its_arrays_are_cupys_to_minilm():
         array_module(x, X)
 
 
-def test_what_minilm_does_not_use_is_not_there_and_the_error_says_what_to_do():
-    with pytest.raises(AttributeError, match=r"uses no cupy\.linalg.*add it to kernels/emulator/cupy\.py"):
-        cupy.linalg
-    with pytest.raises(AttributeError, match=r"uses no cupy\.ndarray\.std.*add it to kernels/emulator/arrays\.py"):
-        there().std
+def test_a_missing_name_raises_and_says_where_to_add_it():
+    with pytest.raises(AttributeError, match=r"no cupy\.linalg.*add it to kernels/emulator/cupy\.py"):
+        cupy.linalg                     # noqa: B018
+    with pytest.raises(AttributeError, match=r"no cupy\.ndarray\.std.*add it to kernels/emulator/arrays\.py"):
+        there().std                     # noqa: B018
     with pytest.raises(TypeError):
         there().sum(axis=0, where=there() > 1)
     with pytest.raises(TypeError):
         cupy.exp(there(), where=there() > 1)
 
 
-# The wall.
+# The border between host and device.
 
 CROSSINGS = {
     "np.asarray": np.asarray, "np.array of a list": lambda x: np.array([x, x]), "np.exp": np.exp, "np.sum": np.sum,
@@ -89,20 +88,20 @@ CROSSINGS = {
 
 
 @pytest.mark.parametrize("crossing", CROSSINGS)
-def test_nothing_crosses_the_wall_unasked(crossing):
+def test_an_implicit_conversion_raises(crossing):
     x = there()
     with pytest.raises(TypeError):
         CROSSINGS[crossing](x)
     assert (x.get() == X).all()
 
 
-def test_the_truth_of_many_elements_is_refused():
+def test_the_truth_of_many_elements_raises():
     with pytest.raises(ValueError, match="ambiguous"):
         bool(there())
     assert bool(there().sum()) and not bool(there()[0, :1])
 
 
-def test_numbers_cross_both_ways():
+def test_numbers_convert_in_both_directions():
     x = there(np.float32([1, 2]))
     for number in (2, 2.0, True, np.float32(2), np.int64(2)):
         for product in (x * number, number * x):
@@ -111,7 +110,7 @@ def test_numbers_cross_both_ways():
     assert float(x.sum()) == 3.0 == x.sum().item() and int(x[1]) == 2 and type(x.sum().item()) is float
 
 
-def test_what_comes_from_the_cpu_is_copied_and_so_is_what_goes_back():
+def test_asarray_and_get_copy():
     mine = X.copy()
     x = there(mine)
     mine[0, 0] = 9
@@ -136,14 +135,14 @@ def test_an_element_is_a_view_and_a_reduction_an_array():
         assert is_cupy(reduced) and reduced.shape == ()
 
 
-def test_memory_that_nobody_wrote_to_shows():
+def test_unwritten_memory_is_marked():
     for made in (cupy.empty((2, 3)), cupy.empty(3, "float32"), cupy.empty_like(there()), cupy.empty(2, "complex64")):
         assert np.isnan(made.get()).all()
     assert (cupy.empty(2, "int32").get() > 2 ** 30).all() and cupy.empty(2, bool).get().all()
     assert np.isnan(cupy.empty(()).get()) and cupy.empty((0, 3)).shape == (0, 3)
 
 
-def test_two_values_for_one_place_are_refused():
+def test_two_values_for_one_place_raise():
     x, twice = cupy.zeros(3), cupy.asarray([1, 1])
     with pytest.raises(ValueError, match="undefined"):
         x[twice] = cupy.asarray([1.0, 2.0])
@@ -155,14 +154,14 @@ def test_two_values_for_one_place_are_refused():
         x[cupy.asarray([3])]
 
 
-def test_sorting_is_stable_and_knows_no_other_kind():
+def test_sorting_is_stable_and_another_kind_raises():
     ties = np.random.default_rng(0).integers(3, size=100)
     assert (cupy.argsort(there(ties)).get() == np.argsort(ties, kind="stable")).all()
     with pytest.raises(ValueError, match="stable"):
         cupy.argsort(there(ties), kind="quicksort")
 
 
-def test_arithmetic_in_place_writes_where_the_array_stands():
+def test_arithmetic_in_place_writes_into_the_same_memory():
     x = there()
     row, element = x[1], x[0, 0]
     row *= 2
@@ -206,14 +205,14 @@ COMPUTED = {
 
 
 @pytest.mark.parametrize("name", COMPUTED)
-def test_it_computes_what_numpy_computes(name):
+def test_its_functions_equal_numpys(name):
     with np.errstate(divide="ignore", invalid="ignore"):
         actual, expected = COMPUTED[name](cupy, there()), np.asarray(COMPUTED[name](np, X))
     assert is_cupy(actual) and actual.dtype == expected.dtype and actual.shape == expected.shape
     np.testing.assert_allclose(actual.get(), expected, rtol=1e-15)
 
 
-# The real one.
+# The real package.
 
 PROBE = """
 import inspect, json, cupy
@@ -232,9 +231,9 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def real():
-    """What the real CuPy has: names, and how their arguments read. In a process of its own."""
+    """{name: signature} of the real CuPy, from another process."""
     if importlib.util.find_spec("cupy") is None:
-        pytest.skip("CuPy is not installed (pip install cupy-cuda13x; it needs no GPU to be asked for its names)")
+        pytest.skip("CuPy is not installed (pip install cupy-cuda13x; its names can be listed without a GPU)")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROBE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -265,7 +264,7 @@ def parameters(text):
 
 
 def misfit(ours, theirs):
-    """Why a call that ours takes is none that theirs takes; None if there is no reason."""
+    """Why a call of our function may be no call of theirs; None if every call is."""
     named = {name for name, kind in theirs if kind in (EITHER_WAY, BY_NAME)}
     places = [name for name, kind in theirs if kind in (BY_PLACE, EITHER_WAY)]
     if any(kind == ANY_NUMBER for _, kind in theirs):
@@ -286,7 +285,7 @@ def signature(function):
     return [(p.name, p.kind) for p in inspect.signature(function).parameters.values() if p.name != "self"]
 
 
-def test_signatures_are_compared_in_earnest():
+def test_the_comparison_of_signatures_finds_each_difference():
     theirs = parameters("A.sum(self, Py_ssize_t axis=None, tuple dtype=(), /, out=None, \\*, keepdims=False) -> A")
     assert [name for name, _ in theirs] == ["axis", "dtype", "out", "keepdims"]
     assert misfit(signature(lambda a, b, /, out=None, *, keepdims: 0), theirs) is None
@@ -296,7 +295,7 @@ def test_signatures_are_compared_in_earnest():
         assert misfit(signature(ours), theirs) == why
 
 
-def test_cupy_has_every_function_with_such_arguments(real):
+def test_cupy_has_every_function_with_these_arguments(real):
     for name, function in FUNCTIONS.items():
         assert name in real, f"CuPy has no {name}"
         if isinstance(function, ufunc):
@@ -311,7 +310,7 @@ def test_cupy_has_every_function_with_such_arguments(real):
     assert misfit([("code", BY_NAME), ("options", BY_NAME)], parameters(real["RawModule"])) is None
 
 
-def test_cupys_array_has_every_method_with_such_arguments(real):
+def test_cupys_array_has_every_method_with_these_arguments(real):
     own = {"__minilm_buffer__", "__getattr__", "__init__", "__slots__", "__reduce_ex__"}
     for name, method in vars(arrays.ndarray).items():
         if name in own or name.startswith("_") and not name.startswith("__"):

@@ -1,12 +1,12 @@
-"""Each checker of the emulator finds the fault that was planted for it, says where it is, and says nothing without it.
+"""Each checker of the emulator finds the fault planted for it and its line, and reports nothing without the fault.
 
-FAULTS is one text of kernels that are right with fault = 0 and wrong with fault = 1; the comments in it say on which
-line a fault is to be found, and on which the other half of a race.
+FAULTS is one text of kernels that are right with fault = 0 and wrong with fault = 1. Its comments mark the line of each
+fault (FAULT), the other access of a race (OTHER), and the call of a helper (CALL).
 """
 import numpy as np
 import pytest
-
 from emulator_launches import SCHEDULES, run, zeros
+
 from minilm.kernels import emulator
 
 pytestmark = pytest.mark.skipif(emulator.available() is not None, reason=f"{emulator.available()}")
@@ -71,7 +71,7 @@ KERNEL(uninitialised_global_memory) {
 }
 KERNEL(no_barrier_before_a_read) {
     __shared__ float tile[64];
-    int t = 63 - threadIdx.x;                   // in the forward schedule those who are read come first
+    int t = 63 - threadIdx.x;                   // in the forward schedule the threads that are read run first
     tile[threadIdx.x] = 0;
     __syncthreads();
     tile[threadIdx.x] = x[threadIdx.x];         // FAULT no_barrier_before_a_read
@@ -91,7 +91,7 @@ KERNEL(no_barrier_before_the_next_tile) {
 }
 KERNEL(no_warp_barrier) {
     __shared__ float tile[64];
-    __syncwarp();                               // one too early is none
+    __syncwarp();                               // a barrier before the write does not help
     tile[threadIdx.x] = x[threadIdx.x];         // OTHER no_warp_barrier
     float neighbour = __shfl_xor_sync(ALL, x[threadIdx.x], 1);
     if (!fault) __syncwarp();
@@ -188,7 +188,7 @@ def race(thread, does, did):
     return thread, f"data race: {does}, which {did} @ with no barrier between"
 
 
-FOUND = {   # the kernel: the thread, and what is said; "@" is the other line
+FOUND = {   # kernel: (thread, message); "@" stands for the other line
     "past_the_end": (63, "out of bounds: reads 4 bytes, 0 bytes past the end of x, which has 64 elements"),
     "before_the_start": (0, "out of bounds: writes 4 bytes, 4 bytes before the start of y, which has 64 elements"),
     "past_a_shared_array": (
@@ -215,25 +215,25 @@ FOUND = {   # the kernel: the thread, and what is said; "@" is the other line
     "a_block_reads_what_another_writes": race(0, "reads y[0]", "thread (0, 0, 0) of block (0, 0, 0) wrote"),
     "atomic_and_not": race(63, "reads y[0]", "thread (62, 0, 0) updated atomically"),
     "two_barriers": (
-        32, "divergent barriers: comes to this __syncthreads while thread (0, 0, 0) waits at another (@)"),
+        32, "divergent barriers: reaches this __syncthreads while thread (0, 0, 0) waits at another (@)"),
     "exits_before_the_barrier": (
-        0, "deadlock: waits at __syncthreads for ever; 32 of the block's 64 threads have exited"),
+        0, "deadlock: waits at __syncthreads forever; 32 of the block's 64 threads have exited"),
     "deadlock": (
-        0, "deadlock: waits at __syncwarp for ever, and thread (16, 0, 0) at __syncthreads (@); 0 of "
+        0, "deadlock: waits at __syncwarp forever, and thread (16, 0, 0) at __syncthreads (@); 0 of "
         "the block's 64 threads have exited"),
-    "lane_not_in_its_mask": (16, "__shfl_xor_sync by lane 16, which its mask 0x0000ffff leaves out"),
-    "reads_a_lane_not_in_the_mask": (15, "__shfl_sync reads lane 16, which its mask 0x0000ffff leaves out"),
+    "lane_not_in_its_mask": (16, "__shfl_xor_sync by lane 16, which is not in its mask 0x0000ffff"),
+    "reads_a_lane_not_in_the_mask": (15, "__shfl_sync reads lane 16, which is not in its mask 0x0000ffff"),
     "two_shuffles": (
         1, "divergent warp operations: __shfl_xor_sync with mask 0xffffffff, while lane 0 waits at "
         "__shfl_xor_sync with mask 0xffffffff (@)"),
     "names_a_lane_that_exited": (1, "__ballot_sync with mask 0xffffffff names lane 0, which has exited"),
     "shift": (0, "undefined behaviour: a shift by more bits than there are, or of a negative number"),
     "product_of_32_bits": (0, "undefined behaviour: a product that does not fit its type"),
-    "division": (0, "undefined behaviour: a division by zero, or of the least number by -1"),
+    "division": (0, "undefined behaviour: a division by zero, or of the smallest number by -1"),
     "conversion": (0, "undefined behaviour: a float that does not fit the integer it is converted to"),
     "null": (0, "undefined behaviour: a null pointer is used"),
     "assertion": (0, "assertion failed: fault == 0"),
-    "variable_of_the_module": (0, "writes a variable of the module, which the emulator does not serve"),
+    "variable_of_the_module": (0, "writes a variable of the module; the emulator supports only reading them"),
     "in_a_helper": (0, "out of bounds: reads 4 bytes, 0 bytes past the end of x, which has 64 elements"),
 }
 BLOCKS = {"two_blocks_write_one_place": 2, "a_block_reads_what_another_writes": 2,
@@ -241,7 +241,7 @@ BLOCKS = {"two_blocks_write_one_place": 2, "a_block_reads_what_another_writes": 
 
 
 def marked(word, name):
-    """The line of FAULTS that bears this mark."""
+    """The line of FAULTS with this mark."""
     lines = [i for i, line in enumerate(FAULTS.splitlines(), 1) if line.endswith(f"// {word} {name}")]
     assert len(lines) <= 1, name
     return f"test.cu:{lines[0]}" if lines else None
@@ -254,7 +254,7 @@ def launch_faulty(name, fault):
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_a_planted_fault_is_found_and_said_where_it_is(name):
+def test_a_planted_fault_is_found_with_its_line_and_thread(name):
     thread, what = FOUND[name]
     where, other, call = marked("FAULT", name), marked("OTHER", name), marked("CALL", name)
     with emulator.checked(), pytest.raises(emulator.Fault) as found:
@@ -273,7 +273,7 @@ def test_the_same_kernels_without_their_faults_pass(schedule):
 
 
 @pytest.mark.parametrize("name", ["no_warp_barrier", "a_barrier_of_half_the_lanes"])
-def test_a_race_whose_numbers_come_out_right_in_every_schedule_is_found_in_every_schedule(name):
+def test_a_race_whose_results_are_right_in_every_schedule_is_found_in_every_schedule(name):
     x = np.arange(64, dtype=np.float32)
     for schedule in SCHEDULES:
         results = []
@@ -282,7 +282,7 @@ def test_a_race_whose_numbers_come_out_right_in_every_schedule_is_found_in_every
             with emulator.fast(schedule):
                 run(FAULTS, name, x, y, fault)
             results.append(y)
-        assert np.array_equal(*results), "the fault is meant to be one that no schedule shows"
+        assert np.array_equal(*results), "the results must be right although the race is there"
         with emulator.checked(schedule), pytest.raises(emulator.Fault, match="data race: reads shared tile"):
             run(FAULTS, name, x, zeros(64), 1)
 
@@ -291,16 +291,16 @@ RACES = [name for name, (_, what) in FOUND.items() if what.startswith("data race
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES[1:])
-def test_a_race_is_found_whichever_of_its_threads_comes_first(schedule):
+def test_a_race_is_found_whichever_of_its_threads_runs_first(schedule):
     for name in RACES:
         with emulator.checked(schedule), pytest.raises(emulator.Fault, match="data race"):
             launch_faulty(name, 1)
 
 
 @pytest.mark.parametrize("how", [emulator.fast, emulator.checked])
-def test_barriers_and_warp_operations_are_watched_in_the_fast_build_too(how):
+def test_barriers_and_warp_operations_are_checked_in_the_fast_build_too(how):
     for name, what in (("two_barriers", "divergent barriers"), ("two_shuffles", "divergent warp operations"),
-                       ("exits_before_the_barrier", "deadlock"), ("lane_not_in_its_mask", "leaves out")):
+                       ("exits_before_the_barrier", "deadlock"), ("lane_not_in_its_mask", "not in its mask")):
         with how(), pytest.raises(emulator.Fault, match=what) as found:
             launch_faulty(name, 1)
         assert found.value.where == marked("FAULT", name)
@@ -308,12 +308,12 @@ def test_barriers_and_warp_operations_are_watched_in_the_fast_build_too(how):
             launch_faulty(name, 1)
 
 
-def test_a_thread_that_comes_to_a_barrier_after_others_have_exited_is_at_fault():
+def test_a_thread_that_reaches_a_barrier_after_others_have_exited_is_a_fault():
     with emulator.checked("reversed"), pytest.raises(emulator.Fault, match="barrier not reached by all"):
         launch_faulty("exits_before_the_barrier", 1)
 
 
-def test_a_launch_runs_after_a_fault_as_before_it():
+def test_a_launch_after_a_fault_runs_as_before():
     for _ in range(3):
         with emulator.checked(), pytest.raises(emulator.Fault):
             launch_faulty("no_barrier_before_a_read", 1)
@@ -322,18 +322,18 @@ def test_a_launch_runs_after_a_fault_as_before_it():
 
 
 @pytest.mark.parametrize("how", [emulator.fast, emulator.checked])
-def test_no_more_than_48_kib_of_shared_variables_are_served(how):
+def test_more_than_48_kib_of_shared_variables_is_a_fault(how):
     with how(), pytest.raises(emulator.Fault, match="49156 bytes of __shared__ variables; CUDA allows 48 KiB"):
         launch_faulty("too_much_shared_memory", 1)
 
 
-def test_an_index_past_one_argument_is_not_mistaken_for_another_beside_it():
+def test_an_index_past_one_argument_is_a_fault_even_if_another_argument_follows():
     memory = zeros(128)
     with emulator.checked(), pytest.raises(emulator.Fault, match="past the end of x"):
         run(FAULTS, "past_the_end", memory[:64], memory[64:], 1)
 
 
-def test_a_view_that_begins_off_the_devices_alignment_is_misaligned_here_too():
+def test_a_view_that_would_be_misaligned_on_a_device_is_misaligned_here():
     memory = np.ones(128, np.float32)
     with emulator.checked():
         run(FAULTS, "misaligned", memory[4:68], zeros(64), 0)
@@ -341,7 +341,7 @@ def test_a_view_that_begins_off_the_devices_alignment_is_misaligned_here_too():
             run(FAULTS, "misaligned", memory[1:65], zeros(64), 0)
 
 
-def test_overlapping_arguments_are_refused_where_the_kernel_says_restrict():
+def test_overlapping_arguments_of_a_restrict_kernel_raise():
     code = 'extern "C" __global__ void one(const float* __restrict__ x, float* __restrict__ y) {}'
     memory = zeros(96)
     run(code, "one", memory[:32], memory[32:], block=(32,))

@@ -1,89 +1,126 @@
-"""Runs the kernels of a room on random numbers, under all checkers, or in gdb, line by line.
+"""Runs CUDA kernels on the CPU, under all checkers or line by line in gdb.
 
-    python -m minilm.kernels.emulator attention --T 33          # checks, launches, bytes moved
-    python -m minilm.kernels.emulator attention --T 33 --debug  # gdb, stopped at the first line of the first kernel
+    python -m minilm.kernels.emulator attention --T 33
+    python -m minilm.kernels.emulator attention --T 33 --debug
+    python -m minilm.kernels.emulator mysum.cu --kernel vecsum --x 300 --out 3
 
-A room is a module of minilm.kernels with a function example(xp, rng, **sizes); what is not known here (--T 33) is
-one of its sizes.
+MODULE: a module of minilm.kernels. Its function example(xp, rng, **sizes) runs
+its kernels on random numbers.
+
+FILE.cu: kernels of your own, declared extern "C" __global__. Give every
+argument by name: the number of elements of an array, the value of a scalar.
+Arrays that the kernel declares const are filled with random numbers (integers
+from 0 to 9); other arrays are memory that nothing has written yet. To choose
+the content: --x zeros:300, or random, ones, arange, empty. The grid has one
+thread for each element of the largest array, unless --grid is given.
+
+Printed: launches, bytes moved, results, and whether the results are the same in
+other orders of threads and blocks. A fault is printed alone, with its source
+lines; the exit status is then 1.
 """
 
 import argparse
-import importlib
 import os
 import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from minilm.kernels import emulator
+from minilm.kernels.emulator import programs
+from minilm.kernels.emulator.fault import explained
 
 HERE = Path(__file__).resolve().parent
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m minilm.kernels.emulator", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("room", help="attention, log_probs, sampling, ...")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--debug", action="store_true", help="stop in gdb at the first line of the first kernel")
-    parser.add_argument("--do", action="append", default=[], metavar="COMMAND",
-                        help="with --debug: a command for gdb, in place of its prompt; may be given again")
-    parser.add_argument("--inferior", action="store_true", help=argparse.SUPPRESS)     # what gdb runs
+    parser = _parser()
     given, rest = parser.parse_known_args(arguments)
+    sizes = _sizes(parser, rest)
     if reason := emulator.available():
         raise SystemExit(reason)
-    if len(rest) % 2 or not all(name.startswith("--") for name in rest[::2]):
-        parser.error(f"sizes are given as --NAME NUMBER, not {' '.join(rest)}")
-    sizes = {name[2:]: _number(value) for name, value in zip(rest[::2], rest[1::2])}
-    if given.debug:
-        return _gdb(given, sizes, rest)
-    if given.inferior:
-        return _example(given, sizes, emulator.debug())
-    _report(given, sizes)
+    try:
+        program = _program(given, sizes)
+        if given.debug:
+            _gdb(given, rest, program)
+        elif given.inferior:
+            program.run(emulator.debug())
+        else:
+            program.report()
+    except emulator.Fault as fault:
+        if given.traceback:
+            raise
+        raise SystemExit(explained(fault)) from None
+    except emulator.CompileError as error:
+        if given.traceback:
+            raise
+        raise SystemExit(str(error)) from None
+    except (LookupError, OSError, TypeError, ValueError, OverflowError) as error:
+        if given.traceback:
+            raise
+        raise SystemExit(f"{parser.prog}: error: {error}") from None
 
 
-def _number(text):
-    for kind in (int, float, str):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
+def _parser():
+    modules = "\n".join(f"    {name:12} {sizes}" for name, sizes in programs.modules().items())
+    parser = argparse.ArgumentParser(
+        prog="python -m minilm.kernels.emulator", usage="%(prog)s MODULE|FILE.cu [--NAME VALUE ...] [options]",
+        description=__doc__, epilog=f"modules, and their sizes by default:\n{modules}", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("module", metavar="MODULE|FILE.cu")
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
+    parser.add_argument("--traceback", action="store_true", help="show the Python traceback of a fault or an error")
+    parser.add_argument("--debug", action="store_true", help="stop in gdb at the first line of the first kernel")
+    parser.add_argument("--do", action="append", default=[], metavar="COMMAND",
+                        help="with --debug: run this command of gdb, without its prompt; can be given several times")
+    parser.add_argument("--inferior", action="store_true", help=argparse.SUPPRESS)     # the process that gdb runs
+    own = parser.add_argument_group("for a .cu file")
+    own.add_argument("--kernel", help="the kernel to run, if the file has several")
+    own.add_argument("--grid", metavar="X[,Y[,Z]]", help="blocks")
+    own.add_argument("--block", metavar="X[,Y[,Z]]",
+                     help="threads of a block (default: those of __launch_bounds__, or 128)")
+    own.add_argument("--shared", type=int, metavar="BYTES", help="dynamic shared memory of a block (default: 0)")
+    own.add_argument("--define", action="append", default=[], metavar="NAME=VALUE", help="as -D of the compiler")
+    return parser
 
 
-def _example(given, sizes, how):
-    """The results of the example, as NumPy arrays, and its launches."""
-    with emulator.as_cupy() as xp, how as launches:
-        results = importlib.import_module(f"minilm.kernels.{given.room}").example(
-            xp, np.random.default_rng(given.seed), **sizes)
-    results = results if isinstance(results, tuple) else (results,)
-    return [r.get() if hasattr(r, "get") else np.asarray(r) for r in results], launches
+def _sizes(parser, rest):
+    """{name: text} of ["--name", "text", ..] and ["--name=text", ..]."""
+    sizes, words = {}, iter(rest)
+    for word in words:
+        name, equals, text = word.removeprefix("--").partition("=")
+        text = text if equals else next(words, None)
+        if not word.startswith("--") or not name or text is None:
+            parser.error(f"a size is given as --NAME VALUE, for example --T 33; {' '.join(rest)} is not of that form")
+        sizes[name] = text
+    return sizes
 
 
-def _report(given, sizes):
-    results, launches = _example(given, sizes, emulator.checked())
-    for launch in launches:
-        print(f"{launch.kernel}: grid {launch.grid}, block {launch.block}, {launch.shared:,} bytes of shared memory")
-        moved = {launch.parameters[i]: bytes for i, bytes in launch.traffic.items()}
-        for name, (read, written) in (*moved.items(), ("(shared)", launch.shared_traffic)):
-            print(f"    {name:12} {read:12,} bytes read {written:12,} written")
-    print(f"{len(launches)} launches, {len(results)} results: no checker found anything")
-    for words, how in (("threads and blocks in reversed order", emulator.checked("reversed")),
-                       ("in random order", emulator.checked(1)), ("the fast build", emulator.fast())):
-        others = _example(given, sizes, how)[0]
-        same = all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(results, others))
-        print(f"{words}: {'the same, bit for bit' if same else 'NOT the same numbers'}")
+def _program(given, sizes):
+    own = {name: getattr(given, name) for name in ("kernel", "grid", "block", "shared", "define")}
+    if given.module.endswith(".cu"):
+        path = Path(given.module)
+        if path.stem in programs.modules() and (not path.is_file() or path.resolve().parent == programs.KERNELS):
+            raise LookupError(f"{path} is a module of minilm.kernels; give its name: {path.stem}")
+        return programs.OwnKernel(path, sizes, given.seed, **own)
+    if chosen := [name for name, value in own.items() if value]:
+        raise ValueError(f"--{chosen[0]} is for a .cu file; {given.module} takes sizes (see --help)")
+    if given.module not in programs.modules():
+        raise LookupError(f"no module {given.module}; there are {', '.join(programs.modules())}, or give a .cu file"
+                          + programs.nearest(given.module, programs.modules()))
+    return programs.Module(given.module, sizes, given.seed)
 
 
-def _gdb(given, sizes, rest):
+def _gdb(given, rest, program):
     if not shutil.which("gdb"):
-        raise SystemExit("--debug needs gdb (Debian: apt-get install gdb)")
-    launches = _example(given, sizes, emulator.debug())[1]      # builds, and tells which kernels there are
+        raise OSError("--debug needs gdb (Debian: apt-get install gdb)")
+    launches = program.run(emulator.debug())[1]         # builds the kernels, and gives their names
     names = dict.fromkeys(launch.kernel for launch in launches)
-    commands = [f"directory {HERE.parent}", *(f"tbreak {name}" for name in names), "run", "next", "list", "whoami"]
+    commands = [f"directory {program.folder}", *(f"tbreak {name}" for name in names), "run", "next", "list", "whoami"]
     options = ["-q", "-iex", "set auto-load no", "-x", str(HERE / "debug.gdb"), *(["-batch"] if given.do else [])]
     options += [word for command in commands + given.do for word in ("-ex", command)]
-    inferior = [sys.executable, "-m", "minilm.kernels.emulator", given.room, *rest, "--seed", str(given.seed)]
+    own = [f"--{name}={value}" for name in ("kernel", "grid", "block", "shared") if (value := getattr(given, name))]
+    own += [f"--define={definition}" for definition in given.define]
+    inferior = [sys.executable, "-m", "minilm.kernels.emulator", given.module, *rest, *own, "--seed", str(given.seed)]
     os.execvp("gdb", ["gdb", *options, "--args", *inferior, "--inferior"])
 
 

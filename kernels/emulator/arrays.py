@@ -1,14 +1,14 @@
-"""CuPy's array on a machine without a GPU: a NumPy array behind a wall.
+"""A mock of CuPy's array for machines without a GPU: a NumPy array that NumPy cannot reach.
 
-What passes the wall in CuPy passes it here, by the same names: numbers in, `.get()` and `.item()` out. Whatever
-would bring an array across unasked raises TypeError, be it NumPy that is handed one of these, or one of these
-that meets an array of NumPy. That is stricter than CuPy, which takes NumPy's arrays as indices, and wraps an index
-that is out of bounds, where this raises IndexError.
+Only explicit conversions cross the border between host and device, under CuPy's names: numbers go in, `.get()` and
+`.item()` come out. An implicit conversion raises TypeError: a NumPy function of such an array, or an operation of such
+an array with a NumPy array. Two cases are stricter than in CuPy: a NumPy array as an index raises TypeError, and an
+index out of bounds raises IndexError (CuPy wraps it around).
 
-Where CuPy differs from NumPy, this differs alike: an element is an array without axes and no number, a view when it
-was picked (x[0] changes when x does); so is the result of a reduction; two values assigned to one place are refused,
-for on a GPU nobody knows which of them stays. What minilm does not use is not here.
-Tests: tests/test_cupy_double.py, which asks the real package whether it has all of this; tests/test_device.py.
+The array follows CuPy where CuPy differs from NumPy. An element is an array without axes instead of a number, and a
+view of its array (x[0] changes when x changes). A reduction also returns an array without axes. Assigning two values to
+one place raises ValueError, because on a GPU either of them may remain. The mock has only what minilm uses.
+Tests: tests/test_cupy_double.py, which compares the names and arguments with the real package; tests/test_device.py.
 """
 
 import operator
@@ -21,9 +21,9 @@ DTYPES = tuple(map(np.dtype, "? b h i l q B H I L Q e f d F D".split()))
 
 
 class ndarray:
-    """See the module. `backing` is the NumPy array behind it, which is nobody else's."""
+    """A mock of cupy.ndarray; see the module. `_backing` is the NumPy array behind it, owned by it alone."""
 
-    __module__ = "cupy"             # which is how minilm.backend knows an array of CuPy's
+    __module__ = "cupy"             # minilm.backend recognises CuPy's arrays by it
     __slots__ = ("_backing",)
     __hash__ = None
     __array_ufunc__ = None          # np.float64(2) * x asks x; np.exp(x) raises TypeError
@@ -34,24 +34,24 @@ class ndarray:
             raise TypeError(f"Unsupported dtype {backing.dtype}")
         self._backing = backing
 
-    # What does not cross the wall, and what does.
+    # Conversions: implicit ones raise, explicit ones return NumPy arrays and numbers.
 
     def __array__(self, *args, **options):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. "
                         "Please use `.get()` to construct a NumPy array explicitly.")
 
     def __array_function__(self, function, *rest):
-        raise TypeError(f"numpy.{function.__name__} of an array on the GPU: use the function of array_module(x)")
+        raise TypeError(f"numpy.{function.__name__} of an array on the GPU; call the same function of array_module(x)")
 
     def __reduce_ex__(self, protocol):
-        raise TypeError("an array on the GPU is neither pickled nor copied by the module copy; use .get() or .copy()")
+        raise TypeError("an array on the GPU cannot be pickled, or copied by the module copy; use .get() or .copy()")
 
     def __getattr__(self, name):
-        raise AttributeError(f"minilm uses no cupy.ndarray.{name}. If it is to: check that CuPy has it, and what it "
-                             "does differently from NumPy; then add it to kernels/emulator/arrays.py")
+        raise AttributeError(f"the mock of CuPy has no cupy.ndarray.{name}. To use it: check that CuPy has it and how "
+                             "it differs from NumPy, then add it to kernels/emulator/arrays.py")
 
     def __minilm_buffer__(self):
-        """For the emulator's kernels, and nobody else: the NumPy array itself."""
+        """The NumPy array itself; only for the kernels of the emulator."""
         return self._backing
 
     def get(self):
@@ -81,7 +81,7 @@ class ndarray:
     def __repr__(self):
         return repr(self._backing)
 
-    # What it is.
+    # Attributes.
 
     shape = property(lambda self: self._backing.shape)
     ndim = property(lambda self: self._backing.ndim)
@@ -113,7 +113,7 @@ class ndarray:
     def imag(self, value):
         self._backing.imag = backing(value)
 
-    # Parts of it.
+    # Indexing.
 
     def __len__(self):
         return len(self._backing)
@@ -126,7 +126,7 @@ class ndarray:
     def __getitem__(self, key):
         index = _index(key)
         found = self._backing[index]
-        # CuPy gathers in C's order; NumPy may choose another.
+        # CuPy gathers in C order; NumPy may choose another order.
         return ndarray(np.ascontiguousarray(found) if any(isinstance(part, np.ndarray) for part in index) else found)
 
     def __setitem__(self, key, value):
@@ -134,13 +134,13 @@ class ndarray:
         if np.size(value) > 1 and any(isinstance(part, np.ndarray) and part.dtype != bool for part in index):
             places = np.arange(self.size).reshape(self.shape)[index]
             if np.unique(places).size < places.size:
-                raise ValueError("several values are assigned to one place: which one stays is undefined on a GPU")
+                raise ValueError("several values are assigned to one place; on a GPU it is undefined which one remains")
         self._backing[index] = value
 
     def take(self, indices, axis=None):
         return ndarray(self._backing.take(backing(indices), axis))
 
-    # Other forms of it.
+    # Conversion and shape.
 
     def astype(self, dtype, *, copy=True):
         return self if not copy and self.dtype == dtype else ndarray(self._backing.astype(dtype))
@@ -202,12 +202,12 @@ class ndarray:
 
 
 def backing(x):
-    """The NumPy array behind x, or x if it is a number. Raises TypeError for anything else, NumPy's arrays first."""
+    """The NumPy array behind x, or x if it is a number. Raises TypeError for anything else, NumPy arrays included."""
     if isinstance(x, ndarray):
         return x._backing
     if isinstance(x, NUMBERS):
         return x
-    raise TypeError(f"Unsupported type {type(x)}: arrays on the GPU go with such arrays and with numbers alone; "
+    raise TypeError(f"Unsupported type {type(x)}: arrays on the GPU combine only with arrays on the GPU and numbers; "
                     "move it there with asarray")
 
 
@@ -216,7 +216,7 @@ def _given(out):
 
 
 def _to(out, result):
-    """What a function returns: the array it was given to write to, or a new one."""
+    """The array `out` that was given to write to, or the result as a new array."""
     return ndarray(result) if out is None else out
 
 
@@ -225,7 +225,7 @@ def _index(key):
     parts = [_index_part(part) for part in (key if isinstance(key, tuple) else (key,))]
     arrays = [part for part in parts if isinstance(part, np.ndarray)]
     if len(arrays) > 1 and any(array.dtype == bool for array in arrays):
-        raise TypeError("CuPy takes one mask, and no index array beside it")
+        raise TypeError("CuPy takes one mask without any index array beside it")
     if not arrays and not any(part is Ellipsis for part in parts):
         parts.append(Ellipsis)
     return tuple(parts)
@@ -242,9 +242,13 @@ def _index_part(part):
     raise TypeError(f"an index of type {type(part)}: move it to the GPU with asarray")
 
 
+def _unary(function):
+    return lambda x: ndarray(function(x._backing))
+
+
 def _operators():
     """x + y, y + x, x += y and the like."""
-    def reflects(y):            # a minilm.Tensor, say, whose own operator is to be asked
+    def reflects(y):            # for example a minilm.Tensor, whose own operator must be called
         return not isinstance(y, ndarray) and getattr(y, "__array_ufunc__", False) is None
 
     def define(name, function, in_place):
@@ -269,7 +273,7 @@ def _operators():
     for name in ("lt", "le", "eq", "ne", "gt", "ge"):
         define(name, getattr(operator, name), None)
     for name in ("neg", "invert"):
-        setattr(ndarray, f"__{name}__", lambda x, function=getattr(operator, name): ndarray(function(x._backing)))
+        setattr(ndarray, f"__{name}__", _unary(getattr(operator, name)))
 
 
 _operators()

@@ -1,5 +1,5 @@
-// What a kernel, as g++ compiles it, and the runtime say to each other. Included by device.h and by runtime.h.
-// No library headers: the text of a kernel is compiled without any, as NVRTC does it.
+// The interface between a kernel, as g++ compiles it, and the runtime. Included by device.h and by runtime.h.
+// No library headers: the text of a kernel is compiled without any, as with NVRTC.
 #pragma once
 
 typedef __SIZE_TYPE__ size_t;
@@ -7,8 +7,8 @@ struct uint3 { unsigned x, y, z; };
 
 namespace emulator {
 
-// A kernel calls these instead of touching shared state itself, so that the runtime sees everything that one thread
-// of the device tells another. A site is the place in the source that the call stands at; each has its number.
+// Every communication between threads goes through these functions, so that the runtime sees it.
+// A site is the place of a call in the source; each site has a number.
 struct Site { const char* file; int line, number; };
 enum Vote { NO_VOTE, ANY_VOTE, ALL_VOTE, COUNT_VOTE };
 int block_barrier(Site site, Vote vote, bool ballot);                    // __syncthreads and its three votes
@@ -17,14 +17,15 @@ unsigned warp_ballot(Site site, const char* name, unsigned mask, bool ballot);
 enum Shuffle { FROM_LANE, FROM_ABOVE, FROM_BELOW, FROM_XOR };           // _sync, _down_sync, _up_sync, _xor_sync
 void warp_shuffle(Site site, Shuffle kind, unsigned mask, const void* value, void* result, size_t bytes,
                   int lane, int width);
-void atomic_load(const void* address, void* value, size_t bytes);       // the two halves of an atomic operation:
-void atomic_store(void* address, const void* value, size_t bytes);      // threads are switched at barriers alone
+// The two halves of an atomic operation. No thread can come between them: threads switch only at barriers.
+void atomic_load(const void* address, void* value, size_t bytes);
+void atomic_store(void* address, const void* value, size_t bytes);
 void* dynamic_shared();
-void* shared_array(const void* key, size_t bytes, size_t element, const char* name);    // checked: memory of its own
+void* shared_array(const void* key, size_t bytes, size_t element, const char* name);    // checked: separate memory
 void declare_shared(void* address, size_t bytes);                                       // fast: a static variable
 [[noreturn]] void trap(const char* what);
 
-// One launch, as module.py fills it in; the same fields stand there as a ctypes.Structure.
+// One launch. module.py fills it in through a ctypes.Structure with the same fields.
 struct Buffer {                     // an array given as an argument
     char* address;
     size_t bytes, element;
@@ -41,13 +42,13 @@ struct Launch {
     size_t buffer_count;
     Buffer* buffers;
     size_t shared_read, shared_written;
-    char message[512];              // empty: no fault. "@" stands where the place of the other access belongs.
+    char message[512];              // empty: no fault. module.py replaces "@" by the place of the other access.
     unsigned fault_block[3], fault_thread[3];
     size_t places[16], other_place; // return addresses in this library, innermost first; 0 where there is none
 };
 int run(Launch* launch, void (*kernel)(void**), void** arguments);
 
-// The type system, not a reading of the text, says what arguments a kernel takes: const float* is "cf4", int is "i4".
+// The types of a kernel's arguments come from the type system: const float* is "cf4", int is "i4".
 template <class T> struct Letter { static constexpr char value = '?'; };
 #define EMULATOR_LETTER(type, letter) template <> struct Letter<type> { static constexpr char value = letter; };
 EMULATOR_LETTER(float, 'f') EMULATOR_LETTER(double, 'f') EMULATOR_LETTER(bool, 'b')
@@ -85,7 +86,7 @@ template <class... Arguments, void (*function)(Arguments...)> struct Kernel<func
 };
 }
 
-// build.py writes one of these for every kernel, after the text; most_threads a block (0: not said).
+// build.py appends one line of this macro for every kernel. most_threads: of a block, from __launch_bounds__, or 0.
 #define EMULATOR_EXPORT(name, most_threads, parameters)                                                            \
     extern "C" EMULATOR_UNCHECKED const char* name##__parameters() { return parameters; }                          \
     extern "C" EMULATOR_UNCHECKED int name##__signature(char* emulator_out) {                                      \

@@ -1,7 +1,7 @@
-"""g++ on the text of a kernel: one library for each text, options and mode, kept in the user's cache folder.
+"""Compiles the text of kernels with g++: one library for each text, options and mode, in the user's cache folder.
 
-A library's name is a hash of all that went into it (the text, the options, the runtime, the compiler, the processor),
-so it is never stale. It is built aside and moved to its name when it is whole: two processes may build it at once.
+The name of a library is a hash of its inputs (text, options, runtime, compiler, processor), so a library is never out
+of date. It is built in a temporary folder and then renamed, so two processes can build the same library at once.
 """
 
 import functools
@@ -15,20 +15,23 @@ import sys
 import tempfile
 from pathlib import Path
 
+from minilm.kernels.emulator.unsupported import hints
+
 HERE = Path(__file__).resolve().parent
 RUNTIME = "scheduler.cpp", "memory.cpp", "undefined.cpp"
-RUNTIME_HEADERS, KERNEL_HEADERS = ("bridge.h", "runtime.h", "races.h"), ("bridge.h", "device.h")
+RUNTIME_HEADERS = "bridge.h", "runtime.h", "races.h"
+KERNEL_HEADERS = "bridge.h", "device.h"
 
-# -nostdinc: a kernel gets no header, as with NVRTC. -fno-strict-aliasing: nvcc lets a float4* look at floats.
-# -fno-gnu-unique: or two libraries in one process would share the static variables of their templates.
-# -fno-optimize-sibling-calls: a barrier in the last line of a kernel is to return to it, which names the line.
-# -gdwarf-4: addr2line loses the names that #line gives in version 5.
+# -nostdinc: no header is available, as with NVRTC. -fno-strict-aliasing: nvcc lets a float4* point to floats.
+# -fno-gnu-unique: otherwise two libraries in one process share the static variables of their templates.
+# -fno-optimize-sibling-calls: a barrier in the last line of a kernel must return there, because its return address
+# gives the line. -gdwarf-4: with version 5 addr2line loses the file names of #line.
 FLAGS = ("-std=c++17", "-nostdinc", "-nostdinc++", "-fPIC", "-fno-builtin", "-fno-strict-aliasing", "-fno-math-errno",
          "-ffp-contract=off", "-fno-gnu-unique", "-fno-threadsafe-statics", "-fno-exceptions",
          "-fno-optimize-sibling-calls", "-march=native", "-gdwarf-4", "-w")
-# -O2 with these compiles twice as fast as -O3, and its loops run faster. No two barriers are made one, nor part of a
-# kernel another function: faults are to name their line.
-# In checked builds loads and stores are neither merged nor moved: they are counted as the source has them.
+# -O2 with these options compiles twice as fast as -O3, and its loops run faster. The optimiser must not merge two
+# barriers or move a part of a kernel into another function, because a fault names its line.
+# Checked builds do not merge or move loads and stores, because they are counted as they stand in the source.
 MODES = {
     "fast": ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-funroll-loops", "-fno-partial-inlining",
              "-fno-crossjumping", "-fno-tree-tail-merge"),
@@ -39,9 +42,9 @@ MODES = {
 }
 RUNTIME_FLAGS = ("-std=c++17", "-O2", "-g", "-fPIC", "-fno-gnu-unique", "-fno-exceptions", "-march=native", "-w")
 
-# `__shared__ real tile[8][9];` is one array for a block, and blocks run one after another: a static variable. A
-# checked build asks the runtime for memory of its own instead, with nothing beside it. `extern __shared__ real all[];`
-# is a pointer. A rewritten declaration has as many lines as it had.
+# Blocks run one after another, so `__shared__ real tile[8][9];` becomes a static variable. In a checked build it
+# becomes memory of its own from the runtime, far from other arrays. `extern __shared__ real all[];` becomes a pointer.
+# A rewritten declaration keeps its number of lines.
 ALIGN = r"(?:__align__\s*\([^)]*\)\s*|alignas\s*\([^)]*\)\s*)?"
 DYNAMIC = re.compile(rf"extern\s+__shared__\s+{ALIGN}([\w:]+(?:\s+\w+)*?)\s+(\w+)\s*\[\s*\]\s*;")
 STATIC = re.compile(rf"__shared__\s+({ALIGN})([\w:]+(?:\s+\w+)*?)\s+(\w+)\s*((?:\[[^\];]*\]\s*)*);")
@@ -52,12 +55,12 @@ KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+'
 
 
 class CompileError(RuntimeError):
-    """g++ refused the text of a kernel; says where and why."""
+    """g++ could not compile the text of a kernel. The message is hints on unsupported CUDA, or the log of g++."""
 
 
 @functools.lru_cache(maxsize=None)
 def available():
-    """None where kernels can be run by the emulator, otherwise the reason why not."""
+    """None if the emulator can run on this machine, otherwise the reason in words."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         return f"the emulator runs on Linux on x86-64, not on {platform.system()} on {platform.machine()}"
     for program in ("g++", "addr2line"):
@@ -65,11 +68,11 @@ def available():
             return f"the emulator needs {program} (Debian: apt-get install g++)"
     version = _output("g++", "-dumpfullversion", "-dumpversion").strip()
     if int(version.split(".")[0]) < 11:
-        return f"the emulator needs g++ 11 or newer, and this is {version}"
+        return f"the emulator needs g++ 11 or newer, and this is g++ {version}"
 
 
 def library(code, options, mode):
-    """The path of the library built from that text: from the cache, or by g++. Raises CompileError."""
+    """The path of the library of that text, from the cache or built by g++. Raises CompileError."""
     runtime = _cached("runtime", "o", RUNTIME_HEADERS + RUNTIME, RUNTIME_FLAGS, _compile_runtime)
     definitions = tuple(option for option in options if _checked_option(option))
     return _cached(mode, "so", KERNEL_HEADERS, (code, definitions, MODES[mode], FLAGS, runtime.name),
@@ -77,33 +80,33 @@ def library(code, options, mode):
 
 
 def _checked_option(option):
-    """Whether it is a definition; others that say what is so anyway are dropped."""
+    """Whether the option is a definition. --std=c++17 is always on and is dropped. Raises ValueError for others."""
     if option in ("-std=c++17", "--std=c++17"):
         return False
     if not re.fullmatch(r"-D\w+(=.*)?", option):
-        raise ValueError(f"the emulator knows the options -DNAME=VALUE and --std=c++17, not {option!r}")
+        raise ValueError(f"the emulator takes the options -DNAME=VALUE and --std=c++17, not {option!r}")
     return True
 
 
 def cache_folder():
-    """minilm/kernels in $XDG_CACHE_HOME or ~/.cache; a folder of this process where that cannot be written to."""
+    """minilm/kernels in $XDG_CACHE_HOME or ~/.cache; a temporary folder if that is not writable."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minilm" / "kernels"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return _passing_folder()
-    return folder if os.access(folder, os.W_OK) else _passing_folder()
+        return _temporary_folder()
+    return folder if os.access(folder, os.W_OK) else _temporary_folder()
 
 
 @functools.lru_cache(maxsize=None)
-def _passing_folder():
+def _temporary_folder():
     holder = tempfile.TemporaryDirectory(prefix="minilm-kernels-")
-    _passing_folder.holder = holder         # removed when the process ends
+    _temporary_folder.holder = holder         # removed when the process ends
     return Path(holder.name)
 
 
 def _cached(kind, suffix, files, content, make):
-    """The path of what make(folder) makes, whole, under a name that says what it was made from."""
+    """The path of the file that make(folder) builds, under a name that is a hash of its inputs."""
     texts = [(HERE / name).read_text() for name in files]
     key = hashlib.sha256(repr((content, texts, _machine())).encode()).hexdigest()[:32]
     path = cache_folder() / f"{kind}-{key}.{suffix}"
@@ -115,7 +118,7 @@ def _cached(kind, suffix, files, content, make):
 
 @functools.lru_cache(maxsize=None)
 def _machine():
-    """The compiler, and the processor that -march=native stands for."""
+    """The version of g++ and the features of the processor (-march=native)."""
     flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     return _output("g++", "--version").splitlines()[0], flags
 
@@ -124,10 +127,11 @@ def _output(*command):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _gxx(*arguments):
-    result = subprocess.run(["g++", *map(str, arguments)], capture_output=True, text=True)
+def _gxx(*arguments, code=""):
+    result = subprocess.run(["g++", *map(str, arguments)], capture_output=True, text=True,
+                            env={**os.environ, "LC_ALL": "C"})         # hints() reads the messages in English
     if result.returncode:
-        raise CompileError("\n".join(result.stderr.splitlines()[:40]))
+        raise CompileError("\n".join(hints(code, result.stderr) or result.stderr.splitlines()[:40]))
     return result.stdout
 
 
@@ -141,18 +145,18 @@ def _compile(code, definitions, mode, runtime, folder):
     source = folder / "kernel.cc"
     source.write_text(text)
     include = "-include", HERE / "device.h", f"-fdebug-prefix-map={os.getcwd()}=.", *definitions
-    # Macros may make kernels, so their names are sought after the preprocessor; it leaves these two words alone.
+    # A macro may define a kernel, so kernels are found after preprocessing; these two words are kept as they are.
     unexpanded = [f"-D{word}={word}" for word in ("__global__", "__launch_bounds__")]
-    expanded = _gxx(*FLAGS, *include, *unexpanded, "-E", "-P", source)
+    expanded = _gxx(*FLAGS, *include, *unexpanded, "-E", "-P", source, code=code)
     exports = "".join(_export(*found) for found in KERNEL.findall(expanded))
     source.write_text(f'{text}\n#line 1 "exports"\n{exports}')
-    _gxx(*FLAGS, *MODES[mode], *include, "-c", source, "-o", folder / "kernel.o")
+    _gxx(*FLAGS, *MODES[mode], *include, "-c", source, "-o", folder / "kernel.o", code=code)
     _gxx("-shared", "-Wl,-Bsymbolic", folder / "kernel.o", runtime, "-o", folder / "kernel.so")
     return folder / "kernel.so"
 
 
 def rewritten(code, mode):
-    """The text with its __shared__ declarations in C++. Raises CompileError for one of another form."""
+    """The text with its __shared__ declarations in C++. Raises CompileError for a declaration of another form."""
     def dynamic(match):
         kind, name = match.groups()
         return f"{kind}* {name} = ({kind}*)::emulator::dynamic_shared();" + "\n" * match[0].count("\n")
@@ -168,9 +172,14 @@ def rewritten(code, mode):
     bare = COMMENT.sub(lambda comment: "\n" * comment[0].count("\n"), text)
     for number, line in enumerate(bare.splitlines(), 1):
         if "__shared__" in line:
-            raise CompileError(f"__shared__ takes one variable a declaration: __shared__ type name[n]; or extern "
-                               f"__shared__ type name[];  not (line {number} of the text): {line.strip()}")
+            raise CompileError("the emulator needs one __shared__ variable in a declaration: __shared__ type name[n]; "
+                               f"or extern __shared__ type name[];  line {number} of the text is: {line.strip()}")
     return text
+
+
+def kernel_names(code):
+    """The kernels that stand in a text as extern "C" __global__ void name(...), in their order."""
+    return [name for _, name, _ in KERNEL.findall(COMMENT.sub("", code))]
 
 
 def _export(qualifiers, name, parameters):

@@ -1,12 +1,12 @@
-"""CuPy on a machine without a GPU: the functions of it that minilm calls, on the arrays of arrays.py.
+"""A mock of CuPy for machines without a GPU: the functions of CuPy that minilm calls, on the arrays of arrays.py.
 
-    with as_cupy():                 # sys.modules["cupy"] is the stand-in, until the end
+    with as_cupy():                 # inside, sys.modules["cupy"] is the mock
         model.to_device("gpu")
 
-Nothing is here that minilm does not use: what nobody called was never held against CuPy. Each function takes its
-arguments as CuPy's does, or fewer of them (tests/test_cupy_double.py asks the real package), and does what CuPy's
-does where that is not what NumPy's does: argsort is stable, and add.reduceat takes differences of a running sum.
-Memory that nobody has written to is marked (running.poison), so that reading it shows.
+The mock has only the functions that minilm uses. Each takes the arguments of CuPy's function, or fewer of them
+(tests/test_cupy_double.py compares them with the real package), and follows CuPy where CuPy differs from NumPy: argsort
+is stable, and add.reduceat takes differences of a running sum. Memory of empty() is marked as never written
+(running.poison), so that reading it shows.
 """
 
 import sys
@@ -14,7 +14,7 @@ import types
 
 import numpy as np
 
-from minilm.kernels.emulator.arrays import ndarray, backing, _given, _to
+from minilm.kernels.emulator.arrays import _given, _to, backing, ndarray
 from minilm.kernels.emulator.running import poison
 
 FUNCTIONS = {"finfo": np.finfo, "inf": np.inf}
@@ -25,7 +25,7 @@ def _function(function):
     return function
 
 
-# Arrays from numbers and from NumPy.
+# New arrays.
 
 @_function
 def array(obj, dtype=None):
@@ -45,7 +45,7 @@ def ascontiguousarray(a):
 @_function
 def empty(shape, dtype=float):
     host = np.ones(shape, dtype)
-    poison(host.reshape(-1))            # which the checkers know, and arithmetic turns into NaN
+    poison(host.reshape(-1))            # the checkers recognise the mark; in arithmetic it is a NaN
     return ndarray(host)
 
 
@@ -97,7 +97,7 @@ class ufunc:
 
     def __call__(self, *inputs, out=None):
         if len(inputs) != self.function.nin:
-            raise TypeError(f"{self.function.__name__} takes {self.function.nin} arguments, and out by its name")
+            raise TypeError(f"{self.function.__name__} takes {self.function.nin} arguments, and out= by name")
         return _to(out, self.function(*map(backing, inputs), out=_given(out)))
 
 
@@ -107,7 +107,7 @@ class add(ufunc):
         sums = np.concatenate([np.zeros_like(sums.take([0], axis)), sums], axis)
         ends = np.append(at[1:], n)
         if (at >= ends).any():
-            raise ValueError("minilm sums over stretches that are not empty")
+            raise ValueError("add.reduceat: every segment must have at least one element")
         return ndarray(sums.take(ends, axis) - sums.take(at, axis))
 
 
@@ -125,7 +125,7 @@ def clip(a, a_min, a_max):
 @_function
 def where(condition, x, y):
     if not isinstance(condition, ndarray):
-        raise TypeError(f"where asks an array of the GPU, and not {type(condition)}")
+        raise TypeError(f"where: the condition must be an array on the GPU, not {type(condition)}")
     return ndarray(np.where(backing(condition), backing(x), backing(y)))
 
 
@@ -146,7 +146,7 @@ def einsum(subscripts, /, *operands):
     return ndarray(np.einsum(subscripts, *map(backing, operands)))
 
 
-# Order and place.
+# Order and indices.
 
 @_function
 def concatenate(tup, axis=0):
@@ -177,7 +177,7 @@ def take_along_axis(a, indices, axis):
 def put_along_axis(arr, indices, values, axis):
     index, arr = backing(indices), backing(arr)
     if np.unique(index, axis=axis).shape[axis] and (np.diff(np.sort(index, axis), axis=axis) == 0).any():
-        raise ValueError("several values are put into one place: which one stays is undefined on a GPU")
+        raise ValueError("several values are put into one place; on a GPU it is undefined which one remains")
     np.put_along_axis(arr, index, backing(values), axis)
 
 
@@ -204,8 +204,8 @@ class _CuPy(types.ModuleType):
         if name == "RawModule":
             from minilm.kernels.emulator.module import RawModule
             return RawModule
-        raise AttributeError(f"minilm uses no cupy.{name}. If it is to: check that CuPy has it, and what it does "
-                             "differently from NumPy; then add it to kernels/emulator/cupy.py")
+        raise AttributeError(f"the mock of CuPy has no cupy.{name}. To use it: check that CuPy has it and how it "
+                             "differs from NumPy, then add it to kernels/emulator/cupy.py")
 
 
 cupy = _CuPy("cupy", __doc__)
@@ -213,7 +213,7 @@ vars(cupy).update(FUNCTIONS)
 
 
 class as_cupy:
-    """Put the stand-in where `import cupy` finds it; at the end of a `with`, put back what was there."""
+    """Let `import cupy` find the mock; at the end of a `with` block, restore the module that was there before."""
 
     def __init__(self):
         self.before = {name: sys.modules[name] for name in ("cupy",) if name in sys.modules}

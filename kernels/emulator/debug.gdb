@@ -1,6 +1,6 @@
-# Read by gdb for python -m minilm.kernels.emulator ROOM --debug.
-# A kernel's threads take turns on one core, so they are not threads to gdb: these commands tell them apart.
-# next and step follow one thread, over barriers too. Stop in another one with a condition:
+# gdb reads this file for python -m minilm.kernels.emulator MODULE --debug.
+# The threads of a kernel take turns on one core, so gdb sees one thread; these commands show which one it is.
+# next and step follow one thread of the kernel, over barriers too. Stop in another thread with a condition:
 #     break attention.cu:57 if blockIdx.x == 1 && threadIdx.x == 5
 set confirm off
 set breakpoint pending on
@@ -16,7 +16,7 @@ define whoami
     printf "(%u, %u, %u)\n", blockDim.x, blockDim.y, blockDim.z
 end
 document whoami
-The block and the thread of the kernel that gdb has stopped in.
+The block and the thread of the kernel in which gdb has stopped.
 end
 
 define fibers
@@ -42,7 +42,7 @@ define fibers
                 if $one->waits_for
                     printf "wait at %s, %s:%d\n", $one->operation, $one->site.file, $one->site.line
                 else
-                    printf "can go on\n"
+                    printf "can continue\n"
                 end
             end
         end
@@ -50,5 +50,5 @@ define fibers
     end
 end
 document fibers
-What every thread of this block does (by its flattened index): runs, waits and where, can go on, has exited.
+The state of every thread of this block, by flattened index: running, waiting and where, can continue, exited.
 end

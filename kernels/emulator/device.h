@@ -1,7 +1,7 @@
-// The part of CUDA's device API that the kernels here use, for g++, included before their text.
+// CUDA's device API for g++, included before the text of a kernel: the part that the emulator supports.
 //
-// It offers no more than NVRTC does: no header of the C or C++ library is there, no std::, no INFINITY. A kernel that
-// NVRTC would refuse is to be refused here too. What has a meaning across threads is in scheduler.cpp.
+// It defines nothing that NVRTC does not: no header of the C or C++ library, no std::, no INFINITY. Code that NVRTC
+// rejects must fail to compile here too. Operations between threads are implemented in scheduler.cpp.
 #pragma once
 #include "bridge.h"
 
@@ -9,7 +9,7 @@
 #define __CUDACC_RTC__ 1
 #define __CUDA_ARCH__ 750
 
-// Qualifiers. build.py keeps __global__ and __launch_bounds__ in the text when it looks for the names of kernels.
+// Qualifiers. build.py defines the first two as themselves when it searches for the names of kernels.
 #ifndef __global__
 #define __global__
 #define __launch_bounds__(...)
@@ -22,7 +22,7 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define EMULATOR_INLINE inline __attribute__((always_inline))
 
-// Who am I. For a thread these never change (the scheduler sets them when it resumes one), hence const.
+// The place of a thread: constant for the thread (the scheduler sets it when it resumes one), hence const.
 typedef uint3 dim3;
 extern const uint3 threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;
@@ -39,7 +39,7 @@ EMULATOR_VECTORS(unsigned, uint, 8, 16)
 EMULATOR_VECTORS(double, double, 16, 16)
 #undef EMULATOR_VECTORS
 
-// Barriers. Each place in the source has its number: two threads that wait at different ones have diverged.
+// Barriers. Each place in the source has a number: two threads that wait at different places have diverged.
 #define EMULATOR_SITE ::emulator::Site{__FILE__, __LINE__, __COUNTER__}
 #define __syncthreads() ((void)::emulator::block_barrier(EMULATOR_SITE, ::emulator::NO_VOTE, false))
 #define __syncthreads_or(...) ::emulator::block_barrier(EMULATOR_SITE, ::emulator::ANY_VOTE, (__VA_ARGS__) != 0)
@@ -53,8 +53,8 @@ EMULATOR_VECTORS(double, double, 16, 16)
 #define __shfl_up_sync(...) ::emulator::shuffle<::emulator::FROM_BELOW>(EMULATOR_SITE, __VA_ARGS__)
 #define __shfl_down_sync(...) ::emulator::shuffle<::emulator::FROM_ABOVE>(EMULATOR_SITE, __VA_ARGS__)
 #define __shfl_xor_sync(...) ::emulator::shuffle<::emulator::FROM_XOR>(EMULATOR_SITE, __VA_ARGS__)
-unsigned __activemask() __attribute__((error("__activemask() tells which lanes happen to run together, not which "
-                                             "should: name the lanes in the mask")));
+unsigned __activemask() __attribute__((error("__activemask() tells which lanes happen to run together; name the "
+                                             "lanes that must meet in the mask")));
 
 namespace emulator {
 EMULATOR_INLINE void sync_warp(Site site, unsigned mask = 0xffffffffu) { warp_barrier(site, mask); }
@@ -74,8 +74,8 @@ EMULATOR_INLINE T shuffle(Site site, unsigned mask, T value, int lane, int width
     warp_shuffle(site, kind, mask, &value, &result, sizeof(T), lane, width);
     return result;
 }
-// The memory of a __shared__ variable when it is checked: of its own, so that its bounds are exact.
-// `Here` is the type of a lambda: another one for every declaration.
+// A __shared__ variable of a checked build has memory of its own, so that its bounds are exact.
+// `Here` is the type of a lambda, a different one for every declaration.
 template <class T> struct Scalar { typedef T type; };
 template <class T, size_t n> struct Scalar<T[n]> : Scalar<T> {};
 template <class T, class Here> EMULATOR_INLINE T& shared_variable(const char* name, Here) {
@@ -84,7 +84,7 @@ template <class T, class Here> EMULATOR_INLINE T& shared_variable(const char* na
 }
 }
 
-// Atomic operations, for the types that CUDA has them for.
+// Atomic operations, for the types for which CUDA has them.
 #define EMULATOR_ATOMIC(name, type, updated)                                                                      \
     EMULATOR_INLINE type name(type* address, type value) {                                                        \
         type old; ::emulator::atomic_load(address, &old, sizeof old);                                             \
@@ -131,7 +131,7 @@ EMULATOR_MATH2(pow) EMULATOR_MATH2(fmod) EMULATOR_MATH2(atan2) EMULATOR_MATH2(hy
 #define EMULATOR_FOR(type, suffix)                                                                                \
     EMULATOR_INLINE type fma##suffix(type x, type y, type z) { return __builtin_fma##suffix(x, y, z); }           \
     EMULATOR_INLINE type rsqrt##suffix(type x) { return 1 / __builtin_sqrt##suffix(x); }                          \
-    /* of a NaN and a number, the number */                                                                       \
+    /* of a NaN and a number: the number */                                                                       \
     EMULATOR_INLINE type fmax##suffix(type x, type y) { return x > y || y != y ? x : y; }                         \
     EMULATOR_INLINE type fmin##suffix(type x, type y) { return x < y || y != y ? x : y; }                         \
     EMULATOR_INLINE type ldexp##suffix(type x, int n) { return __builtin_ldexp##suffix(x, n); }                   \
@@ -167,7 +167,7 @@ EMULATOR_INLINE unsigned min(unsigned x, int y) { return min(x, (unsigned)y); }
 EMULATOR_INLINE unsigned max(int x, unsigned y) { return max((unsigned)x, y); }
 EMULATOR_INLINE unsigned max(unsigned x, int y) { return max(x, (unsigned)y); }
 
-// Intrinsics: exactly rounded here, whatever the device's error.
+// Intrinsics: correctly rounded here; on a device they have an error.
 EMULATOR_INLINE float __expf(float x) { return expf(x); }
 EMULATOR_INLINE float __logf(float x) { return logf(x); }
 EMULATOR_INLINE float __log2f(float x) { return log2f(x); }

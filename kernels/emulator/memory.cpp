@@ -1,8 +1,8 @@
-// Every load and store of a checked kernel comes by here: is it inside an array that the kernel may touch, aligned,
-// not const, not read before it is written, and not in a race?
+// The checks of every load and store of a checked kernel: inside an array of the kernel, aligned, no write to const, no
+// read before the first write, no race.
 //
-// g++ -fsanitize=thread puts a call before each access, to functions called __tsan_read4 and the like. They are meant
-// for a library of Google's; here they are our own, at the end of this file, and that library is not linked.
+// g++ -fsanitize=thread puts a call before each access, to functions such as __tsan_read4. Google's library for them is
+// not linked; the functions are defined at the end of this file.
 #include "races.h"
 #include <cstdio>
 #include <cstdlib>
@@ -15,15 +15,15 @@ namespace emulator {
 
 const char* library() { return __ehdr_start; }
 
-// Memory that a kernel may touch: an argument, or a shared array.
+// Memory that a kernel may access: an argument, or a shared array.
 struct Region {
     char* begin;
     size_t bytes, element;
     bool shared, writable;
     const char* name;
-    Buffer* buffer = nullptr;       // of an argument
-    const void* key = nullptr;      // of a shared array: its declaration
-    unsigned shift = 0;             // a cell is 1 << shift bytes
+    Buffer* buffer = nullptr;       // for an argument
+    const void* key = nullptr;      // for a shared array: identifies its declaration
+    unsigned shift = 0;             // a cell has 1 << shift bytes
     Cell* cells = nullptr;          // none in fast launches
 };
 constexpr int MOST_REGIONS = 128;
@@ -31,14 +31,14 @@ static Region regions[MOST_REGIONS];
 static int region_count;
 static char* dynamic_memory;
 static size_t static_bytes;
-static Region* recent[256];         // by instruction: most touch the same array every time
+static Region* recent[256];         // by instruction: most access the same array every time
 
 static Region& add_region(const Region& region) {
     if (region_count == MOST_REGIONS) fault(nullptr, nullptr, "more than %d arrays in one kernel", MOST_REGIONS);
     Region& added = regions[region_count++] = region;
     if (launch->checked) {
         added.shift = region.element == 8 ? 3 : region.element >= 4 || region.element == 0 ? 2 : region.element / 2;
-        added.cells = (Cell*)calloc((region.bytes >> added.shift) + 1, sizeof(Cell));   // pages come when touched
+        added.cells = (Cell*)calloc((region.bytes >> added.shift) + 1, sizeof(Cell));   // a page is allocated at its first use
     }
     return added;
 }
@@ -104,7 +104,7 @@ void* shared_array(const void* key, size_t bytes, size_t element, const char* na
     return add_region({memory, bytes, element, true, true, name, nullptr, key}).begin;
 }
 
-// What a fault says.
+// Messages of faults.
 
 static const char* const VERBS[] = {"reads", "writes", "updates (atomically)"};
 
@@ -163,7 +163,7 @@ static inline Region* find(const char* address, size_t bytes, const void* place)
     return nullptr;
 }
 
-// Two arguments may be one array, where the kernel does not say __restrict__: then a write is to the one not const.
+// Without __restrict__ two arguments may be one array: then a write counts for the argument that is not const.
 static Region* find_writable(const char* address, size_t bytes) {
     for (int i = 0; i < region_count; ++i) {
         Region& r = regions[i];
@@ -172,8 +172,8 @@ static Region* find_writable(const char* address, size_t bytes) {
     return nullptr;
 }
 
-// What was allocated and never written holds a pattern (emulator.poison() puts it into arrays). One word that matches
-// could be chance in a double, all of them are not.
+// Memory that was allocated and never written holds a mark (emulator.poison() puts it into arrays). One matching word
+// of a double can be chance; two are not.
 static inline bool uninitialised(const Region& region, const char* address, size_t bytes) {
     if (region.element < 4) return false;
     uint32_t word;
@@ -184,7 +184,7 @@ static inline bool uninitialised(const Region& region, const char* address, size
     return bytes >= region.element;
 }
 
-// In quarters of a cell, those that an access of `bytes` at byte `offset` of it covers.
+// The quarters of a cell that an access of `bytes` at byte `offset` of the cell covers, as bits.
 static inline unsigned quarters(size_t offset, size_t bytes, unsigned shift) {
     if (bytes >> shift) return 15;
     size_t first = offset * 4 >> shift, last = (offset + bytes) * 4 - 1 >> shift;
@@ -192,7 +192,7 @@ static inline unsigned quarters(size_t offset, size_t bytes, unsigned shift) {
 }
 
 static inline void access(void* pointer, size_t bytes, Kind kind, const void* place) {
-    if (!current) return;                               // a constructor, while the library is loaded
+    if (!current) return;                               // a constructor that runs while the library is loaded
     char* address = (char*)pointer;
     if (size_t(address - current->stack) < STACK_BYTES) {
         if (address < (char*)__builtin_frame_address(0) || address >= current->top)
@@ -201,7 +201,7 @@ static inline void access(void* pointer, size_t bytes, Kind kind, const void* pl
     }
     if (address >= __ehdr_start && address < _end) {
         if (kind == READ) return;                       // a constant
-        fault(place, nullptr, "%s a variable of the module, which the emulator does not serve", VERBS[kind]);
+        fault(place, nullptr, "%s a variable of the module; the emulator supports only reading them", VERBS[kind]);
     }
     if ((size_t)address % (bytes > 16 ? 4 : bytes))
         fault(place, nullptr, "misaligned: %s %zu bytes at an address that is not a multiple of %zu", VERBS[kind],
@@ -259,7 +259,7 @@ void __tsan_write_range(void* p, size_t bytes) { access(p, bytes, emulator::WRIT
 void __tsan_init() {}
 void __tsan_vptr_update(void**, void*) {}
 
-// Who called whom, so that a fault in a helper can say which line of the kernel it was called from.
+// The stack of calls, so that a fault in a helper can name the line of the kernel that called it.
 void __tsan_func_entry(const void* caller) {
     if (!current) return;
     if (current->depth < emulator::DEEPEST) current->calls[current->depth] = caller;

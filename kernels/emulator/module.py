@@ -1,8 +1,8 @@
-"""RawModule, as CuPy has it, on a machine without a GPU: compiles CUDA C with g++, checks a launch, and runs it.
+"""CuPy's RawModule on a machine without a GPU: compiles CUDA C with g++, checks a launch, and runs it.
 
-It refuses more than CuPy does. CuPy passes a Python int as 64 bits and a float as a double, whatever the kernel
-declares, looks at no array's dtype or order, and makes one block of an empty grid: a kernel then computes with
-whatever bits it finds. Here every argument is held against the kernel's own declaration.
+It is stricter than CuPy. CuPy passes a Python int as 64 bits and a float as a double, whatever the kernel declares;
+it checks neither the dtype nor the contiguity of an array; and it launches one block for an empty grid. Such a kernel
+computes with wrong bits. Here every argument is compared with the declaration of the kernel.
 """
 
 import ctypes
@@ -18,29 +18,23 @@ from typing import NamedTuple
 import numpy as np
 
 from minilm.kernels.emulator import build
+from minilm.kernels.emulator.fault import Fault
 from minilm.kernels.emulator.running import ORDERS, Launch, note, setting_of_now
 
-STACK_BYTES, MOST_THREADS, WARP = 256 << 10, 1024, 32       # as in runtime.h
-SHARED_UNASKED, SHARED_MOST = 48 << 10, 227 << 10
-MOST_BLOCKS, MOST_THREADS_ALONG = (2 ** 31 - 1, 65535, 65535), (1024, 1024, 64)
-GAP = 64 << 10
+STACK_BYTES = 256 << 10                 # of a thread; these three as in runtime.h
+MOST_THREADS = 1024                     # of a block
+WARP = 32
+SHARED_UNASKED = 48 << 10               # bytes of shared memory of a block, by default
+SHARED_MOST = 227 << 10                 # and after max_dynamic_shared_size_bytes is set
+MOST_BLOCKS = 2 ** 31 - 1, 65535, 65535
+MOST_THREADS_ALONG = 1024, 1024, 64
+GAP = 64 << 10                          # bytes between two arguments in a checked launch
 OWN_FILES = {*build.RUNTIME, *build.RUNTIME_HEADERS, *build.KERNEL_HEADERS, "exports", "??"}
 
 
 _lock = threading.Lock()
-if hasattr(os, "register_at_fork"):         # a child is not to wait for a launch that its parent is in
+if hasattr(os, "register_at_fork"):         # a forked child must not wait for a launch of its parent
     os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.Lock()))
-
-
-class Fault(RuntimeError):
-    """What a kernel did wrong. str(fault) says it all; where, kernel, block, thread, what and other are its parts."""
-
-    def __init__(self, what, kernel, where=None, block=None, thread=None, other=None):
-        self.what, self.kernel, self.where, self.other = what, kernel, where, other
-        self.block, self.thread = block, thread
-        place = f"{where}: " if where else ""
-        who = f", block {block}, thread {thread}" if thread else ""
-        super().__init__(f"{place}kernel {kernel}{who}: {what}")
 
 
 class _Buffer(ctypes.Structure):
@@ -61,23 +55,35 @@ class _Launch(ctypes.Structure):
 
 class Parameter(NamedTuple):
     name: str
-    dtype: object           # None: of no type that a launch can pass
+    dtype: object           # None: a type that a launch cannot pass
     pointer: bool
     writable: bool
     restrict: bool
 
 
+class UnknownKernel(KeyError):
+    """The module has no kernel of that name."""
+
+    def __init__(self, name, names):
+        self.name, self.names = name, names
+        super().__init__(name)
+
+    def __str__(self):
+        known = f"its kernels are {', '.join(self.names)}" if self.names else "it has none"
+        return f'the module has no kernel extern "C" __global__ void {self.name}; {known}'
+
+
 class RawModule:
-    """CuPy's, of the arguments that minilm uses."""
+    """CuPy's RawModule, with the arguments that minilm uses."""
 
     def __init__(self, *, code, options=()):
         if reason := build.available():
-            raise RuntimeError(f"no kernel can be run: {reason}")
+            raise RuntimeError(f"kernels cannot run here: {reason}")
         self.code, self.options = code, tuple(options)
 
     def get_function(self, name):
         function = Function(self, name)
-        function.compiled(setting_of_now.get().mode)      # compile errors belong here
+        function.compiled(setting_of_now.get().mode)      # raises CompileError now rather than at the launch
         return function
 
 
@@ -96,13 +102,13 @@ class Function:
     @max_dynamic_shared_size_bytes.setter
     def max_dynamic_shared_size_bytes(self, size):
         if not 0 <= size <= SHARED_MOST:
-            raise ValueError(f"{self.name}: {size} bytes of shared memory; no device has more than {SHARED_MOST}")
+            raise ValueError(f"{self.name}: {size} bytes of shared memory; a device has at most {SHARED_MOST}")
         self._most_dynamic = size
 
     def compiled(self, mode):
         if mode not in self._compiled:
             path = build.library(self.module.code, self.module.options, mode)
-            self._compiled[mode] = Compiled(path, self.name)
+            self._compiled[mode] = Compiled(path, self.name, self.module.code)
         return self._compiled[mode]
 
     def __call__(self, grid, block, args, *, shared_mem=0):
@@ -119,29 +125,30 @@ class Function:
 
     def _extent(self, what, extent, most):
         if not isinstance(extent, (tuple, list)) or not 1 <= len(extent) <= 3:
-            raise TypeError(f"{self.name}: a {what} is a tuple of 1 to 3 ints, not {extent!r}")
+            raise TypeError(f"{self.name}: a {what} must be a tuple of 1 to 3 ints, not {extent!r}")
         extent = tuple(map(int, extent)) + (1,) * (3 - len(extent))
         if any(n < 1 for n in extent):
-            raise ValueError(f"{self.name}: a {what} of {extent}; there must be at least one along each axis")
+            raise ValueError(f"{self.name}: a {what} of {extent}; each number must be at least one")
         if any(n > m for n, m in zip(extent, most)):
-            raise ValueError(f"{self.name}: a {what} of {extent}; CUDA allows {most}")
+            raise ValueError(f"{self.name}: a {what} of {extent}; CUDA allows at most {most}")
         return extent
 
     def _check_shape(self, compiled, block, shared_mem):
         threads = math.prod(block)
         if threads > MOST_THREADS:
-            raise ValueError(f"{self.name}: {threads} threads a block; CUDA allows {MOST_THREADS}")
+            raise ValueError(f"{self.name}: {threads} threads a block; CUDA allows at most {MOST_THREADS}")
         if threads % WARP:
-            raise ValueError(f"{self.name}: {threads} threads a block; the emulator runs whole warps of {WARP}")
+            raise ValueError(f"{self.name}: {threads} threads a block; the emulator needs a multiple of {WARP}, whole "
+                             "warps")
         if compiled.most_threads and threads > compiled.most_threads:
-            raise Fault(f"{threads} threads a block, and its __launch_bounds__ promise at most "
+            raise Fault(f"{threads} threads a block, but its __launch_bounds__ promise at most "
                         f"{compiled.most_threads}", self.name)
         if not 0 <= shared_mem <= self._most_dynamic:
-            raise ValueError(f"{self.name}: {shared_mem} bytes of dynamic shared memory, and "
+            raise ValueError(f"{self.name}: {shared_mem} bytes of dynamic shared memory, but "
                              f"max_dynamic_shared_size_bytes is {self._most_dynamic}; set it first")
 
     def _arguments(self, parameters, args):
-        """C values of scalars, None for arrays; and the NumPy arrays behind the arrays."""
+        """A list of C values (None for arrays), and {index: the NumPy array behind the argument}."""
         if len(args) != len(parameters):
             names = ", ".join(p.name for p in parameters)
             raise TypeError(f"{self.name} takes {len(parameters)} arguments ({names}), not {len(args)}")
@@ -151,12 +158,12 @@ class Function:
     def _argument(self, i, parameter, value):
         me = f"{self.name}: argument {i} ({parameter.name})"
         if parameter.dtype is None:
-            raise TypeError(f"{me} is declared with a type that the emulator does not pass: neither a number nor a "
+            raise TypeError(f"{me} is declared with a type that the emulator cannot pass; declare a number or a "
                             "pointer to numbers")
         if parameter.pointer:
             if not hasattr(value, "__minilm_buffer__"):
-                kind = "a NumPy array, which no device sees" if isinstance(value, np.ndarray) else type(value).__name__
-                raise TypeError(f"{me} must be an array of the device, and is {kind}")
+                kind = "a NumPy array" if isinstance(value, np.ndarray) else type(value).__name__
+                raise TypeError(f"{me} must be an array on the device, but is {kind}")
             array = value.__minilm_buffer__()
             if array.dtype != parameter.dtype:
                 raise TypeError(f"{me} is an array of {array.dtype}; the kernel declares {parameter.dtype}")
@@ -165,9 +172,9 @@ class Function:
             return None, array
         if not isinstance(value, np.generic):
             hint = f"; pass np.{parameter.dtype}(...)" if isinstance(value, (bool, int, float)) else ""
-            raise TypeError(f"{me} is declared {parameter.dtype}, and given a {type(value).__name__}{hint}")
+            raise TypeError(f"{me} is declared {parameter.dtype}, but is a {type(value).__name__}{hint}")
         if value.dtype != parameter.dtype:
-            raise TypeError(f"{me} is declared {parameter.dtype}, and given a {value.dtype}")
+            raise TypeError(f"{me} is declared {parameter.dtype}, but is a {value.dtype}")
         return ctypes.create_string_buffer(value.tobytes(), value.itemsize), None
 
     def _check_overlap(self, parameters, arrays):
@@ -177,20 +184,20 @@ class Function:
                 a, b = parameters[j], parameters[i]
                 overlap = start < other_end and other_start < end
                 if overlap and (a.writable or b.writable) and (a.restrict or b.restrict):
-                    raise ValueError(f"{self.name}: {a.name} and {b.name} overlap in memory, and the kernel declares "
-                                     "with __restrict__ that they do not")
+                    raise ValueError(f"{self.name}: {a.name} and {b.name} overlap in memory, but the kernel declares "
+                                     "with __restrict__ that they do not; pass a copy of one")
 
 
 class Compiled:
-    """A kernel of a loaded library."""
+    """A kernel of a loaded library. code: the text of the module, which a Fault quotes."""
 
-    def __init__(self, path, name):
-        self.path, self.name = path, name
+    def __init__(self, path, name, code):
+        self.path, self.name, self.code = path, name, code
         self.library = ctypes.CDLL(str(path))
         try:
             self.run = self.library[f"{name}__launch"]
         except AttributeError:
-            raise KeyError(f'the module has no kernel extern "C" __global__ void {name}') from None
+            raise UnknownKernel(name, build.kernel_names(code)) from None
         codes = ctypes.create_string_buffer(4096)
         self.most_threads = self.library[f"{name}__signature"](codes)
         texts = self.library[f"{name}__parameters"]
@@ -223,13 +230,13 @@ class Compiled:
         where = self._lines([place for place in state.places if place])
         other = self._lines([state.other_place] if state.other_place else [])
         what = state.message.decode(errors="replace").replace("@", f"at {other}" if other else "at an unknown line")
-        return Fault(what, self.name, where, tuple(state.fault_block), tuple(state.fault_thread), other)
+        return Fault(what, self.name, where, tuple(state.fault_block), tuple(state.fault_thread), other, self.code)
 
     def _lines(self, places):
-        """The line of the innermost place, and the one in the kernel that it was called from, by addr2line."""
+        """The innermost line of the source and the line of the kernel that called it, from addr2line; or None."""
         if not places:
             return None
-        # A return address is that of the next instruction; -i tells the callers of what was inlined.
+        # A return address points to the next instruction, hence - 1. -i lists the callers of inlined functions.
         result = subprocess.run(["addr2line", "-i", "-e", str(self.path), *(hex(place - 1) for place in places)],
                                 capture_output=True, text=True)
         lines = [line.rpartition("/")[2].split(" ")[0] for line in result.stdout.splitlines()]
@@ -248,7 +255,7 @@ def _parameter(code, text):
 
 @functools.lru_cache(maxsize=None)
 def _stacks():
-    """The address of memory for the stacks of a block's threads; the lowest page of each is not to be touched."""
+    """The address of memory for the stacks of the threads of a block; the lowest page of each stack is protected."""
     memory = mmap.mmap(-1, STACK_BYTES * MOST_THREADS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     _stacks.memory = memory
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -263,10 +270,10 @@ def _span(array):
 
 
 def _isolated(arrays):
-    """Copies that lie far apart, so that an index beyond the end of one is not inside another.
+    """Copies that lie far apart, so that an index beyond the end of one array is not inside another.
 
-    Each stands as far from a multiple of 256 bytes as it does from the start of its allocation, which the device puts
-    at such a multiple: what is misaligned there is misaligned here. Arrays that share memory stay where they are.
+    A device aligns an allocation to 256 bytes. A copy keeps the distance of its array from the start of its
+    allocation, so an access that is misaligned on a device is misaligned here. Arrays that share memory are not copied.
     """
     spans = {i: _span(array) for i, array in arrays.items()}
 

@@ -1,16 +1,17 @@
-// Data races, found by happens-before and not by the luck of a schedule.
+// Data races, found by happens-before, so that finding one does not depend on the schedule.
 //
-// Two accesses of one place in memory, one of them a write, race unless one happened before the other: unless a chain
-// of program order and barriers leads from the one to the other. Then every schedule gives the same numbers; if not,
-// some schedule may give others, even where every one that was tried gave the right ones. What orders two accesses:
-//   - they are of one thread;
-//   - a __syncthreads of their block lies between them: its barriers are counted, the count is called the epoch;
-//   - a __syncwarp lies between them. Each lane has a clock, which moves on at every warp barrier it passes, and knows
-//     of every other lane up to which time it has heard of it, in a barrier together or through a third (a vector
-//     clock, as of Lamport and Mattern; to keep only the last accesses is the idea of FastTrack, Flanagan and Freund).
-// Nothing else does: neither two blocks of a launch, nor shuffles, nor votes, nor atomics, for which CUDA promises no
-// order of other memory. Atomics do not race with one another.
-// (Part of memory.cpp, where every access comes by.)
+// Two accesses of one place in memory, at least one of them a write, race unless one happened before the other: a chain
+// of program order and barriers leads from one to the other. Without a race every schedule gives the same numbers. With
+// a race some schedule can give other numbers, even if every schedule that was tried gave the right ones.
+// Two accesses are ordered if
+//   - one thread makes both; or
+//   - a __syncthreads of their block lies between them. The barriers of a block are counted; the count is the epoch; or
+//   - a __syncwarp lies between them. Each lane has a clock that advances at every warp barrier it passes, and knows
+//     the latest clock of every other lane that reached it, directly in a common barrier or through a third lane (a
+//     vector clock, Lamport and Mattern; keeping only the last accesses is the idea of FastTrack, Flanagan and Freund).
+// Blocks of one launch, shuffles, votes and atomics order nothing, because CUDA promises no order of other memory for
+// them. Atomics do not race with one another.
+// (Included by memory.cpp, which sees every access.)
 #pragma once
 #include "runtime.h"
 #include <cstring>
@@ -19,20 +20,20 @@ namespace emulator {
 
 enum Kind { READ, WRITE, ATOMIC };
 
-// Who did it, when, and by which instruction (0: nobody yet). `bytes`: which quarters of the cell.
+// The thread, the time and the instruction (0: no access yet) of an access. `bytes`: which quarters of the cell.
 struct Access {
     uint32_t block, instruction;
     uint32_t epoch : 27, bytes : 4, atomic : 1;
     uint32_t clock : 22, thread : 10;
 };
 
-// What is remembered of 4 bytes of memory (of 8, of an array of doubles).
+// The record of 4 bytes of memory (8 bytes in an array of doubles).
 struct Cell {
-    Access write, other_atomic;     // the last write; if atomic, also the last one of another thread
-    Access read, other_read;        // since then: the last read, and one of a thread as far away as any
+    Access write, other_atomic;     // the last write; if it is atomic, also the last atomic of another thread
+    Access read, other_read;        // since then: the last read, and one by a thread as distant as possible
 };
 
-static uint32_t clocks[MOST_THREADS / LANES][LANES][LANES];     // [warp][lane][of which it has heard]
+static uint32_t clocks[MOST_THREADS / LANES][LANES][LANES];     // [warp][lane][other lane]: the latest known clock
 
 inline void reset_clocks() {
     int warps = (thread_count + LANES - 1) / LANES;
@@ -66,7 +67,7 @@ inline bool happened_before(const Access& then, const Access& now) {
     return then.clock < clocks[now.thread / LANES][now.thread % LANES][then.thread % LANES];
 }
 
-// Shared memory is another one for every block: what an earlier block did there does not count.
+// Every block has its own shared memory: accesses of an earlier block do not count.
 inline bool counts(const Access& then, const Access& now, bool shared) {
     return then.instruction && !(shared && then.block != now.block);
 }
@@ -75,7 +76,7 @@ inline bool races(const Access& then, const Access& now, bool shared) {
     return counts(then, now, shared) && (then.bytes & now.bytes) && !happened_before(then, now);
 }
 
-// How far away the other thread is: one that is further can be ordered before fewer writes to come.
+// How distant the other thread is: fewer later writes can be ordered after an access of a more distant thread.
 inline int distance(const Access& then, const Access& now, bool shared) {
     if (!counts(then, now, shared)) return 0;
     if (then.block != now.block) return 4;
@@ -83,7 +84,7 @@ inline int distance(const Access& then, const Access& now, bool shared) {
     return then.thread / LANES != now.thread / LANES ? 3 : 2;
 }
 
-// Enters an access into its cell. Returns the earlier one that it races with, or nullptr.
+// Records an access in its cell. Returns the earlier access with which it races, or nullptr.
 inline const Access* enter(Cell& cell, const Access& now, Kind kind, bool shared) {
     if (races(cell.write, now, shared) && !(kind == ATOMIC && cell.write.atomic)) return &cell.write;
     if (kind != ATOMIC && races(cell.other_atomic, now, shared)) return &cell.other_atomic;
@@ -95,7 +96,7 @@ inline const Access* enter(Cell& cell, const Access& now, Kind kind, bool shared
     }
     if (races(cell.read, now, shared)) return &cell.read;
     if (races(cell.other_read, now, shared)) return &cell.other_read;
-    if (kind == WRITE) cell = {now, {}, {}, {}};    // whatever comes after this write comes after those before it
+    if (kind == WRITE) cell = {now, {}, {}, {}};    // an access after this write is also after the earlier ones
     else {
         if (cell.write.atomic && !same_thread(cell.write, now)) cell.other_atomic = cell.write;
         cell.write = now;

@@ -1,4 +1,4 @@
-"""How launches are run, fast or checked and in which order, and what is kept of them."""
+"""The mode in which launches run (fast, checked, debug), the order of their threads, and the records they leave."""
 
 import contextlib
 import contextvars
@@ -10,7 +10,7 @@ ORDERS = {"forward": 0, "reversed": 1}
 
 
 class Launch(NamedTuple):
-    """One launch as it was. traffic: bytes read and written by the index of the argument, if it was checked."""
+    """The record of one launch. traffic: {index of the argument: (bytes read, bytes written)}, None if not checked."""
     kernel: str
     parameters: tuple
     grid: tuple
@@ -26,12 +26,12 @@ class Setting(NamedTuple):
     launches: list = None
 
 
-setting_of_now = contextvars.ContextVar("emulator", default=Setting())
+setting_of_now = contextvars.ContextVar("emulator", default=Setting())       # noqa: B039, a Setting never changes
 _last = None
 
 
 def note(launch):
-    """Keep what is to be known of a launch."""
+    """Keep the record of a launch."""
     global _last
     setting = setting_of_now.get()
     if setting.launches is not None:
@@ -43,7 +43,8 @@ def note(launch):
 @contextlib.contextmanager
 def _running(**setting):
     if setting["schedule"] not in ORDERS and not isinstance(setting["schedule"], int):
-        raise ValueError("a schedule is 'forward', 'reversed', or an int, the seed of a random one")
+        raise ValueError(f"schedule is {setting['schedule']!r}; it must be 'forward', 'reversed', or an int, the seed "
+                         "of a random order")
     token = setting_of_now.set(setting_of_now.get()._replace(**setting))
     try:
         yield setting_of_now.get().launches
@@ -52,24 +53,26 @@ def _running(**setting):
 
 
 def checked(schedule="forward"):
-    """Inside, every launch runs under all checkers, threads and blocks in that order. Gives the list of launches."""
+    """In the `with` block every launch runs under all checkers, in that order of threads and blocks. Gives the list
+    of Launch records."""
     return _running(mode="checked", schedule=schedule, launches=[])
 
 
 def fast(schedule="forward"):
-    """Inside, every launch is fast and unchecked, as it is outside, but in that order. Gives the list of launches."""
+    """In the `with` block every launch runs fast and unchecked, as by default, but in that order. Gives the list of
+    Launch records."""
     return _running(mode="fast", schedule=schedule, launches=[])
 
 
 def debug():
-    """Inside, every launch is of a build for gdb."""
+    """In the `with` block every launch runs a build for gdb."""
     return _running(mode="debug", schedule="forward", launches=[])
 
 
 def traffic():
     """Bytes that the last checked launch read and wrote in global memory: {index of the argument: (read, written)}.
 
-    Every load and store counts as the source has it, cached or not; an atomic operation is one of each.
+    Every load and store of the source counts, cached or not. An atomic operation is one load and one store.
     """
     return _last_checked().traffic
 
@@ -81,16 +84,25 @@ def shared_traffic():
 
 def _last_checked():
     if _last is None:
-        raise RuntimeError("no launch was checked yet; use `with emulator.checked():`")
+        raise RuntimeError("no launch was checked yet; put the launch into `with emulator.checked():`")
     return _last
 
 
-def poison(array):
-    """Mark a NumPy array as never written to: a checked kernel that reads such an element is at fault. Returns it.
+MARK = 0x7FFA5A5A           # as UNINITIALISED in runtime.h; a NaN as a float, and twice as a double
 
-    The mark is a value, 0x7ffa5a5a (a NaN as a float, twice as a double), that no computation makes; types
-    of fewer than 4 bytes cannot carry it.
+
+def poison(array):
+    """Mark the elements of a NumPy array as never written: a checked kernel that reads one is at fault. Returns it.
+
+    The mark is a value that no computation gives. Types of fewer than 4 bytes cannot hold it.
     """
     if array.dtype.itemsize >= 4:
-        array.view(np.uint32)[...] = 0x7FFA5A5A
+        array.view(np.uint32)[...] = MARK
     return array
+
+
+def never_written(array):
+    """For each element of a contiguous NumPy array (n,), whether it still holds the mark of poison()."""
+    if array.dtype.itemsize < 4:
+        return np.zeros(array.shape, bool)
+    return (array.view(np.uint32).reshape(array.size, -1) == MARK).all(axis=1)

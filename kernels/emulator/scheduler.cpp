@@ -1,16 +1,16 @@
-// Thousands of threads on one core: every thread of a block is a fiber, and blocks run one after another.
+// Runs thousands of threads on one core: every thread of a block is a fiber, and blocks run one after another.
 //
-// A fiber runs until it waits at a barrier or at a warp operation whose other lanes have not come; then the next one
-// that can go on is resumed. Nothing else switches, so a kernel runs at the speed of C++ between its barriers, and any
-// two runs are the same. That no bug hides behind this one schedule is the work of the checkers.
+// A fiber runs until it waits at a barrier, or at a warp operation that other lanes have not reached; then the next
+// fiber that can continue is resumed. There are no other switches, so a kernel runs at the speed of C++ between its
+// barriers, and two runs are the same. The checkers find the bugs that this one schedule would hide.
 #include "runtime.h"
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
 #include <vector>
 
-// A switch saves the registers that a function must leave as they were (System V ABI), changes the stack, and returns
-// on the other one.
+// A switch saves the registers that a function must preserve (System V ABI), changes the stack, and returns on the
+// other stack.
 extern "C" void emulator_switch(void** save_stack_pointer, void* stack_pointer);
 asm(R"(
 .text
@@ -26,7 +26,7 @@ emulator_switch:
 .size emulator_switch, .-emulator_switch
 )");
 
-uint3 threadIdx, blockIdx, blockDim, gridDim;       // const for the kernel, which never sees them change
+uint3 threadIdx, blockIdx, blockDim, gridDim;       // const in the kernel: for a thread they never change
 
 namespace emulator {
 
@@ -39,23 +39,23 @@ uint64_t epoch;
 
 static void (*kernel)(void**);
 static void** kernel_arguments;
-static Thread host;                         // the caller of the launch, as something to switch to
+static Thread host;                         // the caller of the launch, so that a fiber can switch to it
 static std::vector<int> blocks;             // in the order in which they run
-static std::vector<int> turns;              // threads, in the order in which they are asked whether they can go on
+static std::vector<int> turns;              // threads, in the order in which the scheduler tries to resume them
 static uint64_t random_state;
 static int turn, exited;
 
-// The block barrier. `votes` of two rounds: a thread may read the last round's while another votes in the next.
+// The block barrier. `votes` of two rounds: a thread can read the last round while another votes in the next.
 static struct { int arrived, site, votes[2]; const Thread* first; } barrier;
 
-// Lanes of one warp that come together. Those with the same mask meet at the same of 32 places, its lowest lane's.
+// A warp operation at which lanes meet. There are 32 meetings a warp; lanes of one mask use that of its lowest lane.
 struct Meeting {
     uint64_t rounds;
     unsigned mask;
     int arrived, site;
     const Thread* first;
     unsigned ballots[2];
-    char values[2][LANES][8];               // of this round and the last one, as with votes
+    char values[2][LANES][8];               // of this round and the last one, as in the barrier
 };
 struct Warp { unsigned exited; Meeting meetings[LANES]; };
 static Warp warps[MOST_THREADS / LANES];
@@ -81,7 +81,7 @@ void fault(const void* place, const void* other_place, const char* format, ...) 
     __builtin_unreachable();
 }
 
-static bool can_go_on(const Thread& thread) {
+static bool can_continue(const Thread& thread) {
     return !thread.done && !(thread.waits_for && *thread.waits_for == thread.seen);
 }
 
@@ -102,21 +102,21 @@ static void resume(Thread& next) {
     }
     current = const_cast<Thread*>(waiting);
     if (!other)
-        fault(waiting->place, nullptr, "deadlock: waits at %s for ever; %d of the block's %d threads have exited",
+        fault(waiting->place, nullptr, "deadlock: waits at %s forever; %d of the block's %d threads have exited",
               waiting->operation, exited, thread_count);
     uint3 i = other->index;
     fault(waiting->place, other->place,
-          "deadlock: waits at %s for ever, and thread (%u, %u, %u) at %s (@); %d of the block's %d threads have "
+          "deadlock: waits at %s forever, and thread (%u, %u, %u) at %s (@); %d of the block's %d threads have "
           "exited",
           waiting->operation, i.x, i.y, i.z, other->operation, exited, thread_count);
 }
 
-// Called by a thread that cannot go on: runs the next one that can, in turn, or the host when all have exited.
+// Called by a thread that cannot continue: resumes the next thread that can, or the host when all have exited.
 static void run_others() {
     for (int tried = 0; tried < thread_count; ++tried) {
         if (++turn >= thread_count) turn = 0;
         Thread& next = threads[turns[turn]];
-        if (can_go_on(next)) return resume(next);
+        if (can_continue(next)) return resume(next);
     }
     if (exited < thread_count) deadlock();
     emulator_switch(&current->stack_pointer, host.stack_pointer);
@@ -144,7 +144,7 @@ int block_barrier(Site site, Vote vote, bool ballot) {
     const void* place = __builtin_return_address(0);
     current->place = place;
     if (exited)
-        fault(place, nullptr, "barrier not reached by all: comes to __syncthreads after %d of the block's %d threads "
+        fault(place, nullptr, "barrier not reached by all: reaches __syncthreads after %d of the block's %d threads "
               "have exited", exited, thread_count);
     int round = epoch & 1;
     if (barrier.arrived == 0) {
@@ -153,7 +153,7 @@ int block_barrier(Site site, Vote vote, bool ballot) {
         barrier.votes[round] = 0;
     } else if (barrier.site != site.number) {
         uint3 i = barrier.first->index;
-        fault(place, barrier.first->place, "divergent barriers: comes to this __syncthreads while thread (%u, %u, %u) "
+        fault(place, barrier.first->place, "divergent barriers: reaches this __syncthreads while thread (%u, %u, %u) "
               "waits at another (@)", i.x, i.y, i.z);
     }
     barrier.votes[round] += ballot;
@@ -163,13 +163,13 @@ int block_barrier(Site site, Vote vote, bool ballot) {
     return vote == ANY_VOTE ? count > 0 : vote == ALL_VOTE ? count == thread_count : count;
 }
 
-// The lanes of the mask come together: each deposits something, all go on when the last has come.
+// The lanes of the mask meet: each deposits a value, and all continue when the last has arrived.
 template <class Deposit>
 static inline Meeting& meet(Site site, const char* operation, unsigned mask, const void* place, Deposit deposit) {
     int lane = current->number % LANES, number = current->number / LANES;
     Warp& warp = warps[number];
     if (!(mask >> lane & 1))
-        fault(place, nullptr, "%s by lane %d, which its mask 0x%08x leaves out", operation, lane, mask);
+        fault(place, nullptr, "%s by lane %d, which is not in its mask 0x%08x", operation, lane, mask);
     if (warp.exited & mask)
         fault(place, nullptr, "%s with mask 0x%08x names lane %d, which has exited",
               operation, mask, __builtin_ctz(warp.exited & mask));
@@ -193,7 +193,7 @@ static inline Meeting& meet(Site site, const char* operation, unsigned mask, con
 void warp_barrier(Site site, unsigned mask) {
     int number = current->number / LANES;
     meet(site, "__syncwarp", mask, __builtin_return_address(0), [=](Meeting& meeting, int, int) {
-        // The last to come: all their clocks move on before anyone does.
+        // The last lane to arrive joins the clocks of all lanes before any lane continues.
         if (launch->checked && meeting.arrived + 1 == __builtin_popcount(mask)) join_clocks(number, mask);
     });
 }
@@ -216,14 +216,14 @@ void warp_shuffle(Site site, Shuffle kind, unsigned mask, const void* value, voi
         else memcpy(meeting.values[round][self], value, 8);
         mine = round;
     });
-    // Segments of `width` lanes; who would read beyond his own gets his own value back.
+    // Segments of `width` lanes; a lane that would read beyond its segment gets its own value.
     int first = self & ~(width - 1), source = self;
     if (kind == FROM_LANE) source = first + (lane & (width - 1));
     if (kind == FROM_ABOVE && self + lane < first + width) source = self + lane;
     if (kind == FROM_BELOW && self - lane >= first) source = self - lane;
     if (kind == FROM_XOR && (self ^ lane) < first + width) source = self ^ lane;
     if (!(mask >> source & 1))
-        fault(place, nullptr, "%s reads lane %d, which its mask 0x%08x leaves out", names[kind], source, mask);
+        fault(place, nullptr, "%s reads lane %d, which is not in its mask 0x%08x", names[kind], source, mask);
     if (bytes == 4) memcpy(result, meeting.values[mine][source], 4);
     else memcpy(result, meeting.values[mine][source], 8);
 }
@@ -235,17 +235,18 @@ static void prepare(Thread& thread, int number) {
     thread.number = number;
     thread.index = unflatten(number, launch->block);
     thread.stack = launch->stacks + number * STACK_BYTES;
-    // Stacks begin at different distances from a page, or all their frames would compete for the same few cache lines.
+    // Stacks begin at different offsets in a page; otherwise all frames would compete for the same few cache lines.
     thread.top = thread.stack + STACK_BYTES - 64 - number * 1088 % 61440 / 64 * 64;
     void** stack = (void**)thread.top;
     *--stack = nullptr;                     // no caller
-    *--stack = (void*)&thread_main;         // where emulator_switch returns to
+    *--stack = (void*)&thread_main;         // emulator_switch returns there
     stack -= 6;
-    memset(stack, 0, 6 * sizeof(void*));    // the registers it pops
+    memset(stack, 0, 6 * sizeof(void*));    // the registers that it pops
     thread.stack_pointer = stack;
 }
 
-// 0 to count - 1 as the launch's schedule has them; the random one is Fisher and Yates', with a generator of Knuth's.
+// 0 to count - 1 in the order of the launch's schedule; the random order is a Fisher-Yates shuffle with Knuth's
+// generator.
 static void put_in_order(std::vector<int>& numbers, int count) {
     numbers.resize(count);
     for (int i = 0; i < count; ++i) numbers[i] = launch->order == 1 ? count - 1 - i : i;

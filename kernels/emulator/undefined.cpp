@@ -1,5 +1,5 @@
-// Undefined behaviour: g++ -fsanitize=bounds,shift,... puts a check before each operation that can have it, and a call
-// to one of these functions where it has. Their arguments are g++'s; only the last of them looks at any.
+// Undefined behaviour: g++ -fsanitize=bounds,shift,... puts a check before each operation that can have it, and calls
+// one of these functions when the check fails. g++ passes arguments; only the last function uses one.
 #include "runtime.h"
 
 namespace emulator {
@@ -21,7 +21,7 @@ EMULATOR_UNDEFINED(add_overflow, "a sum that does not fit its type")
 EMULATOR_UNDEFINED(sub_overflow, "a difference that does not fit its type")
 EMULATOR_UNDEFINED(mul_overflow, "a product that does not fit its type")
 EMULATOR_UNDEFINED(negate_overflow, "a negated number that does not fit its type")
-EMULATOR_UNDEFINED(divrem_overflow, "a division by zero, or of the least number by -1")
+EMULATOR_UNDEFINED(divrem_overflow, "a division by zero, or of the smallest number by -1")
 EMULATOR_UNDEFINED(float_cast_overflow, "a float that does not fit the integer it is converted to")
 
 void __ubsan_handle_type_mismatch_v1(emulator::Checked* checked, size_t address) {
@@ -31,6 +31,6 @@ void __ubsan_handle_type_mismatch_v1(emulator::Checked* checked, size_t address)
     if (!address) emulator::undefined("a null pointer is used", place);
     if (address % alignment)
         emulator::fault(place, nullptr, "misaligned: uses an address that is not a multiple of %zu", alignment);
-    emulator::undefined("an address outside of the variable it was made from", place);
+    emulator::undefined("an address outside of the variable from which it was computed", place);
 }
 }

@@ -1,7 +1,8 @@
-"""Measuring a policy: what it answers, how far it moved, how often it wins. Plain arrays throughout.
+"""Measure a policy: its divergence from a reference, its rewards, its wins. Plain arrays throughout.
 
-Every mean comes with its standard error; the N responses behind it are independent draws, one for
-each of N prompts.
+The N responses are independent draws, one for each of N prompts; mean_and_error gives the mean of N numbers
+with its standard error.
+Tests: tests/test_evaluate.py.
 """
 
 import numpy as np
@@ -11,17 +12,20 @@ from minilm.packing import packs
 from minilm.tensor import no_grad
 
 
-def mean_and_error(values):
-    """The mean of N numbers, and its standard error (ddof 1; nan for a single number)."""
+def mean_and_error(values: np.ndarray | list[float]) -> tuple[float, float]:
+    """The mean of N numbers, and its standard error (ddof 1; NaN for a single number)."""
     values = np.asarray(values, float)
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
 
 
-def sequence_kl(policy, reference, prompts, responses, batch_size=128):
-    """log pi(y) - log pi_ref(y) of each response, at temperature 1: (N,).
+def sequence_kl(policy, reference, prompts: list[list[int]], responses: list[list[int]],
+                batch_size: int = 128) -> np.ndarray:
+    """k1 = log pi(y|x) - log pi_ref(y|x) of each response, at temperature 1, in nats: (N,).
 
-    For responses drawn from the policy at temperature 1 the mean is an unbiased estimate of
-    KL(pi || pi_ref) over whole responses; single values may be negative.
+    If the responses are drawn from the policy at temperature 1, the mean is an unbiased estimate of
+    KL(pi || pi_ref) of whole responses. Single values may be negative.
     """
     k1 = []
     with no_grad():
@@ -31,8 +35,9 @@ def sequence_kl(policy, reference, prompts, responses, batch_size=128):
     return concatenate(k1)
 
 
-def predicted_rewards(reward_model, prompts, responses, batch_size=128):
-    """What a RewardModel gives each response: (N,)."""
+def predicted_rewards(reward_model, prompts: list[list[int]], responses: list[list[int]],
+                      batch_size: int = 128) -> np.ndarray:
+    """The reward that a RewardModel gives each response: (N,)."""
     rewards = []
     with no_grad():
         for part in packs(prompts, responses, batch_size, last=True):
@@ -40,17 +45,16 @@ def predicted_rewards(reward_model, prompts, responses, batch_size=128):
     return concatenate(rewards)
 
 
-def wins(rewards, others):
-    """1 where a response beats the other's on the same prompt, 0 where it loses, 1/2 for a tie: (N,)."""
+def wins(rewards: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """1 where a response has a higher reward than the other one to its prompt, 0 where lower, 1/2 if equal: (N,)."""
     rewards, others = np.asarray(rewards), np.asarray(others)
     return (rewards > others) + 0.5 * (rewards == others)
 
 
-def best_of_n_kl(n):
-    """Upper bound of the KL divergence between best-of-n and the policy it picks from.
+def best_of_n_kl(n: int) -> float:
+    """log n - (n - 1)/n: an upper bound of KL(best of n draws || the policy that draws), in nats.
 
-    log n - (n - 1)/n: Beirami et al. 2024, arXiv:2401.01879, theorem 3.1; equal to it only if no two
-    responses ever have the same reward or text. Exactly, where the responses can be listed:
-    minilm.exact.enumerable.best_of_n.
+    Beirami et al. 2024, arXiv:2401.01879, theorem 3.1. It is the divergence itself only if no two draws ever
+    have the same reward or text. minilm.exact.enumerable.best_of_n has the exact distribution.
     """
     return float(np.log(n) - (n - 1) / n)

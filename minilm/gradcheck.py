@@ -1,4 +1,4 @@
-"""Finite differences: does a hand-written gradient agree with the function it is of?
+"""Check a hand-written gradient against finite differences of its function.
 
     >>> import numpy as np
     >>> from minilm import Tensor, ops
@@ -7,9 +7,13 @@
     >>> gradcheck(ops.tanh, x) < 1e-8
     True
 
-Inputs should be of order 1. Tiny weights hide wrong gradients: an error of 100% in a
-term that is small next to the others passes any tolerance.
+Inputs should be of order 1. Tiny inputs hide wrong gradients: an error of 100% in a term that is small
+next to the other terms passes any tolerance. For the weights of a Transformer, see
+minilm.exact.gradients.redraw_weights.
+Tests: tests/test_gradcheck.py, which checks that wrong gradients are found.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,38 +21,42 @@ from minilm import ops
 from minilm.backend import array_module, to_numpy
 from minilm.tensor import Tensor
 
-# Below this, an error is compared with the floor and not with the gradient itself.
+# The smallest denominator of a relative error.
 FLOOR = 1e-3
 
 
 class GradientError(AssertionError):
-    """The analytic gradient differs from finite differences, or is missing."""
+    """The gradient from backward differs from finite differences, or is missing."""
 
 
-def gradcheck(function, *tensors, tolerance=1e-6, step=6e-6, directions=None, rng=None):
+def gradcheck(function: Callable[..., Tensor], *tensors: Tensor, tolerance: float = 1e-6, step: float = 6e-6,
+              directions: int | None = None, rng: np.random.Generator | None = None) -> float:
     """Compare backward with central differences, for every Tensor that requires a gradient.
 
-    function    of Tensors, to a Tensor of any shape; must return the same value each time
+    function    maps the tensors to a Tensor of any shape; must return the same value each time
     tensors     its arguments, float64; those with requires_grad are checked
-    tolerance   on max|a - n| / max(max|n|, 1e-3), per Tensor
+    tolerance   for max|a - n| / max(max|n|, 1e-3) of each Tensor, a from backward, n from differences
     step        of the difference, relative to max(1, |x|). The error is of order step^2 from
                 curvature plus 1e-16/step from rounding: about 1e-10 for a well-scaled function
     directions  None checks every element (two evaluations each); an integer checks that many
                 random directions over all Tensors at once, for functions of many parameters
     rng         numpy Generator, for the cotangent and the directions
 
-    Returns the largest relative error. Raises GradientError with the worst element and both
-    values, TypeError if a Tensor is not float64, ValueError if none requires a gradient.
+    An output that is not a scalar is multiplied by a random cotangent and summed.
+    Returns the largest relative error. Raises GradientError with the worst element and both values,
+    TypeError if a Tensor is not float64, ValueError if no Tensor requires a gradient or directions < 1.
     """
     rng = rng or np.random.default_rng(0)
     checked = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
     if not checked:
-        raise ValueError("gradcheck: no Tensor has requires_grad=True, so there is nothing to check")
+        raise ValueError("gradcheck: no Tensor has requires_grad=True, so there is nothing to check; "
+                         "make the inputs with Tensor(array, requires_grad=True)")
     for t in checked:
         if t.dtype != np.float64:
-            raise TypeError(f"gradcheck needs float64 (a difference of float32 is noise); got {t.dtype}")
+            raise TypeError("gradcheck needs float64, because differences of float32 are rounding noise; "
+                            f"got {t.dtype}. Convert the inputs with .astype(np.float64)")
     if directions is not None and directions < 1:
-        raise ValueError(f"gradcheck: {directions} directions check nothing; at least 1, or None for every element")
+        raise ValueError(f"gradcheck: {directions} directions check nothing; pass at least 1, or None for all elements")
 
     output = function(*tensors)
     cotangent = rng.normal(size=output.shape) if output.size > 1 else np.ones(output.shape)
@@ -68,8 +76,8 @@ def gradcheck(function, *tensors, tolerance=1e-6, step=6e-6, directions=None, rn
             t.grad, t.grad_buffer = before
     missing = [i for i, a in enumerate(analytic) if a is None]
     if missing:
-        raise GradientError(f"gradcheck: no gradient reached Tensor {missing[0]} "
-                            f"(shape {checked[missing[0]].shape})")
+        raise GradientError(f"gradcheck: no gradient reached Tensor {missing[0]} (shape {checked[missing[0]].shape}): "
+                            "the output does not depend on it, or a vjp returned no gradient for it")
     if directions is None:
         return max(_every_element(i, t, a, value, step, tolerance)
                    for i, (t, a) in enumerate(zip(checked, analytic)))
@@ -77,7 +85,7 @@ def gradcheck(function, *tensors, tolerance=1e-6, step=6e-6, directions=None, rn
                for i in range(directions))
 
 
-def relative_error(actual, expected):
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> tuple[float, tuple[int, ...]]:
     """max|actual - expected| / max(max|expected|, 1e-3), and the index of the worst element."""
     if not np.size(expected):
         return 0.0, ()
@@ -89,7 +97,7 @@ def relative_error(actual, expected):
 def _every_element(which, tensor, analytic, value, step, tolerance):
     numeric = np.empty(tensor.shape)
     for index in np.ndindex(tensor.shape):
-        x = tensor.data[index].item()       # a number: on a GPU, tensor.data[index] is a view
+        x = tensor.data[index].item()       # a Python number: on a GPU, tensor.data[index] is a view
         h = step * max(1.0, abs(x))
         try:
             tensor.data[index] = x + h
@@ -121,7 +129,7 @@ def _one_direction(which, tensors, analytic, value, step, tolerance, rng):
             t.data[...] = x
     numeric = (values[0] - values[1]) / (2 * step)
     exact = sum((g * a).sum() for g, a in zip(analytic, arrows)) / length
-    # A direction across the gradient has next to no derivative: measured against the typical one.
+    # A direction nearly orthogonal to the gradient has almost no derivative: compare the error with a typical one.
     size = sum(t.size for t in tensors)
     typical = np.sqrt(sum((g * g).sum() for g in analytic) / size)
     error = abs(exact - numeric) / max(abs(numeric), typical, FLOOR)

@@ -1,9 +1,10 @@
-"""minilm/evaluate.py: numbers that depend on the responses and on nothing else."""
+"""minilm/evaluate.py: each measure against its definition."""
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
-
 from helpers import assert_close, rngs, small_transformer
+from hypothesis import given
+from hypothesis import strategies as st
+
 from minilm import evaluate
 from minilm.generate import generate
 from minilm.model import RewardModel
@@ -13,7 +14,7 @@ RESPONSES = [[3, 0], [5, 1, 2, 0], [0], [6, 6, 6], [2, 0]]
 
 
 def by_enumeration(model, prompt):
-    """log pi(token | prompt) of the whole vocabulary."""
+    """log pi(token | prompt) of every token of the vocabulary."""
     logits = model(np.array([prompt])).data[0, -1]
     return logits - np.log(np.exp(logits).sum())
 
@@ -58,12 +59,12 @@ def test_divergence_and_reward_do_not_depend_on_batch_size_and_order(rng, batch_
         alone = np.concatenate([measure([p], [r]) for p, r in zip(PROMPTS, RESPONSES)])
         assert_close(measure(PROMPTS, RESPONSES, batch_size), alone)
         assert_close(measure(PROMPTS[::-1], RESPONSES[::-1], batch_size)[::-1], alone)
-        assert len(set(alone.round(12))) == len(alone), "and they differ from response to response"
+        assert len(set(alone.round(12))) == len(alone), "the values differ between responses"
 
 
 @given(rng=rngs)
 def test_the_divergence_of_one_token_is_the_log_ratio_of_its_probabilities(rng):
-    """Whatever follows the prompt, log pi - log pi_ref of that token: nothing of the prompt is counted."""
+    """log pi - log pi_ref of the token alone; tokens of the prompt do not count."""
     policy, reference = small_transformer(rng), small_transformer(rng)
     for prompt in PROMPTS:
         exact = by_enumeration(policy, prompt) - by_enumeration(reference, prompt)
@@ -84,11 +85,11 @@ def test_the_mean_over_samples_agrees_with_the_exact_divergence(seed):
         log_pi, log_ref = by_enumeration(policy, prompt), by_enumeration(reference, prompt)
         exact += (np.exp(log_pi) * (log_pi - log_ref)).sum() / len(PROMPTS)
     assert abs(mean - exact) < 5 * error, f"{mean:.4f} +- {error:.4f}, exactly {exact:.4f}"
-    assert exact > 10 * error, "and the sign is not in doubt"
+    assert exact > 10 * error, "the sign is certain"
 
 
 def test_the_divergence_of_the_best_of_n():
-    """n = 2 by hand; without ties the best of n is u^(n-1) n du, whose divergence is log n - (n-1)/n."""
+    """n = 2 by hand; without ties the density of the best of n is n u^(n-1), with divergence log n - (n-1)/n."""
     assert evaluate.best_of_n_kl(1) == 0
     assert_close(evaluate.best_of_n_kl(2), np.log(2) - 0.5)
     u = (np.arange(10 ** 6) + 0.5) / 10 ** 6

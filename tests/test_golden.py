@@ -1,7 +1,7 @@
-"""tests/golden, and scripts/dev/golden.py that writes it: what is handed out is what we compute, and it is right.
+"""tests/golden and scripts/dev/golden.py, which writes it: the files hold the numbers of this library, and are right.
 
-The committed files are held against the script, against finite differences, against their own index, and, with
-PyTorch, against a second implementation that knows no more than the files say.
+The committed files are compared with the script, with finite differences, with their own index, and with a second
+implementation in PyTorch, which uses the files alone.
 """
 import contextlib
 import errno
@@ -16,11 +16,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
-
-import golden
 from helpers import assert_close
+
 from minilm import objectives
 from minilm.gradcheck import relative_error
 from minilm.model import Config
@@ -34,7 +34,7 @@ DIFFERENTIATED = [name for name, entry in INDEX["cases"].items() if any(key[0] =
 
 
 def load(name, folder=COMMITTED):
-    """A case as a stranger has it: inputs, results, options."""
+    """A case as a user of the files loads it: inputs, results, options."""
     entry = INDEX["cases"][name]
     with np.load(folder / entry["file"]) as file:
         arrays = {key: file[key] for key in file.files}
@@ -70,7 +70,7 @@ def same(a, b):
 # The committed set is what the script computes.
 
 def disagreements(folder):
-    """Where a folder differs from what the seed gives (inputs) and from what follows from its own inputs (results)."""
+    """Differences of a folder's inputs from those of its seed, and of its results from those of its own inputs."""
     found, index = [], json.loads((folder / golden.INDEX).read_text("utf-8"))
     for name in golden.CASES:
         entry, fresh = golden.golden(name, index["seed"], index["size"])
@@ -114,7 +114,7 @@ def test_an_altered_option_is_caught(copy):
     assert disagreements(copy) == ["ipo_loss: index"]
 
 
-# The index says what there is.
+# The index describes the files.
 
 def test_the_index_lists_exactly_the_files_and_arrays():
     assert contents(COMMITTED).keys() == {golden.INDEX, *(e["file"] for e in INDEX["cases"].values())}
@@ -179,7 +179,7 @@ def test_every_public_function_of_the_objectives_has_a_case():
 
 def test_an_objective_without_a_case_is_named(monkeypatch):
     def hinge_loss(policy_chosen):
-        """A newcomer."""
+        """Without a case."""
     hinge_loss.__module__ = dpo.__name__
     monkeypatch.setattr(dpo, "hinge_loss", hinge_loss, raising=False)
     assert without_a_case() == ["minilm.objectives.dpo.hinge_loss"]
@@ -195,10 +195,10 @@ def test_every_baseline_level_and_pairing_has_a_case():
     assert values("attention", "causal") == {True, False}
 
 
-# It is right.
+# The numbers are right.
 
 def scalar(name, inputs, options):
-    """What the gradients in the file are of, without any gradient: the loss, or sum(output * doutput)."""
+    """The scalar that the gradients in the file belong to: the loss, or sum(output * doutput)."""
     variables = [key[1:] for key in INDEX["cases"][name]["results"] if key[0] == "d"]
     arguments = {key: Tensor(a) if key in variables else a for key, a in inputs.items() if key != "doutput"}
     result = golden.CASES[name][0].call(**arguments, **options)
@@ -215,11 +215,11 @@ def derivatives(name, inputs, options, key, directions, step=6e-6):
 
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_gradients_are_alive_and_agree_with_finite_differences(name, rng):
-    """Element by element; of a large array, along 16 directions."""
+    """Element by element; for a large array, along 16 directions."""
     inputs, results, options = load(name)
     for key, gradient in results.items():
         if key[0] == "d":
-            assert np.abs(gradient).max() > 1e-2, f"{key} is dead"
+            assert np.abs(gradient).max() > 1e-2, f"{key} is 0"
             n, shape = gradient.size, gradient.shape
             directions = np.eye(n).reshape(n, *shape) if n <= 64 else rng.normal(size=(16, *shape))
             exact = (directions * gradient).reshape(len(directions), -1).sum(axis=1)
@@ -251,7 +251,7 @@ def test_float32_keeps_the_tolerance_that_the_index_promises(name):
         assert_close(computed[key], a, INDEX["tolerance"]["float32"], f"{name}: {key}")
 
 
-# Somebody else's implementation, which has the files and nothing else.
+# A second implementation, from the files alone.
 
 class ByTorch:
     """Each function of the index, in PyTorch: from tensors by name and the options, to a tensor or several by name."""
@@ -282,7 +282,7 @@ class ByTorch:
     def reward_to_go(self):
         x = self.beta * self.selected(self.token_kl)
         self.kl, self.beta = x.sum(dim=-1), 1.0
-        # The advantage of the whole response, and back what was paid before t.
+        # The advantage of the whole response, plus the KL terms of the tokens before t.
         return self.advantages()[..., None] + x.cumsum(dim=-1) - x
 
     def by_token(self):
@@ -400,7 +400,7 @@ def test_only_metrics_are_left_out_of_the_other_implementation():
     assert all(function.endswith("_metrics") for function in left)
 
 
-# The hard cases are hard.
+# The extreme cases are extreme.
 
 def test_extreme_cases_defeat_the_log_of_a_sigmoid():
     inputs, results, options = load("dpo_loss_extreme")
@@ -542,7 +542,7 @@ def test_a_full_disk_leaves_every_file_whole(copy, capsys, monkeypatch):
     assert contents(copy).keys() == before.keys() and not disagreements(copy)
 
 
-# The README of the vectors. tests/test_readme.py runs its code; here: the comparisons with dpo_loss notice a difference.
+# The README of the vectors. tests/test_readme.py runs its code; here, its comparisons with dpo_loss notice a difference.
 
 def run_block(block, folder, monkeypatch):
     monkeypatch.chdir(folder)

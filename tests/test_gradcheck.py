@@ -1,9 +1,9 @@
-"""The checker is itself checked: sabotaged backwards, whose forwards are right, must be caught, each by name."""
+"""gradcheck finds wrong gradients: primitives with a right forward and a wrong backward must fail, each by name."""
 import numpy as np
 import pytest
+from helpers import normal, rngs
 from hypothesis import given
 
-from helpers import normal, rngs
 from minilm import Tensor, layers, ops, primitive
 from minilm.gradcheck import GradientError, gradcheck, relative_error
 from minilm.optim import AdamW
@@ -12,7 +12,7 @@ T, K, V = 5, 4, 6
 TARGETS = np.array([0, 1, 2, 3, 5])
 
 
-# The attention of one head with a causal mask, and what can go wrong in its backward.
+# The attention of one head with a causal mask, and five errors in its backward.
 
 def softmax_backward(P, dP):
     return P * (dP - (dP * P).sum(axis=-1, keepdims=True))
@@ -42,7 +42,7 @@ ATTENTION_BUGS = ["dK transposed", "dV transposed", "causal mask dropped in the 
                   "rowsum of the softmax forgotten"]
 
 
-# Other backwards, each a primitive whose forward is right.
+# Other primitives with a right forward and a wrong backward.
 
 @primitive
 def rms_norm_without_the_projection(x, weight):
@@ -137,13 +137,13 @@ def test_tiny_weights_and_an_absolute_tolerance_hide_a_transposed_dk(scale, pass
         return k.grad
 
     right, wrong = dk(None), dk("dK transposed")
-    assert np.abs(wrong - right).max() > 0.5 * np.abs(right).max()          # as wrong at either scale
+    assert np.abs(wrong - right).max() > 0.5 * np.abs(right).max()          # equally wrong at both scales
     assert np.allclose(wrong, right, rtol=0, atol=1e-3) == passes
 
 
 @pytest.mark.parametrize("directions", [None, 2], ids=["every element", "directions"])
 def test_a_backward_that_is_wrong_only_for_uneven_cotangents_is_caught(directions, rng):
-    """A softmax adds up to 1: to a cotangent of ones, no gradient at all is right."""
+    """A softmax adds up to 1, so with a cotangent of ones a gradient of 0 is right."""
     @primitive
     def softmax_without_a_gradient(x):
         return np.exp(x) / np.exp(x).sum(), lambda dy: 0 * dy
@@ -153,11 +153,11 @@ def test_a_backward_that_is_wrong_only_for_uneven_cotangents_is_caught(direction
 
 
 def test_the_step_grows_with_x():
-    """At x = 1e6 a step of 6e-6 would be lost in the rounding of x^2, which is 1e-4."""
+    """At x = 1e6 a fixed step of 6e-6 would be lost in the rounding of x^2, which is 1e-4."""
     gradcheck(lambda x: x * x, Tensor([1e6, -3e6], requires_grad=True))
 
 
-# What it reports.
+# Reports.
 
 def test_the_error_shows_the_worst_element_and_both_values():
     with pytest.raises(GradientError, match=r"Tensor 0, shape \(3,\): relative error 5.00e-01 .*worst at \(2,\): "
@@ -189,7 +189,7 @@ def test_a_nan_fails_the_check(directions, rng):
 
 
 def test_a_direction_orthogonal_to_the_gradient_is_compared_with_a_typical_derivative():
-    """Its derivative is next to nothing beside the gradient, and so is the error: no cause for alarm."""
+    """Its derivative and its error are both tiny next to the gradient, so the check passes."""
     class Across:
         directions = iter([np.array([1.0, 1.0]), np.array([1.0, -1.0 + 1e-7])])
 
@@ -200,7 +200,7 @@ def test_a_direction_orthogonal_to_the_gradient_is_compared_with_a_typical_deriv
     gradcheck(lambda x: x * 1e4, x, directions=1, rng=Across())
 
 
-# What it refuses, and what it leaves as it was.
+# Errors, and values that it restores.
 
 def test_float32_raises(rng):
     with pytest.raises(TypeError, match="needs float64"):

@@ -1,4 +1,4 @@
-"""scripts/dev/kernel_report.py: what the assembler printed is read right, occupancy is NVIDIA's, faults set the status."""
+"""scripts/dev/kernel_report.py: the assembler's log is read right, occupancy is NVIDIA's, faults set the status."""
 import importlib.util
 import itertools
 import json
@@ -56,26 +56,26 @@ def compiler(request):
 
 @pytest.fixture
 def scratch(monkeypatch):
-    """A room of its own: returns a function that says which (kernel, threads, dynamic shared bytes) it launches."""
+    """A module with SCRATCH as its text: returns a function that sets its (kernel, threads, dynamic shared bytes)."""
     def launching(*variants):
         use(monkeypatch, SCRATCH, *variants)
     return launching
 
 
 def use(monkeypatch, text, *variants):
-    """The program sees one room: this text, and (kernel, threads, dynamic shared bytes) of what it launches."""
+    """Let the program see one module: this text, and the (kernel, threads, dynamic shared bytes) that it launches."""
     listed = [(kernel, launch.options("float32", {}), *rest) for kernel, *rest in variants]
-    monkeypatch.setattr(kernel_report, "rooms", lambda: [("scratch", launch.source("scratch", text), lambda: listed)])
+    monkeypatch.setattr(kernel_report, "modules", lambda: [("scratch", launch.source("scratch", text), lambda: listed)])
 
 
-# What the assembler printed.
+# The log of the assembler.
 
 @pytest.mark.parametrize("log", [NVRTC_LOG, NVCC_LOG], ids=["nvrtc", "nvcc"])
-def test_registers_spills_stack_and_shared_memory_are_read_kernel_by_kernel(log):
+def test_registers_spills_stack_and_shared_memory_are_read_for_each_kernel(log):
     assert nvrtc.resources(log) == {"fine": Resources(10, 0, 0, 256), "spilling": Resources(64, 928, 952 + 1232, 0)}
 
 
-def test_the_options_are_those_of_cupy_in_its_order():
+def test_the_options_equal_cupys_in_its_order():
     assert nvrtc.cupy_options(("-DREAL=float",), 90) == (
         "-DREAL=float", "--std=c++17", "-ftz=true", "-arch=sm_90", "--device-as-default-execution-space")
     assert nvrtc.cupy_options(launch.options("float64", {}), 75) == (
@@ -105,14 +105,14 @@ def occupancy(architecture, threads, registers, shared_bytes=0):
     (512, 64, 2, 0.5),          # CUDA C++ Programming Guide, "Multiprocessor Level": 32 warps
     (512, 65, 1, 0.25)])        # the same: one register more, 16 warps
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_occupancy_is_what_nvidia_s_guides_say_for_their_examples(architecture, threads, registers, blocks, expected):
+def test_occupancy_equals_the_examples_of_nvidias_guides(architecture, threads, registers, blocks, expected):
     assert min(resident_blocks(architecture, threads, registers, 0).values()) == blocks
     assert occupancy(architecture, threads, registers) == expected
 
 
 @pytest.mark.parametrize("architecture, kib, blocks", [
     (75, 64, 1), (75, 32, 2), (80, 163, 1), (80, 81, 2), (90, 227, 1), (90, 113, 2), (120, 99, 1), (120, 49, 2)])
-def test_shared_memory_bounds_blocks_and_each_block_pays_what_the_system_takes(architecture, kib, blocks):
+def test_shared_memory_and_the_systems_part_of_it_limit_the_blocks(architecture, kib, blocks):
     """Tuning guides: 64, 163, 227, 99 KiB a block at most, 1 KiB of each block taken since Ampere."""
     assert resident_blocks(architecture, 128, 32, kib * 1024)["shared memory"] == blocks
     assert resident_blocks(architecture, 128, 32, kib * 1024 + 1)["shared memory"] == blocks - 1
@@ -120,7 +120,7 @@ def test_shared_memory_bounds_blocks_and_each_block_pays_what_the_system_takes(a
 
 @pytest.mark.parametrize("threads, registers, limit", [
     (1056, 32, "warps"), (32, 256, "registers"), (1024, 65, "registers")])
-def test_what_no_multiprocessor_can_take_has_no_blocks(threads, registers, limit):
+def test_a_block_beyond_the_limits_of_a_multiprocessor_does_not_fit(threads, registers, limit):
     assert resident_blocks(80, threads, registers, 0)[limit] == 0
 
 
@@ -149,7 +149,7 @@ int main() {
 """
 
 
-def test_occupancy_is_that_of_nvidia_s_own_header(tmp_path):
+def test_occupancy_equals_nvidias_header(tmp_path):
     """cuda_occupancy.h, which comes with nvcc: the same number of blocks in every case."""
     folders = [Path(shutil.which("nvcc") or "/").resolve().parent.parent, *Path("/usr/local").glob("cuda*")]
     include = next((f / "include" for f in folders if (f / "include" / "cuda_occupancy.h").exists()), None)
@@ -172,6 +172,30 @@ def test_occupancy_is_that_of_nvidia_s_own_header(tmp_path):
 
 # The program.
 
+def line(**changes):
+    return {"module": "m", "kernel": "k", "options": "REAL=float HEAD=16 ROWS=8", "arch": "sm_80", "threads": 64,
+            "registers": 40, "spill_bytes": 0, "stack_bytes": 0, "shared_bytes": 4096, "blocks_per_multiprocessor": 3,
+            "limited_by": "warps", "occupancy": 0.5, **changes}
+
+
+def test_the_summary_has_a_line_for_each_kernel_with_its_worst_variant():
+    lines = [line(), line(occupancy=0.25, arch="sm_90", options="REAL=double HEAD=16 ROWS=8", registers=80),
+             line(kernel="other", spill_bytes=8, shared_bytes=0)]
+    assert list(kernel_report.summary(lines)) == [
+        ["k", "40-80", "4", 0, "25-50%", "sm_90 double HEAD=16"],
+        ["other", "40", "0", 8, "50%", "sm_80 float HEAD=16    <- spills 8 bytes"]]
+
+
+def test_details_are_printed_on_request_and_the_old_name_of_module_is_accepted(compiler, scratch, capsys):
+    scratch(("fine", 256, 0))
+    assert main(["--compiler", compiler, "--arch", "75", "--room", "scratch"]) == 0
+    captured = capsys.readouterr()
+    assert "REAL=float" not in captured.out and "--details lists them" in captured.out
+    assert "1/1 compiling scratch" in captured.err
+    assert main(["--compiler", compiler, "--arch", "75", "--module", "scratch", "--details"]) == 0
+    assert "REAL=float" in capsys.readouterr().out
+
+
 def test_a_planted_spill_is_found_named_and_sets_the_exit_status(compiler, scratch, tmp_path, capsys):
     scratch(("fine", 256, 0), ("spilling", 1024, 0))
     assert main(["--compiler", compiler, "--arch", "75,80", "--json", str(tmp_path / "report.json")]) == 1
@@ -180,7 +204,7 @@ def test_a_planted_spill_is_found_named_and_sets_the_exit_status(compiler, scrat
         ("fine", "sm_75", False), ("fine", "sm_80", False), ("spilling", "sm_75", True), ("spilling", "sm_80", True)]
     assert lines[0]["shared_bytes"] == 1024 and lines[0]["occupancy"] == 1.0 and lines[2]["registers"] <= 64
     printed = capsys.readouterr().out
-    assert printed.count("<- spills") == 2 and "4 lines, 2 of them with faults" in printed
+    assert printed.count("<- spills") == 1 and "4 variants on an architecture, 2 of them with faults" in printed
 
 
 def test_without_faults_the_status_is_0_and_with_too_much_shared_memory_1(compiler, scratch, capsys):
@@ -191,54 +215,55 @@ def test_without_faults_the_status_is_0_and_with_too_much_shared_memory_1(compil
     assert "cannot be launched: too much of shared memory" in capsys.readouterr().out
 
 
-def test_what_does_not_compile_raises_with_the_compiler_s_words_and_our_line(compiler, monkeypatch):
+def test_an_error_of_the_compiler_is_raised_with_the_line_of_the_source(compiler, monkeypatch):
     use(monkeypatch, 'extern "C" __global__ void broken(real* y) {\n    y[0] = nowhere;\n}\n', ("broken", 32, 0))
     with pytest.raises(nvrtc.CompileError, match=r'scratch\.cu[(:"]+2.*nowhere'):
         main(["--compiler", compiler, "--arch", "75"])
 
 
-def test_without_a_compiler_it_says_what_to_install_and_exits_with_2(monkeypatch, capsys):
+def test_without_a_compiler_the_error_says_what_to_install_and_the_status_is_2(monkeypatch, capsys):
     for which in (Nvrtc, Nvcc):
         monkeypatch.setattr(which, "available", lambda self: False)
     assert main_guard(lambda: main([])) == 2
     assert "pip install nvidia-cuda-nvrtc" in capsys.readouterr().err
 
 
-def test_a_room_that_does_not_say_what_it_launches_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(kernel_report, "rooms", lambda: [("silent", "", None)])
-    assert not list(kernel_report.report(None, [75])) and "silent: no variants()" in capsys.readouterr().out
+def test_a_module_without_variants_is_named_and_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(kernel_report, "modules", lambda: [("silent", "", None)])
+    assert not list(kernel_report.report(None, [75]))
+    assert "silent: its Python file has no variants()" in capsys.readouterr().out
 
 
-def test_an_architecture_without_a_table_is_refused():
+def test_an_unknown_architecture_raises():
     for given in ("61", "sm_75"):
         with pytest.raises(UsageError, match=f"--arch {given}"):
             main(["--arch", given])
 
 
-def test_a_room_that_is_not_there_is_refused(scratch):
+def test_an_unknown_module_raises(scratch):
     scratch(("fine", 256, 0))
-    with pytest.raises(UsageError, match="--room nowhere: there is no kernels/nowhere.cu"):
+    with pytest.raises(UsageError, match="--module nowhere: there is no kernels/nowhere.cu; there are scratch"):
         list(kernel_report.report(None, [75], ["scratch", "nowhere"]))
 
 
-def test_every_room_says_what_it_launches_and_names_kernels_that_it_has():
-    for room, code, variants in kernel_report.rooms():
+def test_variants_of_every_module_name_its_kernels_with_possible_sizes():
+    for module, code, variants in kernel_report.modules():
         if variants is not None:
             listed = list(variants())
-            assert listed and len(set(listed)) == len(listed), room
+            assert listed and len(set(listed)) == len(listed), module
             for kernel, options, threads, dynamic_bytes in listed:
                 assert f" {kernel}(" in code.replace("\n", " "), kernel
                 assert threads % 32 == 0 and 0 <= dynamic_bytes <= 64 * 1024, (kernel, options)
 
 
-def test_faults_are_none_for_a_good_line_and_named_for_others():
+def test_faults_of_a_line_are_named():
     good = {"spill_bytes": 0, "blocks_per_multiprocessor": 3, "limited_by": "warps"}
     assert not faults(good)
     assert faults({**good, "spill_bytes": 8}) == ["spills 8 bytes"]
     assert faults({**good, "blocks_per_multiprocessor": 0}) == ["cannot be launched: too much of warps"]
 
 
-def test_the_program_says_what_it_does():
+def test_help_explains_the_exit_status():
     script = Path(kernel_report.__file__)
     shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0 and "Exit status 1 if a kernel spills" in shown.stdout

@@ -33,10 +33,10 @@ def gpu():
 
 
 def not_timed(reason, modules):
-    """Without a GPU: says why nothing is timed, and prints the compiler's report on these modules."""
-    print(f"\nNot timed: {reason}. What the compiler says of one architecture:\n", flush=True)
+    """Without a GPU: print why nothing is timed, and the report of the compiler on these modules."""
+    print(f"\nNot timed: {reason}. The report of the compiler for one architecture:\n", flush=True)
     report = Path(__file__).resolve().parents[1] / "dev" / "kernel_report.py"
-    subprocess.run([sys.executable, report, "--room", modules, "--arch", "80"])
+    subprocess.run([sys.executable, report, "--module", modules, "--arch", "80"])
 
 
 def machine(cupy):

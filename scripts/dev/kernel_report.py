@@ -1,18 +1,21 @@
-"""Registers, spills, shared memory and occupancy of every CUDA kernel, on every architecture: no GPU needed.
+"""Registers, spills, shared memory and occupancy of every CUDA kernel on every architecture, without a GPU.
 
-    python scripts/dev/kernel_report.py [--compiler nvrtc|nvcc] [--room attention,fused] [--arch 75,90] [--json FILE]
+    python scripts/dev/kernel_report.py [--module attention,fused] [--arch 75,90] [--details] [--json FILE]
 
-Compiles kernels/*.cu as a GPU would get them (NVRTC, with the options of CuPy; or nvcc) in every variant that
-their launches ask for, and reads what the assembler says. Occupancy is the share of a multiprocessor's warps that can
-be resident at once, by the limits of the architecture: how much there is to hide latency with, and no speed.
-Takes a few minutes for all kernels and architectures.
-Exit status 1 if a kernel spills registers or could not be launched, 2 if there is no compiler.
+Prints one line for each kernel: the range of its numbers over all variants and architectures, and the worst occupancy.
+--details adds a line for each variant and architecture (460 lines).
+
+The kernels are compiled as for a GPU (by NVRTC with the options of CuPy, or by nvcc) in every variant that the function
+variants() of their module lists (see kernels/launch.py); the numbers come from the log of the assembler. Occupancy is
+the share of a multiprocessor's warps that can be resident at once, by the limits of the architecture. It says how much
+latency can be hidden, and is not a speed. All kernels and architectures take about four minutes on one core.
+Exit status 1 if a kernel spills registers or cannot be launched, 2 if there is no compiler.
 """
 
 import argparse
 import dataclasses
-import functools
 import importlib
+import itertools
 import json
 import re
 import shutil
@@ -29,18 +32,18 @@ from support.run_folder import UsageError, main_guard  # noqa: E402
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A multiprocessor's limits: CUDA C++ Programming Guide, "Compute Capabilities", the technical specifications.
+    """The limits of a multiprocessor: CUDA C++ Programming Guide, "Compute Capabilities", technical specifications.
 
-    All have 64 K registers a multiprocessor and a block, 255 a thread, 1024 threads a block. What the guide leaves out
-    (the units in which memory is given, the four parts that registers are divided among) is in NVIDIA's
-    cuda_occupancy.h, which comes with nvcc; tests/test_kernel_report.py asks it.
+    All have 64 K registers for a multiprocessor and a block, 255 for a thread, 1024 threads for a block. NVIDIA's
+    cuda_occupancy.h, which comes with nvcc, has what the guide leaves out: the allocation units, and the four parts
+    of the registers. tests/test_kernel_report.py compares the results with it.
     """
 
     warps: int
     blocks: int
     shared_kib: int             # of a multiprocessor
-    block_shared_kib: int       # of a block, once the driver was asked
-    reserved: int               # bytes of shared memory that the system takes of each block
+    block_shared_kib: int       # of a block, after it is requested from the driver
+    reserved: int               # bytes of shared memory that the system takes for each block
     shared_unit: int            # bytes
 
 
@@ -51,7 +54,7 @@ REGISTERS, REGISTER_UNIT, PARTS, MOST_REGISTERS, MOST_THREADS = 65536, 256, 4, 2
 
 
 def resident_blocks(architecture, threads, registers, shared_bytes):
-    """How many blocks fit a multiprocessor at once, by each limit of its own; 0 where not even one can be launched."""
+    """{limit: how many blocks fit a multiprocessor at once by that limit}; 0 if not even one can be launched."""
     a, warps = ARCHITECTURES[architecture], -(-threads // 32)
     registers_of_warp = max(1, -(-registers * 32 // REGISTER_UNIT)) * REGISTER_UNIT
     shared = -(-(shared_bytes + a.reserved) // a.shared_unit) * a.shared_unit
@@ -67,12 +70,12 @@ def resident_blocks(architecture, threads, registers, shared_bytes):
     return fits
 
 
-def row(room, kernel, options, architecture, threads, dynamic_bytes, resources):
+def line_of(module, kernel, options, architecture, threads, dynamic_bytes, resources):
     """A line of the report, as a dictionary."""
     shared = resources.shared_bytes + dynamic_bytes
     fits = resident_blocks(architecture, threads, resources.registers, shared)
     blocks = min(fits.values())
-    return {"room": room, "kernel": kernel, "options": " ".join(o[2:] for o in options if o.startswith("-D")),
+    return {"module": module, "kernel": kernel, "options": " ".join(o[2:] for o in options if o.startswith("-D")),
             "arch": f"sm_{architecture}", "threads": threads, "registers": resources.registers,
             "spill_bytes": resources.spill_bytes, "stack_bytes": resources.stack_bytes, "shared_bytes": shared,
             "blocks_per_multiprocessor": blocks, "limited_by": min(fits, key=fits.get),
@@ -80,12 +83,12 @@ def row(room, kernel, options, architecture, threads, dynamic_bytes, resources):
 
 
 def faults(line):
-    """What is wrong with a line of the report, in words; empty where nothing is."""
+    """The faults of a line of the report, in words."""
     return ([f"spills {line['spill_bytes']} bytes"] if line["spill_bytes"] else []) + (
         [] if line["blocks_per_multiprocessor"] else [f"cannot be launched: too much of {line['limited_by']}"])
 
 
-# Compilers: what each is called with, and what it says of the kernels.
+# Compilers.
 
 class Nvrtc:
     install = nvrtc.INSTALL
@@ -132,53 +135,91 @@ class Nvcc:
 COMPILERS = {"nvrtc": Nvrtc, "nvcc": Nvcc}
 
 
-def rooms():
-    """(name, text, variants) of every .cu of kernels/: variants is what its .py says it can launch, or None."""
+def modules():
+    """(name, text, variants) of every module of kernels/; variants is its function of that name, or None."""
     for path in sorted(launch.FOLDER.glob("*.cu")):
         module = importlib.import_module(f"minilm.kernels.{path.stem}")
         yield path.stem, launch.source(path.stem), getattr(module, "variants", None)
 
 
-def report(compiler, architectures, wanted=None):
-    """Lines of the report, one by one; rooms that do not say what they launch are named and left out."""
-    found = list(rooms())
-    if unknown := set(wanted or ()) - {room for room, _, _ in found}:
-        raise UsageError(f"--room {min(unknown)}: there is no kernels/{min(unknown)}.cu")
-    for room, code, variants in found:
-        if wanted and room not in wanted:
+def chosen(wanted=None):
+    """The modules to report on. Those without variants() are named and left out. Raises UsageError."""
+    found = list(modules())
+    if unknown := set(wanted or ()) - {module for module, _, _ in found}:
+        raise UsageError(f"--module {min(unknown)}: there is no kernels/{min(unknown)}.cu; there are "
+                         f"{', '.join(module for module, _, _ in found)}")
+    for module, code, variants in found:
+        if wanted and module not in wanted:
             continue
         if variants is None:
-            print(f"{room}: no variants() says what it launches; left out")
-            continue
+            print(f"{module}: its Python file has no variants() (see kernels/launch.py); left out")
+        else:
+            yield module, code, list(variants())
 
-        @functools.cache
-        def compiled(options, architecture):
-            return nvrtc.resources(compiler.log(code, options, architecture))
 
-        for kernel, options, threads, dynamic_bytes in variants():
-            for architecture in architectures:
-                yield row(room, kernel, options, architecture, threads, dynamic_bytes,
-                          compiled(tuple(options), architecture)[kernel])
+def report(compiler, architectures, wanted=None, progress=lambda done, total, module: None):
+    """Lines of the report, one by one. progress(done, total, module) is called before each compilation."""
+    jobs = [(module, code, variant, architecture) for module, code, variants in chosen(wanted)
+            for variant in variants for architecture in architectures]
+    total = len({(module, tuple(options), architecture) for module, _, (_, options, *_), architecture in jobs})
+    compiled = {}
+    for module, code, (kernel, options, threads, dynamic_bytes), architecture in jobs:
+        key = module, tuple(options), architecture
+        if key not in compiled:
+            progress(len(compiled), total, module)
+            compiled[key] = nvrtc.resources(compiler.log(code, options, architecture))
+        yield line_of(module, kernel, options, architecture, threads, dynamic_bytes, compiled[key][kernel])
 
+
+# Tables.
 
 COLUMNS = {"kernel": "20", "options": "46", "arch": "6", "threads": ">7", "registers": ">9", "spills": ">6",
            "shared": ">6", "occupancy": ">9", "limited by": ""}
+SUMMARY = {"kernel": "18", "registers": ">9", "KiB": ">5", "spills": ">6", "occupancy": ">9", "worst on": ""}
+SHOWN = re.compile(r"REAL=(\w+)|((?:HEAD|GROUP)=\w+)")           # of the options, in the summary
 
 
-def text(cells):
-    """A line of the table."""
-    return "  ".join(f"{cell:{width}}" for cell, width in zip(cells, COLUMNS.values()))
+def text(cells, columns):
+    """A line of a table."""
+    return "  ".join(f"{cell:{width}}" for cell, width in zip(cells, columns.values())).rstrip()
 
 
 def cells(line):
-    """Of a line of the report, as text; what is wrong with it stands at the end."""
+    """The cells of a line of the report; its faults stand at the end."""
     wrong = "".join(f"    <- {fault}" for fault in faults(line))
     return [line["kernel"], line["options"], line["arch"], line["threads"], line["registers"], line["spill_bytes"],
             line["shared_bytes"], f"{line['occupancy']:.0%}", line["limited_by"] + wrong]
 
 
+def summary(lines):
+    """The cells of one line for each kernel: ranges over its variants and architectures, and the worst occupancy."""
+    for kernel in dict.fromkeys(line["kernel"] for line in lines):
+        mine = [line for line in lines if line["kernel"] == kernel]
+        worst = min(mine, key=lambda line: line["occupancy"])
+        where = " ".join([worst["arch"], *(match[1] or match[2] for match in SHOWN.finditer(worst["options"]))])
+        wrong = "".join(f"    <- {fault}" for fault in dict.fromkeys(itertools.chain(*map(faults, mine))))
+        yield [kernel, span(line["registers"] for line in mine), span(line["shared_bytes"] // 1024 for line in mine),
+               max(line["spill_bytes"] for line in mine), span(round(100 * line["occupancy"]) for line in mine) + "%",
+               where + wrong]
+
+
+def span(numbers):
+    """"least-most" of some numbers."""
+    numbers = sorted(numbers)
+    return f"{numbers[0]}-{numbers[-1]}" if numbers[0] < numbers[-1] else str(numbers[0])
+
+
+def show_progress(done, total, module):
+    """A line on the terminal that is overwritten at each call; in a file a line for every tenth compilation."""
+    line = f"{done + 1}/{total} compiling {module}"
+    if sys.stderr.isatty():
+        print(f"\r{line:40}", end="\n" if done + 1 == total else "", file=sys.stderr, flush=True)
+    elif done % 10 == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
 def choose(name):
-    """The compiler of that name, or the first there is. Raises UsageError, and says what to install."""
+    """The compiler of that name, or the first one installed. Raises UsageError with what to install."""
     wanted = [COMPILERS[name]()] if name else [make() for make in COMPILERS.values()]
     for compiler in wanted:
         if compiler.available():
@@ -189,9 +230,11 @@ def choose(name):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compiler", choices=COMPILERS, help="default: NVRTC if it is installed, else nvcc")
-    parser.add_argument("--room", help="of kernels/, separated by commas; all by default")
+    parser.add_argument("--module", help="modules of kernels/, separated by commas; all by default")
+    parser.add_argument("--room", dest="module", help=argparse.SUPPRESS)             # its old name
     parser.add_argument("--arch", help=f"of {','.join(map(str, ARCHITECTURES))}; all by default")
-    parser.add_argument("--json", metavar="FILE", help="write the lines there too, as a list of objects")
+    parser.add_argument("--details", action="store_true", help="also print a line for each variant and architecture")
+    parser.add_argument("--json", metavar="FILE", help="write the details to a file, as a list of objects")
     asked = parser.parse_args(arguments)
     compiler = choose(asked.compiler)
     try:
@@ -203,16 +246,21 @@ def main(arguments=None):
     known = compiler.architectures()
     for architecture in wanted:
         if architecture not in known:
-            print(f"sm_{architecture}: not known to this compiler; left out")
-    print(compiler.name() + "\n\n" + text(COLUMNS))
-    lines = []
-    for line in report(compiler, [a for a in wanted if a in known], asked.room and asked.room.split(",")):
-        print(text(cells(line)), flush=True)
-        lines.append(line)
+            print(f"sm_{architecture}: this compiler does not know it; left out")
+    lines = list(report(compiler, [a for a in wanted if a in known], asked.module and asked.module.split(","),
+                        show_progress))
+    print(f"{compiler.name()}; {', '.join(f'sm_{a}' for a in wanted if a in known)}\n\n{text(SUMMARY, SUMMARY)}")
+    for line in summary(lines):
+        print(text(line, SUMMARY))
+    if asked.details:
+        print("\n" + text(COLUMNS, COLUMNS))
+        for line in lines:
+            print(text(cells(line), COLUMNS))
     if asked.json:
         Path(asked.json).write_text(json.dumps(lines, indent=1) + "\n")
     wrong = sum(map(bool, map(faults, lines)))
-    print(f"\n{len(lines)} lines, {wrong} of them with faults")
+    print(f"\n{len(lines)} variants on an architecture, {wrong} of them with faults"
+          + ("" if asked.details else "; --details lists them"))
     return int(wrong > 0)
 
 

@@ -542,7 +542,7 @@ def test_a_full_disk_leaves_every_file_whole(copy, capsys, monkeypatch):
     assert contents(copy).keys() == before.keys() and not disagreements(copy)
 
 
-# The README of the vectors. tests/test_readme.py runs its code; here, its comparisons with dpo_loss notice a difference.
+# The README of the vectors. tests/test_readme.py runs its code; here, its comparisons notice a difference in dpo_loss.
 
 def run_block(block, folder, monkeypatch):
     monkeypatch.chdir(folder)

@@ -1,15 +1,15 @@
-"""PyTorch, given the same weights and tokens, computes the same losses and gradients.
+"""PyTorch, with the same weights and tokens, computes the same losses and gradients.
 
-The other side is torch_reference.py: torch's own functions, and autograd for every gradient. All
-weights are redrawn at order 1, where a wrong gradient has nowhere to hide; every parameter must
-have a gradient on both sides, so that two dead models do not count as agreement. With
+The other implementation is torch_reference.py: torch's own functions, and autograd for every gradient. All
+weights are redrawn at order 1, where an error in a gradient is visible. Every parameter must have a gradient
+on both sides, so that two gradients of 0 do not count as agreement. With
 error = max|ours - expected| / max(max|expected|, 1e-3), for the loss and for each parameter:
 
 float64  expected is torch's value; the error is at most 1e-10.
-float32  expected is torch's in float64, from the same weights, and torch's float32 has an error
-         too. Ours may be 3 times that one, plus 4 eps (64 eps for a loss: a single number, and
-         often a small difference of large ones). A single rounding error is luck, so both are
-         geometric means over six draws of the weights.
+float32  expected is torch's value in float64, from the same weights. Torch's float32 has an error too; ours
+         may be 3 times as large, plus 4 eps (64 eps for a loss: a single number, and often a small difference
+         of large ones). A single rounding error is random, so both errors are geometric means over six draws
+         of the weights.
 """
 
 import functools
@@ -40,7 +40,7 @@ EPS = float(np.finfo(np.float32).eps)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Handing such small arrays to a second thread takes torch ten times as long as using them."""
+    """For arrays this small, torch is ten times faster on one thread than on two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ def one_thread():
 # The comparison.
 
 def assert_as_exact(ours, torchs, truths, name):
-    """In float32, one array per draw: our rounding errors against torch's."""
+    """In float32, one array for each draw: our rounding errors against torch's."""
     errors, torchs_errors = ([relative_error(a, truth) for a, truth in zip(side, truths)] for side in (ours, torchs))
     error, torchs_error = geometric_mean(errors), geometric_mean(torchs_errors)
     allowed = 3 * torchs_error + (64 if truths[0].size == 1 else 4) * EPS
@@ -66,10 +66,10 @@ def geometric_mean(errors):
 
 
 def assert_alive(results):
-    """Every gradient is large enough for an error in it to be seen."""
+    """Every gradient is large enough that an error in it is visible."""
     largest = {name: float(np.abs(g).max()) for name, g in results.items() if name != "output"}
     dead = {name: size for name, size in largest.items() if not size > max(FLOOR, 1e-6 * max(largest.values()))}
-    assert not dead, f"no gradient to speak of, at its largest element: {dead}"
+    assert not dead, f"gradients that are 0 or nearly 0, by their largest element: {dead}"
 
 
 def assert_parity(by_minilm, by_torch, dtype):
@@ -102,7 +102,7 @@ ARCHITECTURES = {
     "bidirectional": {"causal": False},
     "smeared keys": {"key_smear": True},
 }
-# No two widths are equal, base and eps are not the defaults: nothing can stand in for another.
+# All widths differ, and base and eps are not the defaults, so that a mixed-up setting is noticed.
 SHAPE = {"vocab_size": 17, "width": 12, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 6, "ffn_width": 10,
          "rope_base": 50.0, "norm_eps": 0.1}
 
@@ -149,8 +149,8 @@ def batch(dtype):
     rng = np.random.default_rng(2)
     real, response = rows_of_digits(REAL), rows_of_digits(RESPONSE)
     B, T = real.shape
-    # Of the policy to the one that drew the samples: beyond the clip (at log 0.8 and log 1.2) or well within.
-    # A prompt's advantages add up to zero, so that either sign meets ratios on either side.
+    # log(pi / pi_old) of the samples: well outside the clip (at log 0.8 and log 1.2) or well inside. The advantages of
+    # a prompt add up to zero, so both signs occur with ratios on both sides.
     by_token = np.array([0.5, -0.1, -0.5, 0.1])[np.arange(T) % 4] * response
     by_sequence = np.array([[0.5, 0.5, 0.5, -0.5, -0.5, 0.1]]).T * response / response.sum(axis=1, keepdims=True)
     arrays = {"cotangent": rng.normal(size=(B, T, SHAPE["vocab_size"])) * real[:, :, None],
@@ -165,7 +165,7 @@ def batch(dtype):
 # The objectives, from tokens to a scalar.
 
 class Minilm:
-    """As a training loop would do it; theirs.Objectives has the same methods."""
+    """Each objective as a training loop computes it; theirs.Objectives has the same methods."""
 
     def __init__(self, architecture, dtype, draw):
         self.batch, rng = batch(dtype), np.random.default_rng(0)
@@ -262,9 +262,10 @@ def objective_by_torch(objective, architecture, dtype, draw):
     return theirs.Objectives(config(architecture), *models, batch(dtype)).run(method, **options)
 
 
+# A bidirectional model sees the tokens that it would predict, so only two of the objectives apply to it.
 @pytest.mark.parametrize("objective, architecture", [
     (objective, architecture) for objective in OBJECTIVES for architecture in ARCHITECTURES
-    if architecture != "bidirectional" or objective in ("padded logits", "reward")])     # which has seen all its targets
+    if architecture != "bidirectional" or objective in ("padded logits", "reward")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_objective_has_the_value_and_all_gradients_of_torch(dtype, objective, architecture):
     assert_parity(functools.partial(objective_by_minilm, objective, architecture),
@@ -273,7 +274,7 @@ def test_an_objective_has_the_value_and_all_gradients_of_torch(dtype, objective,
 
 # Layers.
 
-INDICES = np.random.default_rng(3).integers(5, size=(3, 4))     # of 17 rows, so that some come twice
+INDICES = np.random.default_rng(3).integers(5, size=(3, 4))     # some occur twice
 PADDED = rows_of_digits("0011111 1111100")                      # the first two queries of row 0 see no key
 
 
@@ -297,7 +298,7 @@ LAYERS = {
     "embed": (lambda table: ops.embed(table, INDICES),
               lambda table: F.embedding(torch.tensor(INDICES), table),
               {"table": (17, 8)}),
-    "rms_norm": (lambda x, weight: layers.rms_norm(x, weight, eps=0.1),       # large, to see where it stands
+    "rms_norm": (lambda x, weight: layers.rms_norm(x, weight, eps=0.1),       # a large eps
                  lambda x, weight: F.rms_norm(x, weight.shape, weight, eps=0.1),
                  {"x": (3, 4, 8), "weight": (8,)}),
     "swiglu": (layers.swiglu, theirs.swiglu, {"gate_up": (3, 4, 10)}),
@@ -369,7 +370,7 @@ def test_attention_of_any_shape_and_mask(data, causal, draw):
 
 # The optimiser.
 
-# The matrix is longer than one of the blocks that a step goes through.
+# The matrix is larger than one block of an AdamW step.
 TRAINED = {"matrix": (200, 180), "norm": (13,), "cube": (3, 4, 5), "bias": (1,)}
 
 
@@ -411,7 +412,7 @@ def test_clipping_the_norm(max_norm):
     set_gradients(ours, torchs, gradients)
     norm = optimiser.clip(max_norm)
     assert_close(norm, torch.nn.utils.clip_grad_norm_(torchs.values(), max_norm).numpy(), 1e-12, "norm")
-    # torch divides by norm + 1e-6, which leaves it a little short of max_norm; we do not.
+    # torch divides by norm + 1e-6, so its clipped norm is slightly below max_norm; ours is max_norm.
     short = norm / (norm + 1e-6) if norm > max_norm else 1.0
     for name, p in torchs.items():
         assert_close(short * ours[name].grad, p.grad.numpy(), 1e-12, name)
@@ -422,7 +423,7 @@ def test_clipping_the_norm(max_norm):
 correct = functools.partial(objective_by_torch, "sft", "grouped queries")
 
 
-def spoilt(change):
+def altered(change):
     """The correct side, with one gradient changed."""
     def side(dtype, draw):
         results = correct(dtype, draw)
@@ -445,9 +446,9 @@ def one_nan(g):
                          ids=lambda change: change.__name__)
 def test_the_comparison_names_a_wrong_gradient(change, dtype):
     with pytest.raises(AssertionError, match="blocks.1.qkv"):
-        assert_parity(spoilt(change), correct, dtype)
+        assert_parity(altered(change), correct, dtype)
 
 
-def test_two_dead_models_do_not_agree():
-    with pytest.raises(AssertionError, match="no gradient to speak of.*blocks.1.qkv"):
-        assert_parity(spoilt(np.zeros_like), spoilt(np.zeros_like), "float64")
+def test_two_gradients_of_0_do_not_agree():
+    with pytest.raises(AssertionError, match="nearly 0.*blocks.1.qkv"):
+        assert_parity(altered(np.zeros_like), altered(np.zeros_like), "float64")

@@ -1,11 +1,10 @@
-"""TRL 1.16.0, given the same weights and text, computes the same losses, gradients and metrics.
+"""TRL 1.16.0, with the same weights and text, computes the same losses, gradients and metrics.
 
-The other side is trl_reference.py: TRL's own trainers over a Llama of transformers, in float64. Each
-test makes a trainer and asks it for one step. Compared are the loss, the gradient of every
-parameter, each alive on both sides (two dead models do not agree), and every metric that bears TRL's
-name; max|ours - TRL's| / max(max|TRL's|, 1e-3) is at most 1e-10.
+The other implementation is trl_reference.py: TRL's own trainers with a Llama of transformers, in float64. Each
+test makes a trainer and runs one step. It compares the loss, the gradient of every parameter (which must not be
+0 on either side), and every metric with TRL's name; max|ours - TRL's| / max(max|TRL's|, 1e-3) is at most 1e-10.
 
-Where TRL differs from minilm a test says so:
+Where TRL differs from minilm, a test shows it:
     IPO             TRL averages log-probs over a response's tokens first
     cDPO            TRL's "sigmoid" ignores label_smoothing
     RLOO, GRPO      their losses at ratio 1 have the value -mean(A), ours -mean(A log pi): same gradient
@@ -29,13 +28,13 @@ from minilm.model import Config, RewardModel, Transformer
 from minilm.objectives import dpo, kl, policy_gradient, reward, sft
 from minilm.tensor import Tensor
 
-os.environ["HF_HUB_OFFLINE"] = "1"      # nothing has a reason to ask it; read when TRL is imported
+os.environ["HF_HUB_OFFLINE"] = "1"      # no test needs the network; read when TRL is imported
 torch = pytest.importorskip("torch", reason="parity needs PyTorch: pip install torch")
 pytest.importorskip("trl", reason="parity with TRL needs it: pip install trl==1.16.0")
 import hf_llama  # noqa: E402  (they import both)
 import trl_reference as theirs  # noqa: E402
 
-# TRL 1.16.0 sets an option by a name that transformers is about to drop.
+# TRL 1.16.0 sets an option by a name that transformers has deprecated.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:.*checkpointing:FutureWarning")]
 
 PAD, EOS = theirs.PAD, theirs.EOS
@@ -47,8 +46,8 @@ def float64():
         yield
 
 
-# Weights of order 1, where a wrong gradient has nowhere to hide. No two widths are equal, base and
-# eps are not the defaults.
+# Weights of order 1, where an error in a gradient is visible. All widths differ, and base and eps are not the
+# defaults.
 
 SHAPE = {"vocab_size": 17, "width": 12, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 6, "ffn_width": 10,
          "rope_base": 50.0, "norm_eps": 0.1, "context": 32}
@@ -61,7 +60,7 @@ def config(request):
 
 @functools.cache
 def weights(config):
-    """Arrays by name of a policy, of the reference near it, and of an older policy, still nearer."""
+    """Arrays by name of a policy, of a reference near it, and of an older policy, still nearer."""
     rng = np.random.default_rng(1)
     model = RewardModel(Transformer(config, rng), rng)
     shapes = {name: p.shape for name, p in {**model.parameters(), **model.transformer.parameters()}.items()}
@@ -78,8 +77,8 @@ def transformer(config, values):
     return model
 
 
-# Dialogues. Every response ends in EOS, but for two completions that were cut short. The seeds are such that
-# no accuracy is 0, 1 or 1/2 (which is its own opposite) and ratios are clipped on either side: the tests assert it.
+# Dialogues. Every response ends in EOS, except two completions that are cut off. With these seeds no accuracy is 0, 1
+# or 1/2 (so that a reversed comparison is noticed), and ratios are clipped on both sides; the tests assert it.
 
 def draw(rng, lengths, last=()):
     return [[*map(int, rng.integers(2, SHAPE["vocab_size"], size=n)), *last] for n in lengths]
@@ -107,10 +106,10 @@ def step(loss, model):
 
 
 def assert_alive(results):
-    """Every gradient is large enough for an error in it to be seen."""
+    """Every gradient is large enough that an error in it is visible."""
     largest = {name: float(np.abs(g).max()) for name, g in results.items() if name != "loss"}
     dead = {name: size for name, size in largest.items() if not size > max(FLOOR, 1e-6 * max(largest.values()))}
-    assert not dead, f"no gradient to speak of, at its largest element: {dead}"
+    assert not dead, f"gradients that are 0 or nearly 0, by their largest element: {dead}"
 
 
 def assert_parity(ours, trls, but=()):
@@ -122,7 +121,7 @@ def assert_parity(ours, trls, but=()):
 
 
 def assert_metrics(ours, logged, alone=(), but=()):
-    """The metrics that minilm has alone are exactly these, and all others, less `but`, have TRL's value."""
+    """Only minilm has the metrics `alone`; all others, except `but`, have TRL's value."""
     assert ours.keys() - logged.keys() == set(alone)
     for name in ours.keys() - set(alone) - set(but):
         assert_close(ours[name], logged[name], name=name)
@@ -146,7 +145,7 @@ def test_sft_has_trls_loss_gradients_and_metrics(tmp_path, config):
     assert (metrics["trained_tokens"], logged["num_tokens"]) == (batch.mask.sum(), batch.real.sum())
 
 
-def test_micro_batches_of_unequal_size_have_trls_loss_and_gradients(tmp_path, config):
+def test_microbatches_of_unequal_size_have_trls_loss_and_gradients(tmp_path, config):
     model = transformer(config, weights(config)[0])
     parts = [make_batch(PROMPTS[rows], CHOSEN[rows], PAD) for rows in (slice(0, 1), slice(1, 4))]
     total = sum(part.target_mask.sum() for part in parts)
@@ -155,7 +154,7 @@ def test_micro_batches_of_unequal_size_have_trls_loss_and_gradients(tmp_path, co
     trls, _ = theirs.step(trainer, theirs.batch(trainer, [0]), theirs.batch(trainer, [1, 2, 3]))
     assert_parity(step(losses[0] + losses[1], model), trls)
     means = [sft.sft_loss(model.log_probs(part.tokens), part.target_mask).item() for part in parts]
-    assert abs(np.mean(means) - trls["loss"]) > 0.01        # what normalising each part by itself would give
+    assert abs(np.mean(means) - trls["loss"]) > 0.01        # the mean of losses that are normalised separately
 
 
 # The reward model.
@@ -199,9 +198,9 @@ def pairs(policy, reference):
 
 
 def ipo_loss_per_token(*log_probs, beta):
-    """TRL averages over the tokens of a response before it squares; the paper and minilm do not.
+    """TRL's IPO: log-probs are averaged over the tokens of a response, where the paper and minilm sum them.
 
-    Given averages for sums, ours is theirs.
+    With averages as inputs, our loss equals TRL's.
     """
     return dpo.ipo_loss(*(sums * (1 / lengths) for sums, lengths in zip(log_probs, 2 * LENGTHS)), beta=beta)
 
@@ -234,7 +233,7 @@ def test_dpo_has_trls_loss_gradients_and_metrics(tmp_path, config, loss_type):
     trls, logged = dpo_by_trl(tmp_path, config, loss_type, **options)
     assert_parity(step(loss(*log_probs, beta=BETA), policy), trls)
     assert logged["rewards/accuracies"] not in (0, 0.5, 1)
-    # The rewards are of sums, also where the loss is of means.
+    # The implied rewards are computed from sums, also if the loss is computed from means.
     sums = [*(log_prob.data for log_prob in log_probs[:2]), *log_probs[2:]]
     assert_metrics(dpo.dpo_metrics(*sums, beta=BETA), logged, alone={"rewards/ties"})
 
@@ -251,7 +250,7 @@ def test_dpo_starts_at_log_2_and_accuracy_0_in_both(tmp_path, config):
     assert metrics["rewards/accuracies"] == logged["rewards/accuracies"] == 0 and metrics["rewards/ties"] == 1
 
 
-# Conservative DPO: TRL has it under another name only, so our label_smoothing is held against three others.
+# Conservative DPO: TRL has it only under another name, so our label_smoothing is compared with three other losses.
 
 def cdpo(config):
     policy, reference = (transformer(config, values) for values in weights(config)[:2])
@@ -273,7 +272,7 @@ def test_smoothed_labels_mix_trls_losses_of_either_order(tmp_path, config):
 
 
 def test_smoothed_labels_are_trls_aot_of_a_single_pair(tmp_path, config):
-    """It sorts the log-ratios of a batch first, which leaves a single one where it is."""
+    """TRL's aot sorts the log-ratios of a batch first, which does nothing to a single one."""
     trls, _ = dpo_by_trl(tmp_path, config, "aot", rows=[0], label_smoothing=EPSILON)
     policy, reference = (transformer(config, values) for values in weights(config)[:2])
     log_probs = [of_pairs[:1] for of_pairs in pairs(policy, reference)]
@@ -302,7 +301,7 @@ MASK = SAMPLED.target_mask
 
 
 def online_by_trl(name, folder, config, beta, temperature, off_policy=False, **options):
-    """Advantages (P,K), the step, and the log, of samples drawn from the policy or an older one."""
+    """Advantages (P,K), the step, and the log, for samples drawn from the policy or from the older policy."""
     policy, reference, older = weights(config)
     trainer = theirs.online_trainer(name, folder, config, older if off_policy else policy, reference, REWARDS,
                                     beta=beta, temperature=temperature, **options)
@@ -312,7 +311,7 @@ def online_by_trl(name, folder, config, beta, temperature, off_policy=False, **o
 
 
 class Online:
-    """minilm's side: the policy, and log-probs (N,T) of the samples by it, its older self and the reference."""
+    """minilm's side: the policy, and log-probs (N,T) of the samples under it, the older policy and the reference."""
 
     def __init__(self, config, temperature, off_policy=False):
         policy, reference, older = weights(config)
@@ -335,7 +334,7 @@ def test_rloo_has_trls_advantages_gradients_and_metrics(tmp_path, config, temper
     A = ours.advantages(beta=0.2)
     trls_A, trls, logged = online_by_trl("RLOO", tmp_path, config, beta=0.2, temperature=temperature)
     assert_close(A, trls_A, name="advantages")
-    assert np.abs(A - ours.advantages(beta=0.0)).max() > 0.01         # the KL penalty is seen
+    assert np.abs(A - ours.advantages(beta=0.0)).max() > 0.01         # the KL penalty has an effect
     loss = policy_gradient.policy_gradient_loss(ours.log_probs, A.reshape(-1), MASK)
     assert_parity(step(loss, ours.policy), trls, but={"loss"})
     assert_close(trls["loss"], -A.mean(), name="TRL's loss")
@@ -344,7 +343,7 @@ def test_rloo_has_trls_advantages_gradients_and_metrics(tmp_path, config, temper
     assert_metrics(metrics, logged, alone={"kl_sequence", "kl_token"}, but={"frac_reward_zero_std"})
     assert_close(metrics["kl_token"], logged["kl"], name="kl")
     assert_close(kl.kl_metrics(ours.old, ours.reference, MASK)["kl_token"], logged["kl"], name="kl")
-    # The rewards of one prompt in four are equal, but not once their KL is taken off.
+    # The rewards of one prompt in four are equal, but not after the KL penalty is subtracted.
     assert (metrics["frac_reward_zero_std"], logged["frac_reward_zero_std"]) == (1 / 4, 0)
     penalised = policy_gradient.policy_gradient_metrics(REWARDS - 0.2 * ours.kl, ours.kl, MASK)
     assert penalised["frac_reward_zero_std"] == logged["frac_reward_zero_std"]
@@ -384,10 +383,10 @@ def test_the_group_baseline_has_grpos_advantages_and_metrics(tmp_path, config):
 
 @pytest.mark.parametrize("beta", [0.0, 0.2])
 def test_ppos_clip_by_token_and_k3_have_grpos_loss_and_gradients(tmp_path, config, beta):
-    """The loss is PPO's and beta times the k3 of every token.
+    """The loss is PPO's loss plus beta times the k3 of every token.
 
-    "dr_grpo" divides by a length that is set, 1 here, where TRL's others divide by the samples' own.
-    By default TRL weighs k3 with the ratio; here it does not.
+    "dr_grpo" divides by a fixed length, 1 here; TRL's other loss types divide by the lengths of the samples. By
+    default TRL multiplies k3 by the ratio; here it does not.
     """
     ours = Online(config, temperature=0.7, off_policy=True)
     A = ours.advantages(beta=0.0, baseline="group").reshape(-1)
@@ -413,7 +412,7 @@ def test_the_comparison_names_a_wrong_gradient(change):
         assert_parity({**right, "blocks.0.qkv": change(right["blocks.0.qkv"])}, right)
 
 
-def test_two_dead_models_do_not_agree():
+def test_two_gradients_of_0_do_not_agree():
     dead = {"loss": np.array(1.0), "embedding": np.ones(3), "blocks.0.qkv": np.zeros(3)}
-    with pytest.raises(AssertionError, match="no gradient to speak of.*blocks.0.qkv"):
+    with pytest.raises(AssertionError, match="nearly 0.*blocks.0.qkv"):
         assert_parity(dead, dead)

@@ -1,10 +1,10 @@
-"""The transformer and the objectives once more, in PyTorch: the second formula of the parity tests.
+"""The transformer and the objectives in PyTorch: the second implementation of the parity tests.
 
-Written from torch's own functions, with autograd for every gradient, so that it shares nothing
-with minilm but the names and layouts of the parameters: a dict of torch tensors, one per name in
-`Transformer.parameters()` (and "reward_head"), and a Config for the numbers. Where one can do a
-thing in two ways, this is the other one: rotations are products of complex numbers, the negative
-log-probs are F.cross_entropy with ignore_index, padding is cut off instead of masked.
+Written with torch's own functions, and autograd for every gradient. It shares with minilm only the names and
+layouts of the parameters: a dict of torch tensors, one for each name in `Transformer.parameters()` (and
+"reward_head"), and a Config for the numbers. Where there are two ways to compute something, this file takes
+the other one: rotations are products of complex numbers, negative log-probs are F.cross_entropy with
+ignore_index, padding is cut off instead of masked.
 Shapes and letters as in minilm/layers.py.
 """
 
@@ -27,9 +27,9 @@ def rope(x, base=10000.0, pairing="half"):
 
 
 def attention(q, k, v, causal=True, key_mask=None):
-    """As minilm.layers.attention: with S > T keys the queries are the last T positions."""
+    """Like minilm.layers.attention: with S > T keys, the queries are the last T positions."""
     (T, S), allowed = (q.shape[-2], k.shape[-2]), None
-    if causal:      # torch's is_causal would take the queries for the first T
+    if causal:      # torch's is_causal places the queries at the first T
         allowed = torch.ones(T, S, dtype=torch.bool).tril(S - T)
     if key_mask is not None:
         seen = key_mask.bool()[:, None, None, :]
@@ -84,7 +84,7 @@ def labels(tokens, mask):
 
 
 def rewards(parameters, config, tokens, real):
-    """(B,): each sequence alone, without its padding, wherever that was."""
+    """(B,): each sequence alone, without its padding on either side."""
     return torch.cat([hidden(parameters, config, row[keep.bool()][None])[:, -1] @ parameters["reward_head"]
                       for row, keep in zip(tokens, real)]).squeeze(-1)
 
@@ -101,7 +101,7 @@ def reward_loss(chosen, rejected, margin, centering):
 
 
 def leave_one_out(rewards, kl, beta):
-    """Advantages (P,K): R less the mean R of the others, by a matrix that leaves out the diagonal."""
+    """Advantages (P,K): R minus the mean R of the others, with a matrix of ones whose diagonal is 0."""
     R = rewards - beta * kl
     K = R.shape[1]
     return R - R @ (1 - torch.eye(K, dtype=R.dtype)) / (K - 1)
@@ -113,7 +113,7 @@ def policy_gradient_loss(log_probs, advantages):
 
 
 def ppo_clip_loss(log_ratio, advantages, mask, epsilon=0.2, level="token"):
-    """log_ratio (N,T), zero outside the response, of the policy to the one that drew the samples."""
+    """log_ratio (N,T), log(pi / pi_old) of each token, zero outside the response."""
     if level == "sequence":
         log_ratio, mask = log_ratio.sum(dim=1, keepdim=True), torch.ones(len(mask), 1)
     ratio, A = log_ratio.exp(), advantages[:, None]
@@ -121,7 +121,7 @@ def ppo_clip_loss(log_ratio, advantages, mask, epsilon=0.2, level="token"):
 
 
 def dpo_loss(delta, beta, label_smoothing=0.0):
-    """delta (B,): the log-ratio to the reference of the chosen response, less that of the rejected."""
+    """delta (B,): log(pi / pi_ref) of the chosen response minus log(pi / pi_ref) of the rejected one."""
     eps, right, wrong = label_smoothing, -F.logsigmoid(beta * delta), -F.logsigmoid(-beta * delta)
     return ((1 - eps) * right + eps * wrong).mean()
 
@@ -138,8 +138,9 @@ def ipo_loss(delta, beta):
 # From tokens to a scalar.
 
 class Objectives:
-    """Each objective, with the gradient of every parameter: what Minilm in test_torch_parity.py
-    does, from the same arrays, which that file lists in `batch`."""
+    """Each objective with the gradient of every parameter, from the arrays that `batch` in test_torch_parity.py lists.
+
+    The same methods as Minilm there."""
 
     def __init__(self, config, policy, reference, batch):
         """policy and reference: arrays by parameter; batch: arrays by name."""
@@ -148,14 +149,14 @@ class Objectives:
         self.batch = {name: torch.tensor(a) for name, a in batch.items()}
 
     def run(self, objective, **options):
-        """The value, as "output", and the gradient of every parameter that was used."""
+        """The value, as "output", and the gradient of every parameter that the objective uses."""
         loss = getattr(self, objective)(**options)
         loss.backward()
         gradients = {name: p.grad.numpy() for name, p in self.policy.items() if p.grad is not None}
         return {"output": loss.detach().numpy(), **gradients}
 
     def logits(self):
-        """The logits of each sequence without its padding, weighed with the cotangent and added up."""
+        """The logits of each sequence without its padding, multiplied by the cotangent and summed."""
         rows = zip(self.batch["tokens"], self.batch["real"].bool(), self.batch["cotangent"])
         return sum((logits(self.policy, self.config, row[real][None])[0] * cotangent[real]).sum()
                    for row, real, cotangent in rows)

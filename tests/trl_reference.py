@@ -1,14 +1,14 @@
-"""TRL's own trainers, one step of them, in float64, over a Llama with minilm's weights.
+"""One step of TRL's own trainers, in float64, with a Llama that has minilm's weights.
 
-The other side of test_trl_parity.py, and nothing of TRL is written a second time here: its trainers
-tokenise the text, mask, pad, score, reward and differentiate, and log. We give them weights and text
-(and, instead of sampling, the completions), and read what they computed. Three things stand between:
+The other implementation of test_trl_parity.py. Nothing of TRL is written again here: its trainers tokenise
+the text, mask, pad, score, reward, differentiate and log. This file gives them weights and text (and, instead
+of sampling, the completions), and reads their results. It adapts three things:
 
-weights   transformers keeps apart, and transposed, the matrices that minilm joins: `hf_llama`
-float64   both libraries ask for float32 by name in places, and are given float64: `Float64`
+weights   transformers stores separately, and transposed, the matrices that minilm joins: `hf_llama`
+float64   both libraries convert to float32 by name in places, and get float64 instead: `Float64`
 silence   nothing is fetched, reported or saved: `make`
 
-To hold a loss of your own against TRL's:
+To compare a loss of your own with TRL's:
 
     with float64():
         trainer = dpo_trainer(folder, config, policy, reference, prompts, chosen, rejected, loss_type="sigmoid")
@@ -28,16 +28,16 @@ import trl
 from torch.overrides import TorchFunctionMode
 from trl.kernels import ChunkedLogProbFunction
 
-PAD, EOS = hf_llama.PAD, 1         # two tokens: TRL's reward model reads the score before the padding, by the token's id
+PAD, EOS = hf_llama.PAD, 1         # different: TRL's reward model finds the padding by its token id
 
 
 # float64.
 
 class Float64(TorchFunctionMode):
-    """The same code on wider numbers: whoever asks for float32 gets float64.
+    """The same code with wider numbers: every conversion to float32 gives float64.
 
-    transformers asks for it in RMSNorm and for the rotary angles, TRL for the log-probs, their
-    gradient and the rewards; in float32 parity would end at 1e-6.
+    transformers converts in RMSNorm and for the rotary angles, TRL for the log-probs, their gradient and the
+    rewards; in float32, parity could only be tested to 1e-6.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -50,9 +50,9 @@ class Float64(TorchFunctionMode):
 
 @contextlib.contextmanager
 def float64():
-    """float64 throughout, on one thread, which is enough for such small arrays, and faster."""
+    """float64 throughout, on one thread, which is faster for such small arrays."""
     def backward(*args, by_trl=ChunkedLogProbFunction.backward):
-        with Float64():         # autograd works outside of any mode
+        with Float64():         # autograd calls backward outside the mode
             return by_trl(*args)
 
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
@@ -76,7 +76,7 @@ def llama(config, weights, kind=transformers.LlamaForCausalLM):
 # Text.
 
 def tokenizer(vocab_size):
-    """One token a word: the numbers themselves, after padding and EOS."""
+    """One token for each word: after padding and EOS, the words are the numbers themselves."""
     words = ["<pad>", "<eos>", *map(str, range(2, vocab_size))]
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -84,14 +84,15 @@ def tokenizer(vocab_size):
 
 
 def text(tokens):
-    """What the tokenizer reads as these tokens, less a last EOS: SFT, reward and DPO trainers add that themselves."""
+    """The text of these tokens, without a last EOS: the SFT, reward and DPO trainers add it themselves."""
     return "".join(f"{token} " for token in (tokens[:-1] if tokens[-1] == EOS else tokens))
 
 
-# Trainers. Weights are arrays by minilm's name; prompts and responses token lists; options those of TRL's Config.
+# Trainers. Weights are arrays by minilm's name, prompts and responses are token lists, options are those of TRL's
+# Config.
 
 def make(name, folder, config, *models, rows, options, **others):
-    """The trainer of that name. (bf16 is TRL's default, and RLOO and GRPO would autocast to it.)"""
+    """The trainer with this name. (bf16 is TRL's default, and RLOO and GRPO would autocast to it.)"""
     arguments = getattr(trl, f"{name}Config")(
         output_dir=str(folder), report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, **options)
     return getattr(trl, f"{name}Trainer")(
@@ -121,10 +122,10 @@ def dpo_trainer(folder, config, policy, reference, prompts, chosen, rejected, **
 
 
 def online_trainer(name, folder, config, policy, reference, rewards, **options):
-    """Of name "RLOO" or "GRPO"; rewards (P,K), of P prompts in order, K completions each."""
+    """The trainer named "RLOO" or "GRPO"; rewards (P,K), of P prompts in order with K completions each."""
     P, K = rewards.shape
     model = llama(config, policy)
-    # TRL loads the reference itself, from where the policy says that it came from.
+    # TRL loads the reference itself, from the path in the policy's config.
     llama(config, reference).save_pretrained(folder / "reference")
     model.config._name_or_path = str(folder / "reference")
     return make(name, folder, config, model, rows={"prompt": ["2"]},
@@ -133,9 +134,9 @@ def online_trainer(name, folder, config, policy, reference, rewards, **options):
 
 
 def rollout(trainer, prompts, completions):
-    """A batch, with advantages, of completions (K in a row for each prompt) that the model might have sampled.
+    """A batch with advantages, from given completions (K in a row for each prompt) instead of samples.
 
-    Only the sampling is replaced; TRL scores, rewards and compares them.
+    Only the sampling is replaced; TRL scores and rewards the completions, and computes the advantages.
     """
     K = trainer.num_generations
     trainer._generate_single_turn = lambda *_, **__: (
@@ -147,15 +148,15 @@ def rollout(trainer, prompts, completions):
 # One step.
 
 def batch(trainer, rows=None):
-    """Rows of the trainer's dataset (None: all), as it tokenised them and as its collator pads them."""
+    """Rows of the trainer's dataset (None: all), tokenised and padded by TRL."""
     rows = range(len(trainer.train_dataset)) if rows is None else rows
     return trainer.data_collator([trainer.train_dataset[i] for i in rows])
 
 
 def step(trainer, *batches):
-    """The loss, with every gradient, and what TRL logs: its training loop without the optimiser.
+    """The loss with every gradient, and the metrics that TRL logs: its training loop without the optimiser.
 
-    Several batches are the micro-batches of one accumulation window.
+    Several batches are the microbatches of one accumulation window.
     """
     model = trainer.model.train()
     model.zero_grad()

@@ -40,7 +40,8 @@ TABLES = Path(__file__).with_suffix("")      # a folder
 COPIED = ("minilm", "kernels", "tests", "scripts", ".ci")     # and every file beside them
 # Tests that notice bugs of a module though they do not bear its name; tried after those that do.
 ALSO = {"tensor": ("test_ops",), "model": ("test_generate", "test_packing"), "data": ("test_evaluate",),
-        "packing": ("test_model",), "generate": ("test_stages",), "evaluate": ("test_stages",)}
+        "packing": ("test_model",), "generate": ("test_stages",), "evaluate": ("test_stages",),
+        "gradients": ("test_exact_gradients",)}
 # The slowest, last of all: of kernels, which are text beside the library; of the main job; of benchmarks.
 LATE = ("test_device", "kernel", "emulator", "test_cupy_double", "test_exact_optimum", "test_assistant", "test_bench")
 # What the tests' pytest takes beside the project's conftest, and the only plugin of others: what else is installed

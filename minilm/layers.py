@@ -1,42 +1,47 @@
-"""The fused primitives of a transformer, forward and backward by hand.
+"""The layers of a transformer, forward and backward derived by hand.
 
-One node of the graph each, so that training spends its time in a few large operations.
-`plain.py` says the same plainly, from elementary operations; the tests hold the two
-together. Shapes: B batch, T tokens, V vocabulary, D width, H query heads, G key/value
-heads (G divides H), K head width, F hidden width of the feed-forward.
-On a GPU they are CUDA kernels (kernels/), which refuse what they do not serve; kernel=False takes these.
+One node of the graph each, so that a training step consists of a few large operations. plain.py has the same layers
+as compositions of elementary operations: that is their definition, and the tests compare values and gradients.
+Two layers are computed in pieces that fit the cache; here stand their derivation and the version without pieces:
+attention (fast/tiled_attention.py) and token_log_probs (fast/chunked_log_probs.py).
+
+Shapes: B batch, T tokens, S keys, V vocabulary, D width, H query heads, G key/value heads (G divides H), K head
+width, F width of the feed-forward layer.
+On a GPU the layers run CUDA kernels (kernels/), which raise on shapes and dtypes that they do not support;
+kernel=False runs the code below instead.
+Tests: tests/test_layers.py.
 """
+
+from __future__ import annotations
 
 from minilm import ops
 from minilm.backend import array_module, is_cupy
-from minilm.kernels import decode, layers as on_gpu
-from minilm.tensor import DeferredMatmul, primitive
-
-# Logits that token_log_probs holds at a time: 2^25 are 128 MB in float32.
-LOGITS_HELD = 1 << 25
-# Numbers that stay in the cache of one core from one operation to the next.
-IN_CACHE = 1 << 18
-# Queries that attention takes at a time, and scores of a call that it keeps for backward.
-QUERIES = 64
-SCORES_KEPT = 1 << 22
+from minilm.fast.chunked_log_probs import chunked_log_probs, tokens_per_chunk
+from minilm.fast.tiled_attention import tiled_attention
+from minilm.tensor import Tensor, primitive
 
 
 @primitive
-def rms_norm(x, weight, eps=1e-6, kernel=True):
+def rms_norm(x, weight, eps: float = 1e-6, kernel: bool = True):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis.  (..,D), (D,) -> (..,D)
 
-    Zhang and Sennrich 2019, arXiv:1910.07467. With n = x r the normalised input, r the
-    reciprocal root, and dn = dy weight:  dx = r (dn - n mean(dn n)), the second term because
-    dr/dx = -r^3 x / D.
+    With r = 1 / sqrt(mean(x^2) + eps), n = x r and dn = dy weight:
+
+        dx = r (dn - n mean(dn n)),     dweight = sum of dy n over all rows
+
+    The second term of dx comes from dr/dx = -r^3 x / D.
+    Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     if kernel and is_cupy(x):
+        from minilm.kernels import layers as on_gpu
         return on_gpu.rms_norm(x, weight, eps)
     xp = array_module(x)
     D = x.shape[-1]
     r = 1 / xp.sqrt(_dot_rows(x, x) / D + eps)
     n = x * r
     def vjp(dy):
-        dn, dweight = dy * weight, xp.einsum("nd,nd->d", dy.reshape(-1, D), n.reshape(-1, D))
+        dn = dy * weight
+        dweight = xp.einsum("nd,nd->d", dy.reshape(-1, D), n.reshape(-1, D))
         dx = n * (_dot_rows(dn, n) / -D)
         dx += dn
         dx *= r
@@ -45,34 +50,40 @@ def rms_norm(x, weight, eps=1e-6, kernel=True):
 
 
 def _dot_rows(a, b):
-    """sum(a * b) over the last axis, which is kept; no product is formed in memory."""
+    """sum(a * b) over the last axis, which is kept. The elementwise product is never stored."""
     return (a[..., None, :] @ b[..., :, None])[..., 0]
 
 
 @primitive
-def swiglu(gate_up, kernel=True):
-    """silu(gate) * up, with gate and up the two halves of the last axis.  (..,2F) -> (..,F)
+def swiglu(gate_up, kernel: bool = True):
+    """silu(gate) * up, where gate and up are the two halves of the last axis.  (..,2F) -> (..,F)
 
-    Shazeer 2020, arXiv:2002.05202. silu(g) = g s with s = sigmoid(g), and silu'(g) = s + silu(g) (1 - s).
-    Computed as 1/2 + tanh(g/2) / 2, s is right to 1e-7 in float32, which below g = -17 leaves it no digit.
+    silu(g) = g s with s = sigmoid(g), and silu'(g) = s + silu(g) (1 - s):
+
+        dup = dy silu(gate),     dgate = dy up silu'(gate)
+
+    The sigmoid is computed as 1/2 + tanh(g/2) / 2. Its absolute error in float32 is 1e-7, so below g = -17 it
+    rounds to 0. Shazeer 2020, arXiv:2002.05202.
     """
     if kernel and is_cupy(gate_up):
+        from minilm.kernels import layers as on_gpu
         return on_gpu.swiglu(gate_up)
-    xp = array_module(gate_up)
-    width = gate_up.shape[-1] // 2
     if gate_up.shape[-1] % 2:
-        raise ValueError("the last axis holds gate and up side by side; its length must be even")
-    gate, up = gate_up[..., :width], gate_up[..., width:]
-    s = xp.multiply(gate, 0.5)                 # the sigmoid, without branches: 1/2 + tanh(gate/2) / 2
+        raise ValueError(f"the last axis has {gate_up.shape[-1]} columns; it holds gate and up side by side, so "
+                         "its length must be even")
+    xp = array_module(gate_up)
+    F = gate_up.shape[-1] // 2
+    gate, up = gate_up[..., :F], gate_up[..., F:]
+    s = xp.multiply(gate, 0.5)                 # sigmoid(gate) = 1/2 + tanh(gate/2) / 2, in place
     xp.tanh(s, out=s)
     s *= 0.5
     s += 0.5
     def vjp(dy):
         dx = xp.empty_like(gate_up)
-        dgate, dup = dx[..., :width], dx[..., width:]
+        dgate, dup = dx[..., :F], dx[..., F:]
         ds = dy * s
         xp.multiply(ds, gate, out=dup)         # dy silu(gate)
-        xp.subtract(1, s, out=dgate)
+        xp.subtract(1, s, out=dgate)           # dy up (s + silu(gate) (1 - s)), in place
         dgate *= dup
         dgate += ds
         dgate *= up
@@ -82,10 +93,12 @@ def swiglu(gate_up, kernel=True):
     return y, vjp
 
 
-def rope_tables(positions, head_width, base=10000.0, dtype="float32"):
-    """cos and sin, each positions.shape + (K/2,), of position * base^(-2i/K) for pair i.
+def rope_tables(positions, head_width: int, base: float = 10000.0, dtype="float32"):
+    """cos and sin of the angles position * base^(-2i/K), for the pairs i = 0 .. K/2 - 1.
 
-    Computed in float64 and rounded once: at position 8192 a float32 angle is off by 5e-4.
+    positions: integers of any shape (..), an array; returns two arrays (..,K/2).
+    The angles are computed in float64 and rounded once: in float32 they are off by 5e-4 at position 8192.
+    Raises ValueError for an odd head width.
     """
     if head_width % 2:
         raise ValueError(f"rotary positions rotate pairs: the head width {head_width} must be even")
@@ -96,35 +109,40 @@ def rope_tables(positions, head_width, base=10000.0, dtype="float32"):
 
 
 @primitive
-def rope(x, cos, sin, pairing="half"):
-    """Rotate pair i of each head by the angle of its position.  x (B,H,T,K); cos, sin (T,K/2)
+def rope(x, cos, sin, pairing: str = "half"):
+    """Rotary positions: rotate pair i of each head by the angle of its position.  x (B,H,T,K); cos, sin (T,K/2)
 
-    Su et al. 2021, arXiv:2104.09864. Two pairings are in use, and weights trained with one
-    are wrong with the other: "half" pairs (i, i + K/2) (GPT-NeoX, Llama in Hugging Face
-    form), "interleaved" pairs (2i, 2i + 1) (the paper, Meta's Llama, GGUF). Tables may also
-    be (B,1,T,K/2). A rotation is orthogonal: the vjp rotates back.
+    A rotation is orthogonal, so the vjp rotates back.
+    Two pairings are in use, and weights trained with one are wrong with the other: "half" pairs the numbers
+    (i, i + K/2) (GPT-NeoX; Llama in Hugging Face's files), "interleaved" pairs (2i, 2i + 1) (the paper; Llama in
+    Meta's files; GGUF). The tables may also be (B,1,T,K/2).
+    Su et al. 2021, arXiv:2104.09864.
     """
     xp = array_module(x, cos, sin)
     if cos.dtype != x.dtype:
         raise TypeError(f"mixed dtypes: x is {x.dtype} and its tables are {cos.dtype}; make them with dtype={x.dtype}")
-    turn = cos + 1j * sin                   # exp(i angle)
+    rotation = cos + 1j * sin               # exp(i angle)
     def vjp(dy):
-        return rotate(dy, turn.conj(), pairing)
-    return rotate(x, turn, pairing), vjp
+        return rotate(dy, rotation.conj(), pairing)
+    return rotate(x, rotation, pairing), vjp
 
 
-def rotate(x, turn, pairing="half"):
-    """The pairs of x (..,K) as complex numbers, times turn (..,K/2), and back: an array like x."""
-    xp, (first, second) = array_module(x), pair_slices(x.shape[-1], pairing)
-    z, rotated = xp.empty((*x.shape[:-1], x.shape[-1] // 2), turn.dtype), xp.empty(x.shape, x.dtype)
-    z.real, z.imag = x[..., first], x[..., second]
-    z *= turn
-    rotated[..., first], rotated[..., second] = z.real, z.imag
+def rotate(x, rotation, pairing: str = "half"):
+    """The pairs of x (..,K) as complex numbers, times rotation (..,K/2): an array like x."""
+    xp = array_module(x)
+    first, second = pair_slices(x.shape[-1], pairing)
+    z = xp.empty((*x.shape[:-1], x.shape[-1] // 2), rotation.dtype)
+    z.real = x[..., first]
+    z.imag = x[..., second]
+    z *= rotation
+    rotated = xp.empty(x.shape, x.dtype)
+    rotated[..., first] = z.real
+    rotated[..., second] = z.imag
     return rotated
 
 
-def pair_slices(width, pairing):
-    """Where the first and where the second numbers of all pairs stand in a head of that width."""
+def pair_slices(width: int, pairing: str) -> tuple[slice, slice]:
+    """The positions, in a head of that width, of the first and of the second numbers of all pairs."""
     if pairing == "half":
         return slice(0, width // 2), slice(width // 2, None)
     if pairing == "interleaved":
@@ -133,216 +151,151 @@ def pair_slices(width, pairing):
 
 
 @primitive
-def smear(k, amount, before):
-    """Each key mixed with the one before it: (1 - a) k_t + a k_{t-1}, a = sigmoid(amount).
+def smear(k, amount, previous_key):
+    """Key smearing: (1 - a) k_t + a k_{t-1}, with a = sigmoid(amount).  k (B,G,T,K), amount (G,K) -> (B,G,T,K)
 
-    k (B,G,T,K); amount (G,K); before (B,G,K), the key before the first, an array that gets no
-    gradient. An option (Config.key_smear): it hands every layer what a "previous token" head
-    would have to learn. Olsson et al. 2022, arXiv:2209.11895, "smeared keys" (theirs: one a per
-    head, ours one per head and channel).
+    previous_key (B,G,K): the key before the first, an array without a gradient.
+    Olsson et al. 2022, arXiv:2209.11895, "smeared keys". Two differences: their sigmoid(alpha) weighs the current
+    key, so alpha = -amount; and they have one number per head, here there is one per head and channel.
+    The option Config.key_smear gives every layer what a "previous token" head would have to learn. Llama has none.
     """
     xp = array_module(k, amount)
-    mixed, blend_vjp = blend(k, xp.concatenate([before[:, :, None], k[:, :, :-1]], axis=2), amount)
+    mixed, mix_vjp = mix_keys(k, xp.concatenate([previous_key[:, :, None], k[:, :, :-1]], axis=2), amount)
     def vjp(dy):
-        dk, dprevious, damount = blend_vjp(dy)
+        dk, dprevious, damount = mix_vjp(dy)
         dk[:, :, :-1] += dprevious[:, :, 1:]
         return dk, damount
     return mixed, vjp
 
 
-def blend(k, previous, amount):
-    """(1 - a) k + a previous, a = sigmoid(amount) (G,K), of keys (..,G,T,K); and the vjp, for all three."""
-    a, difference = ops.stable_sigmoid(amount)[:, None], previous - k
+def mix_keys(k, previous, amount):
+    """(1 - a) k + a previous, with a = sigmoid(amount) (G,K) and keys (..,G,T,K). Returns it and the vjp for all three."""
+    a = ops.stable_sigmoid(amount)[:, None]
+    difference = previous - k
     def vjp(dy):
-        dprevious, da = a * dy, ops.unbroadcast(dy * difference, a.shape)
+        dprevious = a * dy
+        da = ops.unbroadcast(dy * difference, a.shape)
         return dy - dprevious, dprevious, (da * a * (1 - a))[:, 0]
     return k + a * difference, vjp
 
 
 @primitive
-def attention(q, k, v, causal=True, key_mask=None, scale=None, out=None, kernel=True):
+def attention(q, k, v, causal: bool = True, key_mask=None, scale: float | None = None, kernel: bool = True):
     """softmax(q k^T / sqrt(K)) v.  q (B,H,T,K); k, v (B,G,S,K) -> (B,H,T,K)
 
-    Vaswani et al. 2017, arXiv:1706.03762; grouped queries: Ainslie et al. 2023,
-    arXiv:2305.13245: query head h reads key/value head h // (H/G).
-    causal: query t sees the keys up to its own position; with S > T the queries are the last
-    T positions (what a KV cache needs). key_mask (B,S): 0 on keys nobody may see (padding).
-    A query that sees no key gives zeros. scale: other than 1/sqrt(K). out: an array to write to.
+    causal    query t sees the keys up to its own position; with S > T the queries are the last T positions (as with
+              a cache of keys)
+    key_mask  (B,S), 0 on keys that no query may see (padding). A query that sees no key gives zeros
+    scale     instead of 1/sqrt(K)
+    Query head h reads key/value head h // (H/G): grouped-query attention.
 
-    With S = q k^T / sqrt(K), P its softmax and O = P v:  dv = P^T dO,  dP = dO v^T,
-    dS = P (dP - rowsum(dP P)),  dq = dS k / sqrt(K),  dk = dS^T q / sqrt(K),
-    where rowsum(dP P) = rowsum(dO O): a sum over K terms and not over all keys.
+    With scores E = scale q k^T, P = softmax(E) and O = P v:
 
-    Queries are taken QUERIES at a time, with the keys that the last of them sees: causal attention
-    computes little more than the half that counts, and never T x S scores at once. Where these are
-    many, backward computes them again from the log-sum-exp of each row, as in FlashAttention-2
-    (Dao 2023, arXiv:2307.08691).
+        dv = P^T dO,        dP = dO v^T,        dE = P (dP - rowsum(dP P)),
+        dq = scale dE k,    dk = scale dE^T q
+
+    and rowsum(dP P) = rowsum(dO O), a sum over K numbers instead of S. attention_without_tiles is this derivation
+    in code; fast/tiled_attention.py computes the same numbers tile by tile.
+    Raises ValueError for shapes that do not fit.
+    Vaswani et al. 2017, arXiv:1706.03762; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
     """
-    xp = array_module(q, k, v)
-    (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
-    if k.shape != (B, G, S, K) or v.shape != k.shape or H % G or (causal and S < T):
-        raise ValueError("expected q (B,H,T,K), k and v (B,G,S,K), G dividing H" + ", and S >= T when causal" * causal)
+    H, T, K = q.shape[1:]
+    B, G, S, _ = k.shape
+    if q.shape != (B, H, T, K) or k.shape[3] != K or v.shape != k.shape or H % G or (causal and S < T):
+        raise ValueError(f"expected q (B,H,T,K), k and v (B,G,S,K), G dividing H{', and S >= T when causal' * causal}; "
+                         f"got {q.shape}, {k.shape}, {v.shape}")
     if key_mask is not None and key_mask.shape != (B, S):
         raise ValueError(f"key_mask has shape {key_mask.shape}; expected (B,S), which is {(B, S)}")
     scale = K ** -0.5 if scale is None else scale
     if kernel and is_cupy(q):
+        from minilm.kernels import layers as on_gpu
         return on_gpu.attention(q, k, v, causal, key_mask, scale)
-    padding = None if key_mask is None else ~xp.asarray(key_mask).astype(bool)[:, None, :, None]
-    scaled_q = (q if scale == 1 else q * scale).reshape(B, G, H // G, T, K)
-    out = xp.empty(q.shape, q.dtype) if out is None else out
-    O = out.reshape(scaled_q.shape)
-    if not S:
-        out[...] = 0
-    tiles = [slice(i, min(i + QUERIES, T)) for i in range(0, T, QUERIES)] if S else []
-    kept = {}                   # by the tile's first query: exp(S - highest), or the log-sum-exp
-    keep_scores = B * H * T * S <= SCORES_KEPT
-
-    def of(x, tile):
-        """Queries of a tile, (B,G,(H/G) t,K): the heads of a group share their keys, and so are rows of one product."""
-        return x[..., tile, :].reshape(B, G, H // G * (tile.stop - tile.start), K)
-
-    def scores(tile):
-        """(B,G,S',(H/G) t), a column for each query: reductions over columns are the faster ones."""
-        t, keys = tile.stop - tile.start, slice(0, S - T + tile.stop if causal else S)
-        E = k[:, :, keys] @ of(scaled_q, tile).swapaxes(-1, -2)
-        if causal and t > 1:
-            xp.copyto(E.reshape(B, G, E.shape[2], H // G, t)[:, :, -t:], -xp.inf, where=xp.tri(t, t, -1, bool)[:, None])
-        if padding is not None:
-            xp.copyto(E, -xp.inf, where=padding[:, :, keys])
-        return E, keys
-
-    for tile in tiles:
-        E, keys = scores(tile)
-        highest = E.max(axis=-2, keepdims=True)
-        if padding is not None:
-            highest = xp.where(xp.isfinite(highest), highest, 0)
-        E -= highest
-        xp.exp(E, out=E)
-        total = xp.ones((1, E.shape[2]), E.dtype) @ E
-        total = xp.where(total > 0, total, 1)
-        mixed = E.swapaxes(-1, -2) @ v[:, :, keys]
-        mixed /= total.swapaxes(-1, -2)
-        O[..., tile, :] = mixed.reshape(B, G, H // G, tile.stop - tile.start, K)
-        kept[tile.start] = (E, total) if keep_scores else (None, highest + xp.log(total))
-
-    def vjp(dy, dq=None, dk=None, dv=None):
-        """Arrays may be given: dq is written there, dk and dv are added to what they hold."""
-        dq, dk, dv = (xp.zeros(a.shape, a.dtype) if d is None else d for a, d in ((q, dq), (k, dk), (v, dv)))
-        dy, dq_by_group = dy.reshape(O.shape), dq.reshape(O.shape)
-        for tile in tiles:
-            E, total = kept[tile.start]
-            dO = of(dy, tile)
-            if E is None:
-                E, keys = scores(tile)
-                E -= total
-                xp.exp(E, out=E)                                # P
-            else:
-                keys = slice(0, E.shape[2])
-                dO = dO / total.swapaxes(-1, -2)                # P = E / total, which is never formed
-            dS = v[:, :, keys] @ dO.swapaxes(-1, -2)            # dP, and turned into dS in place
-            dS -= _dot_rows(dO, of(O, tile)).swapaxes(-1, -2)
-            dS *= E
-            dq_by_group[..., tile, :] = (dS.swapaxes(-1, -2) @ k[:, :, keys]).reshape(dq_by_group[..., tile, :].shape)
-            dk[:, :, keys] += dS @ of(scaled_q, tile)
-            dv[:, :, keys] += E @ dO
-        if scale != 1:
-            dq *= scale
-        return dq, dk, dv
-    return out, vjp
+    return tiled_attention(q, k, v, causal, key_mask, scale)
 
 
 @primitive
-def segment_attention(qkv, cos, sin, heads, kv_heads, plan, pairing="half"):
-    """packing.packed_attention without smearing, on a GPU: (N,(H+2G)K) -> (N,H K)"""
-    return on_gpu.segment_attention(qkv, cos, sin, heads, kv_heads, plan, pairing)
+def attention_without_tiles(q, k, v, causal: bool = True):
+    """The derivation of attention in code: all scores at once.  q (B,H,T,K); k, v (B,G,S,K) -> (B,H,T,K)"""
+    xp = array_module(q)
+    B, H, T, K = q.shape
+    G, S = k.shape[1:3]
+    q = q.reshape(B, G, H // G, T, K)                               # the query heads of a group share keys and values
+    k, v = k[:, :, None], v[:, :, None]                             # (B,G,1,S,K)
+    E = q @ k.swapaxes(-1, -2) * K ** -0.5                          # (B,G,H/G,T,S)
+    if causal:
+        E = xp.where(xp.tri(T, S, S - T, dtype=bool), E, -xp.inf)
+    P = xp.exp(E - E.max(axis=-1, keepdims=True))
+    P /= P.sum(axis=-1, keepdims=True)
+    O = P @ v                                                       # (B,G,H/G,T,K)
 
-
-def decode_attention(q, keys, values, length, first=None, kernel=True):
-    """attention for the last position alone, on arrays, without a gradient.  q (B,H,K) -> (B,H,K)
-
-    keys, values (B,G,capacity,K), `length` positions filled in; first (B,): where each row's keys begin, int32, or None.
-    """
-    xp, (B, H, K), G = array_module(q, keys, values), q.shape, keys.shape[1]
-    if kernel and is_cupy(q):
-        return decode.decode(xp.ascontiguousarray(q), keys, values, length, first)
-    k, v = keys[:, :, :length], values[:, :, :length]
-    E = (q * K ** -0.5).reshape(B, G, H // G, K) @ k.swapaxes(-1, -2)
-    if first is not None:
-        xp.copyto(E, -xp.inf, where=(xp.arange(length) < first[:, None])[:, None, None, :])
-    E -= E.max(axis=-1, keepdims=True)
-    xp.exp(E, out=E)
-    mixed = E @ v
-    mixed /= E.sum(axis=-1, keepdims=True)
-    return mixed.reshape(B, H, K)
+    def vjp(dO):
+        dO = dO.reshape(O.shape)
+        dv = P.swapaxes(-1, -2) @ dO                                # (B,G,H/G,S,K)
+        dP = dO @ v.swapaxes(-1, -2)                                # (B,G,H/G,T,S)
+        dE = P * (dP - (dO * O).sum(axis=-1, keepdims=True))
+        dq = dE @ k * K ** -0.5
+        dk = dE.swapaxes(-1, -2) @ q * K ** -0.5
+        return dq.reshape(B, H, T, K), dk.sum(axis=2), dv.sum(axis=2)
+    return O.reshape(B, H, T, K), vjp
 
 
 @primitive
-def token_log_probs(hidden, unembedding, targets, chunk=None, kernel=True):
+def token_log_probs(hidden, unembedding, targets, chunk: int | None = None, kernel: bool = True):
     """log softmax(hidden unembedding^T)[target].  (..,D), (V,D), integers (..) -> (..)
 
     It does not shift: for next-token log-probs pass hidden[:, :-1] and tokens[:, 1:].
-    The logits (..,V) are never held at once: rows are taken `chunk` at a time (as many as
-    fit LOGITS_HELD by default). With p = softmax(logits) and e the one-hot target,
-    dlogits = dy (e - p),  dhidden = dlogits U,  dU = dlogits^T hidden;  backward computes p again,
-    unless there was one chunk only.
-    Raises IndexError for a target outside the vocabulary.
+    With p = softmax(logits) and the one-hot target e:
+
+        dlogits = dy (e - p),     dhidden = dlogits unembedding,     dunembedding = dlogits^T hidden
+
+    The sum of -log p over tokens is the cross-entropy, so its gradient with respect to the logits is p - e.
+    token_log_probs_without_chunks is this derivation in code; fast/chunked_log_probs.py computes the same numbers
+    for `chunk` tokens at a time, so that the logits (..,V) are never in memory at once.
+    Raises IndexError for a target outside the vocabulary, ValueError for shapes that do not fit.
     """
     xp = array_module(hidden, unembedding)
     V, D = unembedding.shape
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != D:
-        raise ValueError("expected hidden (..,D), unembedding (V,D), targets (..)")
+        raise ValueError(f"expected hidden (..,D), unembedding (V,D), targets (..); got {hidden.shape}, "
+                         f"{unembedding.shape}, {targets.shape}")
     if targets.size and not 0 <= int(targets.min()) <= int(targets.max()) < V:
         raise IndexError(f"targets from {int(targets.min())} to {int(targets.max())}, vocabulary {V}")
-    rows, flat = hidden.reshape(-1, D), xp.asarray(targets).reshape(-1)
-    N = len(rows)
-    chunk = max(1, LOGITS_HELD // V) if chunk is None else chunk
+    chunk = tokens_per_chunk(V) if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
+    rows = hidden.reshape(-1, D)
+    flat_targets = xp.asarray(targets).reshape(-1)
     if kernel and is_cupy(hidden):
-        return on_gpu.token_log_probs(hidden, unembedding, flat, chunk)
-    chunks = [slice(i, i + chunk) for i in range(0, N, chunk)]
-
-    def exponentials(s):
-        """exp(logits - highest) of a chunk, their sums, the log-probs; a few rows at a time, which stay in the cache."""
-        E = rows[s] @ unembedding.T
-        picked, total = xp.empty((2, len(E)), E.dtype)
-        step = max(1, IN_CACHE // V)
-        for i in range(0, len(E), step):
-            b = E[i:i + step]
-            b -= b.max(axis=-1, keepdims=True)
-            picked[i:i + step] = b[xp.arange(len(b)), flat[s][i:i + step]]
-            xp.exp(b, out=b)
-            b.sum(axis=-1, out=total[i:i + step])
-        return E, total, picked - xp.log(total)
-
-    log_probs, kept = xp.empty(N, hidden.dtype), []
-    for s in chunks:
-        E, total, log_probs[s] = exponentials(s)
-        if len(chunks) == 1:
-            kept.append((E, total))
+        from minilm.kernels import layers as on_gpu
+        return on_gpu.token_log_probs(hidden, unembedding, flat_targets, chunk)
+    log_probs, rows_vjp = chunked_log_probs(rows, unembedding, flat_targets, chunk)
 
     def vjp(dy):
-        dy = dy.reshape(-1)
-        dhidden = xp.empty_like(rows)
-        dunembedding = None if len(chunks) == 1 else xp.zeros_like(unembedding)
-        for s in chunks:
-            E, total = kept.pop() if kept else exponentials(s)[:2]
-            dlogits = xp.multiply(E, (-dy[s] / total)[:, None], out=E)
-            dlogits[xp.arange(len(E)), flat[s]] += dy[s]
-            xp.matmul(dlogits, unembedding, out=dhidden[s])
-            product = DeferredMatmul(dlogits.T, rows[s])
-            if len(chunks) == 1:
-                dunembedding = product
-            else:
-                product.add_to(dunembedding)
-        return dhidden.reshape(hidden.shape), dunembedding
+        drows, dunembedding = rows_vjp(dy.reshape(-1))
+        return drows.reshape(hidden.shape), dunembedding
     return log_probs.reshape(targets.shape), vjp
 
 
-def sequence_log_probs(log_probs, mask):
-    """Sum of the log-probs (B,T) where mask (B,T) is 1, one per sequence: (B,).
+@primitive
+def token_log_probs_without_chunks(hidden, unembedding, targets):
+    """The derivation of token_log_probs in code.  (N,D), (V,D), integers (N,) -> (N,)"""
+    xp = array_module(hidden)
+    rows = xp.arange(len(hidden))
+    logits = hidden @ unembedding.T                                 # (N,V)
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    log_p = logits - xp.log(xp.exp(logits).sum(axis=-1, keepdims=True))
 
-    What the mask leaves out may be NaN.
+    def vjp(dy):
+        dlogits = -dy[:, None] * xp.exp(log_p)                      # dy (e - p)
+        dlogits[rows, targets] += dy
+        return dlogits @ unembedding, dlogits.T @ hidden
+    return log_p[rows, targets], vjp
+
+
+def sequence_log_probs(log_probs, mask) -> Tensor:
+    """Sum of the log-probs (B,T) where mask (B,T) is 1: one number per sequence, (B,).
+
+    Log-probs outside the mask may be NaN.
     """
     xp = array_module(mask)
     return ops.sum(ops.where(xp.asarray(mask).astype(bool), log_probs, 0.0), axis=-1)

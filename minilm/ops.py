@@ -1,14 +1,16 @@
 """Elementary primitives: each forward with its vjp beside it.
 
-Every function takes Tensors, arrays or Python scalars and returns a Tensor. `dy` is the
-gradient of the loss with respect to the output; a vjp returns dy times the Jacobian, one
-array per differentiable argument. The operators of Tensor are bound at the end.
+Every function takes Tensors, arrays or Python scalars and returns a Tensor. `dy` is the gradient of the loss with
+respect to the output; a vjp returns dy times the Jacobian, one array per differentiable argument. The operators of
+Tensor (x + y, x @ y, x[i]) call the functions of these names.
+Tests: tests/test_ops.py.
 """
 
 import math
 
 from minilm.backend import array_module, is_cupy
-from minilm.tensor import DeferredMatmul, SparseRows, Tensor, primitive
+from minilm.fast.deferred import DeferredMatmul, SparseRows
+from minilm.tensor import Tensor, operations, primitive
 
 
 def unbroadcast(gradient, shape):
@@ -22,15 +24,17 @@ def unbroadcast(gradient, shape):
 
 
 def segment_sum(indices, values):
-    """The distinct ones of indices (n,), ascending, and for each the sum of the values (n,..) that have it.
+    """The distinct indices of indices (n,), ascending, and for each the sum of its values, out of values (n,..).
 
-    Sorted, and then summed in that order on every device: np.add.at would visit every element one by one, and
-    CuPy's in an order that changes from run to run, and the last bits with it.
+    Sorted first, so that the order of summation, and with it the last bits, are the same in every run: np.add.at
+    visits the elements one by one, and CuPy's add.at in an order that changes from run to run.
     """
     if not len(indices):
         return indices, values
-    # CuPy's row sum is the difference of two running sums: a small one would drown if they were not double.
-    xp, wide, rows = array_module(values), "float64" if is_cupy(values) else None, values.reshape(len(indices), -1)
+    xp = array_module(values)
+    # CuPy computes a row's sum as a difference of two running sums: in float32 a small sum would lose its digits.
+    wide = "float64" if is_cupy(values) else None
+    rows = values.reshape(len(indices), -1)
     order = xp.argsort(indices, kind="stable")
     distinct, starts = xp.unique(indices[order], return_index=True)
     sums = xp.add.reduceat(rows[order], starts, axis=0, dtype=wide).astype(values.dtype, copy=False)
@@ -38,7 +42,7 @@ def segment_sum(indices, values):
 
 
 def _shapes(*inputs):
-    """Of arrays; None for Python scalars. What a vjp needs of an input may be no more than this."""
+    """The shapes of arrays, None for Python scalars. Many vjps need no more of an input than its shape."""
     return [getattr(x, "shape", None) for x in inputs]
 
 
@@ -46,34 +50,34 @@ def _shapes(*inputs):
 
 @primitive
 def add(x, y):
-    of_x, of_y = _shapes(x, y)
+    x_shape, y_shape = _shapes(x, y)
     def vjp(dz):
-        return unbroadcast(dz, of_x), unbroadcast(dz, of_y)
+        return unbroadcast(dz, x_shape), unbroadcast(dz, y_shape)
     return x + y, vjp
 
 
 @primitive
 def subtract(x, y):
-    of_x, of_y = _shapes(x, y)
+    x_shape, y_shape = _shapes(x, y)
     def vjp(dz):
-        return unbroadcast(dz, of_x), unbroadcast(-dz, of_y)
+        return unbroadcast(dz, x_shape), unbroadcast(-dz, y_shape)
     return x - y, vjp
 
 
 @primitive
 def multiply(x, y):
-    of_x, of_y = _shapes(x, y)
+    x_shape, y_shape = _shapes(x, y)
     def vjp(dz):
-        return unbroadcast(dz * y, of_x), unbroadcast(dz * x, of_y)
+        return unbroadcast(dz * y, x_shape), unbroadcast(dz * x, y_shape)
     return x * y, vjp
 
 
 @primitive
 def divide(x, y):
-    of_x, of_y = _shapes(x, y)
+    x_shape, y_shape = _shapes(x, y)
     z = x / y
     def vjp(dz):
-        return unbroadcast(dz / y, of_x), unbroadcast(-dz * z / y, of_y)
+        return unbroadcast(dz / y, x_shape), unbroadcast(-dz * z / y, y_shape)
     return z, vjp
 
 
@@ -88,7 +92,7 @@ def negative(x):
 def power(x, exponent):
     """x to a constant power (a Python number)."""
     if hasattr(exponent, "shape"):
-        raise TypeError("the exponent must be a number; write exp(y * log(x)) for a variable one")
+        raise TypeError("the exponent must be a Python number; for an array y write exp(y * log(x))")
     def vjp(dy):
         return dy * exponent * x ** (exponent - 1 if exponent else 0)       # 0 * 0^-1 is NaN
     return x ** exponent, vjp
@@ -169,20 +173,22 @@ def clip(x, low, high):
 @primitive
 def minimum(x, y):
     """The smaller of the two; where they are equal, each gets half of the gradient."""
-    xp, (of_x, of_y) = array_module(x, y), _shapes(x, y)
+    xp = array_module(x, y)
+    x_shape, y_shape = _shapes(x, y)
     def vjp(dz):
         share = (x < y) + 0.5 * (x == y)
-        return unbroadcast(dz * share.astype(dz.dtype), of_x), unbroadcast(dz * (1 - share).astype(dz.dtype), of_y)
+        return unbroadcast(dz * share.astype(dz.dtype), x_shape), unbroadcast(dz * (1 - share).astype(dz.dtype), y_shape)
     return xp.minimum(x, y), vjp
 
 
 @primitive
 def where(condition, x, y):
-    """x where condition holds, y elsewhere. What is not selected gets a zero, even if it is NaN."""
-    xp, (of_x, of_y) = array_module(x, y), _shapes(x, y)
+    """x where condition holds, y elsewhere. The gradient of an element that is not selected is 0, even if it is NaN."""
+    xp = array_module(x, y)
+    x_shape, y_shape = _shapes(x, y)
     condition = xp.asarray(condition, dtype=bool)
     def vjp(dz):
-        return None, unbroadcast(xp.where(condition, dz, 0), of_x), unbroadcast(xp.where(condition, 0, dz), of_y)
+        return None, unbroadcast(xp.where(condition, dz, 0), x_shape), unbroadcast(xp.where(condition, 0, dz), y_shape)
     return xp.where(condition, x, y), vjp
 
 
@@ -235,7 +241,7 @@ def softmax(x, axis=-1):
 def log_softmax(x, axis=-1):
     """log of softmax.   dx = dy - softmax(x) sum dy"""
     xp = array_module(x)
-    y = x - x.max(axis=axis, keepdims=True)         # first: a small logarithm added to a large maximum loses its digits
+    y = x - x.max(axis=axis, keepdims=True)         # subtracted first: log(sum) + max would round away small logs
     y = y - xp.log(xp.exp(y).sum(axis=axis, keepdims=True))
     def vjp(dy):
         return dy - xp.exp(y) * dy.sum(axis=axis, keepdims=True)
@@ -268,9 +274,9 @@ def swapaxes(x, i, j):
 
 @primitive
 def broadcast_to(x, shape):
-    of_x, = _shapes(x)
+    x_shape, = _shapes(x)
     def vjp(dy):
-        return unbroadcast(dy, of_x)
+        return unbroadcast(dy, x_shape)
     return array_module(x).broadcast_to(x, shape), vjp
 
 
@@ -291,7 +297,7 @@ def concatenate(tensors, axis=0):
 
 @primitive
 def getitem(x, index):
-    """x[index] for slices, integers, integer arrays or masks; what is picked twice adds up."""
+    """x[index] for slices, integers, integer arrays or masks. An element that is picked twice gets both gradients."""
     xp = array_module(x)
     def vjp(dy):
         if _is_basic(index):
@@ -352,11 +358,12 @@ def matmul(x, y):
 def _matmul(x, y):
     """dx = dz y^T,   dy = x^T dz"""
     if y.ndim == 2:
-        # One large product instead of one small one for each leading index.
-        of_x, rows = x.shape, x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        # One large product instead of one small product for each leading index.
+        x_shape = x.shape
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         def vjp(dz):
             dz = dz.reshape(len(rows), y.shape[1])
-            return (dz @ y.T).reshape(of_x), DeferredMatmul(rows.T, dz)
+            return (dz @ y.T).reshape(x_shape), DeferredMatmul(rows.T, dz)
         return (rows @ y).reshape(*x.shape[:-1], y.shape[1]), vjp
 
     def vjp(dz):
@@ -364,21 +371,7 @@ def _matmul(x, y):
     return x @ y, vjp
 
 
-def _reshape_method(x, *shape):
-    return reshape(x, shape=shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape)
-
-
-def _transpose_method(x, *axes):
-    axes = axes[0] if len(axes) == 1 and isinstance(axes[0], (tuple, list)) else axes
-    return transpose(x, axes=tuple(axes) or None)
-
-
-Tensor.__add__, Tensor.__radd__ = add, lambda x, y: add(y, x)
-Tensor.__sub__, Tensor.__rsub__ = subtract, lambda x, y: subtract(y, x)
-Tensor.__mul__, Tensor.__rmul__ = multiply, lambda x, y: multiply(y, x)
-Tensor.__truediv__, Tensor.__rtruediv__ = divide, lambda x, y: divide(y, x)
-Tensor.__matmul__, Tensor.__rmatmul__ = matmul, lambda x, y: matmul(y, x)
-Tensor.__neg__, Tensor.__pow__, Tensor.__getitem__ = negative, power, getitem
-Tensor.sum, Tensor.mean = sum, mean
-Tensor.reshape, Tensor.transpose = _reshape_method, _transpose_method
-Tensor.T = property(transpose)
+operations.update(add=add, subtract=subtract, multiply=multiply, divide=divide, negative=negative, power=power,
+                  matmul=matmul, getitem=getitem, sum=sum, mean=mean, reshape=reshape, transpose=transpose,
+                  exp=exp, log=log, sqrt=sqrt, tanh=tanh, clip=clip, minimum=minimum, where=where,
+                  concatenate=concatenate, swapaxes=swapaxes, broadcast_to=broadcast_to)

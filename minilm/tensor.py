@@ -1,10 +1,9 @@
 """Reverse-mode automatic differentiation.
 
-A primitive is a function of arrays that returns its output and its vector-Jacobian
-product: `vjp(dy)` takes the gradient of the loss with respect to the output and returns
-the gradient with respect to each input. `@primitive` lets it take Tensors, and records
-which Tensors it was called on. `backward` walks those records from the last to the first.
-That is the whole idea:
+A primitive is a function of arrays. It returns its output and its vector-Jacobian product: `vjp(dy)` takes the
+gradient of the loss with respect to the output, and returns the gradient with respect to each input.
+`@primitive` makes it a function of Tensors, and records the Tensors that it was called on. `backward` visits
+the records from the last to the first. That is the whole idea:
 
     @primitive
     def exp(x):
@@ -12,13 +11,20 @@ That is the whole idea:
         def vjp(dy):
             return dy * y
         return y, vjp
+
+To add a primitive, write such a function in ops.py or layers.py, and check its gradient with
+gradcheck.gradcheck. tests/test_ops.py has a table of cases: add one for it.
+Tests: tests/test_tensor.py.
 """
+
+from __future__ import annotations
 
 import contextlib
 import functools
 import inspect
 import itertools
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
@@ -26,44 +32,95 @@ from minilm.backend import array_module, is_cupy
 
 _order = itertools.count()         # a primitive called later has a larger number
 _thread = threading.local()        # no_grad holds in the thread that entered it
+operations: dict[str, Callable] = {}      # by name: the functions behind the operators of Tensor. ops.py fills it
+
+
+def _operator(name, reflected=False):
+    """A method of Tensor that calls operations[name]; reflected: `array + tensor` instead of `tensor + array`."""
+    if reflected:
+        return lambda x, y: operations[name](y, x)
+    return lambda x, *arguments, **options: operations[name](x, *arguments, **options)
+
+
+class _NumpyFunctions:
+    """Tensor.__array_ufunc__. NumPy asks the class, and gets a function; CuPy asks an object, and gets None (NEP 13)."""
+
+    def __get__(self, tensor, owner):
+        return _apply_ufunc if tensor is None else None
+
+
+def _apply_ufunc(tensor, ufunc, method, *inputs, **options):
+    """`array * tensor` is a Tensor; any other NumPy function of a Tensor raises TypeError."""
+    name = ufunc.__name__
+    if method == "__call__" and not options and name in ("add", "subtract", "multiply", "divide", "matmul"):
+        return operations[name](*inputs)
+    advice = f"use minilm.ops.{name}" if name in operations else "use the functions of minilm.ops"
+    raise TypeError(f"np.{name} does not take a Tensor: {advice}, or tensor.data for the array without a gradient")
 
 
 class Tensor:
-    """An array, and where it came from.
+    """An array, and the record of the call that computed it.
 
     data           the array, float32 or float64 (integers and lists become float64)
-    grad           an array of the same shape once backward has reached this leaf, else None.
+    grad           an array of the same shape after backward has reached this leaf, else None.
                    Only leaves (Tensors made by hand with requires_grad=True) keep theirs.
-    requires_grad  whether backward should reach it
-    grad_buffer    an array of the same shape that grad is to be (AdamW's, part of its flat one), or None
+    requires_grad  whether backward computes its gradient
+    grad_buffer    preallocated storage for grad (a view into AdamW's flat gradient), or None
 
     Raises TypeError for any other dtype, and for a Tensor in place of an array.
     """
 
     __slots__ = ("data", "grad", "requires_grad", "grad_buffer", "node")
-    __array_ufunc__ = None         # so that `array * tensor` is tensor.__rmul__(array)
+    __array_ufunc__ = _NumpyFunctions()
 
-    def __init__(self, data, requires_grad=False):
+    def __init__(self, data, requires_grad: bool = False):
         if isinstance(data, Tensor):
-            raise TypeError("Tensor of a Tensor; pass its .data for a copy outside the graph")
+            raise TypeError("Tensor of a Tensor: pass its .data for a copy outside the graph")
         if not is_cupy(data):
             data = np.asarray(data)
         if data.dtype.kind in "iub":
             data = data.astype(np.float64)
         if data.dtype not in (np.float32, np.float64):
-            raise TypeError(f"a Tensor holds float32 or float64, not {data.dtype}")
+            raise TypeError(f"a Tensor holds float32 or float64, not {data.dtype}: convert with .astype(np.float32)")
         self.data = data
         self.grad = None
         self.requires_grad = requires_grad
         self.grad_buffer = None
         self.node = None
 
+    # Operators. The functions of ops.py of these names, with their gradients.
+
+    __add__ = _operator("add")
+    __radd__ = _operator("add", reflected=True)
+    __sub__ = _operator("subtract")
+    __rsub__ = _operator("subtract", reflected=True)
+    __mul__ = _operator("multiply")
+    __rmul__ = _operator("multiply", reflected=True)
+    __truediv__ = _operator("divide")
+    __rtruediv__ = _operator("divide", reflected=True)
+    __matmul__ = _operator("matmul")
+    __rmatmul__ = _operator("matmul", reflected=True)
+    __neg__ = _operator("negative")
+    __pow__ = _operator("power")
+    __getitem__ = _operator("getitem")
+    sum = _operator("sum")
+    mean = _operator("mean")
+
+    def reshape(self, *shape) -> Tensor:
+        """reshape(2, 3) or reshape((2, 3))"""
+        return operations["reshape"](self, shape=_unpacked(shape))
+
+    def transpose(self, *axes) -> Tensor:
+        """transpose(1, 0), transpose((1, 0)), or transpose() to reverse the axes"""
+        return operations["transpose"](self, axes=_unpacked(axes) or None)
+
+    T = property(transpose)
     shape = property(lambda self: self.data.shape)
     ndim = property(lambda self: self.data.ndim)
     size = property(lambda self: self.data.size)
     dtype = property(lambda self: self.data.dtype)
 
-    def item(self):
+    def item(self) -> float:
         """The value of a Tensor of one element, as a Python float."""
         return float(self.data.item())
 
@@ -77,40 +134,26 @@ class Tensor:
         source = f", from {self.node.name}" if self.node else ""
         return f"Tensor({self.data!r}{source})"
 
-    def backward(self, gradient=None):
+    def backward(self, gradient: np.ndarray | None = None) -> None:
         """Add d(self)/d(leaf) to `.grad` of every leaf that self was computed from.
 
-        The chain rule, from the last node to the first: dL/dx is the sum, over every use of x in some
-        y, of dL/dy times the Jacobian dy/dx.
-        gradient: the cotangent, an array of self's shape; needed unless self has one element.
-        The graph is freed on the way: what a primitive kept for its vjp goes as soon as that
-        vjp has run. A second backward through any part of it raises RuntimeError.
+        The chain rule, from the last node to the first: dL/dx is the sum, over every use of x in some y, of dL/dy
+        times the Jacobian dy/dx.
+        gradient: the cotangent dL/d(self), an array of self's shape; needed unless self has one element.
+        The graph is freed on the way: the arrays that a primitive kept for its vjp are released when that vjp has
+        run. A second backward through any part of the graph raises RuntimeError.
         """
-        if not self.requires_grad:
-            raise RuntimeError("backward: nothing here requires a gradient (computed under "
-                               "no_grad, or from Tensors without requires_grad)")
-        xp = array_module(self.data)
-        if gradient is None:
-            if self.size != 1:
-                raise ValueError(f"backward on shape {self.shape} needs its cotangent: "
-                                 "pass backward(gradient) of that shape, or reduce to a scalar")
-            gradient = xp.ones_like(self.data)
-        gradient = xp.asarray(gradient, dtype=self.dtype)
-        if gradient.shape != self.shape:
-            raise ValueError(f"backward on shape {self.shape}: the cotangent has shape {gradient.shape}")
-
+        gradient = self._cotangent(gradient)
         if self.node is None:
             _accumulate(self, gradient)
             return
-        tape, gradients = history(self.node), {self.node: gradient}
+        tape = history(self.node)
+        gradients = {self.node: gradient}
         while tape:
             node = tape.pop()
             for source, dx in zip(node.inputs, node.pull_back(gradients.pop(node))):
                 if source is None:
                     continue
-                if dx is None or dx.shape != source.shape or dx.dtype != source.dtype:
-                    raise RuntimeError(f"{node.name}: gradient for an input of shape {source.shape}, "
-                                       f"{source.dtype} came back as {_describe(dx)}")
                 if isinstance(source, Tensor):
                     _accumulate(source, dx)
                 elif source in gradients:
@@ -119,32 +162,64 @@ class Tensor:
                     gradients[source] = _evaluated(dx)
             node.free()
 
+    def _cotangent(self, gradient):
+        if not self.requires_grad:
+            raise RuntimeError("backward: nothing here requires a gradient (computed under no_grad, or from Tensors "
+                               "without requires_grad=True)")
+        xp = array_module(self.data)
+        if gradient is None:
+            if self.size != 1:
+                raise ValueError(f"backward on shape {self.shape} needs its cotangent: pass backward(gradient) of "
+                                 "that shape, or reduce to a scalar")
+            gradient = xp.ones_like(self.data)
+        gradient = xp.asarray(gradient, dtype=self.dtype)
+        if gradient.shape != self.shape:
+            raise ValueError(f"backward on shape {self.shape}: the cotangent has shape {gradient.shape}")
+        return gradient
+
 
 class Node:
-    """One call of a primitive: its vjp, where its inputs came from, and what its output was like.
+    """The record of one call of a primitive.
 
-    inputs: for each argument the Node that computed it, or the leaf that it is, or None where no gradient
-    is asked for. Arrays are kept by the vjp alone, and only those that it needs.
+    inputs     for each argument: the Node that computed it, or the leaf itself, or None if it needs no gradient
+    vjp        keeps the arrays that the gradient needs, and no others
+    arguments  the names of the primitive's parameters, for errors
     """
 
-    __slots__ = ("name", "inputs", "vjp", "order", "shape", "dtype")
+    __slots__ = ("name", "arguments", "inputs", "vjp", "order", "shape", "dtype")
 
-    def __init__(self, name, inputs, vjp, output):
-        self.name, self.vjp, self.order = name, vjp, next(_order)
+    def __init__(self, name, inputs, vjp, output, arguments=()):
+        self.name = name
+        self.arguments = arguments
         self.inputs = tuple((x.node or x) if isinstance(x, Tensor) and x.requires_grad else None for x in inputs)
-        self.shape, self.dtype = output.shape, output.dtype
+        self.vjp = vjp
+        self.order = next(_order)
+        self.shape = output.shape
+        self.dtype = output.dtype
 
     def pull_back(self, dy):
-        """One gradient per argument; None for those that have none."""
+        """dy times the Jacobian: one gradient per argument, None for those that have none. Raises RuntimeError."""
         dx = self.vjp(dy)
         dx = dx if isinstance(dx, tuple) else (dx,)
-        return dx + (None,) * (len(self.inputs) - len(dx))
+        dx += (None,) * (len(self.inputs) - len(dx))
+        for i, (source, gradient) in enumerate(zip(self.inputs, dx)):
+            if source is not None:
+                self._check(i, source, gradient)
+        return dx
+
+    def _check(self, i, source, dx):
+        if dx is None or dx.shape != source.shape or dx.dtype != source.dtype:
+            name = f" '{self.arguments[i]}'" if i < len(self.arguments) else ""
+            raise RuntimeError(f"{self.name}: gradient for an input of shape {source.shape}, {source.dtype} (argument "
+                               f"{i + 1}{name}) came back as {_describe(dx)}; vjp must return one array per argument, "
+                               "each of its argument's shape and dtype")
 
     def free(self):
-        self.inputs, self.vjp = (), None
+        self.inputs = ()
+        self.vjp = None
 
 
-def history(node):
+def history(node: Node) -> list[Node]:
     """Every node that this one depends on, itself included, oldest first."""
     found, stack = set(), [node]
     while stack:
@@ -152,65 +227,21 @@ def history(node):
         if n in found:
             continue
         if n.vjp is None:
-            raise RuntimeError(f"backward through {n.name} a second time: the graph was freed by "
-                               "the first; compute the forward again")
+            raise RuntimeError(f"backward through {n.name} a second time: the graph was freed by the first; compute "
+                               "the forward again")
         found.add(n)
         stack += [source for source in n.inputs if isinstance(source, Node)]
     return sorted(found, key=lambda n: n.order)
 
 
-class DeferredMatmul:
-    """A gradient x @ y that is yet to be computed.
-
-    A vjp may leave it so: for a leaf it is then written where it is to stand, instead of being made, and
-    copied or added there. (A weight's gradient is as large as the weight, however few the tokens.)
-    """
-
-    __slots__ = ("x", "y")
-
-    def __init__(self, x, y):
-        self.x, self.y = x, y
-
-    shape = property(lambda self: (self.x.shape[0], self.y.shape[1]))
-    dtype = property(lambda self: self.x.dtype)
-
-    def write(self, out=None):
-        return array_module(self.x).matmul(self.x, self.y, out=out)
-
-    def add_to(self, array):
-        array += self.write()
-
-
-class SparseRows:
-    """A gradient of the shape of `like` that is zero but for these rows (N,), each named once: (N,D)."""
-
-    __slots__ = ("shape", "dtype", "rows", "values")
-
-    def __init__(self, like, rows, values):
-        self.shape, self.dtype, self.rows, self.values = like.shape, like.dtype, rows, values
-
-    def write(self, out=None):
-        if out is None:
-            out = array_module(self.values).empty(self.shape, self.dtype)
-        out.fill(0)
-        self.add_to(out)
-        return out
-
-    def add_to(self, array):
-        array[self.rows] += self.values
-
-
-def _evaluated(gradient):
-    return gradient.write() if isinstance(gradient, (DeferredMatmul, SparseRows)) else gradient
-
-
 def _accumulate(leaf, gradient):
-    unevaluated = isinstance(gradient, (DeferredMatmul, SparseRows))
-    if leaf.grad is not None and unevaluated:
+    """leaf.grad += gradient. A deferred gradient (fast/deferred.py) is computed where it is to be stored."""
+    deferred = hasattr(gradient, "add_to")
+    if leaf.grad is not None and deferred:
         gradient.add_to(leaf.grad)
     elif leaf.grad is not None:
         leaf.grad += gradient
-    elif unevaluated:
+    elif deferred:
         leaf.grad = gradient.write(out=leaf.grad_buffer)
     elif leaf.grad_buffer is not None:
         leaf.grad_buffer[...] = gradient
@@ -219,67 +250,73 @@ def _accumulate(leaf, gradient):
         leaf.grad = array_module(gradient).array(gradient)
 
 
-def primitive(function):
+def _evaluated(gradient):
+    return gradient.write() if hasattr(gradient, "add_to") else gradient
+
+
+def primitive(function: Callable) -> Callable:
     """Turn `function(*arrays, **options) -> (output, vjp)` into a function of Tensors.
 
-    Arguments may be Tensors, arrays or scalars, given by position or by name. vjp returns one array
-    per argument from the first on (a tuple, or a single array for the first alone); trailing
-    arguments that have no gradient may be left out. Tensors are all on one device; a primitive that
-    takes masks, indices or references beside them takes them from the CPU too, and moves them.
-    The result is always a Tensor. Errors name the primitive and the shapes it was given.
+    Arguments may be Tensors, arrays or scalars, given by position or by name. vjp(dy) returns one array per
+    argument from the first on: a tuple, or a single array for the first argument alone. Trailing arguments
+    without a gradient may be left out. All Tensors are on one device; masks, indices and references beside them
+    may be on the CPU, and a primitive moves them.
+    The result is a Tensor (within arrays_only(), an array). Errors name the primitive and the shapes of its
+    arguments: TypeError, ValueError and IndexError keep their kinds.
     """
-    name, signature = function.__name__, inspect.signature(function)
+    name = function.__name__
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def apply(*inputs, **options):
+        if getattr(_thread, "arrays_only", False):
+            return function(*inputs, **options)[0]
         if any(isinstance(option, Tensor) for option in options.values()):
-            bound = signature.bind(*inputs, **options)      # Tensors named: to their positions
-            bound.apply_defaults()                              # or those after a gap would get no gradient
+            bound = signature.bind(*inputs, **options)          # Tensors given by name go to their positions,
+            bound.apply_defaults()                              # and defaults fill the gaps between them
             inputs, options = bound.args, bound.kwargs
         arrays = [_array(x) for x in inputs]
         options = {key: _array(option) for key, option in options.items()}
-        dtypes = {x.dtype for x in inputs if isinstance(x, Tensor)}
         try:
             array_module(*(x.data for x in inputs if isinstance(x, Tensor)))
-            output, vjp = function(*arrays, **options)
+            output, vjp = _checked(function(*arrays, **options))
+            _check_dtypes(inputs, output)
         except (IndexError, TypeError, ValueError) as error:
             kind = next(k for k in (IndexError, TypeError, ValueError) if isinstance(error, k))
             raise kind(f"{_call(name, arrays)}: {error}") from error
-        if len(dtypes | {output.dtype}) > 1 and dtypes:
-            raise TypeError(f"{_call(name, arrays)}: mixed dtypes "
-                            f"{' and '.join(sorted(map(str, dtypes | {output.dtype})))}; convert one side")
-        if (watched := getattr(_thread, "watched", None)) is not None and not array_module(output).isfinite(output).all():
-            watched.append(f"the output of {name}, shape {output.shape}")
+        if (watch := getattr(_thread, "watch", None)) is not None:
+            watch(name, output)
         result = Tensor(output)
         if grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             result.requires_grad = True
-            result.node = Node(name, inputs, vjp, output)
+            result.node = Node(name, inputs, vjp, output, tuple(signature.parameters))
         return result
 
     return apply
 
 
-def activation_checkpoint(function, *inputs):
-    """function(*inputs), Tensors to a Tensor, of which the inputs alone are kept: backward computes it again.
+def _checked(result):
+    """The two things that a primitive must return, or TypeError with the rule."""
+    if not (isinstance(result, tuple) and len(result) == 2 and callable(result[1])):
+        returned = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
+        raise TypeError(f"a primitive returns (output, vjp): its output, an array, and a function that takes "
+                        f"d(loss)/d(output) and returns d(loss)/d(argument) for each argument; got {returned}")
+    if isinstance(result[0], Tensor):
+        raise TypeError("the output is a Tensor; inside a primitive compute on arrays, with NumPy's functions "
+                        "instead of those of minilm.ops")
+    return result
 
-    Chen et al. 2016, arXiv:1604.06174. Memory is paid for with another forward; the results are the same
-    bit for bit. Leaves that the function uses beside its inputs get their gradients too; it may hold no
-    other Tensor, whose history backward would walk twice.
-    """
-    if not grad_enabled():
-        return function(*inputs)
-    with no_grad():
-        output = function(*inputs)
-    arrays = [x.data for x in inputs]
 
-    def vjp(dy):
-        leaves = [Tensor(array, requires_grad=True) for array in arrays]
-        with _recording(True):                  # backward itself may have been called under no_grad
-            function(*leaves).backward(dy)
-        return tuple(array_module(a).zeros_like(a) if leaf.grad is None else leaf.grad
-                     for a, leaf in zip(arrays, leaves))
-    output.requires_grad, output.node = True, Node("activation_checkpoint", inputs, vjp, output)
-    return output
+def _check_dtypes(inputs, output):
+    dtypes = {x.dtype for x in inputs if isinstance(x, Tensor)}
+    if dtypes and len(dtypes | {output.dtype}) > 1:
+        names = " and ".join(sorted(map(str, dtypes | {output.dtype})))
+        raise TypeError(f"mixed dtypes {names}; convert one side")
+
+
+def _unpacked(arguments):
+    """(2, 3) of both f(2, 3) and f((2, 3))"""
+    return tuple(arguments[0]) if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else arguments
 
 
 def _array(x):
@@ -297,18 +334,21 @@ def _call(name, arrays):
     return f"{name}({', '.join(str(a.shape) if hasattr(a, 'shape') else repr(a) for a in arrays)})"
 
 
-def grad_enabled():
-    """Whether primitives called in this thread are being recorded."""
+# Modes. Each holds in the thread that entered it, and ends with its `with` block.
+
+def grad_enabled() -> bool:
+    """Whether primitives called in this thread are recorded."""
     return getattr(_thread, "grad_enabled", True)
 
 
 def no_grad():
-    """Within it, nothing is recorded and nothing is kept for a backward."""
-    return _recording(False)
+    """Within it, no call is recorded and nothing is kept for a backward."""
+    return recording(False)
 
 
 @contextlib.contextmanager
-def _recording(enabled):
+def recording(enabled: bool):
+    """Within it, calls are recorded or not; no_grad() is recording(False)."""
     before, _thread.grad_enabled = grad_enabled(), enabled
     try:
         yield
@@ -316,14 +356,25 @@ def _recording(enabled):
         _thread.grad_enabled = before
 
 
-def first_nonfinite(function):
-    """Which primitive first gives a NaN or an infinity when function() is called.
+@contextlib.contextmanager
+def arrays_only():
+    """Within it, primitives take arrays and return arrays: no Tensor, no record.
 
-    Returns "the output of NAME, shape (..)", or None.
+    For cached generation, where each row has one token and wrapping arrays in Tensors would take longer than the
+    arithmetic.
     """
-    before, _thread.watched = getattr(_thread, "watched", None), []
+    before, _thread.arrays_only = getattr(_thread, "arrays_only", False), True
     try:
-        function()
-        return next(iter(_thread.watched), None)
+        yield
     finally:
-        _thread.watched = before
+        _thread.arrays_only = before
+
+
+@contextlib.contextmanager
+def watching(watch: Callable[[str, np.ndarray], None]):
+    """Within it, watch(name, output) is called after each call of a primitive."""
+    before, _thread.watch = getattr(_thread, "watch", None), watch
+    try:
+        yield
+    finally:
+        _thread.watch = before

@@ -23,7 +23,8 @@ from minilm.kernels.emulator import arrays
 from minilm.model import RewardModel
 from minilm.model_file import load_model, save_model
 from minilm.objectives import dpo, kl, policy_gradient, reward, sft
-from minilm.optim import AdamW, zero_grad_of
+from minilm.fast.flat_parameters import zero_grad_of
+from minilm.optim import AdamW
 from minilm.packing import pack
 from minilm.stages.sft import train_sft
 from common.masked_pretraining import masked_pretraining
@@ -140,9 +141,9 @@ def test_attention_weights_are_those_of_numpy(config, rng):
 
 def test_many_queries_and_many_rows_are_the_same_in_tiles_and_chunks(rng, monkeypatch):
     """Attention that computes its scores again, and logits a few rows at a time."""
-    monkeypatch.setattr("minilm.layers.QUERIES", 2)
-    monkeypatch.setattr("minilm.layers.SCORES_KEPT", 0)
-    monkeypatch.setattr("minilm.layers.LOGITS_HELD", 21)
+    monkeypatch.setattr("minilm.fast.tiled_attention.QUERIES", 2)
+    monkeypatch.setattr("minilm.fast.tiled_attention.SCORES_KEPT", 0)
+    monkeypatch.setattr("minilm.fast.chunked_log_probs.LOGITS_HELD", 21)
     model = small_transformer(rng, kv_heads=1)
     assert_same(*(value_and_gradients(m.parameters(), lambda: m.log_probs(RIGHT)) for m in (on_gpu(model), model)))
 
@@ -317,11 +318,11 @@ def references(model):
 
 STAGES = {
     "pretraining": lambda t, ref: pretrain(t, STREAM, 3, 4, 6, microbatches=2),
-    "instruction tuning": lambda t, ref: train_sft(t, PROMPTS, RESPONSES, 3, 4),
-    "reward modelling": lambda t, ref: train_reward_model(t, PROMPTS, RESPONSES, OTHERS, 3, 4, microbatches=2),
-    "rlhf": lambda t, ref: train_rlhf(t, ref, lambda _, ys: [len(y) for y in ys], PROMPTS, 3, 2, 3, 6, eos=0),
+    "SFT": lambda t, ref: train_sft(t, PROMPTS, RESPONSES, 3, 4),
+    "reward model": lambda t, ref: train_reward_model(t, PROMPTS, RESPONSES, OTHERS, 3, 4, microbatches=2),
+    "RLHF": lambda t, ref: train_rlhf(t, ref, lambda _, ys: [len(y) for y in ys], PROMPTS, 3, 2, 3, 6, eos=0),
     "masked pretraining": lambda t, ref: masked_pretraining(t, lambda *_: (LEFT, LEFT_MASK), 3, 2, 0, share=0.7),
-    "preference tuning": lambda t, ref: train_dpo(t, PROMPTS, RESPONSES, OTHERS, *references(ref), 3, 4,
+    "DPO": lambda t, ref: train_dpo(t, PROMPTS, RESPONSES, OTHERS, *references(ref), 3, 4,
                                                           loss=functools.partial(dpo.dpo_loss, label_smoothing=0.1))}
 
 
@@ -332,7 +333,7 @@ def run_stage(name, model):
 
 def model_for(name, rng, dtype=np.float64):
     model = small_transformer(rng, dtype, causal=name != "masked pretraining")
-    return RewardModel(model, rng) if name == "reward modelling" else model
+    return RewardModel(model, rng) if name == "reward model" else model
 
 
 def compare_runs(reported, expected, there, here):
@@ -430,7 +431,7 @@ def test_nothing_larger_than_a_batch_of_numbers_comes_back(stand_in, rng, monkey
     sizes, get = [], arrays.ndarray.get
     monkeypatch.setattr(arrays.ndarray, "get", lambda self: sizes.append(self.size) or get(self))
     policy = small_transformer(rng, vocab_size=64, width=32, layers=2, key_smear=True).to_device("gpu")
-    for name in ("instruction tuning", "preference tuning", "rlhf", "pretraining"):
+    for name in ("SFT", "DPO", "RLHF", "pretraining"):
         run_stage(name, policy)
     assert sizes and max(sizes) <= len(PROMPTS) * 2, sorted(sizes)[-5:]
 

@@ -294,7 +294,7 @@ def test_a_prompt_asked_again_after_others_is_read_once_and_answered_as_if_alone
 
 @pytest.mark.parametrize("eos", [EOS, None])
 def test_workers_share_the_rows_and_change_none(eos, rng, monkeypatch):
-    monkeypatch.setattr(module, "ROWS_A_WORKER", 1)
+    monkeypatch.setattr(module, "ROWS_PER_WORKER", 1)
     model, uniforms = small_transformer(rng), rng.random((7, 9))
     prompts = [[1], [2, 3, 4], [5, 6], [1], [2, 3, 4], [1, 1], [6]]
     one, three = (generate(model, prompts, 9, uniforms, eos, workers=workers) for workers in (1, 3))
@@ -307,7 +307,7 @@ def test_workers_share_the_rows_and_change_none(eos, rng, monkeypatch):
 def test_when_rows_that_have_ended_leave_changes_nothing(rng, going):
     model, uniforms = small_transformer(rng), rng.random((9, 10))
     reference = generate(model, PROMPTS * 3, 10, uniforms, EOS)
-    with mock.patch.object(module, "GOING", going):
+    with mock.patch.object(module, "UNFINISHED", going):
         again = generate(model, PROMPTS * 3, 10, uniforms, EOS)
     assert again.responses() == reference.responses()
     for field in ("tokens", "mask", "log_probs", "entropies"):

@@ -10,6 +10,9 @@ from hypothesis import example, given, strategies as st
 import definitions
 from helpers import assert_close, assert_same, gradients, normal, peak_memory, rngs
 from minilm import Tensor, layers
+from minilm.tensor import primitive
+from minilm.fast import chunked_log_probs, tiled_attention
+from minilm.fast.cached_decoding import decode_attention
 from minilm.gradcheck import gradcheck
 
 LENGTHS = [1, 7, 31, 32, 33, 65]        # around the tiles that kernels cut a sequence into
@@ -74,12 +77,12 @@ CASES = {f.__name__: f for f in (rms_norm, swiglu, rope, smear, attention, token
 
 
 def test_every_primitive_of_layers_has_a_case_and_a_formula():
-    of_arrays = {"rope_tables", "rotate", "pair_slices", "blend", "decode_attention"}
-    of_a_gpu = {"segment_attention"}            # tests/test_device.py
+    of_arrays = {"rope_tables", "rotate", "pair_slices", "mix_keys"}
+    derivations = {"attention_without_tiles", "token_log_probs_without_chunks"}     # tests below
     for module in (layers, definitions):
         public = {name for name, f in inspect.getmembers(module, inspect.isfunction)
                   if f.__module__ in (module.__name__, "minilm.plain") and not name.startswith("_")}
-        assert public - of_arrays - of_a_gpu == set(CASES)
+        assert public - of_arrays - derivations == set(CASES)
 
 
 @pytest.mark.parametrize("T", LENGTHS)
@@ -157,21 +160,34 @@ def test_queries_after_a_cache_are_the_last_rows_of_full_attention(rng, T, S):
 @given(data=st.data(), rng=rngs, T=st.integers(1, 9), queries=st.integers(1, 4))
 def test_attention_in_tiles_of_any_size_is_the_formula_whether_its_scores_are_kept_or_not(kept, data, rng, T, queries):
     function, tensors = attention(data.draw, rng, T)
-    with mock.patch.multiple(layers, QUERIES=queries, SCORES_KEPT=kept):
+    with mock.patch.multiple(tiled_attention, QUERIES=queries, SCORES_KEPT=kept):
         assert_same(lambda *t: function(layers, *t), lambda *t: function(definitions, *t), *tensors)
+
+
+@given(rng=rngs, T=st.integers(1, 9), S=st.integers(9, 12), causal=st.booleans(), queries=st.integers(1, 4))
+def test_attention_equals_its_derivation_without_tiles(rng, T, S, causal, queries):
+    q, k, v = normal(rng, 2, 4, T, 4), normal(rng, 2, 2, S, 4), normal(rng, 2, 2, S, 4)
+    with mock.patch.object(tiled_attention, "QUERIES", queries):
+        assert_same(lambda *t: layers.attention(*t, causal=causal),
+                    lambda *t: layers.attention_without_tiles(*t, causal=causal), q, k, v)
+
+
+def test_the_derivation_of_attention_has_the_gradients_of_finite_differences(rng):
+    q, k, v = normal(rng, 2, 4, 3, 4), normal(rng, 2, 2, 5, 4), normal(rng, 2, 2, 5, 4)
+    gradcheck(layers.attention_without_tiles, q, k, v)
 
 
 def test_scores_that_are_many_are_not_kept(rng, monkeypatch):
     T, (q, k, v) = 1024, (normal(rng, 1, 1, 1024, 2) for _ in range(3))
-    monkeypatch.setattr(layers, "SCORES_KEPT", T * T - 1)
+    monkeypatch.setattr(tiled_attention, "SCORES_KEPT", T * T - 1)
     assert peak_memory(lambda: layers.attention(q, k, v).sum().backward()) < T * T * 8 / 3
 
 
 @given(rng=rngs, scale=st.sampled_from([0.3, 1, 2]))
 def test_attention_takes_a_scale_and_writes_to_the_array_it_is_given(rng, scale):
     q, k, v = (normal(rng, 2, 2, 5, 4) for _ in range(3))
-    out = np.full(q.shape, np.nan)
-    assert_same(lambda q, k, v: layers.attention(q, k, v, scale=scale, out=out),
+    out, in_tiles = np.full(q.shape, np.nan), primitive(tiled_attention.tiled_attention)
+    assert_same(lambda q, k, v: in_tiles(q, k, v, causal=True, key_mask=None, scale=scale, out=out),
                 lambda q, k, v: definitions.attention(q * (2 * scale), k, v), q, k, v)
     assert_close(out, definitions.attention(q * (2 * scale), k, v))
 
@@ -184,7 +200,7 @@ def test_the_last_position_alone_is_the_last_row_of_attention(rng, masked, large
     mask = np.arange(5) >= first[:, None] if masked else None
     cache = [np.concatenate([x.data, np.full((3, 2, 2, 4), np.nan)], axis=2) for x in (k, v)]       # with room for more
     with np.errstate(all="raise", under="ignore"):
-        last = layers.decode_attention(q.data[:, :, 0] * large, *cache, 5, first)
+        last = decode_attention(q.data[:, :, 0] * large, *cache, 5, first)
     assert_close(last, definitions.attention(q * large, k, v, key_mask=mask).data[:, :, 0])
 
 
@@ -327,6 +343,14 @@ def test_the_probabilities_of_all_targets_sum_to_one(rng):
     assert_close(np.exp(log_probs.data).sum(axis=1), np.ones(3))
 
 
+@given(rng=rngs, rows=st.integers(1, 9), chunk=st.integers(1, 10))
+def test_token_log_probs_equal_their_derivation_without_chunks(rng, rows, chunk):
+    hidden, unembedding, targets = normal(rng, rows, 4), normal(rng, 9, 4), rng.integers(9, size=rows)
+    assert_same(lambda h, u: layers.token_log_probs(h, u, targets, chunk=chunk),
+                lambda h, u: layers.token_log_probs_without_chunks(h, u, targets), hidden, unembedding)
+    gradcheck(lambda h, u: layers.token_log_probs_without_chunks(h, u, targets), hidden, unembedding)
+
+
 @given(rng=rngs, rows=st.integers(1, 20), chunk=st.integers(1, 25))
 @example(rng=np.random.default_rng(0), rows=7, chunk=3)
 def test_chunks_of_any_size_give_what_one_chunk_gives(rng, rows, chunk):
@@ -339,14 +363,14 @@ def test_chunks_of_any_size_give_what_one_chunk_gives(rng, rows, chunk):
 @example(rng=np.random.default_rng(0), rows=7, at_a_time=2, chunk=25)
 def test_a_few_rows_at_a_time_are_normalised_each_by_its_own_sum(rng, rows, at_a_time, chunk):
     hidden, unembedding, targets = normal(rng, rows, 4), normal(rng, 9, 4), rng.integers(9, size=rows)
-    with mock.patch.object(layers, "IN_CACHE", 9 * at_a_time):
+    with mock.patch.object(chunked_log_probs, "IN_CACHE", 9 * at_a_time):
         assert_same(lambda h, u: layers.token_log_probs(h, u, targets, chunk=chunk),
                     lambda h, u: definitions.token_log_probs(h, u, targets), hidden, unembedding)
 
 
 @pytest.mark.parametrize("chunk, held", [(25, 1 << 22), (None, 25 * 1000)], ids=["asked for", "by default"])
 def test_all_the_logits_are_never_held_at_once(rng, monkeypatch, chunk, held):
-    monkeypatch.setattr(layers, "LOGITS_HELD", held)
+    monkeypatch.setattr(chunked_log_probs, "LOGITS_HELD", held)
     rows, vocabulary = 1000, 1000
     hidden, unembedding = normal(rng, rows, 4), normal(rng, vocabulary, 4)
     targets = rng.integers(vocabulary, size=rows)

@@ -6,6 +6,7 @@ from hypothesis import example, given, strategies as st
 from helpers import (assert_close, assert_same, gradients, padded, parameter_gradients, peak_memory, rngs,
                      small_transformer)
 from minilm import layers, no_grad, ops
+from minilm.fast import tiled_attention
 from minilm.gradcheck import gradcheck
 from minilm.model import Config, RewardModel, Transformer
 from common.masked_pretraining import masked_log_probs
@@ -67,7 +68,7 @@ def test_recomputed_blocks_give_the_same_bits(kind, rng):
 
 
 def test_memory_grows_with_the_number_of_tokens_and_not_with_its_square(rng, monkeypatch):
-    monkeypatch.setattr(layers, "SCORES_KEPT", 0)
+    monkeypatch.setattr(tiled_attention, "SCORES_KEPT", 0)
     model = small_transformer(rng, heads=2, context=4096)
 
     def peak(T):

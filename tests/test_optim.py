@@ -7,15 +7,17 @@ from hypothesis import given, strategies as st
 
 from helpers import assert_close, normal, rngs, small_transformer
 from minilm import Tensor, optim
-from minilm.optim import AdamW, materialise_gradients, warmup_cosine
+from minilm.fast import flat_parameters
+from minilm.fast.flat_parameters import materialise_gradients
+from minilm.optim import AdamW, warmup_cosine
 from minilm.fast.workers import ProcessGroup
 
 SHAPES = {"norm": (4,), "matrix": (3, 4), "bias": (2,), "cube": (2, 2, 3)}       # matrices not first, on purpose
 
 
-@pytest.fixture(params=[5, optim.BLOCK], ids=["blocks of 5", "one block"])
+@pytest.fixture(params=[5, flat_parameters.BLOCK], ids=["blocks of 5", "one block"])
 def block(request, monkeypatch):
-    monkeypatch.setattr(optim, "BLOCK", request.param)
+    monkeypatch.setattr(flat_parameters, "BLOCK", request.param)
 
 
 def parameters(rng, dtype=np.float64):
@@ -87,7 +89,7 @@ def test_parameters_and_gradients_are_views_of_the_flat_arrays(rng):
     optimizer = AdamW(tensors)
     for name, p in tensors.items():
         assert np.shares_memory(p.data, optimizer.data) and np.shares_memory(p.grad_buffer, optimizer.grad)
-        assert np.array_equal(p.data, optimizer.views(optimizer.data)[name])
+        assert np.array_equal(p.data, optimizer.flat.views(optimizer.data)[name])
     optimizer.grad.fill(np.nan)                                          # whatever stands there is written over
     for times in (2, 4):
         sum((p * p).sum() for p in tensors.values()).backward()          # and then added to
@@ -97,7 +99,7 @@ def test_parameters_and_gradients_are_views_of_the_flat_arrays(rng):
 
 
 @pytest.mark.parametrize("use", [lambda optimizer: optimizer.step(0.0), lambda optimizer: optimizer.clip(1e9),
-                                 lambda optimizer: optimizer.add_gradients([])], ids=["step", "clip", "add"])
+                                 lambda optimizer: optimizer.flat.add_gradients([])], ids=["step", "clip", "add"])
 def test_a_gradient_that_never_came_is_zero_and_one_set_by_hand_counts(use, rng):
     tensors = parameters(rng)
     optimizer = AdamW(tensors)
@@ -105,7 +107,7 @@ def test_a_gradient_that_never_came_is_zero_and_one_set_by_hand_counts(use, rng)
     tensors["matrix"].grad = rng.normal(size=(3, 4))
     expected = {**{name: np.zeros(p.shape) for name, p in tensors.items()}, "matrix": tensors["matrix"].grad.copy()}
     use(optimizer)
-    for name, view in optimizer.views(optimizer.grad).items():
+    for name, view in optimizer.flat.views(optimizer.grad).items():
         assert np.array_equal(view, expected[name]) and np.array_equal(tensors[name].grad, expected[name])
 
 
@@ -201,13 +203,13 @@ def test_several_workers_do_to_every_element_what_one_does(block, rng, monkeypat
     """On stretches that do not end where blocks, parameters or the decay do."""
     shapes = {"norm": (7,), "matrix": (11, 5), "bias": (3,), "cube": (2, 3, 8)}
     weights, others = {name: rng.normal(size=shape) for name, shape in shapes.items()}, rng.normal(size=(4, 3, 113))
-    monkeypatch.setattr(optim, "BLOCK", block)
+    monkeypatch.setattr(flat_parameters, "BLOCK", block)
     results = []
     for team in (ProcessGroup(1), ProcessGroup(3)):
         tensors = {name: normal(rng, *shape) for name, shape in shapes.items()}
         for name, p in tensors.items():
             p.data[...] = weights[name]
-        optimizer = AdamW(tensors, learning_rate=0.1, weight_decay=0.3, team=team)
+        optimizer = AdamW(tensors, learning_rate=0.1, weight_decay=0.3, group=team)
         norms = []
         with team:
             for gradients in others:
@@ -217,7 +219,7 @@ def test_several_workers_do_to_every_element_what_one_does(block, rng, monkeypat
                 team.all_gather(None)
                 for p in optimizer.parameters.values():
                     p.grad = p.grad_buffer
-                optimizer.add_gradients(list(gradients))
+                optimizer.flat.add_gradients(list(gradients))
                 team.all_gather(None)
                 assert_close(optimizer.grad, gradients.sum(axis=0), 1e-14)
                 team.all_gather(None)

@@ -1,14 +1,16 @@
-"""Dialogues packed into one row: what is computed is what each would be alone, and prompts are computed once."""
+"""Packed dialogues have the values and gradients of each dialogue alone, and a shared prompt is computed once."""
 
 import numpy as np
 import pytest
 from hypothesis import example, given, strategies as st
 
 from helpers import assert_close, assert_same_gradients, parameter_gradients, rngs, small_transformer
-from minilm import layers, no_grad, packing
+from minilm import layers, no_grad
+from minilm.fast import packed_attention
+from minilm.fast.packed_attention import group_segments
 from minilm.gradcheck import gradcheck
 from minilm.model import RewardModel
-from minilm.packing import pack, packs, rectangle
+from minilm.packing import pack, packs
 
 KINDS = {"plain": {}, "grouped, smeared, two layers": {"kv_heads": 1, "key_smear": True, "layers": 2},
          "interleaved": {"rope_pairing": "interleaved", "heads": 4, "kv_heads": 2, "head_width": 4, "tied": True},
@@ -27,13 +29,13 @@ def dialogues(draw):
 
 
 def alone(model, prompt, response, temperature=1.0):
-    """log-probs of one response, computed without packing anything: a Tensor (R,). (A mask takes another path.)"""
+    """log-probs of one response, computed without packing: a Tensor (R,). (A mask selects the padded path.)"""
     tokens = np.array([prompt + response])
     hidden = model.hidden(tokens[:, :-1], key_mask=np.ones((1, tokens.shape[1] - 1))) * (1 / temperature)
     return layers.token_log_probs(hidden, model.unembedding, tokens[:, 1:])[0, len(prompt) - 1:]
 
 
-def test_a_row_is_what_the_module_shows():
+def test_a_row_is_laid_out_as_the_docstring_of_packing_shows():
     part = pack(*DIALOGUES)
     assert part.tokens.tolist() == [1, 2, 5, 3, 4, 5, 6]
     assert part.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
@@ -78,7 +80,7 @@ def test_each_prompt_is_computed_once_and_no_padding_ever(dialogues):
     assert len(part.tokens) == len(part.positions) == once + sum(len(r) - 1 for r in responses)
     assert len(pack(prompts, responses, last=True).tokens) == once + sum(map(len, responses))
     assert len(part.rows) == len(part.targets) == part.mask.sum() == sum(map(len, responses))
-    grouped = [s for group in part.groups() for s in group]
+    grouped = [s for group in group_segments(part.segments) for s in group]
     assert sorted(s.start for s in grouped) == [s.start for s in part.segments]
     assert sum(s.queries for s in grouped) == len(part.tokens)
 
@@ -93,11 +95,11 @@ def test_packed_rewards_are_those_of_each_dialogue_alone(dialogues, rng):
         assert_close(reward, model.rewards(whole, np.ones(whole.shape)).data[0])
 
 
-def test_a_batch_of_whole_sequences_is_a_pack_too():
+def test_a_rectangle_has_the_hidden_states_of_one_with_a_mask_of_ones():
     rng = np.random.default_rng(0)
     model, batch = small_transformer(rng, layers=2), rng.integers(7, size=(3, 5))
     with no_grad():
-        hidden = model.packed_hidden(rectangle(batch)).data.reshape(3, 5, -1)
+        hidden = model.hidden(batch).data
         padded = model.hidden(batch, key_mask=np.ones((3, 5))).data
     assert_close(hidden, padded)
 
@@ -105,7 +107,7 @@ def test_a_batch_of_whole_sequences_is_a_pack_too():
 def test_a_long_prompt_does_not_join_a_group_of_short_responses():
     """Queries are padded to the longest of the group, keys too."""
     part = pack([[1] * 400] * 3, [[2] * 5] * 3)
-    assert [[s.queries for s in group] for group in part.groups()] == [[4, 4, 4], [400]]
+    assert [[s.queries for s in group] for group in group_segments(part.segments)] == [[4, 4, 4], [400]]
 
 
 def test_dialogues_as_arrays_are_packed_as_lists_are():
@@ -114,7 +116,7 @@ def test_dialogues_as_arrays_are_packed_as_lists_are():
     assert actual.tokens.tolist() == expected.tokens.tolist() == [1, 2, 3, 1, 4, 5, 3, 4]
 
 
-def test_packs_are_all_the_dialogues_in_order():
+def test_packs_hold_all_dialogues_in_order():
     parts = list(packs([[1], [2], [3]], [[4, 5], [6], [0]], batch_size=2))
     assert [part.targets.tolist() for part in parts] == [[4, 5, 6], [0]]
 
@@ -122,12 +124,12 @@ def test_packs_are_all_the_dialogues_in_order():
 @pytest.mark.parametrize("prompts, responses, context, message", [
     ([[1]], [], None, "as many"), ([], [], None, "at least one"), ([[]], [[1]], None, "both need"),
     ([[1]], [[]], None, "both need"), ([[1, 2]], [[3, 4]], 3, "context is 3")])
-def test_what_cannot_be_packed_is_refused(prompts, responses, context, message):
+def test_dialogues_that_cannot_be_packed_raise(prompts, responses, context, message):
     with pytest.raises(ValueError, match=message):
         pack(prompts, responses, context)
 
 
-def test_what_a_model_does_not_serve_is_refused():
+def test_too_long_dialogues_unknown_tokens_and_temperature_0_raise():
     model = small_transformer(np.random.default_rng(0), context=4)
     with pytest.raises(ValueError, match="5 tokens do not fit the context of 4"):
         model.response_log_probs(pack([[1, 2, 3]], [[4, 5, 6]]))
@@ -148,15 +150,15 @@ def test_a_dialogue_that_fills_the_context_is_packed_and_one_token_more_is_not()
         list(packs([[1], [1, 2]], [[2], [3, 4, 5]], batch_size=1, context=4))
 
 
-def test_how_segments_are_grouped_changes_nothing(rng, monkeypatch):
+def test_results_do_not_depend_on_the_grouping_of_segments(rng, monkeypatch):
     """Two prompts of one length make a group of their own, and the first one's response stands between them."""
     model = small_transformer(rng, key_smear=True)
     part = pack([[1, 2], [3, 4]], rng.integers(7, size=(2, 9)).tolist())
     cotangent, results = rng.normal(size=part.mask.shape), []
-    for call in (0, packing.CALL):
-        monkeypatch.setattr(packing, "CALL", call)
+    for call in (0, packed_attention.CALL):
+        monkeypatch.setattr(packed_attention, "CALL", call)
         log_probs = model.response_log_probs(part)
-        results.append((len(part.groups()), log_probs.data, parameter_gradients(model, log_probs, cotangent)))
+        results.append((len(group_segments(part.segments)), log_probs.data, parameter_gradients(model, log_probs, cotangent)))
     (apart, *split), (together, *joint) = results
     assert (apart, together) == (2, 1)
     assert_close(split[0], joint[0])

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+import minilm.model
 from helpers import assert_close, small_transformer
 from minilm import checkpoint, evaluate, ops
 from minilm.data import make_batch, windows
@@ -20,7 +21,8 @@ from minilm.stages.dpo import train_dpo, reference_log_probs
 from minilm.stages.pretraining import pretrain, pretrain_on_documents
 from minilm.stages.reward_model import train_reward_model
 from minilm.stages.rlhf import prompt_shards, train_rlhf
-from minilm.stages.train_state import Diverged, TrainState, train_step, shards, stage, workers_for
+from minilm.stages.diverged import Diverged
+from minilm.stages.train_state import TrainState, shards, stage, train_step, workers_for
 from minilm.tensor import Tensor, grad_enabled
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")      # of arithmetic with NaN and infinity
@@ -64,10 +66,10 @@ def dpo_stage(training, steps, **options):
 
 STAGES = {
     "pretraining": lambda t, steps, **o: pretrain(t, STREAM, steps, 5, 6, **o),
-    "instruction tuning": lambda t, steps, **o: train_sft(t, PROMPTS, RESPONSES, steps, 5, **o),
-    "reward modelling": lambda t, steps, **o: train_reward_model(t, PROMPTS, RESPONSES, REJECTED, steps, 5, **o),
-    "rlhf": rlhf_stage,
-    "preference tuning": dpo_stage,
+    "SFT": lambda t, steps, **o: train_sft(t, PROMPTS, RESPONSES, steps, 5, **o),
+    "reward model": lambda t, steps, **o: train_reward_model(t, PROMPTS, RESPONSES, REJECTED, steps, 5, **o),
+    "RLHF": rlhf_stage,
+    "DPO": dpo_stage,
 }
 every_stage = pytest.mark.parametrize("stage", STAGES)
 one_or_two_workers = pytest.mark.parametrize("workers", [1, 2])
@@ -75,7 +77,7 @@ one_or_two_workers = pytest.mark.parametrize("workers", [1, 2])
 
 def make_training(stage, workers=1, dtype=np.float32, seed=4):
     model = transformer(dtype)
-    if stage == "reward modelling":
+    if stage == "reward model":
         model = RewardModel(model, np.random.default_rng(5))
     return TrainState(model, np.random.default_rng(seed), workers)
 
@@ -99,11 +101,11 @@ def everything(training):
 COMMON = {"loss", "grad_norm", "learning_rate"}
 KEYS = {        # of which those with a name in TRL have that one
     "pretraining": {"trained_tokens"},
-    "instruction tuning": {"trained_tokens"},
-    "reward modelling": {"accuracy", "ties", "margin", "min_reward", "mean_reward", "max_reward"},
-    "rlhf": {"reward", "reward_std", "frac_reward_zero_std", "kl_sequence", "kl_token", "completions/mean_length",
+    "SFT": {"trained_tokens"},
+    "reward model": {"accuracy", "ties", "margin", "min_reward", "mean_reward", "max_reward"},
+    "RLHF": {"reward", "reward_std", "frac_reward_zero_std", "kl_sequence", "kl_token", "completions/mean_length",
              "entropy"},
-    "preference tuning": {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/ties",
+    "DPO": {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/ties",
                           "logps/chosen", "logps/rejected"},
 }
 
@@ -140,9 +142,9 @@ def test_a_document_is_scored_where_its_mask_says_and_never_on_its_first_token(w
 
 
 def test_response_tokens_are_counted_without_prompts_and_pads():
-    training = make_training("instruction tuning")
+    training = make_training("SFT")
     rows = np.random.default_rng(4).integers(len(PROMPTS), size=5)           # what the stage is about to draw
-    metrics = run("instruction tuning", training, 1)[0]
+    metrics = run("SFT", training, 1)[0]
     assert metrics["trained_tokens"] == sum(len(RESPONSES[i]) for i in rows)
 
 
@@ -203,7 +205,7 @@ def test_a_state_that_is_refused_has_changed_nothing(changes):
     assert everything(training) == before
 
 
-def test_the_state_of_a_deeper_model_has_changed_nothing():
+def test_restoring_the_snapshot_of_a_deeper_model_raises_and_changes_nothing():
     shallow, deep = (TrainState(small_transformer(np.random.default_rng(layers), layers=layers), np.random.default_rng(0))
                      for layers in (1, 2))
     for p in deep.optimizer.parameters.values():
@@ -211,7 +213,7 @@ def test_the_state_of_a_deeper_model_has_changed_nothing():
     before, (arrays, metadata) = everything(shallow), deep.snapshot()
     for name in ("m", "v"):                     # those that its optimiser would take
         arrays[f"optimizer.{name}"] = shallow.snapshot()[0][f"optimizer.{name}"]
-    with pytest.raises(ValueError, match="blocks.1.attention_norm is there, and not here"):
+    with pytest.raises(ValueError, match="blocks.1.attention_norm' that this model does not have"):
         shallow.restore(arrays, metadata)
     assert everything(shallow) == before
 
@@ -245,13 +247,13 @@ def test_workers_change_nothing_but_rounding(stage, workers):
 
 def test_the_samples_of_a_prompt_are_dealt_out_where_there_are_fewer_prompts_than_workers():
     """Three prompts, six samples, four workers: none is idle, none is asked twice."""
-    parts = prompt_shards((3, 2), 4)
+    parts = prompt_shards(3, 2, 4)
     assert sorted(map(len, parts)) == [1, 1, 2, 2] and sorted(np.concatenate(parts)) == list(range(6))
-    trainings = [make_training("rlhf", n, np.float64) for n in (1, 4)]
-    assert_same_training(trainings, [run("rlhf", training, 3) for training in trainings])
+    trainings = [make_training("RLHF", n, np.float64) for n in (1, 4)]
+    assert_same_training(trainings, [run("RLHF", training, 3) for training in trainings])
 
 
-@pytest.mark.parametrize("stage", ["pretraining", "instruction tuning"])
+@pytest.mark.parametrize("stage", ["pretraining", "SFT"])
 @one_or_two_workers
 def test_gradient_accumulation_normalised_per_micro_batch(stage, workers):
     """Parts of unequal length (two of five dialogues here, one there) are the whole batch, not an average of means."""
@@ -273,7 +275,7 @@ def steps_on(training, batches):
     """A stage of steps on the parts of these batches. Yields how many workers there were."""
     for parts in batches:
         train_step(training, lambda model, part: (-ops.sum(model.log_probs(part)), None), parts, 0.01, "here")
-        yield training.team.active_size
+        yield training.group.active_size
 
 
 def test_a_worker_that_gets_no_part_adds_nothing_not_even_what_it_found_in_the_step_before():
@@ -313,8 +315,8 @@ def test_the_reward_function_is_asked_once_a_step_and_not_by_every_worker():
         calls.append(len(answers))
         return [float(sum(answer)) if os.getpid() == here else 0.0 for answer in answers]
 
-    trainings = [make_training("rlhf", workers, np.float64) for workers in (1, 2)]
-    assert_same_training(trainings, [run("rlhf", training, 2, reward=reward) for training in trainings])
+    trainings = [make_training("RLHF", workers, np.float64) for workers in (1, 2)]
+    assert_same_training(trainings, [run("RLHF", training, 2, reward=reward) for training in trainings])
     assert calls == [6] * 4
 
 
@@ -398,7 +400,7 @@ def test_temperature_ignored_when_log_probs_are_recomputed(temperature, workers)
         seen.append((prompts, answers))
         return [a.count(5) - 0.1 * p.count(4) for p, a in zip(prompts, answers)]
 
-    training, reference = make_training("rlhf", workers, np.float64), transformer(np.float64)
+    training, reference = make_training("RLHF", workers, np.float64), transformer(np.float64)
     loop = rlhf_stage(training, 9, temperature, reward, reference=reference, beta=beta, learning_rate=0.02)
     next(loop)
     before = training.model.copy()
@@ -433,8 +435,8 @@ def comparisons(training):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_step_of_reward_modelling_is_down_the_gradient_of_its_loss(workers):
     """Prompt and response are seen, the centring is there, and the figures are of the same rewards."""
-    training = make_training("reward modelling", workers, np.float64)
-    loop = STAGES["reward modelling"](training, 5, centering=0.3)
+    training = make_training("reward model", workers, np.float64)
+    loop = STAGES["reward model"](training, 5, centering=0.3)
     next(loop)
     before, (_, prompts, chosen, rejected) = copied(training.model), comparisons(training)
     metrics = next(loop)
@@ -448,7 +450,7 @@ def test_a_step_of_reward_modelling_is_down_the_gradient_of_its_loss(workers):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_step_of_dpo_is_down_the_gradient_of_its_loss(workers):
     """The second one, away from the reference: each pair beside its own references, beta in loss and figures."""
-    training, reference = make_training("preference tuning", workers, np.float64), transformer(np.float64)
+    training, reference = make_training("DPO", workers, np.float64), transformer(np.float64)
     references = [reference_log_probs(reference, PROMPTS, answers) for answers in (RESPONSES, REJECTED)]
     loop = train_dpo(training, PROMPTS, RESPONSES, REJECTED, *references, 5, 5, beta=0.7,
                              learning_rate=0.02)
@@ -481,7 +483,7 @@ def test_the_learning_rate_warms_up_and_falls_and_is_the_one_that_the_optimiser_
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 def test_a_policy_that_is_its_reference_has_no_divergence(temperature, workers):
     """On policy at every temperature: the log-probs of the draw are those that the reference finds."""
-    metrics = next(rlhf_stage(make_training("rlhf", workers, np.float64), 1, temperature))
+    metrics = next(rlhf_stage(make_training("RLHF", workers, np.float64), 1, temperature))
     assert abs(metrics["kl_sequence"]) < 1e-12 and abs(metrics["kl_token"]) < 1e-12
 
 
@@ -493,7 +495,7 @@ def test_the_reward_function_sees_each_prompt_beside_the_samples_drawn_for_it(wo
         seen.append((prompts, answers))
         return np.zeros(len(answers))
 
-    training = make_training("rlhf", workers)
+    training = make_training("RLHF", workers)
     list(rlhf_stage(training, 3, reward=reward))
     for prompts, answers in seen:
         assert len(prompts) == len(answers) == 6 and prompts[0::2] == prompts[1::2]
@@ -504,7 +506,7 @@ def test_the_reward_function_sees_each_prompt_beside_the_samples_drawn_for_it(wo
 
 
 def test_rlhf_raises_an_exact_reward():
-    training = make_training("rlhf")
+    training = make_training("RLHF")
     metrics = list(rlhf_stage(training, 40, temperature=1.0, learning_rate=0.03, beta=0.01))
     first, last = ([m["reward"] for m in part] for part in (metrics[:8], metrics[-8:]))
     error = (np.var(first, ddof=1) / 8 + np.var(last, ddof=1) / 8) ** 0.5
@@ -514,18 +516,18 @@ def test_rlhf_raises_an_exact_reward():
 
 def test_kl_sign_reversed_drift_is_rewarded():
     """With nothing to gain the policy goes to the reference, wherever it starts."""
-    training = make_training("rlhf")
+    training = make_training("RLHF")
     metrics = list(rlhf_stage(training, 60, temperature=1.0, learning_rate=0.03, beta=1.0, samples_per_prompt=16,
                               reference=transformer(np.float32, seed=8), reward=lambda p, a: np.zeros(len(a))))
     first, last = (np.mean([m["kl_sequence"] for m in part]) for part in (metrics[:10], metrics[-10:]))
     assert first > 1 and last < 0.5 * first, f"KL {first:.2f} -> {last:.2f}"
 
 
-@pytest.mark.parametrize("stage", ["rlhf", "preference tuning"])
+@pytest.mark.parametrize("stage", ["RLHF", "DPO"])
 def test_the_reference_does_not_change_by_a_bit(stage):
     reference, training = transformer(np.float32), make_training(stage, workers=2)
     weights = {name: p.data.tobytes() for name, p in reference.parameters().items()}
-    if stage == "rlhf":
+    if stage == "RLHF":
         run(stage, training, 3, reference=reference)
     else:
         log_probs = [reference_log_probs(reference, PROMPTS, a) for a in (RESPONSES, REJECTED)]
@@ -539,21 +541,21 @@ def test_the_reference_does_not_change_by_a_bit(stage):
 @one_or_two_workers
 def test_dropout_in_the_reference(workers):
     """DPO starts at log 2, though the policy's batches are put together and padded otherwise than the reference's."""
-    metrics = next(dpo_stage(make_training("preference tuning", workers), 1))
+    metrics = next(dpo_stage(make_training("DPO", workers), 1))
     assert abs(metrics["loss"] - np.log(2)) < 1e-6
     assert abs(metrics["rewards/margins"]) < 1e-5
 
 
 @pytest.mark.parametrize("loss, start", [(dpo.robust_dpo_loss, np.log(2)), (dpo.ipo_loss, 1 / (4 * 0.2 ** 2))])
 def test_preference_tuning_takes_another_loss(loss, start):
-    metrics = run("preference tuning", make_training("preference tuning", 2, np.float64), 2, loss=loss, beta=0.2)
+    metrics = run("DPO", make_training("DPO", 2, np.float64), 2, loss=loss, beta=0.2)
     assert_close(metrics[0]["loss"], start)
     assert metrics[1]["loss"] < start
 
 
 def test_rlhf_takes_another_baseline():
     """A constant reward and no penalty: against the others' mean nothing is gained, without a baseline 1 is."""
-    metrics = {baseline: next(rlhf_stage(make_training("rlhf", dtype=np.float64), 1, beta=0.0, baseline=baseline,
+    metrics = {baseline: next(rlhf_stage(make_training("RLHF", dtype=np.float64), 1, beta=0.0, baseline=baseline,
                                          reward=lambda p, a: np.ones(len(a))))
                for baseline in ("none", "mean", "leave_one_out")}
     assert metrics["none"]["grad_norm"] > 0.1 and metrics["none"]["loss"] > 0.1
@@ -564,7 +566,7 @@ def test_rlhf_takes_another_baseline():
 def test_without_a_baseline_rlhf_reinforces_responses_and_never_a_prompt(workers):
     """Leave-one-out would hide it: a prompt's advantages add up to 0, so what its samples share cancels."""
     seen, rewards = [], np.array([1.0, 2, 3, 4, 5, 6])
-    training = make_training("rlhf", workers, np.float64)
+    training = make_training("RLHF", workers, np.float64)
     loop = rlhf_stage(training, 5, 0.7, lambda *sample: (seen.append(sample), rewards)[1], beta=0.0, baseline="none")
     next(loop)
     before, metrics = training.model.copy(), next(loop)
@@ -576,7 +578,7 @@ def test_without_a_baseline_rlhf_reinforces_responses_and_never_a_prompt(workers
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("temperature", [0.6, 1.7])
 def test_the_entropy_of_rlhf_is_per_token_drawn_at_the_temperature_of_the_draw(temperature, workers):
-    training, seen = make_training("rlhf", workers, np.float64), []
+    training, seen = make_training("RLHF", workers, np.float64), []
     loop = rlhf_stage(training, 5, temperature, lambda *sample: (seen.append(sample), np.zeros(6))[1])
     next(loop)
     before, metrics = training.model.copy(), next(loop)
@@ -591,7 +593,7 @@ def test_the_reference_of_rlhf_is_scored_without_a_graph():
     reference, recorded = transformer(np.float32), []
     log_probs = reference.response_log_probs
     reference.response_log_probs = lambda *arguments: (recorded.append(grad_enabled()), log_probs(*arguments))[1]
-    next(rlhf_stage(make_training("rlhf"), 1, reference=reference))
+    next(rlhf_stage(make_training("RLHF"), 1, reference=reference))
     assert recorded == [False]
 
 
@@ -625,7 +627,7 @@ def test_a_nan_that_arises_inside_is_traced_to_its_primitive(stage):
 
 
 def test_a_reward_that_is_no_number_is_traced_to_the_policy_gradient():
-    stage = rlhf_stage(make_training("rlhf"), 1, reward=lambda prompts, answers: [np.nan] * len(answers))
+    stage = rlhf_stage(make_training("RLHF"), 1, reward=lambda prompts, answers: [np.nan] * len(answers))
     with pytest.raises(Diverged, match="the loss is nan; first bad tensor: the output of policy_gradient_loss"):
         next(stage)
 
@@ -655,12 +657,12 @@ def test_an_update_that_overflows_is_reported_in_its_own_step():
 
 def test_what_nobody_differentiates_records_no_graph(rng, monkeypatch):
     """A graph that nobody walks is freed by nobody: measuring, references. (Sampling uses no Tensors.)"""
-    recorded, blocks = [], Transformer._blocks
+    recorded, hidden_states = [], minilm.model.hidden_states
 
-    def watched(self, *arguments):
+    def watched(*arguments):
         recorded.append(grad_enabled())
-        return blocks(self, *arguments)
-    monkeypatch.setattr(Transformer, "_blocks", watched)
+        return hidden_states(*arguments)
+    monkeypatch.setattr(minilm.model, "hidden_states", watched)
     model, prompts, responses = small_transformer(rng), [[1, 2], [3]], [[3, 0], [5, 1]]
     for work in (lambda: evaluate.sequence_kl(model, model, prompts, responses),
                  lambda: evaluate.predicted_rewards(RewardModel(model, rng), prompts, responses),
@@ -675,6 +677,6 @@ def test_the_samples_of_a_prompt_stay_together_so_that_it_is_read_once(microbatc
     """All of the worker's are sampled at once, and learnt from in as many parts as asked for."""
     packed, pack = [], rlhf_module.pack
     monkeypatch.setattr(rlhf_module, "pack", lambda prompts, *rest: packed.append(prompts) or pack(prompts, *rest))
-    next(rlhf_stage(make_training("rlhf"), 1, microbatches=microbatches))
+    next(rlhf_stage(make_training("RLHF"), 1, microbatches=microbatches))
     assert list(map(len, packed)) == sizes
     assert all(prompts[0::2] == prompts[1::2] for prompts in packed)

@@ -8,7 +8,9 @@ import pytest
 from helpers import assert_close, normal, peak_memory
 from minilm import Tensor, no_grad, ops, primitive
 from minilm.backend import array_module, to_device
-from minilm.tensor import first_nonfinite, grad_enabled, activation_checkpoint
+from minilm.fast.activation_checkpointing import activation_checkpoint
+from minilm.stages.diverged import first_nonfinite
+from minilm.tensor import grad_enabled
 
 
 # What backward adds up.

@@ -144,9 +144,9 @@ def test_an_error_that_only_a_helper_meets_is_told_with_its_traceback(nobody_is_
             raise MemoryError("there was none left")
 
     here = os.getpid()
-    with pytest.raises(WorkerFailed, match="part 1 failed for another worker"):
+    with pytest.raises(WorkerFailed, match="part 1 failed in another worker"):
         parallel_map(work, range(2), 2)
-    with pytest.raises(WorkerFailed, match="(?s)worker 1 met an error.*there was none left"):
+    with pytest.raises(WorkerFailed, match="(?s)worker 1 raised an error.*there was none left"):
         with ProcessGroup(2) as team:
             work(None)
             team.all_gather(None)
@@ -154,7 +154,7 @@ def test_an_error_that_only_a_helper_meets_is_told_with_its_traceback(nobody_is_
 
 
 def test_a_worker_that_was_killed_is_missed_at_the_next_exchange(nobody_is_left):
-    with pytest.raises(WorkerFailed, match="a worker has ended"):
+    with pytest.raises(WorkerFailed, match="a worker process has ended"):
         with ProcessGroup(2) as team:
             if team.rank:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -183,7 +183,7 @@ def test_nobody_works_on_after_worker_0_has_left(error, nobody_is_left):
 
 def test_a_team_at_work_cannot_begin_again():
     with ProcessGroup(2) as team:
-        with pytest.raises(RuntimeError, match="at work already"):
+        with pytest.raises(RuntimeError, match="running already"):
             team.__enter__()
     with team:
         assert team.all_gather(team.rank) == [0, 1]

@@ -1,10 +1,14 @@
-"""Several processes at work on one batch: the same program in each, on parts of its own.
+"""Worker processes that share one batch: SPMD, as under torchrun or mpiexec.
 
-Threads would have to hand Python's interpreter lock to each other between any two operations on arrays; processes
-have a lock each. They are forked, so that each has the model and the data before it without a copy. As under MPI,
-every worker runs the same code and draws the same numbers; what differs is which parts it works on, and what one
-found the others get by an exchange. Parameters and gradients lie in memory that all of them see.
+Every worker (rank) runs the same program with the same random numbers, on its own shards of the data, and all-gathers
+the results. Workers are processes, because threads would share one interpreter lock; they are forked, so that each
+has the model and the data without a copy. Parameters and gradients are in memory that all of them share. Nothing is
+unpickled: a message is JSON and the bytes of arrays.
+Results differ from those of one process by rounding only. Measured gain: scripts/bench/tricks.py.
+Tests: tests/test_workers.py.
 """
+
+from __future__ import annotations
 
 import io
 import json
@@ -20,18 +24,18 @@ import numpy as np
 
 
 class WorkerFailed(RuntimeError):
-    """A worker ended, or met an error that worker 0 did not."""
+    """A worker process ended, or raised an error that rank 0 did not."""
 
 
 class ProcessGroup:
-    """Workers 0 to size - 1. Worker 0 is the process of the caller, the others exist within
+    """Ranks 0 to size - 1. Rank 0 is the calling process; the others exist within
 
-        with team:
+        with group:
 
-    whose body all of them run: rank says who one is, the calls of each() and exchange() must be the same in
-    all, and only worker 0 comes out at its end; the others end there. What they did after the last
-    exchange may be lost. Outside of it worker 0 is alone, and does everything itself. Raises ValueError
-    for a size above 1 where processes cannot be forked.
+    All of them run that body, so the calls of map() and all_gather() must be the same in all. Only rank 0 leaves the
+    body at its end; the other processes end there, and work after their last all_gather may be lost. Outside the body
+    rank 0 is alone and computes everything itself.
+    Raises ValueError for a size above 1 where processes cannot be forked.
     """
 
     def __init__(self, size):
@@ -42,11 +46,11 @@ class ProcessGroup:
 
     @property
     def active_size(self):
-        """How many workers there are now: 1 outside of `with`."""
+        """How many processes there are now: size within `with`, else 1."""
         return self.size if self._lines else 1
 
     def zeros(self, count, dtype, xp=np):
-        """A flat array, in memory that the workers share if there are several."""
+        """A flat array of zeros, in shared memory if there are several workers."""
         dtype = np.dtype(dtype)
         if self.size == 1 or count == 0:
             return xp.zeros(count, dtype)
@@ -56,30 +60,30 @@ class ProcessGroup:
 
     def __enter__(self):
         if self._lines:
-            raise RuntimeError("this team is at work already; end that first, or make another")
+            raise RuntimeError("this group is running already: end its `with` block first, or make another group")
         for rank in range(1, self.size):
             try:
                 ours, theirs = Pipe()
-                with warnings.catch_warnings():     # that other threads may hold locks: a helper takes none they know
+                with warnings.catch_warnings():     # other threads may hold locks; a worker process takes none of them
                     warnings.simplefilter("ignore", DeprecationWarning)
                     process = os.fork()
             except OSError:
-                self.__exit__(None, None, None)     # ends those before it
+                self.__exit__(None, None, None)     # ends the processes forked before
                 raise
             if process == 0:
                 for line in (*self._lines, ours):
                     line.close()
-                self._become(rank, theirs)
+                self._enter_worker(rank, theirs)
                 break
             theirs.close()
             self._lines.append(ours)
             self._helpers.append(process)
         return self
 
-    def _become(self, rank, line):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for worker 0, which ends the others
+    def _enter_worker(self, rank, line):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)        # rank 0 handles Ctrl-C, and ends the others
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # No file, and no lock on one, outlives worker 0 in here.
+        # A worker process must keep no file open, and no lock on it, after rank 0 has ended.
         os.closerange(3, line.fileno())
         os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
         self.rank, self._lines, self._helpers = rank, [line], []
@@ -101,9 +105,9 @@ class ProcessGroup:
         self._lines, self._helpers = [], []
 
     def all_gather(self, value):
-        """The values that the workers gave, in the order of their ranks. All wait here for the slowest.
+        """The values of all ranks, in the order of the ranks. Every rank waits here for the slowest.
 
-        Of None, bool, int, float, str, arrays, and tuples, lists and dicts (with names for keys) of such.
+        A value is None, bool, int, float, str, an array, or a tuple, list or dict (with str keys) of these.
         """
         if not self._lines:
             return [value]
@@ -115,7 +119,7 @@ class ProcessGroup:
             for line in self._lines:
                 what, given = _decode(line.recv_bytes())
                 if what == "failed":
-                    raise WorkerFailed(f"worker {len(values)} met an error that worker 0 did not:\n{given}")
+                    raise WorkerFailed(f"worker {len(values)} raised an error that worker 0 did not:\n{given}")
                 values.append(given)
             everything = _encode(values)
             for line in self._lines:
@@ -124,17 +128,17 @@ class ProcessGroup:
         except (EOFError, ConnectionError):
             if self.rank:
                 raise _Over from None
-            raise WorkerFailed("a worker has ended: killed from outside, or for want of memory? "
-                               "Fewer workers need less.") from None
+            raise WorkerFailed("a worker process has ended: was it killed, or out of memory? "
+                               "Fewer workers need less memory.") from None
 
     def broadcast(self, work):
-        """work() of worker 0, for everyone: what may have a state or chance of its own."""
+        """The result of work(), called by rank 0 alone: for functions with a state or random numbers of their own."""
         return self.all_gather(work() if self.rank == 0 else None)[0]
 
     def map(self, work, parts, then=lambda: None):
-        """work(part) for every part, part i by worker i mod size: the list of results, which every worker gets.
+        """[work(part) for part in parts] for every rank; part i is computed by rank i mod size.
 
-        then() is called by every worker after the last of its parts. An error in any part is raised by worker 0.
+        then() is called by every rank after the last of its parts. An error in any part is raised by rank 0.
         """
         results, failed = [], None
         for i in range(self.rank, len(parts), self.active_size):
@@ -150,28 +154,31 @@ class ProcessGroup:
         for _, failed in given:
             if failed is not None:
                 if self.rank == 0:
-                    work(parts[failed])         # once more: so the error is raised here, whole
-                    raise WorkerFailed(f"part {failed} failed for another worker, and not here")
+                    work(parts[failed])         # again: so the error is raised here, with its traceback
+                    raise WorkerFailed(f"part {failed} failed in another worker, but not when worker 0 repeated it")
                 raise _Over
         return [given[i % self.active_size][0][i // self.active_size] for i in range(len(parts))]
 
 
 class _Over(BaseException):
-    """Worker 0 needs no others any more."""
+    """Rank 0 has left the `with` block."""
 
 
 def parallel_map(work, parts, workers):
-    """work(part) for every part, a list; by so many workers, forked for it. Results: as for Team.exchange."""
-    with ProcessGroup(max(1, min(workers, len(parts)))) as team:
-        return team.map(work, parts)
+    """[work(part) for part in parts], computed by that many workers, forked for this call.
+
+    Results are of the kinds that ProcessGroup.all_gather takes.
+    """
+    with ProcessGroup(max(1, min(workers, len(parts)))) as group:
+        return group.map(work, parts)
 
 
 def available_cores():
-    """How many this process may use."""
+    """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# A message: the length of the JSON, the JSON, and the bytes of its arrays, which it names by dtype and shape.
+# A message: the length of the JSON, the JSON, and the bytes of the arrays, whose dtypes and shapes the JSON holds.
 
 def _encode(value):
     arrays = []

@@ -1,4 +1,10 @@
-"""The stages, one readable loop each: no files, no printing, an explicit Generator.
+"""One training loop per stage, without input or output: pretraining, sft, reward_model, rlhf, dpo.
 
-Each is a generator: it does a step when asked for the next metrics (a dict of floats).
+A stage is a generator function over a TrainState (train_state.py). It yields the metrics of each step:
+
+    state = TrainState(model, np.random.default_rng(0))
+    for metrics in train_sft(state, prompts, responses, steps=100, batch_size=32):
+        print(state.step, metrics["loss"])
+
+plain.py has the same stages without packing and workers.
 """

@@ -1,49 +1,84 @@
-"""Stage 3, the direct way. DPO: two answers, one preferred, train the policy. No reward model, no sampling."""
+"""Stage 3, the direct way. DPO: train the policy on pairs of responses. No reward model, no sampling."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from minilm import layers
 from minilm.backend import concatenate
+from minilm.model import Transformer
 from minilm.objectives.dpo import dpo_loss, dpo_metrics
 from minilm.optim import warmup_cosine
-from minilm.packing import pack, packs
-from minilm.stages.train_state import train_step, shards, stage
-from minilm.tensor import no_grad
+from minilm.packing import Pack, pack, packs
+from minilm.stages.train_state import TrainState, shards, stage, train_step
+from minilm.tensor import Tensor, no_grad
+
+# What a loss may have as parameters: log-probs and lengths of the responses, arrays (B,), and beta.
+LOG_PROBS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
+LENGTHS = ("chosen_lengths", "rejected_lengths")
 
 
-def summed_log_probs(model, part):
-    """log pi(response | prompt) of each dialogue of a Pack: a Tensor (B,)."""
-    return layers.sequence_log_probs(model.response_log_probs(part), part.mask)
+def summed_log_probs(model: Transformer, batch: Pack) -> Tensor:
+    """log pi(y|x), summed over the tokens of y, for each dialogue of a Pack: (B,)."""
+    return layers.sequence_log_probs(model.response_log_probs(batch), batch.mask)
 
 
-def reference_log_probs(reference, prompts, responses, batch_size=64):
-    """The same under a frozen model, as an array (N,). Compute it once and keep it: the reference never moves."""
+def reference_log_probs(reference: Transformer, prompts: Sequence, responses: Sequence,
+                        batch_size: int = 64) -> np.ndarray:
+    """The same for a frozen model, as an array (N,). Compute it once, because the reference never changes."""
     with no_grad():
-        return concatenate([summed_log_probs(reference, part).data for part
-                       in packs(prompts, responses, batch_size, reference.config.context)])
+        return concatenate([summed_log_probs(reference, batch).data for batch
+                            in packs(prompts, responses, batch_size, reference.config.context)])
 
 
 @stage
-def train_dpo(training, prompts, chosen, rejected, reference_chosen, reference_rejected, steps, batch_size,
-                      beta=0.1, learning_rate=3e-4, loss=dpo_loss, microbatches=None):
-    """Train training.model, the policy, on comparisons: token lists, chosen[i] preferred to rejected[i].
+def train_dpo(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: Sequence,
+              reference_chosen: np.ndarray, reference_rejected: np.ndarray, steps: int, batch_size: int,
+              beta: float = 0.1, learning_rate: float = 3e-4, loss: Callable = dpo_loss,
+              microbatches: int | None = None) -> Iterator[dict]:
+    """Train state.model, the policy, on comparisons: token lists, chosen[i] preferred to rejected[i].
 
-    reference_chosen, reference_rejected: their summed log-probs under the reference, arrays (N,), from
-    reference_log_probs. loss: of four arrays of summed log-probs and beta, as dpo_loss (with
-    functools.partial for its options). microbatches: parts of a step, None for one a worker. Yields
-    {"loss", "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins", "logps/chosen", ...}.
+    reference_chosen, reference_rejected  summed log-probs under the reference, arrays (N,), from reference_log_probs
+    loss          any function of policy_chosen, policy_rejected, reference_chosen, reference_rejected (summed
+                  log-probs (B,)), chosen_lengths, rejected_lengths (in tokens, (B,)) and beta, or of some of these.
+                  It is called with the parameters that it names; functools.partial sets its other options
+    microbatches  shards of a step, None for one per worker
+    Yields {"loss", "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins", "logps/chosen", ...}.
+    Raises ValueError for a loss with a parameter of another name and no default.
     """
-    while training.step < steps:
-        drawn = training.rng.integers(len(prompts), size=batch_size)
-        parts = [drawn[s] for s in shards(batch_size, microbatches or training.workers)]
+    names = loss_parameters(loss)
+    context = state.model.config.context
+    while state.step < steps:
+        drawn = state.rng.integers(len(prompts), size=batch_size)
 
-        def part_loss(policy, pairs):
-            log_probs = summed_log_probs(policy, pack([prompts[i] for i in pairs] * 2,
-                                                      [chosen[i] for i in pairs] + [rejected[i] for i in pairs],
-                                                      policy.config.context))
-            chosen_and_rejected = log_probs[:len(pairs)], log_probs[len(pairs):]
-            references = reference_chosen[pairs], reference_rejected[pairs]
-            report = [x.data for x in chosen_and_rejected] + [*references]
-            return loss(*chosen_and_rejected, *references, beta=beta) * (len(pairs) / batch_size), report
+        def pair_loss(policy, pairs):
+            responses = [chosen[i] for i in pairs] + [rejected[i] for i in pairs]
+            log_probs = summed_log_probs(policy, pack([prompts[i] for i in pairs] * 2, responses, context))
+            sides = [log_probs[:len(pairs)], log_probs[len(pairs):], reference_chosen[pairs], reference_rejected[pairs]]
+            lengths = np.array([len(response) for response in responses]).reshape(2, -1)
+            given = {**dict(zip(LOG_PROBS, sides)), **dict(zip(LENGTHS, lengths)), "beta": beta}
+            value = loss(**{name: given[name] for name in names})
+            report = [sides[0].data, sides[1].data, *sides[2:]]
+            return value * (len(pairs) / batch_size), report
 
-        rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
-        metrics, log_probs = train_step(training, part_loss, parts, rate, "preference tuning")
+        batches = [drawn[s] for s in shards(batch_size, microbatches or state.workers)]
+        rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
+        metrics, log_probs = train_step(state, pair_loss, batches, rate, "DPO")
         yield {**metrics, **dpo_metrics(*map(concatenate, zip(*log_probs)), beta=beta)}
+
+
+def loss_parameters(loss: Callable) -> list[str]:
+    """The names among LOG_PROBS, LENGTHS and beta that a loss takes. Raises ValueError as train_dpo does."""
+    known = (*LOG_PROBS, *LENGTHS, "beta")
+    parameters = inspect.signature(loss).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return list(known)
+    unknown = [p.name for p in parameters if p.name not in known and p.default is p.empty]
+    if unknown or not any(p.name in LOG_PROBS[:2] for p in parameters):
+        wrong = f"its parameter '{unknown[0]}' is none of them" if unknown else "it takes no log-probs of the policy"
+        raise ValueError(f"train_dpo calls a loss with the parameters that it names, out of {', '.join(known)}; {wrong}. "
+                         "Rename it, or set it with functools.partial")
+    return [p.name for p in parameters if p.name in known]

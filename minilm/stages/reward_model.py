@@ -1,34 +1,39 @@
-"""Stage 3a. The reward model: predict which of two answers people prefer."""
+"""Stage 3a. The reward model: predict which of two responses people prefer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 from minilm.backend import concatenate
 from minilm.objectives.reward import reward_loss, reward_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
-from minilm.stages.train_state import train_step, shards, stage
+from minilm.stages.train_state import TrainState, shards, stage, train_step
 
 
 @stage
-def train_reward_model(training, prompts, chosen, rejected, steps, batch_size, learning_rate=1e-3, centering=0.01,
-                     microbatches=None):
-    """Train training.model, a RewardModel, on comparisons: token lists, chosen[i] preferred to rejected[i].
+def train_reward_model(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: Sequence, steps: int,
+                       batch_size: int, learning_rate: float = 1e-3, centering: float = 0.0,
+                       microbatches: int | None = None) -> Iterator[dict]:
+    """Train state.model, a RewardModel, on comparisons: token lists, chosen[i] preferred to rejected[i].
 
-    batch_size comparisons a step, in microbatches parts (None: one a worker).
-    Yields {"loss", "grad_norm", "learning_rate", "accuracy", "margin", ...} of the step's batch.
+    batch_size comparisons a step, in `microbatches` shards (None: one per worker). centering: the weight of
+    (r_chosen + r_rejected)^2, as in objectives.reward.reward_loss; 0, as in TRL, unless given.
+    Yields {"loss", "grad_norm", "learning_rate", "accuracy", "margin", ...} of each step's batch.
     """
-    context = training.model.transformer.config.context
-    while training.step < steps:
-        drawn = training.rng.integers(len(prompts), size=batch_size)
-        parts = [drawn[s] for s in shards(batch_size, microbatches or training.workers)]
+    context = state.model.transformer.config.context
+    while state.step < steps:
+        drawn = state.rng.integers(len(prompts), size=batch_size)
 
         def loss(model, pairs):
-            # Chosen and rejected in one forward, which sees each prompt once.
-            rewards = model.packed_rewards(pack([prompts[i] for i in pairs] * 2,
-                                                [chosen[i] for i in pairs] + [rejected[i] for i in pairs],
-                                                context, last=True))
+            # Chosen and rejected in one forward, in which each prompt is computed once.
+            responses = [chosen[i] for i in pairs] + [rejected[i] for i in pairs]
+            rewards = model.packed_rewards(pack([prompts[i] for i in pairs] * 2, responses, context, last=True))
             r_chosen, r_rejected = rewards[:len(pairs)], rewards[len(pairs):]
             share = len(pairs) / batch_size
             return reward_loss(r_chosen, r_rejected, centering=centering) * share, (r_chosen.data, r_rejected.data)
 
-        rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
-        metrics, rewards = train_step(training, loss, parts, rate, "reward modelling")
+        batches = [drawn[s] for s in shards(batch_size, microbatches or state.workers)]
+        rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
+        metrics, rewards = train_step(state, loss, batches, rate, "reward model")
         yield {**metrics, **reward_metrics(*map(concatenate, zip(*rewards)))}

@@ -1,68 +1,90 @@
-"""Stage 3b. RLHF: sample answers, reward them, reinforce the better ones, stay near the reference."""
+"""Stage 3b. RLHF: sample responses, score them with the reward, reinforce the better ones, stay near the reference.
+
+One update per batch of samples, so the samples are always drawn from the policy that is updated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from minilm.backend import concatenate
 from minilm.generate import Samples, generate
+from minilm.model import Transformer
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
-from minilm.stages.train_state import train_step, shards, stage
+from minilm.stages.train_state import TrainState, shards, stage, train_step
 from minilm.tensor import no_grad
 
 
 @stage
-def train_rlhf(training, reference, reward, prompts, steps, prompts_per_step, samples_per_prompt, max_new_tokens,
-         eos, beta=0.1, learning_rate=3e-4, temperature=1.0, baseline="leave_one_out",
-         microbatches=None):
-    """Maximise reward minus beta times the KL divergence to `reference`, by the policy gradient.
+def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prompts: Sequence, steps: int,
+               prompts_per_step: int, samples_per_prompt: int, max_new_tokens: int, eos: int, beta: float = 0.1,
+               learning_rate: float = 3e-4, temperature: float = 1.0, baseline: str = "leave_one_out",
+               microbatches: int | None = None) -> Iterator[dict]:
+    """Maximise the reward minus beta times the KL divergence to `reference`, by the policy gradient.
 
-    reward     (prompts, responses), two lists of N token lists, to N floats; any function will do
-    prompts    token lists to sample answers to; no comparisons needed
-    temperature  of sampling; policy and reference are both scored at it, with neither top-k nor
-               top-p, or the log-probs would not be those of what was drawn
-    microbatches  parts of a step, None for one a worker
-    One update per batch of samples, so they are always the policy's own.
-    Yields {"loss", "grad_norm", "learning_rate", "reward", "kl_sequence", "kl_token", ...} a step.
+    reward        (prompts, responses), two lists of N token lists, to N floats; called once a step
+    prompts       token lists to sample responses to; no comparisons needed
+    temperature   of sampling. Policy and reference are both scored at it, without top-k and top-p: otherwise the
+                  log-probs would not be those of the distribution that was drawn from
+    microbatches  shards of a step, None for one per worker
+    Yields {"loss", "grad_norm", "learning_rate", "reward", "kl_sequence", "kl_token", ...} after each step.
     """
-    context = training.model.config.context
-    shape = (prompts_per_step, samples_per_prompt)
-    while training.step < steps:
-        drawn = training.rng.integers(len(prompts), size=prompts_per_step)
-        asked = [prompts[i] for i in drawn for _ in range(samples_per_prompt)]
-        uniforms = training.rng.random((len(asked), max_new_tokens))
-
-        def sample(rows):
-            # The policy's own log-probs come with the draw: no second pass for them.
-            samples = generate(training.model, [asked[i] for i in rows], max_new_tokens, uniforms[rows], eos, temperature)
-            part = pack([asked[i] for i in rows], samples.responses(), context)
-            with no_grad():
-                return samples.arrays(), reference.response_log_probs(part, temperature).data.sum(axis=1)
-
-        parts = prompt_shards(shape, training.workers)
-        pieces, log_pi_ref = zip(*training.team.map(sample, parts))
-        order = np.argsort(np.concatenate(parts))
-        samples, log_pi_ref = Samples.concatenate(pieces, order), concatenate(log_pi_ref)[order]
-        answers, mask = samples.responses(), samples.mask > 0
-        kl = (samples.log_probs * mask).sum(axis=1) - log_pi_ref
-        rewards = training.team.broadcast(lambda: np.asarray(reward(asked, answers))).reshape(shape)
-        A = advantages(rewards, kl.reshape(shape), beta, baseline).reshape(-1)
+    context = state.model.config.context
+    P, K = prompts_per_step, samples_per_prompt
+    while state.step < steps:
+        drawn = state.rng.integers(len(prompts), size=P)
+        batch = [prompts[i] for i in drawn for _ in range(K)]                           # P K prompts
+        samples, log_pi_ref = sample_responses(state, reference, batch, prompt_shards(P, K, state.workers),
+                                               max_new_tokens, eos, temperature)
+        responses = samples.responses()
+        mask = samples.mask > 0
+        kl = (samples.log_probs * mask).sum(axis=1) - log_pi_ref                        # k1 of each response (P K,)
+        rewards = state.group.broadcast(lambda: np.asarray(reward(batch, responses)))
+        rewards, kl = rewards.reshape(P, K), kl.reshape(P, K)
+        A = advantages(rewards, kl, beta, baseline).reshape(-1)
 
         def loss(policy, rows):
-            part = pack([asked[i] for i in rows], [answers[i] for i in rows], context)
+            part = pack([batch[i] for i in rows], [responses[i] for i in rows], context)
             log_probs = policy.response_log_probs(part, temperature)
             return policy_gradient_loss(log_probs, A[rows], part.mask) * (len(rows) / len(A)), None
 
-        rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(5, steps // 10 + 1), floor=0.3)
-        metrics, _ = train_step(training, loss, prompt_shards(shape, microbatches or training.workers), rate, "rlhf")
-        yield {**metrics, **policy_gradient_metrics(rewards, kl.reshape(shape), mask),
+        rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(5, steps // 10 + 1), floor=0.3)
+        metrics, _ = train_step(state, loss, prompt_shards(P, K, microbatches or state.workers), rate, "RLHF")
+        yield {**metrics, **policy_gradient_metrics(rewards, kl, mask),
                "entropy": float(samples.entropies[mask].mean())}
 
 
-def prompt_shards(shape, count):
-    """The rows of (prompts, samples) in at most `count` parts. A prompt's samples stay together, for they share it,
-    unless there are fewer prompts than parts."""
-    rows = np.arange(np.prod(shape)).reshape(shape)
-    if count > len(rows):
+def sample_responses(state: TrainState, reference: Transformer, prompts: Sequence, shards: Sequence[np.ndarray],
+                     max_new_tokens: int, eos: int, temperature: float) -> tuple[Samples, np.ndarray]:
+    """One response of state.model to each of N prompts, and log pi_ref of each, (N,). Every rank gets all of them.
+
+    The policy's own log-probs come with the samples: no second forward for them.
+    """
+    uniforms = state.rng.random((len(prompts), max_new_tokens))
+
+    def sample(rows):
+        asked = [prompts[i] for i in rows]
+        samples = generate(state.model, asked, max_new_tokens, uniforms[rows], eos, temperature)
+        part = pack(asked, samples.responses(), state.model.config.context)
+        with no_grad():
+            return samples.arrays(), reference.response_log_probs(part, temperature).data.sum(axis=1)
+
+    pieces, log_pi_ref = zip(*state.group.map(sample, shards))
+    order = np.argsort(np.concatenate(shards))
+    return Samples.concatenate(pieces, order), concatenate(log_pi_ref)[order]
+
+
+def prompt_shards(P: int, K: int, n: int) -> list[np.ndarray]:
+    """The rows of P prompts with K samples each, in at most n shards.
+
+    The samples of a prompt stay in one shard, because they share its computation, unless there are fewer prompts than
+    shards.
+    """
+    rows = np.arange(P * K).reshape(P, K)
+    if n > P:
         rows = rows.reshape(-1, 1)
-    return [rows[part].reshape(-1) for part in shards(len(rows), count)]
+    return [rows[shard].reshape(-1) for shard in shards(len(rows), n)]

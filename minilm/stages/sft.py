@@ -1,29 +1,34 @@
-"""Stage 2. Instruction finetuning: imitate demonstrated answers, with the loss on the answer."""
+"""Stage 2. Supervised finetuning (SFT) on instructions: imitate demonstrated responses, with the loss on the response."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 from minilm.objectives.sft import sft_loss
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
-from minilm.stages.train_state import train_step, shards, stage
+from minilm.stages.train_state import TrainState, shards, stage, train_step
 
 
 @stage
-def train_sft(training, prompts, responses, steps, batch_size, learning_rate=1e-3, microbatches=None):
-    """Finetune training.model on demonstrations, token lists as of data.encode_dialogue.
+def train_sft(state: TrainState, prompts: Sequence, responses: Sequence, steps: int, batch_size: int,
+              learning_rate: float = 1e-3, microbatches: int | None = None) -> Iterator[dict]:
+    """Finetune state.model on demonstrations, token lists as data.encode_dialogue gives them.
 
-    batch_size demonstrations a step, drawn at random, in microbatches parts (None: one a worker); the loss is the mean
-    over the response tokens of the whole step. Yields {"loss", "grad_norm", "learning_rate",
-    "trained_tokens"} a step, the last being the response tokens.
+    batch_size demonstrations a step, drawn at random, in `microbatches` shards (None: one per worker). The loss is the
+    mean over the response tokens of the whole step.
+    Yields {"loss", "grad_norm", "learning_rate", "trained_tokens": response tokens} after each step.
     """
-    context = training.model.config.context
-    while training.step < steps:
-        drawn = training.rng.integers(len(prompts), size=batch_size)
-        parts = [drawn[s] for s in shards(batch_size, microbatches or training.workers)]
+    context = state.model.config.context
+    while state.step < steps:
+        drawn = state.rng.integers(len(prompts), size=batch_size)
         total = float(sum(len(responses[i]) for i in drawn))
 
         def loss(model, rows):
-            part = pack([prompts[i] for i in rows], [responses[i] for i in rows], context)
-            return sft_loss(model.response_log_probs(part), part.mask, total=total), None
+            batch = pack([prompts[i] for i in rows], [responses[i] for i in rows], context)
+            return sft_loss(model.response_log_probs(batch), batch.mask, total=total), None
 
-        rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(20, steps // 10 + 1))
-        metrics, _ = train_step(training, loss, parts, rate, "instruction tuning")
+        batches = [drawn[s] for s in shards(batch_size, microbatches or state.workers)]
+        rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(20, steps // 10 + 1))
+        metrics, _ = train_step(state, loss, batches, rate, "SFT")
         yield {**metrics, "trained_tokens": total}

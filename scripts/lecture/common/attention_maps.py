@@ -8,31 +8,33 @@ Tests: tests/test_attention_maps.py.
 import numpy as np
 
 from minilm.backend import array_module, to_numpy
+from minilm.model import hidden_states
 from minilm.tensor import Tensor, no_grad
 
 
 def attention_weights(model, tokens, key_mask=None):
-    """softmax(q k^T / sqrt(K)) of a Transformer: tokens (B,T) -> an array (L,H,B,T,T); row t says where token t looks.
+    """softmax(q k^T / sqrt(K)) of a Transformer: tokens (B,T) -> an array (L,H,B,T,T); row t: the weights of query t.
 
-    key_mask and errors: as for Transformer.hidden.
+    key_mask (B,T): as for Transformer.hidden.
     """
-    c, (B, T), found = model.config, np.shape(tokens), []
-    values, mix = c.kv_heads * c.head_width, model._padded_attention
+    c = model.config
+    B, T = np.shape(tokens)
+    weights = []
+    values = c.kv_heads * c.head_width
+    attend = model.attend_to_padded(T, np.ones((B, T)) if key_mask is None else key_mask)
 
-    def watch(i, qkv, *rest):
-        xp, weights = array_module(qkv.data), []
+    def watch(i, qkv):
+        xp, columns = array_module(qkv.data), []
         for first in range(0, T, c.head_width):       # so many unit vectors fit into the values of a head
             unit = xp.tile(xp.eye(T, c.head_width, -first, dtype=qkv.dtype), c.kv_heads)
             probe = xp.concatenate([qkv.data[..., :-values], xp.broadcast_to(unit, (B, T, values))], axis=-1)
-            weights.append(mix(i, Tensor(probe), *rest).data.reshape(B, T, c.heads, c.head_width))
-        found.append(to_numpy(xp.concatenate(weights, axis=-1)[..., :T].transpose(2, 0, 1, 3)))
-        return mix(i, qkv, *rest)
+            columns.append(attend(i, Tensor(probe)).data.reshape(B, T, c.heads, c.head_width))
+        weights.append(to_numpy(xp.concatenate(columns, axis=-1)[..., :T].transpose(2, 0, 1, 3)))
+        return attend(i, qkv)
 
-    watched = model.over(model.parameters())
-    watched._padded_attention = watch
     with no_grad():
-        watched.hidden(tokens, np.ones((B, T)) if key_mask is None else key_mask)
-    return np.stack(found)
+        hidden_states(model.parameters(), c, tokens, watch)
+    return np.stack(weights)
 
 
 def induction_scores(weights, tokens, queries=None):

@@ -1,0 +1,124 @@
+"""Decoding with a cache of keys and values: a new token costs one token's work, not that of the whole sequence.
+
+forward_cached computes the last row of Transformer.hidden, with the same blocks (model.hidden_states), on plain
+arrays: at one token per row, wrapping arrays in Tensors would take longer than the arithmetic.
+Measured gain over the whole forward for each token (plain.generate): scripts/bench/tricks.py.
+Tests: tests/test_generate.py, tests/test_plain.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minilm import layers
+from minilm.backend import array_module, is_cupy
+from minilm.model import Config, Transformer, hidden_states
+from minilm.tensor import arrays_only
+
+
+class Cache:
+    """The keys and values of every position so far: two arrays (L,B,G,S,K), filled from the left."""
+
+    def __init__(self, config: Config, batch: int, capacity: int, xp=np, dtype=np.float32):
+        shape = (config.layers, batch, config.kv_heads, capacity, config.head_width)
+        self.keys = xp.empty(shape, dtype)
+        self.values = xp.empty(shape, dtype)
+        self.last_keys = xp.zeros((config.layers, batch, config.kv_heads, config.head_width), dtype)
+        self.length = 0
+
+    def extend(self, layer: int, k, v):
+        """Append k, v (B,G,T,K) of one layer; return all of that layer's keys and values, (B,G,length+T,K)."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length:end] = k
+        self.values[layer, :, :, self.length:end] = v
+        if layer == len(self.keys) - 1:
+            self.length = end
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def previous_key(self, layer: int, k):
+        """The last key (B,G,K) of the call before, zeros at the start; stores the last of k (B,G,T,K)."""
+        before = self.last_keys[layer].copy()
+        self.last_keys[layer] = k[:, :, -1]
+        return before
+
+    def select(self, rows) -> None:
+        """Drop the batch rows that are not listed."""
+        self.keys = self.keys[:, rows]
+        self.values = self.values[:, rows]
+        self.last_keys = self.last_keys[:, rows]
+
+    def repeat(self, rows, capacity: int) -> Cache:
+        """A Cache of `capacity` positions that starts with these batch rows, some of them more than once."""
+        xp = array_module(self.keys)
+        L, _, G, _, K = self.keys.shape
+        other = object.__new__(type(self))
+        other.keys, other.values = (xp.empty((L, len(rows), G, capacity, K), self.keys.dtype) for _ in range(2))
+        other.keys[:, :, :, :self.length] = self.keys[:, rows, :, :self.length]
+        other.values[:, :, :, :self.length] = self.values[:, rows, :, :self.length]
+        other.last_keys = self.last_keys[:, rows]
+        other.length = self.length
+        return other
+
+
+def forward_cached(model: Transformer, tokens, first, cache: Cache):
+    """The final hidden state (B,D) of the last of tokens (B,T), which continue the sequences in the cache.
+
+    first (B,): the position of each row's first real token, after padding on the left; None without padding.
+    """
+    parameters = {name: p.data for name, p in model.parameters().items()}
+    attend = attend_to_cache(model.config, parameters, tokens.shape[1], first, cache)
+    with arrays_only():
+        return hidden_states(parameters, model.config, tokens, attend)[:, -1]
+
+
+def attend_to_cache(c: Config, parameters, T: int, first, cache: Cache):
+    """attend(layer, qkv) for model.hidden_states: T new tokens of each row attend to the cache and to each other.
+
+    qkv (B,T,(H+2G)K) -> (B,T,H K); the new keys and values are appended to the cache.
+    """
+    xp = array_module(parameters["embedding"])
+    H, HG = c.heads, c.heads + c.kv_heads
+    start = cache.length
+    cos, sin = layers.rope_tables(xp.arange(start, start + T), c.head_width, c.rope_base, parameters["embedding"].dtype)
+    rotation = cos + 1j * sin
+    real = None if first is None or T == 1 else xp.arange(start + T) >= first[:, None]
+
+    def attend(layer, qkv):
+        B = len(qkv)
+        heads = qkv.reshape(B, T, HG + c.kv_heads, c.head_width).swapaxes(1, 2)             # (B,H+2G,T,K)
+        if c.key_smear:
+            k = heads[:, H:HG]
+            if real is not None:            # a padding token is no predecessor: its key counts as zero
+                k = xp.where(real[:, None, start:, None], k, 0)
+            heads[:, H:HG] = layers.smear(k, parameters[f"blocks.{layer}.key_smear"], cache.previous_key(layer, k))
+        q_and_k = layers.rotate(heads[:, :HG], rotation, c.rope_pairing)
+        q = q_and_k[:, :H]
+        keys, values = cache.extend(layer, q_and_k[:, H:], heads[:, HG:])
+        if T == 1:
+            mixed = decode_attention(q[:, :, 0], cache.keys[layer], cache.values[layer], start + 1, first)
+        else:
+            mixed = layers.attention(q, keys, values, causal=True, key_mask=real).swapaxes(1, 2)
+        return mixed.reshape(B, T, H * c.head_width)
+    return attend
+
+
+def decode_attention(q, keys, values, length: int, first=None, kernel: bool = True):
+    """layers.attention for the last position alone, on arrays, without a gradient.  q (B,H,K) -> (B,H,K)
+
+    keys, values (B,G,capacity,K), `length` positions filled; first (B,): where each row's keys begin, int32, or None.
+    """
+    xp = array_module(q)
+    B, H, K = q.shape
+    G = keys.shape[1]
+    if kernel and is_cupy(q):
+        from minilm.kernels import decode
+        return decode.decode(xp.ascontiguousarray(q), keys, values, length, first)
+    k, v = keys[:, :, :length], values[:, :, :length]
+    E = (q * K ** -0.5).reshape(B, G, H // G, K) @ k.swapaxes(-1, -2)
+    if first is not None:
+        xp.copyto(E, -xp.inf, where=(xp.arange(length) < first[:, None])[:, None, None, :])
+    E -= E.max(axis=-1, keepdims=True)
+    xp.exp(E, out=E)
+    mixed = E @ v
+    mixed /= E.sum(axis=-1, keepdims=True)
+    return mixed.reshape(B, H, K)

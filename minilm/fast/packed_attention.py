@@ -1,0 +1,202 @@
+"""Attention over the segments of one row of tokens (packing.py): no padding, a shared prompt's keys computed once.
+
+Segments of similar size are attended to in one call: they are aligned on the right in a small rectangle, and only
+there is padding. Rotations and key smearing happen in the same node of the graph. The numbers are those of
+plain.attention on each dialogue alone. Measured gain: scripts/bench/tricks.py.
+Tests: tests/test_packing.py, tests/test_plain.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from minilm.backend import array_module, is_cupy
+from minilm.fast.packed_smear import segment_starts, smear_keys, smear_segments
+from minilm.fast.tiled_attention import tiled_attention
+from minilm.layers import pair_slices, rope_tables
+from minilm.packing import Segment
+from minilm.tensor import primitive
+
+# Two segments share a call if the padding adds at most half of the smaller one's scores, plus this many: about the
+# cost of one more call.
+CALL = 1 << 14
+
+
+def attend_to_segments(config, parameters, segments: list[Segment], positions) -> Callable:
+    """attend(layer, qkv) for model.hidden_states: causal attention within the segments of a row of N tokens.
+
+    positions (N,): of each token in its own sequence, an array on the device of the parameters.
+    qkv (..,(H+2G)K), with N tokens in all -> (..,H K).
+    """
+    shape = {"heads": config.heads, "kv_heads": config.kv_heads, "pairing": config.rope_pairing}
+    cos, sin = rope_tables(positions, config.head_width, config.rope_base, parameters["embedding"].dtype)
+    if is_cupy(positions):
+        return _attend_on_gpu(config, parameters, segments, cos, sin, shape)
+    rotation = cos + 1j * sin
+    groups = group_segments(segments)
+
+    def attend(layer, qkv):
+        return packed_attention(qkv, parameters.get(f"blocks.{layer}.key_smear"), rotation=rotation, groups=groups, **shape)
+    return attend
+
+
+@functools.cache
+def _segment_attention():
+    from minilm.kernels import layers as on_gpu
+    return primitive(on_gpu.segment_attention)
+
+
+def _attend_on_gpu(config, parameters, segments, cos, sin, shape):
+    from minilm.kernels import layers as on_gpu
+    plan = on_gpu.segment_plan(segments, cos)
+    starts, before = segment_starts(segments, cos)
+
+    def attend(layer, qkv):
+        if config.key_smear:
+            qkv = smear_keys(qkv, parameters[f"blocks.{layer}.key_smear"], starts, before, config.heads, config.kv_heads)
+        rows = qkv.reshape(-1, qkv.shape[-1])
+        mixed = _segment_attention()(rows, cos, sin, plan=plan, **shape)
+        return mixed.reshape(*qkv.shape[:-1], mixed.shape[-1])
+    return attend
+
+
+def rectangle_segments(B: int, T: int) -> list[Segment]:
+    """B sequences of T tokens, one after the other in a row."""
+    return [Segment(start, start + T) for start in range(0, B * T, T)]
+
+
+def group_segments(segments: list[Segment]) -> list[list[Segment]]:
+    """The segments in groups of similar sizes, each group for one call of attention."""
+    groups, longest = [], 0
+    for segment in sorted(segments, key=lambda s: (s.keys, s.queries), reverse=True):
+        if groups:
+            group = groups[-1]
+            before, longest = longest, max(longest, segment.queries)
+            added = (len(group) + 1) * longest - len(group) * before
+            if added * group[0].keys <= 1.5 * segment.queries * segment.keys + CALL:
+                group.append(segment)
+                continue
+        groups.append([segment])
+        longest = segment.queries
+    return groups
+
+
+@primitive
+def packed_attention(qkv, amount, rotation, heads: int, kv_heads: int, groups, pairing: str = "half"):
+    """Smeared keys, rotations and causal attention of one layer: (..,(H+2G)K) with N tokens in all -> (..,H K).
+
+    qkv       for each token H queries, G keys and G values of K numbers each
+    amount    (G,K) of layers.smear, or None
+    rotation  (N,K/2), exp(i angle) of each pair: cos + i sin of layers.rope_tables
+    groups    of group_segments
+    """
+    xp, dtype = array_module(qkv), qkv.dtype
+    H, G, N = heads, kv_heads, len(rotation)
+    K = qkv.shape[-1] // (H + 2 * G)
+    by_head = qkv.reshape(N, H + 2 * G, K).swapaxes(0, 1)       # (H+2G,N,K)
+    q_and_k, prepared_vjp = _smeared_and_rotated(by_head[:H + G], H, amount, rotation, groups, pairing)
+    values = by_head[H + G:].copy()                             # a view would keep all of qkv alive
+    O = xp.empty((N, H, K), dtype)
+    vjps = []
+    for group in groups:
+        q = _aligned(q_and_k[:H], group, with_prefix=False)
+        k, v = (_aligned(flat, group, with_prefix=True) for flat in (q_and_k[H:], values))
+        out = _aligned(O.swapaxes(0, 1), group, with_prefix=False) if _side_by_side(group) else None
+        mask = _real_keys(group, k.shape[2])
+        mixed, vjp = tiled_attention(q, k, v, causal=True, key_mask=mask, scale=1, out=out)
+        if out is None:
+            _put_back(O.swapaxes(0, 1), mixed, group)
+        vjps.append(vjp)
+
+    def vjp(dy):
+        dq = xp.empty((H, N, K), dtype)
+        dkv = xp.zeros((2, G, N, K), dtype)
+        dO = dy.reshape(N, H, K).swapaxes(0, 1)
+        for group, group_vjp in zip(groups, vjps):
+            dO_rows = _aligned(dO, group, with_prefix=False)
+            if _side_by_side(group):                            # the gradients are views: written and added in place
+                group_vjp(dO_rows, *(_aligned(flat, group, with_prefix=False) for flat in (dq, *dkv)))
+                continue
+            dq_rows, dk, dv = group_vjp(dO_rows)
+            _put_back(dq, dq_rows, group)
+            _add_back(dkv[0], dk, group)
+            _add_back(dkv[1], dv, group)
+        dqkv = xp.empty((N, H + 2 * G, K), dtype)
+        by_head = dqkv.swapaxes(0, 1)
+        damount = prepared_vjp(dq, dkv[0], by_head[:H + G])
+        by_head[H + G:] = dkv[1]
+        return dqkv.reshape(qkv.shape), damount
+    return O.reshape(*qkv.shape[:-1], H * K), vjp
+
+
+def _smeared_and_rotated(x, H, amount, rotation, groups, pairing):
+    """Queries and keys (H+G,N,K) ready for attention with scale 1, and the vjp; amount may be None.
+
+    A rotation is a multiplication by exp(i angle). Real and imaginary parts stay side by side: the product q k does
+    not depend on the order of the head's numbers.
+    """
+    xp, K, k = array_module(x), x.shape[-1], x[H:]
+    first, second = pair_slices(K, pairing)
+    if amount is not None:
+        k, smeared_vjp = smear_segments(k, amount, *segment_starts([s for group in groups for s in group], x))
+    scaled = rotation * K ** -0.5
+    z = xp.empty((*x.shape[:2], K // 2), rotation.dtype)
+    for to, part, by in ((z[:H], x[:H], scaled), (z[H:], k, rotation)):
+        to.real, to.imag = part[..., first], part[..., second]
+        to *= by
+
+    def vjp(dq, dk, dx):
+        """Gradients dq and dk to that of x, written into dx. Overwrites dq and dk. Returns the gradient of amount."""
+        damount = None
+        for to, part, by in ((dx[:H], dq, scaled), (dx[H:], dk, rotation)):
+            dz = part.view(rotation.dtype)
+            dz *= by.conj()
+            to[..., first], to[..., second] = dz.real, dz.imag
+        if amount is not None:
+            dx[H:], damount = smeared_vjp(dx[H:])
+        return damount
+    return z.view(x.dtype), vjp
+
+
+# Between the row of tokens and the small rectangle of a group.
+
+def _aligned(flat, group, with_prefix):
+    """(heads,N,K) -> (b,heads,T,K): the segments of a group, each aligned on the right of its own row."""
+    T = max(s.keys if with_prefix else s.queries for s in group)
+    if _side_by_side(group):                                    # a view
+        return flat[:, group[0].start:group[-1].stop].reshape(len(flat), len(group), T, -1).swapaxes(0, 1)
+    rows = array_module(flat).zeros((len(group), len(flat), T, flat.shape[2]), flat.dtype)
+    for row, s in zip(rows, group):
+        row[:, T - s.queries:] = flat[:, s.start:s.stop]
+        if with_prefix and s.keys > s.queries:
+            row[:, T - s.keys:T - s.queries] = flat[:, s.prefix_start:s.prefix_stop]
+    return rows
+
+
+def _put_back(flat, rows, group):
+    """The inverse of _aligned for queries: written to their segments."""
+    for row, s in zip(rows, group):
+        flat[:, s.start:s.stop] = row[:, -s.queries:]
+
+
+def _add_back(flat, rows, group):
+    """The transpose of _aligned for keys: added, because several segments share a prefix."""
+    T = rows.shape[2]
+    for row, s in zip(rows, group):
+        flat[:, s.start:s.stop] += row[:, T - s.queries:]
+        flat[:, s.prefix_start:s.prefix_stop] += row[:, T - s.keys:T - s.queries]
+
+
+def _side_by_side(group):
+    """Segments of one length, one after the other, without prefixes: a rectangle already."""
+    return all(s.keys == group[0].queries == s.queries and s.start == group[0].start + i * s.queries
+               for i, s in enumerate(group))
+
+
+def _real_keys(group, S):
+    """(b,S) True on keys, False on padding; None if there is no padding."""
+    keys = np.array([s.keys for s in group])
+    return None if (keys == S).all() else np.arange(S) >= S - keys[:, None]

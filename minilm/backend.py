@@ -1,23 +1,25 @@
 """NumPy or CuPy: the device follows the data.
 
-Code that works on arrays asks for their library once, `xp = array_module(x)`, and then
-reads the same for both. There is no default device, no environment variable and no
-import-time alias; CuPy is imported only by whoever asks for the GPU.
+Code on arrays gets their library once, `xp = array_module(x)`, and is the same for both. There is no default device,
+no environment variable and no import-time alias. CuPy is imported only when arrays are on the GPU, or are moved there.
+Tests: tests/test_backend.py.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 
-def is_cupy(x):
+def is_cupy(x: Any) -> bool:
     """Whether x is a CuPy array (answered without importing CuPy)."""
     return type(x).__module__.partition(".")[0] == "cupy"
 
 
-def array_module(*arrays):
-    """The library, numpy or cupy, that the arrays belong to.
-
-    Python scalars fit both. Raises TypeError when arrays of the two are mixed.
-    """
+def array_module(*arrays) -> Any:
+    """The library of the arrays, numpy or cupy. Python scalars fit both. Raises TypeError for arrays of both."""
     found = {is_cupy(a) for a in arrays if isinstance(a, np.ndarray) or is_cupy(a)}
     if found == {True, False}:
         raise TypeError("arrays on the CPU (numpy) and on the GPU (cupy) are mixed; "
@@ -28,7 +30,7 @@ def array_module(*arrays):
     return np
 
 
-def to_device(x, device):
+def to_device(x: Any, device: str) -> Any:
     """x as an array on `device`, "cpu" or "gpu". Raises ValueError, ImportError."""
     if device == "cpu":
         return to_numpy(x)
@@ -42,11 +44,11 @@ def to_device(x, device):
     return cupy.asarray(x)
 
 
-def to_numpy(x):
-    """x as a NumPy array: copied from the GPU if it lives there, itself if it does not."""
+def to_numpy(x: Any) -> np.ndarray:
+    """x as a NumPy array: a copy if it is on the GPU, else x itself."""
     return x.get() if is_cupy(x) else np.asarray(x)
 
 
-def concatenate(arrays):
-    """Arrays of either device end to end, as one NumPy array."""
+def concatenate(arrays: Iterable) -> np.ndarray:
+    """Arrays of either device, one after the other, as one NumPy array."""
     return np.concatenate([to_numpy(a) for a in arrays])

@@ -175,14 +175,8 @@ class Transformer:
         Raises IndexError for a token outside the vocabulary, ValueError for more tokens than the context.
         """
         c = self.config
-        tokens = to_numpy(tokens)
-        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-            raise ValueError(f"tokens must be integers of shape (B,T); got {tokens.dtype} {tokens.shape}")
+        tokens = self.checked_tokens(tokens)
         B, T = tokens.shape
-        self._check_length(T)
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < c.vocab_size:
-            raise IndexError(f"token {int(tokens.max() if tokens.min() >= 0 else tokens.min())} is not in the "
-                             f"vocabulary of {c.vocab_size}; was it made with another tokenizer?")
         if key_mask is None and c.causal and T:
             # One node of the graph from qkv to the mixed values: 4 % of a training step less than three nodes.
             positions = self._on_device(np.tile(np.arange(T), B))
@@ -190,6 +184,18 @@ class Transformer:
         else:
             attend = self.attend_to_padded(T, key_mask)
         return hidden_states(self._parameters, c, tokens, attend, self.activation_checkpointing)
+
+    def checked_tokens(self, tokens) -> np.ndarray:
+        """tokens as a NumPy array. Raises as hidden does."""
+        tokens = to_numpy(tokens)
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"tokens must be integers of shape (B,T); got {tokens.dtype} {tokens.shape}")
+        self._check_length(tokens.shape[1])
+        V = self.config.vocab_size
+        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < V:
+            raise IndexError(f"token {int(tokens.max() if tokens.min() >= 0 else tokens.min())} is not in the "
+                             f"vocabulary of {V}; was it made with another tokenizer?")
+        return tokens
 
     def packed_hidden(self, pack: Pack) -> Tensor:
         """Final hidden states (N,D) of the row of tokens of a packing.Pack. Raises as hidden does."""

@@ -1,4 +1,4 @@
-"""Tell glibc's malloc to keep the memory of freed arrays: a training step is 1.3 to 2 times faster with it."""
+"""Tell glibc's malloc to keep the memory of freed arrays. Measured gain: scripts/bench/tricks.py."""
 
 import ctypes
 

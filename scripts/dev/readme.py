@@ -55,14 +55,19 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+def node(name: str) -> str:
+    """A module as the picture names it: each file of minilm/ and of fast/ by itself, other folders as one."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "fast" else parts[0]
+
+
 def import_graph() -> dict[str, set[str]]:
-    """{a file or folder directly in minilm/: the others that it imports}."""
+    """{node: the other nodes that it imports}."""
     graph = {}
     for name, path in modules().items():
-        top = name.partition(".")[0]
-        if top:
-            graph.setdefault(top, set()).update(other.partition(".")[0] for other in imported(path))
-    return {name: others - {name, ""} for name, others in sorted(graph.items())}
+        if name not in ("", "fast"):
+            graph.setdefault(node(name), set()).update(node(other) for other in imported(path))
+    return {name: others - {name, "", "fast"} for name, others in sorted(graph.items())}
 
 
 def levels(graph: dict[str, set[str]]) -> list[list[str]]:

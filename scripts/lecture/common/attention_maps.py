@@ -15,10 +15,11 @@ from minilm.tensor import Tensor, no_grad
 def attention_weights(model, tokens, key_mask=None):
     """softmax(q k^T / sqrt(K)) of a Transformer: tokens (B,T) -> an array (L,H,B,T,T); row t: the weights of query t.
 
-    key_mask (B,T): as for Transformer.hidden.
+    key_mask and errors: as for Transformer.hidden.
     """
     c = model.config
-    B, T = np.shape(tokens)
+    tokens = model.checked_tokens(tokens)
+    B, T = tokens.shape
     weights = []
     values = c.kv_heads * c.head_width
     attend = model.attend_to_padded(T, np.ones((B, T)) if key_mask is None else key_mask)

@@ -31,15 +31,14 @@ import numpy as np
 from minilm.backend import array_module, is_cupy
 
 _order = itertools.count()         # a primitive called later has a larger number
-_thread = threading.local()        # no_grad holds in the thread that entered it
-operations: dict[str, Callable] = {}      # by name: the functions behind the operators of Tensor. ops.py fills it
+operations = None                  # the module ops, with the functions behind the operators; ops.py sets it
 
 
 def _operator(name, reflected=False):
-    """A method of Tensor that calls operations[name]; reflected: `array + tensor` instead of `tensor + array`."""
+    """A method of Tensor that calls the function `name` of ops.py; reflected: for `array + tensor`."""
     if reflected:
-        return lambda x, y: operations[name](y, x)
-    return lambda x, *arguments, **options: operations[name](x, *arguments, **options)
+        return lambda x, y: getattr(operations, name)(y, x)
+    return lambda x, *arguments, **options: getattr(operations, name)(x, *arguments, **options)
 
 
 class _NumpyFunctions:
@@ -53,8 +52,8 @@ def _apply_ufunc(tensor, ufunc, method, *inputs, **options):
     """`array * tensor` is a Tensor; any other NumPy function of a Tensor raises TypeError."""
     name = ufunc.__name__
     if method == "__call__" and not options and name in ("add", "subtract", "multiply", "divide", "matmul"):
-        return operations[name](*inputs)
-    advice = f"use minilm.ops.{name}" if name in operations else "use the functions of minilm.ops"
+        return getattr(operations, name)(*inputs)
+    advice = f"use minilm.ops.{name}" if hasattr(operations, name) else "use the functions of minilm.ops"
     raise TypeError(f"np.{name} does not take a Tensor: {advice}, or tensor.data for the array without a gradient")
 
 
@@ -108,11 +107,11 @@ class Tensor:
 
     def reshape(self, *shape) -> Tensor:
         """reshape(2, 3) or reshape((2, 3))"""
-        return operations["reshape"](self, shape=_unpacked(shape))
+        return operations.reshape(self, shape=_unpacked(shape))
 
     def transpose(self, *axes) -> Tensor:
         """transpose(1, 0), transpose((1, 0)), or transpose() to reverse the axes"""
-        return operations["transpose"](self, axes=_unpacked(axes) or None)
+        return operations.transpose(self, axes=_unpacked(axes) or None)
 
     T = property(transpose)
     shape = property(lambda self: self.data.shape)
@@ -145,8 +144,7 @@ class Tensor:
         """
         gradient = self._cotangent(gradient)
         if self.node is None:
-            _accumulate(self, gradient)
-            return
+            return _accumulate(self, gradient)
         tape = history(self.node)
         gradients = {self.node: gradient}
         while tape:
@@ -210,13 +208,13 @@ class Node:
     def _check(self, i, source, dx):
         if dx is None or dx.shape != source.shape or dx.dtype != source.dtype:
             name = f" '{self.arguments[i]}'" if i < len(self.arguments) else ""
+            returned = f"{dx.shape}, {dx.dtype}" if hasattr(dx, "shape") else repr(dx)
             raise RuntimeError(f"{self.name}: gradient for an input of shape {source.shape}, {source.dtype} (argument "
-                               f"{i + 1}{name}) came back as {_describe(dx)}; vjp must return one array per argument, "
+                               f"{i + 1}{name}) came back as {returned}; vjp must return one array per argument, "
                                "each of its argument's shape and dtype")
 
     def free(self):
-        self.inputs = ()
-        self.vjp = None
+        self.inputs, self.vjp = (), None
 
 
 def history(node: Node) -> list[Node]:
@@ -269,7 +267,7 @@ def primitive(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def apply(*inputs, **options):
-        if getattr(_thread, "arrays_only", False):
+        if _thread.arrays_only:
             return function(*inputs, **options)[0]
         if any(isinstance(option, Tensor) for option in options.values()):
             bound = signature.bind(*inputs, **options)          # Tensors given by name go to their positions,
@@ -284,8 +282,8 @@ def primitive(function: Callable) -> Callable:
         except (IndexError, TypeError, ValueError) as error:
             kind = next(k for k in (IndexError, TypeError, ValueError) if isinstance(error, k))
             raise kind(f"{_call(name, arrays)}: {error}") from error
-        if (watch := getattr(_thread, "watch", None)) is not None:
-            watch(name, output)
+        if _thread.watch is not None:
+            _thread.watch(name, output)
         result = Tensor(output)
         if grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             result.requires_grad = True
@@ -326,19 +324,39 @@ def _array(x):
     return x.item() if isinstance(x, np.generic) else x
 
 
-def _describe(x):
-    return f"{x.shape}, {x.dtype}" if hasattr(x, "shape") else repr(x)
-
-
 def _call(name, arrays):
     return f"{name}({', '.join(str(a.shape) if hasattr(a, 'shape') else repr(a) for a in arrays)})"
 
 
 # Modes. Each holds in the thread that entered it, and ends with its `with` block.
 
+class _Modes(threading.local):
+    grad_enabled = True
+    arrays_only = False
+    watch = None
+
+
+_thread = _Modes()
+
+
+@contextlib.contextmanager
+def _mode(name, value):
+    before = getattr(_thread, name)
+    setattr(_thread, name, value)
+    try:
+        yield
+    finally:
+        setattr(_thread, name, before)
+
+
 def grad_enabled() -> bool:
     """Whether primitives called in this thread are recorded."""
-    return getattr(_thread, "grad_enabled", True)
+    return _thread.grad_enabled
+
+
+def recording(enabled: bool):
+    """Within it, calls of primitives are recorded or not."""
+    return _mode("grad_enabled", enabled)
 
 
 def no_grad():
@@ -346,35 +364,15 @@ def no_grad():
     return recording(False)
 
 
-@contextlib.contextmanager
-def recording(enabled: bool):
-    """Within it, calls are recorded or not; no_grad() is recording(False)."""
-    before, _thread.grad_enabled = grad_enabled(), enabled
-    try:
-        yield
-    finally:
-        _thread.grad_enabled = before
-
-
-@contextlib.contextmanager
 def arrays_only():
     """Within it, primitives take arrays and return arrays: no Tensor, no record.
 
     For cached generation, where each row has one token and wrapping arrays in Tensors would take longer than the
     arithmetic.
     """
-    before, _thread.arrays_only = getattr(_thread, "arrays_only", False), True
-    try:
-        yield
-    finally:
-        _thread.arrays_only = before
+    return _mode("arrays_only", True)
 
 
-@contextlib.contextmanager
 def watching(watch: Callable[[str, np.ndarray], None]):
     """Within it, watch(name, output) is called after each call of a primitive."""
-    before, _thread.watch = getattr(_thread, "watch", None), watch
-    try:
-        yield
-    finally:
-        _thread.watch = before
+    return _mode("watch", watch)

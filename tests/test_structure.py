@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # The whole import picture. A node imports only from lines above its own, and stands in the first line where it can.
 # The README's diagram is this table (scripts/dev/readme.py).
 LEVELS = """
-    backend  data  fast.malloc  fast.workers  tokenizer
-    checkpoint  fast.deferred  fast.tiled_attention  kernels  tensor
+    backend  fast.malloc  fast.workers  tokenizer
+    checkpoint  data  fast.deferred  fast.tiled_attention  kernels  tensor
     fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  ops  packing
     evaluate  gradcheck  layers  objectives  optim  plain  world
     exact  fast.packed_smear
     fast.packed_attention
     model
-    fast.cached_decoding  model_file
+    fast.cached_decoding  model_file  toy
     generate
     stages
 """
@@ -199,8 +199,8 @@ def test_the_mathematics_stays_under_1200_lines_of_code():
     assert sum(map(lines_of_code, of(*READER))) < 1200
 
 
-def test_minilm_without_its_world_and_plain_stays_under_3000_lines_of_code():
-    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in ("world", "plain", "kernels")) < 3000
+def test_minilm_without_its_world_and_plain_stays_under_3200_lines_of_code():
+    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in ("world", "plain", "toy", "kernels")) < 3200
 
 
 def test_plain_stays_under_210_lines_of_code():

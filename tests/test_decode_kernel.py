@@ -49,7 +49,7 @@ def test_any_head_width_gives_the_plain_formula_in_either_precision(K, xp, rng):
     assert np.abs(result - exact).max() <= 2 * np.abs(naive - exact).max() + 8 * np.finfo(np.float32).eps
 
 
-def test_it_is_layers_decode_attention(xp, rng):
+def test_it_equals_the_decode_attention_of_the_library(xp, rng):
     from minilm.fast.cached_decoding import decode_attention
     (q, keys, values), first = inputs(rng, 3, 4, 2, 16, 20), np.array([0, 3, 11])
     assert_close(run(xp, q, keys, values, 17, first), decode_attention(q, keys, values, 17, first))

@@ -8,7 +8,7 @@ x is a prompt, y a response drawn from the policy pi. One sample gives
 
             expected value                       expected gradient, as a loss
     k1      KL(pi || pi_ref)                     0
-    k2      no KL, but near it if pi ~ pi_ref    grad KL(pi || pi_ref)
+    k2      close to it if pi is near pi_ref     grad KL(pi || pi_ref)
     k3      KL(pi || pi_ref)                     grad KL(pi_ref || pi)
 
 "As a loss" means: the samples are fixed, and the estimator is differentiated. A single k1 may be
@@ -23,21 +23,25 @@ Gradients. Only log pi depends on the parameters, so for one sample
     grad k2 = k1 grad log pi
     grad k3 = (1 - exp(-k1)) grad log pi
 
-Their expectations follow from three lines:
+Their expectations follow with pi grad log pi = grad pi and pi exp(-k1) = pi_ref:
 
-    (a)  E[grad log pi]            = sum_y grad pi = grad 1 = 0
-    (b)  E[k1 grad log pi]         = sum_y k1 grad pi     = grad KL(pi || pi_ref)
-    (c)  E[exp(-k1) grad log pi]   = sum_y pi_ref grad log pi = -grad KL(pi_ref || pi)
+    (a)  E[grad log pi]           = sum_y grad pi = grad 1 = 0
+    (b)  E[k1 grad log pi]        = sum_y k1 grad pi
+                                  = grad KL(pi || pi_ref), because grad sum_y pi k1 has one more term,
+                                    sum_y pi grad k1, which is 0 by (a)
+    (c)  E[exp(-k1) grad log pi]  = sum_y pi_ref grad log pi
+                                  = -grad KL(pi_ref || pi), because KL(pi_ref || pi) is
+                                    sum_y pi_ref (log pi_ref - log pi)
 
-In (b), grad sum_y pi k1 = sum_y k1 grad pi + sum_y pi grad k1, and the second sum is 0 by (a). So k2 has
-the gradient of the KL that RLHF penalises, and k3, whose value is the same KL, has the gradient of the
-KL in the other direction.
+So E[grad k1] is (a), E[grad k2] is (b), and E[grad k3] is (a) - (c). k2 has the gradient of the KL that
+RLHF penalises; k3, whose expected value is this KL, has the gradient of the KL in the other direction.
 
 Other uses:
-    k1 in the reward, without gradient (policy_gradient.py): grad KL(pi || pi_ref), by (b).
-    k3 in the reward: (b) + (c), grad KL(pi || pi_ref) - grad KL(pi_ref || pi).
-    k3 times pi / pi_old as a loss, with samples from pi_old = pi: the ratio has the value 1, and its
-    gradient adds E[k3 grad log pi], the line above. The sum is grad KL(pi || pi_ref).
+    In the reward (policy_gradient.py), where the estimator k is a number without gradient, the expected
+    gradient is E[k grad log pi]. For k1 this is (b). For k3 it is (b) + (c) - (a), which is
+    grad KL(pi || pi_ref) - grad KL(pi_ref || pi).
+    As a loss, k3 times the ratio pi / pi_old, with samples from pi_old = pi: the ratio is 1, and its
+    gradient adds E[k3 grad log pi], given above. The sum is grad KL(pi || pi_ref).
 
 All of this holds for whole responses. Computed per token and then summed over a response, k1 does not
 change, and k3 keeps its expected value. k2 and k3 lose their gradients: for k2, because a token changes
@@ -63,7 +67,7 @@ def k1(policy: Tensor | np.ndarray, reference: np.ndarray) -> Tensor:
 
 
 def k2(policy: Tensor | np.ndarray, reference: np.ndarray) -> Tensor:
-    """k1^2 / 2, (B,): as a loss it has the gradient of KL(pi || pi_ref); its value is not a KL."""
+    """k1^2 / 2, (B,), of the same log-probs: as a loss it has the expected gradient of KL(pi || pi_ref)."""
     log_ratio = k1(policy, reference)
     return log_ratio * log_ratio * 0.5
 
@@ -96,9 +100,9 @@ def kl_metrics(policy: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> d
 def _k3_of_log_ratio(log_ratio):
     """exp(-u) - 1 + u.   d/du = 1 - exp(-u)
 
-    Near u = 0, k3 is about u^2 / 2, and exp(-u) - 1 about -u: subtracting 1 after rounding exp(-u) would
-    leave no correct digit of k3, and could make it negative. expm1 computes exp(-u) - 1 without this
-    loss. k1 and k2 subtract no numbers that are nearly equal, and need no such function.
+    Near u = 0, k3 is about u^2 / 2, the small difference of exp(-u) - 1 and -u. Rounding exp(-u) before 1
+    is subtracted would leave no correct digit of it, and could make it negative; expm1 computes
+    exp(-u) - 1 without this error. k1 and k2 need no such function: k2 only multiplies.
     """
     exp_minus_1 = array_module(log_ratio).expm1(-log_ratio)
     def vjp(dy):

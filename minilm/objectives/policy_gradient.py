@@ -15,17 +15,22 @@ Proof. J = sum_y pi R, so grad J = sum_y R grad pi + sum_y pi grad R.
     Baseline:    E[b grad log pi] = b sum_y grad pi = b grad 1 = 0.
 
 So R and b are used as numbers, without gradient. With N responses y drawn from pi, and m_t = 1 on the
-tokens of a response:
+tokens of a response, 0 on padding:
 
-    L = -(1/N) sum over responses of A log pi(y|x),     A = R - b,     log pi(y|x) = sum_t m_t log pi(y_t | x, y_<t)
+    L = -(1/N) sum over responses of A log pi(y|x),                 A = R - b
+    log pi(y|x) = sum_t m_t log pi(y_t | x, y_<t)
 
     dL / d log pi(y_t) = -m_t A / N
 
-L is an estimate: in expectation over the draws, its gradient is the gradient of -J for the baselines
-"none" and "leave_one_out", (1 - 1/K) times it for "mean", and biased for "group" (see `advantages`; K is
-the number of samples for each prompt). The value of L does not measure progress; the mean reward does.
-log pi(y|x) is the sum over tokens. A mean would weigh a response by the inverse of its length, and the
-result would not be the gradient of J.
+The gradient of L is an estimate. Its expectation over the draws depends on the baseline (`advantages`),
+with K responses to each prompt, and J averaged over the prompts:
+
+    none, leave_one_out    -grad J
+    mean                   -(1 - 1/K) grad J
+    group                  biased: another direction
+
+The value of L does not measure progress; the mean reward does. log pi(y|x) is the sum over tokens. A mean
+would weigh a response by the inverse of its length, and the result would not be the gradient of J.
 
 Williams 1992 (REINFORCE). K responses for each prompt with the leave-one-out baseline: Kool et al. 2019;
 Ahmadian et al. 2024, arXiv:2402.14740 (RLOO). The lecture regularises toward the pretrained model. Here,

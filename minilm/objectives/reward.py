@@ -22,10 +22,13 @@ near 0 where it is right with confidence.
 
 Comparisons determine the rewards of a prompt only up to a constant: adding one constant to both rewards
 does not change r_w - r_l. The centring term selects the constant. For one given pair it has gradient 0
-on the difference r_w - r_l, because its two derivatives are equal. In expectation it also shrinks the
-differences a little: for two responses drawn independently for one prompt, with rewards r and r',
+on the difference r_w - r_l, because its two derivatives are equal. In expectation over many pairs it
+also shrinks the differences a little: for two responses drawn independently for one prompt, with rewards
+r and r',
 
-    E[ (r + r')^2 ] = 2 Var[r] + 4 E[r]^2
+    E[ (r + r')^2 ] = Var[r + r'] + E[r + r']^2 = 2 Var[r] + 4 E[r]^2
+
+(the sum does not depend on which of the two is preferred).
 
 -log sigmoid(z) is computed as softplus(-z) = log(1 + exp(-z)), which is finite at every finite z; the
 logarithm of a sigmoid that has been rounded to 0 is not.

@@ -124,6 +124,19 @@ def test_a_condition_that_is_not_shown_leaves_the_outcome_undecided():
         assert outcome(rule, [Comparison("learned", accuracies, above=0.9)]) == "undecided"
 
 
+def test_at_least_k_comparisons_are_counted_at_the_corrected_level():
+    high, low, wide = ([x + d for d in (-0.1, 0, 0.1)] for x in (2, -2, 0))
+    def rule(*effects):
+        return outcome([Comparison(str(i), values, above=0) for i, values in enumerate(effects)], at_least=2)
+    assert [rule(high, high, low), rule(high, low, low), rule(high, wide, low)] == ["shown", "not shown", "undecided"]
+    # 95 % intervals that lie above 0, and do not at the level 1 - 0.05 / 3.
+    narrow = [0.75, 1.0, 0.65]
+    assert Comparison("narrow", [x - 0.2 for x in narrow], above=0).outcome() == "shown"
+    assert rule(*([[x - 0.2 for x in narrow]] * 3)) == "undecided"
+    assert outcome([Comparison("a", high, above=0)], at_least=1) == "shown"
+    assert outcome([Comparison("a", high, above=0)], [Comparison("learned", low, above=0)], at_least=1) == "undecided"
+
+
 def test_a_comparison_without_margin_or_with_an_undefined_effect_raises():
     with pytest.raises(ValueError, match="'lead' has no margin: give above, below, or both"):
         Comparison("lead", [1.0, 2.0])

@@ -29,6 +29,7 @@ A rule in code is a list of comparisons (intervals.py): one effect per seed, and
   if one is not, the outcome is "undecided".
 - findings=[...] are further comparisons, each with an interval and an outcome of its own. They do not decide the
   outcome of the claim: a stricter comparison than the claim makes, a negative result, an exception.
+- at_least=k asks for k of the comparisons instead of all of them.
 - words: one or two sentences with about three numbers. All other numbers go to `numbers` and to the table.
 
 New models are made by experiment.transformer(rng, **config), which follows the option --dtype; a function that makes
@@ -87,13 +88,14 @@ class Conclusion:
     table: list[list[str]]
     conditions: list[Comparison] = ()
     findings: list[Comparison] = ()
+    at_least: int | None = None
 
     @property
     def outcome(self) -> str:
         """One of OUTCOMES."""
         if isinstance(self.comparisons, str):           # until stage 3 states its rules
             return self.comparisons
-        return outcome(self.comparisons, self.conditions)
+        return outcome(self.comparisons, self.conditions, self.at_least)
 
     def summary(self) -> dict:
         """Plain values for JSON."""

@@ -113,14 +113,23 @@ class Comparison:
                 "outcome": self.outcome()}
 
 
-def outcome(comparisons: list[Comparison], conditions: list[Comparison] = ()) -> str:
-    """One of OUTCOMES: the rule at the head of this file."""
+def outcome(comparisons: list[Comparison], conditions: list[Comparison] = (), at_least: int | None = None) -> str:
+    """One of OUTCOMES: the rule at the head of this file. at_least: how many comparisons must hold, by default all.
+
+    If fewer than all n must hold, each comparison is tested at level 1 - 0.05 / n (Bonferroni). The rule is then shown
+    if at_least of them are shown, and not shown if more than n - at_least are not shown.
+    """
     if any(condition.outcome() != "shown" for condition in conditions):
         return "undecided"
+    n = len(comparisons)
+    corrected = [comparison.outcome(1 - (1 - LEVEL) / n) for comparison in comparisons]
+    if at_least is not None and at_least < n:
+        if corrected.count("shown") >= at_least:
+            return "shown"
+        return "not shown" if corrected.count("not shown") > n - at_least else "undecided"
     if all(comparison.outcome() == "shown" for comparison in comparisons):
         return "shown"
-    corrected = 1 - (1 - LEVEL) / len(comparisons)
-    return "not shown" if any(c.outcome(corrected) == "not shown" for c in comparisons) else "undecided"
+    return "not shown" if "not shown" in corrected else "undecided"
 
 
 def smallest_step(values: list[float]) -> float:

@@ -1,11 +1,11 @@
-"""From random weights to an assistant: all stages in a row, in minutes on two cores.
+"""From random weights to an assistant: all stages, in minutes on two cores.
 
     python scripts/assistant.py --out runs/assistant
 
-    pretraining    next-token prediction on text about a small world  -> base
-    SFT            imitate demonstrated answers                       -> sft
+    pretraining    predict the next token of texts         -> base
+    SFT            imitate demonstrated answers            -> sft
     comparisons    sample two answers to a prompt; simulated people choose one
-    reward model   predict their choice                               -> reward_model
+    reward model   predict their choice                    -> reward_model
     RLHF           policy gradient on the reward model, for several beta
     DPO            from the same comparisons, directly, for several beta
     evaluation     on questions that are held out of every stage
@@ -15,7 +15,7 @@ tokenizer), comparisons.json, results.json, training_curves.png and
 reward_against_kl.png. Ctrl-C saves; --resume continues. The results depend on
 the options alone, the number of workers included (in the last bits). Below
 --scale 0.1 the numbers of texts and questions shrink too: a trial run takes
-seconds. Afterwards, talk to the models: python scripts/chat.py runs/assistant
+seconds. Then talk to the models: python scripts/chat.py runs/assistant
 """
 
 import os
@@ -42,12 +42,13 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from support import figures, tables
+from support import figures
 from support.evaluation import Evaluation
 from support.job import Job, Stopped
-from support.options import parse
+from support.options import TRIAL_BELOW, parse
 from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
-from support.terminal import paragraph, progress
+from support.tables import summary
+from support.terminal import paragraph, progress, trial_note
 
 from minilm import data, evaluate
 from minilm.checkpoint import write_text
@@ -62,6 +63,7 @@ from minilm.stages.train_state import Diverged, TrainState
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, corpus, tasks
 
+VERSION = 2                 # of a run's files; a run of another version cannot be resumed
 SIZES = {"small": {"width": 64, "layers": 3}, "large": {"width": 96, "layers": 4}}
 STEPS = {"pretraining": 1800, "sft": 500, "reward model": 200, "rlhf": 50, "dpo": 150}
 RLHF_BETAS = (1.0, 0.3, 0.1, 0.0)
@@ -77,7 +79,6 @@ MAX_NEW_TOKENS = 40
 BEST_OF = 8
 WINDOWS = 16                # of text in a step of pretraining
 LENGTH = 128                # tokens of a window; a step of another stage has about as many tokens
-LEARNS_AFTER = 1000         # steps of pretraining; with fewer the models do not learn the tasks
 COMPARED_TOGETHER = 512     # answers that are sampled between two movements of the progress bar
 # Durations, measured in steps of pretraining: of all training, per step of pretraining; of all sampling.
 ALL_TRAINING = 1.6
@@ -91,10 +92,6 @@ def steps_of(options: argparse.Namespace, stage: str) -> int:
 def count_of(options: argparse.Namespace, full: int) -> int:
     """A number of texts or questions: smaller in a trial run, below --scale 0.1."""
     return round(full * min(1, max(0.05, 10 * options.scale)))
-
-
-def is_trial(options: argparse.Namespace) -> bool:
-    return steps_of(options, "pretraining") < LEARNS_AFTER
 
 
 def prepare(job: Job, text: str) -> np.ndarray:
@@ -194,7 +191,8 @@ def dpo_stage(job: Job, sft: Transformer, comparisons: tuple, references: list, 
 def run_stages(job: Job, text: str, text_source: dict) -> dict:
     """All stages in order. Returns the content of results.json."""
     options = job.options
-    print("preparing text and tokenizer (English from {source}, sha256 {sha256:.12})".format(**text_source), flush=True)
+    print(paragraph("preparing text and tokenizer (English from {source}, sha256 {sha256:.12})".format(**text_source)),
+          flush=True)
     stream = prepare(job, text)
     config = Config(vocab_size=job.tokenizer.vocab_size, heads=4, context=256, key_smear=True, rope_base=1000.0,
                     **SIZES[options.size])
@@ -226,8 +224,9 @@ def run_stages(job: Job, text: str, text_source: dict) -> dict:
 def settings(job: Job, config: Config, base: Transformer) -> dict:
     options = job.options
     return {"main_beta": MAIN_BETA, "history": job.history, "seed": options.seed, "scale": options.scale,
-            "trial": is_trial(options), "size": options.size, "workers": options.workers, "device": options.device,
-            "config": dataclasses.asdict(config), "parameters": sum(p.size for p in base.parameters().values()),
+            "trial": options.scale < TRIAL_BELOW, "size": options.size, "workers": options.workers,
+            "device": options.device, "config": dataclasses.asdict(config),
+            "parameters": sum(p.size for p in base.parameters().values()),
             "steps": {stage: steps_of(options, stage) for stage in STEPS}, "seconds": job.seconds,
             "versions": {"python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()}}
 
@@ -250,8 +249,8 @@ def announce(options: argparse.Namespace, run: RunFolder) -> None:
     if options.resume:
         print(f"{'resuming the run in' if run.resumed else '--resume: a new run starts, because there is none in'} "
               f"{options.out}")
-    if is_trial(options):
-        print(tables.trial_note(options.scale, steps_of(options, "pretraining")))
+    if options.scale < TRIAL_BELOW:
+        print(trial_note(options.scale))
 
 
 def report(results: dict, run: RunFolder, out: str) -> None:
@@ -259,7 +258,7 @@ def report(results: dict, run: RunFolder, out: str) -> None:
     figures.training_curves(results, run.path("training_curves.png"))
     figures.reward_against_kl(results, run.path("reward_against_kl.png"))
     run.finish(results)
-    print(tables.summary(results))
+    print(summary(results))
     print(f"\nTalk to the models:\n    python scripts/chat.py {shlex.quote(out)}\n")
     print(paragraph(f"Written to {out}: results.json, training_curves.png, reward_against_kl.png, comparisons.json "
                     "and a model file for each stage."))
@@ -271,7 +270,7 @@ def main() -> int:
     text, text_source = english_text(options)
     keep_freed_memory()
     warnings.simplefilter("ignore", RuntimeWarning)    # NumPy's warnings about NaN: Diverged says more
-    fingerprint = {"text": text_source["sha256"],
+    fingerprint = {"version": VERSION, "text": text_source["sha256"],
                    **{name: getattr(options, name) for name in ("scale", "size", "seed", "workers", "device")}}
     with StopRequest() as stop, RunFolder(options.out, options.resume, fingerprint) as run:
         if run.finished:

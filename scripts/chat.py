@@ -23,8 +23,9 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
+from support.options import TRIAL_BELOW
 from support.run_folder import UsageError, main_guard
-from support.terminal import labelled, one_line
+from support.terminal import labelled, one_line, trial_note
 
 from minilm.data import decode_response, encode_prompt
 from minilm.generate import generate
@@ -45,6 +46,7 @@ class Speaker:
     name: str
     model: Transformer
     tokenizer: Tokenizer
+    scale: float        # --scale of the run of assistant.py that trained it
 
     def answers(self, question: str, temperature: float, uniforms: np.ndarray) -> list[str]:
         """Sampled answers, each on one line.
@@ -79,9 +81,11 @@ def load_speakers(files: list[str]) -> list[Speaker]:
     stems = [os.path.basename(file).removesuffix(".safetensors") for file in files]
     speakers = []
     for file, stem in zip(files, stems):
-        model, tokenizer, _ = load_model(file)
+        model, tokenizer, metadata = load_model(file)
         if isinstance(model, Transformer) and model.config.causal:
-            speakers.append(Speaker(stem if stems.count(stem) == 1 else file, model, tokenizer))
+            name = stem if stems.count(stem) == 1 else file
+            run = metadata.get("run")       # the settings of assistant.py; another program may write something else
+            speakers.append(Speaker(name, model, tokenizer, run.get("scale", 1.0) if isinstance(run, dict) else 1.0))
         elif len(files) == 1:
             raise UsageError(f"{file} gives numbers, not text (it is a {type(model).__name__}). Choose a model that "
                              "writes answers, for example base, sft, rlhf-beta-0.3 or dpo-beta-0.3.")
@@ -164,6 +168,8 @@ def main() -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() then edits the line and remembers the lines before)
         print(tasks.guide())
+        if (scale := min(speaker.scale for speaker in speakers)) < TRIAL_BELOW:
+            print(f"\n{trial_note(scale)}")
         print("\n? shows this list again. Ctrl-D or Ctrl-C ends.\n")
     try:
         converse(speakers, options)

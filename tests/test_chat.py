@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     """What a run of assistant.py leaves: two policies and a reward model."""
     folder = tmp_path_factory.mktemp("run")
     for seed, name in enumerate(("sft", "base")):
-        save_model(folder / f"{name}.safetensors", transformer(seed), TOKENIZER)
+        save_model(folder / f"{name}.safetensors", transformer(seed), TOKENIZER, run={"scale": 0.01})
     save_model(folder / "reward_model.safetensors", RewardModel(transformer(2), np.random.default_rng(2)), TOKENIZER)
     return folder
 
@@ -165,6 +165,7 @@ def test_at_a_terminal_the_questions_are_listed_and_a_key_ends_it_quietly(folder
     assert process.wait() == 0, shown
     text = shown.decode()
     assert tasks.example_questions()["reverse"] in text and "    base  " in text and "    sft  " in text
+    assert "A TRIAL RUN: with --scale 0.01 the models do not learn the tasks" in text
     assert "Traceback" not in text and "interrupted" not in text
 
 

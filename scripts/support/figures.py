@@ -219,6 +219,8 @@ def main(folders: list[str]) -> None:
     except FileNotFoundError as error:
         raise UsageError(f"{error.filename}: there is no such file. Give folders of finished runs of "
                          "scripts/assistant.py.") from None
+    if old := [folder for folder, run in zip(folders, runs) if "trial" not in run]:
+        raise UsageError(f"{old[0]} holds a run of an older version of scripts/assistant.py. Run it again.")
     if len(runs) > 1:
         print(across_seeds(runs))
         return

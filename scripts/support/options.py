@@ -13,6 +13,7 @@ from minilm.world import tasks
 
 MAX_SCALE = 50          # a longer history does not fit into the header of a checkpoint
 MAX_WORKERS = 64
+TRIAL_BELOW = 0.4       # a smaller --scale is a trial run: pretraining is too short for the tasks
 
 
 def parse(description: str, sizes: Iterable[str], tokens_of_a_step: int) -> argparse.Namespace:
@@ -46,8 +47,8 @@ def parser_of(description: str, sizes: Iterable[str]) -> argparse.ArgumentParser
     parser.add_argument("--resume", action="store_true",
                         help="continue the run in this folder; start a new run if there is none")
     parser.add_argument("--scale", metavar="X", type=float, default=1.0,
-                        help="multiplies every stage's number of steps (default: %(default)s); 0.01 is a trial run, "
-                             "which learns nothing")
+                        help="multiplies every stage's number of steps (default: %(default)s); below "
+                             f"{TRIAL_BELOW} the models do not learn the tasks: a trial run")
     parser.add_argument("--size", choices=sizes, default="small", help="of the model (default: %(default)s)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of all random numbers (default: %(default)s)")
     parser.add_argument("--workers", "--threads", metavar="N", type=int,

@@ -1,7 +1,7 @@
 """The tables of assistant.py as text: of one run for a terminal, of several seeds in Markdown."""
 
 import numpy as np
-from support.terminal import labelled, one_line, paragraph
+from support.terminal import labelled, one_line, paragraph, trial_note
 
 from minilm.world import tasks
 
@@ -10,12 +10,6 @@ COLUMNS = {"task_accuracy": "task accuracy", "gold_reward": "gold reward", "prox
            "win_rate": "win rate", "kl_sequence": "KL (nats)"}
 COMPARED = (("sft", "base", "task_accuracy"), ("sft", "base", "gold_reward"), ("rlhf", "sft", "gold_reward"),
             ("rlhf", "sft", "win_rate"), ("dpo", "sft", "gold_reward"), ("dpo", "sft", "win_rate"))
-
-
-def trial_note(scale: float, steps: int) -> str:
-    """The warning of a run that is too short to learn the tasks. steps: of pretraining."""
-    return paragraph(f"A TRIAL RUN: the models do not learn the tasks in {steps} steps of pretraining (--scale "
-                     f"{scale:g}). The run shows that everything works. Its answers, numbers and figures mean nothing.")
 
 
 def summary(results: dict) -> str:
@@ -37,7 +31,7 @@ def summary(results: dict) -> str:
         lines.append(f"{example['question']}    (right: {example['answer']})")
         lines += [labelled(NAMES[stage], one_line(*example[stage]), 9) for stage in NAMES if stage in example]
     if results["trial"]:
-        lines += ["", trial_note(results["scale"], results["steps"]["pretraining"])]
+        lines += ["", trial_note(results["scale"])]
     return "\n".join([*lines, "", paragraph(_settings(results)), "", tasks.guide()])
 
 

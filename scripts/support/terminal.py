@@ -36,6 +36,12 @@ def paragraph(text: str) -> str:
     return textwrap.fill(text, WIDTH)
 
 
+def trial_note(scale: float) -> str:
+    """The warning of a run that is too short to learn the tasks."""
+    return paragraph(f"A TRIAL RUN: with --scale {scale:g} the models do not learn the tasks. The run shows that "
+                     "everything works. Its answers, numbers and figures mean nothing.")
+
+
 @contextlib.contextmanager
 def progress(title: str, steps: int, done: int = 0, unit: str = "step") -> Iterator[Callable]:
     """A bar with the time left in a terminal; elsewhere a line at every tenth of the steps.
@@ -69,5 +75,11 @@ def progress(title: str, steps: int, done: int = 0, unit: str = "step") -> Itera
 
 
 def brief(metrics: dict) -> str:
-    """The metrics that a progress bar has space for: "loss 0.123, reward 1.5"."""
-    return ", ".join(f"{short} {metrics[name]:.3g}" for name, short in SHOWN_METRICS.items() if name in metrics)
+    """The metrics that a progress bar has space for: "loss 0.123, accuracy 0.750".
+
+    The loss of the policy gradient is left out: its value does not show progress.
+    """
+    shown = {short: metrics[name] for name, short in SHOWN_METRICS.items() if name in metrics}
+    if "reward" in shown:
+        shown.pop("loss", None)
+    return ", ".join(f"{name} {value:.3f}" for name, value in shown.items())

@@ -156,7 +156,7 @@ def comparisons_stage(job: Job, sft: Transformer) -> tuple[Sequence, Sequence, S
 
 def reward_model_stage(job: Job, sft: Transformer, comparisons: tuple) -> RewardModel:
     def loop(training, steps):
-        return train_reward_model(training, *comparisons, steps, batch_size=32, learning_rate=1e-3)
+        return train_reward_model(training, *comparisons, steps, batch_size=32, learning_rate=1e-3, centering=0.01)
     return job.train("reward_model", steps_of(job.options, "reward model"),
                      lambda: RewardModel(sft.copy(), job.rng("reward head")), loop)
 

@@ -113,7 +113,8 @@ class EnglishAssistant:
         chosen, rejected = zip(*ordered)
         reward_model = RewardModel(self.model.copy(), rng)
         prompts = self.encode(asked)
-        for _ in train_reward_model(TrainState(reward_model, rng), prompts, chosen, rejected, steps, 32, 1e-3):
+        for _ in train_reward_model(TrainState(reward_model, rng), prompts, chosen, rejected, steps, 32, 1e-3,
+                                    centering=0.01):
             pass
         return reward_model
 

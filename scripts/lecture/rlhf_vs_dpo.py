@@ -73,7 +73,7 @@ def measure(experiment, seed, tuning, pair_steps, sampling_steps, betas, points,
 
     def fit(steps):
         reward_model = RewardModel(model.copy(), rng)
-        for _ in train_reward_model(TrainState(reward_model, rng), *pairs, steps, BATCH, 1e-3):
+        for _ in train_reward_model(TrainState(reward_model, rng), *pairs, steps, BATCH, 1e-3, centering=0.01):
             pass
         return reward_model
 

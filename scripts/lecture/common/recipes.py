@@ -74,7 +74,7 @@ def proxy_rewards(world: ReplyWorld, model: Transformer, rng: np.random.Generato
     """Train a reward model on `count` comparisons of replies of the model. Returns its reward of every reply, (P,N)."""
     reward_model = RewardModel(model.copy(), rng)
     pairs = world.tokens_of(*world.comparisons(world.log_distributions(model), world.gold, rng, count))
-    for _ in train_reward_model(TrainState(reward_model, rng), *pairs, steps, 64, 1e-3):
+    for _ in train_reward_model(TrainState(reward_model, rng), *pairs, steps, 64, 1e-3, centering=0.01):
         pass
     return reward_table(world, reward_model)
 
@@ -94,7 +94,8 @@ def early_stopped_reward_model(world: ReplyWorld, model: Transformer, rng: np.ra
         return np.logaddexp(0, r[fifth:] - r[:fifth]).mean()
 
     rest = [part[fifth:] for part in (prompts, chosen, rejected)]
-    keep_best(train_reward_model(TrainState(reward_model, rng), *rest, steps, 64, 2e-3), reward_model, held_out_loss)
+    keep_best(train_reward_model(TrainState(reward_model, rng), *rest, steps, 64, 2e-3, centering=0.01),
+              reward_model, held_out_loss)
     return reward_model
 
 

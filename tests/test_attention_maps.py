@@ -1,4 +1,4 @@
-"""Attention weights, read through unit vectors: are they the ones of the formula, in every layer?"""
+"""Attention weights, read with unit vectors as values, against the formula in every layer; induction scores."""
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -14,7 +14,7 @@ CONFIGS = [{}, {"layers": 3, "heads": 4, "kv_heads": 2, "head_width": 2}, {"caus
 
 
 def by_formula(model, tokens, key_mask):
-    """Of every layer the values of every head (B,H,T,K) and what attention makes of them, from definitions.py alone."""
+    """For every layer the values of every head and the mixed values, (B,H,T,K) each, from definitions.py alone."""
     c, p, (B, T) = model.config, model.parameters(), tokens.shape
     tables = layers.rope_tables(np.arange(T), c.head_width, c.rope_base, model.dtype)
     x, found = ops.embed(p["embedding"], tokens), []
@@ -35,7 +35,7 @@ def by_formula(model, tokens, key_mask):
 
 
 @given(rngs, st.sampled_from(CONFIGS), st.integers(1, 9), st.booleans())
-def test_the_weights_mix_the_values_to_what_attention_returns_in_every_layer(rng, config, T, padded):
+def test_the_weights_times_the_values_equal_the_output_of_attention_in_every_layer(rng, config, T, padded):
     model = small_transformer(rng, **config)
     tokens, key_mask = rng.integers(7, size=(3, T)), np.ones((3, T))
     if padded:
@@ -51,16 +51,17 @@ def test_the_weights_mix_the_values_to_what_attention_returns_in_every_layer(rng
     assert_close(weights.sum(axis=-1), np.broadcast_to(sees.max(axis=-1), weights.shape[:-1]), 1e-12)
 
 
-def test_looking_changes_nothing_and_keeps_no_graph():
+def test_reading_the_weights_changes_nothing_and_keeps_no_graph():
     rng = np.random.default_rng(0)
     model, tokens = small_transformer(rng, layers=2), rng.integers(7, size=(2, 5))
     before = model(tokens).data
+    attributes = dict(vars(model))
     attention_weights(model, tokens)
-    assert (model(tokens).data == before).all() and "_padded_attention" not in vars(model)
+    assert (model(tokens).data == before).all() and vars(model) == attributes
     assert all(p.grad is None for p in model.parameters().values())
 
 
-def test_what_the_model_refuses_is_refused():
+def test_too_many_tokens_or_unknown_tokens_raise():
     model = small_transformer(np.random.default_rng(0), context=4)
     with pytest.raises(ValueError, match="context"):
         attention_weights(model, np.zeros((1, 5), int))
@@ -69,7 +70,7 @@ def test_what_the_model_refuses_is_refused():
 
 
 @given(rngs)
-def test_induction_scores_are_the_sums_that_loops_find(rng):
+def test_induction_scores_equal_sums_computed_by_loops(rng):
     L, H, B, T = 2, 3, 2, 8
     weights, tokens = rng.random((L, H, B, T, T)) * np.tri(T), rng.integers(3, size=(B, T))
     queries = rng.random((B, T)) < 0.7
@@ -92,5 +93,5 @@ def test_a_perfect_induction_head_scores_one_and_a_head_on_the_token_itself_zero
     weights[0, 0, 0, 3, 1] = weights[0, 0, 0, 4, 2] = 1
     weights[0, 1, 0] = np.eye(5)
     assert induction_scores(weights, tokens).tolist() == [[1.0, 0.0]]
-    with pytest.raises(ValueError, match="occurred before"):
+    with pytest.raises(ValueError, match="no query token has occurred before"):
         induction_scores(weights, tokens, [[1, 1, 1, 0, 0]])

@@ -1,19 +1,19 @@
-"""Who looks at whom: the attention weights of every layer and head, for a picture or for a score.
+"""The attention weights of every layer and head, for a figure or a score.
 
-Attention is linear in its values, so with unit vectors in their place it returns its own weights. Nothing of the
-model is written a second time here, and what is shown is what runs.
+Attention is linear in its values. So with unit vectors as values it returns its weights, and the weights come from the
+code that runs: Transformer.attend_to_padded, called once more for each layer with other values.
 Tests: tests/test_attention_maps.py.
 """
 
 import numpy as np
 
 from minilm.backend import array_module, to_numpy
-from minilm.model import hidden_states
+from minilm.model import Transformer, hidden_states
 from minilm.tensor import Tensor, no_grad
 
 
-def attention_weights(model, tokens, key_mask=None):
-    """softmax(q k^T / sqrt(K)) of a Transformer: tokens (B,T) -> an array (L,H,B,T,T); row t: the weights of query t.
+def attention_weights(model: Transformer, tokens: np.ndarray, key_mask: np.ndarray | None = None) -> np.ndarray:
+    """softmax(q k^T / sqrt(K)): tokens (B,T) -> an array (L,H,B,T,T); row t holds the weights of query t.
 
     key_mask and errors: as for Transformer.hidden.
     """
@@ -24,9 +24,10 @@ def attention_weights(model, tokens, key_mask=None):
     values = c.kv_heads * c.head_width
     attend = model.attend_to_padded(T, np.ones((B, T)) if key_mask is None else key_mask)
 
-    def watch(i, qkv):
-        xp, columns = array_module(qkv.data), []
-        for first in range(0, T, c.head_width):       # so many unit vectors fit into the values of a head
+    def record(i, qkv):
+        xp = array_module(qkv.data)
+        columns = []
+        for first in range(0, T, c.head_width):       # the values of a head hold head_width unit vectors at a time
             unit = xp.tile(xp.eye(T, c.head_width, -first, dtype=qkv.dtype), c.kv_heads)
             probe = xp.concatenate([qkv.data[..., :-values], xp.broadcast_to(unit, (B, T, values))], axis=-1)
             columns.append(attend(i, Tensor(probe)).data.reshape(B, T, c.heads, c.head_width))
@@ -34,22 +35,22 @@ def attention_weights(model, tokens, key_mask=None):
         return attend(i, qkv)
 
     with no_grad():
-        hidden_states(model.parameters(), c, tokens, watch)
+        hidden_states(model.parameters(), c, tokens, record)
     return np.stack(weights)
 
 
-def induction_scores(weights, tokens, queries=None):
-    """How much of a token's attention goes to what followed earlier copies of it: (L,H), means over the queries.
+def induction_scores(weights: np.ndarray, tokens: np.ndarray, queries: np.ndarray | None = None) -> np.ndarray:
+    """The attention of a token to the tokens after its earlier copies: (L,H), means over the queries.
 
-    weights (L,H,B,T,T) of attention_weights; queries (B,T): which tokens to ask, by default all. Tokens that have
-    not occurred before have nothing to look for and are left out. Olsson et al. 2022, arXiv:2209.11895 (there:
-    "prefix matching score"). Raises ValueError if no token is left.
+    weights (L,H,B,T,T) of attention_weights; queries (B,T): the tokens to use, by default all. Tokens without an
+    earlier copy are left out. Olsson et al. 2022, arXiv:2209.11895 (there: "prefix matching score"). Raises ValueError
+    if no token is left.
     """
     T = tokens.shape[1]
     after_copy = np.zeros((*tokens.shape, T), bool)                              # (B, query, key)
     after_copy[:, :, 1:] = tokens[:, :, None] == tokens[:, None, :-1]
     after_copy &= np.tri(T, dtype=bool)
-    asked = after_copy.any(axis=2) & (True if queries is None else np.asarray(queries, bool))
-    if not asked.any():
-        raise ValueError("no token that was asked has occurred before: nothing to be looked for")
-    return (weights * after_copy).sum(axis=-1)[:, :, asked].mean(axis=-1)
+    used = after_copy.any(axis=2) & (True if queries is None else np.asarray(queries, bool))
+    if not used.any():
+        raise ValueError("no query token has occurred before in its sequence; give queries with earlier copies")
+    return (weights * after_copy).sum(axis=-1)[:, :, used].mean(axis=-1)

@@ -93,15 +93,11 @@ class Conclusion:
     @property
     def outcome(self) -> str:
         """One of OUTCOMES."""
-        if isinstance(self.comparisons, str):           # until stage 3 states its rules
-            return self.comparisons
         return outcome(self.comparisons, self.conditions, self.at_least)
 
     def summary(self) -> dict:
         """Plain values for JSON."""
         rules = {"comparisons": self.comparisons, "conditions": self.conditions, "findings": self.findings}
-        if isinstance(self.comparisons, str):
-            rules = {"comparisons": [], "conditions": [], "findings": []}
         return {"outcome": self.outcome, "words": self.words, "numbers": self.numbers, "table": self.table,
                 **{name: [c.summary() for c in comparisons] for name, comparisons in rules.items()}}
 
@@ -122,13 +118,6 @@ def mean_range(values, digits=2):
 def mean(values, digits=2):
     """0.97: the mean over the seeds, for words."""
     return f"{np.mean(values):.{digits}f}"
-
-
-shown = mean_range                      # until stage 3 is renamed
-
-
-def verdict(holds):                     # until stage 3 states its rules
-    return OUTCOMES[0] if holds else OUTCOMES[1]
 
 
 # Drawing.
@@ -233,7 +222,7 @@ def paragraphs(doc):
     found = {}
     for paragraph in rest:
         name, _, text = " ".join(paragraph.split()).partition(". ")
-        found["Rule" if name == "Refuted" else name] = text.strip()        # until stage 3 states its rules
+        found[name] = text.strip()
     if tuple(found) != SECTIONS:
         raise ValueError(f"the docstring of an experiment has a title and the paragraphs {', '.join(SECTIONS)}; "
                          f"this one has {list(found)}")

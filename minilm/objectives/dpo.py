@@ -16,11 +16,12 @@ Proof. Solve for the reward,  r(x,y) = beta log(pi*(y|x) / pi_ref(y|x)) + beta l
 
 Z(x) does not depend on pi, and a KL divergence is at least 0, and 0 only at pi = pi*.
 
-2. Read backwards, every policy pi is the maximum for some reward: beta log(pi(y|x) / pi_ref(y|x)), its
-implied reward, plus a term beta log Z(x) that is the same for all responses to x.
+2. Step 1 works backwards too: every policy pi has a reward for which it is the maximum, its implied reward
+beta log(pi(y|x) / pi_ref(y|x)). With this reward, Z(x) = sum_y pi(y|x) = 1 and pi* = pi. So a reward can be
+learned by learning the policy.
 
-3. The Bradley-Terry loss (reward.py) uses only the difference of two rewards of one prompt, where
-beta log Z(x) cancels. Insert the implied rewards:
+3. The Bradley-Terry loss (reward.py) learns a reward from comparisons. It uses only the difference of two
+rewards of one prompt, where beta log Z(x) cancels. Insert the implied rewards:
 
     delta = [ log pi(y_w|x) - log pi_ref(y_w|x) ] - [ log pi(y_l|x) - log pi_ref(y_l|x) ]
     L     = mean[ -log sigmoid(beta delta) ]                                 mean over B pairs
@@ -30,8 +31,9 @@ Gradient, for one of the B pairs:
     dL / d log pi(y_w|x) = -beta sigmoid(-beta delta) / B
     dL / d log pi(y_l|x) = +beta sigmoid(-beta delta) / B
 
-because d/dz[-log sigmoid(z)] = -sigmoid(-z) at z = beta delta, and delta has the derivatives +1 and -1.
-sigmoid(-beta delta) is the probability that the implied rewards give to the wrong order.
+because d/dz[-log sigmoid(z)] = -sigmoid(-z), here at z = beta delta, and the derivatives of delta in the
+two log-probs are +1 and -1. sigmoid(-beta delta) is the probability that the implied rewards give
+to the wrong order.
 
 The loss depends only on delta, so both log-probs can fall while the loss falls. With g_w and g_l the
 gradients of log pi(y_w|x) and log pi(y_l|x) in the parameters, a small step of gradient descent on one

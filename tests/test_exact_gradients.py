@@ -131,8 +131,8 @@ def test_the_comparison_is_its_definition():
 
 
 @pytest.mark.parametrize("actual, expected, message", [
-    ({"a": np.ones(1)}, {"b": np.ones(1)}, r"different parameters: only one has \['a', 'b'\]"),
-    ({"a": None}, {"a": np.ones(1)}, "no gradient reached a"),
+    ({"a": np.ones(1)}, {"b": np.ones(1)}, "one side has no gradient for a, b"),
+    ({"a": None}, {"a": np.ones(1)}, "one side has no gradient for a"),
     ({"a": np.ones(1)}, {"a": np.zeros(1)}, "expected gradient is 0")])
 def test_gradients_that_cannot_be_compared_raise(actual, expected, message):
     with pytest.raises(ValueError, match=message):

@@ -154,8 +154,7 @@ def ipo_optimum(reference: np.ndarray, log_mu: np.ndarray, rewards: np.ndarray, 
     and on the rewards only through the win probabilities w. Azar et al. 2023, arXiv:2310.12036, (9).
     """
     wins = (preference(rewards) * np.exp(log_mu)[:, None, :]).sum(axis=-1)
-    log_pi, _ = optimum(reference, wins, beta)
-    return log_pi
+    return optimum(reference, wins, beta)[0]
 
 
 def best_of_n(log_pi: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:

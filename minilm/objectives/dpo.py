@@ -180,13 +180,11 @@ def dpo_metrics(policy_chosen: np.ndarray, policy_rejected: np.ndarray, referenc
 def _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected):
     """The difference of log-ratios in the formula above, (B,)."""
     xp = array_module(policy_chosen, policy_rejected)
-    reference_chosen = xp.asarray(reference_chosen)
-    reference_rejected = xp.asarray(reference_rejected)
-    shapes = [a.shape for a in (policy_chosen, policy_rejected, reference_chosen, reference_rejected)]
+    shapes = [xp.asarray(a).shape for a in (policy_chosen, policy_rejected, reference_chosen, reference_rejected)]
     if len(set(shapes)) > 1 or policy_chosen.ndim != 1 or not policy_chosen.size:
         raise ValueError(f"got shapes {', '.join(map(str, shapes))}; pass four arrays of log-probs summed over the "
                          "tokens of each response, all (B,), B at least 1")
-    return (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
+    return (policy_chosen - xp.asarray(reference_chosen)) - (policy_rejected - xp.asarray(reference_rejected))
 
 
 def _softplus(x):

@@ -39,8 +39,7 @@ def sft_loss(log_probs: Tensor, mask: np.ndarray, total: float | None = None):
     log_probs  (B,T), log pi of each target token; may be NaN outside the mask
     mask       (B,T), 0 or 1
     total      M, the sum of the masks of the whole accumulation window; None: the sum of this mask
-    Raises ValueError for other shapes, and if the mask selects no token and no total is given (with a
-    total, a microbatch may be empty).
+    Raises ValueError for other shapes, and if M is 0 (with a total, a microbatch may be empty).
     """
     xp = array_module(log_probs)
     selected = xp.asarray(mask).astype(bool)
@@ -48,11 +47,9 @@ def sft_loss(log_probs: Tensor, mask: np.ndarray, total: float | None = None):
         raise ValueError(f"log_probs {log_probs.shape} and mask {selected.shape} must have the same shape (B,T); "
                          "model.log_probs(tokens) scores tokens[:, 1:], so pass mask[:, 1:] with it")
     token_count = float(selected.sum() if total is None else total)
-    if total is not None and token_count <= 0:
-        raise ValueError(f"total is {total}; pass the number of selected tokens in the accumulation window, at least 1")
     if token_count <= 0:
-        raise ValueError(f"the mask {selected.shape} selects no token. Check for an empty response, or a response "
-                         "that was cut off behind a long prompt; for one microbatch of several, pass total")
+        raise ValueError(f"the mask {selected.shape} selects no token, or total is not positive (total={total}). Check "
+                         "for a response that is empty or cut off; for one microbatch of several, pass total")
     loss = -xp.where(selected, log_probs, 0).sum() / token_count
     def vjp(dloss):
         return -dloss * selected.astype(log_probs.dtype) / token_count

@@ -71,6 +71,17 @@ def test_gradient_over_samples_visits_every_outcome_by_its_probability(K):
     assert_close(actual, np.broadcast_to((pi * c.sum(axis=1))[..., None], log_probs.shape))
 
 
+def test_gradient_over_samples_from_another_policy_weights_them_by_its_probabilities():
+    rng = np.random.default_rng(6)
+    world = small_world()
+    log_probs = world.token_log_probs(policy(rng)).data
+    log_mu = world.log_probs(policy(rng)).data
+    c = rng.normal(size=(2, 7))
+    actual = gradient_over_samples(lambda leaf, drawn: ops.sum(leaf * world.take(c, drawn)[:, None]), log_probs,
+                                   world.mask, samples=1, drawn_from=log_mu)
+    assert_close(actual, np.broadcast_to((np.exp(log_mu) * c)[..., None], log_probs.shape))
+
+
 def test_descend_improves_j_at_every_step_and_is_deterministic():
     world, rewards = small_world(), np.random.default_rng(0).normal(size=(2, 7))
     reference = world.log_probs(policy(np.random.default_rng(1))).data

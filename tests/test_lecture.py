@@ -1,4 +1,4 @@
-"""scripts/lecture: what its rows share, the script that runs them all, the page: on made-up rows, and on the real."""
+"""scripts/lecture: common/experiment.py, all.py and the page, on made-up experiments, and on the real ones."""
 import ast
 import base64
 import io
@@ -51,7 +51,7 @@ def test_a_claim_has_its_script_its_five_paragraphs_and_its_sizes(row):
 
 
 def test_every_script_of_the_folder_is_a_claim_or_shared():
-    assert {path.stem for path in LECTURE.glob("*.py")} - {"all", "experiment", "page", "recipes"} <= set(lecture.EXPERIMENTS)
+    assert {path.stem for path in LECTURE.glob("*.py")} == {"all", *lecture.EXPERIMENTS}
 
 
 def test_the_lecture_has_23_claims_in_three_stages_and_none_twice():
@@ -78,8 +78,8 @@ def test_a_docstring_has_a_title_and_five_paragraphs_in_order():
     assert sections["Claim"] == "One. Two." and sections["Test"] == "As said: so."
 
 
-@pytest.mark.parametrize("change", [("Limits. All.\n\n", ""), ("Limits.", "Limit."), ("Rule. It ends high. Or not.", "Rule."),
-                                    ("Source.", "More. Text.\n\nSource."),
+@pytest.mark.parametrize("change", [("Limits. All.\n\n", ""), ("Limits.", "Limit."),
+                                    ("Rule. It ends high. Or not.", "Rule."), ("Source.", "More. Text.\n\nSource."),
                                     ("Claim. {claim}\n\nTest. As said:\nso.", "Test. So.\n\nClaim. It.")])
 def test_a_docstring_that_lacks_repeats_or_confuses_a_paragraph_is_refused(change):
     assert change[0] in DOC
@@ -251,8 +251,8 @@ for style in ("", "-dark"):
     shutil.copy(pathlib.Path(__file__).with_name("picture.png"), folder / f"{{name}}{{style}}.png")
 (folder / f"{{name}}.json").write_text(json.dumps({{**{result}, "size": size}}))
 '''
-RESULT = {"title": "A title", "Claim": "It is so.", "Test": "Tried.", "Rule": "It ends above 3. More.", "Limits": "Many.",
-          "Source": "arXiv:2009.01325", "outcome": "shown", "words": "It came to 3.5. More is said here.",
+RESULT = {"title": "A title", "Claim": "It is so.", "Test": "Tried.", "Rule": "It ends above 3. More.",
+          "Limits": "Many.", "Source": "arXiv:2009.01325", "outcome": "shown", "words": "It came to 3.5. More is said here.",
           "numbers": {"end": {"mean": 3.5}}, "comparisons": [], "conditions": [], "settings": {"steps": 5},
           "table": [["n", "end"], ["1", "3.5"]],
           "seeds": [0, 1, 2], "seconds": 2.0, "workers": 2, "date": "2020-01-02", "machine": "2 cores", "by_seed": []}
@@ -498,7 +498,8 @@ def test_every_link_of_the_page_leads_somewhere_and_the_contents_stay(run):
 
 def test_the_page_says_the_rule_beside_the_claim_and_its_comparisons_in_a_table(run):
     comparison = experiment.Comparison("lead <m>", [1.0, 1.1, 1.2], above=0.5).summary()
-    run.write("one", comparisons=[comparison], findings=[comparison | {"name": "more"}], conditions=[experiment.Comparison("learned", [1, 1], above=0).summary()])
+    condition = experiment.Comparison("learned", [1, 1], above=0).summary()
+    run.write("one", comparisons=[comparison], findings=[comparison | {"name": "more"}], conditions=[condition])
     assert run("--out", run.folder, "--rows", "one") == 0
     text = (run.folder / "index.html").read_text()
     assert text.index("The lecture's claim.") < text.index("Rule tested here.") < text.index("Measured.")

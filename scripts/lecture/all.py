@@ -1,17 +1,17 @@
 """All claims of the lecture, each tested by its experiment in this folder, and one page with the results
 
-    python scripts/lecture/all.py                       every experiment
-    python scripts/lecture/all.py --quick               a trial of every experiment: it runs, and decides nothing
-    python scripts/lecture/all.py --rows dpo,rlhf --out runs/two
-    python scripts/lecture/all.py --rounding float64,coretype,workers       the same outcomes under other roundings?
-    python scripts/lecture/all.py --table runs/claims   print scripts/lecture/README.md from the run in this folder
-    python scripts/lecture/all.py --readme runs/claims  write it, and its figures
-    python scripts/lecture/all.py --seconds runs/claims write what the run took to scripts/lecture/seconds.json
+    all.py                       every experiment
+    all.py --quick               a trial of every experiment: it runs, and decides nothing
+    all.py --rows dpo,rlhf --out runs/two
+    all.py --rounding float64,coretype,workers       are the outcomes the same under other roundings?
+    all.py --table runs/claims   print scripts/lecture/README.md from the run in this folder
+    all.py --readme runs/claims  write it, and its figures
+    all.py --seconds runs/claims write the times of this run to scripts/lecture/seconds.json
 
-Writes claims.json, claims.md and index.html to the folder --out, anew after every experiment, beside the files that
-the experiments write. With --rounding every experiment runs once more per rounding, in OUT/rounding/NAME, and
-rounding.md compares the outcomes: float64 models; another matrix kernel of OpenBLAS (OPENBLAS_CORETYPE); another
-number of workers, which must change nothing.
+Writes claims.json, claims.md and index.html to the folder --out, anew after every experiment, beside the
+files of the experiments. With --rounding every experiment runs once more per rounding, in
+OUT/rounding/NAME, and rounding.md compares the outcomes: float64 models; another matrix kernel of OpenBLAS
+(OPENBLAS_CORETYPE); another number of workers, which must change nothing.
 """
 
 import argparse
@@ -41,8 +41,8 @@ STAGES = {
     "Stage 2. Instruction finetuning":
         ("instruct", "unseen_tasks", "multiple_choice", "demo_cost", "uniform_penalty"),
     "Stage 3. Optimising for human preference":
-        ("sampling", "reward_model", "unlabelled", "few_labels", "pairwise", "rlhf", "kl_penalty", "rl_is_hard",
-         "imperfect_preference", "dpo", "rlhf_vs_dpo"),
+        ("sampling", "reward_model", "unlabelled", "few_labels", "pairwise", "rlhf", "kl_penalty",
+         "rl_is_hard", "imperfect_preference", "dpo", "rlhf_vs_dpo"),
 }
 EXPERIMENTS = tuple(name for names in STAGES.values() for name in names)
 FIGURE_BYTES = 60_000
@@ -92,7 +92,8 @@ def parsed():
     parser.add_argument("--rounding", metavar="NAMES",
                         help=f"run everything again under other roundings, of {','.join(ROUNDINGS)}")
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--table", metavar="DIR", help="print README.md of the run in this folder; runs nothing")
+    output.add_argument("--table", metavar="DIR",
+                        help="print README.md of the run in this folder; runs nothing")
     output.add_argument("--readme", metavar="DIR", help="write README.md and its figures; runs nothing")
     output.add_argument("--seconds", metavar="DIR", help="write seconds.json, from which times are estimated")
     return parser.parse_args()
@@ -100,7 +101,9 @@ def parsed():
 
 def chosen(names):
     """The experiments asked for, in the order of the lecture."""
-    wanted = [name.strip().replace("-", "_") for name in names.split(",")] if names is not None else EXPERIMENTS
+    wanted = EXPERIMENTS
+    if names is not None:
+        wanted = [name.strip().replace("-", "_") for name in names.split(",")]
     if unknown := [name for name in wanted if name not in EXPERIMENTS]:
         raise UsageError(f"no experiment is called {', '.join(map(repr, unknown))}; "
                          f"there are {', '.join(EXPERIMENTS)}")
@@ -112,7 +115,8 @@ def chosen(names):
 def chosen_roundings(names):
     wanted = [name.strip() for name in names.split(",")] if names is not None else []
     if unknown := [name for name in wanted if name not in ROUNDINGS]:
-        raise UsageError(f"no rounding is called {', '.join(map(repr, unknown))}; there are {', '.join(ROUNDINGS)}")
+        raise UsageError(f"no rounding is called {', '.join(map(repr, unknown))}; "
+                         f"there are {', '.join(ROUNDINGS)}")
     return wanted
 
 
@@ -145,7 +149,8 @@ def run_all(names, size, folder, workers, stop, rounding=None):
         print(f"{len(names) - len(todo)} of {len(names)} experiments are done already")
     if todo:
         print(expectation(todo, size))
-    print("Ctrl-C stops after the experiment that is running, a second Ctrl-C at once; --resume continues.", flush=True)
+    print("Ctrl-C stops after the experiment that is running, a second Ctrl-C at once; --resume continues.",
+          flush=True)
     began = time.monotonic()
     failed = {}
     publish(folder, size, done)
@@ -163,7 +168,8 @@ def run_all(names, size, folder, workers, stop, rounding=None):
         left = elapsed * share_left(todo, i + 1, size)
         print(f"[{i + 1}/{len(todo)}] {name}: {'failed' if name in failed else done[name]['outcome']}; "
               f"{elapsed:.0f} s so far, about {left:.0f} s left", flush=True)
-    print(f"\n{len(done)} of {len(EXPERIMENTS)} claims: {folder / 'index.html'}, claims.json, claims.md", flush=True)
+    print(f"\n{len(done)} of {len(EXPERIMENTS)} claims: {folder / 'index.html'}, claims.json, claims.md",
+          flush=True)
     for name, last in failed.items():
         print(f"\n{name} failed:", *last, sep="\n    ", file=sys.stderr)
     if set(todo) - done.keys() - failed.keys():
@@ -177,10 +183,11 @@ def run_one(name, size, folder, workers, rounding=None):
     options, environment = ROUNDINGS[rounding] if rounding else ([], {})
     if rounding == "workers":
         workers = 1 if workers > 1 else 2
-    command = [sys.executable, "-u", str(script(name)), "--out", str(folder), "--workers", str(workers), *options]
+    command = [sys.executable, "-u", str(script(name)), "--out", str(folder), "--workers", str(workers)]
+    command += options
     if size != "default":
         command.append(f"--{size}")
-    # In a session of its own: the terminal's Ctrl-C reaches this process alone, which lets the experiment finish.
+    # In a session of its own: the terminal's Ctrl-C reaches this process only, which lets the experiment end.
     with subprocess.Popen(command, start_new_session=True, text=True, encoding="utf-8", errors="replace",
                           env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT) as process:
@@ -199,7 +206,7 @@ def run_one(name, size, folder, workers, rounding=None):
 # How long it takes.
 
 def measured_seconds(size):
-    """seconds.json of that size: {"seconds": {name: seconds}, "workers", "date", "machine"}; empty if never written."""
+    """seconds.json of that size: {"seconds": {name: seconds}, "workers", "date", "machine"}, or empty."""
     path = HERE / "seconds.json"
     return json.loads(path.read_text("utf-8")).get(size, {}) if path.exists() else {}
 
@@ -217,9 +224,9 @@ def expectation(names, size):
     if not measured:
         return f"{len(names)} experiments; how long they take at this size was not measured."
     seconds = sum(expected_seconds(names, size))
-    said = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
-    return (f"{len(names)} experiments took {said} with {measured['workers']} workers on {measured['machine']} "
-            f"({measured['date']}).")
+    duration = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
+    return (f"{len(names)} experiments took {duration} with {measured['workers']} workers on "
+            f"{measured['machine']} ({measured['date']}).")
 
 
 def share_left(todo, done, size):
@@ -245,9 +252,10 @@ def write_seconds(folder):
 # Results.
 
 def results(folder, size):
-    """{name: what the experiment wrote}, of the experiments that are done in that size, in the order of the lecture."""
-    found = {name: read(folder / f"{name}.json") for name in EXPERIMENTS if (folder / f"{name}.json").exists()}
-    return {name: result for name, result in found.items() if result["size"] == size_of(name, size)}
+    """{name: what the experiment wrote}, of the experiments done in that size, in the order of the lecture."""
+    paths = {name: folder / f"{name}.json" for name in EXPERIMENTS}
+    written = {name: read(path) for name, path in paths.items() if path.exists()}
+    return {name: result for name, result in written.items() if result["size"] == size_of(name, size)}
 
 
 def recorded(folder):
@@ -280,16 +288,17 @@ def compare_roundings(folder, size, roundings):
 
 
 def write_readme(folder):
-    """README.md beside this script, and its figures: the light ones, small enough to be kept with the sources."""
+    """README.md beside this script, and its figures: the light ones, small enough for the repository."""
     size, done = recorded(folder)
     if size == "quick":
-        raise UsageError(f"{folder} holds a trial (--quick), which decides nothing; README.md shows no trials")
+        raise UsageError(f"{folder} holds a trial (--quick), which decides nothing; README.md shows none")
     figures = HERE / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     large = []
     for name in done:
         png = (Path(folder) / f"{name}.png").read_bytes()
-        attempts = (page.compact(png, colours, scale) for scale in (1, 0.75, 0.6, 0.5) for colours in (256, 64))
+        attempts = (page.compact(png, colours, scale)
+                    for scale in (1, 0.75, 0.6, 0.5) for colours in (256, 64))
         small = next((p for p in attempts if len(p) < FIGURE_BYTES), None)
         if small is None:
             large.append(f"{name}.png")

@@ -26,8 +26,8 @@ Source. Brown et al. 2020, arXiv:2005.14165 (as many demonstrations as the conte
 
 import sys
 
-from common.experiment import (COLOURS, Comparison, Conclusion, curve, level, mean, mean_range, run, smallest_step,
-                               spread)
+from common.experiment import (COLOURS, Comparison, Conclusion, curve, level, mean, mean_range, run,
+                               smallest_step, spread)
 
 import numpy as np
 
@@ -64,12 +64,14 @@ def conclude(seeds, size):
     learned = [s for s in seeds if s["accuracy 17"][OFFERED.index(8)] > 0.9]
     below = {C: [s[f"bound {C}"][-1] - s[f"accuracy {C}"][-1] for s in learned] for C in WINDOWS}
     rises = [smallest_step([s[f"accuracy {C}"][-1] for C in WINDOWS]) for s in learned]
-    comparisons = [Comparison(f"window of {C} tokens: accuracy below the bound, 32 offered", below[C], above=-0.02,
-                              below=0.1) for C in WINDOWS]
-    comparisons.append(Comparison("smallest rise of accuracy from one window to the next, 32 offered", rises, above=0))
+    comparisons = [Comparison(f"window of {C} tokens: accuracy below the bound, 32 offered", below[C],
+                              above=-0.02, below=0.1) for C in WINDOWS]
+    comparisons.append(Comparison("smallest rise of accuracy from one window to the next, 32 offered", rises,
+                                  above=0))
     last = {C: [s[f"accuracy {C}"][-1] for s in seeds] for C in WINDOWS}
     as_many_as_fit = {C: OFFERED.index((C - 1) // 2) for C in WINDOWS}
-    gain = {C: [s[f"accuracy {C}"][-1] - s[f"accuracy {C}"][as_many_as_fit[C]] for s in seeds] for C in WINDOWS}
+    gain = {C: [s[f"accuracy {C}"][-1] - s[f"accuracy {C}"][as_many_as_fit[C]] for s in seeds]
+            for C in WINDOWS}
     numbers = {f"accuracy, 32 offered, window of {C} tokens": spread(last[C]) for C in WINDOWS}
     numbers |= {f"bound, 32 offered, window of {C} tokens": spread(s[f"bound {C}"][-1] for s in seeds)
                 for C in WINDOWS}
@@ -80,8 +82,8 @@ def conclude(seeds, size):
         bounds = [np.mean([s[f"bound {C}"][i] for s in seeds]) for C in WINDOWS]
         table.append([f"{offered}", *(f"{mean_range([s[f'accuracy {C}'][i] for s in seeds])} ({bound:.2f})"
                                       for C, bound in zip(WINDOWS, bounds))])
-    words = (f"{len(learned)} of {len(seeds)} seeds learned to copy. With 32 demonstrations offered accuracy is "
-             f"{', '.join(mean(last[C]) for C in WINDOWS)} in windows that hold 2, 4 and 8 of them.")
+    words = (f"{len(learned)} of {len(seeds)} seeds learned to copy. With 32 demonstrations offered accuracy "
+             f"is {', '.join(mean(last[C]) for C in WINDOWS)} in windows that hold 2, 4 and 8 of them.")
     return Conclusion(comparisons, words, numbers, table)
 
 
@@ -95,9 +97,9 @@ def draw(figure, seeds, size):
         axis.plot(place, bound, color=colour, linestyle="--", linewidth=1, zorder=0)
     axis.plot([], [], color=COLOURS[-1], linestyle="--", linewidth=1, label="best possible for that window")
     level(axis, 1 / SYMBOLS, "chance")
-    axis.set(title="Accuracy is bounded by the demonstrations that fit the context", ylabel="accuracy on the query",
-             xlabel="demonstrations offered (of a mapping never trained on)", xticks=place, xticklabels=OFFERED,
-             ylim=(0, 1.04))
+    axis.set(title="Accuracy is bounded by the demonstrations that fit the context",
+             xlabel="demonstrations offered (of a mapping never trained on)", ylabel="accuracy on the query",
+             xticks=place, xticklabels=OFFERED, ylim=(0, 1.04))
     axis.legend(loc="upper left", title="the model is given the last")
 
 

@@ -40,7 +40,8 @@ SIZES = {"quick": {"seeds": 3, "steps": [6, 3], "questions": 5},
 
 
 def measure(experiment, seed, steps, questions):
-    model, losses = experiment.trained("digit-sums", seed, digit_sums.MODEL, add_digits, steps=steps, corpus="CORPUS")
+    model, losses = experiment.trained("digit-sums", seed, digit_sums.MODEL, add_digits, steps=steps,
+                                       corpus="CORPUS")
     direct, _ = experiment.trained("digit-sums-direct", seed, digit_sums.MODEL, add_digits, steps=steps,
                                   corpus="DIRECT")
     experiment.say(f"seed {seed}: trained, loss {np.mean(losses[-10:]):.2f}")
@@ -51,12 +52,13 @@ def measure(experiment, seed, steps, questions):
         replies = generate(model, prompts, digit_sums.LONGEST, rng, digit_sums.END, temperature=0).responses()
         return np.mean([digit_sums.final_digit(reply) == answer for reply, answer in zip(replies, right)])
 
-    def by_shots(digits, style, **examples):
-        return [accuracy(model, digits, shots=k, style=style, **examples) for k in SHOTS]
+    def by_shots(digits, style):
+        written = style.partition(",")[0]
+        return [accuracy(model, digits, shots=k, style=written, wrong="wrong" in style) for k in SHOTS]
 
-    results = {style: [by_shots(n, style.partition(",")[0], wrong="wrong" in style) for n in digit_sums.DIGITS]
-               for style in STYLES}
-    return {**results, "direct model": [accuracy(direct, n, shots=4, style="direct") for n in digit_sums.DIGITS]}
+    results = {style: [by_shots(n, style) for n in digit_sums.DIGITS] for style in STYLES}
+    results["direct model"] = [accuracy(direct, n, shots=4, style="direct") for n in digit_sums.DIGITS]
+    return results
 
 
 def after_four(seeds):
@@ -68,10 +70,10 @@ def after_four(seeds):
 def conclude(seeds, size):
     curves = after_four(seeds)
     sizes = range(len(digit_sums.DIGITS))
-    several = {name: by_seed[:, 1:].mean(axis=1) for name, by_seed in curves.items()}       # three and four digits
+    several = {name: by_seed[:, 1:].mean(axis=1) for name, by_seed in curves.items()}   # 3 and 4 digits
     rivals = {"direct": "direct examples", "dots": "examples with dots", "direct model": "the direct model"}
-    comparisons = [Comparison(f"lead of worked examples over {label} (accuracy)", several["worked"] - several[name],
-                              above=0.3) for name, label in rivals.items()]
+    comparisons = [Comparison(f"lead of worked examples over {label} (accuracy)",
+                              several["worked"] - several[name], above=0.3) for name, label in rivals.items()]
     numbers = {f"{name}, {digit_sums.DIGITS[i]} digits": spread(by_seed[:, i])
                for name, by_seed in curves.items() for i in sizes}
     numbers |= {f"{name}, three and four digits": spread(values) for name, values in several.items()}
@@ -80,10 +82,11 @@ def conclude(seeds, size):
         table.append([f"4 {name}", *(mean_range(by_seed[:, i]) for i in sizes), mean_range(several[name])])
     for j, k in enumerate(SHOTS[:-1]):
         by_seed = np.array([s["worked"] for s in seeds])[:, :, j]
-        table.append([f"{k} worked", *(mean_range(by_seed[:, i]) for i in sizes), mean_range(by_seed[:, 1:].mean(axis=1))])
-    words = (f"After four worked examples accuracy on sums of three and four digits is {mean(several['worked'])}, "
-             f"after four direct ones {mean(several['direct'])} (chance 0.10); with random running sums in the worked "
-             f"examples {mean(several['worked, wrong sums'])}.")
+        table.append([f"{k} worked", *(mean_range(by_seed[:, i]) for i in sizes),
+                      mean_range(by_seed[:, 1:].mean(axis=1))])
+    words = (f"After four worked examples accuracy on sums of three and four digits is "
+             f"{mean(several['worked'])}, after four direct ones {mean(several['direct'])} (chance 0.10); "
+             f"with random running sums in the worked examples {mean(several['worked, wrong sums'])}.")
     return Conclusion(comparisons, words, numbers, table)
 
 

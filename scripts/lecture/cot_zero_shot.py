@@ -39,7 +39,8 @@ SIZES = {"quick": {"seeds": 3, "steps": [6, 3], "questions": 5},
 
 
 def measure(experiment, seed, steps, questions):
-    model, losses = experiment.trained("digit-sums", seed, digit_sums.MODEL, add_digits, steps=steps, corpus="CORPUS")
+    model, losses = experiment.trained("digit-sums", seed, digit_sums.MODEL, add_digits, steps=steps,
+                                       corpus="CORPUS")
     experiment.say(f"seed {seed}: trained, loss {np.mean(losses[-10:]):.2f}")
     rng = np.random.default_rng([seed, 2])
 
@@ -52,16 +53,18 @@ def measure(experiment, seed, steps, questions):
         results["worked"][way] = []
         for n in digit_sums.DIGITS:
             prompts, right = digit_sums.prompts(rng, questions, n, **how)
-            answers = replies(prompts)
-            results[way].append(np.mean([digit_sums.final_digit(reply) == answer for reply, answer in zip(answers, right)]))
-            results["worked"][way].append(np.mean([digit_sums.is_worked(reply) for reply in answers]))
+            written = replies(prompts)
+            answers = [digit_sums.final_digit(reply) for reply in written]
+            results[way].append(np.mean([answer == a for answer, a in zip(answers, right)]))
+            results["worked"][way].append(np.mean([digit_sums.is_worked(reply) for reply in written]))
     for n in digit_sums.DIGITS:
         prompts, right = digit_sums.prompts(rng, questions, n, phrase="trigger")
         error = rng.integers(1, 10, size=questions)
         sums = [int(prompt[0] + prompt[1] - digit_sums.PLUS + e) % 10 for prompt, e in zip(prompts, error)]
         begun = [[*prompt, *prompt[:2], wrong] for prompt, wrong in zip(prompts, sums)]
         answers = [digit_sums.final_digit(reply) for reply in replies(begun)]
-        results["follows"].append(np.mean([answer == (a + e) % 10 for answer, a, e in zip(answers, right, error)]))
+        wrong = [(a + e) % 10 for a, e in zip(right, error)]
+        results["follows"].append(np.mean([answer == w for answer, w in zip(answers, wrong)]))
         results["right all the same"].append(np.mean([answer == a for answer, a in zip(answers, right)]))
     return results
 
@@ -71,8 +74,9 @@ def conclude(seeds, size):
         return np.mean([v for v, n in zip(values, digit_sums.DIGITS) if n > 2])
 
     over = {name: [several(s[name]) for s in seeds] for name in (*WAYS, "follows", "right all the same")}
+    rivals = list(WAYS)[1:]
     comparisons = [Comparison(f"lead of the phrase over {way} (accuracy)",
-                              np.subtract(over["the phrase"], over[way]), above=0.3) for way in list(WAYS)[1:]]
+                              np.subtract(over["the phrase"], over[way]), above=0.3) for way in rivals]
     sizes = range(len(digit_sums.DIGITS))
     numbers = {f"{name}, {digit_sums.DIGITS[i]} digits": spread(s[name][i] for s in seeds)
                for name in over for i in sizes}
@@ -82,11 +86,12 @@ def conclude(seeds, size):
     table = [["way", *(f"{n} digits" for n in digit_sums.DIGITS), "3 and 4 digits", "worked out"]]
     table += [[way, *(mean_range([s[way][i] for s in seeds]) for i in sizes), after[way],
                mean_range([np.mean(s["worked"][way]) for s in seeds])] for way in WAYS]
-    table += [[f"first sum wrong: {name}", *(mean_range([s[name][i] for s in seeds]) for i in sizes), after[name], ""]
+    table += [[f"first sum wrong: {name}", *(mean_range([s[name][i] for s in seeds]) for i in sizes),
+               after[name], ""]
               for name in ("follows", "right all the same")]
-    words = (f"After the phrase accuracy on sums of three and four digits is {mean(over['the phrase'])}, after another "
-             f"phrase {mean(over['another phrase'])} (chance 0.10). With a wrong running sum put in, "
-             f"{mean(over['follows'])} of the answers follow the error.")
+    words = (f"After the phrase accuracy on sums of three and four digits is {mean(over['the phrase'])}, "
+             f"after another phrase {mean(over['another phrase'])} (chance 0.10). With a wrong running sum put "
+             f"in, {mean(over['follows'])} of the answers follow the error.")
     return Conclusion(comparisons, words, numbers, table)
 
 
@@ -96,7 +101,8 @@ def draw(figure, seeds, size):
         curve(plain, digit_sums.DIGITS, [s[way] for s in seeds], way, colour, marker)
     plain.set(title="No example in the prompt", ylabel="accuracy")
     curve(broken, digit_sums.DIGITS, [s["follows"] for s in seeds], "follow the error", COLOURS[0])
-    curve(broken, digit_sums.DIGITS, [s["right all the same"] for s in seeds], "right all the same", COLOURS[4], "s")
+    curve(broken, digit_sums.DIGITS, [s["right all the same"] for s in seeds], "right all the same",
+          COLOURS[4], "s")
     broken.set(title="With a wrong first running sum", ylabel="share of the answers")
     for axis in (plain, broken):
         axis.set(xlabel="digits to add", xticks=digit_sums.DIGITS, xlim=(1.9, 4.7), ylim=(-0.03, 1.1))

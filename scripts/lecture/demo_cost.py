@@ -45,7 +45,7 @@ from worlds.replies import EOS, LONGEST, MODEL, RIGHT, ReplyWorld
 FEW = 32
 PRICES = (1, 4)
 DEMONSTRATORS = ("human", "always right", "ideal")
-DECODINGS = ("gold", "greedy")          # gold reward of replies sampled at temperature 1, and of greedy replies
+DECODINGS = ("gold", "greedy")          # gold reward: of replies sampled at temperature 1, and of greedy ones
 KINDS = (("demonstrations", "o", "-", "demonstrations alone"),          # with marker and line of the figure
          ("comparisons", "s", "--", f"{FEW}, then comparisons (DPO)"))
 SIZES = {"quick": {"seeds": 3, "demonstrations": (8, FEW), "pairs": (128,), "steps": 2},
@@ -85,7 +85,8 @@ def measure(experiment, seed, demonstrations, pairs, steps):
             results.setdefault(f"{name}, {what}", []).append(expectation(log_pi, table).mean())
         unused = np.random.default_rng(seed)            # greedy decoding draws nothing; rng stays as it is
         greedy = generate(model, world.prompts, LONGEST, unused, EOS, temperature=0.0).responses()
-        results.setdefault(f"{name}, greedy", []).append(world.gold[world.index(world.prompts, greedy)].mean())
+        reached = world.gold[world.index(world.prompts, greedy)]
+        results.setdefault(f"{name}, greedy", []).append(reached.mean())
     for who in DEMONSTRATORS:
         replies = demonstrate(world, rng, max(demonstrations), who)
         results[f"{who}, of the demonstrations"] = world.gold[world.index(*replies)].mean()
@@ -121,25 +122,30 @@ def conclude(seeds, size):
                                  for s in seeds])
     alone = {price: np.array([max(at_equal_cost(s, size, "human", price, decoding) for decoding in DECODINGS)
                               for s in seeds]) for price in PRICES}
-    comparisons = [Comparison(f"lead of comparisons, a demonstration at {price} comparison{'s' * (price > 1)} "
-                              "(gold reward)", with_comparisons - alone[price], above=0) for price in PRICES]
+    comparisons = [Comparison(f"lead of comparisons if a demonstration costs {price} (gold reward)",
+                              with_comparisons - alone[price], above=0) for price in PRICES]
     numbers = {}
     prices = [f"cost, c = {price}" for price in PRICES]
-    table = [["demonstrators", "training data", *prices, "right answers", "gold reward", "gold reward, greedy"]]
+    table = [["demonstrators", "training data", *prices, "right answers", "gold reward",
+              "gold reward, greedy"]]
     for who in DEMONSTRATORS:
         for what, bought in ("demonstrations", size["demonstrations"]), ("comparisons", (0, *size["pairs"])):
             for i, n in enumerate(bought if f"{who}, {what}, gold" in seeds[0] else ()):
-                name = f"{n} demonstrations" if what == "demonstrations" else f"{FEW} demonstrations, {n} comparisons"
-                values = {key: [s[f"{who}, {what}, {key}"][i] for s in seeds] for key in ("right", "gold", "greedy")}
+                name = f"{n} demonstrations"
+                if what == "comparisons":
+                    name = f"{FEW} demonstrations, {n} comparisons"
+                values = {key: [s[f"{who}, {what}, {key}"][i] for s in seeds]
+                          for key in ("right", "gold", "greedy")}
                 numbers[f"{who}: gold reward, {name}"] = spread(values["gold"])
                 numbers[f"{who}: gold reward of greedy answers, {name}"] = spread(values["greedy"])
                 costs = [str(cost(size, price, what)[i]) for price in PRICES]
                 table.append([who, name, *costs, *map(mean_range, values.values())])
     sampled = [s["human, comparisons, gold"][-1] for s in seeds]
     sampled_alone = [at_equal_cost(s, size, "human", 4) for s in seeds]
-    words = (f"If a demonstration costs four comparisons, demonstrations alone have gold reward {mean(alone[4])} and "
-             f"comparisons {mean(with_comparisons)} at equal cost, each with its better decoding. Sampled at "
-             f"temperature 1, comparisons lead by {np.mean(sampled) - np.mean(sampled_alone):.2f}.")
+    words = (f"If a demonstration costs four comparisons, demonstrations alone have gold reward "
+             f"{mean(alone[4])} and comparisons {mean(with_comparisons)} at equal cost, each with its better "
+             f"decoding. Sampled at temperature 1, comparisons lead by "
+             f"{np.mean(sampled) - np.mean(sampled_alone):.2f}.")
     return Conclusion(comparisons, words, numbers, table)
 
 
@@ -149,8 +155,8 @@ def draw(figure, seeds, size):
         for i, who in enumerate(DEMONSTRATORS):
             for what, marker, style, label in KINDS:
                 if (name := f"{who}, {what}, gold") in seeds[0]:
-                    curve(axis, cost(size, price, what), [s[name] for s in seeds], f"{who}: {label}", COLOURS[i],
-                          marker, linestyle=style)
+                    curve(axis, cost(size, price, what), [s[name] for s in seeds], f"{who}: {label}",
+                          COLOURS[i], marker, linestyle=style)
         for what, marker, style, label in KINDS:
             curve(axis, cost(size, price, what), [s[f"human, {what}, greedy"] for s in seeds],
                   f"human, decoded greedily: {label}", COLOURS[4], marker, linestyle=style)
@@ -158,7 +164,7 @@ def draw(figure, seeds, size):
         axis.set(xscale="log", xlabel="cost, in comparisons",
                  title=f"a demonstration costs {price} comparison{'s' * (price > 1)}")
     axes[0].set_ylabel("expected gold reward of a reply")
-    figure.suptitle("Gold reward for the same money, by demonstrators; replies sampled at temperature 1 (red: greedy)")
+    figure.suptitle("Gold reward for the same money; replies sampled at temperature 1 (red: greedy)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
 
 

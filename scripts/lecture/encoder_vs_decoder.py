@@ -67,8 +67,8 @@ def documents(rng, count):
 def train(model, rng, draw, steps, rate, share, enough=lambda step: False):
     """Returns the number of steps that were taken: `steps`, or fewer if enough(step).
 
-    A decoder predicts the tokens that the mask of draw selects, from the tokens before them; an encoder predicts a
-    share of them, from the rest.
+    A decoder predicts the tokens that the mask of draw selects, from the tokens before them; an encoder
+    predicts a share of them, from the rest.
     """
     state = TrainState(model, rng)
     stage = (pretrain_on_documents(state, draw, steps, 32, rate) if model.config.causal else
@@ -80,7 +80,7 @@ def train(model, rng, draw, steps, rate, share, enough=lambda step: False):
 
 
 def accuracy(model, words, answers):
-    """Accuracy (n,) of each label in lines (B,n): a decoder sees the tokens before it, an encoder no label at all."""
+    """Accuracy (n,) of each label in lines (B,n). A decoder sees the tokens before; an encoder no label."""
     tokens, mask = rules.document(words, answers)
     at = rules.LINE - 2 if model.config.causal else rules.LINE - 1      # the position that predicts the label
     if not model.config.causal:
@@ -125,7 +125,8 @@ def measure(experiment, seed, steps, finetuning, test):
     words, answers = rules.draw(rng, test, SHOTS + 1, held_out=True)
     results = {"steps": taken, "prompted": accuracy(models["decoder"], words, answers),
                "best": rules.best_accuracy(words, answers)}
-    experiment.say(f"seed {seed}: pretrained in {taken} steps; with {SHOTS} demonstrations {results['prompted'][-1]:.3f}")
+    experiment.say(f"seed {seed}: pretrained in {taken} steps; with {SHOTS} demonstrations "
+                   f"{results['prompted'][-1]:.3f}")
     pool = rng.permutation(rules.all_words(held_out=False))
     for name, (model, new_head) in FINETUNED.items():
         results[name] = [np.mean([finetuned(models[model], rng, new_head, rule, pool[:n], finetuning)
@@ -150,9 +151,9 @@ def rule(seeds):
     prompted = [s["prompted"][SHOTS] for s in seeds]
     small = [i for i, n in enumerate(LABELLED) if n <= SHOTS]
     comparisons = [
-        Comparison(f"encoder with {LABELLED[-1]:,} labels, less decoder with {SHOTS} demonstrations (accuracy)",
+        Comparison(f"encoder, {LABELLED[-1]:,} labels, less decoder, {SHOTS} demonstrations (accuracy)",
                    [s["encoder"][-1] - p for s, p in zip(seeds, prompted)], above=-0.05, below=0.05),
-        Comparison(f"decoder with {SHOTS} demonstrations, less encoder with at most {SHOTS} labels (accuracy)",
+        Comparison(f"decoder, {SHOTS} demonstrations, less encoder, at most {SHOTS} labels (accuracy)",
                    [p - max(s["encoder"][i] for i in small) for s, p in zip(seeds, prompted)], above=0)]
     condition = Comparison(f"accuracy that {SHOTS} demonstrations bring the decoder",
                            [p - s["prompted"][0] for s, p in zip(seeds, prompted)], above=0.1)
@@ -160,14 +161,15 @@ def rule(seeds):
 
 
 def conclude(seeds, size):
-    numbers = {f"decoder, {k} demonstrations": spread(s["prompted"][k] for s in seeds) for k in (0, 1, 2, 4, SHOTS)}
+    numbers = {f"decoder, {k} demonstrations": spread(s["prompted"][k] for s in seeds)
+               for k in (0, 1, 2, 4, SHOTS)}
     numbers |= {f"best from {k}": spread(s["best"][k] for s in seeds) for k in (0, SHOTS)}
     numbers |= {f"{name}, finetuned on {n}": spread(s[name][i] for s in seeds)
                 for name in FINETUNED for i, n in enumerate(LABELLED)}
     by_seed = {name: [meeting(s[name], s["prompted"][SHOTS]) for s in seeds] for name in FINETUNED}
-    reached = {name: [labels for labels in meetings if labels is not None] for name, meetings in by_seed.items()}
-    numbers |= {f"labels with which the finetuned {name} meets the prompted decoder, {len(met)} of {len(seeds)} seeds":
-                spread(met) for name, met in reached.items() if met}
+    reached = {name: [n for n in meetings if n is not None] for name, meetings in by_seed.items()}
+    numbers |= {f"labels where the finetuned {name} meets the prompted decoder ({len(met)} seeds)": spread(met)
+                for name, met in reached.items() if met}
     numbers["pretraining steps"] = spread(s["steps"] for s in seeds)
     table = [["labels", "best possible", "decoder, prompted", *(f"{name}, finetuned" for name in FINETUNED)]]
 
@@ -180,8 +182,9 @@ def conclude(seeds, size):
     met = reached["encoder"]
     where = f"between {min(met):.0f} and {max(met):.0f} labels" if met else "never"
     words = (f"With {SHOTS} demonstrations in its prompt the decoder has accuracy "
-             f"{mean([s['prompted'][SHOTS] for s in seeds])}, the encoder finetuned on {LABELLED[-1]:,} labels "
-             f"{mean([s['encoder'][-1] for s in seeds])}. They meet {where}, with {len(met)} of {len(seeds)} seeds.")
+             f"{mean([s['prompted'][SHOTS] for s in seeds])}, the encoder finetuned on {LABELLED[-1]:,} "
+             f"labels {mean([s['encoder'][-1] for s in seeds])}. They meet {where}, with {len(met)} of "
+             f"{len(seeds)} seeds.")
     comparisons, condition = rule(seeds)
     return Conclusion(comparisons, words, numbers, table, conditions=[condition])
 

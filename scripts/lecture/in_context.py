@@ -37,7 +37,8 @@ from minilm.stages.train_state import TrainState
 from worlds import mappings, strings
 
 MAPPINGS = {"vocab_size": mappings.VOCABULARY, "width": 64, "layers": 2, "heads": 4}
-STRINGS = {"vocab_size": strings.VOCABULARY, "width": 64, "layers": 3, "heads": 4, "context": 72, "key_smear": True}
+STRINGS = {"vocab_size": strings.VOCABULARY, "width": 64, "layers": 3, "heads": 4, "context": 72,
+           "key_smear": True}
 SIDES = (("new mappings", "copy bound"), ("known strings", "Bayes bound"))
 SHOTS = (0, 1, 2, 4, 8)
 ENOUGH = 0.98                           # of the labels that can be copied: training on mappings ends
@@ -46,12 +47,15 @@ SIZES = {"quick": {"seeds": 3, "mapping_steps": 20, "string_steps": 5, "document
 
 
 def learn_to_copy(model, rng, steps, enough):
-    """Every 20 steps, on held-out mappings: [step, accuracy after 8 demonstrations, induction score of every head]."""
-    course, exam, history = mappings.Curriculum(), mappings.draw_in_rounds(rng, 200, mappings.SYMBOLS), []
+    """Every 20 steps, on held-out mappings: [step, accuracy after 8 demonstrations, induction scores]."""
+    course = mappings.Curriculum()
+    exam = mappings.draw_in_rounds(rng, 200, mappings.SYMBOLS)
+    history = []
     for step, _ in enumerate(pretrain_on_documents(TrainState(model, rng), course.draw, steps, 32), 1):
         over = step % 10 == 0 and course.examine(model, rng) > enough and course.in_use == mappings.SYMBOLS
         if step % 20 == 0 or over:
-            scores = induction_scores(attention_weights(model, exam[:50]), exam[:50], exam[:50] < mappings.SYMBOLS)
+            few = exam[:50]
+            scores = induction_scores(attention_weights(model, few), few, few < mappings.SYMBOLS)
             history.append([step, float(mappings.right(model, exam)[:, -1].mean()), scores.tolist()])
         if over:
             break
@@ -62,21 +66,24 @@ def measure(experiment, seed, mapping_steps, string_steps, documents):
     rng = np.random.default_rng(seed)
     results = {"new mappings": [], "copy bound": []}
     model, results["copying"] = experiment.trained("mappings", seed, MAPPINGS, learn_to_copy,
-                                          steps=mapping_steps, enough=ENOUGH)
+                                                   steps=mapping_steps, enough=ENOUGH)
     for k in SHOTS:
         tokens = mappings.draw_in_rounds(rng, documents, k)
         results["new mappings"].append(mappings.right(model, tokens)[:, -1].mean())
         results["copy bound"].append(mappings.copy_bound(tokens)[:, -1].mean())
     tokens, _ = mappings.draw(rng, 200, pairs=10, in_use=4, held_out=True)
-    weights, asked = attention_weights(model, tokens), tokens < mappings.SYMBOLS
-    scores = induction_scores(weights, tokens, asked)
+    weights = attention_weights(model, tokens)
+    queries = tokens < mappings.SYMBOLS
+    scores = induction_scores(weights, tokens, queries)
     layer, head = np.unravel_index(scores.argmax(), scores.shape)
     results |= {"layer": layer, "head": head, "score": scores.max(), "document": tokens[0],
-              "picture": weights[layer, head, 0].round(3)}
+                "picture": weights[layer, head, 0].round(3)}
     even = np.tri(tokens.shape[1]) / np.arange(1, tokens.shape[1] + 1)[:, None]
-    results["score if even"] = induction_scores(np.broadcast_to(even, weights[:1, :1].shape), tokens, asked).item()
+    even = np.broadcast_to(even, weights[:1, :1].shape)
+    results["score if even"] = induction_scores(even, tokens, queries).item()
 
-    model, results["recognising"] = experiment.trained("strings", seed, STRINGS, recognise_strings, steps=string_steps)
+    model, results["recognising"] = experiment.trained("strings", seed, STRINGS, recognise_strings,
+                                                       steps=string_steps)
     tokens, _ = strings.draw(rng, documents, held_out=True)
     results["known strings"] = strings.right(model, tokens).mean(axis=0)[list(SHOTS)]
     results["Bayes bound"] = strings.bayes_bound(tokens).mean(axis=0)[list(SHOTS)]
@@ -91,18 +98,20 @@ def way_to_the_bound(seeds, side, bound):
 def conclude(seeds, size):
     names = [name for side in SIDES for name in side]
     at = {name: [[s[name][i] for s in seeds] for i in range(len(SHOTS))] for name in names}
-    numbers = {f"{name}, {k} demonstrations": spread(at[name][i]) for name in names for i, k in enumerate(SHOTS)}
+    numbers = {f"{name}, {k} demonstrations": spread(at[name][i])
+               for name in names for i, k in enumerate(SHOTS)}
     numbers |= {"induction score of the best head": spread(s["score"] for s in seeds),
                 "induction score of even attention": spread(s["score if even"] for s in seeds),
                 "layer of the best head": spread(s["layer"] + 1 for s in seeds)}
     halves = {"new mappings": [_half(s["copying"], 1) for s in seeds],
               "strings": [_half(s["recognising"], -1) for s in seeds]}
-    numbers |= {f"first step with 0.5 on {name}": spread(steps) for name, steps in halves.items() if None not in steps}
+    numbers |= {f"first step with 0.5 on {name}": spread(steps)
+                for name, steps in halves.items() if None not in steps}
     table = [["demonstrations", *names]]
     table += [[f"{k}", *(mean_range(at[name][i]) for name in names)] for i, k in enumerate(SHOTS)]
-    words = (f"On mappings never seen in training, 8 demonstrations raise accuracy from {mean(at['new mappings'][0])} "
-             f"to {mean(at['new mappings'][-1])}; on known string tasks, never named, to "
-             f"{mean(at['known strings'][-1])}.")
+    words = (f"On mappings never seen in training, 8 demonstrations raise accuracy from "
+             f"{mean(at['new mappings'][0])} to {mean(at['new mappings'][-1])}; on known string tasks, never "
+             f"named, to {mean(at['known strings'][-1])}.")
     comparisons = [Comparison(f"{side}: share of the way from no demonstration to the bound",
                               way_to_the_bound(seeds, side, bound), above=0.5) for side, bound in SIDES]
     return Conclusion(comparisons, words, numbers, table)
@@ -153,8 +162,10 @@ def _attention(axis, s):
     for query in range(0, len(tokens), 2):
         for label in range(1, query, 2):
             if tokens[label - 1] == tokens[query]:
-                axis.add_patch(Rectangle((label - 0.5, query - 0.5), 1, 1, fill=False, color=COLOURS[4], linewidth=1))
-    axis.set(title=f"Layer {s['layer'] + 1}, head {s['head'] + 1}: what followed the symbol before", ylabel="token",
+                corner = (label - 0.5, query - 0.5)
+                axis.add_patch(Rectangle(corner, 1, 1, fill=False, color=COLOURS[4], linewidth=1))
+    axis.set(title=f"Layer {s['layer'] + 1}, head {s['head'] + 1} (red: the label of the earlier copy)",
+             ylabel="token",
              xlabel="looks at (framed: the label of the same symbol)", xticks=range(len(tokens)),
              yticks=range(len(tokens)), xlim=(-0.6, len(tokens) - 0.4), ylim=(len(tokens) - 0.4, -0.6))
     axis.set_xticklabels(names, fontsize=7)

@@ -67,7 +67,8 @@ def finetuned(start, rng, tokens, mask, batch):
 def accuracy(model, rng, tokens, mask):
     """Exact answers, decoded greedily."""
     prompt = int((mask[0] == 0).sum())
-    answers = generate(model, tokens[:, :prompt].tolist(), tokens.shape[1] - prompt, rng, eos=None, temperature=0).tokens
+    answers = generate(model, tokens[:, :prompt].tolist(), tokens.shape[1] - prompt, rng, eos=None,
+                       temperature=0).tokens
     return (answers == tokens[:, prompt:]).all(axis=1).mean()
 
 
@@ -77,12 +78,13 @@ def concatenated(pools):
 
 def measure(experiment, seed, pretraining, share, questions):
     rng = np.random.default_rng(seed)
-    base, _ = experiment.trained("single-operations", seed, MODEL, follow_single_operations, steps=pretraining)
+    base, _ = experiment.trained("single-operations", seed, MODEL, follow_single_operations,
+                                 steps=pretraining)
     pools, exams = ([documents(rng, count, [task], held_out) for task in TASKS]
                     for count, held_out in ((share, False), (questions, True)))
     exam = concatenated(exams)
-    results = {"base": accuracy(base, rng, *exam),
-               "base, one operation": accuracy(base, rng, *single_operations(rng, len(exam[0]), held_out=True))}
+    results = {"base": accuracy(base, rng, *exam)}
+    results["base, one operation"] = accuracy(base, rng, *single_operations(rng, len(exam[0]), held_out=True))
     random = experiment.transformer(rng, **MODEL)
     for name in MODELS:
         results[name] = []
@@ -117,9 +119,9 @@ def conclude(seeds, size):
     table = [["exact answers, held-out words", *(f"{count} demonstrations" for count in counts)]]
     table += [[name, *(mean_range(scores, 3) for scores in at[name])] for name in MODELS]
     table += [[name, "", "", mean_range(last[name], 3)] for name in ("base", "base, one operation")]
-    words = (f"After {counts[-1]} demonstrations of 36 tasks one model has {mean(last[ONE], 3)} of the answers exact, "
-             f"36 models with a 36th of them each {mean(last[OWN], 3)}. The same model from random weights has "
-             f"{mean(last[SCRATCH], 3)}.")
+    words = (f"After {counts[-1]} demonstrations of 36 tasks one model has {mean(last[ONE], 3)} of the "
+             f"answers exact, 36 models with a 36th of them each {mean(last[OWN], 3)}. The same model from "
+             f"random weights has {mean(last[SCRATCH], 3)}.")
     numbers = {name: spread(values) for name, values in last.items()}
     numbers |= {f"{name}, {count} demonstrations": spread(values)
                 for name in MODELS for count, values in zip(counts[:-1], at[name])}
@@ -139,7 +141,8 @@ def draw(figure, seeds, size):
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axis.minorticks_off()
     axis.set(xlabel="demonstrations of all 36 tasks together, four passes over each",
-             ylabel="exact answers on held-out words", ylim=(-0.04, 1.08), title="36 instructions: one model, or 36")
+             ylabel="exact answers on held-out words", ylim=(-0.04, 1.08),
+             title="36 instructions: one model, or 36")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
 
 

@@ -41,8 +41,8 @@ import numpy as np
 from minilm.stages.pretraining import pretrain_on_documents
 from minilm.stages.train_state import TrainState
 from minilm.tensor import no_grad
-from worlds.encyclopedia import (CHOICES, CITY, COUNTRY, EXPOSURES, FILLERS, LETTERS, PLAIN, QUESTION, WORDINGS,
-                                 FIRST_ENTITY, END, Encyclopedia, padded)
+from worlds.encyclopedia import (CHOICES, CITY, COUNTRY, END, EXPOSURES, FILLERS, FIRST_ENTITY, LETTERS,
+                                 PLAIN, QUESTION, WORDINGS, Encyclopedia, padded)
 
 MODEL = {"width": 64, "layers": 3, "heads": 4, "context": 128, "key_smear": True}
 SIZES = {"quick": {"seeds": 3, "entities": 48, "documents": 256, "batch": 64, "repeats": 1},
@@ -83,7 +83,8 @@ def measure(experiment, seed, entities, documents, batch, repeats):
             part = slice(start := next(place), start + count)
             return tokens[part], mask[part]
         exams = count // 4 if state.step > steps // 2 else 0
-        return padded(*zip(*[world.exam(rng, some_known(3)) for _ in range(exams)], *drills(count // 2 - exams)))
+        examined_now = [world.exam(rng, some_known(3)) for _ in range(exams)]
+        return padded(*zip(*examined_now, *drills(count // 2 - exams)))
 
     state = TrainState(model, rng)
     for metrics in pretrain_on_documents(state, lessons, steps, batch):
@@ -98,9 +99,12 @@ def measure(experiment, seed, entities, documents, batch, repeats):
             names = []
             places = []
             for e, s in facts:
-                opening = [*(world.sentence(rng, e, CITY, 0) if premise else []), *world.opening(rng, e, s, form)]
+                given = world.sentence(rng, e, CITY, 0) if premise else []
+                opening = [*given, *world.opening(rng, e, s, form)]
                 choices, place = world.choices(rng, e, s)
-                openings += [[FILLERS[0] if blind and token >= FIRST_ENTITY else token for token in opening]] * CHOICES
+                if blind:
+                    opening = [FILLERS[0] if token >= FIRST_ENTITY else token for token in opening]
+                openings += [opening] * CHOICES
                 names += [[*world.names[s][value], END] for value in choices]
                 places.append(place)
             rows, counted = padded([o + n for o, n in zip(openings, names)],
@@ -125,7 +129,8 @@ def measure(experiment, seed, entities, documents, batch, repeats):
 
     stated = [(e, COUNTRY) for e in range(entities) if world.exposures[e, COUNTRY]]
     inferred = [(e, COUNTRY) for e in world.inferred]
-    return {**{name: [right(cell(n, [wording]), form) for n in EXPOSURES] for name, (wording, form) in ASKED.items()},
+    return {**{name: [right(cell(n, [wording]), form) for n in EXPOSURES]
+               for name, (wording, form) in ASKED.items()},
             "all": [right(cell(n)) for n in EXPOSURES],
             "entity struck out": right([fact for n in EXPOSURES for fact in cell(n)], blind=True),
             "countries": [right(stated), right(inferred), right(inferred, premise=True)],
@@ -151,7 +156,8 @@ def conclude(seeds, size):
     letters = [[s["by letter"][i] for s in seeds] for i in times]
     examined, drilled, blind = ([np.ravel(s[name])[0] for s in seeds]
                                 for name in ("by letter, examined", "letters alone", "entity struck out"))
-    numbers = {f"{name}, stated {EXPOSURES[i]} times": spread(of(name, i)) for name in (*ASKED, "all") for i in times}
+    numbers = {f"{name}, stated {EXPOSURES[i]} times": spread(of(name, i))
+               for name in (*ASKED, "all") for i in times}
     numbers |= {f"all, per token, stated {EXPOSURES[i]} times": spread(of("all", i, 1)) for i in times}
     numbers |= {f"all, by letter, stated {EXPOSURES[i]} times": spread(letters[i]) for i in times}
     numbers |= {f"country {name}": spread(of("countries", i)) for i, name in enumerate(INFERENCE)}
@@ -159,10 +165,13 @@ def conclude(seeds, size):
                 "entity struck out": spread(blind)}
     table = [["stated -> asked", *(f"{n} times" for n in EXPOSURES)]]
     table += [[name, *(mean_range(of(name, i)) for i in times)] for name in (*ASKED, "all")]
-    table += [["all, per token", *(mean_range(of("all", i, 1)) for i in times)], ["all, by letter", *map(mean_range, letters)]]
-    table += [[f"country {name}", *[""] * 3, mean_range(of("countries", i)), ""] for i, name in enumerate(INFERENCE)]
-    words = (f"Questions whose text was in the corpus once are answered with accuracy {mean(once)} (chance 0.25), 64 or 256 "
-             f"times with {mean(often(text))}. Countries that follow but were never stated: {mean(inferred)}.")
+    table += [["all, per token", *(mean_range(of("all", i, 1)) for i in times)],
+              ["all, by letter", *map(mean_range, letters)]]
+    table += [[f"country {name}", *[""] * 3, mean_range(of("countries", i)), ""]
+              for i, name in enumerate(INFERENCE)]
+    words = (f"Questions whose text was in the corpus once are answered with accuracy {mean(once)} (chance "
+             f"0.25), 64 or 256 times with {mean(often(text))}. Countries that follow but were never stated: "
+             f"{mean(inferred)}.")
     return Conclusion(comparisons, words, numbers, table)
 
 
@@ -170,15 +179,16 @@ def draw(figure, seeds, size):
     stated, ways = figure.subplots(1, 2, width_ratios=(1.4, 1))
     for (name, (wording, form)), colour in zip(ASKED.items(), COLOURS):
         known = form in list(WORDINGS.values())[wording]
-        curve(stated, EXPOSURES, [[x[0] for x in s[name]] for s in seeds], name.replace("->", "\u2192"), colour,
-              marker="o" if known else "s", linestyle="-" if known else "--")
+        curve(stated, EXPOSURES, [[x[0] for x in s[name]] for s in seeds], name.replace("->", "\u2192"),
+              colour, marker="o" if known else "s", linestyle="-" if known else "--")
     stated.set(xscale="log", title="How a fact was stated \u2192 how it is asked", ylim=(0, 1.05),
                xlabel="times that the fact was stated in training", ylabel="accuracy")
     stated.set_xticks(EXPOSURES, [str(n) for n in EXPOSURES])
     stated.minorticks_off()
     level(stated, 0.25, "chance")
     figure.legend(*stated.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8)
-    rows = [("all facts stated \u2265 64 times:\nby log-likelihood", lambda s: np.mean([x[0] for x in s["all"][-2:]])),
+    rows = [("all facts stated \u2265 64 times:\nby log-likelihood",
+             lambda s: np.mean([x[0] for x in s["all"][-2:]])),
             ("per token", lambda s: np.mean([x[1] for x in s["all"][-2:]])),
             ("by letter", lambda s: np.mean(s["by letter"][-2:])),
             ("letter of a given value", lambda s: s["letters alone"]),
@@ -187,7 +197,8 @@ def draw(figure, seeds, size):
             ("the same,\ncity in the prompt", lambda s: s["countries"][2][0])]
     for y, (label, value) in enumerate(rows):
         values = [value(s) for s in seeds]
-        ways.plot(values, [y] * len(values), "o", color=COLOURS[0], alpha=0.4, markersize=5, markeredgewidth=0)
+        ways.plot(values, [y] * len(values), "o", color=COLOURS[0], alpha=0.4, markersize=5,
+                  markeredgewidth=0)
         ways.plot(np.mean(values), y, "|", color=COLOURS[0], markersize=14, markeredgewidth=2)
     ways.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
     ways.invert_yaxis()

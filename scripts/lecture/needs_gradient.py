@@ -35,7 +35,8 @@ from minilm.stages.pretraining import pretrain_on_documents
 from minilm.stages.train_state import TrainState
 from worlds import strings
 
-CONFIG = {"vocab_size": strings.VOCABULARY, "width": 64, "layers": 3, "heads": 4, "context": 72, "key_smear": True}
+CONFIG = {"vocab_size": strings.VOCABULARY, "width": 64, "layers": 3, "heads": 4, "context": 72,
+          "key_smear": True}
 LABELS = (8, 32, 128)
 SHOTS = (0, 1, 2, 4, 8)
 AFTER = (0, 1, 2, 5, 10, 20, 50, 100)            # gradient steps
@@ -45,7 +46,7 @@ SIZES = {"quick": {"seeds": 3, "steps": 5, "gradient_steps": 2, "documents": 20}
 
 
 def accuracy_after(model, rng, task, labels, steps, words_in_test):
-    """Accuracy on held-out words along so many steps on `labels` examples of a task, at the numbers of AFTER."""
+    """Accuracy on held-out words at the steps of AFTER, in `steps` steps on `labels` examples of a task."""
     words = rng.permutation(strings.every_word(held_out=False))[:labels, None]
     tokens, mask = strings.document(words, task(words))
     held_out = strings.every_word(held_out=True)[:words_in_test, None]
@@ -67,15 +68,18 @@ def measure(experiment, seed, steps, gradient_steps, documents):
     model, _ = experiment.trained("strings", seed, CONFIG, recognise_strings, steps=steps)
 
     def by_prompt(*tasks):
-        return strings.right(model, strings.draw(rng, documents, tasks, held_out=True)[0]).mean(axis=0)[list(SHOTS)]
+        tokens, _ = strings.draw(rng, documents, tasks, held_out=True)
+        return strings.right(model, tokens).mean(axis=0)[list(SHOTS)]
 
     new = strings.NEW_TASKS.values()
     results = {"known": by_prompt(*strings.TASKS.values()), "prompt": [by_prompt(task) for task in new]}
     for labels in LABELS:
-        results[f"steps on {labels}"] = [accuracy_after(model.copy(), rng, task, labels, gradient_steps, documents)
-                                         for task in new]
-    results["random"] = [accuracy_after(experiment.transformer(rng, **CONFIG), rng, task, LABELS[-1], gradient_steps,
-                                        documents) for task in new]
+        results[f"steps on {labels}"] = [
+            accuracy_after(model.copy(), rng, task, labels, gradient_steps, documents) for task in new]
+    results["random"] = []
+    for task in new:
+        fresh = experiment.transformer(rng, **CONFIG)
+        results["random"].append(accuracy_after(fresh, rng, task, LABELS[-1], gradient_steps, documents))
     return results
 
 
@@ -90,7 +94,8 @@ def conclude(seeds, size):
     means = _means(seeds)
     after = _after(size)
     most = f"steps on {LABELS[-1]}"
-    condition = Comparison("known tasks, 8 demonstrations: accuracy", [s["known"][-1] for s in means], above=0.5)
+    condition = Comparison("known tasks, 8 demonstrations: accuracy", [s["known"][-1] for s in means],
+                           above=0.5)
     comparisons = [Comparison("new tasks by prompt: best accuracy of all numbers of demonstrations",
                               [s["prompt"].max() for s in means], below=0.5),
                    Comparison(f"new tasks, {after[-1]} gradient steps on {LABELS[-1]} labels: accuracy",
@@ -113,9 +118,9 @@ def conclude(seeds, size):
         for i, n in enumerate(after[1:], 1):
             line(label, f"{n} steps", name, i)
 
-    words = (f"With 8 demonstrations in the prompt the new tasks reach accuracy {mean([s['prompt'][-1] for s in means])} "
-             f"(known tasks {mean([s['known'][-1] for s in means])}); {after[-1]} gradient steps on {LABELS[-1]} labels "
-             f"reach {mean([s[most][-1] for s in means])}.")
+    last = {name: mean([s[name][-1] for s in means]) for name in ("prompt", "known", most)}
+    words = (f"With 8 demonstrations in the prompt the new tasks reach accuracy {last['prompt']} (known "
+             f"tasks {last['known']}); {after[-1]} gradient steps on {LABELS[-1]} labels reach {last[most]}.")
     return Conclusion(comparisons, words, numbers, table, conditions=[condition])
 
 
@@ -140,8 +145,10 @@ def draw(figure, seeds, size):
                ylabel="exact match on held-out words", xticks=shots, xticklabels=SHOTS, ylim=(-0.02, 1.04))
     for labels, colour, marker in zip(LABELS, COLOURS, "oD^"):
         curve(gradient, steps, [s[f"steps on {labels}"] for s in means], f"{labels} labels", colour, marker)
-    curve(gradient, steps, [s["random"] for s in means], f"{LABELS[-1]} labels, random weights", COLOURS[3], "x")
-    gradient.set(title="By gradient: three new tasks", xlabel="gradient steps", xticks=steps, xticklabels=after)
+    random = [s["random"] for s in means]
+    curve(gradient, steps, random, f"{LABELS[-1]} labels, random weights", COLOURS[3], "x")
+    gradient.set(title="By gradient: three new tasks", xlabel="gradient steps", xticks=steps,
+                 xticklabels=after)
     level(prompt, known_task_at_best(), "closest known task")
     level(gradient, known_task_at_best(), "")
     prompt.legend(loc="upper right", bbox_to_anchor=(1, 0.62))

@@ -30,8 +30,8 @@ arXiv:2001.08361 (loss against size and tokens).
 
 import sys
 
-from common.experiment import (COLOURS, Comparison, Conclusion, curve, level, mean, mean_range, run, smallest_step,
-                               spread)
+from common.experiment import (COLOURS, Comparison, Conclusion, curve, level, mean, mean_range, run,
+                               smallest_step, spread)
 
 import numpy as np
 
@@ -50,7 +50,7 @@ BATCH = 8                               # windows of a step
 RATE = 1e-2                             # learning rate
 HALF = LENGTH // 2
 ORDERS = (1, 2, 3, 4, 5)                # of the n-grams
-STRETCHES = 64                          # of the chain that the n-grams count; few, because junctions are no chain
+STRETCHES = 64                          # of the chain for the n-grams: few, because junctions are false
 UNITS = {"chain": "nats per token", "English": "bits per byte"}
 SIZES = {"quick": {"seeds": 3, "steps": 4, "held_out": 1024},
          "default": {"seeds": 6, "steps": 500, "held_out": 12288},
@@ -125,19 +125,19 @@ def best_order(seeds, name):
 def rule(last, left):
     """The comparisons, from last(text, model), the final losses of all seeds."""
     losses = {name: [last(name, f"width {w}") for w in WIDTHS] for name in UNITS}       # (widths, seeds)
-    falls = {"chain": [smallest_step(-np.log(np.maximum(ends, 1e-4))) for ends in np.transpose(losses["chain"])],
-             "English": [smallest_step(-ends) for ends in np.transpose(losses["English"])]}
-    comparisons = [Comparison("chain: smallest fall of log(loss above the entropy) from one width to the next",
-                              falls["chain"], above=0),
-                   Comparison("English: smallest fall of the loss from one width to the next (bits per byte)",
-                              falls["English"], above=0)]
+    logarithms = np.log(np.maximum(np.transpose(losses["chain"]), 1e-4))
+    comparisons = [
+        Comparison("chain: smallest fall of log(loss above the entropy) from one width to the next",
+                   [smallest_step(-ends) for ends in logarithms], above=0),
+        Comparison("English: smallest fall of the loss from one width to the next (bits per byte)",
+                   [smallest_step(-ends) for ends in np.transpose(losses["English"])], above=0)]
     for name, unit in UNITS.items():
         worst = last(name, "order 1") - np.max(losses[name], axis=0)
         widest = last(name, "order 2") - losses[name][-1]
         comparisons += [Comparison(f"{name}: lead of the worst width over unigrams ({unit})", worst, above=0),
                         Comparison(f"{name}: lead of the widest over bigrams ({unit})", widest, above=0)]
-    return [*comparisons, Comparison("chain: share of the distance to the entropy that the widest keeps", left,
-                                     below=0.05)]
+    return [*comparisons,
+            Comparison("chain: share of the distance to the entropy that the widest keeps", left, below=0.05)]
 
 
 def conclude(seeds, size):
@@ -156,10 +156,11 @@ def conclude(seeds, size):
     table = [["tokens read", *(f"{name}, {model.replace('order', 'n-grams, order')} ({UNITS[name]})"
                                for name, model in columns)]]
     for i, count in enumerate(seeds[0]["tokens"]):
-        table.append([f"{count:,}", *(mean_range([s[name][model][i] for s in seeds], 3) for name, model in columns)])
+        table.append([f"{count:,}", *(mean_range([s[name][model][i] for s in seeds], 3)
+                                      for name, model in columns)])
     words = (f"On English, widths {', '.join(map(str, WIDTHS))} end at "
-             f"{', '.join(mean(last('English', w)) for w in widths)} bits per byte. On the chain the widest keeps "
-             f"{100 * left.mean():.1f}% of the distance from uniform to the entropy.")
+             f"{', '.join(mean(last('English', w)) for w in widths)} bits per byte. On the chain the widest "
+             f"keeps {100 * left.mean():.1f}% of the distance from uniform to the entropy.")
     return Conclusion(rule(last, left), words, numbers, table)
 
 

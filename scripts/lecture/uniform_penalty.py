@@ -42,12 +42,14 @@ from worlds.replies import COURTESY, EOS, MODEL, VOCABULARY, WORDS, ReplyWorld
 CARELESS = 0.5                          # the share of careless demonstrations
 TOLERANCE = 0.01                        # of equal loss, nats per reply
 SHARES = (0.25, 0.5, 0.75, 1.0)
-SIZES = {"quick": {"seeds": 3, "steps": 2, "bisections": 1}, "default": {"seeds": 6, "steps": 200, "bisections": 8}}
+SIZES = {"quick": {"seeds": 3, "steps": 2, "bisections": 1},
+         "default": {"seeds": 6, "steps": 200, "bisections": 8}}
 
 
 def careless(reply, rng):
     """The same reply about another word."""
-    return [3 + (token - 3 + rng.integers(1, len(WORDS))) % len(WORDS) if token >= 3 else token for token in reply]
+    return [3 + (token - 3 + rng.integers(1, len(WORDS))) % len(WORDS) if token >= 3 else token
+            for token in reply]
 
 
 def harmless(reply, rng):
@@ -63,9 +65,10 @@ def measure(experiment, seed, steps, bisections):
     prompts, replies = world.demonstrations(np.random.default_rng(seed), 4000)
 
     def finetuned(alter, share):
-        """log pi (P,N) of a model after demonstrations of which a share is altered; all other draws stay the same."""
+        """log pi (P,N) after demonstrations, a share of them altered; all other draws are the same."""
         rng = np.random.default_rng([seed, 1])
-        altered = [alter(reply, rng) if u < share else reply for reply, u in zip(replies, rng.random(len(replies)))]
+        altered = [alter(reply, rng) if u < share else reply
+                   for reply, u in zip(replies, rng.random(len(replies)))]
         model = experiment.transformer(np.random.default_rng([seed, 2]), **MODEL)
         rng = np.random.default_rng([seed, 3])
         for _ in train_sft(TrainState(model, rng), prompts, altered, steps, 64, 3e-3):
@@ -94,14 +97,16 @@ def measure(experiment, seed, steps, bisections):
             high = share
     # The probability that a person prefers a reply of the one to a reply of the other.
     preferred = np.einsum("pi,pij,pj->p", np.exp(polite), preference(world.gold), np.exp(wrong)).mean()
-    experiment.say(f"seed {seed}: share {share:.3f}, loss {point(polite)['loss']:.3f} and {point(wrong)['loss']:.3f}")
-    return {**curves, "harmless, equal loss": point(polite), "careless, equal loss": point(wrong), "share": share,
-            "preferred": preferred, "demonstrators": point(np.log(np.maximum(demonstrations, 1e-300))),
+    experiment.say(f"seed {seed}: share {share:.3f}, loss {point(polite)['loss']:.3f} and "
+                   f"{point(wrong)['loss']:.3f}")
+    return {**curves, "harmless, equal loss": point(polite), "careless, equal loss": point(wrong),
+            "share": share, "preferred": preferred,
+            "demonstrators": point(np.log(np.maximum(demonstrations, 1e-300))),
             "token": one_token(world, plain)}
 
 
 def one_token(world, log_pi):
-    """One question, with its right answer alone as the demonstration: loss and gold reward of the other replies."""
+    """One question, demonstrated by its right answer alone: the loss and the gold reward of other replies."""
     p = 0
     answer = world.prompts[p][-1]
     wrong = 3 + (answer - 2) % len(WORDS)
@@ -109,9 +114,10 @@ def one_token(world, log_pi):
     _, y = world.index([world.prompts[p]] * 3, replies)
     first = np.array([response[0] for response in world.responses])
     logits = np.array([[np.logaddexp.reduce(log_pi[p, first == token]) for token in range(VOCABULARY)]])
-    logits[0, [wrong, COURTESY]] = np.log(np.exp(logits[0, [wrong, COURTESY]]).mean())        # equally probable
+    logits[0, [wrong, COURTESY]] = np.log(np.exp(logits[0, [wrong, COURTESY]]).mean())   # equally probable
     hidden = Tensor(logits, requires_grad=True)
-    sft_loss(layers.token_log_probs(hidden, Tensor(np.eye(VOCABULARY)), np.array([answer])), np.ones(1)).backward()
+    log_probs = layers.token_log_probs(hidden, Tensor(np.eye(VOCABULARY)), np.array([answer]))
+    sft_loss(log_probs, np.ones(1)).backward()
     demonstrated = np.exp(log_pi[p, y[0]])
     return {"loss": -log_pi[p, y[0]],
             "wrong, gradient": hidden.grad[0, wrong], "courtesy, gradient": hidden.grad[0, COURTESY],
@@ -134,8 +140,10 @@ def conclude(seeds, size):
     condition = Comparison("share of seeds with a pair of equal loss", gaps < TOLERANCE, above=0.99)
     comparisons = [
         Comparison("equal loss: harmless less careless (gold reward)", better, above=0.2),
-        Comparison("equal loss: how often people prefer the harmless one", [s["preferred"] for s in seeds], above=0.55),
-        Comparison("equal preference: all harmless less unaltered (gold reward)", difference, above=-0.1, below=0.1),
+        Comparison("equal loss: how often people prefer the harmless one", [s["preferred"] for s in seeds],
+                   above=0.55),
+        Comparison("equal preference: all harmless less unaltered (gold reward)", difference,
+                   above=-0.1, below=0.1),
         Comparison("equal preference: all harmless less unaltered (loss, nats per reply)", worse, above=0.1)]
     models = {"equal likelihood: careless answers": [s[wrong] for s in seeds],
               "equal likelihood: harmless order": [s[polite] for s in seeds],
@@ -148,8 +156,9 @@ def conclude(seeds, size):
                for name, points in models.items() for what in ("loss", "gold")}
     numbers |= {"preferred at equal loss": spread(s["preferred"] for s in seeds),
                 "share of harmless": spread(s["share"] for s in seeds)}
-    words = (f"Two models with equal loss have gold reward {mean(column(wrong, 'gold'))} and {mean(column(polite, 'gold'))}. "
-             f"Two models with equal gold reward differ by {mean(worse)} nats per reply in loss.")
+    words = (f"Two models with equal loss have gold reward {mean(column(wrong, 'gold'))} and "
+             f"{mean(column(polite, 'gold'))}. Two models with equal gold reward differ by {mean(worse)} "
+             f"nats per reply in loss.")
     return Conclusion(comparisons, words, numbers, table, conditions=[condition])
 
 
@@ -158,10 +167,11 @@ def draw(figure, seeds, size):
     labels = {"careless": "wrong answers, in up to half of the demonstrations",
               "harmless": "manners moved, in up to all demonstrations"}
     for i, (name, label) in enumerate(labels.items()):
-        paths = np.array([[[m["loss"], m["gold"]] for m in s[name]] for s in seeds])       # (seeds, shares, 2)
+        paths = np.array([[[m["loss"], m["gold"]] for m in s[name]] for s in seeds])   # (seeds, shares, 2)
         for path in paths:
             axis.plot(*path.T, color=COLOURS[i], linewidth=0.8, alpha=0.35)
-        axis.plot(*paths.mean(axis=0).T, color=COLOURS[i], marker="o", markersize=4, linewidth=1.8, label=label)
+        axis.plot(*paths.mean(axis=0).T, color=COLOURS[i], marker="o", markersize=4, linewidth=1.8,
+                  label=label)
     for s in seeds:
         pair = [s[f"{name}, equal loss"] for name in ("careless", "harmless")]
         axis.plot([m["loss"] for m in pair], [m["gold"] for m in pair], "D:", color=COLOURS[2], markersize=5,

@@ -82,7 +82,8 @@ def on_one(base, rng, task, demonstrations):
 def accuracy(model, rng, tasks, questions, steps=False):
     """Exact answers, decoded greedily, to these tasks on held-out words."""
     tokens, _ = documents(rng, questions, tasks, held_out=True, steps=steps)
-    answers = generate(model, tokens[:, :PROMPT].tolist(), tokens.shape[1] - PROMPT, rng, eos=None, temperature=0).tokens
+    answers = generate(model, tokens[:, :PROMPT].tolist(), tokens.shape[1] - PROMPT, rng, eos=None,
+                       temperature=0).tokens
     return (answers[:, -WORD - 1:] == tokens[:, -WORD - 1:]).all(axis=1).mean()
 
 
@@ -93,7 +94,8 @@ def demonstrations_each(size):
 
 def measure(experiment, seed, pretraining, tokens, questions):
     rng = np.random.default_rng(seed)
-    base, _ = experiment.trained("single-operations", seed, MODEL, follow_single_operations, steps=pretraining)
+    base, _ = experiment.trained("single-operations", seed, MODEL, follow_single_operations,
+                                 steps=pretraining)
     training, held = split_tasks(rng)
     words = draw_words(rng, 1000, held_out=True)
     results = {"coverage": [coverage(training[:n]) for n in TRAINED],
@@ -108,14 +110,16 @@ def measure(experiment, seed, pretraining, tokens, questions):
         experiment.say(f"seed {seed}, {form}: held out {np.round(results[form], 2)}")
     each = demonstrations_each({"tokens": tokens})
     few = max(1, questions // len(held))
-    results["own models"] = np.mean([accuracy(on_one(base, rng, task, each), rng, [task], few) for task in held])
+    own = [accuracy(on_one(base, rng, task, each), rng, [task], few) for task in held]
+    results["own models"] = np.mean(own)
     return results
 
 
 def conclude(seeds, size):
     direct = [s["answer at once"] for s in seeds]
-    comparisons = [Comparison(f"rise of accuracy from {n} to {m} training tasks", [d[i + 1] - d[i] for d in direct],
-                              above=0) for i, (n, m) in enumerate(zip(TRAINED, TRAINED[1:]))]
+    comparisons = [Comparison(f"rise of accuracy from {n} to {m} training tasks",
+                              [d[i + 1] - d[i] for d in direct], above=0)
+                   for i, (n, m) in enumerate(zip(TRAINED, TRAINED[1:]))]
     comparisons += [Comparison("lead over the base, 27 training tasks (accuracy)",
                                [d[-1] - s["base"] for s, d in zip(seeds, direct)], above=0),
                     Comparison("lead over the best operation or training task, 27 training tasks (accuracy)",
@@ -131,24 +135,24 @@ def conclude(seeds, size):
     table += [[str(n), *(mean_range([s[key][i] for s in seeds]) for key in columns.values())]
               for i, n in enumerate(TRAINED)]
     at = {n: mean([d[i] for d in direct]) for i, n in enumerate(TRAINED)}
-    words = (f"Accuracy on nine held-out tasks is {at[2]} after finetuning on 2 tasks, {at[16]} on 16, and {at[27]} on 27, "
-             f"with {size['tokens']:,} tokens each time.")
+    words = (f"Accuracy on nine held-out tasks is {at[2]} after finetuning on 2 tasks, {at[16]} on 16, and "
+             f"{at[27]} on 27, with {size['tokens']:,} tokens each time.")
     return Conclusion(comparisons, words, numbers, table)
 
 
 def draw(figure, seeds, size):
     axis = figure.subplots()
-    curve(axis, TRAINED, [s["answer at once, training tasks"] for s in seeds], "training tasks, answer at once",
-          COLOURS[5], "s")
+    curve(axis, TRAINED, [s["answer at once, training tasks"] for s in seeds],
+          "training tasks, answer at once", COLOURS[5], "s")
     for i, form in enumerate(FORMS):
         curve(axis, TRAINED, [s[form] for s in seeds], f"held-out tasks, {form}", COLOURS[i])
-    curve(axis, TRAINED, [s["oracle"] for s in seeds], "held-out tasks, best operation or training task (oracle)",
-          COLOURS[4], "")
+    curve(axis, TRAINED, [s["oracle"] for s in seeds],
+          "held-out tasks, best operation or training task (oracle)", COLOURS[4], "")
     level(axis, np.mean([s["base"] for s in seeds]), "base")
     level(axis, np.mean([s["own models"] for s in seeds]), "a model for each held-out task alone")
     level(axis, CHANCE, "chance, 1 in 1,000")
-    axis.set(xlabel=f"training tasks n, together {size['tokens']:,} tokens", ylabel="exact answers on held-out words",
-             ylim=(-0.04, 1.04), xticks=TRAINED,
+    axis.set(xlabel=f"training tasks n, together {size['tokens']:,} tokens",
+             ylabel="exact answers on held-out words", ylim=(-0.04, 1.04), xticks=TRAINED,
              title="Tasks never trained on, by the number of tasks in training")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
 

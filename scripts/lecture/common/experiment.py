@@ -1,7 +1,7 @@
-"""What the experiments share: a command line, seeds, trained models, the outcome, and the files that are written.
+"""What the experiments share: a command line, seeds, trained models, the outcome, and the output files.
 
-An experiment is one claim of the lecture and one file: what is measured with one seed, what follows from all seeds,
-and the figure.
+An experiment is one claim of the lecture and one file: a measurement with one seed, the conclusion from
+all seeds, and the figure.
 
     def measure(experiment, seed, steps):     plain numbers by name; each seed in a process of its own
     def conclude(seeds, size):                a Conclusion, from the list of what measure returned
@@ -11,9 +11,10 @@ and the figure.
     if __name__ == "__main__":
         sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES))
 
-The docstring of an experiment has a title and five paragraphs: Claim, Test, Rule, Limits, Source. The first sentence
-of "Rule" is printed beside every outcome, so it must be readable alone and say what was tested ("DPO has more gold
-reward than the reference at a lower temperature, at 0.5 nat of KL."). The other sentences give margins and conditions.
+The docstring of an experiment has a title and five paragraphs: Claim, Test, Rule, Limits, Source. The
+first sentence of "Rule" is printed beside every outcome, so it must be readable alone and say what was
+tested ("DPO has more gold reward than the reference at a lower temperature, at 0.5 nat of KL."). The
+other sentences give margins and conditions.
 
 A rule in code is a list of comparisons (intervals.py): one effect per seed, and a margin. conclude states it:
 
@@ -22,18 +23,22 @@ A rule in code is a list of comparisons (intervals.py): one effect per seed, and
                       words="DPO leads by 0.01 at half a nat.", numbers={"lead": spread(lead)}, table=[...])
 
 - above=, below=, or both (two models are equal within 0.05: above=-0.05, below=0.05).
-- An order is a comparison too: smallest_step(accuracies) of each seed, above=0. A count of conditions that hold is one
-  as well. An effect that may be infinite (labels that are needed) is given by its reciprocal.
-- Where differences can be 0 (an accuracy at its ceiling), the margin is larger than one step of rounding, say 0.01.
-- conditions=[...] are comparisons that must be shown before the rule says anything (the model has learned the task);
-  if one is not, the outcome is "undecided".
-- findings=[...] are further comparisons, each with an interval and an outcome of its own. They do not decide the
-  outcome of the claim: a stricter comparison than the claim makes, a negative result, an exception.
+- An order is a comparison too: smallest_step(accuracies) of each seed, above=0. A count of conditions
+  that hold is one as well. An effect that may be infinite (labels that are needed) is given by its
+  reciprocal.
+- Where differences can be 0 (an accuracy at its ceiling), the margin is larger than a rounding error, say
+  0.01.
+- conditions=[...] are comparisons that must be shown before the rule says anything (the model has learned
+  the task); if one is not, the outcome is "undecided".
+- findings=[...] are further comparisons, each with an interval and an outcome of its own. They do not
+  decide the outcome of the claim: a stricter comparison than the claim makes, a negative result, an
+  exception.
 - at_least=k asks for k of the comparisons instead of all of them.
 - words: one or two sentences with about three numbers. All other numbers go to `numbers` and to the table.
 
-New models are made by experiment.transformer(rng, **config), which follows the option --dtype; a function that makes
-them elsewhere takes dtype=experiment.dtype. With --quick the outcome is "a trial", whatever was measured.
+New models are made by experiment.transformer(rng, **config), which follows the option --dtype; a function
+that makes them elsewhere takes dtype=experiment.dtype. With --quick the outcome is "a trial", whatever
+was measured.
 
 An experiment writes NAME.json, NAME.png and NAME-dark.png to the folder --out, each whole or not at all.
 Import this module before NumPy: it limits BLAS to one thread, because the seeds run in parallel.
@@ -61,7 +66,7 @@ from pathlib import Path
 import numpy as np
 
 import minilm
-from common.intervals import OUTCOMES, Comparison, as_number, outcome, smallest_step  # noqa: F401, for experiments
+from common.intervals import OUTCOMES, Comparison, as_number, outcome, smallest_step  # noqa: F401
 from minilm import checkpoint
 from minilm.fast import workers
 from minilm.model import Config, Transformer
@@ -71,7 +76,8 @@ from support.run_folder import UsageError, main_guard, require  # noqa: E402
 
 TRIAL = "a trial"                       # the outcome of every experiment at --quick
 SECTIONS = ("Claim", "Test", "Rule", "Limits", "Source")
-COLOURS = ("#2f7ed8", "#d9792b", "#3f9b5f", "#b65fc0", "#c94f4f", "#8a8a8a")     # legible on white and on black
+# Legible on white and on black.
+COLOURS = ("#2f7ed8", "#d9792b", "#3f9b5f", "#b65fc0", "#c94f4f", "#8a8a8a")
 STYLES = {"": {"text": "#1d1d1f", "faint": "#b4b4b8", "ground": "#ffffff"},
           "-dark": {"text": "#e6e6e8", "faint": "#5c5c62", "ground": "#16171a"}}
 COLUMNS = 100                           # of printed text
@@ -126,18 +132,17 @@ def curve(axis, x, by_seed, label, colour, marker="o", **style):
     """One faint line per seed, and their mean: by_seed (seeds, len(x))."""
     for y in by_seed:
         axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
-    axis.plot(x, np.mean(by_seed, axis=0), color=colour, marker=marker, markersize=4, linewidth=1.8, label=label,
-              **style)
+    axis.plot(x, np.mean(by_seed, axis=0), color=colour, marker=marker, markersize=4, linewidth=1.8,
+              label=label, **style)
 
 
 def level(axis, y, label, side="right", below=False):
-    """A dotted line across the axis, with its label above or below it at one side: chance, a bound, an optimum."""
+    """A dotted line across the axis, its label above or below it at one side: chance, a bound, an optimum."""
     faint = STYLES["-dark" if axis.figure.get_facecolor()[0] < 0.5 else ""]["faint"]
     axis.axhline(y, color=faint, linestyle=":", linewidth=1.2, zorder=0)
-    axis.annotate(label, (float(side == "right"), y), xycoords=("axes fraction", "data"), fontsize=8, alpha=0.75,
-                  annotation_clip=True,
-                  xytext=(-2 if side == "right" else 2, -2 if below else 2), textcoords="offset points", ha=side,
-                  va="top" if below else "bottom")
+    axis.annotate(label, (float(side == "right"), y), xycoords=("axes fraction", "data"),
+                  xytext=(-2 if side == "right" else 2, -2 if below else 2), textcoords="offset points",
+                  ha=side, va="top" if below else "bottom", fontsize=8, alpha=0.75, annotation_clip=True)
 
 
 def fit_axes(figure):
@@ -145,16 +150,17 @@ def fit_axes(figure):
     for axis in figure.axes:
         if axis.images or not axis.lines:
             continue
-        x_limits, y_limits = axis.get_xlim(), axis.get_ylim()
+        limits_of = {"x": axis.get_xlim(), "y": axis.get_ylim()}
         axis.relim()
-        # Levels span the axis in its own coordinates, which relim does not count in x.
-        for of, limits, (low, high) in (("x", x_limits, axis.dataLim.intervalx), ("y", y_limits, axis.dataLim.intervaly)):
+        data_of = {"x": axis.dataLim.intervalx, "y": axis.dataLim.intervaly}
+        for of, limits in limits_of.items():
+            low, high = data_of[of]
             if np.isfinite([low, high]).all() and (low < min(limits) or high > max(limits)):
                 axis.autoscale(axis=of)
 
 
 def picture(draw, suffix, size=(7.2, 4.0), trial=False):
-    """draw(figure) on a Figure of that style: the bytes of a PNG. A trial has axes that fit its data, and says so."""
+    """The bytes of a PNG: draw(figure) in that style. A trial says so, and its axes fit its data."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -168,8 +174,8 @@ def picture(draw, suffix, size=(7.2, 4.0), trial=False):
         draw(figure)
         if trial:
             fit_axes(figure)
-            figure.text(0.5, 0.5, "a trial: hardly trained", fontsize=24, rotation=20, alpha=0.25, ha="center",
-                        va="center")
+            figure.text(0.5, 0.5, "a trial: hardly trained", fontsize=24, rotation=20, alpha=0.25,
+                        ha="center", va="center")
         file = io.BytesIO()
         figure.savefig(file, format="png", facecolor=style["ground"])
         pyplot.close(figure)
@@ -179,7 +185,7 @@ def picture(draw, suffix, size=(7.2, 4.0), trial=False):
 # One experiment.
 
 class Experiment:
-    """What measure is given: say() for progress, transformer() and trained() for models, dtype of their weights."""
+    """The first argument of measure: say() for progress, transformer() and trained() for models."""
 
     def __init__(self, name, folder, dtype=np.float32):
         self.name = name
@@ -197,9 +203,9 @@ class Experiment:
     def trained(self, name, seed, config, train, **recipe):
         """(model, history): a Transformer of this config after history = train(model, rng, **recipe).
 
-        Kept in the folder, under a name that changes with the recipe, the source of train, and minilm itself; so a
-        model that two experiments use is trained once. What else train depends on must be in the recipe. history:
-        plain values that JSON can hold.
+        Kept in the folder, under a name that changes with the recipe, the source of train, and minilm
+        itself; so a model that two experiments use is trained once. Everything else that train depends on
+        must be in the recipe. history: plain values that JSON can hold.
         """
         described = [seed, config, recipe, self.dtype.name, inspect.getsource(train), _sources()]
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
@@ -224,8 +230,8 @@ def paragraphs(doc):
         name, _, text = " ".join(paragraph.split()).partition(". ")
         found[name] = text.strip()
     if tuple(found) != SECTIONS:
-        raise ValueError(f"the docstring of an experiment has a title and the paragraphs {', '.join(SECTIONS)}; "
-                         f"this one has {list(found)}")
+        raise ValueError(f"the docstring of an experiment has a title and the paragraphs "
+                         f"{', '.join(SECTIONS)}; this one has {list(found)}")
     return " ".join(title.split()), found
 
 
@@ -246,10 +252,12 @@ def _arguments(title, sizes):
         size.add_argument(f"--{other}", dest="size", action="store_const", const=other, default="default",
                           help={"quick": "a trial: shows that it runs, decides nothing",
                                 "full": "longer, to see more"}[other])
-    parser.add_argument("--workers", type=int, default=workers.available_cores(), help="processes that share the seeds")
+    parser.add_argument("--workers", type=int, default=workers.available_cores(),
+                        help="processes that share the seeds")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32",
                         help="of the models; float64 shows whether an outcome depends on rounding")
-    parser.add_argument("--redraw", action="store_true", help="conclude and draw again from the numbers in the folder")
+    parser.add_argument("--redraw", action="store_true",
+                        help="conclude and draw again from the numbers in the folder")
     return parser.parse_args()
 
 
@@ -265,7 +273,8 @@ def _run(name, doc, measure, conclude, draw, sizes, figure_size):
         folder.mkdir(parents=True, exist_ok=True)
         settings = dict(sizes[arguments.size])
         seeds = list(range(settings.pop("seeds")))
-        result = _measured(Experiment(name, folder, arguments.dtype), measure, seeds, settings, arguments.workers)
+        experiment = Experiment(name, folder, arguments.dtype)
+        result = _measured(experiment, measure, seeds, settings, arguments.workers)
         result["size"] = arguments.size
     settings = result["settings"]
     trial = result["size"] == "quick"
@@ -323,13 +332,15 @@ def read(path):
     try:
         return json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: no results of an experiment ({error}); run it first, without --redraw") from error
+        raise UsageError(f"{path}: no results of an experiment ({error}); run it first, without --redraw") \
+            from error
 
 
 def as_text(table):
     """A table in columns."""
     widths = [max(len(str(line[i])) for line in table) for i in range(len(table[0]))]
-    return "\n".join("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table)
+    lines = ("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)) for line in table)
+    return "\n".join(map(str.rstrip, lines))
 
 
 def _write(path, data):
@@ -355,7 +366,9 @@ def _sources():
 def _machine():
     model = platform.processor() or platform.machine()
     try:
-        model = next(line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return f"{workers.available_cores()} cores, {model}, Python {platform.python_version()}, NumPy {np.__version__}"
+    return (f"{workers.available_cores()} cores, {model}, Python {platform.python_version()}, "
+            f"NumPy {np.__version__}")

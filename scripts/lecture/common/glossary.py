@@ -2,22 +2,28 @@
 
 TERMS = {
     "prompt x, response y": "The text that the model is given, and the text that it writes.",
-    "policy π, reference π_ref": "The model that is trained, and the model that it starts from: π(y|x) is the "
-                                 "probability of response y to prompt x.",
+    "policy π, reference π_ref":
+        "The model that is trained, and the model that it starts from. π(y|x) is the probability of response "
+        "y to prompt x.",
     "SFT model": "The model after supervised finetuning on demonstrations. In stage 3 it is the reference.",
-    "gold reward": "What the people of the invented world want, as a number per response. It is known exactly, "
-                   "because the world was made so; in reality nobody knows it.",
-    "proxy reward": "What a reward model, fitted to comparisons, predicts of the gold reward. Training sees only this.",
+    "gold reward":
+        "The preference of the people of the invented world, as a number per response. It is known exactly, "
+        "because the world is constructed; in reality nobody knows it.",
+    "proxy reward":
+        "The prediction of a reward model that was fitted to comparisons. Training sees only this reward.",
     "comparison": "Two responses to one prompt, and which of them a person prefers.",
-    "Bradley-Terry": "The person prefers the first response with probability σ(r₁ − r₂), with σ(z) = 1 / (1 + e⁻ᶻ).",
-    "KL (in nats)": "The Kullback-Leibler divergence KL(π ‖ π_ref) = E[log π(y|x) − log π_ref(y|x)] over responses y "
-                    "from π: how far the policy has moved from the reference. A nat is 1.44 bits; the logarithm is "
-                    "the natural one.",
+    "Bradley-Terry":
+        "A person prefers the first response with probability σ(r₁ − r₂), with σ(z) = 1 / (1 + e⁻ᶻ).",
+    "KL (in nats)":
+        "The Kullback-Leibler divergence KL(π ‖ π_ref) = E[log π(y|x) − log π_ref(y|x)] over responses y "
+        "from π: how far the policy has moved from the reference. A nat is 1.44 bits.",
     "β": "The price of one nat of KL in units of reward.",
-    "π*": "The policy with the largest expected reward less β KL. It has a closed form, given above, and is computed "
-          "exactly here.",
-    "at a lower temperature": "The reference with its logits divided by a temperature below 1. It moves away from the "
-                              "reference without any label, so it is the baseline at equal KL.",
+    "π*":
+        "The policy with the largest expected reward less β KL. It has a closed form, given above, and is "
+        "computed exactly here.",
+    "at a lower temperature":
+        "The reference with its logits divided by a temperature below 1. It moves away from the reference "
+        "without any label, so it is the baseline at equal KL.",
     "greedy decoding": "At every step the most probable token is taken: temperature 0.",
     "best of n": "Of n sampled responses the one with the largest reward.",
     "held out": "Never used in training.",
@@ -28,9 +34,9 @@ TERMS = {
 
 FORMULAS = {
     "Supervised finetuning (SFT)":
-        "L = −Σ<sub>t</sub> log π(y<sub>t</sub> | x, y<sub>&lt;t</sub>) / (number of tokens of the responses)",
+        "L = −Σ<sub>t</sub> log π(y<sub>t</sub> | x, y<sub>&lt;t</sub>) / (tokens of the responses)",
     "Reward model":
-        "L = −log σ( r(x, y<sub>w</sub>) − r(x, y<sub>l</sub>) ), with y<sub>w</sub> preferred to y<sub>l</sub>",
+        "L = −log σ( r(x, y<sub>w</sub>) − r(x, y<sub>l</sub>) ), y<sub>w</sub> preferred to y<sub>l</sub>",
     "RLHF: policy gradient with a KL penalty":
         "maximise J = E<sub>y∼π</sub>[ r(x, y) ] − β KL(π ‖ π<sub>ref</sub>); "
         "the maximum is π*(y|x) = π<sub>ref</sub>(y|x) exp(r(x, y) / β) / Z(x)",

@@ -1,25 +1,25 @@
 """The outcome of an experiment: confidence intervals over seeds, and nothing else.
 
-A rule is one or several comparisons. A comparison has one number per seed, its effect, and says where the expected
-effect must lie: above a margin, below a margin, or between two. With mean m, standard deviation s (ddof 1) and n
-seeds, the expected effect lies in
+A rule is one or several comparisons. A comparison has one number per seed, its effect, and says where the
+expected effect must lie: above a margin, below a margin, or between two. With mean m, standard deviation
+s (ddof 1) and n seeds, the expected effect lies in
 
     m - q s / sqrt(n)  ...  m + q s / sqrt(n),      q = t_quantile(1 - (1 - level) / 2, n - 1)
 
 with probability `level`, if the effects of the seeds are independent and normal (Student 1908).
 
     shown       the 95% interval of every comparison lies inside its margins
-    not shown   the interval of some comparison lies outside its margins, at level 1 - 0.05 / (number of comparisons)
+    not shown   the interval of some comparison lies outside its margins, at level 1 - 0.05 / (comparisons)
     undecided   otherwise, and always where a condition of the experiment is not met
 
-"Shown" needs no correction for several comparisons: all must hold, so the rule is shown by error at most as often
-as one of them (intersection-union test; Berger 1982). "Not shown" needs one comparison out of several, hence
-Bonferroni. Each error then has a probability of at most 2.5% ("shown": one side of a 95% interval) and 5% ("not
-shown") per experiment; among 23 experiments one such error would be no surprise.
+"Shown" needs no correction for several comparisons: all must hold, so the rule is shown by error at most
+as often as one of them (intersection-union test; Berger 1982). "Not shown" needs one comparison out of
+several, hence Bonferroni. Each error then has a probability of at most 2.5% ("shown": one side of a 95%
+interval) and 5% ("not shown") per experiment; among 23 experiments one such error would be no surprise.
 
-Degenerate cases: one seed, no seed, or an infinite effect have no interval, so the outcome is undecided. If all
-seeds give the same number, the interval is that number. An interval that touches a margin is not inside it.
-Tests: tests/test_intervals.py.
+Degenerate cases: one seed, no seed, or an infinite effect have no interval, so the outcome is undecided.
+If all seeds give the same number, the interval is that number. An interval that touches a margin is not
+inside it. Tests: tests/test_intervals.py.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ LEVEL = 0.95
 
 
 def t_probability(t: float, degrees: int) -> float:
-    """P(|T| <= t) for Student's t with whole degrees of freedom: the finite sums of Abramowitz and Stegun 1964,
-    26.7.3 and 26.7.4, with theta = arctan(t / sqrt(degrees))."""
+    """P(|T| <= t) for Student's t with whole degrees of freedom: the finite sums of Abramowitz and Stegun
+    1964, 26.7.3 and 26.7.4, with theta = arctan(t / sqrt(degrees))."""
     theta = math.atan2(t, math.sqrt(degrees))
     cosine = math.cos(theta)
     odd = degrees % 2
@@ -50,7 +50,7 @@ def t_probability(t: float, degrees: int) -> float:
 def t_quantile(probability: float, degrees: int) -> float:
     """The t with P(T <= t) = probability >= 1/2, by bisection of theta, which is bounded."""
     if not 0.5 <= probability < 1 or degrees < 1:
-        raise ValueError(f"t_quantile({probability}, {degrees}): needs 0.5 <= probability < 1 and degrees >= 1")
+        raise ValueError(f"t_quantile({probability}, {degrees}): needs 0.5 <= probability < 1, degrees >= 1")
     low = 0.0
     high = math.pi / 2
     for _ in range(200):
@@ -64,7 +64,7 @@ def t_quantile(probability: float, degrees: int) -> float:
 
 
 def confidence_interval(effects: list[float], level: float = LEVEL) -> tuple[float, float]:
-    """(low, high) of the expected effect; the whole line where one, no or an infinite effect decides nothing."""
+    """(low, high) of the expected effect; the whole line for fewer than two effects, or an infinite one."""
     n = len(effects)
     if n < 2 or not np.isfinite(effects).all():
         return -math.inf, math.inf
@@ -100,9 +100,8 @@ class Comparison:
 
     def asked(self) -> str:
         """The margins in words."""
-        margins = [f"{word} {as_number(margin)}" for word, margin in (("above", self.above), ("below", self.below))
-                   if margin is not None]
-        return " and ".join(margins)
+        margins = {"above": self.above, "below": self.below}
+        return " and ".join(f"{word} {as_number(m)}" for word, m in margins.items() if m is not None)
 
     def summary(self) -> dict:
         """Plain values for JSON; an infinite end of the interval is None."""

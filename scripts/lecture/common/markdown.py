@@ -1,5 +1,5 @@
-"""The results of the experiments in Markdown: the table of claims, README.md of scripts/lecture, and the outcomes
-under other roundings. Links are relative to scripts/lecture. Tests: tests/test_lecture.py.
+"""The results of the experiments in Markdown: the table of claims, README.md of scripts/lecture, and the
+outcomes under other roundings. Links are relative to scripts/lecture. Tests: tests/test_lecture.py.
 """
 
 import collections
@@ -9,25 +9,26 @@ from common.experiment import first_sentence
 
 HEADER = """# The lecture, claim by claim
 
-minilm follows the lecture "From Language Models to Assistants" of Stanford's CS224N (2023; with DPO since 2024). Each
-of its {claims} claims is one experiment in this folder.
+minilm follows the lecture "From Language Models to Assistants" of Stanford's CS224N (2023; with DPO since
+2024). Each of its {claims} claims is one experiment in this folder.
 
 """
 READING = """
 ## How to read it
 
-The lecture's claim is a sentence about large models. The rule is the sentence that was tested here, on models with
-7,000 to 181,000 parameters in small invented worlds. The outcome is about the rule. "Not shown" means that the rule
-fails in this experiment; the lecture's claim can still be true.
+The lecture's claim is a sentence about large models. The rule is the sentence that was tested here, on
+models with 7,000 to 181,000 parameters in small invented worlds. The outcome is about the rule. "Not
+shown" means that the rule fails in this experiment; the lecture's claim can still be true.
 
-- **shown**: the 95% confidence interval over the seeds lies beyond the margin, for every comparison of the rule.
-- **not shown**: for some comparison the interval lies on the other side of the margin (corrected for the number of
-  comparisons).
+- **shown**: the 95% confidence interval over the seeds lies beyond the margin, for every comparison of
+  the rule.
+- **not shown**: for some comparison the interval lies on the other side of the margin (corrected for the
+  number of comparisons).
 - **undecided**: neither, or the model did not learn the task that the rule is about.
 
-Each error has a probability of at most 5% per experiment, so one wrong outcome in {claims} would be no surprise. The
-statistics are in [intervals.py](common/intervals.py). An experiment's docstring has the claim, the test, the rule
-with its margins, the limits, and the paper.
+Each error has a probability of at most 5% per experiment, so one wrong outcome in {claims} would be no
+surprise. The statistics are in [intervals.py](common/intervals.py). An experiment's docstring has the
+claim, the test, the rule with its margins, the limits, and the paper.
 """
 RUNNING = """
 ## How to run it
@@ -37,8 +38,8 @@ RUNNING = """
     python scripts/lecture/dpo.py --out runs/dpo       # one experiment: dpo.png, dpo.json, a table
     python scripts/lecture/all.py --readme runs/claims # this file and its figures, from a run
 
-`all.py --rounding float64,coretype,workers` repeats every experiment with other rounding errors and compares the
-outcomes. How to write an experiment: [experiment.py](common/experiment.py).
+`all.py --rounding float64,coretype,workers` repeats every experiment with other rounding errors and compares
+the outcomes. How to write an experiment: [experiment.py](common/experiment.py).
 """
 
 
@@ -47,7 +48,8 @@ def table(stages, done):
     lines = []
     for title, names in stages.items():
         if names := [name for name in names if name in done]:
-            lines += [f"**{title}**", "", "| the lecture's claim | the rule tested here | outcome | measured | |",
+            lines += [f"**{title}**", "",
+                      "| the lecture's claim | the rule tested here | outcome | measured | |",
                       "|---|---|---|---|---|"]
         for name in names:
             result = done[name]
@@ -82,7 +84,7 @@ def summary(claims, size, done):
 
 
 def roundings(names, by_rounding):
-    """The outcomes of the experiments, {rounding: {name: what the experiment wrote}}, and whether they agree."""
+    """The outcomes of the experiments, from {rounding: {name: what it wrote}}, and whether they agree."""
     columns = list(by_rounding)
     lines = [f"| experiment | {' | '.join(columns)} | |", "|---" * (len(columns) + 2) + "|"]
     differ = []
@@ -92,9 +94,10 @@ def roundings(names, by_rounding):
             continue
         if len(set(outcomes) - {"not run"}) > 1:
             differ.append(name)
-        lines.append(f"| {name} | {' | '.join(outcomes)} | {'**differs**' if name in differ else 'the same'} |")
-    verdict = f"The outcomes of {', '.join(differ)} depend on rounding." if differ else "No outcome depends on rounding."
-    return "\n".join([*lines, "", verdict]) + "\n"
+        agreement = "**differs**" if name in differ else "the same"
+        lines.append(f"| {name} | {' | '.join(outcomes)} | {agreement} |")
+    which = f"The outcomes of {', '.join(differ)} depend" if differ else "No outcome depends"
+    return "\n".join([*lines, "", f"{which} on rounding."]) + "\n"
 
 
 def as_cell(text):

@@ -1,8 +1,9 @@
 """The claims on one page: HTML that contains everything, figures included, and loads nothing.
 
-html(stages, results, pictures, size) from what the experiments wrote. Without scripts; light or dark as the reader's
-system is. On a wide screen the contents stay at the left, on a phone a bar with links stays at the top; figures and
-tables scroll sideways inside themselves, and say so. Tests: tests/test_lecture.py.
+html(stages, results, pictures, size) from what the experiments wrote. Without scripts; light or dark as
+the reader's system is. On a wide screen the contents stay at the left, on a phone a bar with links stays
+at the top; figures and tables scroll sideways inside themselves, and say so. Tests:
+tests/test_lecture.py.
 """
 
 import base64
@@ -30,7 +31,8 @@ STYLE = """
 :root { color-scheme: light dark; %s }
 @media (prefers-color-scheme: dark) { :root { %s } }
 html { -webkit-text-size-adjust: 100%%; scroll-padding-top: 3.5rem }
-body { margin: 0 auto; padding: 0 1.25rem 5rem; max-width: 76rem; color: var(--text); background: var(--ground);
+body { margin: 0 auto; padding: 0 1.25rem 5rem; max-width: 76rem;
+       color: var(--text); background: var(--ground);
        font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
        overflow-wrap: break-word }
 h1, h2, h3 { line-height: 1.2; text-wrap: balance }
@@ -43,13 +45,15 @@ nav ul { list-style: none; margin: 0; padding: 0 }
 nav li { display: flex; gap: .25rem 1rem; align-items: baseline; padding: .4rem 0;
          border-bottom: 1px solid var(--line); font-size: .9rem }
 nav li :first-child { flex: 1 1 9rem; min-width: 0 }
-.bar { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: .25rem .9rem; margin: 0 -1.25rem;
-       padding: .6rem 1.25rem; max-width: none; font-size: .9rem; background: var(--panel); border-bottom: 1px solid var(--line) }
+.bar { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: .25rem .9rem;
+       margin: 0 -1.25rem; padding: .6rem 1.25rem; max-width: none; font-size: .9rem;
+       background: var(--panel); border-bottom: 1px solid var(--line) }
 section { padding: 2.25rem 0; border-bottom: 1px solid var(--line) }
 blockquote { margin: 0; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--soft) }
 .badge { display: inline-block; flex: none; padding: .1rem .6rem; border-radius: 1rem; font-size: .85rem;
          font-weight: 600; white-space: nowrap; color: var(--none); background: var(--on-none) }
-.badge.yes { color: var(--yes); background: var(--on-yes) } .badge.no { color: var(--no); background: var(--on-no) }
+.badge.yes { color: var(--yes); background: var(--on-yes) }
+.badge.no { color: var(--no); background: var(--on-no) }
 .badge.open { color: var(--open); background: var(--on-open) }
 .note { padding: .75rem 1rem; border-radius: .5rem; color: var(--none); background: var(--on-none) }
 .soft, dt { color: var(--soft); font-size: .9rem } dt { margin-top: .75rem } dd { margin: 0 }
@@ -57,14 +61,15 @@ blockquote { margin: 0; padding-left: 1rem; border-left: 3px solid var(--line); 
 figure { margin: 1.25rem 0 0 }
 figure, .table { overflow-x: auto; scrollbar-width: thin; scrollbar-color: var(--soft) var(--panel) }
 figure img { display: block; width: 100%%; min-width: 35rem; max-width: 62rem; height: auto }
-.table { background: linear-gradient(to left, var(--ground) 40%%, transparent) 100%% 0 / 4rem 100%% no-repeat local,
-                     linear-gradient(to left, var(--line), transparent) 100%% 0 / 1.5rem 100%% no-repeat scroll }
+.table { background:
+           linear-gradient(to left, var(--ground) 40%%, transparent) 100%% 0 / 4rem 100%% no-repeat local,
+           linear-gradient(to left, var(--line), transparent) 100%% 0 / 1.5rem 100%% no-repeat scroll }
 .hint { margin: .25rem 0 0; color: var(--soft); font-size: .8rem }
 .hint::before { content: "\\2194  " }
 @media (min-width: 40rem) { .hint.narrow { display: none } }
 table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; margin-top: 1rem }
-th, td { padding: .3rem 1rem .3rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line);
-         vertical-align: top }
+th, td { padding: .3rem 1rem .3rem 0; text-align: left; white-space: nowrap; vertical-align: top;
+         border-bottom: 1px solid var(--line) }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal }
 td:first-child { white-space: normal; min-width: 8rem; max-width: 22rem }
 details { margin-top: 1.25rem; padding: .6rem 1rem; border-radius: .5rem; background: var(--panel) }
@@ -77,26 +82,27 @@ summary { cursor: pointer; font-weight: 600 } dl { margin: .25rem 0 .5rem }
   .page { display: grid; grid-template-columns: 18rem minmax(0, 1fr); column-gap: 3rem;
           grid-template-rows: auto 1fr }
   header, main { grid-column: 2 }
-  nav { grid-column: 1; grid-row: 1 / span 2; position: sticky; top: 0; align-self: start; max-height: 100vh; overflow-y: auto; padding: 0 .5rem 1rem 0;
+  nav { grid-column: 1; grid-row: 1 / span 2; position: sticky; top: 0; align-self: start;
+        max-height: 100vh; overflow-y: auto; padding: 0 .5rem 1rem 0;
         box-sizing: border-box; scrollbar-width: thin }
 }
 """
 # The page may load its own pictures and its own style, and nothing else.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 MEANINGS = {"shown": "the 95% interval of every comparison of the rule lies beyond its margin",
-            "not shown": "the interval of some comparison lies on the other side of its margin: the rule fails here, "
-                         "which says little about large models",
+            "not shown": "the interval of some comparison lies on the other side of its margin: the rule "
+                         "fails here, which says little about large models",
             "undecided": "neither, or the model did not learn the task that the rule is about"}
 
 
 def html(stages, results, pictures, size):
-    """The page. stages: {title: names}; results: {name: what experiment.run wrote}, of the experiments that were run;
-    pictures: {name: PNGs, for light and dark}."""
+    """The page. stages: {title: names}; results: {name: what experiment.run wrote}, of the experiments that
+    were run; pictures: {name: PNGs, for light and dark}."""
     header = [f'<h1 id="top">{TITLE}</h1>', _summary(sum(map(len, stages.values())), results.values(), size)]
     main = []
     if size == "quick":
-        header.append('<p class="note" role="note"><strong>A trial.</strong> It shows that the experiments run. It '
-                    'decides nothing: the models are hardly trained.</p>')
+        header.append('<p class="note" role="note"><strong>A trial.</strong> It shows that the experiments '
+                      'run. It decides nothing: the models are hardly trained.</p>')
     order = [name for names in stages.values() for name in names if name in results]
     for i, (title, names) in enumerate(stages.items(), 1):
         if names := [name for name in names if name in results]:
@@ -105,12 +111,14 @@ def html(stages, results, pictures, size):
     main += [_formulas(), _glossary()]
     style = STYLE % tuple(" ".join(f"--{name}: {colour};" for name, colour in scheme.items())
                           for scheme in (LIGHT, DARK))
-    head = ('<meta charset="utf-8">', f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
+    head = ('<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">', f"<title>{TITLE}</title>", f"<style>{style}</style>")
-    return "\n".join(['<!DOCTYPE html>\n<html lang="en">\n<head>', *head, "</head>\n<body>", _bar(stages, results),
-                      '<div class="page">\n<header>', *header, "</header>", _contents(stages, results), "<main>", *main,
-                      "</main>\n</div>\n</body>\n</html>\n"])
+            '<meta name="color-scheme" content="light dark">',
+            f"<title>{TITLE}</title>", f"<style>{style}</style>")
+    return "\n".join(['<!DOCTYPE html>\n<html lang="en">\n<head>', *head, "</head>\n<body>",
+                      _bar(stages, results), '<div class="page">\n<header>', *header, "</header>",
+                      _contents(stages, results), "<main>", *main, "</main>\n</div>\n</body>\n</html>\n"])
 
 
 @functools.cache
@@ -131,19 +139,21 @@ def _badge(outcome):
 
 def _summary(claims, results, size):
     count = collections.Counter(result["outcome"] for result in results)
-    lines = ["<p>From language model to assistant: each claim of the lecture is an experiment in minilm, with small "
-             "models in small invented worlds, where the best possible result is known. A claim is a sentence about "
-             "large models; beside it stands the rule that was tested here, and the outcome is about the rule.</p>"]
+    lines = ["<p>From language model to assistant: each claim of the lecture is an experiment in minilm, "
+             "with small models in small invented worlds, where the best possible result is known. A claim "
+             "is a sentence about large models; beside it stands the rule that was tested here, and the outcome "
+             "is about the rule.</p>"]
     outcomes = ", ".join(f"{count[outcome]} {outcome}" for outcome in SIGNS if count[outcome])
     lines.append(f"<p>{len(results)} of {claims} experiments were run: {outcomes or 'none'}.</p>")
     if count.keys() - {TRIAL}:
-        meanings = "\n".join(f"<dt>{_badge(outcome)}</dt><dd>{text}</dd>" for outcome, text in MEANINGS.items())
-        lines.append(f"<dl>\n{meanings}\n</dl>")
+        meanings = (f"<dt>{_badge(outcome)}</dt><dd>{text}</dd>" for outcome, text in MEANINGS.items())
+        lines += ["<dl>", *meanings, "</dl>"]
     if results:
         dates, machines = (sorted({result[name] for result in results}) for name in ("date", "machine"))
         seeds = sorted({len(result["seeds"]) for result in results})
         minutes = sum(result["seconds"] for result in results) / 60
-        lines.append(f'<p class="soft">{escape(" to ".join(dict.fromkeys((dates[0], dates[-1]))))}, {size} size, '
+        date = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+        lines.append(f'<p class="soft">{escape(date)}, size {size}, '
                      f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds per experiment, "
                      f"{minutes:.0f} min in all on {escape('; '.join(machines))}.</p>")
     return "\n".join(lines)
@@ -152,7 +162,8 @@ def _summary(claims, results, size):
 def _bar(stages, results):
     """The links that stay at the top of a narrow screen."""
     links = [("#contents", "Contents")]
-    links += [(f"#stage-{i}", f"Stage {i}" if i == 1 else str(i)) for i, names in enumerate(stages.values(), 1) if results.keys() & {*names}]
+    links += [(f"#stage-{i}", f"Stage {i}" if i == 1 else str(i))
+              for i, names in enumerate(stages.values(), 1) if results.keys() & {*names}]
     links += [("#formulas", "Formulas"), ("#glossary", "Glossary")]
     return '<p class="bar">' + " ".join(f'<a href="{to}">{text}</a>' for to, text in links) + "</p>"
 
@@ -179,16 +190,17 @@ def _section(name, result, pictures, order):
             f"{result['seconds']:.0f} s, workers {result['workers']}; {result['date']}, {result['machine']}.")
     terms = {"Test": result["Test"], "Rule": result["Rule"], "Limits": result["Limits"],
              "Source": result["Source"], "Made by": made}
-    told = "\n".join(f"<dt>{term}</dt><dd>{_linked(escape(text))}</dd>" for term, text in terms.items())
+    details = "\n".join(f"<dt>{term}</dt><dd>{_linked(escape(text))}</dd>" for term, text in terms.items())
     return "\n".join([f'<section id="{name}">', f"<h3>{escape(result['title'])}</h3>",
-                      f"<blockquote><strong>The lecture's claim.</strong> {escape(result['Claim'])}</blockquote>",
+                      "<blockquote><strong>The lecture's claim.</strong> "
+                      f"{escape(result['Claim'])}</blockquote>",
                       f"<p>{_badge(result['outcome'])} <strong>Rule tested here.</strong> "
                       f"{escape(first_sentence(result['Rule']))}</p>",
                       f"<p><strong>Measured.</strong> {escape(result['words'])}</p>",
                       _figure(result["title"], *pictures), _rules(result),
                       "<details><summary>All numbers</summary>", _table(result["title"], result["table"]),
                       "</details>", "<details><summary>How it was tested, and its limits</summary>",
-                      f"<dl>\n{told}\n</dl>", "</details>", _turn(name, order), "</section>"])
+                      f"<dl>\n{details}\n</dl>", "</details>", _turn(name, order), "</section>"])
 
 
 def _turn(name, order):
@@ -200,9 +212,11 @@ def _turn(name, order):
 
 
 def _figure(title, light, dark):
-    width, height = struct.unpack(">II", light[16:24])      # from the PNG's header: nothing moves while it loads
-    return (f'<figure tabindex="0"><picture><source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
-            f'<img src="{_data(light)}" width="{width}" height="{height}" alt="{escape(f"Figure: {title}.")}">'
+    width, height = struct.unpack(">II", light[16:24])      # of the PNG's header, so that nothing moves
+    alternative = escape(f"Figure: {title}.")
+    return ('<figure tabindex="0"><picture>'
+            f'<source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
+            f'<img src="{_data(light)}" width="{width}" height="{height}" alt="{alternative}">'
             '</picture></figure>\n<p class="hint narrow">the figure scrolls sideways</p>')
 
 
@@ -213,13 +227,14 @@ def _data(png):
 def _rules(result):
     """The comparisons of the rule, its conditions, and the findings beside it."""
     table = [["the rule compares", "mean over seeds", "95% interval", "asked", "outcome"]]
-    for prefix, kind in (("condition: ", "conditions"), ("", "comparisons"), ("beside the rule: ", "findings")):
+    kinds = {"conditions": "condition: ", "comparisons": "", "findings": "beside the rule: "}
+    for kind, prefix in kinds.items():
         for comparison in result.get(kind, []):
             low, high = comparison["interval"]
             interval = "none" if low is None else f"{as_number(low)} to {as_number(high)}"
             outcome = TRIAL if result["outcome"] == TRIAL else comparison["outcome"]
-            table.append([prefix + comparison["name"], as_number(comparison["mean"]), interval, comparison["asked"],
-                          outcome])
+            table.append([prefix + comparison["name"], as_number(comparison["mean"]), interval,
+                          comparison["asked"], outcome])
     return _table("the rule of: " + result["title"], table) if len(table) > 1 else ""
 
 
@@ -228,20 +243,23 @@ def _table(name, table):
     lines = ["".join(f'<th scope="col">{cell}</th>' for cell in head)]
     lines += ["".join(f"<td>{cell}</td>" for cell in line) for line in body]
     narrow = " narrow" * (len(head) < 6)         # such a table is wider than a phone only
-    hint = f'<p class="hint{narrow}">the table scrolls sideways where it is wider than the page</p>' * (len(head) > 3)
+    hint = f'<p class="hint{narrow}">the table scrolls sideways where it is wider than the page</p>'
     return (f'<div class="table" role="region" tabindex="0" aria-label="{escape("Table: " + name)}"><table>\n'
-            + "\n".join(f"<tr>{line}</tr>" for line in lines) + f"\n</table></div>{hint}")
+            + "\n".join(f"<tr>{line}</tr>" for line in lines)
+            + f"\n</table></div>{hint if len(head) > 3 else ''}")
 
 
 def _formulas():
-    rows = "\n".join(f'<dt>{escape(name)}</dt><dd class="formula">{formula}</dd>' for name, formula in FORMULAS.items())
-    return f'<section id="formulas">\n<h2>The four objectives</h2>\n<dl>\n{rows}\n</dl>\n</section>'
+    lines = ['<section id="formulas">\n<h2>The four objectives</h2>\n<dl>']
+    lines += [f'<dt>{escape(name)}</dt><dd class="formula">{formula}</dd>'
+              for name, formula in FORMULAS.items()]
+    return "\n".join([*lines, "</dl>\n</section>"])
 
 
 def _glossary():
-    rows = "\n".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in TERMS.items())
-    return (f'<section id="glossary">\n<h2>Glossary</h2>\n<dl>\n{rows}\n</dl>\n'
-            '<p class="turn"><a href="#top">↑ top</a></p></section>')
+    lines = [f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in TERMS.items()]
+    return "\n".join(['<section id="glossary">\n<h2>Glossary</h2>\n<dl>', *lines, "</dl>",
+                      '<p class="turn"><a href="#top">↑ top</a></p>\n</section>'])
 
 
 def _linked(text):

@@ -4,6 +4,8 @@ import ast
 import contextlib
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,22 @@ def test_code_prints_the_output_shown_after_it(code, output, monkeypatch):
     with contextlib.redirect_stdout(printed):
         exec(code, {})
     assert printed.getvalue() == output
+
+
+# ```console blocks: a command after $, then its output.
+
+COMMANDS = [pytest.param(command, output, id=command) for page in PAGES for command, output in
+            re.findall(r"^```console\n\$ python (.*?)\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)]
+
+
+@pytest.mark.parametrize("command, output", COMMANDS)
+def test_a_command_prints_the_output_shown_after_it(command, output):
+    from minilm.kernels import emulator
+    if "emulator" in command and (reason := emulator.available()):
+        pytest.skip(reason)
+    ran = subprocess.run([sys.executable, *command.split()], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, timeout=300)
+    assert ran.stdout == output
 
 
 def test_the_quickstart_has_at_most_a_dozen_lines_and_is_first():

@@ -17,8 +17,8 @@ EXAMPLE = re.compile(r"(\d(?: \+\d)+) \?((?: [a-z']+(?:-[a-z]+)+)*) ((?:(?:\d|\+
 def read(text):
     """(digits, phrase, tokens before "so", final digit) of every example in a text made of examples only."""
     assert EXAMPLE.sub("", text).strip() == "", text
-    return [([int(d) for d in re.findall(r"\d", asked)], phrase.split(), before.split(), int(said))
-            for asked, phrase, before, said in EXAMPLE.findall(text)]
+    return [([int(d) for d in re.findall(r"\d", asked)], phrase.split(), before.split(), int(final))
+            for asked, phrase, before, final in EXAMPLE.findall(text)]
 
 
 def steps_of(digits):
@@ -38,8 +38,8 @@ def test_a_document_holds_correct_sums_all_answered_in_its_style(rng, kind, exam
     end = 60 - np.argmax(np.array(tokens[::-1]) != END) + 1      # the last example's full stop
     found = read(digit_sums.text(tokens[:end]))
     assert 1 <= len(found) <= examples and set(tokens[end:]) <= {END} and not any(mask[end:])
-    for digits, words, before, said in found:
-        assert said == sum(digits) % 10 and len(digits) in DIGITS
+    for digits, words, before, final in found:
+        assert final == sum(digits) % 10 and len(digits) in DIGITS
         assert words == [TOKENS[token] for token in PHRASES[phrase]]
         steps = steps_of(digits)
         assert before == {"direct": [], "worked": steps, "dots": ["…"] * len(steps)}[style]
@@ -75,9 +75,9 @@ def test_documents_come_in_the_shares_of_the_corpus(corpus):
 def test_prompts_show_the_given_number_of_examples_and_a_held_out_question(rng, digits, shots, style):
     asked, right = digit_sums.prompts(rng, 3, digits, shots, style, phrase="filler", beginning=[digit_sums.SO])
     for prompt, answer in zip(asked, right):
-        *shown, (summed, words, before, said) = read(digit_sums.text([*prompt, answer, END]))
+        *shown, (summed, words, before, final) = read(digit_sums.text([*prompt, answer, END]))
         assert len(shown) == shots and words == ["well-then", "here-we-go"] and before == []
-        assert said == sum(summed) % 10 and len(summed) == digits
+        assert final == sum(summed) % 10 and len(summed) == digits
         assert digits == 2 or is_held_out(" + ".join(map(str, summed)))
         assert all(example[3] == sum(example[0]) % 10 and not example[1] for example in shown)
 
@@ -96,9 +96,9 @@ def test_training_digits_begin_with_no_held_out_sum_and_held_out_digits_are_held
 def test_wrong_examples_have_the_form_of_correct_ones_and_are_correct_at_chance_level():
     asked, _ = digit_sums.prompts(np.random.default_rng(0), 200, 3, 4, wrong=True)
     shown = [example for prompt in asked for example in read(digit_sums.text([*prompt, digit_sums.SO, 0, END]))[:-1]]
-    for digits, _, before, said in shown:
+    for digits, _, before, final in shown:
         assert before[0] == str(digits[0]) and before[1::2] == [f"+{d}" for d in digits[1:]]
-        assert before[-1] == str(said)
+        assert before[-1] == str(final)
     right = [s == r for digits, _, before, _ in shown for s, r in zip(before[2::2], steps_of(digits)[2::2])]
     assert len(shown) == 800 and abs(np.mean(right) - 0.1) < 0.03
 
@@ -106,6 +106,7 @@ def test_wrong_examples_have_the_form_of_correct_ones_and_are_correct_at_chance_
 def test_the_final_digit_is_read_from_a_finished_reply_and_only_running_sums_make_it_worked():
     worked, direct, dots = (digit_sums.answer([3, 5, 7], style) for style in ("worked", "direct", "dots"))
     assert digit_sums.text(worked) == "3 +5 8 +7 5 so 5 ."
-    assert [digit_sums.final_digit(reply) for reply in (worked, direct, dots, worked[:-1], [END])] == [5, 5, 5, None, None]
+    replies = worked, direct, dots, worked[:-1], [END]
+    assert [digit_sums.final_digit(reply) for reply in replies] == [5, 5, 5, None, None]
     assert [digit_sums.is_worked(reply) for reply in (worked, direct, dots)] == [True, False, False]
     assert digit_sums.final_digit(digit_sums.answer([3, 5, 7], "worked", [1, 2])) == 2

@@ -52,9 +52,10 @@ def test_a_mixture_of_two_policies_has_the_reward_of_the_line_at_no_more_diverge
 
 
 @given(distributions(1), rngs)
-def test_optimal_policies_are_all_on_it(law, rng):
+def test_optimal_policies_are_all_on_it(distribution, rng):
     """pi* over beta is a concave curve: none of its points lies under a line between two others."""
-    rewards = rng.normal(size=law[0].shape)
-    best = [optimum(law[0], rewards, beta)[0] for beta in (4.0, 2.0, 1.0, 0.5)]
-    points = np.array([(divergence(l, law[0]).mean(), expectation(l, rewards).mean()) for l in best])
+    rewards = rng.normal(size=distribution[0].shape)
+    best = [optimum(distribution[0], rewards, beta)[0] for beta in (4.0, 2.0, 1.0, 0.5)]
+    points = np.array([(divergence(log_pi, distribution[0]).mean(), expectation(log_pi, rewards).mean())
+                       for log_pi in best])
     assert_close(frontier(*points.T), points)

@@ -36,8 +36,8 @@ def test_a_document_keeps_to_one_bijection_and_to_its_own_symbols(rng, in_use, p
     assert tokens.shape == mask.shape == (5, 2 * pairs) and tokens.max() < VOCABULARY
     assert (tokens[mask == 1] >= SYMBOLS).all() and (tokens[mask == 0] < SYMBOLS).all()
     for row in tokens:
-        said = set(zip(row[::2].tolist(), row[1::2].tolist()))
-        assert len({x for x, _ in said}) == len({y for _, y in said}) == len(said) <= in_use
+        pairs_read = set(zip(row[::2].tolist(), row[1::2].tolist()))
+        assert len({x for x, _ in pairs_read}) == len({y for _, y in pairs_read}) == len(pairs_read) <= in_use
 
 
 def test_training_documents_use_no_held_out_mapping():
@@ -88,8 +88,8 @@ class Copier:
         logits = np.zeros((*tokens.shape, VOCABULARY))
         for b, row in enumerate(tokens):
             for t in range(len(row)):
-                said = [row[s + 1] for s in range(t) if row[s] == row[t]]
-                logits[b, t, said[-1] if said else row[t]] = 1
+                labels = [row[s + 1] for s in range(t) if row[s] == row[t]]
+                logits[b, t, labels[-1] if labels else row[t]] = 1
         return Tensor(logits)
 
 

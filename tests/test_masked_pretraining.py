@@ -1,4 +1,4 @@
-"""scripts/lecture/common/masked_pretraining.py: the loss token by token; both sides are visible, hidden tokens are not."""
+"""scripts/lecture/common/masked_pretraining.py: the loss token by token; hidden tokens are not visible."""
 import numpy as np
 import pytest
 

@@ -1,4 +1,4 @@
-"""scripts/lecture/worlds/ngrams.py: every probability again from counts in dictionaries, and properties of a language model."""
+"""scripts/lecture/worlds/ngrams.py: probabilities from counts in dictionaries, properties of a language model."""
 import itertools
 import math
 from collections import Counter

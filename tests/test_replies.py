@@ -28,7 +28,8 @@ def test_gold_equals_the_gold_reward_of_the_annotators_for_the_text(world):
         assert world.gold[p, y] == annotators.gold_reward(world.questions[p], world.texts[y], world.finished[y])
     assert world.finished.tolist() == [EOS in response for response in world.responses] and not world.finished.all()
     right = [3 + WORDS.index(world.questions[0].answer)]
-    gold = world.gold[0, world.index([world.prompts[0]] * 3, [right + [EOS], [COURTESY, *right, EOS], [COURTESY, EOS]])[1]]
+    _, y = world.index([world.prompts[0]] * 3, [right + [EOS], [COURTESY, *right, EOS], [COURTESY, EOS]])
+    gold = world.gold[0, y]
     assert gold[1] > gold[0] > gold[2]
 
 
@@ -50,7 +51,8 @@ def test_draws_and_comparisons_follow_their_distributions(world):
     log_pi = rng.normal(size=world.shape) * 2
     log_pi -= np.logaddexp.reduce(log_pi, axis=1, keepdims=True)
     drawn = world.draw(log_pi, rng, np.full(200_000, 3))
-    assert np.abs(np.bincount(drawn, minlength=world.shape[1]) / 200_000 - np.exp(log_pi[3])).max() < 5 * 0.5 / 200_000 ** 0.5
+    frequency = np.bincount(drawn, minlength=world.shape[1]) / 200_000
+    assert np.abs(frequency - np.exp(log_pi[3])).max() < 5 * 0.5 / 200_000 ** 0.5
 
     utility = rng.normal(size=world.shape)
     p, chosen, rejected = world.comparisons(log_pi, utility, rng, 40_000, prompts=[2, 5], flip_rate=0.2)
@@ -78,8 +80,10 @@ def test_every_generated_reply_has_an_index_in_the_tables(world):
 def test_demonstrations_are_correct_with_the_given_probability_and_not_too_long(world):
     prompts, responses = world.demonstrations(np.random.default_rng(0), 3000, right=0.4)
     p, y = world.index(prompts, responses)
-    answered = [next(token for token in response if token > 2) == prompt[-1] for prompt, response in zip(prompts, responses)]
-    assert world.finished[y].all() and abs(np.mean(answered) - (0.4 + 0.6 / 3)) < 0.04 and MODEL["vocab_size"] == VOCABULARY
+    answers = [next(token for token in response if token > 2) for response in responses]
+    correct = [answer == prompt[-1] for prompt, answer in zip(prompts, answers)]
+    assert world.finished[y].all() and abs(np.mean(correct) - (0.4 + 0.6 / 3)) < 0.04
+    assert MODEL["vocab_size"] == VOCABULARY
 
 
 def test_the_demonstration_distribution_matches_the_frequency_of_draws(world):

@@ -1,4 +1,4 @@
-"""scripts/lecture/worlds/rules.py: labels, documents and the best accuracy, again by loops over words, rules and answers."""
+"""scripts/lecture/worlds/rules.py: labels, documents and the best accuracy, by loops over words, rules and answers."""
 import itertools
 
 import numpy as np
@@ -31,9 +31,9 @@ def test_all_labels_are_equally_frequent_under_every_rule_on_both_sides():
 def test_the_labels_of_a_row_follow_one_rule_and_its_words_are_of_one_side(rng, held_out):
     words, labels = rules.draw(rng, 20, 6, held_out)
     side = {tuple(word) for word in rules.all_words(held_out).tolist()}
-    for row, said in zip(words.tolist(), labels.tolist()):
+    for row, given_labels in zip(words.tolist(), labels.tolist()):
         assert all(tuple(word) in side for word in row)
-        assert any([label(word, rule) for word in row] == said for rule in range(WORD))
+        assert any([label(word, rule) for word in row] == given_labels for rule in range(WORD))
 
 
 def test_every_rule_is_drawn():
@@ -52,9 +52,9 @@ def test_a_document_is_words_arrows_and_labels_with_the_mask_on_labels():
 def test_the_best_accuracy_equals_counting_the_rules_that_remain_possible(rng):
     words, answers = rules.draw(rng, 5, 6)
     expected = np.zeros(6)
-    for row, said in zip(words.tolist(), answers.tolist()):
+    for row, given_labels in zip(words.tolist(), answers.tolist()):
         for k in range(6):
-            left = [rule for rule in range(WORD) if all(label(row[i], rule) == said[i] for i in range(k))]
+            left = [rule for rule in range(WORD) if all(label(row[i], rule) == given_labels[i] for i in range(k))]
             votes = [label(row[k], rule) for rule in left]
             expected[k] += max(votes.count(answer) for answer in range(LABELS)) / len(left) / 5
     assert_close(rules.best_accuracy(words, answers), expected)
@@ -66,11 +66,11 @@ def test_no_predictor_from_the_lines_before_exceeds_the_best_accuracy():
     words, answers = rules.draw(rng, 4000, 4)
     best = rules.best_accuracy(words, answers)
     for k in range(4):
-        said = np.array([rules.labels(words, rule) for rule in range(WORD)])
-        left = (said[:, :, :k] == answers[:, :k]).all(axis=2)
+        given_labels = np.array([rules.labels(words, rule) for rule in range(WORD)])
+        left = (given_labels[:, :, :k] == answers[:, :k]).all(axis=2)
         pick = np.array([rng.choice(np.flatnonzero(row)) for row in left.T])
-        guessed = said[pick, np.arange(len(words)), k] == answers[:, k]
-        votes = [np.where(left, said[:, :, k] == answer, False).sum(axis=0) for answer in range(LABELS)]
+        guessed = given_labels[pick, np.arange(len(words)), k] == answers[:, k]
+        votes = [np.where(left, given_labels[:, :, k] == answer, False).sum(axis=0) for answer in range(LABELS)]
         majority = np.argmax(votes, axis=0) == answers[:, k]
         assert guessed.mean() < best[k] + 0.02 and abs(majority.mean() - best[k]) < 0.03
     # Three letters of one quarter, two, or none: 1, 2/3 or 1/3 of the rules agree.

@@ -41,11 +41,11 @@ def test_a_document_reads_as_one_task_on_words_of_one_side(rng, held_out, pairs)
     tokens, mask = strings.draw(rng, 6, pairs=pairs, held_out=held_out)
     assert tokens.shape == mask.shape == (6, pairs * PAIR)
     for row, counted in zip(tokens, mask):
-        said = [pair.split(">") for pair in strings.text(row).removesuffix(";").split(";")]
-        assert len(said) == pairs and all(len(word) == LENGTH for pair in said for word in pair)
-        assert any(all(BY_HAND[name](x) == y for x, y in said) for name in TASKS)
-        assert all(strings.is_held_out(np.array([ALPHABET.index(c) for c in x])) == held_out for x, _ in said)
-        assert "".join(CHARACTERS[t] for t, m in zip(row, counted) if m) == "".join(y for _, y in said)
+        pairs_read = [pair.split(">") for pair in strings.text(row).removesuffix(";").split(";")]
+        assert len(pairs_read) == pairs and all(len(word) == LENGTH for pair in pairs_read for word in pair)
+        assert any(all(BY_HAND[name](x) == y for x, y in pairs_read) for name in TASKS)
+        assert all(strings.is_held_out(np.array([ALPHABET.index(c) for c in x])) == held_out for x, _ in pairs_read)
+        assert "".join(CHARACTERS[t] for t, m in zip(row, counted) if m) == "".join(y for _, y in pairs_read)
 
 
 def test_all_given_tasks_are_drawn_and_no_others():
@@ -74,9 +74,9 @@ def test_the_bayes_bound_equals_counting_the_tasks_that_still_fit(rng, held_out)
     tokens, _ = strings.document(inputs, answers)
     bound = strings.bayes_bound(tokens)
     for row in range(8):
-        said = [pair.split(">") for pair in strings.text(tokens[row]).removesuffix(";").split(";")]
-        for k, (x, _) in enumerate(said):
-            fit = [name for name in names if all(BY_HAND[name](a) == b for a, b in said[:k])]
+        pairs_read = [pair.split(">") for pair in strings.text(tokens[row]).removesuffix(";").split(";")]
+        for k, (x, _) in enumerate(pairs_read):
+            fit = [name for name in names if all(BY_HAND[name](a) == b for a, b in pairs_read[:k])]
             guesses = [BY_HAND[name](x) for name in fit]
             assert_close(bound[row, k], max(map(guesses.count, guesses)) / len(fit), 1e-12)
     assert_close(bound[:, 0], np.full(8, 6 / 8))                        # all but the two that change letters say "aaa"

@@ -175,7 +175,7 @@ def within(log_pi, allowed):
 
 
 def decomposition(policy, world, reference, pairs, alone):
-    """The mean of d log pi(chosen) / d rate for one step of gradient descent on the loss of these pairs, split into TERMS.
+    """The mean of d log pi(chosen) / d rate for one gradient step on the loss of these pairs, split into TERMS.
 
     Also returns the relative error of the first two terms against central differences of that step.
     """
@@ -332,16 +332,19 @@ def draw(figure, seeds, size):
         harder.axvline(value, color=COLOURS[5], linestyle=":", linewidth=1.2)
         harder.annotate(f" {label} ", (value, -0.75), ha=side, va="center", fontsize=8, alpha=0.75)
     harder.set(title=f"Gold reward at {DECIDES} nat of KL", xlabel="expected gold reward",
-               yticks=range(len(names)), yticklabels=["DPO, clean pairs", "the same, compared replies only", *names[2:-1],
-                                                         "reference, lower temperature"],
+               yticks=range(len(names)),
+               yticklabels=["DPO, clean pairs", "the same, compared replies only", *names[2:-1],
+                            "reference, lower temperature"],
                ylim=(len(names) - 0.5, -1.1))
 
     for beta, colour, marker in zip(BETAS, COLOURS, "os^"):
         steps = evaluated_at(**size)
-        curve(fall, steps, [s[f"DPO, beta {beta}"]["chosen"] for s in seeds], f"chosen, beta {beta}", colour, marker=marker)
+        chosen = [s[f"DPO, beta {beta}"]["chosen"] for s in seeds]
+        curve(fall, steps, chosen, f"chosen, beta {beta}", colour, marker=marker)
     curve(fall, steps, [s[CLEAN]["rejected"] for s in seeds], f"rejected, beta {HARD}", COLOURS[5], linestyle="--")
     level(fall, 0, "")
-    fall.set(title="Log-probs of the replies in the pairs", xlabel="step", ylabel="mean change from the reference (nats)")
+    fall.set(title="Log-probs of the replies in the pairs", xlabel="step",
+             ylabel="mean change from the reference (nats)")
     fall.legend(loc="lower left", fontsize=8)
 
     terms = np.array([s["terms"] for s in seeds])

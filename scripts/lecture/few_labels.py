@@ -157,8 +157,8 @@ def conclude(seeds, size):
     table.append(["gold known: pi*", *(mean_range([s[name] for s in seeds]) for name in ("best", "best's KL")),
                   *[""] * (2 * len(KINDS) - 1)])
     words = (f"With {LITTLE} comparisons the best policy for the reward model gains "
-             f"{mean(share['reward model'])} of the gain of pi*, and DPO {mean(share['DPO'])}. The reference at a lower "
-             f"temperature gains {mean(lower['share'])} without any comparison.")
+             f"{mean(share['reward model'])} of the gain of pi*, and DPO {mean(share['DPO'])}. The reference at a "
+             f"lower temperature gains {mean(lower['share'])} without any comparison.")
     return Conclusion(rule, words, numbers, table, findings=findings)
 
 

@@ -130,7 +130,7 @@ def bradley_terry_rewards(log_pi, preferences, rewards, steps):
 
 
 def at_lower_temperature(seeds):
-    """The gain of each group by the SFT model at a lower temperature, at the KL of each DPO policy: (seeds, shares, 2)."""
+    """The gain of each group by the SFT model at a lower temperature, at the KL of DPO: (seeds, shares, 2)."""
     values = []
     for s in seeds:
         kl, *by_group = np.transpose(s["lower temperature"])
@@ -155,17 +155,17 @@ def conclude(seeds, size):
                        a - b, above=0) for group, a, b in zip(GROUPS, own, other)]
     rule.append(Comparison("largest gain, over the shares, of the group that gains less from pooled comparisons", both,
                            below=BOTH))
-    findings = [Comparison(f"gain of the {group} from DPO on labels pooled half and half, minus the SFT model at a lower "
-                           "temperature (no labels)", dpo[:, half, j] - free[:, half, j], above=0)
+    findings = [Comparison(f"gain of the {group} from DPO on labels pooled half and half, minus the SFT model at a "
+                           "lower temperature (no labels)", dpo[:, half, j] - free[:, half, j], above=0)
                 for j, group in enumerate(GROUPS)]
     findings += [Comparison("distance of pooled comparisons to the larger group's policy, minus that to mean utility",
                             distance[POLICIES[2], 1] - distance[POLICIES[1], 1], above=0),
                  Comparison(f"gain of a minority of 0.3 with utilities {strong} times as large, mean utility minus "
                             "pooled comparisons",
                             exact[POLICIES[1], strong][:, third, 1] - exact[POLICIES[0], strong][:, third, 1], above=0)]
-    words = (f"The majority gains {mean(own[0])} from DPO on its own comparisons and {mean(other[0])} from those of the "
-             f"minority; the minority gains {mean(own[1])} and {mean(other[1])}. With pooled comparisons the group that "
-             f"gains less gains at most {mean(both)}.")
+    words = (f"The majority gains {mean(own[0])} from DPO on its own comparisons and {mean(other[0])} from those of "
+             f"the minority; the minority gains {mean(own[1])} and {mean(other[1])}. With pooled comparisons the group "
+             f"that gains less gains at most {mean(both)}.")
     numbers = _numbers(seeds, size, dpo, free, exact, distance, both)
     return Conclusion(rule, words, numbers, _table(seeds, size, dpo, free, exact), findings=findings)
 
@@ -215,9 +215,9 @@ def draw(figure, seeds, size):
         for j, (group, colour) in enumerate(zip(GROUPS, COLOURS)):
             if k is None:
                 curve(axis, size["shares"], [np.array(s["DPO"])[:, j] for s in seeds], f"{group}: DPO", colour)
-                curve(axis, size["shares"], at_lower_temperature(seeds)[..., j], f"{group}: no labels, at the KL of DPO",
-                      colour,
-                      marker="", linestyle="--")
+                free = at_lower_temperature(seeds)[..., j]
+                curve(axis, size["shares"], free, f"{group}: no labels, at the KL of DPO", colour, marker="",
+                      linestyle="--")
                 continue
             for name, style in zip(POLICIES, ("-", "--", ":")):
                 by_seed = [np.array(s[f"exact, {k}"][name])[:, j] for s in seeds]

@@ -93,11 +93,11 @@ class EnglishAssistant:
 
     def __init__(self, experiment, rng, comparisons, tuning):
         self.rng = rng
-        asked = self.questions(4000)
-        answers = [phrase(q, q.answer, draw_manner(rng)) for q in asked]
-        texts = [f"{data.prompt_text(q.text)} {answer}" for q, answer in zip(asked, answers)]
+        questions = self.questions(4000)
+        answers = [phrase(q, q.answer, draw_manner(rng)) for q in questions]
+        texts = [f"{data.prompt_text(q.text)} {answer}" for q, answer in zip(questions, answers)]
         self.tokenizer = Tokenizer.train(texts[:2000], WORDS)
-        dialogues = [data.encode_dialogue(self.tokenizer, q.text, answer) for q, answer in zip(asked, answers)]
+        dialogues = [data.encode_dialogue(self.tokenizer, q.text, answer) for q, answer in zip(questions, answers)]
         prompts, responses = zip(*dialogues)
         self.model = experiment.transformer(rng, vocab_size=self.tokenizer.vocab_size, **ASSISTANT)
         for _ in train_sft(TrainState(self.model, rng), prompts, responses, tuning, 48, 4e-3):
@@ -106,13 +106,13 @@ class EnglishAssistant:
 
     def _reward_model(self, comparisons, steps):
         rng = self.rng
-        asked = self.questions(comparisons)
-        pair = [self.answer(self.model, asked) for _ in range(2)]
-        first_preferred = annotators.compare(annotators.draw_annotators(rng), asked, *map(self.read, pair), rng)
+        questions = self.questions(comparisons)
+        pair = [self.answer(self.model, questions) for _ in range(2)]
+        first_preferred = annotators.compare(annotators.draw_annotators(rng), questions, *map(self.read, pair), rng)
         ordered = [(a, b) if first else (b, a) for first, a, b in zip(first_preferred, *pair)]
         chosen, rejected = zip(*ordered)
         reward_model = RewardModel(self.model.copy(), rng)
-        prompts = self.encode(asked)
+        prompts = self.encode(questions)
         for _ in train_reward_model(TrainState(reward_model, rng), prompts, chosen, rejected, steps, 32, 1e-3,
                                     centering=0.01):
             pass
@@ -187,7 +187,7 @@ def conclude(seeds, size):
     peaks = [path[path[:, 2].argmax()] for path in paths]
     fall = np.array([peak[2] - path[-1, 2] for peak, path in zip(peaks, paths)])
     rise = [path[-1, 1] - path[:-1, 1].max() for path in paths]
-    condition = Comparison("proxy reward of pi* at the smallest beta minus the highest at any other beta", rise, above=0)
+    condition = Comparison("proxy reward of pi* at the smallest beta, minus the highest at other beta", rise, above=0)
     rule = [Comparison("gold reward of pi*, its maximum over beta minus that at the smallest beta", fall, above=0),
             Comparison("gold reward at the end, beta 0.3 minus beta 0, short replies", gained(seeds, "short"), above=0),
             Comparison("gold reward at the end, beta 0.3 minus beta 0, English", gained(seeds, "english"), above=0)]

@@ -16,9 +16,10 @@ Rule. A reward model trained on 1,000 comparisons (they show people fewer than a
 replies to questions that were never compared more often as the gold reward does than a single choice of a person.
 Effect of a seed: its accuracy minus that of a person; margin 0.
 
-Limits. The SFT model knows all 27 questions; only comparisons are missing for 9 of them. The questions differ in
-content and are of one kind, so nothing follows for another kind of task. On some seeds the reward model memorises the
-answers to the questions compared: it orders 0.88 of their pairs and 0.67 of the others. Slower training (5e-4, 800
+Limits. The rule uses the questions never compared, because most replies that the model samples for a compared question
+have been judged. The SFT model knows all 27 questions; only comparisons are missing for 9 of them. The questions differ
+in content and are of one kind, so nothing follows for another kind of task. On some seeds the reward model memorises
+the answers to the questions compared: it orders 0.88 of their pairs and 0.67 of the others. Slower training (5e-4, 800
 steps) in a trial with such a seed reached 0.74. The errors of people are independent here; shared errors would be
 learned. The linear model receives the position of each word, and the gold reward is nearly linear in its features, so
 it needs fewer comparisons.

@@ -40,7 +40,8 @@ BETAS, WATCHED = (1.0, 0.5, 0.2, 0.1), 0.2              # WATCHED: the beta whos
 FRONTIER = tuple(np.geomspace(3, 0.05, 40))
 DRAWS = tuple(2 ** k for k in range(8))
 EVERY = 10                      # steps between two points of a path
-SHARES = {"exact ascent": 0.99, "policy gradient": 0.8}         # the methods, and the share of J* that the rule asks for
+# The methods, and the share of J* that the rule asks for.
+SHARES = {"exact ascent": 0.99, "policy gradient": 0.8}
 SIZES = {"quick": {"seeds": 3, "tuning": 6, "exact_steps": 2, "sampled_steps": 10},
          "default": {"seeds": 6, "tuning": 300, "exact_steps": 200, "sampled_steps": 300}}
 

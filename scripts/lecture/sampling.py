@@ -8,8 +8,8 @@ the entropy, the expected number of different replies in 16 samples, sum_y 1 - (
 reward of a sample and of the best of n samples. The best of n is selected by the gold reward itself, the best possible
 judge. The levels for comparison are greedy decoding and the best possible reply.
 
-Rule. The entropy of a reply and the expected number of different replies in 16 samples both rise at every step of temperature
-from 0.25 to 3. Effect of a seed: the smallest rise between two neighbouring temperatures; margin 0 for both.
+Rule. The entropy of a reply and the expected number of different replies in 16 samples both rise at every step of
+temperature from 0.25 to 3. Effect of a seed: the smallest rise between two neighbouring temperatures; margin 0.
 
 Limits. The entropy of one token must rise with temperature (its derivative is a variance). For whole replies the rise
 is a measurement. The temperature with the best "best of n" depends on n, on the reward and on the quality of the model.

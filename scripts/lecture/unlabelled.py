@@ -152,19 +152,20 @@ def conclude(seeds, size):
     table.append(["reference", *(mean_range(start[group]) for group in GROUPS), *["0"] * len(GROUPS)])
     words = (f"On the questions that are {DECIDED}, at {NATS} nat of KL, the gold reward is {mean(here[everything])} "
              f"with RLHF on all prompts and {mean(here[compared_only])} with RLHF on the compared questions only "
-             f"(reference {mean(start[DECIDED])}). The reward model orders {mean(agree[DECIDED])} of the pairs of these "
-             "questions as gold does.")
+             f"(reference {mean(start[DECIDED])}). The reward model orders {mean(agree[DECIDED])} of the pairs of "
+             "these questions as gold does.")
     return Conclusion(rule, words, numbers, table, findings=findings)
 
 
 def draw(figure, seeds, size):
     grid = np.linspace(0, 1.5, 61)
     axes = figure.subplots(1, 3, sharey=True)
+    labels = {"pi*": "pi* of the gold reward: the best possible", LOWER: f"{LOWER}: no label"}
     for axis, group in zip(axes, GROUPS):
         for name, colour, style in ((LEVELS[1], COLOURS[5], "--"), (LEVELS[0], COLOURS[3], ":"),
                                    (LOWER, COLOURS[4], "-.")):
             axis.plot(grid, at(seeds, name, group, grid).mean(axis=0), style, color=colour, linewidth=1.5,
-                      label={"pi*": "pi* of the gold reward: the best possible", LOWER: f"{name}: no label"}.get(name, name))
+                      label=labels.get(name, name))
         for method, colour in zip(METHODS, COLOURS):
             curve(axis, grid, at(seeds, method, group, grid), method, colour, marker="")
         axis.axvline(NATS, color=COLOURS[5], linewidth=0.6)

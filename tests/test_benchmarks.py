@@ -1,4 +1,4 @@
-"""The benchmarks: what they report is what was measured, and nothing is timed that does not compute the same."""
+"""The benchmarks: reports equal the measurements, and a library with wrong results is not timed."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
 class FakeWorker:
-    """Takes a fixed time a step, by its own account."""
+    """Reports a fixed time for each step."""
 
     def __init__(self, name, seconds, **results):
         self.name, self.seconds, self.memory, self.used = name, seconds, 100.0, 0
@@ -37,8 +37,8 @@ class FakeWorker:
         return self.used
 
 
-def test_medians_are_of_each_workers_turns_and_a_busy_machine_is_noticed(monkeypatch):
-    """Of 100 ticks a turn a worker has 40; in the second round somebody else takes 20 while the first of them works."""
+def test_medians_are_of_each_workers_turns_and_a_disturbed_round_is_marked(monkeypatch):
+    """A worker has 40 of 100 ticks in a turn; in the second round another process takes 20 during the first turn."""
     clock = iter(range(0, 10**6, 100))
     busy = iter(np.cumsum([0, 40, 0, 40] + [0, 60, 0, 40] + [0, 40, 0, 40]).tolist())
     monkeypatch.setattr(measuring, "busy_ticks", lambda: (next(busy), next(clock)))
@@ -50,7 +50,7 @@ def test_medians_are_of_each_workers_turns_and_a_busy_machine_is_noticed(monkeyp
 
 @pytest.mark.parametrize("theirs", [{"loss": 1.1, "dw": [1.0, 2.0]}, {"loss": 1.0, "dw": [1.0, 2.1]},
                                     {"loss": 1.0, "dw": [np.nan, 2.0]}])
-def test_what_does_not_compute_the_same_is_not_timed(theirs):
+def test_libraries_with_different_results_are_not_timed(theirs):
     ours = FakeWorker("minilm", 1.0, loss=1.0, dw=[1.0, 2.0])
     measuring.check_results(ours, FakeWorker("twin", 1.0, loss=1.0, dw=[1.0, 2.0]), 1e-3)
     with pytest.raises(UsageError, match="do not compute the same"):
@@ -61,10 +61,11 @@ def test_what_does_not_compute_the_same_is_not_timed(theirs):
 
 def row(**figures):
     return {"work": "training step", "size": "XS", "peer": "torch", "time_ratio": 0.5, "time_ratio_low": 0.4,
-            "time_ratio_high": 0.6, "memory_ratio": 0.25, "ours_ms": 1, "theirs_ms": 2, "ours_mb": 1, "theirs_mb": 4, **figures}
+            "time_ratio_high": 0.6, "memory_ratio": 0.25, "ours_ms": 1, "theirs_ms": 2, "ours_mb": 1, "theirs_mb": 4,
+            **figures}
 
 
-def test_the_csv_has_the_agreed_header_and_plain_numbers(tmp_path):
+def test_the_csv_has_its_header_and_plain_numbers(tmp_path):
     measuring.write_csv(tmp_path / "ratios.csv", [row(), row(peer="compile", time_ratio=1.25)])
     assert (tmp_path / "ratios.csv").read_text().splitlines() == [
         "work,size,peer,time_ratio,time_ratio_low,time_ratio_high,memory_ratio",
@@ -76,7 +77,7 @@ def test_the_table_shows_losses_like_the_others():
         "0.50", "1.70"]
 
 
-def test_a_size_or_peer_that_does_not_exist_is_refused_by_name(monkeypatch):
+def test_an_unknown_size_or_peer_raises_with_the_known_ones(monkeypatch):
     for given, message in (("--sizes=XXL", "no size XXL; there are XS, S"), ("--peers=jax", "no peer jax"),
                            ("--rounds=0", "at least 1")):
         monkeypatch.setattr(sys, "argv", ["bench", given])
@@ -85,7 +86,7 @@ def test_a_size_or_peer_that_does_not_exist_is_refused_by_name(monkeypatch):
 
 
 @pytest.mark.parity
-def test_a_training_step_computes_what_pytorchs_does_and_is_timed(tmp_path):
+def test_a_training_step_equals_pytorchs_and_is_timed(tmp_path):
     pytest.importorskip("torch", reason="parity needs PyTorch: pip install torch")
     run = subprocess.run([sys.executable, SCRIPTS / "bench" / "train.py", "--sizes", "XS", "--peers", "torch,autograd",
                           "--rounds", "1", "--csv", tmp_path / "ratios.csv"], capture_output=True, text=True)
@@ -96,7 +97,7 @@ def test_a_training_step_computes_what_pytorchs_does_and_is_timed(tmp_path):
     assert "autograd: not installed" in run.stdout or ratios[2].startswith("training step,XS,autograd,")
 
 
-def test_works_are_named_and_refused_like_sizes_and_a_size_may_be_there_for_those_who_ask(monkeypatch):
+def test_works_are_options_like_sizes_and_some_sizes_run_only_if_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench"])
     asked = measuring.arguments("", ["tiny", "8M"], ["trl"], ["sft", "dpo"], unasked=["tiny"])
     assert (asked.works, asked.sizes, asked.peers) == (["sft", "dpo"], ["8M"], ["trl"])
@@ -106,7 +107,7 @@ def test_works_are_named_and_refused_like_sizes_and_a_size_may_be_there_for_thos
 
 
 @pytest.mark.parity
-def test_a_step_of_every_objective_computes_what_trls_does_and_is_timed(tmp_path):
+def test_a_step_of_every_objective_equals_trls_and_is_timed(tmp_path):
     pytest.importorskip("trl", reason="parity with TRL needs it: pip install trl==1.16.0")
     run = subprocess.run([sys.executable, SCRIPTS / "bench" / "objectives.py", "--sizes", "tiny", "--peers", "trl-best",
                           "--rounds", "1", "--csv", tmp_path / "ratios.csv"], capture_output=True, text=True)
@@ -117,7 +118,7 @@ def test_a_step_of_every_objective_computes_what_trls_does_and_is_timed(tmp_path
     assert all(float(ratio) > 0 for row in ratios for ratio in row[3:])
 
 
-def test_the_products_of_a_step_are_those_of_every_weight_however_they_are_dealt_out():
+def test_the_products_of_a_step_are_those_of_every_weight_for_any_number_of_threads():
     V, D, L, H, T, B = measuring.SIZES["XS"]
     model = Transformer(Config(vocab_size=V, width=D, layers=L, heads=H), np.random.default_rng(0))
     weights = sum(p.size for name, p in model.parameters().items() if p.ndim == 2 and name != "embedding")
@@ -138,14 +139,14 @@ def test_a_step_is_compared_with_its_products_in_the_table():
     assert bench_gemm.table(rows).splitlines()[2] == "| XS | 2 | 200 | 100 | 40.0 ms | 25% |"
 
 
-def test_exponents_are_those_of_a_power_law_and_tokens_stay_as_many_when_t_grows():
+def test_exponents_fit_a_power_law_and_the_number_of_tokens_is_constant_when_t_grows():
     T = np.array(bench_scaling.POINTS["T"])
     assert bench_scaling.exponent(T, 0.3 * T ** 1.25) == pytest.approx(1.25)
     assert all(t * b == 8192 for *_, t, b in (bench_scaling.shape("T", int(t)) for t in T))
     assert bench_scaling.shape("V", 512) == (512, 64, 2, 4, 128, 16)
 
 
-def test_memory_over_what_is_allowed_is_called_so():
+def test_memory_above_the_limit_is_reported():
     for peak, words in ((1023.0, "1023 MiB at the peak, under"), (1025.0, "1025 MiB at the peak, NOT UNDER")):
         assert words in bench_scaling.verdict({"variable": "T", "value": 8192, "peak_mb": peak})
 
@@ -161,7 +162,7 @@ def test_scaling_measures_every_point_in_a_process_of_its_own(tmp_path):
     assert float(points[0][5]) == pytest.approx(bench_scaling.exponent([1, 2, 4], peaks), abs=1e-3)
 
 
-def test_an_unknown_variable_is_refused_by_name():
+def test_an_unknown_variable_raises_with_the_known_ones():
     run = subprocess.run([sys.executable, SCRIPTS / "bench" / "scaling.py", "--variables", "T,H"],
                          capture_output=True, text=True)
     assert run.returncode != 0 and "no variable H; there are T, B, V, D" in run.stderr
@@ -176,14 +177,15 @@ def test_matrix_products_are_the_same_in_pytorch_and_are_timed(tmp_path):
     assert run.returncode == 0, run.stderr
     header, *ratios = (line.split(",") for line in (tmp_path / "ratios.csv").read_text().splitlines())
     assert header == measuring.HEADER
-    assert [row[:3] for row in ratios] == [["matrix products", "XS", "blas-threads"], ["matrix products", "XS", "torch"],
-                                           ["training step", "XS", "its products alone"]]
+    assert [row[:3] for row in ratios] == [
+        ["matrix products", "XS", "blas-threads"], ["matrix products", "XS", "torch"],
+        ["training step", "XS", "its products alone"]]
     assert float(ratios[2][3]) > 1
     assert all(float(row[3]) > 0 and row[6] == "nan" for row in ratios)
 
 
 @pytest.mark.parity
-def test_what_minilm_samples_has_the_log_probs_of_hugging_face_and_pytorch_with_their_caches(tmp_path):
+def test_minilms_samples_have_the_log_probs_of_hugging_face_and_pytorch_with_their_caches(tmp_path):
     pytest.importorskip("transformers", reason="parity needs transformers: pip install transformers")
     run = subprocess.run([sys.executable, SCRIPTS / "bench" / "generate.py", "--sizes", "B1", "--peers", "hf,torch",
                           "--rounds", "1", "--csv", tmp_path / "ratios.csv"], capture_output=True, text=True)
@@ -193,7 +195,7 @@ def test_what_minilm_samples_has_the_log_probs_of_hugging_face_and_pytorch_with_
     assert all(float(ratio) > 0 for row in ratios for ratio in row[3:])
 
 
-def test_the_table_of_goals_has_every_goal_with_its_verdict_and_says_what_was_not_measured(tmp_path, monkeypatch, capsys):
+def test_the_table_of_goals_has_every_goal_with_its_verdict_or_not_measured(tmp_path, monkeypatch, capsys):
     measuring.write_csv(tmp_path / "train.csv", [row(size="S", time_ratio=0.99), row(size="M", memory_ratio=0.7)])
     (tmp_path / "scaling.csv").write_text("variable,value,time_exponent,memory_exponent\n"
                                           "T,4096,1.6,0.9\nT,8192,1.6,0.9\nB,64,1.0,1.0\n")
@@ -209,18 +211,19 @@ def test_the_table_of_goals_has_every_goal_with_its_verdict_and_says_what_was_no
     assert "The machine was not recorded." in lines
 
 
-def test_a_table_of_nothing_is_refused(tmp_path, monkeypatch):
+def test_a_table_without_results_raises(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_table", str(tmp_path), "--print"])
-    with pytest.raises(UsageError, match="nothing in"):
+    with pytest.raises(UsageError, match="has no results"):
         bench_table.main()
 
 
-def test_what_the_kernels_are_timed_against_computes_the_same_any_number_of_times(emulated, rng):
+def test_the_plain_peer_of_the_kernels_gives_the_same_results_every_time(emulated, rng):
     q, k, v, do = (emulated.asarray(rng.normal(size=(2, 2, 9, 16))) for _ in range(4))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_attention, "K", 16)
         plan = bench_attention.attention.batch_plan(emulated, q.shape, k.shape, True)
-        (ours, our_backward), (plain, backward) = bench_attention.ours(q, k, v, do, plan), bench_attention.plain(q, k, v, do)
+        ours, our_backward = bench_attention.ours(q, k, v, do, plan)
+        plain, backward = bench_attention.plain(q, k, v, do)
         assert_close(ours.get(), plain.get())
         for _ in range(2):
             for a, b in zip(our_backward(), backward()):
@@ -231,7 +234,7 @@ class OutOfMemoryError(Exception):
     pass
 
 
-def test_on_a_gpu_those_who_fit_and_agree_with_the_first_are_timed(capsys):
+def test_on_a_gpu_peers_that_fit_and_agree_with_the_first_are_timed(capsys):
     released = []
     pool = types.SimpleNamespace(free_all_blocks=lambda: released.append("all"))
     cupy = types.SimpleNamespace(get_default_memory_pool=lambda: pool)
@@ -245,7 +248,7 @@ def test_on_a_gpu_those_who_fit_and_agree_with_the_first_are_timed(capsys):
         gpu_measuring.those_that_agree(cupy, {"ours": right, "theirs": wrong}, lambda call: call(), 1e-4)
 
 
-def test_without_a_gpu_the_bytes_are_printed_and_what_was_not_timed_is_said(capfd, monkeypatch):
+def test_without_a_gpu_the_bytes_are_printed_and_the_reason_why_nothing_is_timed(capfd, monkeypatch):
     reports = []
     monkeypatch.setattr(gpu_measuring, "gpu", lambda: (None, "no GPU here"))
     monkeypatch.setattr(gpu_measuring.subprocess, "run", reports.append)
@@ -260,7 +263,7 @@ def test_without_a_gpu_the_bytes_are_printed_and_what_was_not_timed_is_said(capf
 
 @pytest.mark.parametrize("script, option", [("bench_attention", "--lengths"), ("bench_log_probs", "--vocabularies")])
 @pytest.mark.parametrize("value", ["0", "x", "128,", "-3"])
-def test_sizes_that_are_none_are_refused(script, option, value, monkeypatch):
+def test_sizes_that_are_not_positive_numbers_raise(script, option, value, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, option, value])
     with pytest.raises(UsageError, match=option):
         {"bench_attention": bench_attention, "bench_log_probs": bench_log_probs}[script].main()

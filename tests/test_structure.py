@@ -30,7 +30,8 @@ LEVELS = """
 # What a reader needs for the mathematics, and nothing else of minilm.
 READER = ("plain", "tensor", "ops", "gradcheck", "objectives", "exact")
 # Folders of scripts that scripts import from, and the helpers that lie beside the benchmarks.
-SHARED_BY_SCRIPTS = {"support", "common", "worlds", "gpu_measuring", "hf_llama", "measuring", "torch_llama", "trl_trainers"}
+SHARED_BY_SCRIPTS = {"support", "common", "worlds", "gpu_measuring", "hf_llama", "library_process", "measuring",
+                     "torch_llama", "trl_trainers"}
 FUNCTION_LINES = 40             # without its docstring
 TUPLE_ASSIGNMENTS = 0.05
 

@@ -1,10 +1,10 @@
-"""The attention kernels: bytes that they move, and on a GPU their time against PyTorch's and plain CuPy's.
+"""The attention kernels: bytes moved, and on a GPU their time against PyTorch and plain CuPy.
 
     python scripts/bench/attention.py [--lengths 128,1024,8192]
 
-Without a GPU it prints what can be known without one: bytes moved, counted by the formula that the tests hold to the
-emulator's count, against attention with a matrix of scores, and against the least possible. The plan of the kernels'
-tiles is made before: a model makes one for all of its layers.
+Without a GPU it prints the bytes moved, from the formula that the tests compare with the emulator's count, beside
+those of attention with a matrix of scores and the least possible. The plan of the tiles is made before the timing,
+because a model makes one for all its layers.
 """
 
 import functools
@@ -27,8 +27,9 @@ def traffic(T, B=B, H=H, G=G, K=K, dtype="float32"):
     backward = sum(sum(map(sum, operands.values()))
                    for operands in attention.backward_bytes(plan, H, G, K, dtype).values())
     queries, keys, scores = B * H * T * K * item, B * G * T * K * item, B * H * T * T * item
-    # With a matrix: the products read their operands and write their results once; softmax and its gradient read and
-    # write the scores, P is kept. S, P; dP, P, dS, which two products read.
+    # With a matrix each product reads its operands and writes its result once; softmax and its gradient read and write
+    # the scores. Forward writes S, reads S, writes P, reads P. Backward writes and reads dP, reads P twice, writes dS,
+    # and reads dS in two products.
     naive = 2 * queries + 2 * keys + 4 * scores, 4 * queries + 4 * keys + 8 * scores
     least = 2 * queries + 2 * keys, 4 * queries + 4 * keys
     return {"forward": (forward, naive[0], least[0]), "backward": (backward, naive[1], least[1])}
@@ -49,14 +50,14 @@ def ours(q, k, v, do, plan):
 
 
 def plain(q, k, v, do):
-    """The formula of layers.attention, on CuPy's arrays."""
+    """The formula of layers.attention on CuPy arrays."""
     from minilm.layers import attention as layer
     o, vjp = layer.__wrapped__(q, k, v, True, kernel=False)
     return o, lambda: vjp(do)
 
 
 def pytorch(backend, q, k, v, do):
-    """A call of PyTorch's scaled_dot_product_attention, by one of its kernels ("math": unfused)."""
+    """A call of PyTorch's scaled_dot_product_attention with one of its kernels ("MATH": unfused)."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     leaves, gradient = [torch.from_dlpack(a).requires_grad_() for a in (q, k, v)], torch.from_dlpack(do)

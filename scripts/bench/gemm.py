@@ -1,13 +1,13 @@
-"""What this machine reaches in matrix products, and what share of a training step they are.
+"""The speed of matrix products on this machine, and their share of a training step.
 
     python scripts/bench/gemm.py [--sizes XS,S] [--peers torch] [--csv FILE] [--figure FILE]
 
 The products are those with the weights in a training step of train.py: forward, gradient of the input and of
-the weight, for every layer and the unembedding, in float32 (not the small ones inside attention). Nothing else is
-done between them, and results are written into arrays that exist: no step with these products can take less time.
-`numpy` does them as minilm does, with a thread for each core, its own share of the rows, and BLAS on one thread;
-`blas-threads` one product at a time, on all threads of the same BLAS; `torch` the same with PyTorch's (MKL, on an
-Intel). The share is the time of `numpy` over that of minilm's whole step.
+the weight, for every layer and the unembedding, in float32 (without the small ones inside attention). Results are
+written into existing arrays, and nothing else happens between the products, so a step with these products cannot take
+less time. `numpy` computes them as minilm does: a thread for each core, each with its share of the rows and BLAS on one
+thread. `blas-threads` computes one product at a time on all threads of the same BLAS; `torch` the same with PyTorch's
+BLAS. The share is the time of `numpy` divided by the time of minilm's whole step.
 """
 
 import json
@@ -16,6 +16,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import library_process
 import measuring
 import numpy as np
 from support.run_folder import main_guard
@@ -26,7 +27,7 @@ TOLERANCE = 1e-4        # of products in float32, relative to the largest entry
 
 
 def shapes(size):
-    """N, the rows, and the weights by name: (in, out, how many of them)."""
+    """The number of rows N, and the weights {name: (in, out, number of such weights)}."""
     from minilm.model import Config
     V, D, L, H, T, B = measuring.SIZES[size]
     F = Config(vocab_size=V, width=D, heads=H).ffn_width
@@ -35,13 +36,13 @@ def shapes(size):
 
 
 def flops(size):
-    """Of the products of a step: a multiplication and an addition, three times for each row and weight."""
+    """Operations of the products of a step: a multiplication and an addition, three times for each row and weight."""
     N, weights = shapes(size)
     return 6 * N * sum(i * o * times for i, o, times in weights.values())
 
 
 def products(size, threads, out_first):
-    """For each thread a list of (a, b, result, how many times). out_first: weights are kept as (out, in)."""
+    """For each thread a list of (a, b, result, repetitions). out_first: weights are stored as (out, in)."""
     N, weights = shapes(size)
     rng, dealt = np.random.default_rng(0), [[] for _ in range(threads)]
     for name, (i, o, times) in weights.items():
@@ -68,7 +69,7 @@ def multiplying(size, matmul, threads=1, convert=np.asarray, out_first=False):
         list(each(multiply, converted))
 
     def check():
-        """Every result, multiplied by a vector: gradients of weights are the sum of what the threads found."""
+        """Every result times a vector. The gradient of a weight is the sum over the threads."""
         step()
         results = {}
         for j, parts in enumerate(zip(*([out for _, _, out, _ in mine] for mine in dealt))):
@@ -95,7 +96,7 @@ LOADERS = {"numpy": load_numpy, "blas-threads": load_blas_threads, "torch": load
 
 
 def table(rows):
-    """A row for each size, of what compare() found there and of the step's time."""
+    """A row for each size: the results of compare(), and the time of the step."""
     names = [row["peer"] for row in rows[0]["compared"]]
     lines = [f"| size | GFLOP | GF/s, numpy | {' | '.join(names)} | step of minilm | products' share |",
              "|---" * (len(names) + 5) + "|"]
@@ -108,7 +109,7 @@ def table(rows):
 
 
 def of_step(row):
-    """The whole step over its products, as another row: medians of different turns, so without a spread."""
+    """The whole step over its products, as another row. The medians are of different turns, so there is no spread."""
     compared = row["compared"][0]
     ratio = row["step_ms"] / compared["ours_ms"]
     return {**compared, "work": "training step", "peer": "its products alone", "time_ratio": ratio,
@@ -126,7 +127,7 @@ def main():
         spec = {"size": size, "shape": measuring.SIZES[size], "workers": CORES}
         compared = measuring.compare("matrix products", size, spec, names, environments, TOLERANCE, asked.rounds)
         seconds, _ = measuring.alone("step", spec, measuring.blas_threads(1), asked.rounds)
-        # Memory is that of the operands, the same for all.
+        # Memory is that of the operands, the same for all peers.
         compared = [{**row, "memory_ratio": math.nan} for row in compared]
         rows.append({"size": size, "flops": flops(size), "compared": compared, "step_ms": 1e3 * seconds})
     ratios = [row for r in rows for row in [*r["compared"], of_step(r)]]
@@ -139,6 +140,6 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        measuring.serve(LOADERS[sys.argv[2]], json.loads(sys.argv[3]))
+        library_process.serve(LOADERS[sys.argv[2]], json.loads(sys.argv[3]))
     else:
         sys.exit(main_guard(main))

@@ -1,12 +1,12 @@
-"""Sampling with a cache of keys and values: minilm's generate against Hugging Face's, and a loop in PyTorch.
+"""Sampling with a cache of keys and values: minilm's generate against Hugging Face's and a loop in PyTorch.
 
     python scripts/bench/generate.py [--sizes B1,B32] [--peers hf,torch] [--csv FILE] [--figure FILE]
 
 A Llama of 7 million parameters (V 4096, D 256, L 6, H 4, float32) reads B different prompts of 32 tokens and draws
-64 new ones for each, at temperature 1; nothing ends early. `hf` is generate of transformers, `torch` a loop written
-by hand over the model of torch_llama.py, with a cache allocated once; `-tuned` the same with glibc told to keep freed
-memory. Compared first: the log-probs that minilm gives to what it drew, with those of the others, who are fed it
-token by token through their caches.
+64 new tokens for each, at temperature 1; no response ends early. `hf` is generate of transformers; `torch` is a loop
+over the model of torch_llama.py with a cache that is allocated once; in `-tuned` glibc also keeps freed memory. First
+the log-probs of minilm's tokens are compared with those of the other libraries, which get these tokens one by one
+through their caches.
 """
 
 import json
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import library_process
 import measuring
 import numpy as np
 from support.run_folder import main_guard
@@ -44,7 +45,7 @@ def load_minilm():
 
         def check():
             samples = step()
-            np.save(spec["drawn"], samples.tokens)              # for the others to score
+            np.save(spec["drawn"], samples.tokens)              # the other libraries score them
             return {"log_probs": samples.log_probs, "shape": np.array(samples.tokens.shape)}
         return step, check
     return make
@@ -122,7 +123,7 @@ def load_hf():
 
 
 def score(torch, spec, prompts, next_logits):
-    """log pi (B,R) of what minilm drew; next_logits(tokens (B,T)) -> (B,V) remembers what it was given before."""
+    """The log-probs (B,R) of minilm's tokens. next_logits(tokens (B,T)) -> (B,V) continues the earlier calls."""
     drawn, tokens, log_probs = torch.from_numpy(np.load(spec["drawn"])), prompts, []
     with torch.inference_mode():
         for t in range(NEW):
@@ -142,13 +143,13 @@ def read(spec):
 
 
 def write(folder, size):
-    """Weights and prompts, to a file; returns what the workers are told."""
+    """Write weights and prompts to a file. Returns the spec of the workers."""
     import dataclasses
 
     from minilm.model import Config, Transformer
     config, rng = Config(**CONFIG), np.random.default_rng(0)
     weights = {name: p.data for name, p in Transformer(config, rng).parameters().items()}
-    weights["unembedding"] *= 20            # new models find all tokens about as likely; trained ones do not
+    weights["unembedding"] *= 20            # otherwise all tokens are about equally likely, unlike in a trained model
     prompts = rng.integers(config.vocab_size, size=(SIZES[size], PROMPT))
     np.savez(folder / "weights.npz", prompts=prompts, **weights)
     return {"file": str(folder / "weights.npz"), "drawn": str(folder / "drawn.npy"),
@@ -170,6 +171,6 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        measuring.serve(LOADERS[sys.argv[2]], json.loads(sys.argv[3]))
+        library_process.serve(LOADERS[sys.argv[2]], json.loads(sys.argv[3]))
     else:
         sys.exit(main_guard(main))

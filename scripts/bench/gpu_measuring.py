@@ -21,7 +21,7 @@ REPEATS, WARM_UP = 50, 5
 
 
 def gpu():
-    """CuPy and None, or None and why there is nothing to time with."""
+    """(CuPy, None), or (None, the reason why nothing can be timed)."""
     if importlib.util.find_spec("cupy") is None:
         return None, "CuPy is not installed (pip install -e '.[gpu]')"
     import cupy
@@ -57,7 +57,7 @@ def seconds(call):
 
 
 def extra_bytes(cupy, call):
-    """The most bytes of CuPy's memory pool that call() takes beyond what is taken before."""
+    """The growth of CuPy's memory pool during call(), in bytes."""
     pool = cupy.get_default_memory_pool()
     pool.free_all_blocks()
     before = pool.total_bytes()
@@ -87,10 +87,10 @@ def product_rate(cupy):
 
 
 def those_that_agree(cupy, peers, results_of, tolerance):
-    """Of {name: peer}, those whom the device has memory for; the others are named.
+    """The entries of {name: peer} that fit the memory of the device. Prints the names of the others.
 
-    results_of(peer) gives arrays, CuPy's or PyTorch's. Raises ValueError if one differs from the first peer's by more
-    than the tolerance, relative to its largest entry.
+    results_of(peer) gives arrays of CuPy or PyTorch. Raises ValueError if one differs from that of the first peer by
+    more than the tolerance, relative to its largest entry.
     """
     reference, fitting = None, {}
     for name, peer in peers.items():
@@ -111,7 +111,7 @@ def those_that_agree(cupy, peers, results_of, tolerance):
 def _if_it_fits(name, call):
     try:
         return call()
-    except Exception as error:                  # CuPy and PyTorch have a class each
+    except Exception as error:                  # CuPy and PyTorch each have their own class
         if "OutOfMemory" not in type(error).__name__:
             raise
         print(f"{name}: does not fit this device")
@@ -119,7 +119,7 @@ def _if_it_fits(name, call):
 
 
 def release(cupy):
-    """What CuPy and PyTorch keep for later, so that the next one has it."""
+    """Free the memory that CuPy and PyTorch cache."""
     cupy.get_default_memory_pool().free_all_blocks()
     if "torch" in sys.modules:
         sys.modules["torch"].cuda.empty_cache()

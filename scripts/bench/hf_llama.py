@@ -1,7 +1,7 @@
-"""minilm's transformer in Hugging Face's transformers: the same weights, by their names and in their layout there.
+"""minilm's transformer in Hugging Face's transformers: the same weights, under the names and in the layout there.
 
-transformers keeps apart, and transposed, the matrices that minilm joins. Used by the benchmarks, and by the tests
-that hold minilm against TRL.
+transformers has separate, transposed matrices where minilm has one joined matrix. Used by the benchmarks and by the
+tests that compare minilm with TRL.
 """
 
 import torch
@@ -17,7 +17,7 @@ BLOCK = {"attention_norm": ["input_layernorm"],
 
 
 def layout(model):
-    """minilm's name of each parameter, and the transformers parameters that it holds side by side."""
+    """{minilm's name of a parameter: the parameters of transformers that it joins, in their order}."""
     modules = {"embedding": ["model.embed_tokens"], "final_norm": ["model.norm"],
                "unembedding": ["lm_head"], "reward_head": ["score"]}
     for i in range(model.config.num_hidden_layers):
@@ -31,14 +31,14 @@ def layout(model):
 
 
 def transpose(name, array):
-    """Tables of tokens have one row a token in both; other matrices are (in, out) here and (out, in) there."""
+    """Tables of tokens have a row for each token in both libraries; other matrices are (in, out) and (out, in)."""
     return array if name.endswith("embedding") else array.T
 
 
 def llama(config, weights, kind=transformers.LlamaForCausalLM, eos=None):
-    """config: a dictionary of minilm.model.Config's fields; weights: arrays by minilm's names.
+    """The model of transformers. config: a dictionary of the fields of Config; weights: arrays by minilm's names.
 
-    With kind LlamaForSequenceClassification it is a RewardModel.
+    kind LlamaForSequenceClassification gives a reward model.
     """
     c = config
     assert c["causal"] and not c["key_smear"] and c["rope_pairing"] == "half", "no Llama"
@@ -61,5 +61,5 @@ def load(model, weights):
 
 
 def gradients(model):
-    """The gradient of every parameter, as minilm names and shapes it."""
+    """The gradients by minilm's names and in its layout."""
     return {name: transpose(name, torch.cat([p.grad for p in parts]).numpy()) for name, parts in layout(model).items()}

@@ -1,10 +1,10 @@
-"""The log-prob kernels: bytes that they move, and on a GPU their time against PyTorch's, Liger's and plain CuPy's.
+"""The log-prob kernels: bytes moved, and on a GPU their time against PyTorch, Liger and plain CuPy.
 
     python scripts/bench/log_probs.py [--vocabularies 4096,50257]
 
-From logits (N,V), forward and backward; and fused with the product that makes the logits, hidden (N,D) times the
-unembedding. Without a GPU it prints what can be known without one: bytes moved, by the formula that the tests hold to
-the emulator's count, against one operation at a time, and against the least possible.
+From logits (N,V), forward and backward; and fused with the product hidden (N,D) times unembedding that gives the
+logits. Without a GPU it prints the bytes moved, from the formula that the tests compare with the emulator's count,
+beside those of one operation at a time and the least possible.
 """
 
 import sys
@@ -68,14 +68,14 @@ def from_logits(cupy, V):
             found = -torch.nn.functional.cross_entropy(leaf, their_targets, reduction="none")
             return found, lambda: torch.autograd.grad(found, leaf, their_dy, retain_graph=True)[0]
         peers["torch"] = pytorch
-        # Liger's own cross entropy overwrites its logits with the gradient of the mean: not this function.
+        # No Liger here: its cross-entropy overwrites the logits with the gradient of the mean, another function.
     except ImportError:
         print("PyTorch: not installed, skipped")
     return peers
 
 
 def from_hidden(cupy, V):
-    """The same with the product that makes the logits, the loss their mean: what training does. {peer: call()}"""
+    """{peer: call()}: the mean loss and its gradients from hidden states, as in training."""
     rng = cupy.random.default_rng(1)
     hidden = rng.standard_normal((N, D), dtype=cupy.float32)
     unembedding = rng.standard_normal((V, D), dtype=cupy.float32) * cupy.float32(D ** -0.5)
@@ -106,7 +106,7 @@ def from_hidden(cupy, V):
 
 
 def extra(cupy, name, call):
-    """Bytes, of those who take them from CuPy's pool."""
+    """The bytes that a call takes from CuPy's pool; None for a library with another pool."""
     return measuring.extra_bytes(cupy, call) if name in ("minilm", "plain CuPy") else None
 
 

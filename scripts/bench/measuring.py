@@ -9,7 +9,7 @@ rounds, and the quartiles. Below 1, minilm is faster.
 Memory is the peak resident memory (VmHWM of Linux) minus the memory after the import, plus the private
 memory of forked processes.
 
-The same script, started with `--worker`, does the work of one library (serve).
+The same script, started with `--worker`, does the work of one library (library_process.py).
 """
 
 import argparse
@@ -18,14 +18,10 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
-import json
 import os
 import platform
-import select
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -36,18 +32,19 @@ from minilm.objectives.sft import sft_loss
 from minilm.stages.train_state import TrainState, shards, stage, train_step
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
+from library_process import Worker  # noqa: E402
 from support.run_folder import UsageError  # noqa: E402
 
 HEADER = ["work", "size", "peer", "time_ratio", "time_ratio_low", "time_ratio_high", "memory_ratio"]
-TURN = 0.6              # seconds, about
-OTHERS = 0.1            # of all cores: what other processes may take in a turn for its round to count
-# glibc told to keep what was freed: the fair bar for those who allocate much (and what minilm asks for itself).
+TURN = 0.6              # seconds of a turn, about
+OTHERS = 0.1            # a round counts if other processes take at most this share of all cores in each turn
+# Settings with which glibc keeps freed memory, as minilm sets them for itself: fair for libraries that allocate much.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_TOP_PAD_": str(1 << 26),
                "MALLOC_ARENA_MAX": "1"}
 
 
 def blas_threads(count):
-    """The environment in which NumPy's BLAS has so many threads: 1 for minilm, whose workers are processes."""
+    """The environment in which NumPy's BLAS has `count` threads; 1 for minilm, whose workers are processes."""
     return dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), str(count))
 
 
@@ -60,8 +57,9 @@ SIZES = {"XS": (128, 64, 2, 4, 64, 16), "S": (512, 128, 4, 4, 128, 16), "M": (40
 
 @stage
 def training_steps(training, tokens, learning_rate=1e-3, clip=1.0):
-    """minilm's steps on windows of tokens (B,T+1), without end. Yields the loss."""
-    parts, total = [tokens[part] for part in shards(len(tokens), training.workers)], tokens[:, 1:].size
+    """Endless training steps of minilm on windows of tokens (B,T+1). Yields the loss."""
+    parts = [tokens[part] for part in shards(len(tokens), training.workers)]
+    total = tokens[:, 1:].size
 
     def loss(model, part):
         return sft_loss(model.log_probs(part), np.ones(part[:, 1:].shape), total=total), None
@@ -77,110 +75,20 @@ def load_step():
     keep_freed_memory()
 
     def make(spec):
-        (V, D, L, H, T, B), rng = spec["shape"], np.random.default_rng(0)
+        V, D, L, H, T, B = spec["shape"]
+        rng = np.random.default_rng(0)
         model = Transformer(Config(vocab_size=V, width=D, layers=L, heads=H, context=T), rng)
-        training, tokens = TrainState(model, rng, spec["workers"]), rng.integers(V, size=(B, T + 1))
+        training = TrainState(model, rng, spec["workers"])
+        tokens = rng.integers(V, size=(B, T + 1))
         return (functools.partial(next, training_steps(training, tokens)),
                 lambda: {"loss": next(training_steps(training, tokens, learning_rate=0.0))})
     return make
 
 
-# A worker.
-
-def peak_memory():
-    """The peak resident memory of this process, in bytes."""
-    with open("/proc/self/status") as status:
-        return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
-
-
-def of_process(pid, what):
-    """The text of that file of /proc; nothing where the process has ended."""
-    try:
-        return Path(f"/proc/{pid}/{what}").read_text()
-    except OSError:
-        return ""
-
-
-def children(pid):
-    return of_process(pid, f"task/{pid}/children").split()
-
-
-def private_memory(pid):
-    """The resident memory that a process shares with no other, in bytes."""
-    return 1024 * sum(int(line.split()[1]) for line in of_process(pid, "smaps_rollup").splitlines()
-                      if line.startswith("Private_"))
-
-
-def serve(load, spec):
-    """In a process of its own: load() imports, and returns make(spec) -> (step, check).
-
-    step()   does the work once, and returns nothing in particular
-    check()  arrays by name, to be compared with those of the others: computed once, before any step
-    """
-    make = load()
-    base = peak_memory()
-    step, check = make(spec)
-    with tempfile.NamedTemporaryFile(suffix=".npz", delete=False) as file:
-        np.savez(file, **check())
-    answer(results=file.name, base=base)
-    for line in sys.stdin:
-        times = []
-        for _ in range(int(line)):
-            began = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - began)
-        answer(times=times, peak=peak_memory())
-
-
-def answer(**message):
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
-
-
-class Worker:
-    """The other end."""
-
-    def __init__(self, name, spec, environment):
-        self.name = name
-        self.process = subprocess.Popen(
-            [sys.executable, sys.argv[0], "--worker", name, json.dumps(spec)], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **environment})
-        message = self._read()
-        self.base, self.helpers = message["base"], 0
-        with np.load(message["results"]) as results:
-            self.results = dict(results)
-        os.unlink(message["results"])
-
-    def run(self, steps, watched=False):
-        """The times of so many steps, in seconds. watched: look again and again what memory its helpers have."""
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        while watched and not select.select([self.process.stdout], [], [], 0.02)[0]:
-            self.helpers = max(self.helpers, sum(map(private_memory, children(self.process.pid))))
-        message = self._read()
-        self.memory = message["peak"] - self.base + self.helpers
-        return message["times"]
-
-    def ticks(self):
-        """The processor time that it and its helpers, those that ended too, have had, in the system's ticks."""
-        return sum(sum(map(int, text.rpartition(")")[2].split()[11:15])) for text in
-                   (of_process(pid, "stat") for pid in (self.process.pid, *children(self.process.pid))))
-
-    def _read(self):
-        line = self.process.stdout.readline()
-        if not line:
-            raise UsageError(f"{self.name} ended with exit status {self.process.wait()}; its error is above")
-        return json.loads(line)
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-
 # Taking turns.
 
 def busy_ticks():
-    """(busy, all) of all cores since the system started, in its ticks; (0, 0) where it does not say."""
+    """(busy, all) of all cores since the system started, in ticks; (0, 0) if the system does not report them."""
     try:
         with open("/proc/stat") as stat:
             ticks = [int(n) for n in stat.readline().split()[1:9]]
@@ -190,8 +98,9 @@ def busy_ticks():
 
 
 def wait_until_quiet(patience=3.0):
-    """Until the cores are free: threads of BLAS and OpenMP spin for a while after a turn has ended."""
-    deadline, share = time.monotonic() + patience, 1.0
+    """Wait until the cores are free: threads of BLAS and OpenMP spin for a while after a turn has ended."""
+    deadline = time.monotonic() + patience
+    share = 1.0
     while share > OTHERS and time.monotonic() < deadline:
         busy, everything = busy_ticks()
         time.sleep(0.05)
@@ -200,11 +109,13 @@ def wait_until_quiet(patience=3.0):
 
 
 def turn_of(worker, steps):
-    """The median of its steps in seconds, and the share of all cores that others than the worker took meanwhile."""
+    """The median time of a step in seconds, and the share of all cores that other processes took meanwhile."""
     wait_until_quiet()
-    (busy, everything), own = busy_ticks(), worker.ticks()
+    busy, everything = busy_ticks()
+    own = worker.ticks()
     seconds = statistics.median(worker.run(steps))
-    own, (busy_now, everything_now) = worker.ticks() - own, busy_ticks()
+    own = worker.ticks() - own
+    busy_now, everything_now = busy_ticks()
     return seconds, (busy_now - busy - own) / max(1, everything_now - everything)
 
 
@@ -212,7 +123,8 @@ def take_turns(workers, rounds, turn):
     """Medians (rounds, workers) in seconds, and which rounds were undisturbed (rounds,)."""
     warm = [worker.run(2, watched=True) for worker in workers]
     steps = [max(1, round(turn / min(times))) for times in warm]
-    medians, undisturbed = np.empty((rounds, len(workers))), np.ones(rounds, bool)
+    medians = np.empty((rounds, len(workers)))
+    undisturbed = np.ones(rounds, bool)
     for i in range(rounds):
         for j, worker in enumerate(workers):
             medians[i, j], others = turn_of(worker, steps[j])
@@ -228,12 +140,12 @@ def counted(medians, undisturbed):
     enough = undisturbed.sum() >= 3
     if not undisturbed.all():
         print(f"  {undisturbed.sum()} of {len(undisturbed)} rounds undisturbed"
-              + ("" if enough else "; too few, so all are kept: read them with care"), flush=True)
+              + ("" if enough else "; fewer than 3, so all rounds are kept, and the ratios are uncertain"), flush=True)
     return medians[undisturbed] if enough else medians
 
 
 def alone(name, spec, environment, rounds, turn=TURN):
-    """The time of a step in seconds and the peak memory in bytes, of a worker that is compared with nobody."""
+    """The time of a step in seconds and the peak memory in bytes, without a comparison."""
     worker = Worker(name, spec, environment)
     try:
         medians, undisturbed = take_turns([worker], rounds, turn)
@@ -243,7 +155,7 @@ def alone(name, spec, environment, rounds, turn=TURN):
 
 
 def compare(work, size, spec, names, environments, tolerance, rounds, turn=TURN):
-    """Rows for the table: the first of names is ours, and is compared with each of the others."""
+    """Rows of the table: the first of names, ours, is compared with each of the others."""
     workers = []
     try:
         for name in names:
@@ -268,7 +180,7 @@ def check_results(ours, theirs, tolerance):
     """Raises UsageError if an array differs by more than tolerance, relative to its largest entry."""
     for name in sorted(ours.results.keys() | theirs.results.keys()):
         if name not in ours.results or name not in theirs.results:
-            raise UsageError(f"{ours.name} and {theirs.name} do not compute the same: only one has {name}")
+            raise UsageError(f"{ours.name} and {theirs.name} do not compute the same: only one of them returns {name}")
         a, b = ours.results[name], theirs.results[name]
         error = np.abs(a - b).max() / np.abs(b).max()
         if not error <= tolerance:
@@ -276,10 +188,10 @@ def check_results(ours, theirs, tolerance):
                              f"of its largest entry (allowed: {tolerance:.0e}). Nothing was timed.")
 
 
-# What comes of it.
+# Results.
 
 def machine(*packages):
-    """What it ran on, in one line."""
+    """The machine and the versions, in one line."""
     try:
         with open("/proc/cpuinfo") as file:
             model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
@@ -294,7 +206,7 @@ def installed(package):
 
 
 def present(names, packages):
-    """Those of the peers whose package is installed; the others are named."""
+    """The peers whose package is installed. Prints the names of the others."""
     absent = [name for name in names if not installed(packages[name])]
     for name in absent:
         print(f"{name}: not installed, skipped (pip install -e '.[bench]')")
@@ -302,7 +214,8 @@ def present(names, packages):
 
 
 def table(rows):
-    lines = ["| work | size | against | time, ours / theirs | quartiles | memory | ours | theirs |",
+    """A Markdown table of the ratios."""
+    lines = ["| work | size | against | time, ours/theirs | quartiles | memory, ours/theirs | ours | theirs |",
              "|---|---|---|---|---|---|---|---|"]
     for r in rows:
         cells = (r["work"], r["size"], r["peer"], f"{r['time_ratio']:.2f}",
@@ -321,7 +234,7 @@ def write_csv(path, rows):
 
 
 def draw(path, rows, title):
-    """The ratios, one row each, on a logarithmic axis; left of 1 we are faster."""
+    """The ratios, one row each, on a logarithmic axis; left of 1 minilm is faster."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 1.2 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -338,15 +251,14 @@ def draw(path, rows, title):
     axes.minorticks_off()
     parts = ["work", "size", "peer"] if len({r["work"] for r in rows}) > 1 else ["size", "peer"]
     axes.set_yticks(range(len(rows)), [", ".join(r[part] for part in parts) for r in reversed(rows)])
-    figure.supxlabel("minilm / the other: time (filled, bar: quartiles), peak memory (square). Left of 1 we win",
-                     fontsize=10)
+    figure.supxlabel("ours/theirs, lower is better: time (filled; bar: quartiles), peak memory (square)", fontsize=10)
     axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=150)
 
 
 def finish(asked, rows, title):
-    """The whole table; the CSV and the figure, if they were asked for."""
-    print("\n" + table(rows))
+    """Print the table; write the CSV and the figure if their options are given."""
+    print("\nRatios are ours/theirs, lower is better.\n\n" + table(rows))
     if asked.csv:
         write_csv(asked.csv, rows)
     if asked.figure:
@@ -354,7 +266,7 @@ def finish(asked, rows, title):
 
 
 def arguments(description, sizes, peers, works=(), unasked=()):
-    """unasked: sizes that are there only for those who name them."""
+    """The options of a benchmark. unasked: sizes that run only if they are named."""
     parser = argparse.ArgumentParser(description=description)
     if works:
         parser.add_argument("--works", default=",".join(works), help="with commas (default: %(default)s)")

@@ -2,18 +2,16 @@
 
     python scripts/bench/objectives.py [--works sft,dpo] [--sizes 8M] [--peers trl] [--csv FILE] [--figure FILE]
 
-The same Llama with the same weights, the same tokens, float32, on the CPU. A step is what either library does for
-one: the tokens put into batches, forward, backward, clipping of the gradient's norm, AdamW. Reading and tokenising
-the data is done before.
+Both have the same Llama with the same weights and tokens, in float32 on the CPU. A step is batching the tokens,
+forward, backward, clipping of the gradient's norm, and AdamW. Reading and tokenising the data is not part of it.
 
     sft     8 dialogues of 64 to 320 tokens, three quarters of them prompt; the loss is on the response
     dpo     4 prompts of 256 tokens, two responses of 64 to each; the reference is the policy as it started
     rloo    1 prompt of 64 tokens, 8 samples of 64 drawn in the step, rewarded, and scored by a reference
 
-`trl` is as it comes (but without gradient checkpointing and bfloat16, which take longer on a CPU). `trl-best` has
-glibc told to keep freed memory, no padding in SFT, and in DPO the reference's log-probs computed once, before;
-minilm always has. At 135M minilm keeps the inputs of its blocks alone, and computes the rest again
-(Transformer.activation_checkpointing).
+`trl` has its defaults, except gradient checkpointing and bfloat16, which take longer on a CPU. In `trl-best` glibc
+keeps freed memory, SFT has no padding, and DPO computes the reference's log-probs once, before the steps; minilm always
+does all three. At 135M minilm checkpoints the activations of its blocks (Transformer.activation_checkpointing).
 """
 
 import contextlib
@@ -26,6 +24,7 @@ import tempfile
 import time
 from unittest import mock
 
+import library_process
 import measuring
 import numpy as np
 from support.run_folder import UsageError, main_guard
@@ -44,20 +43,20 @@ WORKER = sys.argv[2] if sys.argv[1:2] == ["--worker"] else None
 SIZES = {"tiny": {"vocab_size": 256, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_width": 64},
          "8M": {"vocab_size": 8192, "width": 256, "layers": 6, "heads": 4, "ffn_width": 1024},
          "135M": {"vocab_size": 49152, "width": 576, "layers": 30, "heads": 9, "kv_heads": 3, "ffn_width": 1536,
-                  "rope_base": 1e5, "norm_eps": 1e-5}}          # that of SmolLM2-135M
+                  "rope_base": 1e5, "norm_eps": 1e-5}}          # the size of SmolLM2-135M
 WORKS, PEERS = ["sft", "dpo", "rloo"], ["trl", "trl-best"]
 EOS = 1
 BETA = {"dpo": 0.1, "rloo": 0.05}
 RATE = 1e-6                     # TRL's default for DPO and RLOO
-RECOMPUTED = 10**8              # parameters above which minilm's blocks are computed again in backward
-REFERENCE = 0.95                # RLOO's reference is the policy times this: no log-ratio is zero
-# Besides gradients. (RLOO's losses have other values, TRL's that of -mean(A): the same gradient.)
+RECOMPUTED = 10**8              # with more parameters minilm checkpoints activations
+REFERENCE = 0.95                # RLOO's reference is the policy times this, so that no log-ratio is zero
+# Compared besides gradients. RLOO's loss is not: TRL's loss has the value of -mean(A) and the same gradient.
 COMPARED = {"sft": ["loss"], "dpo": ["loss"], "rloo": ["reward", "kl_token"]}
 TOLERANCE = 1e-3                # of gradients in float32, relative to the largest entry
 
 
 def examples(work, vocab_size):
-    """Token lists. RLOO's responses are only for the comparison before: then it samples its own."""
+    """Token lists. RLOO's responses are for the comparison of results; in the steps it samples its own."""
     rng = np.random.default_rng(1)
 
     def draw(lengths, last=()):
@@ -77,7 +76,7 @@ def reward(vocab_size, responses):
 
 
 class InOrder:
-    """In place of a stage's Generator: all the examples, in their order, where it draws some of them."""
+    """Replaces the Generator of a stage: where the stage draws examples, it gets all of them in their order."""
 
     def __init__(self):
         self.generator = np.random.default_rng(0)
@@ -92,8 +91,9 @@ class InOrder:
 # minilm.
 
 def stage_of(work, training, data, model):
-    """The stage to be called with `steps` and `learning_rate`, all of the data a step; the reference's log-probs."""
-    prompts, size = data["prompts"], len(data["prompts"])
+    """A stage that takes `steps` and `learning_rate`, with all data in each step; {"reference": log-probs} for DPO."""
+    prompts = data["prompts"]
+    size = len(prompts)
     if work == "sft":
         return functools.partial(sft.train_sft, training, **data, batch_size=size), {}
     if work == "dpo":
@@ -112,7 +112,7 @@ def stage_of(work, training, data, model):
 
 @contextlib.contextmanager
 def for_comparison(work, responses):
-    """A stage does not clip, and does not sample: its rows are given these responses, in place of uniform numbers."""
+    """Inside, a stage does not clip, and takes these responses instead of sampling."""
     def given(policy, prompts, _, tokens, *__):
         with no_grad():
             log_probs = policy.response_log_probs(pack(prompts, tokens.tolist())).data
@@ -141,7 +141,7 @@ def load_minilm():
 
         training = TrainState(model(), InOrder(), workers.available_cores(), betas=(0.9, 0.999), weight_decay=0.0)
         stage, found = stage_of(work, training, data, model)
-        weights = None          # RLOO's reference has its own, and AdamW a copy
+        weights = None          # RLOO's reference has a scaled copy, and AdamW has a copy
 
         def check():
             with for_comparison(work, data.get("responses", ())):
@@ -187,7 +187,7 @@ def read(spec):
 
 
 def write(path, size):
-    """Weights of a size, to a file; returns what the workers are told."""
+    """Write the weights of a size to a file. Returns the spec of the workers."""
     config = Config(**SIZES[size], tied=True, context=512)
     np.savez(path, **{name: p.data for name, p in Transformer(config, np.random.default_rng(0)).parameters().items()})
     return {"file": str(path), "config": dataclasses.asdict(config)}
@@ -202,7 +202,7 @@ def main():
     for size in asked.sizes:
         with tempfile.NamedTemporaryFile(suffix=".npz") as file:
             spec = write(file.name, size)
-            for work, peer in itertools.product(asked.works, asked.peers):      # one by one: TRL may need 9 GB
+            for work, peer in itertools.product(asked.works, asked.peers):      # one after the other: TRL may need 9 GB
                 rows += measuring.compare(f"{work.upper()} step", size, {**spec, "work": work}, ["minilm", peer], {
                     "minilm": measuring.blas_threads(1), "trl-best": measuring.KEEP_MEMORY}, TOLERANCE, asked.rounds)
     measuring.finish(asked, rows, "An optimiser step, against TRL")
@@ -210,6 +210,6 @@ def main():
 
 if __name__ == "__main__":
     if WORKER:
-        measuring.serve(LOADERS[WORKER], json.loads(sys.argv[3]))
+        library_process.serve(LOADERS[WORKER], json.loads(sys.argv[3]))
     else:
         sys.exit(main_guard(main))

@@ -1,11 +1,11 @@
-"""How a training step's time and memory grow with T, B, V and D.
+"""The growth of a training step's time and memory with T, B, V and D.
 
     python scripts/bench/scaling.py [--variables T,V] [--quick] [--csv FILE] [--figure FILE]
 
-A tiny model (D 64, L 2, H 4, V 256; 16 windows of 128 tokens) of which one number is changed at a time; with T, B is
-changed too, so that a step always has 8192 tokens. A step is forward, backward, clipping and AdamW, in float32 on one
-worker: it is the work that is to grow, not its division among workers. Each point has a process of its own, whose
-peak memory is less what the imports took. Exponents are those of least squares through the logarithms.
+A tiny model (D 64, L 2, H 4, V 256; 16 windows of 128 tokens) in which one number changes at a time. When T changes, B
+changes too, so that a step always has 8192 tokens. A step is forward, backward, clipping and AdamW, in float32 on one
+worker, so that only the work grows. Each point is measured in a process of its own; its peak memory is counted without
+the imports. Exponents are from least squares on the logarithms.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+import library_process
 import measuring
 import numpy as np
 from support.run_folder import UsageError, main_guard
@@ -24,8 +25,8 @@ from minilm import checkpoint
 BASE = {"T": 128, "B": 16, "V": 256, "D": 64}
 POINTS = {"T": [128, 256, 512, 1024, 2048, 4096, 8192], "B": [1, 2, 4, 8, 16, 32, 64],
           "V": [256, 1024, 4096, 16384], "D": [64, 128, 256, 512]}
-TOKENS = 8192           # of a step, when T varies
-ALLOWED = 1024          # MiB at the longest T: attention that holds T x T scores takes several times that
+TOKENS = 8192           # of a step when T changes
+ALLOWED = 1024          # MiB at the longest T; attention that stores T x T scores takes several times as much
 HEADER = ["variable", "value", "time_ms", "peak_mb", "time_exponent", "memory_exponent"]
 
 
@@ -36,12 +37,12 @@ def shape(variable, value):
 
 
 def exponent(values, measured):
-    """p of the power law c value^p that is nearest in the logarithms."""
+    """The exponent p of the power law c value^p with the least squared error in the logarithms."""
     return float(np.polyfit(np.log(values), np.log(measured), 1)[0])
 
 
 def measure(variable, values, rounds):
-    """A row for each value, with the exponents of them all."""
+    """A row for each value, with the exponents over all values."""
     rows = []
     for value in values:
         print(f"{variable} = {value}", file=sys.stderr, flush=True)
@@ -67,7 +68,7 @@ def table(rows):
 
 
 def verdict(row):
-    """Whether a row's memory is what it may be."""
+    """Whether the memory of a row is at most ALLOWED, in words."""
     return (f"{row['variable']} = {row['value']}: {row['peak_mb']:.0f} MiB at the peak, "
             f"{'under' if row['peak_mb'] < ALLOWED else 'NOT UNDER'} the {ALLOWED} MiB allowed")
 
@@ -126,6 +127,6 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        measuring.serve(measuring.load_step, json.loads(sys.argv[3]))
+        library_process.serve(measuring.load_step, json.loads(sys.argv[3]))
     else:
         sys.exit(main_guard(main))

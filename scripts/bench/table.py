@@ -1,10 +1,10 @@
-"""Every goal of speed and memory beside what was measured: runs the benchmarks, and prints the README's table.
+"""Runs all benchmarks and prints the table of this folder's README: every measured ratio beside its goal.
 
     python scripts/bench/table.py FOLDER [--print] [--figure FILE]
 
-Runs train, objectives, generate, gemm and scaling, each with all its sizes and peers,
-one after the other on a machine that should have nothing else to do (about 40 minutes). What each found goes to
-FOLDER, and a benchmark that is there is not run again. --print runs nothing, and prints what there is.
+Runs train, objectives, generate, gemm and scaling, each with all its sizes and peers, one after the other (about 40
+minutes on an idle machine). Results go to FOLDER; a benchmark whose results are there is not run again. --print runs
+nothing and prints the results in FOLDER.
 """
 
 import argparse
@@ -23,7 +23,7 @@ RUNS = {"train": ("train", "--rounds", "7"), "generate": ("generate", "--rounds"
         "objectives": ("objectives", "--sizes", "8M", "--rounds", "7"), "gemm": ("gemm", "--rounds", "7"),
         "scaling": ("scaling",), "objectives-135M": ("objectives", "--sizes", "135M", "--rounds", "3")}
 
-# work, against, (time, memory) by size: ours over theirs is to be no more than this.
+# work, against, {size: (time, memory)}: the goal is a ratio ours/theirs of at most this.
 GOALS = [
     ("training step", "torch", {"XS": (0.8, 0.6), "S": (1.0, 0.6), "M": (1.0, 0.6), "G": (1.0, 0.6)}),
     ("training step", "compile", dict.fromkeys(["XS", "S", "M", "G"], (1.0, 0.6))),
@@ -39,11 +39,11 @@ GOALS = [
     ("sampling", "hf", {"B1": (0.2, 0.5), "B32": (0.35, 0.5), "B128": (0.5, 0.5)}),
     ("sampling", "torch", {"B1": (0.6, None), "B32": (0.8, None), "B128": (0.9, None)}),
 ]
-EXPONENTS = {"time_exponent": 1.5, "memory_exponent": 1.0}      # of T at a fixed number of tokens
+EXPONENTS = {"time_exponent": 1.5, "memory_exponent": 1.0}      # in T, at a fixed number of tokens
 
 
 def run(folder):
-    """What is not in the folder yet; each benchmark writes its file when it is through."""
+    """Run the benchmarks whose results are not in the folder; each writes its file when it has finished."""
     folder.mkdir(parents=True, exist_ok=True)
     packages = ("torch", "transformers", "trl", "autograd")
     checkpoint.write_text(folder / "machine.txt", measuring.machine(*packages))
@@ -53,11 +53,11 @@ def run(folder):
             ended = subprocess.run([sys.executable, SCRIPTS / f"{script}.py", *options,
                                     "--csv", folder / f"{name}.csv"])
             if ended.returncode:
-                print(f"bench/{script}.py ended with exit status {ended.returncode}: its rows stay empty")
+                print(f"bench/{script}.py ended with exit status {ended.returncode}; its rows are empty")
 
 
 def read(path):
-    """The rows of a CSV file; none if it is not there."""
+    """The rows of a CSV file; [] if there is no file."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
@@ -65,7 +65,7 @@ def read(path):
 
 
 def measured(folder):
-    """{(work, size, peer): row} of all comparisons, figures as floats."""
+    """{(work, size, peer): row} of all comparisons, with numbers as floats."""
     rows = [row for name in RUNS if name != "scaling" for row in read(folder / f"{name}.csv")]
     for row in rows:
         row.update({key: float(row[key]) for key in measuring.HEADER[3:]})
@@ -77,7 +77,8 @@ def verdict(value, goal):
 
 
 def table(found, scaling):
-    lines = ["| work | size | against | time, ours / theirs [quartiles] | goal | met | memory | goal | met |",
+    lines = ["| work | size | against | time, ours/theirs (lower is better) [quartiles] | goal | met "
+             "| memory, ours/theirs | goal | met |",
              "|---" * 9 + "|"]
     for work, peer, sizes in GOALS:
         for size, (time, memory) in sizes.items():
@@ -100,15 +101,15 @@ def table(found, scaling):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="of the results")
-    parser.add_argument("--print", action="store_true", help="only print what is there")
-    parser.add_argument("--figure", metavar="FILE", help="draw the comparisons there (PNG)")
+    parser.add_argument("folder", type=Path, help="for the results")
+    parser.add_argument("--print", action="store_true", help="run nothing; print the results in the folder")
+    parser.add_argument("--figure", metavar="FILE", help="draw the comparisons into a PNG file")
     asked = parser.parse_args()
     if not asked.print:
         run(asked.folder)
     found, scaling = measured(asked.folder), read(asked.folder / "scaling.csv")
     if not found:
-        raise UsageError(f"nothing in {asked.folder}; without --print the benchmarks are run")
+        raise UsageError(f"{asked.folder} has no results; call it without --print to run the benchmarks")
     print("\n" + table(found, scaling) + "\n")
     print((asked.folder / "machine.txt").read_text() if (asked.folder / "machine.txt").exists() else
           "The machine was not recorded.")

@@ -1,7 +1,6 @@
-"""minilm's transformer in plain PyTorch, the way one would write it there: the peer of the benchmarks.
+"""minilm's transformer in plain, idiomatic PyTorch: the peer of the benchmarks.
 
-The same weights by the same names (PyTorch's own layout, (out,in), so transposed), fused attention,
-fused RMSNorm, nothing exotic.
+The same weights under the same names, in PyTorch's layout (out, in); fused attention and fused RMSNorm.
 """
 
 import torch
@@ -39,7 +38,7 @@ def rotate(x, cos, sin):
 
 
 class Llama(nn.Module):
-    """config: a dictionary of minilm.model.Config's fields."""
+    """config: a dictionary of the fields of minilm.model.Config."""
 
     def __init__(self, config):
         super().__init__()
@@ -54,7 +53,7 @@ class Llama(nn.Module):
         self.register_buffer("sin", angles.sin().float())
 
     def load(self, weights):
-        """Arrays by minilm's names."""
+        """Copy weights, arrays by minilm's names, into the model."""
         for name, p in self.named_parameters():
             array = torch.from_numpy(weights[name.removesuffix(".weight")])
             with torch.no_grad():
@@ -62,7 +61,7 @@ class Llama(nn.Module):
         return self
 
     def gradients(self):
-        """By minilm's names and in its layout."""
+        """The gradients by minilm's names and in its layout."""
         return {name.removesuffix(".weight"): (p.grad.T if transposed(name) else p.grad).numpy()
                 for name, p in self.named_parameters()}
 
@@ -75,7 +74,7 @@ class Llama(nn.Module):
         return self.unembedding(self.final_norm(x if caches is None else x[:, -1:]))
 
     def loss(self, tokens):
-        """Mean cross-entropy of every next token."""
+        """The mean cross-entropy of every next token."""
         logits = self(tokens[:, :-1])
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1))
 

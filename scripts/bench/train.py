@@ -1,10 +1,10 @@
-"""A training step of the same transformer: minilm against PyTorch, torch.compile, and another NumPy autograd.
+"""A training step of the same transformer: minilm against PyTorch, torch.compile and HIPS autograd.
 
     python scripts/bench/train.py [--sizes XS,S] [--peers torch,compile] [--csv FILE] [--figure FILE]
 
-A step is forward, backward, clipping of the gradient's norm, and AdamW, on B windows of T random tokens,
-in float32. `autograd` is HIPS autograd, the same formulas written in its NumPy; `autograd-tuned` the same
-with glibc told to keep freed memory. What is not installed is named and skipped.
+A step is forward, backward, clipping of the gradient's norm, and AdamW, on B windows of T random tokens, in float32.
+`autograd` is HIPS autograd with the same formulas in its NumPy; in `autograd-tuned` glibc also keeps freed memory. A
+library that is not installed is named and skipped.
 """
 
 import functools
@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 
+import library_process
 import measuring
 import numpy as np
 from support.run_folder import main_guard
@@ -86,11 +87,11 @@ def load_autograd():
         hidden = np.triu(np.full((T, T), -1e30, np.float32), 1)
 
         def rotate(x):
-            a, b = anp.split(x, 2, axis=-1)         # slices would be added up one element at a time in backward
+            a, b = anp.split(x, 2, axis=-1)         # the gradients of slices would be added one element at a time
             return anp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
         def loss_of(p):
-            x = p["embedding"][inputs.reshape(-1)]          # (B T,D): np.dot has BLAS for matrices alone
+            x = p["embedding"][inputs.reshape(-1)]          # (B T,D): np.dot uses BLAS only for matrices
             for i in range(c["layers"]):
                 name = f"blocks.{i}."
                 qkv = anp.dot(norm(x, p[name + "attention_norm"], c["norm_eps"]), p[name + "qkv"])
@@ -145,7 +146,7 @@ def read(spec):
 
 
 def write(path, size):
-    """Weights and tokens of a size, to a file; returns what the workers are told."""
+    """Write weights and tokens of a size to a file. Returns the spec of the workers."""
     import dataclasses
 
     from minilm.model import Config, Transformer
@@ -171,6 +172,6 @@ def main():
 
 if __name__ == "__main__":
     if WORKER:
-        measuring.serve(LOADERS[WORKER], json.loads(sys.argv[3]))
+        library_process.serve(LOADERS[WORKER], json.loads(sys.argv[3]))
     else:
         sys.exit(main_guard(main))

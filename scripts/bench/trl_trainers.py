@@ -1,13 +1,13 @@
-"""TRL's trainers with minilm's weights and tokens, and one optimiser step of theirs: the peer of bench_objectives.py.
+"""TRL's trainers with minilm's weights and tokens, and one optimiser step of each: the peer of objectives.py.
 
-TRL tokenises, masks, pads, samples, scores and differentiates; only the loop around it is written again, `step`.
-In float32 on the CPU, without gradient checkpointing (a CPU has the memory, and TRL needs less time without), all
-else as TRL has it by default. Nothing is fetched, reported or saved.
+TRL tokenises, masks, pads, samples, scores and differentiates; only the loop around that, `step`, is written again.
+Float32 on the CPU, without gradient checkpointing (TRL is faster without it); all other settings are TRL's defaults.
+Nothing is downloaded, reported or saved.
 """
 
 import os
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}      # read when the next are imported
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}      # before the imports that read them
 
 import warnings  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
@@ -25,7 +25,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning)
 
-# Tokens. TRL reads text: the numbers of the tokens.
+# Tokens. TRL reads text, so a text is the numbers of its tokens.
 
 def tokenizer(vocab_size, eos):
     words = {"<pad>": PAD, "<eos>": eos, **{str(i): i for i in range(1, vocab_size) if i != eos}}
@@ -39,7 +39,7 @@ def text(tokens):
 
 
 def response(tokens):
-    """Less the EOS, which the SFT and DPO trainers append."""
+    """The text without the EOS, which the SFT and DPO trainers append."""
     return text(tokens[:-1])
 
 
@@ -64,7 +64,8 @@ def sft_trainer(config, weights, data, eos, **options):
 
 
 def dpo_trainer(config, weights, data, eos, precompute_ref_log_probs, **options):
-    """The reference is the policy as it starts. precompute_ref_log_probs: once, without a second model."""
+    """The reference is the initial policy. precompute_ref_log_probs: compute its log-probs once, without a second
+    model."""
     rows = [{"prompt": text(p), "chosen": response(c), "rejected": response(r)}
             for p, c, r in zip(data["prompts"], data["chosen"], data["rejected"])]
     return make("DPO", llama(config, weights), rows, eos, {
@@ -73,10 +74,11 @@ def dpo_trainer(config, weights, data, eos, precompute_ref_log_probs, **options)
 
 
 def rloo_trainer(config, weights, reference, data, reward, **options):
-    """reward: of a list of token lists. Responses are as long as those of data: the EOS is no token of the model."""
+    """reward: a function of a list of token lists. The EOS is no token of the model, so responses are as long as in
+    data."""
     prompts, K = data["prompts"], len(data["responses"]) // len(data["prompts"])
     rows, model = [{"prompt": text(p)} for p in prompts for _ in range(K)], llama(config, weights)
-    with TemporaryDirectory() as folder:        # whence TRL loads the reference itself
+    with TemporaryDirectory() as folder:        # TRL loads the reference from here
         llama(config, reference).save_pretrained(folder)
         model.config._name_or_path = folder
         return make("RLOO", model, rows, config["vocab_size"], {
@@ -88,7 +90,7 @@ def rloo_trainer(config, weights, reference, data, reward, **options):
 # One step, as transformers' Trainer takes it.
 
 def rows(trainer):
-    """The whole data, tokenised."""
+    """All data, tokenised."""
     return [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
 
 
@@ -107,7 +109,7 @@ def step(trainer, rows):
 
 
 def check(trainer, rows, responses):
-    """For the comparison: the loss and its gradients (RLOO: rewards and KL of the responses, which it is given)."""
+    """For the comparison: the loss and its gradients (RLOO: the rewards and the KL of the given responses)."""
     if isinstance(trainer, trl.RLOOTrainer):
         with mock.patch.object(trainer, "_generate_single_turn", lambda *_: responses):
             backward(trainer, rows)

@@ -1,0 +1,109 @@
+"""One library in a process of its own: serve() runs in that process, Worker is its handle in the benchmark.
+
+They exchange lines of JSON over a pipe: the benchmark sends a number of steps, the process answers with their times.
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
+from support.run_folder import UsageError  # noqa: E402
+
+
+def peak_memory():
+    """The peak resident memory of this process, in bytes."""
+    with open("/proc/self/status") as status:
+        return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+
+
+def of_process(pid, what):
+    """The text of a file of /proc/pid; "" if the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/{what}").read_text()
+    except OSError:
+        return ""
+
+
+def children(pid):
+    return of_process(pid, f"task/{pid}/children").split()
+
+
+def private_memory(pid):
+    """The resident memory that a process shares with no other, in bytes."""
+    return 1024 * sum(int(line.split()[1]) for line in of_process(pid, "smaps_rollup").splitlines()
+                      if line.startswith("Private_"))
+
+
+def serve(load, spec):
+    """Run a library in this process. load() imports it and returns make(spec) -> (step, check).
+
+    step()   does the work once
+    check()  returns arrays by name, which are compared with those of the other libraries; called once, before any step
+    """
+    make = load()
+    base = peak_memory()
+    step, check = make(spec)
+    with tempfile.NamedTemporaryFile(suffix=".npz", delete=False) as file:
+        np.savez(file, **check())
+    answer(results=file.name, base=base)
+    for line in sys.stdin:
+        times = []
+        for _ in range(int(line)):
+            began = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - began)
+        answer(times=times, peak=peak_memory())
+
+
+def answer(**message):
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+class Worker:
+    """A process that serves one library, started with `--worker`. results: the arrays of its check()."""
+
+    def __init__(self, name, spec, environment):
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, sys.argv[0], "--worker", name, json.dumps(spec)], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **environment})
+        message = self._read()
+        self.base = message["base"]
+        self.helpers = 0                    # the private memory of its forked processes, at most
+        with np.load(message["results"]) as results:
+            self.results = dict(results)
+        os.unlink(message["results"])
+
+    def run(self, steps, watched=False):
+        """The times of some steps, in seconds. watched: also measure the memory of its forked processes meanwhile."""
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        while watched and not select.select([self.process.stdout], [], [], 0.02)[0]:
+            self.helpers = max(self.helpers, sum(map(private_memory, children(self.process.pid))))
+        message = self._read()
+        self.memory = message["peak"] - self.base + self.helpers
+        return message["times"]
+
+    def ticks(self):
+        """The processor time of the process and its children, ended ones included, in ticks of the system."""
+        return sum(sum(map(int, text.rpartition(")")[2].split()[11:15])) for text in
+                   (of_process(pid, "stat") for pid in (self.process.pid, *children(self.process.pid))))
+
+    def _read(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise UsageError(f"{self.name} ended with exit status {self.process.wait()}; its error is above")
+        return json.loads(line)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()

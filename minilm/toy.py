@@ -68,10 +68,8 @@ def compare(policy: Parameters, n: int, rng: np.random.Generator) -> tuple[np.nd
     first = answer(policy, questions, rng)
     second = answer(policy, questions, rng)
     difference = gold_reward(first)[0] - gold_reward(second)[0]                         # (n)
-    first_is_chosen = rng.random(n) < 1 / (1 + np.exp(-2 * difference))
-    chosen = np.where(first_is_chosen[:, None], first, second)
-    rejected = np.where(first_is_chosen[:, None], second, first)
-    return chosen, rejected
+    first_is_chosen = (rng.random(n) < 1 / (1 + np.exp(-2 * difference)))[:, None]       # (n,1)
+    return np.where(first_is_chosen, first, second), np.where(first_is_chosen, second, first)
 
 
 # The five stages.

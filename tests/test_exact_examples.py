@@ -1,4 +1,4 @@
-"""The examples in the docstring of minilm/exact: they run, and print the numbers in their comments."""
+"""The examples in the docstrings of minilm/exact: they run, and print the numbers in their comments."""
 
 import contextlib
 import inspect
@@ -8,9 +8,10 @@ import re
 import pytest
 
 import minilm.exact
+from minilm.exact import gradients
 
-BLOCKS = [inspect.cleandoc("\n" + block)
-          for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", minilm.exact.__doc__, re.MULTILINE)]
+BLOCKS = [inspect.cleandoc("\n" + block) for module in (minilm.exact, gradients)
+          for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", module.__doc__, re.MULTILINE)]
 
 
 def numbers(text):
@@ -34,15 +35,21 @@ def blocks(word):
 
 
 def test_the_example_of_a_reward_prints_the_stated_numbers():
-    block, = blocks("from minilm")
+    block, = blocks("descend(")
     assert len(stated(block)) == 4
     assert run(block, {}) == pytest.approx(stated(block), abs=1e-4)
+
+
+def test_the_example_of_an_estimator_prints_the_stated_numbers():
+    block, = blocks("compare_with_exact_gradient(")
+    assert len(stated(block)) == 2
+    assert run(block, {}) == pytest.approx(stated(block), abs=6e-4)
 
 
 @pytest.mark.parity
 def test_the_example_of_a_pytorch_policy_prints_the_stated_numbers():
     torch = pytest.importorskip("torch")
-    names, (first,), (block,) = {}, blocks("from minilm"), blocks("import torch")
+    names, (first,), (block,) = {}, blocks("descend("), blocks("import torch")
     run(first, names)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -131,11 +131,11 @@ def _label_betas(axis, results):
     curves = _pixels_of_curves(axis, results)
     labels = []
     to_data = axis.transData.inverted().transform
-    frame = axis.get_window_extent()
+    frame = axis.get_window_extent().padded(-LABEL_SIZE[0] / 2, -LABEL_SIZE[1] / 2)
     for (row, method), point in zip(policies, axis.transData.transform([_position(row) for row, _ in policies])):
         places = [point + ring * np.array([x, y]) * LABEL_SIZE for ring in (0.95, 1.7, 2.6)
                   for x in (-1, 0, 1) for y in (-1, 0, 1) if (x, y) != (0, 0)]
-        inside = [place for place in places if frame.shrunk(0.95, 0.95).contains(*place)]
+        inside = [place for place in places if frame.contains(*place)]
         free = [place for place in inside if _distance(place, curves) > 0.6 and _distance(place, labels) > 1]
         place = free[0] if free else max(inside or places, key=lambda p: _distance(p, [*curves, *labels]))
         labels.append(place)

@@ -126,7 +126,7 @@ def speed_rows() -> str:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]]
             for line in (ROOT / "scripts" / "bench" / "README.md").read_text("utf-8").splitlines() if line[:2] == "| "]
     found = {tuple(row[:3]): row for row in rows}
-    lines = ["| work | size | against | time, ours / theirs [quartiles] | memory |", "|---|---|---|---|---|"]
+    lines = ["| work | size | against | time, ours/theirs [quartiles] | memory, ours/theirs |", "|---|---|---|---|---|"]
     for key in SPEED:
         row = found[key]
         lines.append(f"| {' | '.join(row[:4])} | {row[6] or '-'} |")
@@ -179,12 +179,13 @@ PARTS = {
     "assistant": Part("README.md", "12 min", commands=(*ASSISTANT, "scripts/support/figures.py runs/a runs/b runs/c")),
     "bench": Part("scripts/bench/README.md", "40 min, on an idle machine",
                   commands=("scripts/bench/table.py runs/bench",)),
+    "tricks": Part("scripts/bench/README.md", "5 min, on an idle machine", commands=("scripts/bench/tricks.py",)),
     "lecture": Part("", "half an hour", commands=("scripts/lecture/all.py --out runs/claims --resume",
                                                   "scripts/lecture/all.py --readme runs/claims")),
     "vectors": Part("", "2 s", commands=("scripts/dev/golden.py",)),
 }
 COMMANDS = {"bytes": "scripts/bench/attention.py", "assistant": "scripts/support/figures.py runs/a runs/b runs/c",
-            "bench": "scripts/bench/table.py runs/bench --print"}
+            "bench": "scripts/bench/table.py runs/bench --print", "tricks": "scripts/bench/tricks.py"}
 
 
 def marker(name: str) -> str:

@@ -39,9 +39,13 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLES = Path(__file__).with_suffix("")      # a folder
 COPIED = ("minilm", "kernels", "tests", "scripts", ".ci")     # and every file beside them
 # Tests that notice bugs of a module though they do not bear its name; tried after those that do.
-ALSO = {"tensor": ("test_ops",), "model": ("test_generate", "test_packing"), "data": ("test_evaluate",),
+ALSO = {"tensor": ("test_ops",), "model": ("test_plain", "test_generate", "test_packing"), "data": ("test_evaluate",),
         "packing": ("test_model",), "generate": ("test_stages",), "evaluate": ("test_stages",),
-        "gradients": ("test_exact_gradients",)}
+        "gradients": ("test_exact_gradients",),
+        "tiled_attention": ("test_layers", "test_packing"), "chunked_log_probs": ("test_layers",),
+        "packed_attention": ("test_packing", "test_model"), "packed_smear": ("test_packing",),
+        "cached_decoding": ("test_generate", "test_plain"), "flat_parameters": ("test_optim", "test_stages"),
+        "deferred": ("test_tensor", "test_layers"), "activation_checkpointing": ("test_tensor", "test_model")}
 # The slowest, last of all: of kernels, which are text beside the library; of the main job; of benchmarks.
 LATE = ("test_device", "kernel", "emulator", "test_cupy_double", "test_exact_optimum", "test_assistant", "test_bench")
 # What the tests' pytest takes beside the project's conftest, and the only plugin of others: what else is installed

@@ -162,9 +162,10 @@ class Transformer:
 
         The hidden states of a prompt are computed once, and logits only where a response token is predicted.
         """
-        hidden = ops.embed(self.packed_hidden(pack), pack.rows)                                     # (M,D)
-        hidden = _at_temperature(hidden, temperature)
-        return scatter(layers.token_log_probs(hidden, self.unembedding, pack.targets), pack.mask)
+        hidden = self.packed_hidden(pack)                                                           # (N,D)
+        hidden = _at_temperature(ops.embed(hidden, pack.rows), temperature)                         # (M,D)
+        log_probs = layers.token_log_probs(hidden, self.unembedding, pack.targets)              # (M,)
+        return scatter(log_probs, pack.mask)
 
     def hidden(self, tokens, key_mask=None) -> Tensor:
         """Final hidden states, normalised: tokens (B,T) integers -> (B,T,D).

@@ -20,8 +20,7 @@ LEVELS = """
     checkpoint  data  fast.deferred  fast.tiled_attention  kernels  tensor
     fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  ops  packing
     evaluate  gradcheck  layers  objectives  optim  plain  world
-    exact  fast.packed_smear
-    fast.packed_attention
+    exact  fast.packed_attention
     model
     fast.cached_decoding  model_file  toy
     generate

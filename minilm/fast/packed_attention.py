@@ -14,9 +14,9 @@ from collections.abc import Callable
 import numpy as np
 
 from minilm.backend import array_module, is_cupy
-from minilm.fast.packed_smear import segment_starts, smear_keys, smear_segments
 from minilm.fast.tiled_attention import tiled_attention
-from minilm.layers import pair_slices, rope_tables
+from minilm.layers import mix_keys, pair_slices, rope_tables
+from minilm.ops import segment_sum
 from minilm.packing import Segment
 from minilm.tensor import primitive
 
@@ -32,11 +32,11 @@ def attend_to_segments(config, parameters, segments: list[Segment], positions) -
     qkv (..,(H+2G)K), with N tokens in all -> (..,H K).
     """
     shape = {"heads": config.heads, "kv_heads": config.kv_heads, "pairing": config.rope_pairing}
+    groups = group_segments(segments)
     cos, sin = rope_tables(positions, config.head_width, config.rope_base, parameters["embedding"].dtype)
     if is_cupy(positions):
         return _attend_on_gpu(config, parameters, segments, cos, sin, shape)
     rotation = cos + 1j * sin
-    groups = group_segments(segments)
 
     def attend(layer, qkv):
         return packed_attention(qkv, parameters.get(f"blocks.{layer}.key_smear"), rotation=rotation, groups=groups, **shape)
@@ -200,3 +200,48 @@ def _real_keys(group, S):
     """(b,S) True on keys, False on padding; None if there is no padding."""
     keys = np.array([s.keys for s in group])
     return None if (keys == S).all() else np.arange(S) >= S - keys[:, None]
+
+
+# Key smearing: the key before a response's first key is the last key of its prompt.
+
+def segment_starts(segments: list[Segment], like):
+    """For each segment its first row, and the row of the token before it (-1: none), on the device of `like`."""
+    xp = array_module(like)
+    return xp.array([s.start for s in segments], int), xp.array([s.prefix_stop - 1 for s in segments], int)
+
+
+def smear_segments(k, amount, starts, before):
+    """layers.smear of keys (G,N,K), and the vjp for k and amount; starts and before as segment_starts gives them."""
+    xp, follows = array_module(k), before >= 0
+    previous = xp.empty(k.shape, k.dtype)
+    previous[:, 1:] = k[:, :-1]
+    previous[:, starts] = xp.where(follows[:, None], k[:, before], 0)
+    mixed, mix_vjp = mix_keys(k, previous, amount)
+
+    def vjp(dy):
+        dk, dprevious, damount = mix_vjp(dy)
+        at_starts = dprevious[:, starts]
+        dprevious[:, starts] = 0
+        dk[:, :-1] += dprevious[:, 1:]
+        # A prompt's last key is the previous key of each of its responses: their gradients add up.
+        ends, of_responses = segment_sum(before[follows], at_starts[:, follows].swapaxes(0, 1))
+        dk[:, ends] += of_responses.swapaxes(0, 1)
+        return dk, damount
+    return mixed, vjp
+
+
+@primitive
+def smear_keys(qkv, amount, starts, before, heads: int, kv_heads: int):
+    """qkv (..,(H+2G)K) with its keys smeared and nothing else changed (on a GPU, before the attention kernel)."""
+    by_head = qkv.reshape(-1, heads + 2 * kv_heads, qkv.shape[-1] // (heads + 2 * kv_heads))
+    keys = slice(heads, heads + kv_heads)
+    mixed, smeared_vjp = smear_segments(by_head[:, keys].swapaxes(0, 1), amount, starts, before)
+    out = by_head.copy()
+    out[:, keys] = mixed.swapaxes(0, 1)
+
+    def vjp(dy):
+        dqkv = dy.reshape(by_head.shape).copy()
+        dk, damount = smeared_vjp(dqkv[:, keys].swapaxes(0, 1))
+        dqkv[:, keys] = dk.swapaxes(0, 1)
+        return dqkv.reshape(qkv.shape), damount
+    return out.reshape(qkv.shape), vjp

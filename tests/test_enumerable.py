@@ -96,6 +96,14 @@ def test_a_model_over_another_vocabulary_raises():
         small_world().log_probs(small_transformer(np.random.default_rng(0)))
 
 
+def test_take_picks_the_values_of_the_responses_drawn_prompt_by_prompt():
+    world = EnumerableWorld([[1], [0, 2]], vocab_size=3, max_new_tokens=2)
+    values = np.arange(2 * 7 * 3).reshape(2, 7, 3)
+    drawn = np.array([[6, 0], [2, 2]])
+    assert world.take(values, drawn).tolist() == [values[p, y].tolist() for p, y in [(0, 6), (0, 0), (1, 2), (1, 2)]]
+    assert world.take(values[..., 0], drawn).shape == (4,)
+
+
 # Exact quantities, by loops.
 
 @given(distributions(2), rngs, st.floats(0, 2))
@@ -151,6 +159,22 @@ def test_the_gradient_of_j_through_the_transformer():
     for name, gradient in by_ops.items():
         assert_close(by_hand[name], gradient, name=name)
     gradcheck(J, *model.parameters().values())
+
+
+@given(distributions(2), rngs, st.floats(0.2, 2))
+def test_the_optima_are_their_definitions(drawn, rng, beta):
+    reference, log_mu = drawn
+    rewards = rng.normal(size=reference.shape)
+    best, log_Z = enumerable.optimum(reference, rewards, beta)
+    ipo = enumerable.ipo_optimum(reference, log_mu, rewards, beta)
+    for p in range(2):
+        pi_ref, mu, r = np.exp(reference[p]), np.exp(log_mu[p]), rewards[p]
+        weights = [a * np.exp(r_y / beta) for a, r_y in zip(pi_ref, r)]
+        assert_close(np.exp(best[p]), weights / np.sum(weights))
+        assert_close(log_Z[p], np.log(sum(weights)))
+        wins = [sum(m / (1 + np.exp(other - r_y)) for m, other in zip(mu, r)) for r_y in r]
+        weights = pi_ref * np.exp(np.divide(wins, beta))
+        assert_close(np.exp(ipo[p]), weights / weights.sum())
 
 
 @given(distributions(1), rngs, st.integers(1, 3))

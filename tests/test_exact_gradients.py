@@ -137,11 +137,3 @@ def test_the_comparison_is_its_definition():
 def test_gradients_that_cannot_be_compared_raise(actual, expected, message):
     with pytest.raises(ValueError, match=message):
         compare_gradients(actual, expected)
-
-
-def test_take_picks_the_values_of_the_responses_drawn_prompt_by_prompt():
-    world = EnumerableWorld([[1], [0, 2]], vocab_size=3, max_new_tokens=2)
-    values = np.arange(2 * 7 * 3).reshape(2, 7, 3)
-    drawn = np.array([[6, 0], [2, 2]])
-    assert world.take(values, drawn).tolist() == [values[p, y].tolist() for p, y in [(0, 6), (0, 0), (1, 2), (1, 2)]]
-    assert world.take(values[..., 0], drawn).shape == (4,)

@@ -37,7 +37,7 @@ from support.run_folder import UsageError, main_guard  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = Path(__file__).with_suffix("")      # a folder
-COPIED = ("minilm", "kernels", "tests", "scripts", ".ci")     # and every file beside them
+COPIED = ("minilm", "kernels", "tests", "scripts", ".ci", ".github")     # and every file beside them
 # Tests that notice bugs of a module though they do not bear its name; tried after those that do.
 ALSO = {"tensor": ("test_ops",), "model": ("test_plain", "test_generate", "test_packing"), "data": ("test_evaluate",),
         "packing": ("test_model",), "generate": ("test_stages",), "evaluate": ("test_stages",),

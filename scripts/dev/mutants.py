@@ -43,7 +43,7 @@ ALSO = {"tensor": ("test_ops",), "model": ("test_plain", "test_generate", "test_
         "packing": ("test_model",), "generate": ("test_stages",), "evaluate": ("test_stages",),
         "gradients": ("test_exact_gradients",),
         "tiled_attention": ("test_layers", "test_packing"), "chunked_log_probs": ("test_layers",),
-        "packed_attention": ("test_packing", "test_model"), "packed_smear": ("test_packing",),
+        "packed_attention": ("test_packing", "test_model"),
         "cached_decoding": ("test_generate", "test_plain"), "flat_parameters": ("test_optim", "test_stages"),
         "deferred": ("test_tensor", "test_layers"), "activation_checkpointing": ("test_tensor", "test_model")}
 # The slowest, last of all: of kernels, which are text beside the library; of the main job; of benchmarks.

@@ -15,4 +15,7 @@ Symbols on every page:
     m_t           the mask: 1 on the tokens of a response and its EOS, 0 on prompt and padding
     B, T          sequences or pairs in a batch, tokens in a sequence
     P, K, N       prompts, samples for each prompt, N = P K samples in all
+
+How to add an objective: .github/CONTRIBUTING.md. Whether the expected gradient of an estimator is the
+gradient that you mean: minilm.exact.gradients.compare_with_exact_gradient.
 """

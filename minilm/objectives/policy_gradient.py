@@ -92,7 +92,7 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
 
 def reward_to_go(rewards: np.ndarray, token_kl: np.ndarray, mask: np.ndarray, beta: float,
                  baseline: str = "leave_one_out") -> np.ndarray:
-    """Advantages of tokens, with less variance and the same expected gradient: a float64 array (P,K,T).
+    """Advantages of tokens, with the same expected gradient and usually less variance: a float64 array (P,K,T).
 
         A_t = r(x,y) - beta sum_{s >= t} k1_s - b
 

@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import graphlib
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -139,7 +140,8 @@ def speed_rows() -> str:
 class Part:
     """A part of a README: its file, the time that it takes, and a function or commands that give its text.
 
-    Of commands the last one prints a Markdown table; a part with commands and no file writes its files itself.
+    The last of the commands prints a Markdown table; commands of a part without a file write their own files.
+    figure: the path of a figure that the commands write, and where a README shows it.
     """
 
     file: str
@@ -147,6 +149,7 @@ class Part:
     make: Callable[[], str] | None = None
     commands: tuple[str, ...] = ()
     cheap: bool = False
+    figure: tuple[str, str] | None = None
 
     def text(self) -> str:
         if self.make:
@@ -176,10 +179,11 @@ PARTS = {
     "counts": Part("tests/README.md", "1 s", counts, cheap=True),
     "golden": Part("tests/golden/README.md", "1 s", golden_cases, cheap=True),
     "bytes": Part("kernels/README.md", "5 s", commands=("scripts/bench/attention.py",), cheap=True),
-    "assistant": Part("README.md", "12 min", commands=(*ASSISTANT, "scripts/support/figures.py runs/a runs/b runs/c")),
+    "assistant": Part("README.md", "12 min", commands=(*ASSISTANT, "scripts/support/figures.py runs/a runs/b runs/c"),
+                      figure=("runs/a/reward_against_kl.png", "scripts/support/reward_against_kl.png")),
     "bench": Part("scripts/bench/README.md", "40 min, on an idle machine",
-                  commands=("scripts/bench/table.py runs/bench",)),
-    "tricks": Part("scripts/bench/README.md", "5 min, on an idle machine", commands=("scripts/bench/tricks.py",)),
+                  commands=("scripts/bench/table.py runs/bench", "scripts/bench/table.py runs/bench --print")),
+    "tricks": Part("scripts/bench/README.md", "minutes, on an idle machine", commands=("scripts/bench/tricks.py",)),
     "lecture": Part("", "half an hour", commands=("scripts/lecture/all.py --out runs/claims --resume",
                                                   "scripts/lecture/all.py --readme runs/claims")),
     "vectors": Part("", "2 s", commands=("scripts/dev/golden.py",)),
@@ -215,6 +219,9 @@ def regenerate(name: str) -> None:
     if part.file:
         path = ROOT / part.file
         path.write_text(replaced(path.read_text("utf-8"), name, text), "utf-8")
+    if part.figure:
+        source, target = part.figure
+        shutil.copyfile(ROOT / source, ROOT / target)
     print(f"{name}: {part.file or 'written by its script'}")
 
 

@@ -52,7 +52,6 @@ def test_the_example_of_a_pytorch_policy_prints_the_stated_numbers():
     names, (first,), (block,) = {}, blocks("descend("), blocks("import torch")
     run(first, names)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
         assert run(block, names) == pytest.approx(stated(block), abs=3e-3)
     finally:

@@ -8,7 +8,9 @@ from helpers import (assert_close, assert_same, gradients, padded, parameter_gra
 from minilm import layers, no_grad, ops
 from minilm.fast import tiled_attention
 from minilm.gradcheck import gradcheck
-from minilm.model import Config, RewardModel, Transformer
+from minilm.fast.packed_attention import attend_to_segments, rectangle_segments
+from minilm.model import Config, RewardModel, Transformer, hidden_states
+from minilm.tensor import arrays_only
 from common.masked_pretraining import masked_log_probs
 
 KINDS = {
@@ -65,6 +67,44 @@ def test_recomputed_blocks_give_the_same_bits(kind, rng):
     again, found = gradients(lambda *_: learned(model.over(model.parameters()), tokens), *model.parameters().values())
     assert np.array_equal(again, value)
     assert all(np.array_equal(a, b) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_states_of_arrays_have_the_bits_of_those_of_tensors(kind, rng):
+    """Within arrays_only, padded and in segments."""
+    model = small_transformer(rng, layers=2, **KINDS[kind])
+    on_arrays = model.over({name: p.data for name, p in model.parameters().items()})
+    tokens, mask = rng.integers(7, size=(3, 5)), padded([[1] * 5, [1] * 2, [1] * 3], 0, 0)[1]
+    for key_mask in (None, mask, mask[:, ::-1]):
+        expected = model.hidden(tokens, key_mask)
+        with arrays_only():
+            hidden = on_arrays.hidden(tokens, key_mask)
+        assert type(hidden) is np.ndarray and np.array_equal(hidden, expected.data)
+
+
+@pytest.mark.parametrize("form", ["padded", "segments"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bidirectional"])
+def test_hidden_states_with_checkpointing_give_the_same_bits_and_gradients(kind, form, rng):
+    model = small_transformer(rng, layers=3, **KINDS[kind])
+    tokens, mask = rng.integers(7, size=(2, 5)), np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    attend = (model.attend_to_padded(5, mask) if form == "padded" else
+              attend_to_segments(model.config, model.parameters(), rectangle_segments(2, 5), np.tile(np.arange(5), 2)))
+    results = []
+    for checkpointing in (False, True):
+        hidden = hidden_states(model.parameters(), model.config, tokens, attend, checkpointing)
+        value, grads = gradients(lambda *_: hidden, *model.parameters().values())
+        results.append([value, *(grad for grad in grads if grad is not None)])
+    assert len(results[0]) > 10
+    for kept, recomputed in zip(*results, strict=True):
+        assert np.array_equal(kept, recomputed)
+
+
+def test_padded_attention_with_a_mask_of_ones_is_packed_attention(rng):
+    for kind in ("grouped heads", "interleaved pairs", "smeared keys"):
+        model = small_transformer(rng, layers=2, rope_base=100.0, norm_eps=0.1, **KINDS[kind])
+        tokens = rng.integers(7, size=(2, 6))
+        assert_same(lambda *_: model.hidden(tokens), lambda *_: model.hidden(tokens, np.ones((2, 6))),
+                    *(p for name, p in model.parameters().items() if name != "unembedding"))
 
 
 def test_memory_grows_with_the_number_of_tokens_and_not_with_its_square(rng, monkeypatch):

@@ -1,4 +1,5 @@
 """minilm/stages: each loop does what its formula says, stops and resumes bit for bit, and names what went wrong."""
+import functools
 import os
 import time
 
@@ -465,6 +466,56 @@ def test_a_step_of_dpo_is_down_the_gradient_of_its_loss(workers):
     assert_close(metrics["rewards/chosen"], 0.7 * (l_c.data - ref_c).mean())
     assert_close(metrics["rewards/rejected"], 0.7 * (l_r.data - ref_r).mean())
     assert_step_is_down_the_gradient_of(dpo.dpo_loss(l_c, l_r, ref_c, ref_r, beta=0.7), before, training, metrics)
+
+
+def simpo_loss(policy_chosen, policy_rejected, chosen_lengths, rejected_lengths, beta):
+    """A loss without a reference: Meng et al. 2024, arXiv:2405.14734, (6), with gamma = 0.5."""
+    margin = beta * (policy_chosen / chosen_lengths - policy_rejected / rejected_lengths) - 0.5
+    return -ops.log_sigmoid(margin).mean()
+
+
+def summed_and_counted(model, prompts, responses):
+    """log pi(y|x) and the number of tokens of each response, computed from padded rows."""
+    batch = make_batch(prompts, responses, PAD)
+    return ops.sum(model.log_probs(batch.tokens) * batch.target_mask, axis=1), batch.target_mask.sum(axis=1)
+
+
+@pytest.mark.parametrize("name", ["length-normalised DPO", "SimPO", "any name"])
+@one_or_two_workers
+def test_a_loss_with_lengths_gets_the_lengths_of_chosen_and_rejected_in_tokens(name, workers):
+    def any_name(**given):
+        return dpo.length_normalised_dpo_loss(**given)
+
+    loss = {"length-normalised DPO": dpo.length_normalised_dpo_loss, "SimPO": simpo_loss, "any name": any_name}[name]
+    training, reference = make_training("DPO", workers, np.float64), transformer(np.float64)
+    references = [reference_log_probs(reference, PROMPTS, answers) for answers in (RESPONSES, REJECTED)]
+    loop = train_dpo(training, PROMPTS, RESPONSES, REJECTED, *references, 5, 5, beta=0.7, learning_rate=0.02, loss=loss)
+    next(loop)
+    before, (rows, prompts, chosen, rejected) = training.model.copy(), comparisons(training)
+    metrics = next(loop)
+    log_pi_w, lengths_w = summed_and_counted(before, prompts, chosen)
+    log_pi_l, lengths_l = summed_and_counted(before, prompts, rejected)
+    assert (lengths_w != lengths_l).any() and (lengths_w == [len(y) for y in chosen]).all()
+    difference = log_pi_w / lengths_w - log_pi_l / lengths_l
+    offset = 0.5 if name == "SimPO" else 0.7 * (references[0][rows] / lengths_w - references[1][rows] / lengths_l)
+    by_hand = ops.softplus(offset - 0.7 * difference).mean()            # -log sigmoid(z) = softplus(-z)
+    assert_step_is_down_the_gradient_of(by_hand, before, training, metrics)
+
+
+def test_a_loss_with_an_unknown_required_parameter_raises_with_its_name():
+    def with_margin(policy_chosen, policy_rejected, margin):
+        return ops.softplus(policy_rejected - policy_chosen + margin).mean()
+
+    training = make_training("DPO")
+    with pytest.raises(ValueError, match="'margin' is none of them. Rename it, or set it with functools.partial"):
+        next(dpo_stage(training, 1, loss=with_margin))
+    metrics = next(dpo_stage(training, 1, loss=functools.partial(with_margin, margin=0.5)))
+    assert np.isfinite(metrics["loss"])
+
+
+def test_a_loss_without_log_probs_of_the_policy_raises():
+    with pytest.raises(ValueError, match="it takes no log-probs of the policy"):
+        next(dpo_stage(make_training("DPO"), 1, loss=lambda reference_chosen, beta: Tensor(0.0)))
 
 
 @pytest.mark.parametrize("stage", STAGES)

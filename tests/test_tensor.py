@@ -8,9 +8,10 @@ import pytest
 from helpers import assert_close, normal, peak_memory
 from minilm import Tensor, no_grad, ops, primitive
 from minilm.backend import array_module, to_device
+from minilm.gradcheck import gradcheck
 from minilm.fast.activation_checkpointing import activation_checkpoint
 from minilm.stages.diverged import first_nonfinite
-from minilm.tensor import grad_enabled
+from minilm.tensor import arrays_only, grad_enabled, watching
 
 
 # What backward adds up.
@@ -186,7 +187,46 @@ def test_nothing_is_recorded_of_tensors_that_require_no_gradient():
     assert (Tensor(1.0) * 2.0).node is None
 
 
-# What is refused, and with which words.
+# arrays_only and watching.
+
+def test_within_arrays_only_primitives_take_and_return_arrays(rng):
+    x, y = rng.normal(size=(2, 3)), rng.normal(size=(3, 2))
+    with arrays_only():
+        z = ops.tanh(ops.matmul(x, y))
+        assert type(z) is np.ndarray
+    assert np.array_equal(z, ops.tanh(Tensor(x) @ Tensor(y)).data)
+
+
+def test_arrays_only_ends_with_its_block_also_after_an_error(rng):
+    x = rng.normal(size=3)
+    with arrays_only():
+        with arrays_only():
+            pass
+        assert type(ops.exp(x)) is np.ndarray
+    with pytest.raises(ZeroDivisionError), arrays_only():
+        raise ZeroDivisionError
+    assert isinstance(ops.exp(x), Tensor)
+
+
+def test_arrays_only_holds_in_its_own_thread_alone(rng):
+    x, kinds = rng.normal(size=3), []
+    with arrays_only():
+        thread = threading.Thread(target=lambda: kinds.append(type(ops.exp(x))))
+        thread.start()
+        thread.join()
+    assert kinds == [Tensor]
+
+
+def test_watching_sees_the_name_and_the_output_of_each_call_and_ends_also_after_an_error(rng):
+    x, seen = normal(rng, 3), []
+    with pytest.raises(ZeroDivisionError), watching(lambda name, output: seen.append((name, output.tolist()))):
+        ops.exp(x * 2.0)
+        raise ZeroDivisionError
+    ops.tanh(x)
+    assert seen == [("multiply", (x.data * 2).tolist()), ("exp", np.exp(x.data * 2).tolist())]
+
+
+# Errors.
 
 def test_backward_of_a_non_scalar_asks_for_its_cotangent(rng):
     with pytest.raises(ValueError, match=r"shape \(2, 3\) needs its cotangent"):
@@ -243,6 +283,56 @@ def test_a_gradient_of_the_wrong_kind_is_reported_with_the_primitive(rng, wrong,
         y.backward()
 
 
+@pytest.mark.parametrize("function, described", [
+    (lambda x: 2 * x, "ndarray"),
+    (lambda x: np.stack([x, x]), "ndarray"),                    # two rows, as many as (output, vjp)
+    (lambda x: (2 * x, 2 * x), "2 values"),
+    (lambda x: (2 * x, lambda dy: 2 * dy, x), "3 values"),
+], ids=["output alone", "two rows", "gradient instead of vjp", "three values"])
+def test_a_primitive_without_a_vjp_raises_at_its_call_with_the_two_things_to_return(rng, function, described):
+    function.__name__ = "double"
+    with pytest.raises(TypeError, match=r"^double\(\(3,\)\): a primitive returns \(output, vjp\): .*; got " + described):
+        primitive(function)(normal(rng, 3))
+
+
+def test_a_missing_second_gradient_raises_with_the_number_and_the_name_of_its_argument(rng):
+    @primitive
+    def product(left, right):
+        return left * right, lambda dz: dz * right
+
+    z = product(normal(rng, 3), normal(rng, 3)).sum()
+    with pytest.raises(RuntimeError, match=r"^product: .* \(argument 2 'right'\) came back as None; vjp must return one "
+                                           "array per argument"):
+        z.backward()
+
+
+def test_a_tensor_as_the_output_of_a_primitive_raises_and_points_to_numpy(rng):
+    @primitive
+    def double(x):
+        return ops.multiply(x, 2.0), lambda dy: 2 * dy
+
+    with pytest.raises(TypeError, match=r"^double\(\(3,\)\): the output is a Tensor; .* with NumPy's functions"):
+        double(normal(rng, 3))
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda x: np.exp(x), r"^np.exp does not take a Tensor: use minilm.ops.exp, or tensor.data"),
+    (lambda x: np.arctan(x), r"^np.arctan does not take a Tensor: use the functions of minilm.ops, or tensor.data"),
+    (lambda x: np.linalg.norm(x), r"^np.\w+ does not take a Tensor"),
+    (lambda x: np.add(x.data, x, out=np.zeros(3)), r"^np.add does not take a Tensor: use minilm.ops.add"),
+    (lambda x: np.add.reduce(x), r"^np.add does not take a Tensor: use minilm.ops.add"),
+    (lambda x: np.multiply.outer(x.data, x), r"^np.multiply does not take a Tensor: use minilm.ops.multiply"),
+], ids=["exp", "arctan", "linalg.norm", "out=", "reduce", "outer"])
+def test_a_numpy_function_of_a_tensor_raises_and_names_the_function_of_ops(rng, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(normal(rng, 3))
+
+
+def test_numpy_asks_the_class_for_its_ufuncs_and_cupy_asks_the_tensor():
+    """NEP 13. CuPy evaluates `array + tensor` itself unless the tensor's __array_ufunc__ is None."""
+    assert callable(Tensor.__array_ufunc__) and Tensor(1.0).__array_ufunc__ is None
+
+
 def test_shapes_that_do_not_fit_raise_with_the_primitive_and_both_shapes(rng):
     with pytest.raises(ValueError, match=r"add\(\(2,\), \(3,\)\): "):
         normal(rng, 2) + normal(rng, 3)
@@ -276,11 +366,27 @@ def test_a_tensor_of_a_tensor_is_refused():
 
 # Arrays and scalars beside Tensors.
 
-def test_an_array_on_the_left_gives_a_tensor(rng):
-    x, a = normal(rng, 3), rng.normal(size=3)
-    for result, expected in ((a + x, a + x.data), (a - x, a - x.data), (a * x, a * x.data), (a / x, a / x.data),
-                             (a @ x, a @ x.data)):
+@pytest.mark.parametrize("operator", [lambda a, b: a + b, lambda a, b: a - b, lambda a, b: a * b, lambda a, b: a / b,
+                                      lambda a, b: a @ b], ids=list("+-*/@"))
+def test_an_array_on_either_side_keeps_its_side(rng, operator):
+    x = Tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    a = np.array([[5.0, -1.0], [2.0, 7.0]])
+    for result, expected in ((operator(a, x), operator(a, x.data)), (operator(x, a), operator(x.data, a))):
         assert isinstance(result, Tensor) and result.requires_grad and np.allclose(result.data, expected, 0, 1e-15)
+    gradcheck(lambda x: operator(a, x), x)
+
+
+def test_vectors_multiply_an_array_on_the_left(rng):
+    x, a = normal(rng, 3), rng.normal(size=3)
+    assert isinstance(a @ x, Tensor) and np.allclose((a @ x).data, a @ x.data, 0, 1e-15)
+
+
+def test_a_number_on_the_left_stays_on_the_left():
+    x = Tensor([1.0, 4.0], requires_grad=True)
+    assert (5 - x).data.tolist() == [4, 1] and (2 / x).data.tolist() == [2, 0.5]
+    assert (np.float64(5) - x).data.tolist() == [4, 1]
+    (5 - x).sum().backward()
+    assert x.grad.tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("scalar", [2, 2.5, np.float64(2.5), np.int64(2)], ids=repr)

@@ -209,7 +209,7 @@ def _generate(model, prompts, uniforms, eos, temperature, top_k, top_p):
 
 
 def _prefill(model, prompts, max_new_tokens):
-    """The last hidden states (B,D) of the prompts, a cache with room for the responses, and where prompts begin.
+    """The last hidden states (B,D) of the prompts, a cache with capacity for the responses, and the first columns.
 
     Each distinct prompt is computed once, however many responses to it are drawn. Prompts are padded on the left, so
     that the next token of every row goes to the same column of the cache.

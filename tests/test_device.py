@@ -1,6 +1,6 @@
-"""The whole road on arrays of a GPU against the same on NumPy's: on the stand-in for CuPy, and on a GPU where one is.
+"""The full pipeline on GPU arrays against NumPy: on the emulator's mock of CuPy, and on a GPU where there is one.
 
-The stand-in (kernels/emulator) refuses what CuPy refuses, and more, so what passes touches the CPU nowhere unasked.
+The mock (kernels/emulator) raises on everything that CuPy raises on, and more, so no array reaches the CPU unasked.
 """
 import functools
 import sys

@@ -195,8 +195,8 @@ def test_draws_from_a_large_vocabulary_in_float32_do_not_drift():
 def test_each_token_is_drawn_with_the_number_of_its_row_and_position(rng):
     model, uniforms = small_transformer(rng), rng.random((3, 8))
     for prompt, response, u in zip(PROMPTS, generate(model, PROMPTS, 8, uniforms, EOS).responses(), uniforms):
-        laws = [plain_distribution(row) for row in logits_before_each(model, prompt, response)]
-        assert response == [np.searchsorted(law.cumsum(), number, side="right") for law, number in zip(laws, u)]
+        expected = [plain_distribution(row) for row in logits_before_each(model, prompt, response)]
+        assert response == [np.searchsorted(p.cumsum(), number, side="right") for p, number in zip(expected, u)]
 
 
 @given(rng=rngs)

@@ -184,7 +184,7 @@ def test_the_logits_are_those_of_the_architecture_written_plainly(kind, rng):
     """Without torch: residuals, order of q, k, v in their matrix, every setting of Config that is a number."""
     model = small_transformer(rng, **{"layers": 2, "rope_base": 50.0, "norm_eps": 0.1, **KINDS[kind]})
     tokens = rng.integers(7, size=9)
-    for key_mask in (None, np.ones((1, 9))):                            # packed, and with room for padding
+    for key_mask in (None, np.ones((1, 9))):                            # packed, and as if padded
         assert_close(model(tokens[None], key_mask).data[0], plain_logits(model, tokens))
 
 

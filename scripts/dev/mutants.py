@@ -46,7 +46,7 @@ ALSO = {"tensor": ("test_ops",), "model": ("test_plain", "test_generate", "test_
         "packed_attention": ("test_packing", "test_model"),
         "cached_decoding": ("test_generate", "test_plain"), "flat_parameters": ("test_optim", "test_stages"),
         "deferred": ("test_tensor", "test_layers"), "activation_checkpointing": ("test_tensor", "test_model")}
-# The slowest, last of all: of kernels, which are text beside the library; of the main job; of benchmarks.
+# The slowest, last of all: of kernels, which are text beside the library; of assistant.py; of benchmarks.
 LATE = ("test_device", "kernel", "emulator", "test_cupy_double", "test_exact_optimum", "test_assistant", "test_bench")
 # What the tests' pytest takes beside the project's conftest, and the only plugin of others: what else is installed
 # would be imported five hundred times.

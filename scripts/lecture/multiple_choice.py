@@ -1,6 +1,6 @@
 """Multiple choice measures largely what was memorised
 
-Claim. Instructed models are evaluated on many subjects by multiple choice, as MMLU does; such a test
+Claim. Instruction-finetuned models are evaluated on many subjects by multiple choice, as MMLU does; such a test
 measures largely what was memorised in pretraining.
 
 Test. An invented encyclopedia: facts of four subjects, each stated 1, 4, 16, 64 or 256 times in one pass of

@@ -181,6 +181,7 @@ def _generate(model, prompts, uniforms, eos, temperature, top_k, top_p):
     entropies = np.zeros((B, max_new_tokens), model.dtype)
     rows = np.arange(B)                     # the rows that are computed,
     unfinished = np.ones(B, bool)           # and which of these have not ended
+    drawn = np.zeros(B, np.int64)
     used = 0
     for t in range(max_new_tokens):
         if t:

@@ -118,7 +118,7 @@ def rope(x, cos, sin, pairing: str = "half"):
     Meta's files; GGUF). The tables may also be (B,1,T,K/2).
     Su et al. 2021, arXiv:2104.09864.
     """
-    xp = array_module(x, cos, sin)
+    array_module(x, cos, sin)               # raises if they are on two devices
     if cos.dtype != x.dtype:
         raise TypeError(f"mixed dtypes: x is {x.dtype} and its tables are {cos.dtype}; make them with dtype={x.dtype}")
     rotation = cos + 1j * sin               # exp(i angle)
@@ -169,7 +169,7 @@ def smear(k, amount, previous_key):
 
 
 def mix_keys(k, previous, amount):
-    """(1 - a) k + a previous, with a = sigmoid(amount) (G,K) and keys (..,G,T,K). Returns it and the vjp for all three."""
+    """(1 - a) k + a previous, with a = sigmoid(amount) (G,K) and keys (..,G,T,K); and the vjp for all three."""
     a = ops.stable_sigmoid(amount)[:, None]
     difference = previous - k
     def vjp(dy):
@@ -189,12 +189,12 @@ def attention(q, k, v, causal: bool = True, key_mask=None, scale: float | None =
     scale     instead of 1/sqrt(K)
     Query head h reads key/value head h // (H/G): grouped-query attention.
 
-    With scores E = scale q k^T, P = softmax(E) and O = P v:
+    With scores E = scale q k^T, P = softmax(E) and o = P v:
 
-        dv = P^T dO,        dP = dO v^T,        dE = P (dP - rowsum(dP P)),
+        dv = P^T do,        dP = do v^T,        dE = P (dP - rowsum(dP P)),
         dq = scale dE k,    dk = scale dE^T q
 
-    and rowsum(dP P) = rowsum(dO O), a sum over K numbers instead of S. attention_without_tiles is this derivation
+    and rowsum(dP P) = rowsum(do o), a sum over K numbers instead of S. attention_without_tiles is this derivation
     in code; fast/tiled_attention.py computes the same numbers tile by tile.
     Raises ValueError for shapes that do not fit.
     Vaswani et al. 2017, arXiv:1706.03762; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
@@ -226,17 +226,17 @@ def attention_without_tiles(q, k, v, causal: bool = True):
         E = xp.where(xp.tri(T, S, S - T, dtype=bool), E, -xp.inf)
     P = xp.exp(E - E.max(axis=-1, keepdims=True))
     P /= P.sum(axis=-1, keepdims=True)
-    O = P @ v                                                       # (B,G,H/G,T,K)
+    o = P @ v                                                       # (B,G,H/G,T,K)
 
-    def vjp(dO):
-        dO = dO.reshape(O.shape)
-        dv = P.swapaxes(-1, -2) @ dO                                # (B,G,H/G,S,K)
-        dP = dO @ v.swapaxes(-1, -2)                                # (B,G,H/G,T,S)
-        dE = P * (dP - (dO * O).sum(axis=-1, keepdims=True))
+    def vjp(do):
+        do = do.reshape(o.shape)
+        dv = P.swapaxes(-1, -2) @ do                                # (B,G,H/G,S,K)
+        dP = do @ v.swapaxes(-1, -2)                                # (B,G,H/G,T,S)
+        dE = P * (dP - (do * o).sum(axis=-1, keepdims=True))
         dq = dE @ k * K ** -0.5
         dk = dE.swapaxes(-1, -2) @ q * K ** -0.5
         return dq.reshape(B, H, T, K), dk.sum(axis=2), dv.sum(axis=2)
-    return O.reshape(B, H, T, K), vjp
+    return o.reshape(B, H, T, K), vjp
 
 
 @primitive

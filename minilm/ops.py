@@ -178,8 +178,8 @@ def minimum(x, y):
     xp = array_module(x, y)
     x_shape, y_shape = _shapes(x, y)
     def vjp(dz):
-        share = (x < y) + 0.5 * (x == y)
-        return unbroadcast(dz * share.astype(dz.dtype), x_shape), unbroadcast(dz * (1 - share).astype(dz.dtype), y_shape)
+        share = ((x < y) + 0.5 * (x == y)).astype(dz.dtype)
+        return unbroadcast(dz * share, x_shape), unbroadcast(dz * (1 - share), y_shape)
     return xp.minimum(x, y), vjp
 
 

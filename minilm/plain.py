@@ -79,7 +79,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: np.ndarray) -> Tensor:
     H = q.shape[1]
     G = k.shape[1]
     K = q.shape[3]
-    shared = [h // (H // G) for h in range(H)]                              # query head h reads key/value head shared[h]
+    shared = [h // (H // G) for h in range(H)]                              # query head h: key/value head shared[h]
     scores = q @ ops.swapaxes(k[:, shared], -1, -2) / K ** 0.5              # (B,H,T,S)
     weights = ops.softmax(ops.where(visible, scores, -1e30))                # exp(-1e30) is 0
     return ops.where(visible, weights, 0.0) @ v[:, shared]                  # (B,H,T,K)
@@ -150,7 +150,7 @@ def reward(parameters: Parameters, tokens: np.ndarray, config, mask: np.ndarray 
 def sft_loss(log_probs: Tensor, mask: np.ndarray, total: float | None = None) -> Tensor:
     """Pretraining and supervised finetuning: the mean of -log pi over the tokens where mask is 1.
 
-    log_probs and mask (B,T). total: the number to divide by, if it is not the sum of this mask (a larger batch in parts).
+    log_probs and mask (B,T). total: the number to divide by, if not the sum of this mask (a batch in parts).
     """
     total = np.sum(mask) if total is None else total
     return -ops.sum(sequence_log_probs(log_probs, mask)) / total
@@ -177,7 +177,7 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
         return R - mean
     if baseline == "leave_one_out":                                         # the mean of the N - 1 other samples
         return R - (N * mean - R) / (N - 1)
-    if baseline == "group":                                                 # the mean, in units of the standard deviation
+    if baseline == "group":                                                 # in units of the standard deviation
         return (R - mean) / (R.std(axis=1, ddof=1, keepdims=True) + 1e-4)
     raise ValueError(f"baseline is {baseline!r}; it must be 'none', 'mean', 'leave_one_out' or 'group'")
 

@@ -42,7 +42,7 @@ def _operator(name, reflected=False):
 
 
 class _NumpyFunctions:
-    """Tensor.__array_ufunc__. NumPy asks the class, and gets a function; CuPy asks an object, and gets None (NEP 13)."""
+    """Tensor.__array_ufunc__: a function for NumPy (it asks the class), None for CuPy (it asks an object); NEP 13."""
 
     def __get__(self, tensor, owner):
         return _apply_ufunc if tensor is None else None

@@ -39,7 +39,8 @@ def attend_to_segments(config, parameters, segments: list[Segment], positions) -
     rotation = cos + 1j * sin
 
     def attend(layer, qkv):
-        return packed_attention(qkv, parameters.get(f"blocks.{layer}.key_smear"), rotation=rotation, groups=groups, **shape)
+        amount = parameters.get(f"blocks.{layer}.key_smear")
+        return packed_attention(qkv, amount, rotation=rotation, groups=groups, **shape)
     return attend
 
 
@@ -56,7 +57,8 @@ def _attend_on_gpu(config, parameters, segments, cos, sin, shape):
 
     def attend(layer, qkv):
         if config.key_smear:
-            qkv = smear_keys(qkv, parameters[f"blocks.{layer}.key_smear"], starts, before, config.heads, config.kv_heads)
+            amount = parameters[f"blocks.{layer}.key_smear"]
+            qkv = smear_keys(qkv, amount, starts, before, config.heads, config.kv_heads)
         rows = qkv.reshape(-1, qkv.shape[-1])
         mixed = _segment_attention()(rows, cos, sin, plan=plan, **shape)
         return mixed.reshape(*qkv.shape[:-1], mixed.shape[-1])
@@ -99,28 +101,28 @@ def packed_attention(qkv, amount, rotation, heads: int, kv_heads: int, groups, p
     by_head = qkv.reshape(N, H + 2 * G, K).swapaxes(0, 1)       # (H+2G,N,K)
     q_and_k, prepared_vjp = _smeared_and_rotated(by_head[:H + G], H, amount, rotation, groups, pairing)
     values = by_head[H + G:].copy()                             # a view would keep all of qkv alive
-    O = xp.empty((N, H, K), dtype)
+    o = xp.empty((N, H, K), dtype)
     vjps = []
     for group in groups:
         q = _aligned(q_and_k[:H], group, with_prefix=False)
         k, v = (_aligned(flat, group, with_prefix=True) for flat in (q_and_k[H:], values))
-        out = _aligned(O.swapaxes(0, 1), group, with_prefix=False) if _side_by_side(group) else None
+        out = _aligned(o.swapaxes(0, 1), group, with_prefix=False) if _side_by_side(group) else None
         mask = _real_keys(group, k.shape[2])
         mixed, vjp = tiled_attention(q, k, v, causal=True, key_mask=mask, scale=1, out=out)
         if out is None:
-            _put_back(O.swapaxes(0, 1), mixed, group)
+            _put_back(o.swapaxes(0, 1), mixed, group)
         vjps.append(vjp)
 
     def vjp(dy):
         dq = xp.empty((H, N, K), dtype)
         dkv = xp.zeros((2, G, N, K), dtype)
-        dO = dy.reshape(N, H, K).swapaxes(0, 1)
+        do = dy.reshape(N, H, K).swapaxes(0, 1)
         for group, group_vjp in zip(groups, vjps):
-            dO_rows = _aligned(dO, group, with_prefix=False)
+            do_rows = _aligned(do, group, with_prefix=False)
             if _side_by_side(group):                            # the gradients are views: written and added in place
-                group_vjp(dO_rows, *(_aligned(flat, group, with_prefix=False) for flat in (dq, *dkv)))
+                group_vjp(do_rows, *(_aligned(flat, group, with_prefix=False) for flat in (dq, *dkv)))
                 continue
-            dq_rows, dk, dv = group_vjp(dO_rows)
+            dq_rows, dk, dv = group_vjp(do_rows)
             _put_back(dq, dq_rows, group)
             _add_back(dkv[0], dk, group)
             _add_back(dkv[1], dv, group)
@@ -129,7 +131,7 @@ def packed_attention(qkv, amount, rotation, heads: int, kv_heads: int, groups, p
         damount = prepared_vjp(dq, dkv[0], by_head[:H + G])
         by_head[H + G:] = dkv[1]
         return dqkv.reshape(qkv.shape), damount
-    return O.reshape(*qkv.shape[:-1], H * K), vjp
+    return o.reshape(*qkv.shape[:-1], H * K), vjp
 
 
 def _smeared_and_rotated(x, H, amount, rotation, groups, pairing):

@@ -56,12 +56,12 @@ class Tiles:
 def tiled_attention(q, k, v, causal, key_mask, scale, out=None):
     """(output, vjp) of q (B,H,T,K), k and v (B,G,S,K); out: an array to write the output to.
 
-    vjp(dO, dq=None, dk=None, dv=None): arrays may be given; dq is written there, dk and dv are added to theirs.
+    vjp(do, dq=None, dk=None, dv=None): arrays may be given; dq is written there, dk and dv are added to theirs.
     """
     tiles = Tiles(q, k, causal, key_mask, scale)
     xp = tiles.xp
     out = xp.empty(q.shape, q.dtype) if out is None else out
-    O = out.reshape(tiles.shape)
+    o = out.reshape(tiles.shape)
     if not tiles.slices:
         out[...] = 0
     kept = {}                   # by the tile's first query: exp(scores - highest) and its sum, or the log-sum-exp
@@ -76,36 +76,36 @@ def tiled_attention(q, k, v, causal, key_mask, scale, out=None):
         total = xp.where(total > 0, total, 1)
         mixed = E.swapaxes(-1, -2) @ v[:, :, tiles.keys(tile)]
         mixed /= total.swapaxes(-1, -2)
-        O[..., tile, :] = mixed.reshape(O[..., tile, :].shape)
+        o[..., tile, :] = mixed.reshape(o[..., tile, :].shape)
         kept[tile.start] = (E, total) if tiles.keep_scores else (None, highest + xp.log(total))
 
     def vjp(dy, dq=None, dk=None, dv=None):
         dq, dk, dv = (xp.zeros(a.shape, a.dtype) if d is None else d for a, d in ((q, dq), (k, dk), (v, dv)))
-        _backward(tiles, kept, v, O, dy.reshape(O.shape), dq.reshape(O.shape), dk, dv)
+        _backward(tiles, kept, v, o, dy.reshape(o.shape), dq.reshape(o.shape), dk, dv)
         if scale != 1:
             dq *= scale
         return dq, dk, dv
     return out, vjp
 
 
-def _backward(tiles, kept, v, O, dy, dq, dk, dv):
-    """dq is written, dk and dv are added to; dq lacks the scale. O, dy and dq are (B,G,H/G,T,K)."""
+def _backward(tiles, kept, v, o, dy, dq, dk, dv):
+    """dq is written, dk and dv are added to; dq lacks the scale. o, dy and dq are (B,G,H/G,T,K)."""
     for tile in tiles.slices:
         keys = tiles.keys(tile)
-        dO = tiles.queries(dy, tile)
+        do = tiles.queries(dy, tile)
         E, total = kept[tile.start]
         if E is None:
             E = tiles.scores(tile)
             E -= total                                          # total is the log-sum-exp
             tiles.xp.exp(E, out=E)                              # P
         else:
-            dO = dO / total.swapaxes(-1, -2)                    # P = E / total, which is never computed
-        dE = v[:, :, keys] @ dO.swapaxes(-1, -2)                # dP, turned into dE in place
-        dE -= _dot_rows(dO, tiles.queries(O, tile)).swapaxes(-1, -2)
+            do = do / total.swapaxes(-1, -2)                    # P = E / total, which is never computed
+        dE = v[:, :, keys] @ do.swapaxes(-1, -2)                # dP, turned into dE in place
+        dE -= _dot_rows(do, tiles.queries(o, tile)).swapaxes(-1, -2)
         dE *= E
         dq[..., tile, :] = (dE.swapaxes(-1, -2) @ tiles.k[:, :, keys]).reshape(dq[..., tile, :].shape)
         dk[:, :, keys] += dE @ tiles.queries(tiles.q, tile)
-        dv[:, :, keys] += E @ dO
+        dv[:, :, keys] += E @ do
 
 
 def _dot_rows(a, b):

@@ -79,6 +79,6 @@ def loss_parameters(loss: Callable) -> list[str]:
     unknown = [p.name for p in parameters if p.name not in known and p.default is p.empty]
     if unknown or not any(p.name in LOG_PROBS[:2] for p in parameters):
         wrong = f"its parameter '{unknown[0]}' is none of them" if unknown else "it takes no log-probs of the policy"
-        raise ValueError(f"train_dpo calls a loss with the parameters that it names, out of {', '.join(known)}; {wrong}. "
-                         "Rename it, or set it with functools.partial")
+        raise ValueError(f"train_dpo calls a loss with the parameters that it names, out of {', '.join(known)}; "
+                         f"{wrong}. Rename it, or set it with functools.partial")
     return [p.name for p in parameters if p.name in known]

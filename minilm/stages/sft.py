@@ -1,4 +1,4 @@
-"""Stage 2. Supervised finetuning (SFT) on instructions: imitate demonstrated responses, with the loss on the response."""
+"""Stage 2. Supervised finetuning (SFT): imitate demonstrated responses to instructions; only they have a loss."""
 
 from __future__ import annotations
 

@@ -120,7 +120,8 @@ def train_rlhf(policy: Parameters, reference: Parameters, reward_model: Paramete
     train(policy, batch, steps, learning_rate=2e-3)
 
 
-def train_dpo(policy: Parameters, reference: Parameters, chosen: np.ndarray, rejected: np.ndarray, steps: int, rng) -> None:
+def train_dpo(policy: Parameters, reference: Parameters, chosen: np.ndarray, rejected: np.ndarray, steps: int,
+              rng) -> None:
     with no_grad():
         reference_chosen = reply_log_probs(reference, chosen).data                      # (n)
         reference_rejected = reply_log_probs(reference, rejected).data                  # (n)

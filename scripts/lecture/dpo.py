@@ -48,12 +48,11 @@ from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mea
 import numpy as np
 
 from minilm.objectives.dpo import dpo_loss, robust_dpo_loss
-from minilm.packing import pack
 from minilm.stages.sft import train_sft
-from minilm.stages.dpo import train_dpo, summed_log_probs
+from minilm.stages.dpo import train_dpo
 from minilm.stages.train_state import TrainState
-from minilm.tensor import Tensor
 from minilm.exact.enumerable import divergence, expectation, optimum
+from common.dpo_step import TERMS, decomposition
 from common.frontier import frontier
 from worlds.replies import MODEL, ReplyWorld
 
@@ -62,7 +61,6 @@ FLIPS, FRESH = 0.25, 2000
 LEVELS, DECIDES = (0.25, 0.5, 1.0), 0.5      # nats at which methods are compared; the level of the rule
 ENVELOPE = tuple(np.geomspace(5, 0.05, 30))
 TEMPERATURES = tuple(np.linspace(1, 0.1, 19))
-TERMS = ("all chosen replies", "all rejected replies", "one pair alone: its chosen", "one pair alone: its rejected")
 RUNS = tuple(f"DPO, beta {beta}" for beta in BETAS)
 CLEAN, EVERY = f"DPO, beta {HARD}", "DPO, every beta"
 HARDER = ("flips: DPO", "flips: cDPO", "flips: robust DPO", "pairs of an earlier model", "uniform pairs")
@@ -76,84 +74,109 @@ SIZES = {"quick": {"seeds": 3, "tuning": 6, "demonstrations": 200, "pairs": 100,
                      "early": [6, 12, 18], "alone": 24}}
 
 
-def measure(experiment, seed, tuning, demonstrations, pairs, steps, points, early, alone):
-    rng = np.random.default_rng(seed)
-    world = ReplyWorld(words=2)
+class Paths:
+    """Training runs of one seed, evaluated along the way. fresh: p, better, worse (3,B) of new pairs."""
+
+    def __init__(self, world, model, rng, settings):
+        self.world = world
+        self.model = model
+        self.rng = rng
+        self.settings = settings
+        self.reference = world.log_distributions(model)
+        p, first, second = world.comparisons(self.reference, world.gold, rng, FRESH)
+        lead = world.gold[p, first] - world.gold[p, second]
+        self.fresh = np.array([p, *np.where(lead > 0, (first, second), (second, first))])[:, lead != 0]
+
+    def point(self, log_pi, compared):
+        """Everything that is measured of a policy (P,N)."""
+        change = log_pi - self.reference
+        p, chosen, rejected = compared
+        new, better, worse = self.fresh
+        paired = in_a_pair(self.world, *compared)
+        cut = within(log_pi, paired)
+        gold = self.world.gold
+        return {"KL": divergence(log_pi, self.reference).mean(), "gold": expectation(log_pi, gold).mean(),
+                "KL, cut": divergence(cut, self.reference).mean(), "gold, cut": expectation(cut, gold).mean(),
+                "in no pair": 1 - expectation(log_pi, paired).mean(),
+                "chosen": change[p, chosen].mean(), "rejected": change[p, rejected].mean(),
+                "fitted": (change[p, chosen] > change[p, rejected]).mean(),
+                "ordered": (change[new, better] > change[new, worse]).mean()}
+
+    def along(self, policy, compared, stage, watch=None):
+        """The points along a stage that trains the policy; watch(policy) is called at the regular ones."""
+        evaluated = [self.point(self.reference, compared)]
+        if watch:
+            watch(policy)
+        for step, _ in enumerate(stage, 1):
+            if step in evaluated_at(**self.settings):
+                evaluated.append(self.point(self.world.log_distributions(policy), compared))
+            if watch and step % (self.settings["steps"] // self.settings["points"]) == 0:
+                watch(policy)
+        return {name: [values[name] for values in evaluated] for name in evaluated[0]}
+
+    def dpo(self, compared, beta=HARD, loss=dpo_loss, watch=None):
+        policy = self.model.copy()
+        p, chosen, rejected = compared
+        references = (self.reference[p, y].astype(policy.dtype) for y in (chosen, rejected))
+        stage = train_dpo(TrainState(policy, self.rng), *self.world.tokens_of(*compared), *references,
+                          self.settings["steps"], 64, beta, learning_rate=3e-4, loss=loss)
+        return self.along(policy, compared, stage, watch)
+
+    def imitation(self, compared):
+        """SFT on the chosen replies."""
+        policy = self.model.copy()
+        prompts, chosen = self.world.tokens_of(*compared[:2])
+        stage = train_sft(TrainState(policy, self.rng), prompts, chosen, self.settings["steps"], 64, 3e-4)
+        return self.along(policy, compared, stage)
+
+    def curve(self, policies):
+        """KL and gold reward of several policies (P,N)."""
+        return {"KL": [divergence(log_pi, self.reference).mean() for log_pi in policies],
+                "gold": [expectation(log_pi, self.world.gold).mean() for log_pi in policies]}
+
+
+def finetuned(experiment, world, rng, demonstrations, tuning):
+    """The SFT model, and log pi (P,N) of an earlier checkpoint, after a sixth of its training."""
     model = experiment.transformer(rng, **MODEL)
     demonstrated = world.demonstrations(rng, demonstrations)
     for step, _ in enumerate(train_sft(TrainState(model, rng), *demonstrated, tuning, 64, 3e-3), 1):
         if step == tuning // 6:
             earlier = world.log_distributions(model)
-    reference = world.log_distributions(model)
+    return model, earlier
+
+
+def measure(experiment, seed, tuning, demonstrations, pairs, steps, points, early, alone):
+    rng = np.random.default_rng(seed)
+    world = ReplyWorld(words=2)
+    model, earlier = finetuned(experiment, world, rng, demonstrations, tuning)
+    paths = Paths(world, model, rng, {"steps": steps, "points": points, "early": early})
+    reference = paths.reference
     uniform = np.full(world.shape, -np.log(world.shape[1]))
     clean, flipped = (world.comparisons(reference, world.gold, rng, pairs, flip_rate=rate) for rate in (0, FLIPS))
-    p, first, second = world.comparisons(reference, world.gold, rng, FRESH)
-    lead = world.gold[p, first] - world.gold[p, second]
-    fresh = np.array([p, *np.where(lead > 0, (first, second), (second, first))])[:, lead != 0]
-
-    def point(log_pi, compared):
-        """Everything that is measured of a policy (P,N)."""
-        change = log_pi - reference
-        p, chosen, rejected = compared
-        paired = in_a_pair(world, *compared)
-        cut = within(log_pi, paired)
-        return {"KL": divergence(log_pi, reference).mean(), "gold": expectation(log_pi, world.gold).mean(),
-                "KL, cut": divergence(cut, reference).mean(), "gold, cut": expectation(cut, world.gold).mean(),
-                "in no pair": 1 - expectation(log_pi, paired).mean(),
-                "chosen": change[p, chosen].mean(), "rejected": change[p, rejected].mean(),
-                "fitted": (change[p, chosen] > change[p, rejected]).mean(),
-                "ordered": (change[fresh[0], fresh[1]] > change[fresh[0], fresh[2]]).mean()}
-
-    def path(policy, compared, stage, watch=None):
-        """The points along a stage that trains the policy."""
-        evaluated = [point(reference, compared)]
-        if watch:
-            watch(policy)
-        for step, _ in enumerate(stage, 1):
-            if step in evaluated_at(steps, points, early):
-                evaluated.append(point(world.log_distributions(policy), compared))
-            if watch and step % (steps // points) == 0:
-                watch(policy)
-        return {name: [values[name] for values in evaluated] for name in evaluated[0]}
-
-    def dpo_path(compared, beta=HARD, loss=dpo_loss, watch=None):
-        policy = model.copy()
-        p, chosen, rejected = compared
-        references = (reference[p, y].astype(policy.dtype) for y in (chosen, rejected))
-        stage = train_dpo(TrainState(policy, rng), *world.tokens_of(*compared), *references, steps, 64, beta,
-                          learning_rate=3e-4, loss=loss)
-        return path(policy, compared, stage, watch)
-
     parts = []
 
     def decompose(policy):
-        parts.append(decomposition(policy, world, reference, clean, alone))
+        parts.append(decomposition(policy, world, reference, clean, HARD, alone))
 
-    results = {name: dpo_path(clean, beta, watch=decompose if beta == HARD else None)
+    results = {name: paths.dpo(clean, beta, watch=decompose if beta == HARD else None)
                for name, beta in zip(RUNS, BETAS)}
-    policy = model.copy()
-    imitating = train_sft(TrainState(policy, rng), *world.tokens_of(*clean[:2]), steps, 64, 3e-4)
-    results[IMITATION] = path(policy, clean, imitating)
+    results[IMITATION] = paths.imitation(clean)
     experiment.say(f"seed {seed}, log-probs of chosen replies: {np.round(results[CLEAN]['chosen'], 2).tolist()}")
     smoothed = functools.partial(dpo_loss, label_smoothing=FLIPS)
     robust = functools.partial(robust_dpo_loss, flip_rate=FLIPS)
     harder = [flipped] * 3 + [world.comparisons(log_pi, world.gold, rng, pairs) for log_pi in (earlier, uniform)]
     for name, compared, loss in zip(HARDER, harder, (dpo_loss, smoothed, robust, dpo_loss, dpo_loss)):
-        results[name] = dpo_path(compared, loss=loss)
-
-    def curve_of(policies):
-        return {"KL": [divergence(log_pi, reference).mean() for log_pi in policies],
-                "gold": [expectation(log_pi, world.gold).mean() for log_pi in policies]}
+        results[name] = paths.dpo(compared, loss=loss)
 
     paired = in_a_pair(world, *clean)
     lower = [world.log_distributions(model, t) for t in TEMPERATURES]
-    results["pi*"] = curve_of([optimum(reference, world.gold, beta)[0] for beta in ENVELOPE])
-    results[LOWER] = curve_of(lower)
-    results[CUT_LOWER] = curve_of([within(log_pi, paired) for log_pi in lower])
+    results["pi*"] = paths.curve([optimum(reference, world.gold, beta)[0] for beta in ENVELOPE])
+    results[LOWER] = paths.curve(lower)
+    results[CUT_LOWER] = paths.curve([within(log_pi, paired) for log_pi in lower])
     results["pi* in no pair"] = 1 - expectation(optimum(reference, world.gold, HARD)[0], paired).mean()
     results[CUT] = {name: results[CLEAN][f"{name}, cut"] for name in ("KL", "gold")}
     terms, errors = zip(*parts)
-    return {**results, "terms": terms, "error": max(errors), "equal": 1 - fresh.shape[1] / FRESH}
+    return {**results, "terms": terms, "error": max(errors), "equal": 1 - paths.fresh.shape[1] / FRESH}
 
 
 def evaluated_at(steps, points, early, **_):
@@ -172,54 +195,6 @@ def within(log_pi, allowed):
     """log pi(y | y is allowed), from log_pi (P,N) and allowed (P,N)."""
     restricted = np.where(allowed, log_pi, -np.inf)
     return restricted - np.logaddexp.reduce(restricted, axis=1, keepdims=True)
-
-
-def decomposition(policy, world, reference, pairs, alone):
-    """The mean of d log pi(chosen) / d rate for one gradient step on the loss of these pairs, split into TERMS.
-
-    Also returns the relative error of the first two terms against central differences of that step.
-    """
-    policy = policy.over({name: Tensor(w.data.astype(np.float64), requires_grad=True)
-                          for name, w in policy.parameters().items()})
-    p, chosen, rejected = pairs
-    weights = list(policy.parameters().values())
-
-    def gradient(cotangent):
-        """The gradient of sum(cotangent * log_pi) as one flat vector; cotangent (P,N) is mostly 0."""
-        for w in weights:
-            w.grad = None
-        rows, y = np.nonzero(cotangent)
-        summed_log_probs(policy, pack(*world.tokens_of(rows, y))).backward(cotangent[rows, y])
-        return np.concatenate([w.grad.reshape(-1) for w in weights])
-
-    def scattered(y, values):
-        table = np.zeros(world.shape)
-        np.add.at(table, (p, y), values)
-        return table
-
-    log_pi = world.log_distributions(policy)
-    leaves = [Tensor(log_pi[p, y], requires_grad=True) for y in (chosen, rejected)]
-    dpo_loss(*leaves, *(reference[p, y] for y in (chosen, rejected)), beta=HARD).backward()
-    downhill = [gradient(scattered(y, -leaf.grad)) for y, leaf in zip((chosen, rejected), leaves)]
-    objective = gradient(scattered(chosen, np.full(len(p), 1 / len(p))))
-    terms = [objective @ step for step in downhill]
-
-    single = []
-    for i in range(alone):
-        of_chosen, of_rejected = (gradient(scattered(y, np.arange(len(p)) == i)) for y in (chosen, rejected))
-        # The gradient of the loss is a mean over the pairs; for one pair alone, the factor 1/B is removed.
-        single.append(-leaves[0].grad[i] * len(p) * np.array([of_chosen @ of_chosen, -of_chosen @ of_rejected]))
-
-    sides = []
-    rate = 1e-6
-    for sign in (1, -2):                                    # forward, then twice as far back
-        start = 0
-        for w in weights:
-            w.data += sign * rate * sum(downhill)[start:start + w.size].reshape(w.shape)
-            start += w.size
-        sides.append(world.log_distributions(policy)[p, chosen].mean())
-    measured = (sides[0] - sides[1]) / (2 * rate)
-    return [*terms, *np.mean(single, axis=0)], abs(sum(terms) - measured) / sum(map(abs, terms))
 
 
 def at(seeds, name, k):

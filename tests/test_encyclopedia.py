@@ -4,10 +4,23 @@ import collections
 
 import numpy as np
 import pytest
-
 from worlds import encyclopedia as page
-from worlds.encyclopedia import (ANSWER, ASK, CITY, COUNTRY, END, EXPOSURES, KNOWN, LETTERS, PLAIN, QUESTION,
-                                       SUBJECTS, VALUES, WORDINGS, Encyclopedia)
+from worlds.encyclopedia import (
+    ANSWER,
+    ASK,
+    CITY,
+    COUNTRY,
+    END,
+    EXPOSURES,
+    KNOWN,
+    LETTERS,
+    PLAIN,
+    QUESTION,
+    SUBJECTS,
+    VALUES,
+    WORDINGS,
+    Encyclopedia,
+)
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,29 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
-
 from helpers import rngs
+from hypothesis import given
+from hypothesis import strategies as st
 from worlds import instructions
-from worlds.instructions import (FIRST_OPERATION, LETTERS, MAPS, OPERATIONS, PLACES, PROMPT, TASKS, WORD,
-                                       carry_out, coverage, documents, draw_words, is_held_out, nearest,
-                                       single_operations, split_tasks, text)
+from worlds.instructions import (
+    FIRST_OPERATION,
+    LETTERS,
+    MAPS,
+    OPERATIONS,
+    PLACES,
+    PROMPT,
+    TASKS,
+    WORD,
+    carry_out,
+    coverage,
+    documents,
+    draw_words,
+    is_held_out,
+    nearest,
+    single_operations,
+    split_tasks,
+    text,
+)
 
 SMALL, LARGE = "abcdefghij", "ABCDEFGHIJ"
 # The operations, once more: on strings.

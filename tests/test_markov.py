@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-
 from helpers import assert_close
 from worlds.markov import MarkovSource
 

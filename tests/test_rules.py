@@ -2,10 +2,9 @@
 import itertools
 
 import numpy as np
+from helpers import assert_close, rngs
 from hypothesis import given
 from hypothesis import strategies as st
-
-from helpers import assert_close, rngs
 from worlds import rules
 from worlds.rules import ARROW, LABEL, LABELS, LETTERS, LINE, WORD
 

@@ -33,15 +33,16 @@ import sys
 from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mean, mean_range, run, spread
 from common.recipes import early_stopped_reward_model, finetune_on_replies, reward_table
 
+# isort: split
 import numpy as np
-
 from common.early_stopping import keep_best
-from minilm.stages.dpo import train_dpo, reference_log_probs
-from minilm.stages.rlhf import train_rlhf
-from minilm.stages.train_state import TrainState
-from minilm.exact.enumerable import divergence, expectation, optimum
 from common.frontier import frontier
 from worlds.replies import EOS, LONGEST, MODEL, ReplyWorld
+
+from minilm.exact.enumerable import divergence, expectation, optimum
+from minilm.stages.dpo import reference_log_probs, train_dpo
+from minilm.stages.rlhf import train_rlhf
+from minilm.stages.train_state import TrainState
 
 LITTLE, ENOUGH, BETA = 300, 0.5, 0.3
 ENVELOPE = tuple(np.geomspace(5, 0.05, 30))

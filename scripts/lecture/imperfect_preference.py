@@ -34,11 +34,12 @@ import sys
 from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mean, mean_range, run, spread
 from common.recipes import finetune_by_dpo, sft_model
 
+# isort: split
 import numpy as np
-
-from minilm.world.annotators import Annotator
-from minilm.exact.enumerable import divergence, expectation, optimum, preference
 from worlds.replies import ReplyWorld
+
+from minilm.exact.enumerable import divergence, expectation, optimum, preference
+from minilm.world.annotators import Annotator
 
 BETA, PAIRS = 0.3, 2000
 GROUPS = ("majority", "minority")

@@ -36,20 +36,21 @@ import sys
 from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mean, mean_range, run, spread
 from common.recipes import proxy_rewards, sft_model
 
+# isort: split
 import numpy as np
+from worlds.replies import EOS, LONGEST, ReplyWorld
 
 from minilm import data, evaluate
+from minilm.exact.enumerable import best_of_n, divergence, expectation, optimum
 from minilm.generate import generate
 from minilm.model import RewardModel
-from minilm.stages.sft import train_sft
 from minilm.stages.reward_model import train_reward_model
 from minilm.stages.rlhf import train_rlhf
+from minilm.stages.sft import train_sft
 from minilm.stages.train_state import TrainState
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, tasks
-from minilm.exact.enumerable import best_of_n, divergence, expectation, optimum
 from minilm.world.manners import draw_manner, phrase
-from worlds.replies import EOS, LONGEST, ReplyWorld
 
 BETAS = tuple(np.geomspace(3, 0.01, 30))
 DRAWS = tuple(2 ** k for k in range(13))

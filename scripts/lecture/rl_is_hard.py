@@ -35,17 +35,18 @@ import textwrap
 from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mean, mean_range, run, spread
 from common.recipes import finetune_by_dpo, proxy_rewards, sft_model
 
+# isort: split
 import numpy as np
+from worlds.replies import EOS, LONGEST, MODEL, ReplyWorld
 
 from minilm.data import make_batch
+from minilm.exact.enumerable import expectation, objective, optimum
 from minilm.generate import generate
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
 from minilm.optim import warmup_cosine
 from minilm.stages.rlhf import train_rlhf
-from minilm.stages.train_state import TrainState, train_step, stage
+from minilm.stages.train_state import TrainState, stage, train_step
 from minilm.tensor import no_grad
-from minilm.exact.enumerable import expectation, objective, optimum
-from worlds.replies import EOS, LONGEST, MODEL, ReplyWorld
 
 # P prompts, K samples per prompt.
 BETA, RATE, P, K = 0.3, 2e-3, 16, 4

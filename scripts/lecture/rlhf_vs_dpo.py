@@ -35,17 +35,18 @@ import tracemalloc
 from common.experiment import COLOURS, Comparison, Conclusion, curve, mean, mean_range, run, spread
 from common.recipes import reward_table, sft_model
 
+# isort: split
 import numpy as np
+from common.frontier import frontier
+from worlds.replies import EOS, LONGEST, ReplyWorld
 
 from minilm.evaluate import predicted_rewards
+from minilm.exact.enumerable import best_of_n, divergence, expectation, optimum
 from minilm.model import RewardModel
-from minilm.stages.dpo import train_dpo, reference_log_probs
+from minilm.stages.dpo import reference_log_probs, train_dpo
 from minilm.stages.reward_model import train_reward_model
 from minilm.stages.rlhf import train_rlhf
 from minilm.stages.train_state import TrainState
-from minilm.exact.enumerable import best_of_n, divergence, expectation, optimum
-from common.frontier import frontier
-from worlds.replies import EOS, LONGEST, ReplyWorld
 
 METHODS = ("RLHF", "DPO")
 LEVELS, DECIDES = (0.25, 0.5, 1.0, 2.0), 1.0            # nats at which frontiers are read; the level of the rule

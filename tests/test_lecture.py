@@ -50,6 +50,15 @@ def test_a_claim_has_its_script_its_five_paragraphs_and_its_sizes(row):
     assert {"quick", "default"} <= set(lecture.sizes(row)) <= {"quick", "default", "full"}
 
 
+@pytest.mark.parametrize("row", lecture.EXPERIMENTS)
+def test_an_experiment_imports_numpy_after_the_module_that_limits_blas(row):
+    imports = [node for node in ast.parse(lecture.script(row).read_text("utf-8")).body
+               if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
+    standard = [name for name in modules if name.partition(".")[0] in sys.stdlib_module_names]
+    assert modules[len(standard)] == "common.experiment" and "numpy" in modules
+
+
 def test_every_script_of_the_folder_is_a_claim_or_shared():
     assert {path.stem for path in LECTURE.glob("*.py")} == {"all", *lecture.EXPERIMENTS}
 

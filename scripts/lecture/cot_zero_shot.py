@@ -27,10 +27,11 @@ import sys
 from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mean, mean_range, run, spread
 from common.recipes import add_digits
 
+# isort: split
 import numpy as np
+from worlds import digit_sums
 
 from minilm.generate import generate
-from worlds import digit_sums
 
 WAYS = {"the phrase": {"phrase": "trigger"}, "another phrase": {"phrase": "filler"}, "no phrase": {},
         "at once": {"beginning": [digit_sums.SO]}, "dots": {"beginning": [digit_sums.DOT]}}

@@ -32,15 +32,16 @@ import sys
 
 from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mean, mean_range, run, spread
 
+# isort: split
 import numpy as np
+from worlds.replies import EOS, LONGEST, MODEL, RIGHT, ReplyWorld
 
+from minilm.exact.enumerable import expectation
 from minilm.generate import generate
-from minilm.stages.sft import train_sft
 from minilm.stages.dpo import train_dpo
+from minilm.stages.sft import train_sft
 from minilm.stages.train_state import TrainState
 from minilm.world.annotators import is_right
-from minilm.exact.enumerable import expectation
-from worlds.replies import EOS, LONGEST, MODEL, RIGHT, ReplyWorld
 
 FEW = 32
 PRICES = (1, 4)

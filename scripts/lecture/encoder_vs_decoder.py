@@ -40,13 +40,14 @@ import sys
 
 from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mean, mean_range, run, spread
 
+# isort: split
 import numpy as np
-
 from common.masked_pretraining import masked_pretraining
+from worlds import rules
+
 from minilm.stages.pretraining import pretrain_on_documents
 from minilm.stages.train_state import TrainState
 from minilm.tensor import no_grad
-from worlds import rules
 
 SHOTS = 8
 LABEL_TOKENS = slice(rules.LABEL, rules.LABEL + rules.LABELS)

@@ -36,13 +36,27 @@ import sys
 
 from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mean, mean_range, run, spread
 
+# isort: split
 import numpy as np
+from worlds.encyclopedia import (
+    CHOICES,
+    CITY,
+    COUNTRY,
+    END,
+    EXPOSURES,
+    FILLERS,
+    FIRST_ENTITY,
+    LETTERS,
+    PLAIN,
+    QUESTION,
+    WORDINGS,
+    Encyclopedia,
+    padded,
+)
 
 from minilm.stages.pretraining import pretrain_on_documents
 from minilm.stages.train_state import TrainState
 from minilm.tensor import no_grad
-from worlds.encyclopedia import (CHOICES, CITY, COUNTRY, END, EXPOSURES, FILLERS, FIRST_ENTITY, LETTERS,
-                                 PLAIN, QUESTION, WORDINGS, Encyclopedia, padded)
 
 MODEL = {"width": 64, "layers": 3, "heads": 4, "context": 128, "key_smear": True}
 SIZES = {"quick": {"seeds": 3, "entities": 48, "documents": 256, "batch": 64, "repeats": 1},

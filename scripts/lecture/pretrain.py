@@ -30,10 +30,23 @@ arXiv:2001.08361 (loss against size and tokens).
 
 import sys
 
-from common.experiment import (COLOURS, Comparison, Conclusion, curve, level, mean, mean_range, run,
-                               smallest_step, spread)
+from common.experiment import (
+    COLOURS,
+    Comparison,
+    Conclusion,
+    curve,
+    level,
+    mean,
+    mean_range,
+    run,
+    smallest_step,
+    spread,
+)
 
+# isort: split
 import numpy as np
+from worlds.markov import MarkovSource
+from worlds.ngrams import NGram
 
 from minilm.data import make_stream
 from minilm.stages.pretraining import pretrain, pretrain_on_documents
@@ -41,8 +54,6 @@ from minilm.stages.train_state import TrainState
 from minilm.tensor import no_grad
 from minilm.tokenizer import Tokenizer
 from minilm.world.corpus import english
-from worlds.markov import MarkovSource
-from worlds.ngrams import NGram
 
 WIDTHS = (16, 32, 64)
 LENGTH = 128                            # tokens of a window

@@ -28,16 +28,17 @@ import sys
 
 from common.experiment import COLOURS, Comparison, Conclusion, level, mean, mean_range, run, spread
 
+# isort: split
 import numpy as np
+from worlds.replies import COURTESY, EOS, MODEL, VOCABULARY, WORDS, ReplyWorld
 
 from minilm import layers
+from minilm.exact.enumerable import expectation, preference
 from minilm.objectives.sft import sft_loss
 from minilm.stages.sft import train_sft
 from minilm.stages.train_state import TrainState
 from minilm.tensor import Tensor
 from minilm.world.annotators import is_right
-from minilm.exact.enumerable import expectation, preference
-from worlds.replies import COURTESY, EOS, MODEL, VOCABULARY, WORDS, ReplyWorld
 
 CARELESS = 0.5                          # the share of careless demonstrations
 TOLERANCE = 0.01                        # of equal loss, nats per reply

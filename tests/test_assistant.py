@@ -289,6 +289,23 @@ def test_the_labels_of_the_betas_do_not_overlap_and_the_square_root_axis_is_name
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+def test_the_tables_of_finished_runs_are_printed_again(whole, tmp_path):
+    folder = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    figures = [sys.executable, str(SCRIPTS / "support" / "figures.py")]
+    one = run(figures, folder)
+    assert (one.returncode, one.stderr) == (0, "")
+    table = one.stdout.strip().split("Written to")[0].strip()
+    assert table in whole[1].stdout
+    several = run(figures, folder, whole[0])
+    assert several.returncode == 0 and several.stdout.startswith("| | task accuracy | gold reward | proxy reward |")
+    assert "| SFT model | " in several.stdout and "- RLHF minus SFT model, win rate, " in several.stdout
+    results = json.loads((folder / "results.json").read_text())
+    del results["trial"]
+    (folder / "results.json").write_text(json.dumps(results))
+    assert_error(run(figures, folder), str(folder), "older version", "Run it again")
+    assert_error(run(figures, tmp_path / "none"), str(tmp_path / "none"), "there is no such file")
+
+
 def test_help_names_every_option_with_its_default():
     done = run(SCRIPT, "--help")
     assert done.returncode == 0 and done.stderr == ""

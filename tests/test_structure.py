@@ -7,8 +7,6 @@ import sys
 import tokenize
 from pathlib import Path
 
-import pytest
-
 import readme
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,8 +27,8 @@ LEVELS = """
 # What a reader needs for the mathematics, and nothing else of minilm.
 READER = ("plain", "tensor", "ops", "gradcheck", "objectives", "exact")
 # Folders of scripts that scripts import from, and the helpers that lie beside the benchmarks.
-SHARED_BY_SCRIPTS = {"support", "common", "worlds", "gpu_measuring", "hf_llama", "library_process", "measuring",
-                     "torch_llama", "trl_trainers"}
+SHARED_BY_SCRIPTS = {"support", "common", "worlds", "golden_inputs", "gpu_measuring", "hf_llama", "library_process",
+                     "measuring", "torch_llama", "trl_trainers"}
 FUNCTION_LINES = 40             # without its docstring
 TUPLE_ASSIGNMENTS = 0.05
 

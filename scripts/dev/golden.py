@@ -1,8 +1,8 @@
-"""Golden vectors: inputs, losses, gradients and metrics to hold another implementation against.
+"""Golden vectors: inputs, losses, gradients and metrics with which another implementation can be compared.
 
     python scripts/dev/golden.py [--out DIR] [--seed N] [--size small|large]
 
-writes an .npz for each of CASES, and index.json: what each of them computes, and on these terms:
+Writes an .npz file for each of CASES, and index.json with their functions and these conventions:
 
 arrays: Inputs have the names of the function's arguments. `loss` is a scalar result, `output` an array. dNAME is the
     gradient with respect to the input NAME: of loss, or of sum(output * doutput), where doutput is an input.
@@ -22,7 +22,7 @@ gate_up: Columns are the gate (F), then the up-projection (F).
 rope: Pair i turns by position * base^(-2i/K), positions from 0. Pairing half: (i, i + K/2), Llama in Hugging Face
     form; interleaved: (2i, 2i + 1), the paper.
 
-tests/golden/ is the small set of seed 0. Checked in tests/test_golden.py.
+The index contains the conventions word for word. tests/golden/ is the small set of seed 0. Tests: tests/test_golden.py.
 """
 import argparse
 import inspect
@@ -43,6 +43,17 @@ from minilm.optim import AdamW
 from minilm.tensor import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
+from golden_inputs import (  # noqa: E402
+    activations,
+    comparisons,
+    groups,
+    language_model,
+    nan_outside,
+    normal,
+    pairs,
+    responses,
+    samples,
+)
 from support.run_folder import UsageError, main_guard  # noqa: E402
 
 FORMAT, INDEX = {"format": "minilm golden vectors", "version": 1}, "index.json"
@@ -52,98 +63,7 @@ SIZES = {"small": types.SimpleNamespace(B=4, T=6, P=2, K=3, V=9, D=6, H=4, head=
          "large": types.SimpleNamespace(B=16, T=64, P=8, K=4, V=500, D=48, H=8, head=16, F=80)}
 
 
-# Recipes for inputs: each takes a Generator and the sizes; a function picks its arguments from what comes back.
-
-def normal(rng, *shape, mean=0.0, scale=1.0):
-    return np.round((mean + scale * rng.normal(size=shape)) * 256) / 256
-
-
-def log_probabilities(rng, *shape):
-    return -0.75 - np.abs(normal(rng, *shape))
-
-
-def spans(rng, N, T):
-    """Prompt, response, padding: True on the response. Row 0 has no padding, row 1 responds with an EOS alone."""
-    start = rng.integers(1, T // 2, size=N)
-    end = rng.integers(start + 1, T + 1)
-    end[:2] = T, start[1] + 1
-    return (start[:, None] <= np.arange(T)) & (np.arange(T) < end[:, None])
-
-
-def responses(rng, n):
-    log_probs, targets, guesses = log_probabilities(rng, n.B, n.T), *rng.integers(n.V, size=(2, n.B, n.T))
-    return {"log_probs": log_probs, "mask": spans(rng, n.B, n.T), "entropies": np.abs(normal(rng, n.B, n.T)),
-            "policy": log_probs, "reference": log_probs + normal(rng, n.B, n.T),
-            "targets": targets, "predictions": np.where(rng.random(targets.shape) < 0.5, targets, guesses)}
-
-
-def comparisons(rng, n, scale=1.0):
-    """The last two rewards are equal."""
-    chosen, rejected = scale * normal(rng, 2, n.B)
-    rejected[-1] = chosen[-1]
-    return {"chosen_rewards": chosen, "rejected_rewards": rejected, "margin": np.abs(normal(rng, n.B))}
-
-
-def pairs(rng, n, scale=4.0):
-    """Policy and reference agree on the last pair."""
-    chosen, rejected = scale * log_probabilities(rng, 2, n.B)
-    from_chosen, from_rejected = scale * normal(rng, 2, n.B, scale=0.5) * (np.arange(n.B) < n.B - 1)
-    chosen_lengths, rejected_lengths = rng.integers(1, n.T + 1, size=(2, n.B))
-    return {"policy_chosen": chosen, "policy_rejected": rejected,
-            "reference_chosen": chosen + from_chosen, "reference_rejected": rejected + from_rejected,
-            "chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths,
-            "policy": chosen, "reference": chosen + from_chosen}
-
-
-def samples(rng, n, by_token=False):
-    """Ratios of the first tokens within the clip, above, below, above, below, within it; of six advantages the first
-    three are positive. All samples of the last prompt got the same reward."""
-    N, mask = n.P * n.K, spans(rng, n.P * n.K, n.T)
-    drift = 0.4 * np.resize([0, 1, -1, 1, -1, 0], (N, 1)) * (mask & (mask.cumsum(axis=1) == 1))
-    old, advantages = log_probabilities(rng, N, n.T), 0.25 + np.abs(normal(rng, N))
-    rewards = normal(rng, n.P, n.K) * (np.arange(n.P) < n.P - 1)[:, None]
-    return {"log_probs": old + normal(rng, N, n.T, mean=drift, scale=0.03), "old_log_probs": old, "mask": mask,
-            "advantages": normal(rng, N, n.T) if by_token else advantages * np.resize([1, 1, 1, -1, -1, -1], N),
-            "rewards": rewards, "kl": normal(rng, n.P, n.K), "entropies": np.abs(normal(rng, N, n.T))}
-
-
-def groups(rng, n):
-    return {"rewards": normal(rng, n.P, n.K), "token_kl": normal(rng, n.P, n.K, n.T),
-            "mask": spans(rng, n.P * n.K, n.T).reshape(n.P, n.K, n.T)}
-
-
-def nan_outside(recipe):
-    """The same inputs, with NaN wherever the mask is False."""
-    def poisoned(rng, n):
-        made = recipe(rng, n)
-        return {name: np.where(made["mask"], a, np.nan) if a.shape == made["mask"].shape and a.dtype == float else a
-                for name, a in made.items()}
-    return poisoned
-
-
-def activations(rng, n, scale=1.0, sharing=1, queries=None, padding=False):
-    """Padding: on the left in row 0, whose first queries then see no key, and on the right in row 1."""
-    k, v = normal(rng, 2, 2, n.H // sharing, n.T, n.head)
-    real = np.ones((2, n.T), bool)
-    real[0, :2] = real[1, -3:] = False
-    return {"q": normal(rng, 2, n.H, queries or n.T, n.head), "k": k, "v": v, "key_mask": real if padding else None,
-            "x": normal(rng, 2, n.H, n.T, n.head), "positions": np.append(np.arange(n.T - 1), 8192),
-            "weight": normal(rng, n.head), "gate_up": normal(rng, 2, n.T, 2 * n.F),
-            "hidden": scale * normal(rng, 2, n.T, n.D), "unembedding": normal(rng, n.V, n.D),
-            "targets": rng.integers(n.V, size=(2, n.T)), "matrix": normal(rng, n.D, n.F), "vector": normal(rng, n.D),
-            "dmatrix": normal(rng, 3, n.D, n.F), "dvector": normal(rng, 3, n.D)}
-
-
-def language_model(rng, n, **config):
-    """Every weight is of order 1: small ones hide wrong gradients. Base and eps are not the defaults."""
-    config = vars(Config(vocab_size=n.V, width=n.D, heads=n.H, kv_heads=n.H // 2, head_width=n.head, ffn_width=n.F,
-                         context=n.T, rope_base=50.0, norm_eps=0.125, **config))
-    weights = {name: normal(rng, *p.shape, mean=1.0 if "norm" in name else 0.0, scale=0.3 if "norm" in name else 0.7)
-               for name, p in Transformer(Config(**config), rng).parameters().items()}
-    return {"tokens": rng.integers(n.V, size=(3, n.T)), "mask": spans(rng, 3, n.T), "config": config, **weights}
-
-
-# What the library has no single function for.
+# Functions that the library does not have as one function.
 
 def rope(x, positions, base=10000.0, pairing="half"):
     return layers.rope(x, *layers.rope_tables(positions, x.shape[-1], base, x.dtype), pairing=pairing)
@@ -156,7 +76,7 @@ def transformer(tokens, mask, config, **weights):
 
 
 def adamw(matrix, vector, dmatrix, dvector, max_norm, learning_rate, betas, eps, weight_decay):
-    """One step for each of dmatrix and dvector; the norms before clipping, and the parameters after each step."""
+    """A step for each of dmatrix and dvector: the norms before clipping, and the parameters after each step."""
     p, q = Tensor(matrix), Tensor(vector)
     optimiser, steps = AdamW({"matrix": p, "vector": q}, learning_rate, betas, eps, weight_decay), []
     for p_gradient, q_gradient in zip(dmatrix, dvector):
@@ -167,15 +87,15 @@ def adamw(matrix, vector, dmatrix, dvector, max_norm, learning_rate, betas, eps,
     return dict(zip(("norms", "matrix_after", "vector_after"), map(np.array, zip(*steps))))
 
 
-# What is computed, and from which recipes.
+# The cases: functions, and the recipes of their inputs.
 
 class Function(typing.NamedTuple):
     call: typing.Callable
-    gradients: str       # with respect to which inputs; "*": to every floating-point one
-    cases: dict          # (recipe, options), by what is added to the function's name
+    gradients: str       # the inputs with a gradient; "*": every floating-point input
+    cases: dict          # {suffix of the function's name: (recipe, options)}
     formula: str         # in the names of the arguments
     paper: str = ""
-    trl: str = ""        # who computes it in TRL 1.16
+    trl: str = ""        # the class of TRL 1.16 that computes it
 
 
 def case(recipe, **options):
@@ -277,7 +197,7 @@ CASES = {f.call.__name__ + suffix: (f, *case) for f in FUNCTIONS for suffix, cas
 
 
 def make(name, seed=0, size="small"):
-    """What a case gives to its function: arrays, and options with the defaults written out."""
+    """The arguments of a case's function: (arrays, options), defaults included."""
     function, recipe, options = CASES[name]
     rng, arguments = np.random.default_rng(seed), inspect.signature(function.call).parameters.values()
     made = recipe(rng, SIZES[size])
@@ -292,7 +212,7 @@ def make(name, seed=0, size="small"):
 
 
 def compute(name, inputs, options):
-    """The results of a case, arrays by name, from what its file and the index hold."""
+    """The results of a case, arrays by name, from its inputs and options."""
     function, arguments = CASES[name][0], {key: a for key, a in inputs.items() if key != "doutput"}
     floating = (key for key, a in arguments.items() if a.dtype.kind == "f")
     leaves = {key: Tensor(arguments[key], requires_grad=True)
@@ -308,7 +228,7 @@ def compute(name, inputs, options):
 
 
 def golden(name, seed=0, size="small"):
-    """A case as it is handed out: its entry in the index, and its arrays."""
+    """A case as it is written: (its entry in the index, its arrays)."""
     function, (inputs, options) = CASES[name][0], make(name, seed, size)
     results = compute(name, inputs, options)
     entry = {"file": f"{name}.npz", "function": function.call.__name__, "formula": function.formula,
@@ -319,7 +239,7 @@ def golden(name, seed=0, size="small"):
 
 
 def write_arrays(path, arrays):
-    """An .npz, whole or not at all. Equal arrays give equal files: NumPy dates all entries 1980."""
+    """Write an .npz file completely or not at all. Equal arrays give equal files: NumPy dates all entries 1980."""
     temporary = path.with_name(f".{path.name}{checkpoint.TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "wb") as file:
@@ -350,7 +270,8 @@ def main():
     cases = {name: golden(name, asked.seed, asked.size) for name in CASES}
     index = {**header, "tolerance": TOLERANCE, "conventions": CONVENTIONS,
              "cases": {name: entry for name, (entry, _) in cases.items()}}
-    checkpoint.write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")    # first: by it a run cut short goes on
+    # The index first: with it an interrupted run can continue.
+    checkpoint.write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
     for name, (_, arrays) in cases.items():
         write_arrays(folder / f"{name}.npz", arrays)
     print(f"{len(cases)} cases in {folder}; begin with {folder / INDEX}")

@@ -1,4 +1,4 @@
-"""scripts/dev/mutants.py: its table is of this library, and the runner tells a killed mutant from a surviving one."""
+"""scripts/dev/mutants.py: its tables fit the source, and it tells killed mutants from surviving ones."""
 import ast
 import csv
 import os
@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 
 for module in ("fcntl", "safetensors"):
-    pytest.importorskip(module, reason="what the scripts need: pip install -e '.[run]'")
+    pytest.importorskip(module, reason="needed by the scripts: pip install -e '.[run]'")
 
 import mutants
+import mutants_table
 from helpers import has_ended
 from support.run_folder import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "dev" / "mutants.py"
-MUTANTS = mutants.read_tables(mutants.TABLES)
+MUTANTS = mutants_table.read_tables(mutants.TABLES)
 
 
 # The table.
@@ -30,27 +31,27 @@ def test_every_mutant_is_other_code_that_compiles(file):
     right = (ROOT / file).read_text("utf-8")
     tree = ast.dump(ast.parse(right))
     for mutant in (m for m in MUTANTS if m.file == file):
-        wrong = mutants.mutated(right, mutant)
+        wrong = mutants_table.mutated(right, mutant)
         assert ast.dump(ast.parse(wrong)) != tree, mutant
         compile(wrong, str(mutant), "exec")
 
 
-def test_there_are_many_bugs_each_told_once_in_every_file_that_does_mathematics():
+def test_every_file_with_mathematics_has_bugs_each_with_its_own_words():
     assert len({(m.file, m.words) for m in MUTANTS}) == len(MUTANTS) >= 60
     folders = [f"objectives/{path.name}" for path in (ROOT / "minilm" / "objectives").glob("[!_]*.py")]
     files = {f"{name}.py" for name in ("ops", "layers", "model", "tensor", "data", "optim", "generate")}
     assert files | set(folders) <= {m.file.removeprefix("minilm/") for m in MUTANTS}
 
 
-def test_a_surviving_mutant_is_declared_with_a_reason_or_not_at_all():
+def test_few_mutants_are_declared_to_survive():
     assert sum(bool(m.survives) for m in MUTANTS) <= len(MUTANTS) // 50
 
 
 def table(text):
-    return mutants.read_table(textwrap.dedent(text), "table")
+    return mutants_table.read_table(textwrap.dedent(text), "table")
 
 
-def test_a_table_is_read_as_it_is_written():
+def test_a_table_is_read_into_mutants():
     assert table("""\
         # a remark
 
@@ -68,9 +69,9 @@ def test_a_table_is_read_as_it_is_written():
             survives: nobody asks
             - z
             + w
-        """) == [mutants.Mutant("minilm/a.py", "words: of a bug", ("x = 1", "    y - 2"), ("x = 2",)),
-                 mutants.Mutant("minilm/a.py", "another", ("while x:",), (), hangs="it waits"),
-                 mutants.Mutant("minilm/b.py", "words: of a bug", ("z",), ("w",), survives="nobody asks")]
+        """) == [mutants_table.Mutant("minilm/a.py", "words: of a bug", ("x = 1", "    y - 2"), ("x = 2",)),
+                 mutants_table.Mutant("minilm/a.py", "another", ("while x:",), (), hangs="it waits"),
+                 mutants_table.Mutant("minilm/b.py", "words: of a bug", ("z",), ("w",), survives="nobody asks")]
 
 
 @pytest.mark.parametrize("text, message", [
@@ -86,9 +87,9 @@ def test_a_table_is_read_as_it_is_written():
     ("a.py\n  words\n    x = 1\n", "table, line 3: expected '- ', .*, got 'x = 1'"),
     ("a.py\n  words\n    survives:\n    - x\n", "table, line 3: expected .*, got 'survives:'"),
 ])
-def test_a_table_that_is_not_one_is_refused_with_its_line(text, message):
+def test_a_wrong_table_raises_with_its_line(text, message):
     with pytest.raises(UsageError, match=message):
-        mutants.read_table(text, "table")
+        mutants_table.read_table(text, "table")
 
 
 SOURCE = "def f(x):\n    if x:\n        return 1\n    return 12\n"
@@ -100,21 +101,21 @@ SOURCE = "def f(x):\n    if x:\n        return 1\n    return 12\n"
     (["return 12"], [], "def f(x):\n    if x:\n        return 1\n"),
     (["def f(x):"], ["def f(x):", "    x = 0"], "def f(x):\n    x = 0\n    if x:\n        return 1\n    return 12\n"),
 ])
-def test_lines_are_replaced_at_the_margin_where_they_stand(old, new, expected):
-    assert mutants.mutated(SOURCE, mutants.Mutant("f.py", "words", old, new)) == expected
+def test_lines_are_replaced_with_the_margin_of_the_source(old, new, expected):
+    assert mutants_table.mutated(SOURCE, mutants_table.Mutant("f.py", "words", old, new)) == expected
 
 
 @pytest.mark.parametrize("source, times", [(SOURCE, 0), ("return\nreturn\n", 2), ("if x:\n    return\nreturn\n", 2)])
-def test_right_lines_that_do_not_stand_there_exactly_once_are_refused(source, times):
-    with pytest.raises(UsageError, match=f"f.py: words: its right lines stand there {times} times, not once"):
-        mutants.mutated(source, mutants.Mutant("f.py", "words", ["return"], ["x"]))
+def test_right_lines_that_are_not_in_the_source_exactly_once_raise(source, times):
+    with pytest.raises(UsageError, match=f"f.py: words: its right lines are in the file {times} times, not once"):
+        mutants_table.mutated(source, mutants_table.Mutant("f.py", "words", ["return"], ["x"]))
 
 
 # The runner, on a project of three lines.
 
 @pytest.fixture
 def project(tmp_path):
-    """A package minilm, tests by its name and by another, and a table: a folder."""
+    """A folder with a package minilm, tests with its name and with another name, and a table."""
     files = {
         "minilm/__init__.py": "",
         "minilm/area.py": "def area(a, b):\n    return a * b\n\n\ndef name():\n    return 'area'\n\n\n"
@@ -155,7 +156,7 @@ def change(path, old, new):
     path.write_text(path.read_text().replace(old, new))
 
 
-def test_killed_and_surviving_mutants_are_told_apart_and_the_project_is_left_alone(project):
+def test_killed_and_surviving_mutants_are_distinguished_and_the_project_is_unchanged(project):
     before = {path: path.read_bytes() for path in project.rglob("*.*") if path.is_file()}
     done = run(project, "--csv", str(project.parent / "results.csv"))
     assert done.returncode == 1, done.stdout + done.stderr
@@ -199,20 +200,20 @@ def test_a_mutant_that_cannot_be_imported_is_an_error_and_not_a_kill(project):
 @pytest.mark.parametrize("file, name, right, wrong", [
     ("tests/test_area.py", "test_area", "==", "!="), ("tests/test_names.py", "test_name", "==", "!="),
     ("tests/test_names.py", "test_name", "== 'area'", "== 'length'")])      # fails with the bug and without it
-def test_tests_that_fail_without_any_mutant_are_reported_and_nothing_is_concluded(project, file, name, right, wrong):
+def test_tests_that_fail_without_any_mutant_are_reported_with_status_2(project, file, name, right, wrong):
     change(project / file, right, wrong)
     done = run(project, "--only", "another name")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stdout + done.stderr
     assert f"the tests do not pass without any bug: {file} failed, {file}::{name}" in done.stderr
 
 
-def test_all_tests_counts_everybody_who_notices(project):
+def test_all_tests_counts_every_test_that_fails(project):
     change(project / "tests/test_names.py", "def test_name", "from test_area import test_area\n\n\ndef test_name")
     done = run(project, "--all-tests", "--only", "for a product")
     assert done.returncode == 0 and "killed by tests/test_area.py::test_area and 1 more" in done.stdout, done.stdout
 
 
-def test_words_that_no_mutant_has_are_refused_and_a_list_runs_nothing(project):
+def test_unknown_words_raise_and_a_list_runs_nothing(project):
     done = run(project, "--only", "rotation")
     assert done.returncode == 2 and done.stderr == "error: no mutant has 'rotation' in its words\n"
     change(project / "tests/test_area.py", "==", "!=")
@@ -220,13 +221,13 @@ def test_words_that_no_mutant_has_are_refused_and_a_list_runs_nothing(project):
     assert done.returncode == 0 and done.stdout.splitlines()[0] == "minilm/area.py: a sum for a product"
 
 
-def test_an_installed_minilm_is_not_mistaken_for_the_copy(project):
+def test_an_installed_minilm_instead_of_the_copy_raises(project):
     (project / "minilm/__init__.py").unlink()
     (project / "minilm/area.py").rename(project / "area.py")
     (project / "minilm").rmdir()
     change(project / "table.txt", "minilm/area.py", "area.py")
     done = run(project)
-    assert done.returncode == 2 and "is not what gets imported there" in done.stderr, done.stdout + done.stderr
+    assert done.returncode == 2 and "is not the one that is imported there" in done.stderr, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -250,10 +251,10 @@ def test_an_interrupted_run_leaves_no_process_and_no_copy_behind(project, number
         if has_ended(child):
             return
         time.sleep(0.1)
-    raise AssertionError("the tests run on")
+    raise AssertionError("the tests still run")
 
 
-# And the whole of it.
+# All mutants.
 
 @pytest.mark.slow
 def test_every_mutant_is_killed():

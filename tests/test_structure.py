@@ -28,7 +28,7 @@ LEVELS = """
 READER = ("plain", "tensor", "ops", "gradcheck", "objectives", "exact")
 # Folders of scripts that scripts import from, and the helpers that lie beside the benchmarks.
 SHARED_BY_SCRIPTS = {"support", "common", "worlds", "golden_inputs", "gpu_measuring", "hf_llama", "library_process",
-                     "measuring", "torch_llama", "trl_trainers"}
+                     "measuring", "mutants_table", "torch_llama", "trl_trainers"}
 FUNCTION_LINES = 40             # without its docstring
 TUPLE_ASSIGNMENTS = 0.05
 

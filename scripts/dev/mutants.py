@@ -1,18 +1,16 @@
-"""Are the tests able to fail? Bugs are put into a copy of the library, one at a time, and the tests must notice.
+"""Puts bugs into a copy of the project, one at a time, and checks that a test fails for each of them.
 
     python scripts/dev/mutants.py                       every bug of scripts/dev/mutants/
-    python scripts/dev/mutants.py --only dpo --jobs 1   those with "dpo" in their words or in the name of their file
-    python scripts/dev/mutants.py --list                the words alone
+    python scripts/dev/mutants.py --only dpo --jobs 1   bugs with "dpo" in their words or in the name of their file
+    python scripts/dev/mutants.py --list                print the bugs and run nothing
 
-Each mutant (DeMillo, Lipton and Sayward 1978) is one bug in plain words, and the lines that hold it. The tests
-most likely to notice run first, then, if they pass, all the others. Two lines more may be declared of a mutant:
-`survives: why` (it is no bug, and no test fails) or `hangs: why` (the tests do not end: that is how it is noticed).
-The exit status is 0 if every mutant was killed or did as declared, 1 if not, 2 if nothing could be
-concluded: the tests that notice a bug must pass where there is none.
-Checked in tests/test_mutants.py.
+A mutant (DeMillo, Lipton and Sayward 1978) is one bug: a description in plain words, the right lines, the wrong lines.
+The tests that most likely fail run first; if they pass, all others run. A mutant can be declared with `survives: why`
+(the change is no bug, and no test fails) or `hangs: why` (the tests do not end).
+Exit status 0: every mutant was killed or behaved as declared; 1: not so; 2: tests fail without any bug, so nothing can
+be concluded. Tests: tests/test_mutants.py.
 """
 import argparse
-import ast
 import contextlib
 import csv
 import dataclasses
@@ -33,12 +31,13 @@ from pathlib import Path
 from minilm import checkpoint
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
+from mutants_table import find, mutated, place, read_tables  # noqa: E402
 from support.run_folder import UsageError, main_guard  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = Path(__file__).with_suffix("")      # a folder
-COPIED = ("minilm", "kernels", "tests", "scripts", ".ci", ".github")     # and every file beside them
-# Tests that notice bugs of a module though they do not bear its name; tried after those that do.
+COPIED = ("minilm", "kernels", "tests", "scripts", ".ci", ".github")     # folders; the files beside them are copied too
+# {module: tests of another name that find its bugs}; they run after the tests with its name.
 ALSO = {"tensor": ("test_ops",), "model": ("test_plain", "test_generate", "test_packing"), "data": ("test_evaluate",),
         "packing": ("test_model",), "generate": ("test_stages",), "evaluate": ("test_stages",),
         "gradients": ("test_exact_gradients",),
@@ -46,115 +45,30 @@ ALSO = {"tensor": ("test_ops",), "model": ("test_plain", "test_generate", "test_
         "packed_attention": ("test_packing", "test_model"),
         "cached_decoding": ("test_generate", "test_plain"), "flat_parameters": ("test_optim", "test_stages"),
         "deferred": ("test_tensor", "test_layers"), "activation_checkpointing": ("test_tensor", "test_model")}
-# The slowest, last of all: of kernels, which are text beside the library; of assistant.py; of benchmarks.
+# The slowest tests run last: of kernels, of the assistant, of benchmarks.
 LATE = ("test_device", "kernel", "emulator", "test_cupy_double", "test_exact_optimum", "test_assistant", "test_bench")
-# What the tests' pytest takes beside the project's conftest, and the only plugin of others: what else is installed
-# would be imported five hundred times.
+# The plugins that pytest loads; all installed ones would be imported hundreds of times.
 PLUGIN = Path(__file__).with_name("mutants_plugin.py")
 PLUGINS = ("-p", PLUGIN.stem, "-p", "hypothesispytest")
 
 
-# The table.
-
-@dataclasses.dataclass(frozen=True)
-class Mutant:
-    """file: from the project's root; old, new: the lines that are right and wrong, from their own left margin."""
-    file: str
-    words: str
-    old: tuple
-    new: tuple
-    survives: str = ""
-    hangs: str = ""
-
-    def __str__(self):
-        return f"{self.file}: {self.words}"
-
-
-def read_table(text, name="the table"):
-    """The mutants of a table, written as scripts/dev/mutants/README.md says. Raises UsageError with the line."""
-    entries, file = [], None
-
-    def refuse(message):
-        raise UsageError(f"{name}, line {number}: {message}")
-
-    for number, line in enumerate(text.splitlines(), start=1):      # noqa: B007, refuse reads number
-        content, indent = line.strip(), len(line) - len(line.lstrip(" "))
-        if not content or line.startswith("#"):
-            continue
-        if indent == 0:
-            file = content
-        elif indent == 2 and file is None:
-            refuse("a bug before any file")
-        elif indent == 2 and entries and not entries[-1]["old"]:
-            refuse(f"the bug before it, {entries[-1]['words']!r}, has no line that is right (-)")
-        elif indent == 2 and any((e["file"], e["words"]) == (file, content) for e in entries):
-            refuse(f"{content!r} a second time")
-        elif indent == 2:
-            entries.append({"file": file, "words": content, "old": (), "new": ()})
-        elif indent < 4 or not entries or entries[-1]["file"] != file:
-            refuse("expected a file at the margin, a bug in words two spaces in, its lines four spaces in")
-        elif line[4:6] in ("- ", "+ "):
-            entries[-1]["old" if line[4] == "-" else "new"] += (line[6:].rstrip(),)
-        elif content.startswith(("survives: ", "hangs: ")):
-            kind, _, why = content.partition(": ")
-            entries[-1][kind] = why
-        else:
-            refuse(f"expected '- ', '+ ', 'survives: why' or 'hangs: why', got {content!r}")
-    if not entries or not entries[-1]["old"]:
-        raise UsageError(f"{name}: ends before the lines of its last bug" if entries else f"{name}: no bugs in it")
-    return [Mutant(**entry) for entry in entries]
-
-
-def read_tables(path):
-    """The mutants of one table, or of every table in a folder."""
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    return [mutant for file in files for mutant in read_table(file.read_text("utf-8"), file.name)]
-
-
-def find(source, mutant):
-    """(index, margin): where in the source the mutant's right lines stand. Raises UsageError unless exactly once."""
-    lines, places = source.splitlines(), []
-    for i, line in enumerate(lines):
-        margin = line[:len(line) - len(line.lstrip())]
-        if lines[i:i + len(mutant.old)] == [margin + right for right in mutant.old]:
-            places.append((i, margin))
-    if len(places) != 1:
-        raise UsageError(f"{mutant}: its right lines stand there {len(places)} times, not once: {mutant.old[0]!r}")
-    return places[0]
-
-
-def mutated(source, mutant):
-    """The source with the mutant's bug in it."""
-    lines, (i, margin) = source.splitlines(), find(source, mutant)
-    lines[i:i + len(mutant.old)] = [margin + wrong for wrong in mutant.new]
-    return "\n".join(lines) + "\n"
-
-
-def place(source, mutant):
-    """The names of the function and of the module that hold the bug: tests that bear one run first."""
-    line = find(source, mutant)[0] + 1
-    functions = [node.name for node in ast.walk(ast.parse(source))          # the outermost first
-                 if isinstance(node, ast.FunctionDef) and node.lineno <= line <= node.end_lineno]
-    return " ".join([*functions[:1], Path(mutant.file).stem])
-
-
-# Copies of the project, and tests that run in them.
+# Copies of the project, in which tests run.
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """verdict: passed, failed, hung or error; detail: the first test that failed, or what else there is to say."""
+    """verdict: passed, failed, hung or error; detail: the first test that failed, or another message."""
     verdict: str
     detail: str = ""
     seconds: float = 0.0
 
 
 class Copies:
-    """`count` copies of a project in a folder, taken once, in which tests run at the same time. close() ends
-    every process that is still running."""
+    """`count` copies of a project, in which tests run at the same time. close() ends every running process."""
 
     def __init__(self, project, folder, count, seed, timeout):
         self.seed, self.timeout = seed, timeout
-        self._free, self._running, self._lock, self._closed = queue.SimpleQueue(), set(), threading.Lock(), False
+        self._free, self._running = queue.SimpleQueue(), set()
+        self._lock, self._closed = threading.Lock(), False
         first = Path(folder).resolve() / "0"
         first.mkdir()
         shutil.copy(PLUGIN, first.parent)
@@ -163,7 +77,7 @@ class Copies:
                 shutil.copytree(path, first / path.name, ignore=shutil.ignore_patterns("__pycache__"))
             elif path.is_file():
                 shutil.copy2(path, first)
-        # Bytecode that knows its source by a hash: of a bug it is not taken, of everything else it saves time.
+        # Bytecode with a hash of its source saves time, and is not used for a file with a bug.
         subprocess.run([sys.executable, "-m", "compileall", "-qq", "--invalidation-mode", "checked-hash", first])
         for i in range(count):
             copy = first.with_name(str(i))
@@ -182,7 +96,7 @@ class Copies:
                 self._end(process)
 
     def run(self, tests, mutant=None, all_of_them=False):
-        """The Outcome of some test files, in a copy that holds the mutant's bug (or none)."""
+        """The Outcome of some test files, in a copy with the mutant's bug (None: without a bug)."""
         if not tests:
             return Outcome("passed")
         arguments, copy = [*tests, *([] if all_of_them else ["-x"])], self._free.get()
@@ -222,21 +136,21 @@ class Copies:
         failed = [line.removeprefix("FAILED ").partition(" - ")[0] for line in lines if line.startswith("FAILED ")]
         if failed:
             return Outcome("failed", failed[0] + f" and {len(failed) - 1} more" * (len(failed) > 1), seconds)
-        if process.returncode in (0, 5):            # 5: no test in these files that runs by default
+        if process.returncode in (0, 5):            # 5: these files have no test that runs by default
             return Outcome("passed", "", seconds)
         errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
         return Outcome("error", errors[0] if errors else f"pytest ended with status {process.returncode}", seconds)
 
     def _check_that_it_is_imported(self, copy):
-        """And not minilm as it may be installed on this machine."""
+        """Raises UsageError if another, installed minilm is imported in the copy."""
         where = subprocess.run([sys.executable, "-c", "import minilm; print(minilm.__file__)"], cwd=copy, text=True,
                                env=self._environment(copy), stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
         if Path(where.strip()).parent != copy / "minilm":
-            raise UsageError(f"the copy of minilm in {copy} is not what gets imported there: {where.strip()}")
+            raise UsageError(f"the copy of minilm in {copy} is not the one that is imported there: {where.strip()}")
 
     @staticmethod
     def _environment(copy, words=""):
-        # One thread for BLAS: several copies share the cores. No further bytecode: it would outlive the bug it is of.
+        # One thread for BLAS, because several copies share the cores. No new bytecode: it could outlive its bug.
         return {**os.environ, "PYTHONPATH": f"{copy}{os.pathsep}{copy.parent}", "PYTHONDONTWRITEBYTECODE": "1",
                 "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OPENBLAS_NUM_THREADS": "1",
                 "MUTANT_OF": words}
@@ -248,7 +162,7 @@ class Copies:
 
 
 def likely_tests(mutant, tests):
-    """Those of the test files that bear the name of the mutant's module or of its package, and those in ALSO."""
+    """The test files with the name of the mutant's module or package, and those in ALSO."""
     path = Path(mutant.file)
     stems = [f"test_{path.stem}", f"test_{path.parent.name}", *ALSO.get(path.stem, ())]
     return [f"tests/{stem}.py" for stem in dict.fromkeys(stems) if f"tests/{stem}.py" in tests]
@@ -257,8 +171,8 @@ def likely_tests(mutant, tests):
 # The experiment.
 
 def examine(mutants, copies, jobs, all_tests=False, report=lambda *result: None):
-    """[(mutant, Outcome)], in order; report(mutant, outcome) as each is known. Raises UsageError if the tests of
-    the copies fail, or do not run, without any mutant."""
+    """[(mutant, Outcome)] in order; calls report(mutant, outcome) as each becomes known. Raises UsageError if tests
+    fail, or do not run, without any mutant."""
     def likely(mutant):
         return copies.tests if all_tests else likely_tests(mutant, copies.tests)
 
@@ -282,13 +196,13 @@ def examine(mutants, copies, jobs, all_tests=False, report=lambda *result: None)
                 if outcome.verdict != "passed" or tests is others:
                     report(mutant, outcomes[mutant])
             alive = [mutant for mutant in alive if outcomes[mutant].verdict == "passed"]
-        # Those that noticed something are asked whether they always do; all, for minutes, only if a bug is alive.
+        # Tests that killed a mutant must pass without it. If a mutant is alive, all tests must, which takes minutes.
         check(copies.tests if alive else {o.detail.split("::")[0] for o in outcomes.values() if o.verdict == "failed"})
     return [(mutant, outcomes[mutant]) for mutant in mutants]
 
 
 def judge(mutant, outcome):
-    """(whether all is well, the verdict in words)."""
+    """(whether the outcome is the declared one, the verdict in words)."""
     if outcome.verdict == "error":
         return False, f"ERROR: {outcome.detail}"
     declared = "passed" if mutant.survives else "hung" if mutant.hangs else "failed"
@@ -312,10 +226,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", metavar="WORDS", default="", help="mutants with WORDS in their words or file")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                        help="copies that are tested at a time (%(default)s: one a core)")
-    parser.add_argument("--all-tests", action="store_true", help="run every test on every mutant: how many notice?")
+                        help="copies in which tests run at the same time (%(default)s: one for each core)")
+    parser.add_argument("--all-tests", action="store_true",
+                        help="run every test on every mutant, and count those that fail")
     parser.add_argument("--list", action="store_true", help="print the mutants and do nothing")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the results to a file")
     parser.add_argument("--seed", type=int, default=0, help="of hypothesis: the same seed gives the same examples")
     parser.add_argument("--timeout", type=float, default=900, metavar="SECONDS", help="of one run (%(default)s)")
     parser.add_argument("--table", type=Path, default=TABLES, help="another table, or folder of tables")
@@ -352,5 +267,5 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)    # its children have sessions of their own
+    signal.signal(signal.SIGTERM, signal.default_int_handler)    # ends the children, which have sessions of their own
     sys.exit(main_guard(main))

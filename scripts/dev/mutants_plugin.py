@@ -1,4 +1,4 @@
-"""What pytest takes beside the project's conftest when scripts/dev/mutants.py runs it; not to be run."""
+"""The pytest plugin of scripts/dev/mutants.py. Not a script."""
 import os
 
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import Phase, settings
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection():
-    # The first example that fails is enough: none smaller is looked for, none is kept and tried on the next bug.
+    # The first failing example is enough: no shrinking, and no database of examples for the next bug.
     settings.register_profile("mutants", settings.default, database=None, phases=[Phase.explicit, Phase.generate])
     settings.load_profile("mutants")
 

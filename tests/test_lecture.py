@@ -38,16 +38,16 @@ def drawing():
     return pytest.importorskip("PIL.Image")
 
 
-# The rows.
+# The experiments.
 
-@pytest.mark.parametrize("row", lecture.EXPERIMENTS)
-def test_a_claim_has_its_script_its_five_paragraphs_and_its_sizes(row):
-    source = lecture.script(row).read_text("utf-8")
+@pytest.mark.parametrize("name", lecture.EXPERIMENTS)
+def test_a_claim_has_its_script_its_five_paragraphs_and_its_sizes(name):
+    source = lecture.script(name).read_text("utf-8")
     title, sections = experiment.paragraphs(ast.get_docstring(ast.parse(source)))
     assert 10 < len(title) < 120, title
     assert len(sections["Rule"]) > 30 and len(sections["Limits"]) > 30
     assert not re.search(r"\b(todo|tbd|fixme)\b", source, re.IGNORECASE)
-    assert {"quick", "default"} <= set(lecture.sizes(row)) <= {"quick", "default", "full"}
+    assert {"quick", "default"} <= set(lecture.sizes(name)) <= {"quick", "default", "full"}
 
 
 @pytest.mark.parametrize("row", lecture.EXPERIMENTS)
@@ -68,7 +68,7 @@ def test_the_lecture_has_23_claims_in_three_stages_and_none_twice():
     assert len(set(lecture.EXPERIMENTS)) == 23
 
 
-# What the rows share.
+# common/experiment.py
 
 def test_spread_keeps_mean_least_greatest_and_every_seed():
     kept = experiment.spread(np.float32(x) for x in (1, 2, 6))
@@ -131,7 +131,7 @@ def test_a_model_is_trained_once_and_anew_when_seed_recipe_code_or_library_chang
         return {"loss": []}
 
     def weights(seed=0, train=train, folder=tmp_path, steps=2, dtype=np.float32):
-        model, history = experiment.Experiment("row", folder, dtype).trained("base", seed, CONFIG, train, steps=steps)
+        model, history = experiment.Experiment("tiny", folder, dtype).trained("base", seed, CONFIG, train, steps=steps)
         return [p.data for p in model.parameters().values()], history
 
     first, history = weights()
@@ -167,8 +167,8 @@ def test_the_library_is_known_by_every_file_of_it(tmp_path, monkeypatch):
     assert len(set(known)) == 5
 
 
-def measure(row, seed, steps):
-    row.say("measuring")
+def measure(experiment, seed, steps):
+    experiment.say("measuring")
     return {"curve": np.arange(3) * (seed + 1.0), "steps": np.int64(steps)}
 
 
@@ -185,8 +185,8 @@ def draw(figure, seeds, size):
     experiment.level(axis, 1.0, "chance")
 
 
-def row_of(monkeypatch, measure, *arguments):
-    """The exit status of a row as a command."""
+def run_alone(monkeypatch, measure, *arguments):
+    """The exit status of an experiment as a command."""
     monkeypatch.setattr(sys, "argv", ["tiny.py", *map(str, arguments)])
     sizes = {"quick": {"seeds": 3, "steps": 1}, "default": {"seeds": 4, "steps": 5}}
     doc = DOC.format(title="Tiny", claim="It ends high.")
@@ -217,9 +217,9 @@ def test_a_report_says_the_rule_and_stays_within_its_columns():
     assert max(map(len, text.splitlines())) <= experiment.COLUMNS
 
 
-def test_a_row_leaves_numbers_and_two_figures_and_is_concluded_again_without_measuring(
+def test_an_experiment_leaves_numbers_and_two_figures_and_is_concluded_again_without_measuring(
         tmp_path, monkeypatch, capsys, drawing):
-    assert row_of(monkeypatch, measure, "--quick", "--out", tmp_path, "--workers", 2) == 0
+    assert run_alone(monkeypatch, measure, "--quick", "--out", tmp_path, "--workers", 2) == 0
     assert "It ends at 4.00." in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny-dark.png", "tiny.json", "tiny.png"]
     result = json.loads((tmp_path / "tiny.json").read_text())
@@ -235,18 +235,18 @@ def test_a_row_leaves_numbers_and_two_figures_and_is_concluded_again_without_mea
         raise AssertionError("measured again")
     for path in tmp_path.glob("*.png"):
         path.unlink()
-    assert row_of(monkeypatch, refuse, "--redraw", "--out", tmp_path) == 0
+    assert run_alone(monkeypatch, refuse, "--redraw", "--out", tmp_path) == 0
     assert json.loads((tmp_path / "tiny.json").read_text()) == result and len([*tmp_path.glob("*.png")]) == 2
 
 
 def test_drawing_again_needs_what_was_measured(tmp_path, monkeypatch, capsys, drawing):
-    assert row_of(monkeypatch, measure, "--redraw", "--out", tmp_path) == 2
+    assert run_alone(monkeypatch, measure, "--redraw", "--out", tmp_path) == 2
     assert "run it first, without --redraw" in capsys.readouterr().err
 
 
 # All of them.
 
-ROW = '''"""{title}
+SCRIPT = '''"""{title}
 
 Claim. It is so.
 """
@@ -269,13 +269,14 @@ RESULT = {"title": "A title", "Claim": "It is so.", "Test": "Tried.", "Rule": "I
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, drawing):
-    """run(*arguments): the exit status of all.py over three made-up rows; without arguments, of all three into
-    run.folder. run.write(row, ...) changes one."""
-    rows, folder = tmp_path / "rows", tmp_path / "out"
-    rows.mkdir()
+    """run(*arguments): the exit status of all.py over three made-up experiments; without arguments, of all three into
+    run.folder. run.write(name, ...) changes one."""
+    scripts = tmp_path / "scripts"
+    folder = tmp_path / "out"
+    scripts.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    drawing.fromarray(noise).save(rows / "picture.png")
-    monkeypatch.setattr(lecture, "HERE", rows)
+    drawing.fromarray(noise).save(scripts / "picture.png")
+    monkeypatch.setattr(lecture, "HERE", scripts)
     monkeypatch.setattr(lecture, "STAGES", {"Stage <1>": ("one", "two"), "Stage 2": ("three",)})
     monkeypatch.setattr(lecture, "EXPERIMENTS", ("one", "two", "three"))
 
@@ -283,12 +284,15 @@ def run(tmp_path, monkeypatch, drawing):
         monkeypatch.setattr(sys, "argv", ["all.py", *map(str, arguments or ["--out", folder])])
         return main_guard(lecture.main)
 
-    def write(row, accident="", sizes="{'quick': {}, 'default': {}}", **result):
-        text = ROW.format(title=f"Row {row}", sizes=sizes, accident=accident, result=RESULT | result)
-        (rows / f"{row}.py").write_text(text)
-    for row in lecture.EXPERIMENTS:
-        write(row)
-    run.folder, run.write, run.rows, run.figures = folder, write, rows, rows / "figures"
+    def write(name, accident="", sizes="{'quick': {}, 'default': {}}", **result):
+        text = SCRIPT.format(title=f"Row {name}", sizes=sizes, accident=accident, result=RESULT | result)
+        (scripts / f"{name}.py").write_text(text)
+    for name in lecture.EXPERIMENTS:
+        write(name)
+    run.folder = folder
+    run.write = write
+    run.scripts = scripts
+    run.figures = scripts / "figures"
     return run
 
 
@@ -297,11 +301,11 @@ def contents(folder):
 
 
 def measured(text):
-    """The rows that ran, in order, as they said so."""
+    """The experiments that ran, in order, by their own output."""
     return re.findall(r"^    measuring (\w+)", text, re.MULTILINE)
 
 
-def test_all_rows_are_run_in_order_and_their_claims_written_down(run, capsys):
+def test_all_experiments_are_run_in_order_and_their_claims_written_down(run, capsys):
     run.write("two", outcome="not shown")
     assert run("--out", run.folder, "--rows", "three,two, one", "--workers", 7) == 0
     out = capsys.readouterr().out
@@ -316,7 +320,7 @@ def test_all_rows_are_run_in_order_and_their_claims_written_down(run, capsys):
     assert (run.folder / "claims.md").exists() and (run.folder / "index.html").exists()
 
 
-def test_a_row_that_fails_is_told_at_the_end_the_others_go_on_and_resume_runs_it_alone(run, capsys):
+def test_an_experiment_that_fails_is_reported_at_the_end_the_others_go_on_and_resume_runs_it_alone(run, capsys):
     run.write("two", accident="print('before'); raise SystemExit('the disk <is> full')")
     assert run() == 1
     out, err = capsys.readouterr()
@@ -336,13 +340,13 @@ def test_a_row_that_fails_is_told_at_the_end_the_others_go_on_and_resume_runs_it
     assert run("--out", run.folder, "--resume") == 0 and measured(capsys.readouterr().out) == []
 
 
-def test_a_row_that_leaves_nothing_has_failed(run, capsys):
+def test_an_experiment_that_leaves_nothing_has_failed(run, capsys):
     run.write("one", accident="sys.exit(0)")
     assert run("--out", run.folder, "--rows", "one") == 1
     assert "it wrote no results" in capsys.readouterr().err
 
 
-def test_what_a_row_left_in_another_size_does_not_count(run, capsys):
+def test_results_of_another_size_do_not_count(run, capsys):
     assert run("--out", run.folder, "--rows", "one") == 0
     path = run.folder / "one.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"size": "quick"}))
@@ -350,22 +354,22 @@ def test_what_a_row_left_in_another_size_does_not_count(run, capsys):
     assert measured(capsys.readouterr().out) == ["one", "one"]
 
 
-def test_a_row_without_more_to_show_runs_in_its_default_size_when_the_others_run_for_longer(run, capsys):
+def test_an_experiment_without_more_to_show_runs_in_its_default_size_when_the_others_run_for_longer(run, capsys):
     run.write("two", sizes="{'quick': {}, 'default': {}, 'full': {}}")
     assert run("--out", run.folder, "--full") == 0
     assert re.findall(r"measuring (\w+ \w+)", capsys.readouterr().out) == ["one default", "two full", "three default"]
     assert len(json.loads((run.folder / "claims.json").read_text())) == 3
 
 
-def test_an_unknown_row_and_a_missing_script_are_refused_before_anything_is_written(run, capsys):
+def test_an_unknown_experiment_and_a_missing_script_are_refused_before_anything_is_written(run, capsys):
     assert run("--out", run.folder, "--rows", "one,fore") == 2
     assert "'fore'; there are one, two, three" in capsys.readouterr().err
-    (run.rows / "two.py").unlink()
+    (run.scripts / "two.py").unlink()
     assert run() == 2 and "lacks two.py" in capsys.readouterr().err
     assert not run.folder.exists()
 
 
-def test_ctrl_c_lets_the_row_finish_and_says_how_to_go_on(run, capsys):
+def test_ctrl_c_lets_the_experiment_finish_and_says_how_to_go_on(run, capsys):
     run.write("one", accident="os.kill(os.getppid(), 2); time.sleep(0.2)")
     assert run() == 130
     out = capsys.readouterr().out
@@ -373,7 +377,7 @@ def test_ctrl_c_lets_the_row_finish_and_says_how_to_go_on(run, capsys):
     assert list(json.loads((run.folder / "claims.json").read_text())) == ["one"]
 
 
-def test_a_second_ctrl_c_ends_the_row_and_its_workers_at_once(run, tmp_path):
+def test_a_second_ctrl_c_ends_the_experiment_and_its_workers_at_once(run, tmp_path):
     held = tmp_path / "held"
     os.mkfifo(held)     # whoever lives holds it open; its reader comes to the end when nobody does
     reader = os.open(held, os.O_RDONLY | os.O_NONBLOCK)
@@ -391,7 +395,7 @@ def test_a_second_ctrl_c_ends_the_row_and_its_workers_at_once(run, tmp_path):
 # Other roundings, and how long it takes.
 
 def test_every_experiment_runs_again_under_the_roundings_asked_for_and_the_outcomes_are_compared(run, capsys):
-    path = run.rows / "two.py"
+    path = run.scripts / "two.py"
     path.write_text(path.read_text().replace("'outcome': 'shown'", "'outcome': 'undecided' if 'float64' in sys.argv or "
                                              "'OPENBLAS_CORETYPE' in os.environ else 'shown'"))
     assert run("--out", run.folder, "--rows", "one,two", "--workers", 4, "--rounding", "float64, coretype,workers") == 0
@@ -422,7 +426,7 @@ def test_the_time_is_estimated_from_a_measurement_by_experiment(run, capsys):
     run.write("two", seconds=298.0)
     assert run("--out", run.folder, "--rows", "one,two", "--resume") == 0
     assert run("--seconds", run.folder) == 0
-    kept = json.loads((run.rows / "seconds.json").read_text())["default"]
+    kept = json.loads((run.scripts / "seconds.json").read_text())["default"]
     assert kept == {"seconds": {"one": 2, "two": 298}, "date": "2020-01-02", "machine": "2 cores", "workers": 2}
     capsys.readouterr()
     again = run.folder.with_name("again")
@@ -456,7 +460,7 @@ class Page(HTMLParser):
 HOSTILE = """</td><script>alert("1")</script> & 'quotes' {braces} %s <b onload=x>"""
 
 
-def test_whatever_a_row_says_stays_text(run):
+def test_whatever_an_experiment_says_stays_text(run):
     said = {name: f"{name} {HOSTILE}" for name in (*experiment.SECTIONS, "title", "words", "machine", "date")}
     run.write("one", **said, table=[[f"head {HOSTILE}"], [f"cell {HOSTILE}"]], settings={HOSTILE: HOSTILE})
     assert run("--out", run.folder, "--rows", "one") == 0
@@ -469,7 +473,7 @@ def test_whatever_a_row_says_stays_text(run):
     assert f'alt="{escape("Figure: " + said["title"] + ".")}"' in text
 
 
-def test_the_page_asks_nobody_for_anything_and_holds_both_figures_of_every_row(run, drawing):
+def test_the_page_asks_nobody_for_anything_and_holds_both_figures_of_every_experiment(run, drawing):
     assert run() == 0
     text = (run.folder / "index.html").read_text()
     read = Page(text)
@@ -486,7 +490,7 @@ def test_the_page_asks_nobody_for_anything_and_holds_both_figures_of_every_row(r
             assert drawing.open(io.BytesIO(png)).size == (60, 40)
     assert [name for name, _ in read.pointers].count("srcset") == [name for name, _ in read.pointers].count("src") == 3
     assert text.count('width="60" height="40"') == 3
-    assert all(f'id="{row}"' in text and f'href="#{row}"' in text for row in lecture.EXPERIMENTS)
+    assert all(f'id="{name}"' in text and f'href="#{name}"' in text for name in lecture.EXPERIMENTS)
 
 
 def test_every_link_of_the_page_leads_somewhere_and_the_contents_stay(run):
@@ -576,9 +580,9 @@ def test_the_readme_has_the_claims_and_the_rules_in_markdown_with_links(run, cap
             "[two.py](two.py), [figure](figures/two.png) |") in out.splitlines()
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in out.splitlines() if line.startswith("|")} == {6}
     assert "2 of 3 claims tested: 1 shown, 1 not shown." in out and max(map(len, out.splitlines())) < 400
-    assert run("--table", run.rows) == 2 and "holds no run" in capsys.readouterr().err
+    assert run("--table", run.scripts) == 2 and "holds no run" in capsys.readouterr().err
     assert run("--readme", run.folder) == 0
-    assert (run.rows / "README.md").read_text() == out and (run.figures / "two.png").exists()
+    assert (run.scripts / "README.md").read_text() == out and (run.figures / "two.png").exists()
 
 
 def test_the_readmes_figures_are_small_and_from_a_palette(run, drawing, capsys, monkeypatch):
@@ -593,7 +597,7 @@ def test_the_readmes_figures_are_small_and_from_a_palette(run, drawing, capsys, 
     assert picture.mode == "P" and picture.size in ((60, 20), (45, 15), (36, 12))
     assert (run.figures / "one.png").stat().st_size < 1000 < (run.folder / "one.png").stat().st_size
     assert [path.name for path in run.figures.iterdir()] == ["one.png"]
-    assert (run.rows / "README.md").exists()
+    assert (run.scripts / "README.md").exists()
 
 
 def test_what_is_made_compact_keeps_its_colours(drawing):
@@ -606,11 +610,20 @@ def test_what_is_made_compact_keeps_its_colours(drawing):
     assert half.shape == (10, 10, 3) and (half == flat[::2, ::2]).all()
 
 
+def test_the_readme_of_the_folder_has_every_claim_with_its_script_and_figure():
+    lines = (LECTURE / "README.md").read_text("utf-8").splitlines()
+    for name in lecture.EXPERIMENTS:
+        _, sections = experiment.paragraphs(ast.get_docstring(ast.parse(lecture.script(name).read_text("utf-8"))))
+        line, = (line for line in lines if line.endswith(f"| [{name}.py]({name}.py), [figure](figures/{name}.png) |"))
+        assert line.startswith(f"| {markdown.as_cell(sections['Claim'])} |")
+        assert (LECTURE / "figures" / f"{name}.png").exists()
+
+
 # The real ones: longer.
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
-    """The folder of a quick run of every row, and what it printed."""
+    """The folder of a quick run of every experiment, and what it printed."""
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("lecture") / "run"
     command = [sys.executable, str(LECTURE / "all.py"), "--quick", "--out", str(folder)]
@@ -620,22 +633,22 @@ def quick_run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_quick_run_of_every_row_gives_every_claim_an_outcome_and_two_figures(quick_run):
+def test_a_quick_run_of_every_experiment_gives_every_claim_an_outcome_and_two_figures(quick_run):
     from PIL import Image
     def refuse(constant):
         raise ValueError(f"{constant} is no number of JSON's")
     claims = json.loads((quick_run / "claims.json").read_text(), parse_constant=refuse)
     text = (quick_run / "index.html").read_text()
     assert list(claims) == list(lecture.EXPERIMENTS)
-    for row, claim in claims.items():
+    for name, claim in claims.items():
         assert set(claim) == {"outcome", "rule", "figure", "numbers", "comparisons", "conditions", "findings", "seeds"}
         assert claim["outcome"] == experiment.TRIAL
         assert len(claim["seeds"]) >= 3 and claim["numbers"]
         assert all(0 < len(numbers["by_seed"]) <= len(claim["seeds"]) for numbers in claim["numbers"].values())
-        light, dark = (Image.open(quick_run / f"{row}{style}.png").convert("RGB") for style in ("", "-dark"))
-        assert claim["figure"] == f"{row}.png" and light.size == dark.size
+        light, dark = (Image.open(quick_run / f"{name}{style}.png").convert("RGB") for style in ("", "-dark"))
+        assert claim["figure"] == f"{name}.png" and light.size == dark.size
         assert light.getpixel((0, 0)) == (255, 255, 255) and dark.getpixel((0, 0)) == (0x16, 0x17, 0x1a)
-        assert f'<section id="{row}">' in text
+        assert f'<section id="{name}">' in text
     assert "A trial." in text and not re.search(r'class="badge (yes|no|open)"', text)
 
 

@@ -11,8 +11,8 @@ recognised: three layers with key smearing (an addition to Llama, Config(key_sme
 jab>ija;ijc>hib;.. of one of eight string tasks that is never named, with a curriculum from 2 tasks to 8;
 exact match on words held out of training. Bound: Bayes, all tasks equally likely.
 
-Rule. In (a) and in (b), 8 demonstrations bring accuracy more than half of the way from no demonstration to
-the bound.
+Rule. On mappings never seen in training, and on known string tasks that are never named, 8 demonstrations
+bring accuracy more than half of the way from no demonstration to the bound.
 
 Limits. (b) shows that a prompt picks out one of eight tasks of pretraining, on new words. It does not show
 that a prompt teaches a task (it does not: needs_gradient). Only (a) has a rule that was never seen, and the

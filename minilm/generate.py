@@ -23,7 +23,8 @@ UNFINISHED = 0.75
 ROWS_PER_WORKER = 4
 
 
-def distribution(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
+def distribution(logits, temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float | None = None) -> np.ndarray:
     """log-probs (B,V) of the distribution to draw from, -inf on tokens that are cut off.
 
     The logits are divided by the temperature. Then only the top_k most likely tokens are kept (more where tokens tie
@@ -49,21 +50,21 @@ def distribution(logits, temperature: float = 1.0, top_k: int | None = None, top
     return z
 
 
-def categorical(p, uniforms):
+def categorical(p, uniforms) -> np.ndarray:
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.  p (B,V), u (B,) -> (B,)"""
     cumulative = p.cumsum(axis=-1, dtype="float64")
     # Scaled by the total, which rounding leaves a little off 1: u < 1 always finds a token.
     return (cumulative > uniforms[:, None] * cumulative[:, -1:]).argmax(axis=-1)
 
 
-def entropy(p, log_probs):
+def entropy(p, log_probs) -> np.ndarray:
     """- sum p log p of probabilities (..,V), whose logarithms may be -inf: (..), between 0 and log V."""
     xp = array_module(p)
     return -xp.einsum("...v,...v->...", p, xp.maximum(log_probs, xp.finfo(p.dtype).min)).clip(max=0)
 
 
 def sample(logits, uniforms, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-           kernel: bool = True):
+           kernel: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One token for each row of logits (B,V) and uniform numbers (B,): tokens, their log-probs, entropies, each (B,).
 
     Temperature 0 takes the most likely token, and gives the model's own log-prob of it.

@@ -14,6 +14,10 @@ Tests: tests/test_layers.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+
 from minilm import ops
 from minilm.backend import array_module, is_cupy
 from minilm.fast.chunked_log_probs import chunked_log_probs, tokens_per_chunk
@@ -93,7 +97,7 @@ def swiglu(gate_up, kernel: bool = True):
     return y, vjp
 
 
-def rope_tables(positions, head_width: int, base: float = 10000.0, dtype="float32"):
+def rope_tables(positions, head_width: int, base: float = 10000.0, dtype="float32") -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of the angles position * base^(-2i/K), for the pairs i = 0 .. K/2 - 1.
 
     positions: integers of any shape (..), an array; returns two arrays (..,K/2).
@@ -127,7 +131,7 @@ def rope(x, cos, sin, pairing: str = "half"):
     return rotate(x, rotation, pairing), vjp
 
 
-def rotate(x, rotation, pairing: str = "half"):
+def rotate(x, rotation, pairing: str = "half") -> np.ndarray:
     """The pairs of x (..,K) as complex numbers, times rotation (..,K/2): an array like x."""
     xp = array_module(x)
     first, second = pair_slices(x.shape[-1], pairing)
@@ -168,7 +172,7 @@ def smear(k, amount, previous_key):
     return mixed, vjp
 
 
-def mix_keys(k, previous, amount):
+def mix_keys(k, previous, amount) -> tuple[np.ndarray, Callable]:
     """(1 - a) k + a previous, with a = sigmoid(amount) (G,K) and keys (..,G,T,K); and the vjp for all three."""
     a = ops.stable_sigmoid(amount)[:, None]
     difference = previous - k

@@ -72,7 +72,7 @@ class Config:
             raise ValueError(f"Config: rope_pairing is {self.rope_pairing!r}; 'half' or 'interleaved'")
 
 
-def block(parameters, i: int, x, attend: Callable, eps: float):
+def block(parameters, i: int, x: Tensor, attend: Callable, eps: float) -> Tensor:
     """Layer i: x (..,D) -> (..,D). attend(i, qkv) mixes the tokens; everything else is computed token by token."""
     p = f"blocks.{i}."
     qkv = layers.rms_norm(x, parameters[p + "attention_norm"], eps=eps) @ parameters[p + "qkv"]     # (..,(H+2G)K)
@@ -81,7 +81,7 @@ def block(parameters, i: int, x, attend: Callable, eps: float):
     return x + layers.swiglu(h @ parameters[p + "gate_up"]) @ parameters[p + "ffn_out"]
 
 
-def hidden_states(parameters, config: Config, tokens, attend: Callable, checkpointing: bool = False):
+def hidden_states(parameters, config: Config, tokens, attend: Callable, checkpointing: bool = False) -> Tensor:
     """Final hidden states, normalised: tokens (..) integers -> (..,D).
 
     attend(i, qkv): from queries, keys and values (..,(H+2G)K) of layer i to the mixed values (..,H K).

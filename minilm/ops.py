@@ -6,16 +6,20 @@ Tensor (x + y, x @ y, x[i]) call the functions of these names.
 Tests: tests/test_ops.py.
 """
 
+from __future__ import annotations
+
 import math
 import sys
+
+import numpy as np
 
 from minilm import tensor
 from minilm.backend import array_module, is_cupy
 from minilm.fast.deferred import DeferredMatmul, SparseRows
-from minilm.tensor import primitive
+from minilm.tensor import Tensor, primitive
 
 
-def unbroadcast(gradient, shape):
+def unbroadcast(gradient, shape) -> np.ndarray | None:
     """Sum `gradient` over the axes along which something of `shape` was broadcast; None if that is None."""
     if shape is None or gradient.shape == shape:
         return None if shape is None else gradient
@@ -25,7 +29,7 @@ def unbroadcast(gradient, shape):
     return gradient.sum(axis=stretched).reshape(shape)
 
 
-def segment_sum(indices, values):
+def segment_sum(indices, values) -> tuple[np.ndarray, np.ndarray]:
     """The distinct indices of indices (n,), ascending, and for each the sum of its values, out of values (n,..).
 
     Sorted first, so that the order of summation, and with it the last bits, are the same in every run: np.add.at
@@ -133,7 +137,7 @@ def tanh(x):
     return y, vjp
 
 
-def stable_sigmoid(x):
+def stable_sigmoid(x) -> np.ndarray:
     """1 / (1 + exp -x) of an array, without overflow at either end."""
     xp = array_module(x)
     e = xp.exp(-xp.abs(x))
@@ -211,7 +215,7 @@ def sum(x, axis=None, keepdims=False):
     return x.sum(axis=axis, keepdims=keepdims), vjp
 
 
-def mean(x, axis=None, keepdims=False):
+def mean(x, axis=None, keepdims=False) -> Tensor:
     total = sum(x, axis=axis, keepdims=keepdims)
     return total * (total.size / x.size if x.size else float("nan"))
 
@@ -268,7 +272,7 @@ def transpose(x, axes=None):
     return x.transpose(axes), vjp
 
 
-def swapaxes(x, i, j):
+def swapaxes(x, i: int, j: int) -> Tensor:
     axes = list(range(x.ndim))
     axes[i], axes[j] = axes[j], axes[i]
     return transpose(x, axes=tuple(axes))
@@ -293,7 +297,7 @@ def _concatenate(*arrays, axis):
     return xp.concatenate(arrays, axis=axis), vjp
 
 
-def concatenate(tensors, axis=0):
+def concatenate(tensors, axis: int = 0) -> Tensor:
     return _concatenate(*tensors, axis=axis)
 
 
@@ -345,7 +349,7 @@ def gather(x, indices):
 
 # Products.
 
-def matmul(x, y):
+def matmul(x, y) -> Tensor:
     """x (...,M,K) @ y (...,K,N), leading axes broadcast; a vector (K,) on either side contracts."""
     if y.ndim == 1:
         z = _matmul(x, reshape(y, shape=(-1, 1)))

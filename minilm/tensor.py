@@ -354,17 +354,17 @@ def grad_enabled() -> bool:
     return _thread.grad_enabled
 
 
-def recording(enabled: bool):
+def recording(enabled: bool) -> contextlib.AbstractContextManager:
     """Within it, calls of primitives are recorded or not."""
     return _mode("grad_enabled", enabled)
 
 
-def no_grad():
+def no_grad() -> contextlib.AbstractContextManager:
     """Within it, no call is recorded and nothing is kept for a backward."""
     return recording(False)
 
 
-def arrays_only():
+def arrays_only() -> contextlib.AbstractContextManager:
     """Within it, primitives take arrays and return arrays: no Tensor, no record.
 
     For cached generation, where each row has one token and wrapping arrays in Tensors would take longer than the
@@ -373,6 +373,6 @@ def arrays_only():
     return _mode("arrays_only", True)
 
 
-def watching(watch: Callable[[str, np.ndarray], None]):
+def watching(watch: Callable[[str, np.ndarray], None]) -> contextlib.AbstractContextManager:
     """Within it, watch(name, output) is called after each call of a primitive."""
     return _mode("watch", watch)

@@ -18,8 +18,19 @@ from collections.abc import Callable
 import numpy as np
 
 from minilm.model import Config, RewardModel, Transformer
-from minilm.plain import (Parameters, advantages, dpo_loss, generate, log_probs, policy_gradient_loss, reward,
-                          reward_loss, sequence_log_probs, sft_loss, train_step)
+from minilm.plain import (
+    Parameters,
+    advantages,
+    dpo_loss,
+    generate,
+    log_probs,
+    policy_gradient_loss,
+    reward,
+    reward_loss,
+    sequence_log_probs,
+    sft_loss,
+    train_step,
+)
 from minilm.tensor import Tensor, no_grad
 
 LETTERS = "abcdefghABCDEFGH="

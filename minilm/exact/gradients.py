@@ -38,6 +38,7 @@ Tests: tests/test_exact_gradients.py, which asserts this table.
 import dataclasses
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ class GradientComparison:
     worst: str
 
 
-def redraw_weights(model, rng: np.random.Generator, scale: float = 0.7):
+def redraw_weights(model: Any, rng: np.random.Generator, scale: float = 0.7) -> Any:
     """Redraw every parameter of the model, norms included, from N(0, scale^2), in place. Returns the model.
 
     Weights of order 1 make the policy far from uniform and give every parameter a gradient of order 1.

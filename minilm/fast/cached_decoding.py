@@ -8,6 +8,8 @@ Tests: tests/test_generate.py, tests/test_plain.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from minilm import layers
@@ -60,7 +62,7 @@ class Cache:
         return other
 
 
-def forward_cached(model: Transformer, tokens, first, cache: Cache):
+def forward_cached(model: Transformer, tokens, first, cache: Cache) -> np.ndarray:
     """The final hidden state (B,D) of the last of tokens (B,T), which continue the sequences in the cache.
 
     first (B,): the position of each row's first real token, after padding on the left; None without padding.
@@ -71,7 +73,7 @@ def forward_cached(model: Transformer, tokens, first, cache: Cache):
         return hidden_states(parameters, model.config, tokens, attend)[:, -1]
 
 
-def attend_to_cache(c: Config, parameters, T: int, first, cache: Cache):
+def attend_to_cache(c: Config, parameters, T: int, first, cache: Cache) -> Callable:
     """attend(layer, qkv) for model.hidden_states: T new tokens of each row attend to the cache and to each other.
 
     qkv (B,T,(H+2G)K) -> (B,T,H K); the new keys and values are appended to the cache.
@@ -102,7 +104,7 @@ def attend_to_cache(c: Config, parameters, T: int, first, cache: Cache):
     return attend
 
 
-def decode_attention(q, keys, values, length: int, first=None, kernel: bool = True):
+def decode_attention(q, keys, values, length: int, first=None, kernel: bool = True) -> np.ndarray:
     """layers.attention for the last position alone, on arrays, without a gradient.  q (B,H,K) -> (B,H,K)
 
     keys, values (B,G,capacity,K), `length` positions filled; first (B,): where each row's keys begin, int32, or None.

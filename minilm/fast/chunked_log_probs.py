@@ -6,6 +6,12 @@ layers.token_log_probs. Measured gain: scripts/bench/tricks.py.
 Equals layers.token_log_probs_without_chunks and plain.log_probs: tests/test_layers.py.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
 from minilm.backend import array_module
 from minilm.fast.deferred import DeferredMatmul
 
@@ -13,12 +19,12 @@ LOGITS_HELD = 1 << 25           # 128 MB in float32
 IN_CACHE = 1 << 18              # numbers that stay in the cache of one core between operations
 
 
-def tokens_per_chunk(vocab_size):
+def tokens_per_chunk(vocab_size: int) -> int:
     """As many tokens as fit LOGITS_HELD logits."""
     return max(1, LOGITS_HELD // vocab_size)
 
 
-def chunked_log_probs(rows, unembedding, targets, chunk):
+def chunked_log_probs(rows, unembedding, targets, chunk: int) -> tuple[np.ndarray, Callable]:
     """(log-probs (N,), vjp) of rows (N,D), unembedding (V,D), targets (N,); chunk: tokens at a time."""
     xp = array_module(rows, unembedding)
     N, V = len(rows), len(unembedding)

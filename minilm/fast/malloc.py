@@ -1,9 +1,11 @@
 """Tell glibc's malloc to keep the memory of freed arrays. Measured gain: scripts/bench/tricks.py."""
 
+from __future__ import annotations
+
 import ctypes
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> bool:
     """Ask the C library to keep the memory of freed arrays instead of giving it back to the system.
 
     Every step of a training loop frees and takes the same large arrays; by default glibc returns
@@ -22,7 +24,7 @@ def keep_freed_memory():
     return all([mallopt(option, value) == 1 for option, value in settings])
 
 
-def return_freed_memory():
+def return_freed_memory() -> None:
     """Give back to the system, once, what was freed until now, also where keep_freed_memory keeps it (glibc only)."""
     try:
         ctypes.CDLL(None).malloc_trim(0)

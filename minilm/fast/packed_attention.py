@@ -206,13 +206,13 @@ def _real_keys(group, S):
 
 # Key smearing: the key before a response's first key is the last key of its prompt.
 
-def segment_starts(segments: list[Segment], like):
+def segment_starts(segments: list[Segment], like) -> tuple[np.ndarray, np.ndarray]:
     """For each segment its first row, and the row of the token before it (-1: none), on the device of `like`."""
     xp = array_module(like)
     return xp.array([s.start for s in segments], int), xp.array([s.prefix_stop - 1 for s in segments], int)
 
 
-def smear_segments(k, amount, starts, before):
+def smear_segments(k, amount, starts, before) -> tuple[np.ndarray, Callable]:
     """layers.smear of keys (G,N,K), and the vjp for k and amount; starts and before as segment_starts gives them."""
     xp, follows = array_module(k), before >= 0
     previous = xp.empty(k.shape, k.dtype)

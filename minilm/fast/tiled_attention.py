@@ -9,6 +9,10 @@ Measured gain: scripts/bench/tricks.py. Equals layers.attention_without_tiles an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+
 from minilm.backend import array_module
 
 QUERIES = 64
@@ -53,7 +57,7 @@ class Tiles:
         return E
 
 
-def tiled_attention(q, k, v, causal, key_mask, scale, out=None):
+def tiled_attention(q, k, v, causal: bool, key_mask, scale: float, out=None) -> tuple[np.ndarray, Callable]:
     """(output, vjp) of q (B,H,T,K), k and v (B,G,S,K); out: an array to write the output to.
 
     vjp(do, dq=None, dk=None, dv=None): arrays may be given; dq is written there, dk and dv are added to theirs.

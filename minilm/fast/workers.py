@@ -17,6 +17,7 @@ import os
 import signal
 import traceback
 import warnings
+from collections.abc import Callable, Sequence
 from mmap import mmap
 from multiprocessing import Pipe
 
@@ -164,7 +165,7 @@ class _Over(BaseException):
     """Rank 0 has left the `with` block."""
 
 
-def parallel_map(work, parts, workers):
+def parallel_map(work: Callable, parts: Sequence, workers: int) -> list:
     """[work(part) for part in parts], computed by that many workers, forked for this call.
 
     Results are of the kinds that ProcessGroup.all_gather takes.
@@ -173,7 +174,7 @@ def parallel_map(work, parts, workers):
         return group.map(work, parts)
 
 
-def available_cores():
+def available_cores() -> int:
     """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

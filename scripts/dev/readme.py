@@ -12,6 +12,7 @@ their scripts.
 import argparse
 import ast
 import dataclasses
+import functools
 import graphlib
 import json
 import shutil
@@ -28,6 +29,7 @@ SPEED = [("training step", "S", "torch"), ("training step", "M", "compile"), ("S
 
 # The imports of minilm. tests/test_structure.py asserts this picture.
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """The file of every module, by its dotted name without "minilm."; "" is the package itself."""
     found = {}
@@ -38,6 +40,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """The modules of minilm that a file imports, anywhere in it; b of `from minilm.a import b` may be one or not."""
     names = set()

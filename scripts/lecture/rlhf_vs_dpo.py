@@ -61,76 +61,104 @@ SIZES = {"quick": {"seeds": 3, "tuning": 5, "pair_steps": 3, "sampling_steps": 2
                      "betas": [1.0, 0.5, 0.2, 0.1], "points": 5}}
 
 
-def measure(experiment, seed, tuning, pair_steps, sampling_steps, betas, points, dpo_rate=3e-4):
+class Methods:
+    """The training stages of both methods, from the same model and the same pairs."""
+
+    def __init__(self, world, model, rng, pairs):
+        self.world = world
+        self.model = model
+        self.rng = rng
+        self.pairs = pairs
+
+    def reward_model(self, steps):
+        reward_model = RewardModel(self.model.copy(), self.rng)
+        for _ in train_reward_model(TrainState(reward_model, self.rng), *self.pairs, steps, BATCH, 1e-3):
+            pass
+        return reward_model
+
+    def rlhf(self, policy, reward_model, reference, beta, steps):
+        def reward(prompts, responses):
+            return predicted_rewards(reward_model, prompts, responses)
+        return train_rlhf(TrainState(policy, self.rng), reference, reward, self.world.prompts, steps, PROMPTS, SAMPLES,
+                          LONGEST, EOS, beta, 2e-3)
+
+    def log_probs(self):
+        """log pi_ref of the chosen and of the rejected replies."""
+        return [reference_log_probs(self.model, self.pairs[0], replies) for replies in self.pairs[1:]]
+
+    def dpo(self, policy, log_probs, beta, steps):
+        return train_dpo(TrainState(policy, self.rng), *self.pairs, *log_probs, steps, BATCH, beta, 3e-4)
+
+    def memory(self, log_probs):
+        """Bytes in the first steps, with everything that a method holds."""
+        model = self.model
+        return {"reward model": peak(lambda: self.reward_model(2)),
+                "RLHF": peak(lambda: list(self.rlhf(model.copy(), self.reward_model(0), model.copy(), 0.1, 2))),
+                "DPO": peak(lambda: list(self.dpo(model.copy(), [a.copy() for a in log_probs], 0.1, 2)))}
+
+
+def timed(function):
+    """The result of function(), and its CPU seconds."""
+    began = time.process_time()
+    result = function()
+    return result, time.process_time() - began
+
+
+def path(stage, every, evaluate):
+    """What evaluate() returns every so many steps of a stage; the CPU seconds without it; the mean reply length."""
+    points = []
+    lengths = []
+    seconds = 0.0
+    began = time.process_time()
+    for step, metrics in enumerate(stage, 1):
+        lengths.append(metrics.get("completions/mean_length", 0))
+        if step % every == 0:
+            seconds += time.process_time() - began
+            points.append(evaluate())
+            began = time.process_time()
+    return points, seconds, np.mean(lengths)
+
+
+def measure(experiment, seed, tuning, pair_steps, sampling_steps, betas, points):
     rng = np.random.default_rng(seed)
     world = ReplyWorld(words=2)
     model = sft_model(world, rng, tuning, experiment.dtype)
     reference = world.log_distributions(model)
     p, chosen, rejected = world.comparisons(reference, world.gold, rng, PAIRS)
     pairs = world.tokens_of(p, chosen, rejected)
+    methods = Methods(world, model, rng, pairs)
 
     def point(log_pi):
         return [divergence(log_pi, reference).mean(), expectation(log_pi, world.gold).mean()]
 
-    def fit(steps):
-        reward_model = RewardModel(model.copy(), rng)
-        for _ in train_reward_model(TrainState(reward_model, rng), *pairs, steps, BATCH, 1e-3, centering=0.01):
-            pass
-        return reward_model
-
-    def rlhf(policy, reward_model, frozen, beta, steps):
-        def reward(prompts, responses):
-            return predicted_rewards(reward_model, prompts, responses)
-        return train_rlhf(TrainState(policy, rng), frozen, reward, world.prompts, steps, PROMPTS, SAMPLES, LONGEST,
-                          EOS, beta, 2e-3)
-
-    def dpo(policy, log_probs, beta, steps):
-        return train_dpo(TrainState(policy, rng), *pairs, *log_probs, steps, BATCH, beta, dpo_rate)
-
-    # Costs: memory in the first steps, with everything that a method holds; seconds of training, without evaluation.
-    began = time.process_time()
-    reward_model = fit(pair_steps)
-    seconds = {"reward model": time.process_time() - began}
-    began = time.process_time()
-    log_probs = [reference_log_probs(model, pairs[0], replies) for replies in pairs[1:]]
-    seconds["reference log-probs"] = time.process_time() - began
-    memory = {"reward model": peak(lambda: fit(2)),
-              "RLHF": peak(lambda: list(rlhf(model.copy(), fit(0), model.copy(), 0.1, 2))),
-              "DPO": peak(lambda: list(dpo(model.copy(), [a.copy() for a in log_probs], 0.1, 2)))}
-
+    seconds = {}
+    reward_model, seconds["reward model"] = timed(lambda: methods.reward_model(pair_steps))
+    log_probs, seconds["reference log-probs"] = timed(methods.log_probs)
     proxy = reward_table(world, reward_model)
-    results = {"reference": point(reference), "memory": memory, "seconds": seconds,
+    results = {"reference": point(reference), "memory": methods.memory(log_probs), "seconds": seconds,
                "pi*": [point(optimum(reference, world.gold, beta)[0]) for beta in ENVELOPE],
                "pi* of the reward model": [point(optimum(reference, proxy, beta)[0]) for beta in ENVELOPE],
                LOWER: [point(world.log_distributions(model, t)) for t in TEMPERATURES],
                "best of n": [point(best_of_n(reference, proxy, n)) for n in DRAWS]}
+    lengths = {}
     for method, steps in zip(METHODS, (sampling_steps, pair_steps)):
-        results[method] = []
-        seconds[method] = 0.0
-        lengths = []
+        runs = []
         for beta in betas:
             policy = model.copy()
-            path = []
-            began = time.process_time()
-            stage = (rlhf(policy, reward_model, model, beta, steps) if method == "RLHF" else
-                     dpo(policy, log_probs, beta, steps))
-            for step, metrics in enumerate(stage, 1):
-                lengths.append(metrics.get("completions/mean_length", 0))
-                if step % (steps // points) == 0:
-                    seconds[method] += (time.process_time() - began) / len(betas)
-                    path.append(point(world.log_distributions(policy)))
-                    began = time.process_time()
-            results[method].append(path)
-        ends = [path[-1] for path in results[method]]
-        experiment.say(f"seed {seed}, {method}: gold at KL "
-                       + "  ".join(f"{gold:.2f} at {kl:.2f}" for kl, gold in ends))
-        if method == "RLHF":
-            sampled = np.mean(lengths) * PROMPTS * SAMPLES * sampling_steps
+            stage = (methods.rlhf(policy, reward_model, model, beta, steps) if method == "RLHF" else
+                     methods.dpo(policy, log_probs, beta, steps))
+            runs.append(path(stage, steps // points, lambda: point(world.log_distributions(policy))))
+        results[method], run_seconds, run_lengths = map(list, zip(*runs))
+        seconds[method] = np.mean(run_seconds)
+        lengths[method] = np.mean(run_lengths)
+        ends = "  ".join(f"{gold:.2f} at {kl:.2f}" for kl, gold in (run[-1] for run in results[method]))
+        experiment.say(f"seed {seed}, {method}: gold at KL {ends}")
     compared = np.mean([len(reply) for replies in pairs[1:] for reply in replies])
     trained = 2 * BATCH * pair_steps * compared
     # A trained token costs 3 (forward and backward). A sampled reply is sampled, scored by the reference, rewarded,
     # and trained on.
-    results["tokens"] = {"reward model": 3 * trained, "RLHF": (3 + 3) * sampled,
+    results["tokens"] = {"reward model": 3 * trained,
+                         "RLHF": (3 + 3) * lengths["RLHF"] * PROMPTS * SAMPLES * sampling_steps,
                          "reference log-probs": 2 * PAIRS * compared, "DPO": 3 * trained}
     return results
 

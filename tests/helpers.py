@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from minilm import ops
-from minilm.exact.gradients import parameter_gradients, redraw_weights
+from minilm.exact.gradients import parameter_gradients, redraw_weights  # noqa: F401 (the first for the tests)
 from minilm.gradcheck import relative_error
 from minilm.model import Config, Transformer
 from minilm.tensor import Tensor

@@ -210,8 +210,8 @@ def test_layers_agree_there_with_their_formulas(name, kernel, rng, cupy):
     with pytest.MonkeyPatch.context() as patch:
         if not kernel:
             patch.setattr(cupy, "RawModule", None)
-        found = value_and_gradients({"x": x, "w": w}, lambda: FORMULAS[name](layers if kernel or name not in WITH_KERNELS
-                                                                             else plainly, x, w))
+        module = layers if kernel or name not in WITH_KERNELS else plainly
+        found = value_and_gradients({"x": x, "w": w}, lambda: FORMULAS[name](module, x, w))
     assert_same(found, value_and_gradients({"x": x, "w": w}, lambda: FORMULAS[name](definitions, x, w)))
 
 
@@ -269,12 +269,13 @@ MASK = (np.arange(T) < [[5], [2], [3], [1]]).astype(float)
 A, A_T, OLD = NUMBERS.normal(size=N), NUMBERS.normal(size=(N, T)), NUMBERS.normal(size=(N, T))
 R_C, R_R, LENGTHS = NUMBERS.normal(size=N), NUMBERS.normal(size=N), np.array([5, 2, 3, 1])
 TOKEN_LOSSES = {
-    "sft_loss": lambda l: sft.sft_loss(l, MASK),
-    "sft_loss of a window": lambda l: sft.sft_loss(l, MASK, total=40),
-    "policy_gradient_loss": lambda l: policy_gradient.policy_gradient_loss(l, A, MASK),
-    "policy_gradient_loss, rewards to go": lambda l: policy_gradient.policy_gradient_loss(l, A_T, MASK),
-    "ppo_clip_loss": lambda l: policy_gradient.ppo_clip_loss(l, OLD, A, MASK),
-    "ppo_clip_loss of responses": lambda l: policy_gradient.ppo_clip_loss(l, OLD, A, MASK, level="sequence")}
+    "sft_loss": lambda log_probs: sft.sft_loss(log_probs, MASK),
+    "sft_loss of a window": lambda log_probs: sft.sft_loss(log_probs, MASK, total=40),
+    "policy_gradient_loss": lambda log_probs: policy_gradient.policy_gradient_loss(log_probs, A, MASK),
+    "policy_gradient_loss, rewards to go": lambda log_probs: policy_gradient.policy_gradient_loss(log_probs, A_T, MASK),
+    "ppo_clip_loss": lambda log_probs: policy_gradient.ppo_clip_loss(log_probs, OLD, A, MASK),
+    "ppo_clip_loss of responses":
+        lambda log_probs: policy_gradient.ppo_clip_loss(log_probs, OLD, A, MASK, level="sequence")}
 PAIR_LOSSES = {
     "reward_loss": lambda c, r: reward.reward_loss(c, r, margin=0.3, centering=0.1),
     "reward_loss, margins": lambda c, r: reward.reward_loss(c, r, margin=A),
@@ -299,10 +300,10 @@ def test_objectives_take_masks_references_and_rewards_from_the_cpu(loss):
 
 def test_metrics_of_arrays_there_are_those_of_numpy():
     both = [[to_device(x, device) for x in (OLD, A_T, MASK, R_C, R_R, A)] for device in ("gpu", "cpu")]
-    for metrics in (lambda l, m, mask, *_: sft.sft_metrics(l, mask, l > m, m > l, entropies=m),
-                    lambda l, m, mask, *_: kl.kl_metrics(l, m, mask),
-                    lambda l, m, mask, c, r, a: reward.reward_metrics(c, r),
-                    lambda l, m, mask, c, r, a: dpo.dpo_metrics(c, r, r, a)):
+    for metrics in (lambda k, m, mask, *_: sft.sft_metrics(k, mask, k > m, m > k, entropies=m),
+                    lambda k, m, mask, *_: kl.kl_metrics(k, m, mask),
+                    lambda k, m, mask, c, r, a: reward.reward_metrics(c, r),
+                    lambda k, m, mask, c, r, a: dpo.dpo_metrics(c, r, r, a)):
         there, here = (metrics(*side) for side in both)
         assert there == here and all(type(value) is float for value in there.values())
 

@@ -171,7 +171,7 @@ def test_the_token_that_crosses_top_p_is_kept():
 
 @pytest.mark.parametrize("temperature, kept", [(0.5, 1), (1.0, 2), (2.0, 3)])
 def test_top_p_cuts_the_distribution_that_the_temperature_has_made(temperature, kept):
-    """8:4:2:1 become 64:16:4:1 at temperature 1/2. The likeliest token has 0.75, 0.53, 0.39; the two likeliest 0.67 at 2."""
+    """8:4:2:1 become 64:16:4:1 at temperature 1/2. The likeliest has 0.75, 0.53, 0.39; at 2 the first two have 0.67."""
     p = np.exp(distribution(np.log([[1.0, 8.0, 2.0, 4.0]]), temperature, top_p=0.7))
     assert (p > 0).sum() == kept
 
@@ -233,7 +233,8 @@ def test_a_token_of_probability_zero_is_never_drawn_and_some_token_always_is(dty
     ([[1]], {"top_k": 0}, "top_k 0 must be at least 1"),
     ([[1]], {"top_p": 0.0}, "top_p 0.0 in"),
     ([[1]], {"top_p": 1.1}, "top_p 1.1 in"),
-], ids=["no prompt", "empty prompt", "context", "temperature", "NaN", "infinity", "rounds to 0", "top_k", "top_p 0", "top_p 1.1"])
+], ids=["no prompt", "empty prompt", "context", "temperature", "NaN", "infinity", "rounds to 0", "top_k", "top_p 0",
+        "top_p 1.1"])
 def test_what_cannot_be_generated_raises(prompts, settings, message, rng):
     with pytest.raises(ValueError, match=message):
         generate(small_transformer(rng, np.float32), prompts, 8, rng, EOS, **settings)
@@ -259,7 +260,8 @@ def test_a_bidirectional_model_does_not_generate(rng):
         generate(small_transformer(rng, causal=False), PROMPTS, 4, rng, EOS)
 
 
-@given(seed=st.integers(0, 2**32 - 1), temperature=st.sampled_from([0.1, 1.0, 5.0]), top_k=st.sampled_from([None, 1, 3]))
+@given(seed=st.integers(0, 2**32 - 1), temperature=st.sampled_from([0.1, 1.0, 5.0]),
+       top_k=st.sampled_from([None, 1, 3]))
 def test_entropy_below_zero_or_above_log_V_is_never_reported(seed, temperature, top_k):
     rng = np.random.default_rng(seed)
     log_probs = distribution(rng.normal(size=(4, 7)) * 10, temperature, top_k=top_k)

@@ -218,7 +218,9 @@ def test_bidirectional_attention_does_not_know_the_order_of_its_keys(rng):
 def test_what_a_mask_hides_has_no_influence_and_no_gradient(queries, rng):
     q, k, v = normal(rng, 1, 2, queries, 2), normal(rng, 1, 2, 4, 2), normal(rng, 1, 2, 4, 2)
     mask = np.array([[1, 0, 1, 0]])
-    function = lambda q, k, v: layers.attention(q, k, v, key_mask=mask)
+
+    def function(q, k, v):
+        return layers.attention(q, k, v, key_mask=mask)
     value, (dq, dk, dv) = gradients(function, q, k, v)
     assert not dk[:, :, 1::2].any() and not dv[:, :, 1::2].any()
     k.data[:, :, 1::2], v.data[:, :, 1::2] = 1e6, -1e6            # finite, whatever it is

@@ -261,7 +261,8 @@ for style in ("", "-dark"):
 (folder / f"{{name}}.json").write_text(json.dumps({{**{result}, "size": size}}))
 '''
 RESULT = {"title": "A title", "Claim": "It is so.", "Test": "Tried.", "Rule": "It ends above 3. More.",
-          "Limits": "Many.", "Source": "arXiv:2009.01325", "outcome": "shown", "words": "It came to 3.5. More is said here.",
+          "Limits": "Many.", "Source": "arXiv:2009.01325", "outcome": "shown",
+          "words": "It came to 3.5. More is said here.",
           "numbers": {"end": {"mean": 3.5}}, "comparisons": [], "conditions": [], "settings": {"steps": 5},
           "table": [["n", "end"], ["1", "3.5"]],
           "seeds": [0, 1, 2], "seconds": 2.0, "workers": 2, "date": "2020-01-02", "machine": "2 cores", "by_seed": []}

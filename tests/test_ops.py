@@ -280,7 +280,9 @@ def test_clip_has_no_gradient_outside_and_all_of_it_at_the_ends():
 
 def test_zero_times_nan_through_a_mask_where_selects_and_does_not_multiply():
     x, y = Tensor([np.nan, 1.0], requires_grad=True), Tensor([2.0, np.inf], requires_grad=True)
-    function = lambda x, y: ops.where(np.array([False, True]), x, y)
+
+    def function(x, y):
+        return ops.where(np.array([False, True]), x, y)
     value, (dx, dy) = gradients(function, x, y, cotangent=np.array([np.inf, np.inf]))
     assert value.tolist() == [2, 1] and dx.tolist() == [0, np.inf] and dy.tolist() == [np.inf, 0]
 

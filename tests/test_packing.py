@@ -158,7 +158,8 @@ def test_results_do_not_depend_on_the_grouping_of_segments(rng, monkeypatch):
     for call in (0, packed_attention.CALL):
         monkeypatch.setattr(packed_attention, "CALL", call)
         log_probs = model.response_log_probs(part)
-        results.append((len(group_segments(part.segments)), log_probs.data, parameter_gradients(model, log_probs, cotangent)))
+        gradient = parameter_gradients(model, log_probs, cotangent)
+        results.append((len(group_segments(part.segments)), log_probs.data, gradient))
     (apart, *split), (together, *joint) = results
     assert (apart, together) == (2, 1)
     assert_close(split[0], joint[0])

@@ -55,7 +55,8 @@ def assert_same_models(model, fast, plainly):
     cotangent = np.random.default_rng(7).normal(size=output.shape)
     expected = plainly()
     assert_close(output, expected)
-    assert_same_gradients(parameter_gradients(model, output, cotangent), parameter_gradients(model, expected, cotangent))
+    assert_same_gradients(parameter_gradients(model, output, cotangent),
+                          parameter_gradients(model, expected, cotangent))
 
 
 # The transformer.
@@ -65,7 +66,8 @@ def assert_same_models(model, fast, plainly):
 def test_logits_and_all_gradients_are_the_fast_ones(kind, rng, T):
     model = small_transformer(rng, **kind)
     tokens = rng.integers(7, size=(2, T))
-    assert_same_models(model, lambda: model(tokens), lambda: plain.transformer(model.parameters(), tokens, model.config))
+    assert_same_models(model, lambda: model(tokens),
+                       lambda: plain.transformer(model.parameters(), tokens, model.config))
 
 
 @with_encoders
@@ -136,7 +138,8 @@ def test_packed_rewards_and_all_gradients_are_those_of_the_padded_batch(kind, rn
 def test_the_tables_of_angles_are_the_fast_ones():
     positions = np.array([0, 1, 7, 1000])
     for dtype in ("float32", "float64"):
-        for ours, theirs in zip(plain.rope_tables(positions, 6, 50.0, dtype), layers.rope_tables(positions, 6, 50.0, dtype)):
+        tables = zip(plain.rope_tables(positions, 6, 50.0, dtype), layers.rope_tables(positions, 6, 50.0, dtype))
+        for ours, theirs in tables:
             assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
 
 
@@ -209,7 +212,8 @@ def test_policy_gradient_loss_is_the_fast_one_with_nan_outside_the_mask(rng, by_
                 lambda x: policy_gradient.policy_gradient_loss(x, advantages, mask), log_probs)
 
 
-@given(rng=rngs, beta=st.sampled_from([0.1, 2.0]), smoothing=st.sampled_from([0.0, 0.2]), scale=st.sampled_from([1.0, 1000.0]))
+@given(rng=rngs, beta=st.sampled_from([0.1, 2.0]), smoothing=st.sampled_from([0.0, 0.2]),
+       scale=st.sampled_from([1.0, 1000.0]))
 def test_dpo_loss_is_the_fast_one(rng, beta, smoothing, scale):
     chosen, rejected = normal(rng, 4, scale=scale), normal(rng, 4, scale=scale)
     references = rng.normal(size=(2, 4)) * scale

@@ -57,7 +57,7 @@ def test_the_front_page_has_at_most_200_lines_and_starts_with_a_figure():
     assert any(line.startswith("![") for line in lines[:10])
 
 
-# Code. Every ```python block runs in the root of a checkout. It prints the ```text block after it, or "# prints" comments.
+# Code. Every ```python block runs in the root of a checkout, and prints the ```text block after it, or its "# prints".
 
 BLOCKS = [pytest.param(code, output, id=f"{name_of(page)}-{number}",
                        marks=[pytest.mark.parity] if "import torch" in code else [])

@@ -207,7 +207,8 @@ def test_a_state_that_is_refused_has_changed_nothing(changes):
 
 
 def test_restoring_the_snapshot_of_a_deeper_model_raises_and_changes_nothing():
-    shallow, deep = (TrainState(small_transformer(np.random.default_rng(layers), layers=layers), np.random.default_rng(0))
+    shallow, deep = (TrainState(small_transformer(np.random.default_rng(layers), layers=layers),
+                                np.random.default_rng(0))
                      for layers in (1, 2))
     for p in deep.optimizer.parameters.values():
         p.data += 1
@@ -233,7 +234,8 @@ def assert_same_training(trainings, metrics):
         assert_close(other.model.parameters()[name].data, p.data, name=name)
 
 
-@pytest.mark.parametrize("cores, tokens, workers", [(8, 1, 1), (8, 1024, 2), (8, 10**6, 8), (1, 10**6, 1), (2, 2048, 2)])
+@pytest.mark.parametrize("cores, tokens, workers",
+                         [(8, 1, 1), (8, 1024, 2), (8, 10**6, 8), (1, 10**6, 1), (2, 2048, 2)])
 def test_a_step_gets_no_more_workers_than_cores_and_than_it_has_work_for(cores, tokens, workers, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
     assert workers_for(tokens) == workers
@@ -282,7 +284,8 @@ def steps_on(training, batches):
 def test_a_worker_that_gets_no_part_adds_nothing_not_even_what_it_found_in_the_step_before():
     trainings = [make_training("pretraining", workers, np.float64) for workers in (1, 2)]
     for workers, training in enumerate(trainings, start=1):
-        assert list(steps_on(training, [[STREAM[None, :6], STREAM[None, 6:12]], [STREAM[None, 12:18]]])) == [workers] * 2
+        microbatches = [[STREAM[None, :6], STREAM[None, 6:12]], [STREAM[None, 12:18]]]
+        assert list(steps_on(training, microbatches)) == [workers] * 2
     one, two = trainings
     assert_close(two.optimizer.grad, one.optimizer.grad)
 
@@ -462,7 +465,7 @@ def test_a_step_of_dpo_is_down_the_gradient_of_its_loss(workers):
     for each in answers:
         batch = make_batch(prompts, each, PAD)
         sums.append(ops.sum(before.log_probs(batch.tokens) * batch.target_mask, axis=1))
-    (l_c, l_r), (ref_c, ref_r) = sums, (l[rows] for l in references)
+    (l_c, l_r), (ref_c, ref_r) = sums, (log_probs[rows] for log_probs in references)
     assert_close(metrics["rewards/chosen"], 0.7 * (l_c.data - ref_c).mean())
     assert_close(metrics["rewards/rejected"], 0.7 * (l_r.data - ref_r).mean())
     assert_step_is_down_the_gradient_of(dpo.dpo_loss(l_c, l_r, ref_c, ref_r, beta=0.7), before, training, metrics)
@@ -582,9 +585,9 @@ def test_the_reference_does_not_change_by_a_bit(stage):
         run(stage, training, 3, reference=reference)
     else:
         log_probs = [reference_log_probs(reference, PROMPTS, a) for a in (RESPONSES, REJECTED)]
-        kept = [l.copy() for l in log_probs]
+        kept = [array.copy() for array in log_probs]
         list(train_dpo(training, PROMPTS, RESPONSES, REJECTED, *log_probs, 3, 5))
-        assert all((l == k).all() for l, k in zip(log_probs, kept))
+        assert all((now == before).all() for now, before in zip(log_probs, kept))
     assert {name: p.data.tobytes() for name, p in reference.parameters().items()} == weights
     assert all(p.grad is None for p in reference.parameters().values())
 

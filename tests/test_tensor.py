@@ -291,7 +291,8 @@ def test_a_gradient_of_the_wrong_kind_is_reported_with_the_primitive(rng, wrong,
 ], ids=["output alone", "two rows", "gradient instead of vjp", "three values"])
 def test_a_primitive_without_a_vjp_raises_at_its_call_with_the_two_things_to_return(rng, function, described):
     function.__name__ = "double"
-    with pytest.raises(TypeError, match=r"^double\(\(3,\)\): a primitive returns \(output, vjp\): .*; got " + described):
+    message = r"^double\(\(3,\)\): a primitive returns \(output, vjp\): .*; got " + described
+    with pytest.raises(TypeError, match=message):
         primitive(function)(normal(rng, 3))
 
 
@@ -301,8 +302,8 @@ def test_a_missing_second_gradient_raises_with_the_number_and_the_name_of_its_ar
         return left * right, lambda dz: dz * right
 
     z = product(normal(rng, 3), normal(rng, 3)).sum()
-    with pytest.raises(RuntimeError, match=r"^product: .* \(argument 2 'right'\) came back as None; vjp must return one "
-                                           "array per argument"):
+    message = r"^product: .* \(argument 2 'right'\) came back as None; vjp must return one array per argument"
+    with pytest.raises(RuntimeError, match=message):
         z.backward()
 
 

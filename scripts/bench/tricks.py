@@ -101,7 +101,8 @@ def chunks():
         hidden.grad = unembedding.grad = None
         log_probs(hidden, unembedding, targets).sum().backward()
         return hidden.grad
-    return Trick("chunked_log_probs.py", "log-probs of 2048 tokens, V 50257, forward and backward", "all logits at once",
+    return Trick("chunked_log_probs.py", "log-probs of 2048 tokens, V 50257, forward and backward",
+                 "all logits at once",
                  lambda: run(layers.token_log_probs), lambda: run(layers.token_log_probs_without_chunks))
 
 
@@ -127,7 +128,8 @@ def deferred():
               mock.patch("minilm.fast.chunked_log_probs.DeferredMatmul", lambda x, y: x @ y),
               mock.patch.object(ops, "SparseRows", dense_rows)):
             return step()
-    return Trick("deferred.py", "training step, size S with V 4096", "gradients computed, then copied", step, computed_at_once)
+    return Trick("deferred.py", "training step, size S with V 4096", "gradients computed, then copied",
+                 step, computed_at_once)
 
 
 def dense_rows(like, rows, values):
@@ -160,7 +162,8 @@ def activations():
     def run(checkpointing):
         policy.activation_checkpointing = checkpointing
         return step()
-    return Trick("activation_checkpointing.py", "training step, size S", "every activation kept", lambda: run(True), lambda: run(False))
+    return Trick("activation_checkpointing.py", "training step, size S", "every activation kept",
+                 lambda: run(True), lambda: run(False))
 
 
 def cache():

@@ -76,9 +76,9 @@ def measure(experiment, seed, entities, documents, batch, repeats):
     examined = range(0, entities, 2)
     others = range(1, entities, 2)
 
-    def cell(exposures, wordings=range(len(WORDINGS)), of=others):
+    def cell(exposures, wordings=None, of=others):
         return [(e, s) for e in of for s in PLAIN
-                if world.exposures[e, s] == exposures and world.wording[e, s] in wordings]
+                if world.exposures[e, s] == exposures and (wordings is None or world.wording[e, s] in wordings)]
 
     known = [fact for n in EXPOSURES[-2:] for fact in cell(n, of=examined)]
     tokens, mask = (array[:documents] for array in world.corpus(rng))       # None: all of it
@@ -209,7 +209,7 @@ def draw(figure, seeds, size):
             ("country, stated 64 times", lambda s: s["countries"][0][0]),
             ("country that follows,\nnever stated", lambda s: s["countries"][1][0]),
             ("the same,\ncity in the prompt", lambda s: s["countries"][2][0])]
-    for y, (label, value) in enumerate(rows):
+    for y, (_, value) in enumerate(rows):
         values = [value(s) for s in seeds]
         ways.plot(values, [y] * len(values), "o", color=COLOURS[0], alpha=0.4, markersize=5,
                   markeredgewidth=0)

@@ -198,7 +198,7 @@ def test_the_last_position_alone_is_the_last_row_of_attention(rng, masked, large
     q, k, v = normal(rng, 3, 6, 1, 4), normal(rng, 3, 2, 5, 4), normal(rng, 3, 2, 5, 4)
     first = rng.integers(5, size=3) if masked else None
     mask = np.arange(5) >= first[:, None] if masked else None
-    cache = [np.concatenate([x.data, np.full((3, 2, 2, 4), np.nan)], axis=2) for x in (k, v)]       # with unused capacity
+    cache = [np.concatenate([x.data, np.full((3, 2, 2, 4), np.nan)], axis=2) for x in (k, v)]     # unused capacity
     with np.errstate(all="raise", under="ignore"):
         last = decode_attention(q.data[:, :, 0] * large, *cache, 5, first)
     assert_close(last, definitions.attention(q * large, k, v, key_mask=mask).data[:, :, 0])

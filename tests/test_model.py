@@ -5,7 +5,7 @@ from hypothesis import example, given, strategies as st
 
 from helpers import (assert_close, assert_same, gradients, padded, parameter_gradients, peak_memory, rngs,
                      small_transformer)
-from minilm import layers, no_grad, ops
+from minilm import no_grad, ops
 from minilm.fast import tiled_attention
 from minilm.gradcheck import gradcheck
 from minilm.fast.packed_attention import attend_to_segments, rectangle_segments

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from helpers import assert_close, normal, rngs, small_transformer
-from minilm import Tensor, optim
+from minilm import Tensor
 from minilm.fast import flat_parameters
 from minilm.fast.flat_parameters import materialise_gradients
 from minilm.optim import AdamW, warmup_cosine

@@ -11,7 +11,7 @@ from helpers import assert_close, small_transformer
 from minilm import checkpoint, evaluate, ops
 from minilm.data import make_batch, windows
 
-from minilm.model import Config, RewardModel, Transformer
+from minilm.model import Config, RewardModel
 from minilm.objectives import dpo
 from minilm.objectives.policy_gradient import advantages
 from minilm.optim import AdamW

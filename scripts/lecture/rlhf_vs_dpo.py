@@ -57,7 +57,7 @@ DRAWS = tuple(2 ** k for k in range(8))
 PAIRS, BATCH, PROMPTS, SAMPLES = 2000, 64, 16, 4
 # points: evaluations of a policy during training
 SIZES = {"quick": {"seeds": 3, "tuning": 5, "pair_steps": 3, "sampling_steps": 2, "betas": [0.5, 0.1], "points": 1},
-         "default": {"seeds": 6, "tuning": 300, "pair_steps": 300, "sampling_steps": 100,
+         "default": {"seeds": 12, "tuning": 300, "pair_steps": 300, "sampling_steps": 100,
                      "betas": [1.0, 0.5, 0.2, 0.1], "points": 5}}
 
 

@@ -2,7 +2,8 @@
 
 To first order, a step on the loss L of all pairs changes log pi(y) by -rate sum_j K(y, y_j) dL/d log pi(y_j), where y_j
 runs over the chosen and rejected replies and K is the inner product of the gradients of two log-probs.
-Checked in every run against central differences of the step itself (scripts/lecture/dpo.py reports the error).
+Every run compares it with central differences of the step itself (scripts/lecture/dpo.py reports the error).
+Tests: tests/test_dpo_step.py.
 """
 
 import numpy as np

@@ -60,7 +60,18 @@ def compare(seed, loss, order_1=True, world=WORLD, **options):
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("seed", range(3))
 def test_k2_of_responses_has_the_gradient_of_the_kl(seed, samples):
-    found = compare(seed, lambda ref: of_responses(k2, ref, SMALL), world=SMALL, samples=samples)
+    shapes = set()
+
+    def recorded(reference):
+        loss = of_responses(k2, reference, SMALL)
+
+        def with_shape(log_probs, drawn):
+            shapes.add(drawn.shape)
+            return loss(log_probs, drawn)
+        return with_shape
+
+    found = compare(seed, recorded, world=SMALL, samples=samples)
+    assert shapes == {(1, samples)}
     assert_close([found.cosine, found.ratio], [1.0, 1.0])
     assert found.relative_error < 1e-10
 

@@ -10,6 +10,10 @@ in small or in capital letters. People want reversed letters, and they prefer ca
     3. reward model    pairs of replies, compared by people, who make errors        -> proxy reward
     4. RLHF            maximise proxy reward - beta KL(policy || SFT model)         -> RLHF model
     5. DPO             the pairs of stage 3, no reward model and no sampling        -> DPO model
+
+Printed: means over each fifth of the steps (loss, proxy reward, KL); the replies to three questions; means and
+standard errors over all 512 questions, one sampled reply each: share of right letters, share of capitals, gold reward.
+"error" is the share of new pairs that the reward model orders against the gold reward.
 """
 
 import sys
@@ -85,8 +89,9 @@ def compare(policy: Parameters, n: int, rng: np.random.Generator) -> tuple[np.nd
 
 # The five stages.
 
-def train(parameters: Parameters, batch: Callable, steps: int, learning_rate: float) -> None:
-    """batch() draws a batch and returns its loss, and other numbers to print: means over each fifth of the steps."""
+def train(title: str, parameters: Parameters, batch: Callable, steps: int, learning_rate: float) -> None:
+    """Each call of batch() draws a batch and returns numbers by name; "loss" is a Tensor."""
+    print(title)
     state = {}
     history = []
     for step in range(steps):
@@ -95,29 +100,30 @@ def train(parameters: Parameters, batch: Callable, steps: int, learning_rate: fl
         history.append(numbers)
     for name in history[0]:
         fifths = np.array_split([numbers[name] for numbers in history], 5)
-        print(f"   {name:13s}", *(f"{fifth.mean():6.2f}" for fifth in fifths))
+        print(f"  {name:12s}", *(f"{fifth.mean():6.2f}" for fifth in fifths))
 
 
 def pretrain(model: Parameters, steps: int, rng: np.random.Generator) -> None:
     def batch():
         return {"loss": sft_loss(log_probs(model, text(64, 0.5, rng), CONFIG), np.ones((64, 6)))}
-    train(model, batch, steps, learning_rate=1e-2)
+    train("1. Pretraining", model, batch, steps, learning_rate=1e-2)
 
 
 def train_sft(model: Parameters, steps: int, rng: np.random.Generator) -> None:
     def batch():
         return {"loss": sft_loss(log_probs(model, text(32, 1.0, rng), CONFIG), np.tile(REPLY, (32, 1)))}
-    train(model, batch, steps, learning_rate=5e-3)
+    train("2. Supervised finetuning", model, batch, steps, learning_rate=5e-3)
 
 
 def train_reward_model(model: Parameters, chosen: np.ndarray, rejected: np.ndarray, steps: int, rng) -> None:
     def batch():
         i = rng.integers(len(chosen), size=64)
         return {"loss": reward_loss(reward(model, chosen[i], CONFIG), reward(model, rejected[i], CONFIG))}
-    train(model, batch, steps, learning_rate=3e-3)
+    train("3. Reward model", model, batch, steps, learning_rate=3e-3)
 
 
 def train_rlhf(policy: Parameters, reference: Parameters, reward_model: Parameters, steps: int, rng) -> None:
+    """The value of the loss does not measure progress; proxy reward and KL do."""
     def batch():
         questions = np.repeat(text(16, 1.0, rng)[:, :4], 4, axis=0)                     # (64,4): each question 4 times
         lines = answer(policy, questions, rng)                                          # (64,7)
@@ -128,11 +134,11 @@ def train_rlhf(policy: Parameters, reference: Parameters, reward_model: Paramete
         A = advantages(rewards.reshape(16, 4), kl.reshape(16, 4), BETA)                 # (16,4)
         loss = policy_gradient_loss(policy_log_probs, A.reshape(64), REPLY)
         return {"proxy reward": rewards.mean(), "KL": kl.mean(), "loss": loss}
-    train(policy, batch, steps, learning_rate=2e-3)
+    train("4. RLHF", policy, batch, steps, learning_rate=2e-3)
 
 
-def train_dpo(policy: Parameters, reference: Parameters, chosen: np.ndarray, rejected: np.ndarray, steps: int,
-              rng) -> None:
+def train_dpo(policy: Parameters, reference: Parameters, chosen: np.ndarray, rejected: np.ndarray,
+              steps: int, rng) -> None:
     with no_grad():
         reference_chosen = reply_log_probs(reference, chosen).data                      # (n)
         reference_rejected = reply_log_probs(reference, rejected).data                  # (n)
@@ -141,7 +147,7 @@ def train_dpo(policy: Parameters, reference: Parameters, chosen: np.ndarray, rej
         i = rng.integers(len(chosen), size=64)
         return {"loss": dpo_loss(reply_log_probs(policy, chosen[i]), reply_log_probs(policy, rejected[i]),
                                  reference_chosen[i], reference_rejected[i], BETA)}
-    train(policy, batch, steps, learning_rate=3e-4)
+    train("5. DPO", policy, batch, steps, learning_rate=3e-4)
 
 
 # The lecture.
@@ -151,12 +157,12 @@ def report(name: str, policy: Parameters, rng: np.random.Generator, reference: P
     questions = np.insert(np.indices((8, 8, 8)).reshape(3, 512).T, 3, EQUALS, axis=1)   # (512,4)
     lines = answer(policy, questions, rng)                                              # (512,7)
     points, right, capitals = gold_reward(lines)
-    columns = {"right": right, "capitals": capitals, "gold reward": points}
+    columns = {"right": right, "capitals": capitals, "gold": points}
     if reference is not None:
         with no_grad():
             columns["KL"] = reply_log_probs(policy, lines).data - reply_log_probs(reference, lines).data
-    print(f"   {name:13s}", *("".join(LETTERS[token] for token in line) for line in lines[[70, 355, 20]]))
-    print(" " * 16, "  ".join(f"{key} {x.mean():.2f}±{x.std() / 512 ** 0.5:.2f}" for key, x in columns.items()))
+    print(f"  {name:12s}", *("".join(LETTERS[token] for token in line) for line in lines[[70, 355, 20]]))
+    print(" " * 14, "  ".join(f"{key} {x.mean():.2f}±{x.std() / 512 ** 0.5:.2f}" for key, x in columns.items()))
     return {key: float(x.mean()) for key, x in columns.items()}
 
 
@@ -173,37 +179,30 @@ def lecture(seed: int = 0, scale: float = 1.0) -> dict[str, dict[str, float]]:
     rng = np.random.default_rng(seed)
     model = Transformer(CONFIG, rng, np.float64)
     results = {"random": report("random", model.parameters(), rng)}
-
-    print("1. Pretraining")
     pretrain(model.parameters(), int(400 * scale), rng)
     results["base"] = report("base", model.parameters(), rng)
-
-    print("2. Supervised finetuning")
+    train_sft(model.parameters(), int(50 * scale), rng)
+    results["SFT"] = report("SFT", model.parameters(), rng)
     reference = model.parameters()
-    train_sft(reference, int(120 * scale), rng)
-    results["SFT"] = report("SFT", reference, rng)
 
-    print("3. Reward model")
     chosen, rejected = compare(reference, 2000, rng)
     reward_model = RewardModel(model.copy(), rng).parameters()
-    train_reward_model(reward_model, chosen, rejected, int(150 * scale), rng)
+    train_reward_model(reward_model, chosen, rejected, int(120 * scale), rng)
     results["reward model"] = {"error": reward_error(reward_model, *compare(reference, 500, rng))}
-    print(f"   new pairs ordered against the gold reward: {results['reward model']['error']:.1%}")
+    print(f"  error        {results['reward model']['error']:6.2f}")
 
-    print("4. RLHF")
     policy = model.copy().parameters()
     train_rlhf(policy, reference, reward_model, int(80 * scale), rng)
     results["RLHF"] = report("RLHF", policy, rng, reference)
 
-    print("5. DPO")
     policy = model.copy().parameters()
-    train_dpo(policy, reference, chosen, rejected, int(200 * scale), rng)
+    train_dpo(policy, reference, chosen, rejected, int(160 * scale), rng)
     results["DPO"] = report("DPO", policy, rng, reference)
 
-    print("Against the SFT model")
+    print("Change from the SFT model")
     for name in ("RLHF", "DPO"):
-        gain = {key: results[name][key] - results["SFT"][key] for key in ("gold reward", "right")}
-        print(f"   {name:13s} gold reward {gain['gold reward']:+.2f}, right answers {gain['right']:+.3f}")
+        change = {key: results[name][key] - results["SFT"][key] for key in ("right", "capitals", "gold")}
+        print(f"  {name:12s}", "  ".join(f"{key} {difference:+.2f}" for key, difference in change.items()))
     return results
 
 

@@ -143,6 +143,13 @@ def test_the_tables_of_angles_are_the_fast_ones():
             assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
 
 
+@given(rng=rngs, T=st.integers(1, 6), half_width=st.integers(1, 4), pairing=st.sampled_from(["half", "interleaved"]))
+def test_rotations_are_the_fast_ones(rng, T, half_width, pairing):
+    tables = plain.rope_tables(np.arange(T), 2 * half_width, dtype="float64")
+    assert_same(lambda x: plain.rope(x, *tables, pairing), lambda x: layers.rope(x, *tables, pairing),
+                normal(rng, 2, 3, T, 2 * half_width))
+
+
 def test_the_plain_transformer_has_the_gradients_of_finite_differences(rng):
     model = small_transformer(rng, layers=2, heads=4, kv_heads=2, head_width=4, key_smear=True)
     tokens, mask = padded([[1, 2, 3], [4]], left=1, right=1)

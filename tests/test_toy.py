@@ -1,0 +1,59 @@
+"""minilm.toy: the task is what its docstring says, and every stage improves the model, on every seed."""
+import numpy as np
+import pytest
+
+from minilm import toy
+from minilm.model import Transformer
+
+
+def tokens(*lines):
+    return np.array([[toy.LETTERS.index(letter) for letter in line] for line in lines])
+
+
+def test_gold_reward_is_two_points_for_right_letters_and_one_for_capitals():
+    lines = tokens("bag=GAB", "bag=gab", "bag=gAb", "bag=BAG", "bag=bag", "bag=BAg", "bag=GA=")
+    points, right, capitals = toy.gold_reward(lines)
+    assert points.tolist() == [3, 2, 2, 1, 0, 0, 0]
+    assert right.tolist() == [True, True, True, False, False, False, False]
+    assert capitals.tolist() == [True, False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("share, right", [(1.0, 1.0), (0.0, 1 / 8), (0.5, 9 / 16)])
+def test_text_has_the_given_share_of_reversed_replies_half_of_them_in_capitals(share, right):
+    """A copied line is right if its letters are a palindrome: 1 in 8."""
+    points, is_right, capitals = toy.gold_reward(toy.text(20_000, share, np.random.default_rng(0)))
+    assert abs(is_right.mean() - right) < 0.02 and abs(capitals.mean() - 0.5) < 0.02
+    assert np.array_equal(points, 2 * is_right + capitals)
+
+
+def test_people_prefer_a_reply_that_is_one_point_better_88_times_in_100():
+    rng = np.random.default_rng(0)
+    chosen, rejected = toy.compare(Transformer(toy.CONFIG, rng).parameters(), 4000, rng)
+    assert np.array_equal(chosen[:, :4], rejected[:, :4])
+    difference = toy.gold_reward(chosen)[0] - toy.gold_reward(rejected)[0]
+    assert abs((difference == 1).sum() / (abs(difference) == 1).sum() - 0.88) < 0.05
+
+
+def assert_every_stage_improves_the_model(results):
+    random, base, sft, rlhf, dpo = (results[name] for name in ("random", "base", "SFT", "RLHF", "DPO"))
+    assert base["gold"] > random["gold"] + 0.5
+    assert sft["right"] > base["right"] + 0.1
+    assert results["reward model"]["error"] < 0.25
+    for policy in (rlhf, dpo):
+        assert policy["gold"] > sft["gold"] + 0.3 and policy["capitals"] > 0.8
+        assert policy["right"] > sft["right"] - 0.05
+        assert 0.2 < policy["KL"] < 1.5
+
+
+def test_every_stage_improves_the_model(capsys):
+    assert_every_stage_improves_the_model(toy.lecture(seed=0, scale=0.4))
+    printed = capsys.readouterr().out
+    assert all(stage in printed for stage in ("1. Pretraining", "2. Supervised finetuning", "3. Reward model",
+                                              "4. RLHF", "5. DPO", "bag=", "loss", "proxy reward", "error", "KL"))
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_every_stage_improves_the_model_on_five_seeds(seed):
+    assert_every_stage_improves_the_model(toy.lecture(seed, scale=0.6))

@@ -7,8 +7,7 @@ contiguous arrays.
 import numpy as np
 
 from minilm.backend import array_module, to_numpy
-from minilm.kernels import attention as attention_kernel
-from minilm.kernels import fused, log_probs
+from minilm.kernels import attention as attention_kernel, fused, log_probs
 
 
 def _contiguous(x):

@@ -42,13 +42,6 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from support import figures
-from support.evaluation import Evaluation
-from support.job import Job, Stopped
-from support.options import TRIAL_BELOW, parse
-from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
-from support.tables import summary
-from support.terminal import paragraph, progress, trial_note
 
 from minilm import data, evaluate
 from minilm.checkpoint import write_text
@@ -62,6 +55,13 @@ from minilm.stages.sft import train_sft
 from minilm.stages.train_state import Diverged, TrainState
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, corpus, tasks
+from support import figures
+from support.evaluation import Evaluation
+from support.job import Job, Stopped
+from support.options import TRIAL_BELOW, parse
+from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
+from support.tables import summary
+from support.terminal import paragraph, progress, trial_note
 
 VERSION = 2                 # of a run's files; a run of another version cannot be resumed
 SIZES = {"small": {"width": 64, "layers": 3}, "large": {"width": 96, "layers": 4}}

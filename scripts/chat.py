@@ -23,9 +23,6 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
-from support.options import TRIAL_BELOW
-from support.run_folder import UsageError, main_guard
-from support.terminal import labelled, one_line, trial_note
 
 from minilm.data import decode_response, encode_prompt
 from minilm.generate import generate
@@ -33,6 +30,9 @@ from minilm.model import Transformer
 from minilm.model_file import load_model
 from minilm.tokenizer import Tokenizer
 from minilm.world import tasks
+from support.options import TRIAL_BELOW
+from support.run_folder import UsageError, main_guard
+from support.terminal import labelled, one_line, trial_note
 
 FOLDER = os.path.join("runs", "assistant")
 STAGES = ("base", "sft", "rlhf-beta-0.3", "dpo-beta-0.3")      # the models of a folder, in this order

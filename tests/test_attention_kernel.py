@@ -1,11 +1,11 @@
 """kernels/attention.cu: equal to the plain formula at ragged sizes, no fault, bytes counted, planted bugs found."""
 import contextlib
 
-import kernel_mutants
 import numpy as np
 import pytest
-from helpers import assert_close
 
+import kernel_mutants
+from helpers import assert_close
 from minilm.kernels import attention, emulator
 
 LENGTHS = [1, 7, 31, 32, 33, 65, 128, 200]

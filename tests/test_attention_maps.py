@@ -1,12 +1,11 @@
 """Attention weights, read with unit vectors as values, against the formula in every layer; induction scores."""
-import definitions
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
+
+import definitions
 from common.attention_maps import attention_weights, induction_scores
 from helpers import assert_close, rngs, small_transformer
-from hypothesis import given
-from hypothesis import strategies as st
-
 from minilm import layers, ops
 from minilm.tensor import Tensor, no_grad
 

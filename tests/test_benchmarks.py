@@ -5,19 +5,21 @@ import sys
 import types
 from pathlib import Path
 
-import gpu_measuring
-import measuring
 import numpy as np
 import pytest
-from bench import attention as bench_attention
-from bench import gemm as bench_gemm
-from bench import log_probs as bench_log_probs
-from bench import scaling as bench_scaling
-from bench import table as bench_table
-from helpers import assert_close
-from support.run_folder import UsageError
 
+import gpu_measuring
+import measuring
+from bench import (
+    attention as bench_attention,
+    gemm as bench_gemm,
+    log_probs as bench_log_probs,
+    scaling as bench_scaling,
+    table as bench_table,
+)
+from helpers import assert_close
 from minilm.model import Config, Transformer
+from support.run_folder import UsageError
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 

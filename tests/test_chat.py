@@ -7,13 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import chat
 import numpy as np
 import pytest
-from helpers import small_transformer
-from support.run_folder import UsageError
-from support.terminal import labelled, one_line
 
+import chat
+from helpers import small_transformer
 from minilm import data
 from minilm.checkpoint import CheckpointError
 from minilm.generate import generate
@@ -21,6 +19,8 @@ from minilm.model import RewardModel
 from minilm.model_file import load_model, save_model
 from minilm.tokenizer import Tokenizer
 from minilm.world import tasks
+from support.run_folder import UsageError
+from support.terminal import labelled, one_line
 
 pytest.importorskip("safetensors", reason="what the scripts need: pip install -e '.[run]'")
 

@@ -1,10 +1,9 @@
 """minilm/data.py: dialogues, batches, streams and text files, token by token."""
 import numpy as np
 import pytest
-from helpers import assert_close, rngs, small_transformer
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
+from helpers import assert_close, rngs, small_transformer
 from minilm import data
 from minilm.tokenizer import Tokenizer
 

@@ -1,11 +1,10 @@
 """kernels/decode.cu: attention of one token to a cache, split over its keys; no fault, bytes counted, bugs found."""
-import kernel_mutants
 import numpy as np
 import pytest
-from helpers import assert_close
 
-from minilm.kernels import decode as module
-from minilm.kernels import emulator
+import kernel_mutants
+from helpers import assert_close
+from minilm.kernels import decode as module, emulator
 from minilm.kernels.decode import CHUNK, WIDTHS, decode
 
 

@@ -7,31 +7,30 @@ import sys
 import types
 
 import numpy as np
-import definitions
 import pytest
-from helpers import assert_close, padded
-from helpers import small_transformer as any_small_transformer
 
-from minilm import evaluate, layers, ops
+import definitions
 from common.attention_maps import attention_weights
+from common.masked_pretraining import masked_pretraining
+from helpers import assert_close, padded, small_transformer as any_small_transformer
+from minilm import evaluate, layers, ops
 from minilm.backend import array_module, is_cupy, to_device, to_numpy
 from minilm.checkpoint import load_into
 from minilm.data import make_batch
+from minilm.fast.flat_parameters import zero_grad_of
 from minilm.generate import generate
 from minilm.gradcheck import GradientError, gradcheck
 from minilm.kernels.emulator import arrays
 from minilm.model import RewardModel
 from minilm.model_file import load_model, save_model
 from minilm.objectives import dpo, kl, policy_gradient, reward, sft
-from minilm.fast.flat_parameters import zero_grad_of
 from minilm.optim import AdamW
 from minilm.packing import pack
-from minilm.stages.sft import train_sft
-from common.masked_pretraining import masked_pretraining
-from minilm.stages.dpo import train_dpo, reference_log_probs
+from minilm.stages.dpo import reference_log_probs, train_dpo
 from minilm.stages.pretraining import pretrain
 from minilm.stages.reward_model import train_reward_model
 from minilm.stages.rlhf import train_rlhf
+from minilm.stages.sft import train_sft
 from minilm.stages.train_state import TrainState
 from minilm.tensor import Tensor
 from minilm.tokenizer import Tokenizer

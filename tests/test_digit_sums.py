@@ -4,13 +4,12 @@ import re
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
+
 from helpers import rngs
-from hypothesis import given
-from hypothesis import strategies as st
+from minilm.world.tasks import is_held_out
 from worlds import digit_sums
 from worlds.digit_sums import CORPUS, CURRICULUM, DIGITS, DIRECT, END, LONGEST, PHRASES, TOKENS
-
-from minilm.world.tasks import is_held_out
 
 EXAMPLE = re.compile(r"(\d(?: \+\d)+) \?((?: [a-z']+(?:-[a-z]+)+)*) ((?:(?:\d|\+\d|…) )*)so (\d) \.")
 

@@ -3,8 +3,8 @@ import types
 
 import numpy as np
 import pytest
-from common.early_stopping import keep_best
 
+from common.early_stopping import keep_best
 from minilm.tensor import Tensor
 
 

@@ -6,8 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-from emulator_launches import SCHEDULES, Device, kernel, run, zeros
 
+from emulator_launches import SCHEDULES, Device, kernel, run, zeros
 from minilm.kernels import emulator
 from minilm.kernels.emulator import build
 

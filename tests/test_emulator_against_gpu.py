@@ -3,8 +3,8 @@ import importlib
 
 import numpy as np
 import pytest
-from helpers import assert_close
 
+from helpers import assert_close
 from minilm.kernels import emulator
 
 MODULES = ["attention", "decode", "log_probs", "sampling", "fused"]

@@ -5,8 +5,8 @@ fault (FAULT), the other access of a race (OTHER), and the call of a helper (CAL
 """
 import numpy as np
 import pytest
-from emulator_launches import SCHEDULES, run, zeros
 
+from emulator_launches import SCHEDULES, run, zeros
 from minilm.kernels import emulator
 
 pytestmark = pytest.mark.skipif(emulator.available() is not None, reason=f"{emulator.available()}")

@@ -4,6 +4,7 @@ import collections
 
 import numpy as np
 import pytest
+
 from worlds import encyclopedia as page
 from worlds.encyclopedia import (
     ANSWER,

@@ -4,10 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import assert_close, distributions, parameter_gradients, rngs, small_transformer
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
+from helpers import assert_close, distributions, parameter_gradients, rngs, small_transformer
 from minilm import ops
 from minilm.evaluate import predicted_rewards, sequence_kl
 from minilm.exact import enumerable

@@ -1,10 +1,9 @@
 """minilm/evaluate.py: each measure against its definition."""
 import numpy as np
 import pytest
-from helpers import assert_close, rngs, small_transformer
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
+from helpers import assert_close, rngs, small_transformer
 from minilm import evaluate
 from minilm.generate import generate
 from minilm.model import RewardModel

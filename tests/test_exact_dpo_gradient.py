@@ -16,8 +16,8 @@ import functools
 
 import numpy as np
 import pytest
-from helpers import assert_close, log_probs_along, parameter_gradients, small_transformer
 
+from helpers import assert_close, log_probs_along, parameter_gradients, small_transformer
 from minilm.exact.enumerable import EnumerableWorld
 from minilm.exact.expectations import gradient_over_comparisons, tangent_kernel
 from minilm.objectives.dpo import dpo_loss

@@ -13,9 +13,9 @@ value, and k2 and k3 have neither gradient.
 
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same_gradients, gradient_error, parameter_gradients, rngs, small_transformer
 from hypothesis import given
 
+from helpers import assert_close, assert_same_gradients, gradient_error, parameter_gradients, rngs, small_transformer
 from minilm import Tensor, ops
 from minilm.exact.enumerable import EnumerableWorld, divergence
 from minilm.exact.expectations import gradient_over_samples

@@ -8,10 +8,9 @@ import functools
 
 import numpy as np
 import pytest
-from helpers import assert_close, rngs
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
+from helpers import assert_close, rngs
 from minilm.exact.enumerable import (
     EnumerableWorld,
     divergence,

@@ -10,10 +10,9 @@ import functools
 
 import numpy as np
 import pytest
-from helpers import assert_same_gradients, gradient_error, parameter_gradients, rngs, small_transformer
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
+from helpers import assert_same_gradients, gradient_error, parameter_gradients, rngs, small_transformer
 from minilm.exact.enumerable import EnumerableWorld, objective, objective_gradient
 from minilm.exact.expectations import gradient_over_samples
 from minilm.model import Transformer

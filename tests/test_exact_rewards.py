@@ -4,10 +4,9 @@ import functools
 
 import numpy as np
 import pytest
-from helpers import assert_close, rngs
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
+from helpers import assert_close, rngs
 from minilm.evaluate import best_of_n_kl
 from minilm.exact.enumerable import EnumerableWorld, best_of_n, divergence, expectation, objective, optimum
 from minilm.exact.expectations import comparisons, gradient_over_comparisons

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from helpers import assert_close, distributions, log_probs_along, parameter_gradients, rngs, small_transformer
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
+from helpers import assert_close, distributions, log_probs_along, parameter_gradients, rngs, small_transformer
 from minilm import Tensor, ops
 from minilm.exact.enumerable import EnumerableWorld, objective, objective_gradient
 from minilm.exact.expectations import (

@@ -3,11 +3,10 @@
 import itertools
 
 import numpy as np
+from hypothesis import given, strategies as st
+
 from common.frontier import frontier
 from helpers import assert_close, distributions, rngs
-from hypothesis import given
-from hypothesis import strategies as st
-
 from minilm.exact.enumerable import divergence, expectation, optimum
 
 

@@ -5,8 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same, normal
 
+from helpers import assert_close, assert_same, normal
 from minilm import Tensor, layers
 from minilm.gradcheck import gradcheck
 from minilm.kernels import emulator, fused, launch

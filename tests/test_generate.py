@@ -7,7 +7,7 @@ from hypothesis import example, given, strategies as st
 
 from helpers import assert_close, rngs, small_transformer
 from minilm import generate as module
-from minilm.generate import distribution, categorical, entropy, generate
+from minilm.generate import categorical, distribution, entropy, generate
 
 PROMPTS = [[1], [2, 3, 4], [5, 6]]
 EOS = 0

@@ -16,11 +16,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import golden
 import numpy as np
 import pytest
-from helpers import assert_close
 
+import golden
+from helpers import assert_close
 from minilm import objectives
 from minilm.gradcheck import relative_error
 from minilm.model import Config

@@ -1,9 +1,9 @@
 """gradcheck finds wrong gradients: primitives with a right forward and a wrong backward must fail, each by name."""
 import numpy as np
 import pytest
-from helpers import normal, rngs
 from hypothesis import given
 
+from helpers import normal, rngs
 from minilm import Tensor, layers, ops, primitive
 from minilm.gradcheck import GradientError, gradcheck, relative_error
 from minilm.optim import AdamW

@@ -3,9 +3,9 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
+
 from helpers import rngs
-from hypothesis import given
-from hypothesis import strategies as st
 from worlds import instructions
 from worlds.instructions import (
     FIRST_OPERATION,

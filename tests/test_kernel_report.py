@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kernel_report
 import pytest
-from kernel_report import ARCHITECTURES, Nvcc, Nvrtc, faults, main, resident_blocks
-from support.run_folder import UsageError, main_guard
 
+import kernel_report
+from kernel_report import ARCHITECTURES, Nvcc, Nvrtc, faults, main, resident_blocks
 from minilm.kernels import launch, nvrtc
 from minilm.kernels.nvrtc import Resources
+from support.run_folder import UsageError, main_guard
 
 # As NVRTC 13.5 and nvcc 13.0 print it.
 NVRTC_LOG = """ptxas info    : 8 bytes gmem, 16 bytes cmem[4]

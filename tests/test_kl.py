@@ -1,10 +1,9 @@
 """The KL estimators and metrics, each against its formula. Their expectations: test_exact_kl.py."""
 
 import numpy as np
-from helpers import assert_close, rngs
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
+from helpers import assert_close, rngs
 from minilm import Tensor
 from minilm.gradcheck import gradcheck
 from minilm.objectives.kl import k1, k2, k3, kl_metrics

@@ -10,10 +10,10 @@ from hypothesis import example, given, strategies as st
 import definitions
 from helpers import assert_close, assert_same, gradients, normal, peak_memory, rngs
 from minilm import Tensor, layers
-from minilm.tensor import primitive
 from minilm.fast import chunked_log_probs, tiled_attention
 from minilm.fast.cached_decoding import decode_attention
 from minilm.gradcheck import gradcheck
+from minilm.tensor import primitive
 
 LENGTHS = [1, 7, 31, 32, 33, 65]        # around the tiles that kernels cut a sequence into
 

@@ -21,9 +21,11 @@ pytest.importorskip("fcntl", reason="the scripts need a POSIX system")
 LECTURE = Path(__file__).resolve().parents[1] / "scripts" / "lecture"
 sys.path.append(str(LECTURE))
 import all as lecture  # noqa: E402
-from common import experiment  # noqa: E402
-from common import markdown  # noqa: E402
-from common import page  # noqa: E402
+from common import (
+    experiment,  # noqa: E402
+    markdown,  # noqa: E402
+    page,  # noqa: E402
+)
 from support.run_folder import main_guard  # noqa: E402
 
 CONFIG = dict(vocab_size=5, width=4, layers=1, heads=1, ffn_width=4, context=8)

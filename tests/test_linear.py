@@ -1,9 +1,9 @@
 """Linear rewards: the counts against counts by hand, and the fits against the conditions of a minimum."""
 import numpy as np
+from hypothesis import given, strategies as st
+
 from common.linear import bradley_terry, counts, least_squares
 from helpers import assert_close, rngs
-from hypothesis import given
-from hypothesis import strategies as st
 from worlds.replies import ReplyWorld
 
 

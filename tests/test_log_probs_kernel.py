@@ -1,9 +1,9 @@
 """kernels/log_probs.cu: the numbers, the bytes, the errors, and planted bugs that are found."""
-import kernel_mutants
 import numpy as np
 import pytest
-from helpers import assert_close, peak_memory
 
+import kernel_mutants
+from helpers import assert_close, peak_memory
 from minilm import layers
 from minilm.kernels import emulator, log_probs
 

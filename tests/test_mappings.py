@@ -3,14 +3,13 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import assert_close, rngs
-from hypothesis import given
-from hypothesis import strategies as st
-from worlds import mappings
-from worlds.mappings import PAIRS, SYMBOLS, VOCABULARY, Curriculum
+from hypothesis import given, strategies as st
 
+from helpers import assert_close, rngs
 from minilm.model import Config, Transformer
 from minilm.tensor import Tensor
+from worlds import mappings
+from worlds.mappings import PAIRS, SYMBOLS, VOCABULARY, Curriculum
 
 
 @pytest.fixture(scope="module")

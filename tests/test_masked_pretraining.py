@@ -1,9 +1,9 @@
 """scripts/lecture/common/masked_pretraining.py: the loss token by token; hidden tokens are not visible."""
 import numpy as np
 import pytest
+
 from common.masked_pretraining import masked_log_probs, masked_pretraining
 from helpers import assert_close, small_transformer
-
 from minilm import checkpoint
 from minilm.model import Config, Transformer
 from minilm.stages.train_state import TrainState

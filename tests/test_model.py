@@ -3,15 +3,23 @@ import numpy as np
 import pytest
 from hypothesis import example, given, strategies as st
 
-from helpers import (assert_close, assert_same, gradients, padded, parameter_gradients, peak_memory, rngs,
-                     small_transformer)
+from common.masked_pretraining import masked_log_probs
+from helpers import (
+    assert_close,
+    assert_same,
+    gradients,
+    padded,
+    parameter_gradients,
+    peak_memory,
+    rngs,
+    small_transformer,
+)
 from minilm import no_grad, ops
 from minilm.fast import tiled_attention
-from minilm.gradcheck import gradcheck
 from minilm.fast.packed_attention import attend_to_segments, rectangle_segments
+from minilm.gradcheck import gradcheck
 from minilm.model import Config, RewardModel, Transformer, hidden_states
 from minilm.tensor import arrays_only
-from common.masked_pretraining import masked_log_probs
 
 KINDS = {
     "untied": {},

@@ -3,8 +3,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import small_transformer
 
+from helpers import small_transformer
 from minilm.checkpoint import CheckpointError, load, save
 from minilm.model import RewardModel
 from minilm.model_file import load_model, save_model

@@ -5,9 +5,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import example, given, strategies as st
+
 from helpers import assert_close, rngs
-from hypothesis import example, given
-from hypothesis import strategies as st
 from worlds.markov import MarkovSource
 from worlds.ngrams import NGram
 

@@ -9,8 +9,8 @@ from helpers import assert_close, normal, rngs, small_transformer
 from minilm import Tensor
 from minilm.fast import flat_parameters
 from minilm.fast.flat_parameters import materialise_gradients
-from minilm.optim import AdamW, warmup_cosine
 from minilm.fast.workers import ProcessGroup
+from minilm.optim import AdamW, warmup_cosine
 
 SHAPES = {"norm": (4,), "matrix": (3, 4), "bias": (2,), "cube": (2, 2, 3)}       # matrices not first, on purpose
 

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from helpers import assert_close, normal, rngs, small_transformer
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
+from helpers import assert_close, normal, rngs, small_transformer
 from minilm import Tensor, ops
 from minilm.generate import generate
 from minilm.gradcheck import gradcheck

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import readme
 
 ROOT = Path(__file__).resolve().parents[1]

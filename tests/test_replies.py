@@ -2,15 +2,14 @@
 
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same_gradients, parameter_gradients, rngs, small_transformer
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from worlds.replies import COURTESY, EOS, LONGEST, MODEL, VOCABULARY, WORDS, ReplyWorld
+from hypothesis import given, settings, strategies as st
 
+from helpers import assert_close, assert_same_gradients, parameter_gradients, rngs, small_transformer
 from minilm.exact.enumerable import EnumerableWorld
 from minilm.generate import generate
 from minilm.ops import stable_sigmoid
 from minilm.world import annotators
+from worlds.replies import COURTESY, EOS, LONGEST, MODEL, VOCABULARY, WORDS, ReplyWorld
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from helpers import assert_close, normal, rngs
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
+from helpers import assert_close, normal, rngs
 from minilm import Tensor
 from minilm.gradcheck import gradcheck
 from minilm.objectives.reward import reward_loss, reward_metrics

@@ -2,9 +2,9 @@
 import itertools
 
 import numpy as np
+from hypothesis import given, strategies as st
+
 from helpers import assert_close, rngs
-from hypothesis import given
-from hypothesis import strategies as st
 from worlds import rules
 from worlds.rules import ARROW, LABEL, LABELS, LETTERS, LINE, WORD
 

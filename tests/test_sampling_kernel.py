@@ -1,9 +1,9 @@
 """kernels/sampling.cu: the same tokens as NumPy, the bytes, the errors, and planted bugs that are found."""
-import kernel_mutants
 import numpy as np
 import pytest
-from helpers import assert_close
 
+import kernel_mutants
+from helpers import assert_close
 from minilm.generate import categorical, distribution, entropy
 from minilm.kernels import emulator, sampling
 

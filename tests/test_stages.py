@@ -10,19 +10,18 @@ import minilm.model
 from helpers import assert_close, small_transformer
 from minilm import checkpoint, evaluate, ops
 from minilm.data import make_batch, windows
-
 from minilm.model import Config, RewardModel
 from minilm.objectives import dpo
 from minilm.objectives.policy_gradient import advantages
 from minilm.optim import AdamW
 from minilm.packing import scatter
 from minilm.stages import rlhf as rlhf_module
-from minilm.stages.sft import train_sft
-from minilm.stages.dpo import train_dpo, reference_log_probs
+from minilm.stages.diverged import Diverged
+from minilm.stages.dpo import reference_log_probs, train_dpo
 from minilm.stages.pretraining import pretrain, pretrain_on_documents
 from minilm.stages.reward_model import train_reward_model
 from minilm.stages.rlhf import prompt_shards, train_rlhf
-from minilm.stages.diverged import Diverged
+from minilm.stages.sft import train_sft
 from minilm.stages.train_state import TrainState, shards, stage, train_step, workers_for
 from minilm.tensor import Tensor, grad_enabled
 

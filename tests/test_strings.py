@@ -3,9 +3,12 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
+
 from helpers import assert_close, rngs
-from hypothesis import given
-from hypothesis import strategies as st
+from minilm.generate import generate
+from minilm.model import Config, Transformer
+from minilm.tensor import Tensor
 from worlds import strings
 from worlds.strings import (
     ALPHABET,
@@ -20,10 +23,6 @@ from worlds.strings import (
     VOCABULARY,
     Curriculum,
 )
-
-from minilm.generate import generate
-from minilm.model import Config, Transformer
-from minilm.tensor import Tensor
 
 # Every task once more, on text.
 BY_HAND = {"copy": lambda w: w, "reverse": lambda w: w[::-1], "rotate": lambda w: w[1:] + w[0],

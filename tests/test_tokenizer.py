@@ -5,8 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from minilm.tokenizer import FORMAT, SPECIALS, Tokenizer, learn_merges, replace_pair, split
 

@@ -16,10 +16,9 @@ import functools
 
 import numpy as np
 import pytest
-from helpers import assert_close
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
+from helpers import assert_close
 from minilm import layers, ops
 from minilm.gradcheck import FLOOR, relative_error
 from minilm.model import Config, RewardModel, Transformer

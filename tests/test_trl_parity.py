@@ -18,8 +18,8 @@ import os
 
 import numpy as np
 import pytest
-from helpers import assert_close
 
+from helpers import assert_close
 from minilm import layers, ops
 from minilm.data import make_batch
 from minilm.generate import entropy

@@ -4,10 +4,9 @@ import re
 
 import numpy as np
 import pytest
-from helpers import rngs
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
+from helpers import rngs
 from minilm.world import annotators, corpus, manners, tasks
 from minilm.world.annotators import Annotator, draw_annotators, gold_reward, is_right
 from minilm.world.manners import Manner, phrase, read

@@ -20,13 +20,14 @@ import dataclasses
 from unittest import mock
 
 import datasets
-import hf_llama
 import tokenizers
 import torch
 import transformers
 import trl
 from torch.overrides import TorchFunctionMode
 from trl.kernels import ChunkedLogProbFunction
+
+import hf_llama
 
 PAD, EOS = hf_llama.PAD, 1         # different: TRL's reward model finds the padding by its token id
 

@@ -10,11 +10,11 @@ because a model makes one for all its layers.
 import functools
 import sys
 
-import gpu_measuring as measuring
 import numpy as np
-from support.run_folder import main_guard
 
+import gpu_measuring as measuring
 from minilm.kernels import attention
+from support.run_folder import main_guard
 
 B, H, G, K = 4, 8, 8, 64
 TOLERANCE = 1e-4

@@ -16,9 +16,10 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 import library_process
 import measuring
-import numpy as np
 from support.run_folder import main_guard
 
 CORES = os.cpu_count()

@@ -14,9 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 import library_process
 import measuring
-import numpy as np
 from support.run_folder import main_guard
 
 PROMPT, NEW = 32, 64
@@ -67,6 +68,7 @@ class Cache:
 
 def load_torch():
     import torch
+
     from torch_llama import Llama
 
     def make(spec):
@@ -98,6 +100,7 @@ def load_torch():
 def load_hf():
     import torch
     import transformers
+
     from hf_llama import llama
     transformers.logging.set_verbosity_error()
 

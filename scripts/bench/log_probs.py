@@ -9,11 +9,11 @@ beside those of one operation at a time and the least possible.
 
 import sys
 
-import gpu_measuring as measuring
 import numpy as np
-from support.run_folder import main_guard
 
+import gpu_measuring as measuring
 from minilm.kernels import log_probs
+from support.run_folder import main_guard
 
 N, D = 4096, 768
 TOLERANCE = 1e-4

@@ -24,11 +24,10 @@ import tempfile
 import time
 from unittest import mock
 
+import numpy as np
+
 import library_process
 import measuring
-import numpy as np
-from support.run_folder import UsageError, main_guard
-
 from minilm.fast import workers
 from minilm.fast.malloc import keep_freed_memory
 from minilm.generate import Samples
@@ -37,6 +36,7 @@ from minilm.packing import pack
 from minilm.stages import dpo, rlhf, sft
 from minilm.stages.train_state import TrainState, train_step
 from minilm.tensor import Tensor, no_grad
+from support.run_folder import UsageError, main_guard
 
 WORKER = sys.argv[2] if sys.argv[1:2] == ["--worker"] else None
 

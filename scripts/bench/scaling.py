@@ -15,12 +15,12 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import library_process
 import measuring
-import numpy as np
-from support.run_folder import UsageError, main_guard
-
 from minilm import checkpoint
+from support.run_folder import UsageError, main_guard
 
 BASE = {"T": 128, "B": 16, "V": 256, "D": 64}
 POINTS = {"T": [128, 256, 512, 1024, 2048, 4096, 8192], "B": [1, 2, 4, 8, 16, 32, 64],

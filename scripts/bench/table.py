@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 
 import measuring
-from support.run_folder import UsageError, main_guard
-
 from minilm import checkpoint
+from support.run_folder import UsageError, main_guard
 
 SCRIPTS = Path(__file__).resolve().parent
 RUNS = {"train": ("train", "--rounds", "7"), "generate": ("generate", "--rounds", "7"),

@@ -12,9 +12,10 @@ import json
 import sys
 import tempfile
 
+import numpy as np
+
 import library_process
 import measuring
-import numpy as np
 from support.run_folder import main_guard
 
 WORKER = sys.argv[2] if sys.argv[1:2] == ["--worker"] else None
@@ -47,6 +48,7 @@ def load_minilm():
 
 def load_torch():
     import torch
+
     from torch_llama import Llama
 
     def make(spec):

@@ -23,10 +23,9 @@ import tracemalloc
 from collections.abc import Callable
 from unittest import mock
 
-import measuring
 import numpy as np
-from support.run_folder import UsageError, main_guard
 
+import measuring
 from minilm import layers, ops, plain
 from minilm.data import make_batch
 from minilm.fast.malloc import keep_freed_memory
@@ -38,6 +37,7 @@ from minilm.packing import pack
 from minilm.stages.pretraining import pretrain
 from minilm.stages.train_state import TrainState
 from minilm.tensor import Tensor
+from support.run_folder import UsageError, main_guard
 
 CONFIG = Config(vocab_size=512, width=128, layers=4, heads=4, context=512)     # size S of scripts/bench/train.py
 B, T = 16, 128

@@ -18,6 +18,7 @@ import tokenizers  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
+
 from hf_llama import PAD, gradients, llama  # noqa: E402
 
 datasets.disable_progress_bars()

@@ -28,7 +28,6 @@ from pathlib import Path
 
 from common import markdown, page
 from common.experiment import STYLES, first_sentence, read
-
 from minilm import checkpoint
 from minilm.fast import workers
 from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require

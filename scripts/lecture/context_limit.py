@@ -41,10 +41,10 @@ from common.experiment import (
 
 # isort: split
 import numpy as np
-from worlds.mappings import SYMBOLS, VOCABULARY, Curriculum, copy_bound, draw_in_rounds, right
 
 from minilm.stages.pretraining import pretrain_on_documents
 from minilm.stages.train_state import TrainState
+from worlds.mappings import SYMBOLS, VOCABULARY, Curriculum, copy_bound, draw_in_rounds, right
 
 CONFIG = {"vocab_size": VOCABULARY, "width": 64, "layers": 2, "heads": 4, "context": 33}
 WINDOWS = (5, 9, 17)                    # tokens

@@ -30,9 +30,9 @@ from common.recipes import add_digits
 
 # isort: split
 import numpy as np
-from worlds import digit_sums
 
 from minilm.generate import generate
+from worlds import digit_sums
 
 SHOTS = (0, 1, 2, 4)
 STYLES = ("worked", "worked, wrong sums", "direct", "dots")

@@ -29,9 +29,9 @@ from common.recipes import add_digits
 
 # isort: split
 import numpy as np
-from worlds import digit_sums
 
 from minilm.generate import generate
+from worlds import digit_sums
 
 WAYS = {"the phrase": {"phrase": "trigger"}, "another phrase": {"phrase": "filler"}, "no phrase": {},
         "at once": {"beginning": [digit_sums.SO]}, "dots": {"beginning": [digit_sums.DOT]}}

@@ -34,7 +34,6 @@ from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mea
 
 # isort: split
 import numpy as np
-from worlds.replies import EOS, LONGEST, MODEL, RIGHT, ReplyWorld
 
 from minilm.exact.enumerable import expectation
 from minilm.generate import generate
@@ -42,6 +41,7 @@ from minilm.stages.dpo import train_dpo
 from minilm.stages.sft import train_sft
 from minilm.stages.train_state import TrainState
 from minilm.world.annotators import is_right
+from worlds.replies import EOS, LONGEST, MODEL, RIGHT, ReplyWorld
 
 FEW = 32
 PRICES = (1, 4)

@@ -47,15 +47,15 @@ from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mea
 
 # isort: split
 import numpy as np
+
 from common.dpo_step import TERMS, decomposition
 from common.frontier import frontier
-from worlds.replies import MODEL, ReplyWorld
-
 from minilm.exact.enumerable import divergence, expectation, optimum
 from minilm.objectives.dpo import dpo_loss, robust_dpo_loss
 from minilm.stages.dpo import train_dpo
 from minilm.stages.sft import train_sft
 from minilm.stages.train_state import TrainState
+from worlds.replies import MODEL, ReplyWorld
 
 BETAS, HARD = (1.0, 0.3, 0.1), 0.3           # HARD: of the runs with flips and with other pairs
 FLIPS, FRESH = 0.25, 2000

@@ -42,12 +42,12 @@ from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mea
 
 # isort: split
 import numpy as np
-from common.masked_pretraining import masked_pretraining
-from worlds import rules
 
+from common.masked_pretraining import masked_pretraining
 from minilm.stages.pretraining import pretrain_on_documents
 from minilm.stages.train_state import TrainState
 from minilm.tensor import no_grad
+from worlds import rules
 
 SHOTS = 8
 LABEL_TOKENS = slice(rules.LABEL, rules.LABEL + rules.LABELS)

@@ -35,14 +35,14 @@ from common.recipes import early_stopped_reward_model, finetune_on_replies, rewa
 
 # isort: split
 import numpy as np
+
 from common.early_stopping import keep_best
 from common.frontier import frontier
-from worlds.replies import EOS, LONGEST, MODEL, ReplyWorld
-
 from minilm.exact.enumerable import divergence, expectation, optimum
 from minilm.stages.dpo import reference_log_probs, train_dpo
 from minilm.stages.rlhf import train_rlhf
 from minilm.stages.train_state import TrainState
+from worlds.replies import EOS, LONGEST, MODEL, ReplyWorld
 
 LITTLE, ENOUGH, BETA = 300, 0.5, 0.3
 ENVELOPE = tuple(np.geomspace(5, 0.05, 30))

@@ -36,10 +36,10 @@ from common.recipes import finetune_by_dpo, sft_model
 
 # isort: split
 import numpy as np
-from worlds.replies import ReplyWorld
 
 from minilm.exact.enumerable import divergence, expectation, optimum, preference
 from minilm.world.annotators import Annotator
+from worlds.replies import ReplyWorld
 
 BETA, PAIRS = 0.3, 2000
 GROUPS = ("majority", "minority")

@@ -31,11 +31,11 @@ from common.recipes import recognise_strings
 
 # isort: split
 import numpy as np
-from common.attention_maps import attention_weights, induction_scores
-from worlds import mappings, strings
 
+from common.attention_maps import attention_weights, induction_scores
 from minilm.stages.pretraining import pretrain_on_documents
 from minilm.stages.train_state import TrainState
+from worlds import mappings, strings
 
 MAPPINGS = {"vocab_size": mappings.VOCABULARY, "width": 64, "layers": 2, "heads": 4}
 STRINGS = {"vocab_size": strings.VOCABULARY, "width": 64, "layers": 3, "heads": 4, "context": 72,

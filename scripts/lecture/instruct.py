@@ -37,11 +37,11 @@ from common.recipes import follow_single_operations
 
 # isort: split
 import numpy as np
-from worlds.instructions import LETTERS, MODEL, TASKS, WORD, documents, single_operations
 
 from minilm.generate import generate
 from minilm.stages.pretraining import pretrain_on_documents
 from minilm.stages.train_state import TrainState
+from worlds.instructions import LETTERS, MODEL, TASKS, WORD, documents, single_operations
 
 BATCH = 64
 OWN_BATCH = 16              # of a model per task

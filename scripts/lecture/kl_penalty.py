@@ -38,7 +38,6 @@ from common.recipes import proxy_rewards, sft_model
 
 # isort: split
 import numpy as np
-from worlds.replies import EOS, LONGEST, ReplyWorld
 
 from minilm import data, evaluate
 from minilm.exact.enumerable import best_of_n, divergence, expectation, optimum
@@ -51,6 +50,7 @@ from minilm.stages.train_state import TrainState
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, tasks
 from minilm.world.manners import draw_manner, phrase
+from worlds.replies import EOS, LONGEST, ReplyWorld
 
 BETAS = tuple(np.geomspace(3, 0.01, 30))
 DRAWS = tuple(2 ** k for k in range(13))

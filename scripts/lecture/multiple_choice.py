@@ -38,6 +38,10 @@ from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mea
 
 # isort: split
 import numpy as np
+
+from minilm.stages.pretraining import pretrain_on_documents
+from minilm.stages.train_state import TrainState
+from minilm.tensor import no_grad
 from worlds.encyclopedia import (
     CHOICES,
     CITY,
@@ -53,10 +57,6 @@ from worlds.encyclopedia import (
     Encyclopedia,
     padded,
 )
-
-from minilm.stages.pretraining import pretrain_on_documents
-from minilm.stages.train_state import TrainState
-from minilm.tensor import no_grad
 
 MODEL = {"width": 64, "layers": 3, "heads": 4, "context": 128, "key_smear": True}
 SIZES = {"quick": {"seeds": 3, "entities": 48, "documents": 256, "batch": 64, "repeats": 1},

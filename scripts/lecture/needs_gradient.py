@@ -31,10 +31,10 @@ from common.recipes import recognise_strings
 
 # isort: split
 import numpy as np
-from worlds import strings
 
 from minilm.stages.pretraining import pretrain_on_documents
 from minilm.stages.train_state import TrainState
+from worlds import strings
 
 CONFIG = {"vocab_size": strings.VOCABULARY, "width": 64, "layers": 3, "heads": 4, "context": 72,
           "key_smear": True}

@@ -33,10 +33,10 @@ from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mea
 
 # isort: split
 import numpy as np
-from common.linear import bradley_terry, counts, least_squares
-from worlds.replies import ReplyWorld
 
+from common.linear import bradley_terry, counts, least_squares
 from minilm.world.annotators import Annotator
+from worlds.replies import ReplyWorld
 
 READ = 240                                      # replies read by all people together
 SPREADS, ANSWERS, RIDGES = (0.0, 0.5, 1.0, 2.0, 3.0), (1, 2, 4, 8, 24), (1.0, 10.0)

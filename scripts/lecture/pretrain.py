@@ -45,8 +45,6 @@ from common.experiment import (
 
 # isort: split
 import numpy as np
-from worlds.markov import MarkovSource
-from worlds.ngrams import NGram
 
 from minilm.data import make_stream
 from minilm.stages.pretraining import pretrain, pretrain_on_documents
@@ -54,6 +52,8 @@ from minilm.stages.train_state import TrainState
 from minilm.tensor import no_grad
 from minilm.tokenizer import Tokenizer
 from minilm.world.corpus import english
+from worlds.markov import MarkovSource
+from worlds.ngrams import NGram
 
 WIDTHS = (16, 32, 64)
 LENGTH = 128                            # tokens of a window

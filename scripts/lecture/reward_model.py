@@ -35,11 +35,11 @@ from common.recipes import early_stopped_reward_model, finetune_on_replies
 
 # isort: split
 import numpy as np
-from common.linear import bradley_terry, counts
-from worlds.replies import MODEL, ReplyWorld
 
+from common.linear import bradley_terry, counts
 from minilm.evaluate import predicted_rewards
 from minilm.ops import stable_sigmoid
+from worlds.replies import MODEL, ReplyWorld
 
 COMPARISONS = (30, 100, 300, 1000, 3000)
 FEW = 1000                              # the number of the rule

@@ -37,7 +37,6 @@ from common.recipes import finetune_by_dpo, proxy_rewards, sft_model
 
 # isort: split
 import numpy as np
-from worlds.replies import EOS, LONGEST, MODEL, ReplyWorld
 
 from minilm.data import make_batch
 from minilm.exact.enumerable import expectation, objective, optimum
@@ -47,6 +46,7 @@ from minilm.optim import warmup_cosine
 from minilm.stages.rlhf import train_rlhf
 from minilm.stages.train_state import TrainState, stage, train_step
 from minilm.tensor import no_grad
+from worlds.replies import EOS, LONGEST, MODEL, ReplyWorld
 
 # P prompts, K samples per prompt.
 BETA, RATE, P, K = 0.3, 2e-3, 16, 4

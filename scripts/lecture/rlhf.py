@@ -29,7 +29,6 @@ from common.recipes import proxy_rewards, sft_model
 
 # isort: split
 import numpy as np
-from worlds.replies import EOS, LONGEST, ReplyWorld
 
 from minilm.exact.enumerable import (
     best_of_n,
@@ -43,6 +42,7 @@ from minilm.exact.enumerable import (
 from minilm.exact.expectations import descend
 from minilm.stages.rlhf import train_rlhf
 from minilm.stages.train_state import TrainState
+from worlds.replies import EOS, LONGEST, ReplyWorld
 
 BETAS, WATCHED = (1.0, 0.5, 0.2, 0.1), 0.2              # WATCHED: the beta whose path to pi* is drawn
 FRONTIER = tuple(np.geomspace(3, 0.05, 40))

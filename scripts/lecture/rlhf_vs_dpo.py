@@ -37,9 +37,8 @@ from common.recipes import reward_table, sft_model
 
 # isort: split
 import numpy as np
-from common.frontier import frontier
-from worlds.replies import EOS, LONGEST, ReplyWorld
 
+from common.frontier import frontier
 from minilm.evaluate import predicted_rewards
 from minilm.exact.enumerable import best_of_n, divergence, expectation, optimum
 from minilm.model import RewardModel
@@ -47,6 +46,7 @@ from minilm.stages.dpo import reference_log_probs, train_dpo
 from minilm.stages.reward_model import train_reward_model
 from minilm.stages.rlhf import train_rlhf
 from minilm.stages.train_state import TrainState
+from worlds.replies import EOS, LONGEST, ReplyWorld
 
 METHODS = ("RLHF", "DPO")
 LEVELS, DECIDES = (0.25, 0.5, 1.0, 2.0), 1.0            # nats at which frontiers are read; the level of the rule

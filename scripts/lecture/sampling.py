@@ -37,10 +37,10 @@ from common.recipes import sft_model
 
 # isort: split
 import numpy as np
-from worlds.replies import EOS, LONGEST, ReplyWorld
 
 from minilm.exact.enumerable import best_of_n, entropy, expectation
 from minilm.generate import generate
+from worlds.replies import EOS, LONGEST, ReplyWorld
 
 TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 BEST_OF = (1, 4, 16)

@@ -30,7 +30,6 @@ from common.experiment import COLOURS, Comparison, Conclusion, level, mean, mean
 
 # isort: split
 import numpy as np
-from worlds.replies import COURTESY, EOS, MODEL, VOCABULARY, WORDS, ReplyWorld
 
 from minilm import layers
 from minilm.exact.enumerable import expectation, preference
@@ -39,6 +38,7 @@ from minilm.stages.sft import train_sft
 from minilm.stages.train_state import TrainState
 from minilm.tensor import Tensor
 from minilm.world.annotators import is_right
+from worlds.replies import COURTESY, EOS, MODEL, VOCABULARY, WORDS, ReplyWorld
 
 CARELESS = 0.5                          # the share of careless demonstrations
 TOLERANCE = 0.01                        # of equal loss, nats per reply

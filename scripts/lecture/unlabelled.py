@@ -39,13 +39,13 @@ from common.recipes import early_stopped_reward_model, finetune_on_replies, rewa
 
 # isort: split
 import numpy as np
-from common.frontier import frontier
-from worlds.replies import EOS, LONGEST, MODEL, ReplyWorld
 
+from common.frontier import frontier
 from minilm.exact.enumerable import divergence, expectation, optimum
 from minilm.stages.dpo import train_dpo
 from minilm.stages.rlhf import train_rlhf
 from minilm.stages.train_state import TrainState
+from worlds.replies import EOS, LONGEST, MODEL, ReplyWorld
 
 ENVELOPE = tuple(np.geomspace(5, 0.05, 25))
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)    # of the reference: no labels

@@ -38,11 +38,11 @@ from common.recipes import follow_single_operations
 
 # isort: split
 import numpy as np
-from worlds.instructions import LETTERS, MODEL, PROMPT, WORD, coverage, documents, draw_words, nearest, split_tasks
 
 from minilm.generate import generate
 from minilm.stages.pretraining import pretrain_on_documents
 from minilm.stages.train_state import TrainState
+from worlds.instructions import LETTERS, MODEL, PROMPT, WORD, coverage, documents, draw_words, nearest, split_tasks
 
 TRAINED = (2, 8, 16, 27)
 FORMS = {"answer at once": False, "first operation written out": True}

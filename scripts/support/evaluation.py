@@ -1,12 +1,12 @@
 """The evaluation at the end of assistant.py: every model answers questions that no stage was trained on."""
 
 import numpy as np
-from support.job import Job
-from support.terminal import progress
 
 from minilm import data, evaluate
 from minilm.model import RewardModel, Transformer
 from minilm.world import tasks
+from support.job import Job
+from support.terminal import progress
 
 EXAMPLES = 6
 

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from support.run_folder import RunFolder, StopRequest
-from support.terminal import progress
 
 from minilm import data
 from minilm.checkpoint import CheckpointError, load, load_into
@@ -18,6 +16,8 @@ from minilm.model_file import save_model
 from minilm.stages.train_state import TrainState
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, tasks
+from support.run_folder import RunFolder, StopRequest
+from support.terminal import progress
 
 SAVE_EVERY = 30.0       # seconds
 BLOCK = 128             # responses that are sampled together

@@ -5,11 +5,11 @@ import os
 from collections.abc import Iterable
 
 import numpy as np
-from support.run_folder import RunFolder, UsageError
 
 from minilm.backend import to_device
 from minilm.stages.train_state import workers_for
 from minilm.world import tasks
+from support.run_folder import RunFolder, UsageError
 
 MAX_SCALE = 50          # a longer history does not fit into the header of a checkpoint
 MAX_WORKERS = 64

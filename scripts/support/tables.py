@@ -1,9 +1,9 @@
 """The tables of assistant.py as text: of one run for a terminal, of several seeds in Markdown."""
 
 import numpy as np
-from support.terminal import labelled, one_line, paragraph, trial_note
 
 from minilm.world import tasks
+from support.terminal import labelled, one_line, paragraph, trial_note
 
 NAMES = {"base": "base", "sft": "SFT model", "best_of_n": "best of n", "rlhf": "RLHF", "dpo": "DPO"}
 COLUMNS = {"task_accuracy": "task accuracy", "gold_reward": "gold reward", "proxy_reward": "proxy reward",

@@ -7,13 +7,13 @@ Tests: tests/test_dpo_step.py.
 """
 
 import numpy as np
-from worlds.replies import ReplyWorld
 
 from minilm.model import Transformer
 from minilm.objectives.dpo import dpo_loss
 from minilm.packing import pack
 from minilm.stages.dpo import summed_log_probs
 from minilm.tensor import Tensor
+from worlds.replies import ReplyWorld
 
 TERMS = ("all chosen replies", "all rejected replies", "one pair alone: its chosen", "one pair alone: its rejected")
 

@@ -4,10 +4,8 @@ A function of (model, rng, ...) is for Row.trained, which stores the trained mod
 """
 
 import numpy as np
-from common.early_stopping import keep_best
-from worlds import digit_sums, instructions, strings
-from worlds.replies import MODEL, ReplyWorld
 
+from common.early_stopping import keep_best
 from minilm.evaluate import predicted_rewards
 from minilm.model import Config, RewardModel, Transformer
 from minilm.stages.dpo import train_dpo
@@ -15,6 +13,8 @@ from minilm.stages.pretraining import pretrain_on_documents
 from minilm.stages.reward_model import train_reward_model
 from minilm.stages.sft import train_sft
 from minilm.stages.train_state import TrainState
+from worlds import digit_sums, instructions, strings
+from worlds.replies import MODEL, ReplyWorld
 
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 

@@ -3,10 +3,19 @@ import inspect
 
 import numpy as np
 import pytest
-from hypothesis import example, given, strategies as st
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from helpers import (assert_close, assert_same, assert_same_gradients, normal, padded, parameter_gradients, rngs,
-                     small_transformer)
+from helpers import (
+    assert_close,
+    assert_same,
+    assert_same_gradients,
+    normal,
+    padded,
+    parameter_gradients,
+    rngs,
+    small_transformer,
+)
 from minilm import generate, layers, optim, plain
 from minilm.gradcheck import gradcheck
 from minilm.model import RewardModel

@@ -7,8 +7,10 @@ their gradients. Derivations, gradients by hand and papers: objectives/ and laye
     python -m minilm.plain          from random weights to an assistant, on the toy task of toy.py
 
 Symbols: B sequences, T tokens, V vocabulary, D width, H query heads, G key/value heads, K head width,
-F feed-forward width, P prompts, N samples of each prompt; x prompt, y response. A comment gives the shape
-of the result where the shape changes. `config` is a model.Config. `parameters` is a dict of Tensors:
+F feed-forward width, P prompts, N samples of each prompt; x prompt, y response; y_w chosen, y_l rejected.
+A comment gives the shape of the result where the shape changes. The mask of the transformer and of `reward`
+is 1 on real tokens and 0 on padding; the mask of a loss is 1 on the tokens that it is about, those of y.
+`config` is a model.Config. `parameters` is a dict of Tensors:
 
     embedding (V,D)      unembedding (V,D), unless tied      final_norm (D)      reward_head (D,1), reward model only
     blocks.i.attention_norm (D)      blocks.i.qkv (D,(H+2G)K)      blocks.i.attention_out (HK,D)
@@ -33,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """gate sigmoid(gate) up, where gate and up are the two halves of the last axis."""
+    """gate sigmoid(gate) up, where gate and up are the two halves of the last axis: (B,T,2F) -> (B,T,F)."""
     F = gate_up.shape[-1] // 2
     gate = gate_up[..., :F]                                                 # (B,T,F)
     up = gate_up[..., F:]                                                   # (B,T,F)
@@ -42,16 +44,16 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def rope_tables(positions: np.ndarray, head_width: int, base: float = 10000.0,
                 dtype="float32") -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of the angles of all pairs: position * base^(-2i/K) for pair i."""
+    """cos and sin of the angle of pair i at each position: angle = position * base^(-2i/K). (T) -> (T,K/2), (T,K/2)"""
     frequencies = base ** (-np.arange(0, head_width, 2) / head_width)       # (K/2)
     angles = positions[..., None] * frequencies                             # (T,K/2)
     return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
 
 
 def rope(x: Tensor, cos: np.ndarray, sin: np.ndarray, pairing: str = "half") -> Tensor:
-    """Rotary positions: rotate pair i of the K numbers of a head by the angle of its position.
+    """Rotary positions: rotate each pair (a, b) of the K numbers of a head by its angle. x (B,H,T,K); cos, sin (T,K/2)
 
-    Pair i is the numbers (i, i + K/2) with pairing "half", and (2i, 2i + 1) with pairing "interleaved".
+    Pair i is numbers i and i + K/2 with pairing "half", and numbers 2i and 2i + 1 with pairing "interleaved".
     """
     half = x.shape[-1] // 2
     a = x[..., :half] if pairing == "half" else x[..., 0::2]                # (B,H,T,K/2)
@@ -86,7 +88,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: np.ndarray) -> Tensor:
 
 
 def self_attention(x: Tensor, parameters: Parameters, block: str, config, mask: np.ndarray) -> Tensor:
-    """Each token reads itself and earlier tokens: (B,T,D) -> (B,T,HK)."""
+    """Each token reads itself and the tokens before it (all tokens, if not config.causal): (B,T,D) -> (B,T,HK)."""
     B, T, _ = x.shape
     H = config.heads
     G = config.kv_heads
@@ -106,7 +108,7 @@ def self_attention(x: Tensor, parameters: Parameters, block: str, config, mask: 
 
 
 def hidden_states(parameters: Parameters, tokens: np.ndarray, config, mask: np.ndarray | None = None) -> Tensor:
-    """The final hidden state of each token: (B,T) -> (B,T,D). mask (B,T) is 1 on real tokens and 0 on padding."""
+    """The final hidden state of each token: (B,T) -> (B,T,D)."""
     mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
     x = ops.embed(parameters["embedding"], tokens)                          # (B,T,D)
     for i in range(config.layers):
@@ -114,13 +116,13 @@ def hidden_states(parameters: Parameters, tokens: np.ndarray, config, mask: np.n
         h = rms_norm(x, parameters[block + "attention_norm"], config.norm_eps)
         x = x + self_attention(h, parameters, block, config, mask) @ parameters[block + "attention_out"]
         h = rms_norm(x, parameters[block + "ffn_norm"], config.norm_eps)
-        x = x + swiglu(h @ parameters[block + "gate_up"]) @ parameters[block + "ffn_out"]
+        x = x + swiglu(h @ parameters[block + "gate_up"]) @ parameters[block + "ffn_out"]      # (B,T,D)
     return rms_norm(x, parameters["final_norm"], config.norm_eps)
 
 
 def transformer(parameters: Parameters, tokens: np.ndarray, config, mask: np.ndarray | None = None) -> Tensor:
     """Logits: (B,T) -> (B,T,V). The logits at position t predict the token at position t + 1."""
-    unembedding = parameters["embedding" if config.tied else "unembedding"]
+    unembedding = parameters["embedding" if config.tied else "unembedding"]                    # (V,D)
     return hidden_states(parameters, tokens, config, mask) @ unembedding.T
 
 
@@ -157,9 +159,9 @@ def sft_loss(log_probs: Tensor, mask: np.ndarray, total: float | None = None) ->
 
 
 def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin=0.0, centering: float = 0.0) -> Tensor:
-    """Reward model (Bradley-Terry): the mean of -log sigmoid(r(x, y_w) - r(x, y_l) - margin), y_w chosen, y_l rejected.
+    """Reward model (Bradley-Terry): the mean of -log sigmoid(r(x, y_w) - r(x, y_l) - margin).
 
-    Rewards (B). centering: the weight of a term that keeps the rewards near 0.
+    Rewards (B). margin: how much better y_w was judged. centering: the weight of a term that keeps rewards near 0.
     """
     difference = chosen_rewards - rejected_rewards - margin
     total = chosen_rewards + rejected_rewards
@@ -168,7 +170,7 @@ def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin=0.0, ce
 
 def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str = "leave_one_out") -> np.ndarray:
     """A = R - b with R = r - beta kl, kl = log pi(y|x) - log pi_ref(y|x), and the baseline b. (P,N) -> (P,N)"""
-    R = rewards - beta * kl
+    R = rewards - beta * kl                                                 # (P,N)
     N = R.shape[1]
     mean = R.mean(axis=1, keepdims=True)                                    # (P,1)
     if baseline == "none":
@@ -195,9 +197,10 @@ def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.nda
 
 def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: np.ndarray,
              reference_rejected: np.ndarray, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
-    """DPO: reward_loss with the reward r = beta log(pi(y|x) / pi_ref(y|x)). The arguments are log pi(y|x), (B) each.
+    """DPO: reward_loss with the reward r(x, y) = beta log(pi(y|x) / pi_ref(y|x)): the policy is the reward model.
 
-    label_smoothing: the assumed probability that chosen and rejected were exchanged.
+    The first four arguments are log pi(y|x) of the policy and of the reference for y_w and y_l, (B) each.
+    label_smoothing: the assumed probability that y_w and y_l were exchanged.
     """
     delta = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
     as_labelled = ops.mean(-ops.log_sigmoid(beta * delta))
@@ -225,7 +228,8 @@ def generate(parameters: Parameters, prompts, config, max_new_tokens: int, rng, 
     B = len(prompts)
     uniforms = rng.random((B, max_new_tokens)) if isinstance(rng, np.random.Generator) else rng
     longest = max(len(prompt) for prompt in prompts)
-    tokens = np.array([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])     # padding on the left
+    # Padding stands on the left, because new tokens are appended on the right.
+    tokens = np.array([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])     # (B,longest)
     mask = np.array([[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in prompts])
     running = np.ones(B, bool)                                              # responses that have not ended
     for t in range(max_new_tokens):
@@ -249,14 +253,16 @@ def adamw(parameters: Parameters, state: dict, learning_rate: float = 1e-3, beta
     state: an empty dict at the first step. It keeps the number of steps, and running means m of g and v of g^2.
     """
     b1, b2 = betas
-    t = state["steps"] = state.get("steps", 0) + 1
+    t = state.get("steps", 0) + 1
+    state["steps"] = t
     for name, p in parameters.items():
         g = np.zeros_like(p.data) if p.grad is None else p.grad
         m, v = state.get(name, (0.0, 0.0))
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * g ** 2
         state[name] = (m, v)
-        direction = (m / (1 - b1 ** t)) / (np.sqrt(v / (1 - b2 ** t)) + eps)            # m and v start at 0: corrected
+        # m and v start at 0, so that they are too small at first; 1 - b^t corrects that.
+        direction = (m / (1 - b1 ** t)) / (np.sqrt(v / (1 - b2 ** t)) + eps)
         decay = weight_decay * p.data if p.ndim >= 2 else 0.0                           # matrices only
         p.data = p.data - learning_rate * (direction + decay)
 

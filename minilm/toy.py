@@ -21,33 +21,22 @@ from collections.abc import Callable
 
 import numpy as np
 
+from minilm import plain
 from minilm.model import Config, RewardModel, Transformer
-from minilm.plain import (
-    Parameters,
-    advantages,
-    dpo_loss,
-    generate,
-    log_probs,
-    policy_gradient_loss,
-    reward,
-    reward_loss,
-    sequence_log_probs,
-    sft_loss,
-    train_step,
-)
+from minilm.plain import Parameters
 from minilm.tensor import Tensor, no_grad
 
-LETTERS = "abcdefghABCDEFGH="
+LETTERS = "abcdefghABCDEFGH="                # the capital of token i is token i + 8
 EQUALS = LETTERS.index("=")
 CONFIG = Config(vocab_size=len(LETTERS), width=32, layers=2, heads=4, kv_heads=2, context=7)
-REPLY = np.array([0, 0, 0, 1, 1, 1])        # mask of the 6 log-probs of "bag=gab": 1 for "gab"
+REPLY = np.array([0, 0, 0, 1, 1, 1])         # mask of the 6 log-probs of "bag=gab": 1 for "gab"
 BETA = 0.5
 
 
 # The task.
 
 def text(n: int, share_reversed: float, rng: np.random.Generator) -> np.ndarray:
-    """n lines of 7 tokens; in this share of them the reply is reversed, in the others it is copied."""
+    """n lines of 7 tokens. The given share of the replies is reversed, the others are copied; half are in capitals."""
     letters = rng.integers(8, size=(n, 3))
     is_reversed = rng.random((n, 1)) < share_reversed
     in_capitals = rng.integers(2, size=(n, 1))
@@ -56,7 +45,7 @@ def text(n: int, share_reversed: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def gold_reward(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What people really want: 2 points for the right letters, 1 for capitals. (n,7) -> points, right, capitals"""
+    """2 points for the right letters, 1 for capitals; no training step reads it. (n,7) -> points, right, capitals"""
     reply = lines[:, 4:]                                                                # (n,3)
     right = ((reply < EQUALS) & (reply % 8 == lines[:, 2::-1])).all(axis=1)             # (n)
     capitals = ((reply < EQUALS) & (reply >= 8)).all(axis=1)                            # (n)
@@ -65,13 +54,13 @@ def gold_reward(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def answer(policy: Parameters, questions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Sample a reply to each question: (n,4) -> lines (n,7)."""
-    replies, _ = generate(policy, questions, CONFIG, 3, rng)
+    replies, _ = plain.generate(policy, questions, CONFIG, 3, rng)
     return np.concatenate([questions, replies], axis=1)
 
 
 def reply_log_probs(policy: Parameters, lines: np.ndarray) -> Tensor:
     """log pi(y|x) of the reply y to the question x: (n,7) -> (n)."""
-    return sequence_log_probs(log_probs(policy, lines, CONFIG), REPLY)
+    return plain.sequence_log_probs(plain.log_probs(policy, lines, CONFIG), REPLY)
 
 
 def compare(policy: Parameters, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +72,7 @@ def compare(policy: Parameters, n: int, rng: np.random.Generator) -> tuple[np.nd
     first = answer(policy, questions, rng)
     second = answer(policy, questions, rng)
     difference = gold_reward(first)[0] - gold_reward(second)[0]                         # (n)
-    first_is_chosen = (rng.random(n) < 1 / (1 + np.exp(-2 * difference)))[:, None]       # (n,1)
+    first_is_chosen = (rng.random(n) < 1 / (1 + np.exp(-2 * difference)))[:, None]      # (n,1)
     return np.where(first_is_chosen, first, second), np.where(first_is_chosen, second, first)
 
 
@@ -96,7 +85,7 @@ def train(title: str, parameters: Parameters, batch: Callable, steps: int, learn
     history = []
     for step in range(steps):
         numbers = batch()
-        numbers["loss"] = train_step(numbers["loss"], parameters, state, learning_rate * (1 - step / steps))
+        numbers["loss"] = plain.train_step(numbers["loss"], parameters, state, learning_rate * (1 - step / steps))
         history.append(numbers)
     for name in history[0]:
         fifths = np.array_split([numbers[name] for numbers in history], 5)
@@ -105,20 +94,24 @@ def train(title: str, parameters: Parameters, batch: Callable, steps: int, learn
 
 def pretrain(model: Parameters, steps: int, rng: np.random.Generator) -> None:
     def batch():
-        return {"loss": sft_loss(log_probs(model, text(64, 0.5, rng), CONFIG), np.ones((64, 6)))}
+        lines = text(64, 0.5, rng)                                                      # (64,7)
+        return {"loss": plain.sft_loss(plain.log_probs(model, lines, CONFIG), np.ones((64, 6)))}
     train("1. Pretraining", model, batch, steps, learning_rate=1e-2)
 
 
 def train_sft(model: Parameters, steps: int, rng: np.random.Generator) -> None:
     def batch():
-        return {"loss": sft_loss(log_probs(model, text(32, 1.0, rng), CONFIG), np.tile(REPLY, (32, 1)))}
+        lines = text(32, 1.0, rng)                                                      # (32,7)
+        return {"loss": plain.sft_loss(plain.log_probs(model, lines, CONFIG), np.tile(REPLY, (32, 1)))}
     train("2. Supervised finetuning", model, batch, steps, learning_rate=5e-3)
 
 
 def train_reward_model(model: Parameters, chosen: np.ndarray, rejected: np.ndarray, steps: int, rng) -> None:
     def batch():
         i = rng.integers(len(chosen), size=64)
-        return {"loss": reward_loss(reward(model, chosen[i], CONFIG), reward(model, rejected[i], CONFIG))}
+        chosen_rewards = plain.reward(model, chosen[i], CONFIG)                         # (64)
+        rejected_rewards = plain.reward(model, rejected[i], CONFIG)                     # (64)
+        return {"loss": plain.reward_loss(chosen_rewards, rejected_rewards)}
     train("3. Reward model", model, batch, steps, learning_rate=3e-3)
 
 
@@ -127,12 +120,12 @@ def train_rlhf(policy: Parameters, reference: Parameters, reward_model: Paramete
     def batch():
         questions = np.repeat(text(16, 1.0, rng)[:, :4], 4, axis=0)                     # (64,4): each question 4 times
         lines = answer(policy, questions, rng)                                          # (64,7)
-        policy_log_probs = log_probs(policy, lines, CONFIG)                             # (64,6)
+        policy_log_probs = plain.log_probs(policy, lines, CONFIG)                       # (64,6)
         with no_grad():
-            kl = sequence_log_probs(policy_log_probs, REPLY).data - reply_log_probs(reference, lines).data
-            rewards = reward(reward_model, lines, CONFIG).data                          # (64)
-        A = advantages(rewards.reshape(16, 4), kl.reshape(16, 4), BETA)                 # (16,4)
-        loss = policy_gradient_loss(policy_log_probs, A.reshape(64), REPLY)
+            kl = plain.sequence_log_probs(policy_log_probs, REPLY).data - reply_log_probs(reference, lines).data
+            rewards = plain.reward(reward_model, lines, CONFIG).data                    # (64)
+        A = plain.advantages(rewards.reshape(16, 4), kl.reshape(16, 4), BETA)           # (16,4)
+        loss = plain.policy_gradient_loss(policy_log_probs, A.reshape(64), REPLY)
         return {"proxy reward": rewards.mean(), "KL": kl.mean(), "loss": loss}
     train("4. RLHF", policy, batch, steps, learning_rate=2e-3)
 
@@ -145,8 +138,10 @@ def train_dpo(policy: Parameters, reference: Parameters, chosen: np.ndarray, rej
 
     def batch():
         i = rng.integers(len(chosen), size=64)
-        return {"loss": dpo_loss(reply_log_probs(policy, chosen[i]), reply_log_probs(policy, rejected[i]),
-                                 reference_chosen[i], reference_rejected[i], BETA)}
+        policy_chosen = reply_log_probs(policy, chosen[i])                              # (64)
+        policy_rejected = reply_log_probs(policy, rejected[i])                          # (64)
+        loss = plain.dpo_loss(policy_chosen, policy_rejected, reference_chosen[i], reference_rejected[i], BETA)
+        return {"loss": loss}
     train("5. DPO", policy, batch, steps, learning_rate=3e-4)
 
 
@@ -154,23 +149,25 @@ def train_dpo(policy: Parameters, reference: Parameters, chosen: np.ndarray, rej
 
 def report(name: str, policy: Parameters, rng: np.random.Generator, reference: Parameters | None = None) -> dict:
     """Sample a reply to each of the 512 questions. Prints three of them, and means with standard errors."""
-    questions = np.insert(np.indices((8, 8, 8)).reshape(3, 512).T, 3, EQUALS, axis=1)   # (512,4)
+    letters = np.indices((8, 8, 8)).reshape(3, 512).T                                   # (512,3)
+    questions = np.insert(letters, 3, EQUALS, axis=1)                                   # (512,4)
     lines = answer(policy, questions, rng)                                              # (512,7)
     points, right, capitals = gold_reward(lines)
     columns = {"right": right, "capitals": capitals, "gold": points}
     if reference is not None:
         with no_grad():
             columns["KL"] = reply_log_probs(policy, lines).data - reply_log_probs(reference, lines).data
-    print(f"  {name:12s}", *("".join(LETTERS[token] for token in line) for line in lines[[70, 355, 20]]))
+    shown = lines[[70, 355, 20]]                                                        # bag, fed, ace
+    print(f"  {name:12s}", *("".join(LETTERS[token] for token in line) for line in shown))
     print(" " * 14, "  ".join(f"{key} {x.mean():.2f}±{x.std() / 512 ** 0.5:.2f}" for key, x in columns.items()))
     return {key: float(x.mean()) for key, x in columns.items()}
 
 
 def reward_error(reward_model: Parameters, chosen: np.ndarray, rejected: np.ndarray) -> float:
-    """The share of pairs, gold rewards unequal, that the reward model orders in the other way."""
+    """The share of pairs that the reward model orders against the gold reward; pairs with equal gold rewards are left out."""
     gold = gold_reward(chosen)[0] - gold_reward(rejected)[0]
     with no_grad():
-        proxy = reward(reward_model, chosen, CONFIG).data - reward(reward_model, rejected, CONFIG).data
+        proxy = plain.reward(reward_model, chosen, CONFIG).data - plain.reward(reward_model, rejected, CONFIG).data
     return float((gold * proxy < 0)[gold != 0].mean())
 
 

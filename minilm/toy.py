@@ -164,7 +164,7 @@ def report(name: str, policy: Parameters, rng: np.random.Generator, reference: P
 
 
 def reward_error(reward_model: Parameters, chosen: np.ndarray, rejected: np.ndarray) -> float:
-    """The share of pairs that the reward model orders against the gold reward; pairs with equal gold rewards are left out."""
+    """Among pairs with unequal gold rewards, the share that the reward model orders in the opposite way."""
     gold = gold_reward(chosen)[0] - gold_reward(rejected)[0]
     with no_grad():
         proxy = plain.reward(reward_model, chosen, CONFIG).data - plain.reward(reward_model, rejected, CONFIG).data

@@ -1,4 +1,4 @@
-"""minilm/backend.py, on a machine without a GPU: a class that says it comes from CuPy stands in for one."""
+"""minilm.backend, on a machine without a GPU: a class whose module is named cupy stands in for CuPy's arrays."""
 import sys
 from types import SimpleNamespace
 
@@ -27,11 +27,11 @@ def cupy(monkeypatch):
 
 
 @pytest.mark.parametrize("arrays", [(), (1.0,), (np.ones(2),), (np.ones(2), 3, np.float64(1))])
-def test_arrays_and_numbers_on_the_cpu_are_numpys(arrays):
+def test_arrays_and_numbers_on_the_cpu_belong_to_numpy(arrays):
     assert backend.array_module(*arrays) is np
 
 
-def test_an_array_on_the_gpu_is_cupys_and_numbers_fit_it(cupy):
+def test_an_array_on_the_gpu_belongs_to_cupy_also_beside_numbers(cupy):
     assert backend.array_module(FakeArray(1)) is cupy
     assert backend.array_module(2.0, FakeArray(1), np.float32(3), None) is cupy
 
@@ -46,7 +46,7 @@ def test_a_package_whose_name_only_starts_with_cupy_is_not_cupy():
     assert not backend.is_cupy(other()) and backend.is_cupy(FakeArray(1))
 
 
-def test_to_device_and_to_numpy_move_and_do_not_copy_what_is_there_already(cupy):
+def test_to_device_and_to_numpy_move_arrays_and_copy_none_that_is_there_already(cupy):
     x = np.arange(3.0)
     assert backend.to_device(x, "cpu") is x and backend.to_numpy(x) is x
     moved = backend.to_device(x, "gpu")
@@ -55,13 +55,13 @@ def test_to_device_and_to_numpy_move_and_do_not_copy_what_is_there_already(cupy)
         assert type(back) is np.ndarray and (back == x).all()
 
 
-def test_without_cupy_the_gpu_is_refused_with_the_package_to_install(monkeypatch):
+def test_without_cupy_the_gpu_raises_with_the_package_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(ImportError, match="pip install .cupy-cuda13x"):
         backend.to_device(np.ones(1), "gpu")
 
 
 @pytest.mark.parametrize("device", ["cuda", "GPU", "", None])
-def test_another_device_is_refused(device):
+def test_another_device_raises(device):
     with pytest.raises(ValueError, match="must be 'cpu' or 'gpu'"):
         backend.to_device(np.ones(1), device)

@@ -1,6 +1,7 @@
-"""The full pipeline on GPU arrays against NumPy: on the emulator's mock of CuPy, and on a GPU where there is one.
+"""Model, generation, objectives and stages on arrays of a GPU equal those on NumPy's arrays.
 
-The mock (kernels/emulator) raises on everything that CuPy raises on, and more, so no array reaches the CPU unasked.
+They run on the stand-in for CuPy (kernels/emulator), and on a GPU if there is one. The stand-in raises where CuPy
+raises, and in more cases, so these tests also show that no array is copied to the CPU by accident.
 """
 import functools
 import sys
@@ -43,7 +44,7 @@ CONFIGS = {"plain": {"layers": 2},
            "interleaved pairs": {"rope_pairing": "interleaved"}}
 
 
-small_transformer = functools.partial(any_small_transformer, head_width=16)         # the least that the kernels serve
+small_transformer = functools.partial(any_small_transformer, head_width=16)      # smallest head width of the kernels
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +54,13 @@ def cupy(xp):
 
 @pytest.fixture
 def stand_in(cupy):
-    """For what only the stand-in can tell."""
+    """For tests that only the stand-in can run."""
     if not isinstance(cupy.ones(1), arrays.ndarray):
-        pytest.skip("asks the stand-in")
+        pytest.skip("needs the stand-in")
 
 
 def on_gpu(model):
-    """A copy of the model there."""
+    """A copy of the model on the GPU."""
     if isinstance(model, RewardModel):
         model = model.over({name: Tensor(p.data.copy(), requires_grad=True) for name, p in model.parameters().items()})
     else:
@@ -74,7 +75,7 @@ def host(x):
 
 
 def value_and_gradients(parameters, function):
-    """Of function(), with a cotangent of N(0,1) entries, as arrays of the CPU."""
+    """Value and gradients of function(), for a cotangent of N(0,1) entries, as arrays on the CPU."""
     zero_grad_of(parameters)
     output = function()
     cotangent = np.random.default_rng(7).normal(size=output.shape)
@@ -112,19 +113,19 @@ FORWARDS = {"logits": lambda m: m(RIGHT),
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("forward", FORWARDS)
-def test_the_transformer_and_all_its_gradients_are_those_of_numpy(config, forward, rng):
+def test_the_transformer_and_all_its_gradients_equal_numpys(config, forward, rng):
     model = small_transformer(rng, **CONFIGS[config])
     assert_same(*(value_and_gradients(m.parameters(), lambda: FORWARDS[forward](m)) for m in (on_gpu(model), model)))
 
 
-def test_a_bidirectional_model_sees_the_same(rng):
+def test_a_bidirectional_model_equals_numpys(rng):
     model = small_transformer(rng, causal=False)
     for mask in (None, RIGHT_MASK):
         assert_same(*(value_and_gradients(m.parameters(), lambda: m.hidden(RIGHT, mask))
                       for m in (on_gpu(model), model)))
 
 
-def test_blocks_computed_again_give_the_same_bits(rng):
+def test_activation_checkpointing_gives_the_same_bits(rng):
     model = on_gpu(small_transformer(rng, layers=2, key_smear=True))
     kept = value_and_gradients(model.parameters(), lambda: FORWARDS["responses"](model))
     model.activation_checkpointing = True
@@ -133,7 +134,7 @@ def test_blocks_computed_again_give_the_same_bits(rng):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_attention_weights_are_those_of_numpy(config, rng):
+def test_attention_weights_equal_numpys(config, rng):
     model = small_transformer(rng, **CONFIGS[config])
     assert_close(attention_weights(on_gpu(model), LEFT, LEFT_MASK), attention_weights(model, LEFT, LEFT_MASK))
 
@@ -149,7 +150,7 @@ def test_many_queries_and_many_rows_are_the_same_in_tiles_and_chunks(rng, monkey
 
 @pytest.mark.parametrize("tokens, mask", [(LEFT, LEFT_MASK), (RIGHT, RIGHT_MASK), (None, None)],
                          ids=["padded on the left", "padded on the right", "packed"])
-def test_the_reward_model_and_all_its_gradients_are_those_of_numpy(tokens, mask, rng):
+def test_the_reward_model_and_all_its_gradients_equal_numpys(tokens, mask, rng):
     model = RewardModel(small_transformer(rng, key_smear=True), rng)
     def rewards(m):
         return m.packed_rewards(pack(PROMPTS, RESPONSES, last=True)) if tokens is None else m.rewards(tokens, mask)
@@ -164,8 +165,8 @@ def test_tokens_and_masks_may_be_on_the_gpu_already(rng):
     assert_close(host(on_gpu(model)(tokens, key_mask=mask)), model(LEFT, key_mask=LEFT_MASK))
 
 
-def test_what_is_no_token_is_refused_before_it_gets_there(rng):
-    """A GPU would read something else in its place."""
+def test_tokens_outside_the_vocabulary_raise_before_they_are_moved(rng):
+    """A GPU would read another row without an error."""
     model = on_gpu(small_transformer(rng))
     with pytest.raises(IndexError, match="token 7 is not in the vocabulary of 7"):
         model([[1, 7]])
@@ -175,8 +176,8 @@ def test_what_is_no_token_is_refused_before_it_gets_there(rng):
         model.response_log_probs(pack([[1]], [[1, 9]]))
 
 
-def test_a_small_row_of_an_embedding_does_not_drown_beside_large_ones(rng, cupy):
-    """CuPy sums the rows of equal tokens by a difference of running sums."""
+def test_a_small_gradient_of_an_embedding_keeps_its_digits_beside_large_ones(rng, cupy):
+    """CuPy sums the rows of equal tokens as a difference of running sums."""
     tokens = np.repeat([0, 1], [1000, 1])
     dy = np.where(tokens[:, None] == 0, 1000.0, 0.001).astype(np.float32) * np.ones((1, 4), np.float32)
     table = Tensor(cupy.zeros((2, 4), np.float32), requires_grad=True)
@@ -201,7 +202,7 @@ WITH_KERNELS = {"rms_norm", "swiglu", "attention", "attention of an encoder", "t
 
 @pytest.mark.parametrize("name, kernel", [(name, kernel) for name in FORMULAS
                                           for kernel in (True, False) if kernel or name in WITH_KERNELS])
-def test_layers_agree_there_with_their_formulas(name, kernel, rng, cupy):
+def test_layers_equal_their_formulas(name, kernel, rng, cupy):
     x = Tensor(cupy.asarray(rng.normal(size=(2, 4, 5, 16))), requires_grad=True)
     w = Tensor(cupy.asarray(rng.normal(size=16)), requires_grad=True)
     plainly = types.SimpleNamespace(**{f: functools.partial(getattr(layers, f), kernel=False)
@@ -214,7 +215,7 @@ def test_layers_agree_there_with_their_formulas(name, kernel, rng, cupy):
     assert_same(found, value_and_gradients({"x": x, "w": w}, lambda: FORMULAS[name](definitions, x, w)))
 
 
-def test_a_mask_with_a_gap_is_not_served_by_the_kernel_and_said_so(rng, cupy):
+def test_a_key_mask_with_a_gap_raises_in_the_kernel(rng, cupy):
     x, gap = cupy.asarray(rng.normal(size=(2, 2, 4, 16))), np.array([[1, 0, 1, 1], [1, 1, 1, 1]])
     with pytest.raises(ValueError, match="a row of key_mask has a gap; .* pass kernel=False"):
         layers.attention(x, x, x, key_mask=gap)
@@ -225,7 +226,7 @@ def test_a_mask_with_a_gap_is_not_served_by_the_kernel_and_said_so(rng, cupy):
 # The optimiser.
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-10), (np.float32, 2e-5)])
-def test_steps_of_adamw_are_those_of_numpy(dtype, tolerance, rng):
+def test_steps_of_adamw_equal_numpys(dtype, tolerance, rng):
     here = small_transformer(rng, dtype, key_smear=True)
     there, norms = on_gpu(here), {}
     for model in (there, here):
@@ -247,9 +248,9 @@ def test_steps_of_adamw_are_those_of_numpy(dtype, tolerance, rng):
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"temperature": 0.7, "top_k": 4},
                                       {"temperature": 1.5, "top_p": 0.8}, {"top_k": 5, "top_p": 0.9}], ids=str)
 def test_the_same_tokens_are_drawn_with_the_same_log_probs(config, settings, rng):
-    """Of prompts of several lengths, some of them equal; rows leave as they end."""
+    """For prompts of several lengths, some of them equal, with compaction of the batch."""
     model = small_transformer(rng, context=40, **CONFIGS[config])
-    for p in model.parameters().values():           # less sure of itself: responses end at different times
+    for p in model.parameters().values():           # flatter distributions, so that responses end at different times
         p.data *= 0.6
     there, here = (generate(m, PROMPTS * 3, 12, np.random.default_rng(5), eos=0, **settings)
                    for m in (on_gpu(model), model))
@@ -260,7 +261,7 @@ def test_the_same_tokens_are_drawn_with_the_same_log_probs(config, settings, rng
     assert_close(there.entropies, here.entropies)
 
 
-# Objectives: log-probs there, all the rest from the CPU.
+# Objectives: log-probs on the GPU, everything else on the CPU.
 
 N, T = 4, 5
 NUMBERS = np.random.default_rng(3)
@@ -297,12 +298,12 @@ def test_objectives_take_masks_references_and_rewards_from_the_cpu(loss):
     assert_same(*sides)
 
 
-def test_metrics_of_arrays_there_are_those_of_numpy():
+def test_metrics_of_arrays_on_the_gpu_equal_numpys():
     both = [[to_device(x, device) for x in (OLD, A_T, MASK, R_C, R_R, A)] for device in ("gpu", "cpu")]
-    for metrics in (lambda k, m, mask, *_: sft.sft_metrics(k, mask, k > m, m > k, entropies=m),
-                    lambda k, m, mask, *_: kl.kl_metrics(k, m, mask),
-                    lambda k, m, mask, c, r, a: reward.reward_metrics(c, r),
-                    lambda k, m, mask, c, r, a: dpo.dpo_metrics(c, r, r, a)):
+    for metrics in (lambda x, y, mask, *_: sft.sft_metrics(x, mask, x > y, y > x, entropies=y),
+                    lambda x, y, mask, *_: kl.kl_metrics(x, y, mask),
+                    lambda x, y, mask, c, r, a: reward.reward_metrics(c, r),
+                    lambda x, y, mask, c, r, a: dpo.dpo_metrics(c, r, r, a)):
         there, here = (metrics(*side) for side in both)
         assert there == here and all(type(value) is float for value in there.values())
 
@@ -346,7 +347,7 @@ def compare_runs(reported, expected, there, here):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_reports_the_same_and_ends_with_the_same_weights(name, rng):
+def test_a_stage_has_the_metrics_and_the_weights_of_numpy(name, rng):
     here = model_for(name, rng)
     there = on_gpu(here)
     compare_runs(run_stage(name, there), run_stage(name, here), there, here)
@@ -354,7 +355,7 @@ def test_a_stage_reports_the_same_and_ends_with_the_same_weights(name, rng):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_in_float32_begins_as_in_float64_and_stays_in_float32(name, rng):
-    """The first step alone: where a gradient is as good as 0, AdamW makes a whole step of its rounding."""
+    """The first step alone: where a gradient is 0 up to rounding, AdamW turns the rounding error into a whole step."""
     model = model_for(name, rng, np.float32)
     single, double = on_gpu(model), on_gpu(model_for(name, rng))
     for wide, narrow in zip(double.parameters().values(), single.parameters().values()):
@@ -364,7 +365,7 @@ def test_a_stage_in_float32_begins_as_in_float64_and_stays_in_float32(name, rng)
     assert all(p.data.dtype == np.float32 for p in single.parameters().values())
 
 
-def test_several_workers_are_refused(rng):
+def test_several_workers_raise(rng):
     model = on_gpu(small_transformer(rng))
     with pytest.raises(ValueError, match="2 workers are processes that share a CPU's memory; on a GPU, ask for 1"):
         TrainState(model, rng, workers=2)
@@ -372,9 +373,9 @@ def test_several_workers_are_refused(rng):
         generate(model, PROMPTS * 3, 2, rng, eos=0, workers=2)
 
 
-# Measuring, saving, checking.
+# Evaluation, checkpoints, gradcheck.
 
-def test_evaluation_gives_the_numbers_of_numpy(rng):
+def test_evaluation_equals_numpys(rng):
     policy, reference = small_transformer(rng), small_transformer(rng)
     here = evaluate.sequence_kl(policy, reference, PROMPTS, RESPONSES, batch_size=2)
     there = evaluate.sequence_kl(on_gpu(policy), on_gpu(reference), PROMPTS, RESPONSES, batch_size=2)
@@ -385,7 +386,7 @@ def test_evaluation_gives_the_numbers_of_numpy(rng):
                  evaluate.predicted_rewards(rewards, PROMPTS, RESPONSES, batch_size=2))
 
 
-def test_a_training_is_saved_there_and_goes_on_there_bit_for_bit(rng):
+def test_a_run_restored_on_the_gpu_continues_bit_for_bit(rng):
     one, other = (on_gpu(small_transformer(np.random.default_rng(seed), layers=2, key_smear=True)) for seed in (0, 1))
     training, restored = TrainState(one, np.random.default_rng(2)), TrainState(other, np.random.default_rng(3))
     stage = train_sft(training, PROMPTS, RESPONSES, 4, 3)
@@ -412,7 +413,7 @@ def test_a_model_goes_from_the_gpu_to_a_file_and_back(rng, tmp_path):
 
 
 @pytest.mark.parametrize("directions", [None, 5])
-def test_gradients_there_are_checked_by_finite_differences(directions, rng, cupy):
+def test_gradcheck_works_on_the_gpu(directions, rng, cupy):
     x, y = (Tensor(cupy.asarray(rng.normal(size=shape)), requires_grad=True) for shape in ((3, 4), (4, 2)))
     before = host(x)
     assert gradcheck(lambda x, y: ops.tanh(x) @ y, x, y, directions=directions) < 1e-7
@@ -424,10 +425,10 @@ def test_gradients_there_are_checked_by_finite_differences(directions, rng, cupy
         gradcheck(wrong, x, y, directions=directions)
 
 
-# The wall.
+# No array is copied to the CPU by accident.
 
-def test_nothing_larger_than_a_batch_of_numbers_comes_back(stand_in, rng, monkeypatch):
-    """Neither in training nor in generation: no weights, no hidden states, no logits."""
+def test_only_a_few_numbers_per_step_are_copied_to_the_cpu(stand_in, rng, monkeypatch):
+    """In training and generation no weights, hidden states or logits are copied."""
     sizes, get = [], arrays.ndarray.get
     monkeypatch.setattr(arrays.ndarray, "get", lambda self: sizes.append(self.size) or get(self))
     policy = small_transformer(rng, vocab_size=64, width=32, layers=2, key_smear=True).to_device("gpu")
@@ -436,7 +437,7 @@ def test_nothing_larger_than_a_batch_of_numbers_comes_back(stand_in, rng, monkey
     assert sizes and max(sizes) <= len(PROMPTS) * 2, sorted(sizes)[-5:]
 
 
-def test_an_array_of_the_cpu_beside_a_tensor_there_is_refused_by_name(cupy):
+def test_a_numpy_array_beside_a_tensor_on_the_gpu_raises_with_the_primitive(cupy):
     x = Tensor(cupy.ones(2))
     for left, right in ((x, np.ones(2)), (np.ones(2), x)):
         with pytest.raises(TypeError, match=r"multiply\(\(2,\), \(2,\)\): Unsupported type .*numpy.ndarray"):
@@ -445,20 +446,20 @@ def test_an_array_of_the_cpu_beside_a_tensor_there_is_refused_by_name(cupy):
         x + Tensor(np.ones(2))
 
 
-def test_numpy_in_the_middle_of_a_model_is_refused(stand_in, rng, monkeypatch):
-    """A layer that forgot to ask for the library of its arrays."""
+def test_numpy_inside_a_model_on_the_gpu_raises(stand_in, rng, monkeypatch):
+    """For example in a layer that calls np instead of array_module."""
     monkeypatch.setattr("minilm.layers.array_module", lambda *_: np)
     with pytest.raises(TypeError):
         on_gpu(small_transformer(rng)).log_probs(RIGHT)
 
 
-def test_without_cupy_the_gpu_is_refused_with_the_package_to_install(rng, monkeypatch):
+def test_without_cupy_the_gpu_raises_with_the_package_to_install(rng, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(ImportError, match="pip install .cupy-cuda13x"):
         small_transformer(rng).to_device("gpu")
 
 
-def test_dialogues_padded_into_a_batch_train_as_well(rng):
+def test_a_padded_batch_has_the_gradients_of_numpy(rng):
     batch = make_batch(PROMPTS, RESPONSES, pad=0)
     model = small_transformer(rng)
     def loss(m):

@@ -1,4 +1,4 @@
-"""minilm.generate: what is drawn, with which probability, and that the log-probs returned are those drawn with."""
+"""minilm.generate: the tokens drawn, their probabilities, and the log-probs returned with them."""
 from unittest import mock
 
 import numpy as np
@@ -14,7 +14,7 @@ EOS = 0
 
 
 def plain_distribution(logits, temperature=1.0, top_k=None, top_p=None):
-    """Probabilities of one row, token by token from the most likely on."""
+    """Probabilities of one row, computed token by token in the order of probability."""
     p = np.exp((logits - logits.max()) / temperature)
     order = sorted(range(len(p)), key=lambda i: -p[i])
     kept = order[:top_k]
@@ -29,7 +29,7 @@ def plain_distribution(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 def logits_before_each(model, prompt, response):
-    """(R,V): computed over the whole sequence at once, without a cache or a batch."""
+    """(R,V), computed over the whole sequence at once, without a cache or a batch."""
     return model(np.array([prompt + response])).data[0, len(prompt) - 1:-1]
 
 
@@ -48,7 +48,7 @@ MODELS = {"untied": {}, "tied": {"tied": True}, "smeared keys": {"layers": 2, "k
 
 @pytest.mark.parametrize("kind", MODELS)
 @given(rng=rngs)
-def test_cached_and_padded_generation_is_the_model_itself(kind, rng):
+def test_cached_and_padded_generation_has_the_log_probs_of_the_whole_forward(kind, rng):
     model = small_transformer(rng, **MODELS[kind])
 
     def expected(prompt, response):
@@ -59,7 +59,7 @@ def test_cached_and_padded_generation_is_the_model_itself(kind, rng):
 
 @given(rng=rngs, temperature=st.sampled_from([0.5, 1.7]), top_k=st.none() | st.integers(1, 8),
        top_p=st.none() | st.sampled_from([0.01, 0.5, 0.9, 1.0]))
-def test_log_probs_are_those_of_the_distribution_drawn_from(rng, temperature, top_k, top_p):
+def test_log_probs_belong_to_the_distribution_drawn_from(rng, temperature, top_k, top_p):
     model, settings = small_transformer(rng), {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     def expected(prompt, response):
@@ -69,16 +69,16 @@ def test_log_probs_are_those_of_the_distribution_drawn_from(rng, temperature, to
 
 
 @given(rng=rngs, temperature=st.sampled_from([0.3, 1.0, 2.5]))
-def test_temperature_is_not_ignored_when_log_probs_are_recomputed(rng, temperature):
-    """The on-policy ratio is 1 at any temperature; scored at another one it is not."""
+def test_log_probs_recomputed_at_the_same_temperature_equal_the_samples(rng, temperature):
+    """The on-policy ratio is 1 at the temperature of sampling, and differs from 1 at another temperature."""
     model = small_transformer(rng)
     samples = generate(model, PROMPTS, 8, rng, EOS, temperature=temperature)
 
-    def activation_checkpoint(prompt, response, temperature=temperature):
+    def recomputed(prompt, response, temperature=temperature):
         return model.log_probs(np.array([prompt + response]), temperature=temperature).data[0, len(prompt) - 1:]
-    assert_drawn_with(samples, activation_checkpoint)
+    assert_drawn_with(samples, recomputed)
     with pytest.raises(AssertionError):
-        assert_drawn_with(samples, lambda *sample: activation_checkpoint(*sample, temperature=temperature + 1))
+        assert_drawn_with(samples, lambda *sample: recomputed(*sample, temperature=temperature + 1))
 
 
 def test_float32_models_give_float32_log_probs(rng):
@@ -87,7 +87,7 @@ def test_float32_models_give_float32_log_probs(rng):
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 3}, {"top_p": 0.7},
                                       {"temperature": 0}], ids=str)
-def test_entropies_are_those_of_the_distributions_drawn_from_and_0_on_padding(settings, rng):
+def test_entropies_belong_to_the_distributions_drawn_from_and_are_0_on_padding(settings, rng):
     model = small_transformer(rng)
     samples = generate(model, PROMPTS, 8, rng, EOS, **settings)
     drawn_from = {**settings, "temperature": settings.get("temperature", 1) or 1}
@@ -99,13 +99,13 @@ def test_entropies_are_those_of_the_distributions_drawn_from_and_0_on_padding(se
     assert_close(samples.entropies, expected, 1e-12)
 
 
-# Where a response ends, and who may change it.
+# Where a response ends, and independence of the other rows.
 
 @given(rng=rngs)
 def test_a_response_ends_with_its_eos_which_the_mask_includes(rng):
     samples = generate(small_transformer(rng), PROMPTS * 5, 10, rng, EOS)
     assert samples.tokens.shape == samples.mask.shape == samples.log_probs.shape
-    assert samples.tokens.shape[1] == samples.mask.sum(axis=1).max()             # no column of padding alone
+    assert samples.tokens.shape[1] == samples.mask.sum(axis=1).max()             # no column holds padding alone
     for row, mask, log_probs, response in zip(samples.tokens, samples.mask, samples.log_probs, samples.responses()):
         n = len(response)
         assert mask.tolist() == [1] * n + [0] * (len(row) - n) and not log_probs[n:].any()
@@ -148,11 +148,11 @@ def test_temperature_zero_takes_the_most_likely_token_with_the_models_own_log_pr
         plain_distribution(row).max() for row in logits_before_each(model, prompt, response)]))
 
 
-# The distribution, and drawing from one.
+# The distribution, and draws from it.
 
 @given(rng=rngs, temperature=st.sampled_from([0.1, 1.0, 3.0]), top_k=st.none() | st.integers(1, 12),
        top_p=st.none() | st.floats(0.001, 1.0))
-def test_a_distribution_is_what_the_plain_loop_says(rng, temperature, top_k, top_p):
+def test_the_distribution_equals_a_plain_loop(rng, temperature, top_k, top_p):
     logits = rng.normal(size=(3, 10))
     p = np.exp(distribution(logits, temperature, top_k, top_p))
     assert_close(p, np.array([plain_distribution(row, temperature, top_k, top_p) for row in logits]))
@@ -170,21 +170,22 @@ def test_the_token_that_crosses_top_p_is_kept():
 
 
 @pytest.mark.parametrize("temperature, kept", [(0.5, 1), (1.0, 2), (2.0, 3)])
-def test_top_p_cuts_the_distribution_that_the_temperature_has_made(temperature, kept):
-    """8:4:2:1 become 64:16:4:1 at temperature 1/2. The likeliest has 0.75, 0.53, 0.39; at 2 the first two have 0.67."""
+def test_top_p_is_applied_after_the_temperature(temperature, kept):
+    """8:4:2:1 become 64:16:4:1 at temperature 1/2. The likeliest token has 0.75, 0.53 and 0.39; at 2 the two likeliest
+    have 0.67."""
     p = np.exp(distribution(np.log([[1.0, 8.0, 2.0, 4.0]]), temperature, top_p=0.7))
     assert (p > 0).sum() == kept
 
 
 @given(rng=rngs)
-def test_draws_at_evenly_spaced_uniforms_come_as_often_as_their_probability_says(rng):
+def test_at_evenly_spaced_uniforms_each_token_is_drawn_in_proportion_to_its_probability(rng):
     p, n = rng.dirichlet(np.ones(6)), 1000
     drawn = categorical(np.tile(p, (n, 1)), (np.arange(n) + 0.5) / n)
     assert np.abs(np.bincount(drawn, minlength=6) - n * p).max() <= 1
     assert (np.diff(drawn) >= 0).all()
 
 
-def test_draws_from_a_large_vocabulary_in_float32_do_not_drift():
+def test_draws_from_a_large_vocabulary_are_exact_in_float32():
     V = 50_000
     u = (np.array([0, V // 2, V - 1]) + 0.5) / V
     drawn = categorical(np.full((3, V), 1 / V, np.float32), u)
@@ -195,12 +196,12 @@ def test_draws_from_a_large_vocabulary_in_float32_do_not_drift():
 def test_each_token_is_drawn_with_the_number_of_its_row_and_position(rng):
     model, uniforms = small_transformer(rng), rng.random((3, 8))
     for prompt, response, u in zip(PROMPTS, generate(model, PROMPTS, 8, uniforms, EOS).responses(), uniforms):
-        expected = [plain_distribution(row) for row in logits_before_each(model, prompt, response)]
-        assert response == [np.searchsorted(p.cumsum(), number, side="right") for p, number in zip(expected, u)]
+        p = [plain_distribution(row) for row in logits_before_each(model, prompt, response)]
+        assert response == [np.searchsorted(row.cumsum(), number, side="right") for row, number in zip(p, u)]
 
 
 @given(rng=rngs)
-def test_samples_come_as_often_as_their_probability_says(rng):
+def test_samples_are_drawn_in_proportion_to_their_probability(rng):
     """Chi-square over the first token: expected 6, with a standard deviation of 3.5; 60 is one in 10^10."""
     model, n = small_transformer(rng), 400
     first = generate(model, [PROMPTS[1]] * n, 1, rng, None, temperature=2.0).tokens[:, 0]
@@ -216,11 +217,11 @@ def test_samples_come_as_often_as_their_probability_says(rng):
 def test_a_token_of_probability_zero_is_never_drawn_and_some_token_always_is(dtype, u, rng, size):
     with np.errstate(divide="ignore"):
         log_probs = np.log(rng.dirichlet(np.ones(size)) * (rng.permutation(size) <= size // 2)).astype(dtype)[None]
-    token = categorical(np.exp(log_probs - 0.001), np.array([u]))[0]           # what rounding leaves off 1, and more
+    token = categorical(np.exp(log_probs - 0.001), np.array([u]))[0]      # the sum is below 1
     assert token < size and np.isfinite(log_probs[0, token])
 
 
-# What is refused.
+# Errors.
 
 @pytest.mark.parametrize("prompts, settings, message", [
     ([], {}, "every prompt needs at least one token"),
@@ -235,13 +236,13 @@ def test_a_token_of_probability_zero_is_never_drawn_and_some_token_always_is(dty
     ([[1]], {"top_p": 1.1}, "top_p 1.1 in"),
 ], ids=["no prompt", "empty prompt", "context", "temperature", "NaN", "infinity", "rounds to 0", "top_k", "top_p 0",
         "top_p 1.1"])
-def test_what_cannot_be_generated_raises(prompts, settings, message, rng):
+def test_prompts_and_settings_out_of_range_raise(prompts, settings, message, rng):
     with pytest.raises(ValueError, match=message):
         generate(small_transformer(rng, np.float32), prompts, 8, rng, EOS, **settings)
 
 
 @pytest.mark.parametrize("shape", [(2, 8), (3, 7), (3, 9), (3,)], ids=str)
-def test_uniform_numbers_are_one_for_each_row_and_position_or_refused(shape, rng):
+def test_uniform_numbers_of_another_shape_raise(shape, rng):
     with pytest.raises(ValueError, match=r"uniform numbers of shape .* for 3 prompts and 8 new tokens"):
         generate(small_transformer(rng), PROMPTS, 8, np.zeros(shape), EOS)
 
@@ -250,19 +251,19 @@ def test_the_context_may_be_filled_to_its_last_token(rng):
     assert generate(small_transformer(rng), [[1] * 8], 8, rng, None).tokens.shape == (1, 8)
 
 
-def test_no_new_tokens_are_none(rng):
+def test_zero_new_tokens_give_empty_responses(rng):
     assert generate(small_transformer(rng), PROMPTS, 0, rng, EOS).tokens.shape == (3, 0)
 
 
-def test_a_bidirectional_model_does_not_generate(rng):
-    """Its past would change with every token: the cache would not be the model."""
+def test_generation_with_a_bidirectional_model_raises(rng):
+    """The hidden states of earlier tokens would change with every new token, so a cache would be wrong."""
     with pytest.raises(ValueError, match="causal"):
         generate(small_transformer(rng, causal=False), PROMPTS, 4, rng, EOS)
 
 
 @given(seed=st.integers(0, 2**32 - 1), temperature=st.sampled_from([0.1, 1.0, 5.0]),
        top_k=st.sampled_from([None, 1, 3]))
-def test_entropy_below_zero_or_above_log_V_is_never_reported(seed, temperature, top_k):
+def test_entropy_is_between_0_and_log_V(seed, temperature, top_k):
     rng = np.random.default_rng(seed)
     log_probs = distribution(rng.normal(size=(4, 7)) * 10, temperature, top_k=top_k)
     values = entropy(np.exp(log_probs), log_probs)
@@ -271,17 +272,17 @@ def test_entropy_below_zero_or_above_log_V_is_never_reported(seed, temperature, 
     assert_close(values, [-sum(q * np.log(q) for q in row if q > 0) for row in p], 1e-10, "entropy")
 
 
-def test_entropy_of_a_uniform_distribution_is_log_V_and_of_a_certain_one_zero():
+def test_the_entropy_of_a_uniform_distribution_is_log_V_and_of_a_certain_one_0():
     assert_close(entropy(np.full((1, 5), 0.2), np.full((1, 5), -np.log(5))), [np.log(5)], 1e-12, "entropy")
     assert entropy(np.array([[1.0, 0.0, 0.0]]), np.array([[0.0, -np.inf, -np.inf]])) == [0]
 
 
-def test_a_probability_that_rounding_lifts_above_1_has_no_entropy_below_zero():
+def test_the_entropy_of_a_probability_rounded_above_1_is_0():
     assert entropy(np.array([[np.float32(1), 0]]), np.array([[np.float32(1e-7), -np.inf]])) == [0]
 
 
 @pytest.mark.parametrize("smear", [False, True], ids=["plain", "smeared keys"])
-def test_a_prompt_asked_again_after_others_is_read_once_and_answered_as_if_alone(smear, rng, monkeypatch):
+def test_equal_prompts_are_computed_once_and_answered_as_if_alone(smear, rng, monkeypatch):
     model, uniforms = small_transformer(rng, key_smear=smear), rng.random((5, 6))
     prompts = [[1, 2], [3, 4, 5, 6], [1, 2], [2, 1], [3, 4, 5, 6]]
     alone = [generate(model, [prompt], 6, u[None], eos=None) for prompt, u in zip(prompts, uniforms)]
@@ -295,7 +296,7 @@ def test_a_prompt_asked_again_after_others_is_read_once_and_answered_as_if_alone
 
 
 @pytest.mark.parametrize("eos", [EOS, None])
-def test_workers_share_the_rows_and_change_none(eos, rng, monkeypatch):
+def test_several_workers_draw_the_same_samples(eos, rng, monkeypatch):
     monkeypatch.setattr(module, "ROWS_PER_WORKER", 1)
     model, uniforms = small_transformer(rng), rng.random((7, 9))
     prompts = [[1], [2, 3, 4], [5, 6], [1], [2, 3, 4], [1, 1], [6]]
@@ -306,7 +307,7 @@ def test_workers_share_the_rows_and_change_none(eos, rng, monkeypatch):
 
 
 @given(rng=rngs, going=st.sampled_from([0.0, 0.5, 1.0]))
-def test_when_rows_that_have_ended_leave_changes_nothing(rng, going):
+def test_the_time_of_compaction_changes_nothing(rng, going):
     model, uniforms = small_transformer(rng), rng.random((9, 10))
     reference = generate(model, PROMPTS * 3, 10, uniforms, EOS)
     with mock.patch.object(module, "UNFINISHED", going):
@@ -317,6 +318,6 @@ def test_when_rows_that_have_ended_leave_changes_nothing(rng, going):
 
 
 @pytest.mark.parametrize("token", [-1, 7])
-def test_a_prompt_with_a_token_outside_the_vocabulary_is_refused(token, rng):
+def test_a_prompt_with_a_token_outside_the_vocabulary_raises(token, rng):
     with pytest.raises(IndexError, match=f"{token}"):
         generate(small_transformer(rng), [[1, 2], [token]], 2, rng, EOS)

@@ -1,5 +1,5 @@
-"""minilm.layers: the fused primitives against their plain definitions (1e-10) and finite differences (1e-6), value
-and gradient; then the identities that each must obey."""
+"""minilm.layers: values and gradients of the fused primitives equal the plain definitions (1e-10) and finite
+differences (1e-6). Then identities of each layer."""
 import inspect
 from unittest import mock
 
@@ -16,7 +16,7 @@ from minilm.fast.cached_decoding import decode_attention
 from minilm.gradcheck import gradcheck
 from minilm.tensor import primitive
 
-LENGTHS = [1, 7, 31, 32, 33, 65]        # around the tiles that kernels cut a sequence into
+LENGTHS = [1, 7, 31, 32, 33, 65]        # around the tile of 32 tokens of the kernels
 
 
 # A case: from hypothesis' draw, an rng and a length, a function of a module (layers, or definitions) and Tensors,
@@ -46,7 +46,7 @@ def smear(draw, rng, T):
 
 
 def attention(draw, rng, T):
-    """B 2; grouped heads; a cache before the queries or none; keys padded on both sides, in the middle, or not."""
+    """B = 2; grouped heads; S = T or more keys than queries; keys padded on both sides, in the middle, or not."""
     groups, share, width = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     S = T + draw(st.sampled_from([0, 1, 5]))
     options = {"causal": draw(st.booleans())}
@@ -89,20 +89,20 @@ def test_every_primitive_of_layers_has_a_case_and_a_formula():
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("name", CASES)
 @given(data=st.data(), rng=rngs)
-def test_value_and_gradients_are_those_of_the_formula(name, T, data, rng):
+def test_values_and_gradients_equal_the_formula(name, T, data, rng):
     function, tensors = CASES[name](data.draw, rng, T)
     assert_same(lambda *t: function(layers, *t), lambda *t: function(definitions, *t), *tensors)
 
 
 @pytest.mark.parametrize("name", CASES)
 @given(data=st.data(), rng=rngs, T=st.integers(1, 4))
-def test_gradients_are_those_of_finite_differences(name, data, rng, T):
+def test_gradients_equal_finite_differences(name, data, rng, T):
     function, tensors = CASES[name](data.draw, rng, T)
     gradcheck(lambda *t: function(layers, *t), *tensors)
 
 
 def everything(rng, dtype):
-    """(function, tensors) of each layer, small, with exp(1000) in it where there is an exp."""
+    """(function, tensors) of each layer, small, with an exponent of about 1000 where there is an exp."""
     tokens = rng.integers(5, size=(1, 3))
     cos, sin = layers.rope_tables(np.arange(3), 4, dtype=dtype)
     x, table, amount = (normal(rng, *shape, dtype=dtype) for shape in ((1, 2, 3, 4), (5, 4), (2, 4)))
@@ -129,7 +129,7 @@ def test_dtype_is_kept_and_large_inputs_stay_finite(name, dtype, rng):
 # Attention.
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_grouped_heads_are_repeated_key_and_value_heads(rng, causal):
+def test_grouped_heads_equal_repeated_key_and_value_heads(rng, causal):
     q, k, v = normal(rng, 2, 6, 5, 4), normal(rng, 2, 3, 5, 4), normal(rng, 2, 3, 5, 4)
     shared = np.array([0, 0, 1, 1, 2, 2])
     assert_same(lambda q, k, v: layers.attention(q, k, v, causal=causal),
@@ -138,8 +138,8 @@ def test_grouped_heads_are_repeated_key_and_value_heads(rng, causal):
 
 @pytest.mark.parametrize("T", LENGTHS)
 @given(rng=rngs)
-def test_attention_below_the_tile_is_right_and_its_backward_does_not_ignore_causal(rng, T):
-    """What flash-attention-minimal and triton's tutorial got wrong: query t moves nothing at later keys."""
+def test_causal_attention_gives_later_keys_no_gradient_at_any_length(rng, T):
+    """Query t gives keys after t no gradient. flash-attention-minimal and a tutorial of Triton have this bug."""
     q, k, v = normal(rng, 1, 2, T, 4), normal(rng, 1, 1, T, 4), normal(rng, 1, 1, T, 4)
     out = layers.attention(q, k, v)
     assert_close(out.data, definitions.attention(q, k, v).data, 1e-10, "attention")
@@ -151,7 +151,7 @@ def test_attention_below_the_tile_is_right_and_its_backward_does_not_ignore_caus
 
 @given(rng=rngs, T=st.integers(1, 5), S=st.integers(5, 9))
 @example(rng=np.random.default_rng(0), T=2, S=5)
-def test_queries_after_a_cache_are_the_last_rows_of_full_attention(rng, T, S):
+def test_with_more_keys_than_queries_attention_equals_the_last_rows(rng, T, S):
     q, k, v = (normal(rng, 1, 2, S, 4) for _ in range(3))
     assert_same(lambda q, k, v: layers.attention(q[:, :, S - T:], k, v),
                 lambda q, k, v: layers.attention(q, k, v)[:, :, S - T:], q, k, v)
@@ -159,7 +159,7 @@ def test_queries_after_a_cache_are_the_last_rows_of_full_attention(rng, T, S):
 
 @pytest.mark.parametrize("kept", [0, 1 << 22], ids=["scores computed again", "scores kept"])
 @given(data=st.data(), rng=rngs, T=st.integers(1, 9), queries=st.integers(1, 4))
-def test_attention_in_tiles_of_any_size_is_the_formula_whether_its_scores_are_kept_or_not(kept, data, rng, T, queries):
+def test_tiled_attention_equals_the_formula_with_scores_kept_or_computed_again(kept, data, rng, T, queries):
     function, tensors = attention(data.draw, rng, T)
     with mock.patch.multiple(tiled_attention, QUERIES=queries, SCORES_KEPT=kept):
         assert_same(lambda *t: function(layers, *t), lambda *t: function(definitions, *t), *tensors)
@@ -178,14 +178,14 @@ def test_the_derivation_of_attention_has_the_gradients_of_finite_differences(rng
     gradcheck(layers.attention_without_tiles, q, k, v)
 
 
-def test_scores_that_are_many_are_not_kept(rng, monkeypatch):
+def test_scores_above_the_limit_are_not_kept(rng, monkeypatch):
     T, (q, k, v) = 1024, (normal(rng, 1, 1, 1024, 2) for _ in range(3))
     monkeypatch.setattr(tiled_attention, "SCORES_KEPT", T * T - 1)
     assert peak_memory(lambda: layers.attention(q, k, v).sum().backward()) < T * T * 8 / 3
 
 
 @given(rng=rngs, scale=st.sampled_from([0.3, 1, 2]))
-def test_attention_takes_a_scale_and_writes_to_the_array_it_is_given(rng, scale):
+def test_tiled_attention_uses_the_given_scale_and_writes_to_the_given_array(rng, scale):
     q, k, v = (normal(rng, 2, 2, 5, 4) for _ in range(3))
     out, in_tiles = np.full(q.shape, np.nan), primitive(tiled_attention.tiled_attention)
     assert_same(lambda q, k, v: in_tiles(q, k, v, causal=True, key_mask=None, scale=scale, out=out),
@@ -195,18 +195,18 @@ def test_attention_takes_a_scale_and_writes_to_the_array_it_is_given(rng, scale)
 
 @given(rng=rngs, masked=st.booleans(), large=st.sampled_from([1, 1e3]))
 @example(rng=np.random.default_rng(0), masked=True, large=1e3)
-def test_the_last_position_alone_is_the_last_row_of_attention(rng, masked, large):
+def test_decode_attention_equals_the_last_row_of_attention(rng, masked, large):
     q, k, v = normal(rng, 3, 6, 1, 4), normal(rng, 3, 2, 5, 4), normal(rng, 3, 2, 5, 4)
     first = rng.integers(5, size=3) if masked else None
     mask = np.arange(5) >= first[:, None] if masked else None
-    cache = [np.concatenate([x.data, np.full((3, 2, 2, 4), np.nan)], axis=2) for x in (k, v)]     # unused capacity
+    cache = [np.concatenate([x.data, np.full((3, 2, 2, 4), np.nan)], axis=2) for x in (k, v)]
     with np.errstate(all="raise", under="ignore"):
         last = decode_attention(q.data[:, :, 0] * large, *cache, 5, first)
     assert_close(last, definitions.attention(q * large, k, v, key_mask=mask).data[:, :, 0])
 
 
 @given(rng=rngs)
-def test_bidirectional_attention_does_not_know_the_order_of_its_keys(rng):
+def test_bidirectional_attention_does_not_depend_on_the_order_of_the_keys(rng):
     q, k, v = normal(rng, 2, 2, 3, 4), normal(rng, 2, 2, 6, 4), normal(rng, 2, 2, 6, 4)
     mask, order = rng.random((2, 6)) < 0.7, rng.permutation(6)
     assert_same(lambda q, k, v: layers.attention(q, k, v, causal=False, key_mask=mask),
@@ -216,7 +216,7 @@ def test_bidirectional_attention_does_not_know_the_order_of_its_keys(rng):
 
 @pytest.mark.parametrize("queries", [1, 4])
 @given(rng=rngs)
-def test_what_a_mask_hides_has_no_influence_and_no_gradient(queries, rng):
+def test_masked_keys_have_no_influence_and_no_gradient(queries, rng):
     q, k, v = normal(rng, 1, 2, queries, 2), normal(rng, 1, 2, 4, 2), normal(rng, 1, 2, 4, 2)
     mask = np.array([[1, 0, 1, 0]])
 
@@ -224,7 +224,7 @@ def test_what_a_mask_hides_has_no_influence_and_no_gradient(queries, rng):
         return layers.attention(q, k, v, key_mask=mask)
     value, (dq, dk, dv) = gradients(function, q, k, v)
     assert not dk[:, :, 1::2].any() and not dv[:, :, 1::2].any()
-    k.data[:, :, 1::2], v.data[:, :, 1::2] = 1e6, -1e6            # finite, whatever it is
+    k.data[:, :, 1::2], v.data[:, :, 1::2] = 1e6, -1e6            # any finite numbers
     changed, (dq_changed, _, _) = gradients(function, q, k, v)
     assert np.array_equal(value, changed) and np.array_equal(dq, dq_changed)
 
@@ -249,13 +249,13 @@ def test_scores_of_a_thousand_pick_the_nearest_key(rng):
     ((1, 2, 2, 4), (1, 2, 2, 4), (1, 2, 3, 4)),
     ((1, 2, 3, 4), (1, 2, 2, 4), (1, 2, 2, 4)),
 ], ids=["groups", "lengths", "fewer keys than queries"])
-def test_shapes_that_attention_does_not_serve_raise(rng, q, k, v):
+def test_shapes_that_do_not_fit_raise(rng, q, k, v):
     with pytest.raises(ValueError, match="G dividing H, and S >= T when causal"):
         layers.attention(normal(rng, *q), normal(rng, *k), normal(rng, *v))
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (2, 1), (2, 4), (3,), (2, 1, 3)], ids=str)
-def test_a_mask_of_another_shape_than_the_keys_is_refused(rng, shape):
+def test_a_key_mask_of_another_shape_raises(rng, shape):
     q, k, v = (normal(rng, 2, 2, 3, 4) for _ in range(3))
     with pytest.raises(ValueError, match=r"expected \(B,S\), which is \(2, 3\)"):
         layers.attention(q, k, v, key_mask=np.ones(shape))
@@ -282,14 +282,14 @@ def test_scores_depend_on_distance_alone(pairing, rng, shift):
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
 @given(rng=rngs)
-def test_a_rotation_keeps_the_norm_and_is_none_at_position_zero(pairing, rng):
+def test_a_rotation_keeps_the_norm_and_is_the_identity_at_position_0(pairing, rng):
     x = normal(rng, 1, 2, 4, 6)
     y = rotated(x, np.array([0, 1, 10, 1000]), pairing)
     assert_close(np.linalg.norm(y, axis=-1), np.linalg.norm(x.data, axis=-1))
     assert np.array_equal(y[:, :, 0], x.data[:, :, 0]) and not np.allclose(y[:, :, 1:], x.data[:, :, 1:])
 
 
-def test_the_two_pairings_are_one_rotation_in_another_order_of_the_axes(rng):
+def test_the_two_pairings_are_one_rotation_of_numbers_in_another_order(rng):
     x, positions = normal(rng, 1, 1, 4, 6), np.arange(4)
     interleaved = [0, 3, 1, 4, 2, 5]                # pair i is (i, i + K/2) on the left, (2i, 2i + 1) on the right
     half = rotated(x, positions, "half")
@@ -297,19 +297,19 @@ def test_the_two_pairings_are_one_rotation_in_another_order_of_the_axes(rng):
     assert not np.allclose(half, rotated(x, positions, "interleaved"))
 
 
-def test_the_first_pair_turns_by_one_radian_a_position():
+def test_the_first_pair_rotates_by_one_radian_per_position():
     cos, sin = layers.rope_tables(np.arange(3), 4, base=100.0, dtype="float64")
     assert_close(cos, np.cos([[0, 0], [1, 0.1], [2, 0.2]]))
     assert_close(sin, np.sin([[0, 0], [1, 0.1], [2, 0.2]]))
 
 
-def test_float32_tables_are_right_at_position_8192():
+def test_float32_tables_equal_float64_tables_at_position_8192():
     position = np.array([8192])
     for narrow, wide in zip(layers.rope_tables(position, 64), layers.rope_tables(position, 64, dtype="float64")):
         assert narrow.dtype == np.float32 and np.abs(narrow - wide).max() < 1e-7
 
 
-def test_what_cannot_be_paired_is_refused(rng):
+def test_odd_widths_and_unknown_pairings_raise(rng):
     with pytest.raises(ValueError, match="head width 3 must be even"):
         layers.rope_tables(np.arange(2), 3)
     with pytest.raises(ValueError, match="pairing is 'quarter'"):
@@ -321,7 +321,7 @@ def test_what_cannot_be_paired_is_refused(rng):
 # Smeared keys.
 
 @given(rng=rngs, cut=st.integers(1, 4))
-def test_keys_smeared_in_two_parts_are_those_smeared_at_once(rng, cut):
+def test_smearing_in_two_parts_equals_smearing_at_once(rng, cut):
     k, amount, before = normal(rng, 2, 2, 5, 3), normal(rng, 2, 3), rng.normal(size=(2, 2, 3))
     whole = layers.smear(k, amount, before).data
     first = layers.smear(k[:, :, :cut], amount, before).data
@@ -332,7 +332,7 @@ def test_keys_smeared_in_two_parts_are_those_smeared_at_once(rng, cut):
 # Log-probs of tokens.
 
 @given(rng=rngs)
-def test_logits_shifted_by_a_constant_change_nothing(rng):
+def test_a_constant_added_to_all_logits_changes_nothing(rng):
     hidden, unembedding, shift = normal(rng, 4, 3), normal(rng, 5, 3), rng.normal(size=3)
     targets = rng.integers(5, size=4)
     assert_same(lambda h, u: layers.token_log_probs(h, u + shift, targets),
@@ -354,9 +354,18 @@ def test_token_log_probs_equal_their_derivation_without_chunks(rng, rows, chunk)
     gradcheck(lambda h, u: layers.token_log_probs_without_chunks(h, u, targets), hidden, unembedding)
 
 
+def test_token_log_probs_without_chunks_are_finite_at_logits_of_1000(rng):
+    hidden, targets = Tensor([[1000.0], [-1000.0]], requires_grad=True), np.array([0, 0])
+    unembedding = Tensor([[1.0], [2.0], [-1.0]], requires_grad=True)
+    with np.errstate(over="raise", invalid="raise"):
+        value, (dhidden, _) = gradients(lambda h, u: layers.token_log_probs_without_chunks(h, u, targets),
+                                        hidden, unembedding, cotangent=np.ones(2))
+    assert value.tolist() == [-1000, -2000] and dhidden.tolist() == [[-1], [2]]
+
+
 @given(rng=rngs, rows=st.integers(1, 20), chunk=st.integers(1, 25))
 @example(rng=np.random.default_rng(0), rows=7, chunk=3)
-def test_chunks_of_any_size_give_what_one_chunk_gives(rng, rows, chunk):
+def test_chunks_of_any_size_equal_one_chunk(rng, rows, chunk):
     hidden, unembedding, targets = normal(rng, rows, 4), normal(rng, 9, 4), rng.integers(9, size=rows)
     assert_same(lambda h, u: layers.token_log_probs(h, u, targets, chunk=chunk),
                 lambda h, u: layers.token_log_probs(h, u, targets, chunk=rows), hidden, unembedding, tolerance=1e-12)
@@ -364,7 +373,7 @@ def test_chunks_of_any_size_give_what_one_chunk_gives(rng, rows, chunk):
 
 @given(rng=rngs, rows=st.integers(1, 20), at_a_time=st.integers(1, 5), chunk=st.integers(1, 25))
 @example(rng=np.random.default_rng(0), rows=7, at_a_time=2, chunk=25)
-def test_a_few_rows_at_a_time_are_normalised_each_by_its_own_sum(rng, rows, at_a_time, chunk):
+def test_each_row_is_normalised_by_its_own_sum(rng, rows, at_a_time, chunk):
     hidden, unembedding, targets = normal(rng, rows, 4), normal(rng, 9, 4), rng.integers(9, size=rows)
     with mock.patch.object(chunked_log_probs, "IN_CACHE", 9 * at_a_time):
         assert_same(lambda h, u: layers.token_log_probs(h, u, targets, chunk=chunk),
@@ -372,7 +381,7 @@ def test_a_few_rows_at_a_time_are_normalised_each_by_its_own_sum(rng, rows, at_a
 
 
 @pytest.mark.parametrize("chunk, held", [(25, 1 << 22), (None, 25 * 1000)], ids=["asked for", "by default"])
-def test_all_the_logits_are_never_held_at_once(rng, monkeypatch, chunk, held):
+def test_the_logits_are_never_all_in_memory_at_once(rng, monkeypatch, chunk, held):
     monkeypatch.setattr(chunked_log_probs, "LOGITS_HELD", held)
     rows, vocabulary = 1000, 1000
     hidden, unembedding = normal(rng, rows, 4), normal(rng, vocabulary, 4)
@@ -381,7 +390,7 @@ def test_all_the_logits_are_never_held_at_once(rng, monkeypatch, chunk, held):
     assert peak < rows * vocabulary * 8 / 10
 
 
-def test_a_chunk_of_no_rows_or_fewer_is_refused(rng):
+def test_a_chunk_below_1_raises(rng):
     with pytest.raises(ValueError, match="chunk"):
         layers.token_log_probs(normal(rng, 4, 2), normal(rng, 3, 2), np.zeros(4, int), chunk=-1)
 
@@ -392,11 +401,11 @@ def test_a_target_outside_the_vocabulary_raises(rng, target):
         layers.token_log_probs(normal(rng, 2, 3), normal(rng, 5, 3), np.array([2, target]))
 
 
-def test_the_formula_of_the_sequence_log_prob_knows_no_nan_outside_the_mask_either():
+def test_the_plain_sequence_log_prob_ignores_nan_outside_the_mask():
     assert definitions.sequence_log_probs(Tensor([[1.0, np.nan]]), np.array([[1.0, 0.0]])).data.tolist() == [1]
 
 
-def test_zero_times_nan_through_a_mask_stays_out_of_the_sequence_log_prob():
+def test_the_sequence_log_prob_ignores_nan_outside_the_mask():
     log_probs = Tensor([[np.nan, -1.0, -2.0], [-3.0, np.nan, np.nan]], requires_grad=True)
     mask = np.array([[0, 1, 1], [1, 0, 0]])
     value, (grad,) = gradients(lambda x: layers.sequence_log_probs(x, mask), log_probs, cotangent=np.array([1.0, 10.0]))

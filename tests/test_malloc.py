@@ -1,4 +1,4 @@
-"""minilm/fast/malloc.py: arrays come and go as before, and a system without glibc is not an error."""
+"""minilm.fast.malloc: arrays keep their values, and a system without glibc gives False instead of an error."""
 import ctypes
 import subprocess
 import sys
@@ -8,8 +8,8 @@ import pytest
 from minilm.fast import malloc
 
 
-def test_after_keep_freed_memory_arrays_come_and_go_as_before():
-    """In a process of its own: the setting lasts as long as the process."""
+def test_arrays_have_their_values_after_keep_freed_memory():
+    """In a separate process, because the setting holds for the whole process."""
     code = ("import numpy as np, threading; from minilm.fast.malloc import keep_freed_memory\n"
             "assert keep_freed_memory() in (True, False)\n"
             "def work(): assert all(np.full(10**6, i, 'f').sum() == i * 10**6 for i in range(10))\n"
@@ -20,7 +20,7 @@ def test_after_keep_freed_memory_arrays_come_and_go_as_before():
 
 
 @pytest.mark.parametrize("missing", [OSError, AttributeError, TypeError])
-def test_without_glibc_keep_freed_memory_says_no(monkeypatch, missing):
+def test_without_glibc_keep_freed_memory_returns_false(monkeypatch, missing):
     def no_library(name):
         raise missing
     monkeypatch.setattr(ctypes, "CDLL", no_library)

@@ -1,4 +1,4 @@
-"""minilm.model: every parameter's gradient, who sees whom, what padding may change (nothing), and what is refused."""
+"""minilm.model: the gradient of every parameter, which tokens see which, padding, weights, and errors."""
 import numpy as np
 import pytest
 from hypothesis import example, given, strategies as st
@@ -32,14 +32,14 @@ KINDS = {
 
 
 def reward_model(rng, **config):
-    """A RewardModel of O(1) weights, its head included."""
+    """A RewardModel with weights of order 1, its head included."""
     model = RewardModel(small_transformer(rng, **config), rng)
     model.head.data[...] = rng.normal(size=model.head.shape)
     return model
 
 
 def learned(model, tokens):
-    """The log-probs that a model of either kind is trained on."""
+    """The log-probs that a causal or bidirectional model is trained on."""
     return model.log_probs(tokens) if model.config.causal else masked_log_probs(model, tokens, tokens % 2 == 0, 6)
 
 
@@ -68,7 +68,7 @@ def test_every_parameter_of_the_reward_model_has_the_gradient_of_finite_differen
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_recomputed_blocks_give_the_same_bits(kind, rng):
+def test_activation_checkpointing_gives_the_same_bits(kind, rng):
     model, tokens = small_transformer(rng, layers=3, **KINDS[kind]), rng.integers(7, size=(2, 4))
     value, expected = gradients(lambda *_: learned(model, tokens), *model.parameters().values())
     model.activation_checkpointing = True
@@ -78,7 +78,7 @@ def test_recomputed_blocks_give_the_same_bits(kind, rng):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_hidden_states_of_arrays_have_the_bits_of_those_of_tensors(kind, rng):
+def test_hidden_states_of_arrays_and_of_tensors_are_the_same_bits(kind, rng):
     """Within arrays_only, padded and in segments."""
     model = small_transformer(rng, layers=2, **KINDS[kind])
     on_arrays = model.over({name: p.data for name, p in model.parameters().items()})
@@ -115,7 +115,7 @@ def test_padded_attention_with_a_mask_of_ones_is_packed_attention(rng):
                     *(p for name, p in model.parameters().items() if name != "unembedding"))
 
 
-def test_memory_grows_with_the_number_of_tokens_and_not_with_its_square(rng, monkeypatch):
+def test_memory_is_linear_in_the_number_of_tokens(rng, monkeypatch):
     monkeypatch.setattr(tiled_attention, "SCORES_KEPT", 0)
     model = small_transformer(rng, heads=2, context=4096)
 
@@ -125,7 +125,7 @@ def test_memory_grows_with_the_number_of_tokens_and_not_with_its_square(rng, mon
     assert peak(4096) < 2.2 * peak(2048), (peak(4096), peak(2048))
 
 
-def test_recomputed_blocks_keep_their_input_alone(rng):
+def test_with_activation_checkpointing_only_the_input_of_each_block_is_kept(rng):
     model, tokens = small_transformer(rng, layers=16, width=16, ffn_width=64, context=64), rng.integers(7, size=(4, 64))
 
     def held():
@@ -188,15 +188,15 @@ def plain_logits(model, tokens):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_logits_are_those_of_the_architecture_written_plainly(kind, rng):
-    """Without torch: residuals, order of q, k, v in their matrix, every setting of Config that is a number."""
+def test_the_logits_equal_the_architecture_in_plain_numpy(kind, rng):
+    """Residuals, the order of q, k, v in their matrix, and every number of Config."""
     model = small_transformer(rng, **{"layers": 2, "rope_base": 50.0, "norm_eps": 0.1, **KINDS[kind]})
     tokens = rng.integers(7, size=9)
-    for key_mask in (None, np.ones((1, 9))):                            # packed, and as if padded
+    for key_mask in (None, np.ones((1, 9))):                            # segments, and padded
         assert_close(model(tokens[None], key_mask).data[0], plain_logits(model, tokens))
 
 
-# Who sees whom.
+# Which tokens see which.
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(rng=rngs, t=st.integers(0, 5))
@@ -210,8 +210,8 @@ def test_a_causal_model_sees_no_later_token_and_a_bidirectional_one_sees_all(kin
 
 
 @given(rng=rngs, t=st.integers(0, 4))
-def test_mask_and_shift_are_not_off_by_one(rng, t):
-    """log pi(token t+1) has a gradient for the embeddings of tokens 0..t, and exactly none for the others."""
+def test_the_log_prob_of_token_t_plus_1_depends_on_tokens_0_to_t(rng, t):
+    """log pi(token t+1) has a gradient for the embeddings of tokens 0..t, and gradient 0 for the others."""
     model, tokens = small_transformer(rng), rng.permutation(7)[None, :6]        # every token once
     embedding, unembedding = (model.parameters()[name] for name in ("embedding", "unembedding"))
     value, (grad, _) = gradients(lambda *_: model.log_probs(tokens)[0, t], embedding, unembedding)
@@ -226,7 +226,7 @@ def test_mask_and_shift_are_not_off_by_one(rng, t):
 @pytest.mark.parametrize("kind", KINDS)
 @given(rng=rngs, left=st.integers(0, 4), right=st.integers(0, 4), fill=st.integers(0, 6))
 @example(rng=np.random.default_rng(0), left=2, right=1, fill=3)
-def test_logits_and_gradients_know_no_padding(kind, rng, left, right, fill):
+def test_padding_changes_neither_logits_nor_gradients(kind, rng, left, right, fill):
     model, length = small_transformer(rng, **{"layers": 2, **KINDS[kind]}), 5
     sequence = rng.integers(7, size=length)
     tokens, mask = padded([sequence], left, right, fill)
@@ -244,14 +244,14 @@ def test_a_causal_model_needs_no_mask_for_padding_on_the_right(rng, right):
 @pytest.mark.parametrize("kind", KINDS)
 @given(rng=rngs, left=st.integers(0, 3), right=st.integers(0, 3), fill=st.integers(0, 6))
 @example(rng=np.random.default_rng(0), left=2, right=1, fill=3)
-def test_padding_side_and_amount_do_not_change_the_reward_nor_move_its_last_token(kind, rng, left, right, fill):
+def test_padding_on_either_side_does_not_change_the_reward(kind, rng, left, right, fill):
     model = reward_model(rng, **KINDS[kind])
     sequences = [rng.integers(7, size=n) for n in (4, 1, 6)]
     alone = np.array([model.rewards(s[None], np.ones((1, len(s)))).item() for s in sequences])
     assert_close(model.rewards(*padded(sequences, left, right, fill)), alone)
 
 
-def test_the_score_is_read_at_the_eos_and_does_not_land_on_the_pad_after_it(rng):
+def test_the_reward_is_read_at_the_eos_before_the_padding(rng):
     model, eos, pad = reward_model(rng), 5, 6
     tokens, mask = np.array([[1, 2, eos, pad]]), np.array([[1, 1, 1, 0]])
     embedding = model.parameters()["embedding"]
@@ -262,12 +262,12 @@ def test_the_score_is_read_at_the_eos_and_does_not_land_on_the_pad_after_it(rng)
     assert grad.any(axis=1).tolist() == [token in (1, 2, eos) for token in range(7)]
 
 
-def test_a_row_of_padding_alone_has_no_reward(rng):
+def test_a_row_of_padding_alone_raises(rng):
     with pytest.raises(ValueError, match="row 1 is all padding"):
         reward_model(rng).rewards(np.zeros((2, 3), int), np.array([[1, 0, 0], [0, 0, 0]]))
 
 
-def test_a_mask_of_another_shape_than_the_tokens_is_refused(rng):
+def test_a_mask_of_another_shape_than_the_tokens_raises(rng):
     with pytest.raises(ValueError, match="mask"):
         reward_model(rng).rewards(np.zeros((2, 3), int), np.ones((1, 3)))
 
@@ -275,7 +275,7 @@ def test_a_mask_of_another_shape_than_the_tokens_is_refused(rng):
 # Temperature.
 
 @given(rng=rngs, temperature=st.sampled_from([0.5, 1.0, 1.7]))
-def test_log_probs_at_a_temperature_are_log_softmax_of_the_divided_logits(rng, temperature):
+def test_log_probs_at_a_temperature_equal_log_softmax_of_the_divided_logits(rng, temperature):
     model, tokens = small_transformer(rng), rng.integers(7, size=(2, 5))
 
     def plainly(*_):
@@ -283,7 +283,7 @@ def test_log_probs_at_a_temperature_are_log_softmax_of_the_divided_logits(rng, t
     assert_same(lambda *_: model.log_probs(tokens, temperature=temperature), plainly, *model.parameters().values())
 
 
-def test_a_bidirectional_model_which_has_seen_its_targets_has_no_log_probs(rng):
+def test_log_probs_of_a_bidirectional_model_raise(rng):
     with pytest.raises(ValueError, match="has seen the token that it would predict"):
         small_transformer(rng, causal=False).log_probs(np.array([[1, 2, 3]]))
 
@@ -305,7 +305,7 @@ def test_a_sequence_of_one_token_has_no_log_probs(rng):
 
 # Weights.
 
-def test_a_copy_has_the_same_weights_and_shares_none(rng):
+def test_a_copy_has_equal_weights_in_arrays_of_its_own(rng):
     model, tokens = small_transformer(rng), rng.integers(7, size=(1, 4))
     copy, before = model.copy(), model(tokens).data
     assert copy.config == model.config and np.array_equal(copy(tokens).data, before)
@@ -315,7 +315,7 @@ def test_a_copy_has_the_same_weights_and_shares_none(rng):
     assert all(p.requires_grad and p.grad is None for p in copy.parameters().values())
 
 
-def test_a_model_over_other_tensors_computes_with_those_and_sends_them_the_gradients(rng):
+def test_a_model_over_other_tensors_uses_them_and_gives_them_the_gradients(rng):
     model, others, tokens = reward_model(rng), reward_model(rng).parameters(), rng.integers(7, size=(2, 4))
     twin = model.over(others)
     expected = gradients(lambda *_: twin.rewards(tokens, np.ones((2, 4))), *others.values())
@@ -345,8 +345,8 @@ def test_the_reward_model_trains_its_head_and_not_the_unembedding(rng):
     assert set(RewardModel(body, rng).parameters()) == set(body.parameters()) - {"unembedding"} | {"reward_head"}
 
 
-def test_what_writes_into_the_residual_stream_starts_smaller_in_a_deeper_model(rng):
-    """N(0, 1/fan_in) elsewhere, and 2 L writers: divided by sqrt(2 L) the stream grows by no more than one of them."""
+def test_weights_that_write_into_the_residual_stream_start_smaller_in_a_deeper_model(rng):
+    """Weights are N(0, 1/fan_in). The 2 L matrices that write into the stream are divided by sqrt(2 L)."""
     for depth in (1, 8):
         model = Transformer(Config(vocab_size=8, width=64, layers=depth, heads=4), rng)
         for name, p in model.parameters().items():
@@ -355,7 +355,7 @@ def test_what_writes_into_the_residual_stream_starts_smaller_in_a_deeper_model(r
                 assert_close(p.data.std(), (p.shape[0] * (2 * depth if writes else 1)) ** -0.5, 0.05, name)
 
 
-# What is refused.
+# Errors.
 
 @pytest.mark.parametrize("tokens, error, message", [
     (np.zeros((1, 17), int), ValueError, "17 tokens do not fit the context of 16"),
@@ -364,7 +364,7 @@ def test_what_writes_into_the_residual_stream_starts_smaller_in_a_deeper_model(r
     (np.zeros((1, 3)), ValueError, r"integers of shape \(B,T\); got float64 \(1, 3\)"),
     (np.zeros(3, int), ValueError, r"integers of shape \(B,T\); got int64 \(3,\)"),
 ], ids=["context", "vocabulary", "negative", "float", "no batch"])
-def test_tokens_that_the_model_does_not_serve_raise(rng, tokens, error, message):
+def test_tokens_of_another_shape_dtype_length_or_vocabulary_raise(rng, tokens, error, message):
     with pytest.raises(error, match=message):
         small_transformer(rng)(tokens)
 
@@ -378,12 +378,12 @@ def test_tokens_that_the_model_does_not_serve_raise(rng, tokens, error, message)
     ({"head_width": 0}, "head_width is 0"), ({"head_width": -2}, "head_width is -2"),
     ({"ffn_width": 0}, "ffn_width is 0"),
 ], ids=str)
-def test_a_config_whose_numbers_do_not_fit_together_is_refused(settings, message):
+def test_a_config_whose_sizes_do_not_fit_together_raises(settings, message):
     with pytest.raises(ValueError, match=f"Config: {message}"):
         Config(**settings)
 
 
-def test_a_config_fills_in_what_is_left_out():
+def test_a_config_fills_in_omitted_sizes():
     config = Config(width=24, heads=4)
     assert (config.kv_heads, config.head_width, config.ffn_width) == (4, 6, 64)
     assert Config(width=10, heads=4, head_width=4).head_width == 4

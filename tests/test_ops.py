@@ -1,5 +1,5 @@
-"""minilm.ops: every primitive against NumPy in value and against finite differences in gradient, on shapes
-that hypothesis chooses; then what single ones promise."""
+"""minilm.ops: the value of every primitive equals NumPy's, and its gradient equals finite differences, on shapes
+that hypothesis chooses. Then properties of single primitives."""
 import inspect
 
 import numpy as np
@@ -13,7 +13,7 @@ from minilm.gradcheck import gradcheck
 
 
 class Plain:
-    """NumPy, and beside it what NumPy has no function for."""
+    """NumPy, and formulas of the functions that NumPy does not have."""
 
     def __getattr__(self, name):
         return getattr(np, name)
@@ -53,7 +53,7 @@ FULL = array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=3)
 
 
 def away_from(kink, x):
-    """x, moved off a place where a function is not differentiable (or too steep to be measured there)."""
+    """x, moved away from a point where a function is not differentiable (or too steep for finite differences)."""
     return np.where(x >= kink, x + 0.1, x - 0.1)
 
 
@@ -209,7 +209,7 @@ def test_every_primitive_of_ops_has_a_case():
 @pytest.mark.parametrize("name", CASES)
 @settings(max_examples=40)
 @given(data=st.data(), rng=rngs)
-def test_value_is_numpys_and_gradient_that_of_finite_differences(name, data, rng):
+def test_the_value_equals_numpys_and_the_gradient_equals_finite_differences(name, data, rng):
     function, arrays = CASES[name](data.draw, rng)
     tensors = [Tensor(a, requires_grad=True) for a in arrays]
     assert_close(function(ops, *tensors), function(Plain(), *arrays), 1e-12)
@@ -228,7 +228,7 @@ FAR = {     # value and derivative at -1000, 0, 1000
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", FAR)
-def test_log_of_sigmoid_and_its_kin_neither_overflow_nor_lose_their_gradient_at_1000(name, dtype):
+def test_sigmoid_softplus_log_sigmoid_and_tanh_have_finite_values_and_gradients_at_1000(name, dtype):
     x = Tensor(np.array([-1000, 0, 1000], dtype), requires_grad=True)
     with np.errstate(all="raise", under="ignore"):
         value, (grad,) = gradients(getattr(ops, name), x, cotangent=np.ones(3, dtype))
@@ -259,7 +259,7 @@ def test_small_log_probs_at_large_logits_keep_their_digits_in_float32():
     assert_close(unlikely, -4 - np.log1p(np.exp(-4)), 1e-6)
 
 
-def test_the_log_of_a_sum_of_nothing_but_zeros_is_minus_infinity():
+def test_the_log_of_a_sum_of_zeros_is_minus_infinity():
     with np.errstate(divide="ignore"):
         assert ops.logsumexp(np.array([[-np.inf, -np.inf], [-np.inf, 2.0]])).data.tolist() == [-np.inf, 2]
 
@@ -272,18 +272,16 @@ def test_minimum_shares_the_gradient_of_a_tie():
     assert dx.tolist() == [0.5, 1, 0] and dy.tolist() == [0.5, 0, 1]
 
 
-def test_clip_has_no_gradient_outside_and_all_of_it_at_the_ends():
+def test_clip_has_gradient_0_outside_and_1_at_the_ends():
     x = Tensor([-2.0, -1.0, 0.0, 1.0, 2.0], requires_grad=True)
     _, (dx,) = gradients(lambda x: ops.clip(x, -1.0, 1.0), x, cotangent=np.ones(5))
     assert dx.tolist() == [0, 1, 1, 1, 0]
 
 
-def test_zero_times_nan_through_a_mask_where_selects_and_does_not_multiply():
+def test_where_gives_gradient_0_to_a_nan_that_is_not_selected():
     x, y = Tensor([np.nan, 1.0], requires_grad=True), Tensor([2.0, np.inf], requires_grad=True)
-
-    def function(x, y):
-        return ops.where(np.array([False, True]), x, y)
-    value, (dx, dy) = gradients(function, x, y, cotangent=np.array([np.inf, np.inf]))
+    infinite = np.array([np.inf, np.inf])
+    value, (dx, dy) = gradients(lambda x, y: ops.where(np.array([False, True]), x, y), x, y, cotangent=infinite)
     assert value.tolist() == [2, 1] and dx.tolist() == [0, np.inf] and dy.tolist() == [np.inf, 0]
 
 
@@ -297,8 +295,8 @@ def test_a_product_with_an_empty_matrix_is_numpys(x, y):
 @pytest.mark.parametrize("x, y", [((2, 3, 4, 2), (3, 2, 5)), ((3, 4, 2), (2, 1, 2, 5)), ((2, 1, 4, 2), (1, 3, 2, 5)),
                                   ((4, 2), (3, 2, 5)), ((2,), (3, 2, 5)), ((4, 2), (2, 2)), ((3, 4, 2), (2, 2))],
                          ids=str)
-def test_products_of_batches_and_of_square_matrices_have_their_gradients_in_every_shape(x, y, rng):
-    """By name and not by the luck of the draw: broadcast axes are summed over, a square matrix is transposed."""
+def test_products_of_batches_and_of_square_matrices_have_the_gradients_of_finite_differences(x, y, rng):
+    """Broadcast leading axes are summed over, and a square matrix is transposed."""
     x, y = normal(rng, *x), normal(rng, *y)
     assert_close(x @ y, x.data @ y.data)
     gradcheck(ops.matmul, x, y)
@@ -308,20 +306,20 @@ def test_the_mean_over_each_row_of_an_empty_batch_is_empty():
     assert ops.mean(Tensor(np.ones((0, 3))), axis=1).shape == (0,)
 
 
-def test_the_gradient_of_a_zeroth_power_is_zero_at_zero_too():
+def test_the_gradient_of_x_to_the_power_0_is_0_also_at_0():
     x = Tensor([0.0, 2.0], requires_grad=True)
     _, (dx,) = gradients(lambda x: x ** 0, x)
     assert dx.tolist() == [0, 0]
 
 
-def test_a_variable_exponent_is_refused():
+def test_a_tensor_as_exponent_raises():
     with pytest.raises(TypeError, match=r"power\(.*the exponent must be a Python number"):
         ops.power(Tensor(2.0), Tensor(3.0))
 
 
 # Indices.
 
-def test_what_is_picked_twice_gets_both_gradients():
+def test_an_element_picked_twice_gets_both_gradients():
     x = Tensor(np.zeros(3), requires_grad=True)
     _, (dx,) = gradients(lambda x: x[np.array([0, 2, 0, 0])], x, cotangent=np.array([1.0, 10.0, 100.0, 1000.0]))
     assert dx.tolist() == [1101, 0, 10]
@@ -336,7 +334,7 @@ def test_embedding_an_index_outside_the_table_raises(bad):
 # Operators and methods.
 
 @given(rng=rngs)
-def test_operators_and_methods_are_the_functions_of_their_names(rng):
+def test_operators_and_methods_equal_the_functions_of_their_names(rng):
     x, y, a = normal(rng, 2, 3), normal(rng, 2, 3), rng.normal(size=(2, 3))
     for operator, function in [
         (lambda x, y: x + y, ops.add), (lambda x, y: x - y, ops.subtract), (lambda x, y: x * y, ops.multiply),

@@ -1,4 +1,4 @@
-"""minilm.optim: AdamW against the plain loop over parameters, its flat views, clipping, state and schedule."""
+"""minilm.optim: AdamW equals a plain loop over parameters; flat views, clipping, state, schedule."""
 import math
 
 import numpy as np
@@ -12,7 +12,7 @@ from minilm.fast.flat_parameters import materialise_gradients
 from minilm.fast.workers import ProcessGroup
 from minilm.optim import AdamW, warmup_cosine
 
-SHAPES = {"norm": (4,), "matrix": (3, 4), "bias": (2,), "cube": (2, 2, 3)}       # matrices not first, on purpose
+SHAPES = {"norm": (4,), "matrix": (3, 4), "bias": (2,), "cube": (2, 2, 3)}       # matrices are not first, on purpose
 
 
 @pytest.fixture(params=[5, flat_parameters.BLOCK], ids=["blocks of 5", "one block"])
@@ -30,7 +30,7 @@ def set_gradients(tensors, rng):
 
 
 def plain_adamw(weights, gradients, rates, betas, eps, weight_decay):
-    """Loshchilov and Hutter's algorithm 2, a parameter at a time; decay scaled by the rate, for matrices."""
+    """Loshchilov and Hutter's algorithm 2, one parameter at a time; the decay of matrices is scaled by the rate."""
     b1, b2 = betas
     weights = {name: w.copy() for name, w in weights.items()}
     m = {name: 0.0 for name in weights}
@@ -47,7 +47,7 @@ def plain_adamw(weights, gradients, rates, betas, eps, weight_decay):
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-12), (np.float32, 1e-5)])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_adamw_is_the_textbook_loop(block, dtype, tolerance, weight_decay, rng):
+def test_adamw_equals_the_textbook_loop(block, dtype, tolerance, weight_decay, rng):
     tensors, rates = parameters(rng, dtype), [0.1, 0.02, 0.3, 0.1]
     start = {name: p.data.copy() for name, p in tensors.items()}
     optimizer = AdamW(tensors, learning_rate=9.0, betas=(0.8, 0.95), eps=1e-3, weight_decay=weight_decay)
@@ -71,7 +71,7 @@ def test_decay_shrinks_matrices_and_leaves_vectors(rng):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_move_into_the_flat_array_with_their_values_and_train_there(tied, rng):
+def test_weights_keep_their_values_in_the_flat_array_and_train_there(tied, rng):
     model, tokens = small_transformer(rng, tied=tied), rng.integers(7, size=(4, 6))
 
     def loss():
@@ -90,9 +90,9 @@ def test_parameters_and_gradients_are_views_of_the_flat_arrays(rng):
     for name, p in tensors.items():
         assert np.shares_memory(p.data, optimizer.data) and np.shares_memory(p.grad_buffer, optimizer.grad)
         assert np.array_equal(p.data, optimizer.flat.views(optimizer.data)[name])
-    optimizer.grad.fill(np.nan)                                          # whatever stands there is written over
+    optimizer.grad.fill(np.nan)                                          # old numbers are overwritten
     for times in (2, 4):
-        sum((p * p).sum() for p in tensors.values()).backward()          # and then added to
+        sum((p * p).sum() for p in tensors.values()).backward()          # the second time added
         assert_close(np.sort(optimizer.grad), np.sort(times * optimizer.data))
     optimizer.zero_grad()
     assert all(p.grad is None for p in tensors.values())
@@ -100,7 +100,7 @@ def test_parameters_and_gradients_are_views_of_the_flat_arrays(rng):
 
 @pytest.mark.parametrize("use", [lambda optimizer: optimizer.step(0.0), lambda optimizer: optimizer.clip(1e9),
                                  lambda optimizer: optimizer.flat.add_gradients([])], ids=["step", "clip", "add"])
-def test_a_gradient_that_never_came_is_zero_and_one_set_by_hand_counts(use, rng):
+def test_a_missing_gradient_counts_as_0_and_one_set_by_hand_is_used(use, rng):
     tensors = parameters(rng)
     optimizer = AdamW(tensors)
     optimizer.grad.fill(np.nan)
@@ -112,7 +112,7 @@ def test_a_gradient_that_never_came_is_zero_and_one_set_by_hand_counts(use, rng)
 
 
 @given(rng=rngs, max_norm=st.floats(0.1, 20))
-def test_clipping_scales_to_the_norm_over_all_parameters_and_returns_the_one_before(rng, max_norm):
+def test_clipping_scales_the_norm_over_all_parameters_and_returns_the_norm_before(rng, max_norm):
     tensors = parameters(rng)
     optimizer = AdamW(tensors)
     set_gradients(tensors, rng)
@@ -124,7 +124,7 @@ def test_clipping_scales_to_the_norm_over_all_parameters_and_returns_the_one_bef
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_state_saved_and_loaded_goes_on_bit_for_bit(block, dtype):
+def test_an_optimiser_with_loaded_state_continues_bit_for_bit(block, dtype):
     def steps(tensors, optimizer, rng):
         for _ in range(3):
             set_gradients(tensors, rng)
@@ -142,7 +142,7 @@ def test_state_saved_and_loaded_goes_on_bit_for_bit(block, dtype):
     assert np.array_equal(optimizer.data, resumed.data) and not np.array_equal(optimizer.m, saved["m"])
 
 
-def test_the_state_of_another_model_is_refused(rng):
+def test_the_state_of_another_model_raises(rng):
     optimizer = AdamW(parameters(rng))
     state = AdamW({"p": Tensor(np.zeros(3), requires_grad=True)}).state()
     with pytest.raises(ValueError, match="optimiser state for 3 parameters, model of 30"):
@@ -151,7 +151,7 @@ def test_the_state_of_another_model_is_refused(rng):
         optimizer.load_state({**optimizer.state(), "v": np.zeros(1)})
 
 
-def test_a_parameter_moved_after_the_optimiser_was_made_is_refused(rng):
+def test_a_parameter_moved_after_the_optimiser_was_made_raises(rng):
     model = small_transformer(rng)
     optimizer = AdamW(model.parameters())
     model.to_device("cpu")
@@ -159,7 +159,7 @@ def test_a_parameter_moved_after_the_optimiser_was_made_is_refused(rng):
         optimizer.step()
 
 
-def test_parameters_of_two_dtypes_are_refused(rng):
+def test_parameters_of_two_dtypes_raise(rng):
     with pytest.raises(TypeError, match="float32.*float64"):
         AdamW({"a": normal(rng, 2), "b": normal(rng, 2, dtype=np.float32)})
 
@@ -168,7 +168,7 @@ def test_the_schedule_warms_up_linearly_and_falls_as_half_a_cosine_to_its_floor(
     rates = [warmup_cosine(step, steps=14, peak=2.0, warmup=4, floor=0.1) for step in range(20)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert rates[9] == pytest.approx(1.1)                                # half way: the mean of peak and floor
-    assert rates[14:] == pytest.approx([0.2] * 6)                        # stays there
+    assert rates[14:] == pytest.approx([0.2] * 6)                        # it stays there
     assert all(a > b for a, b in zip(rates[4:14], rates[5:15]))
     assert warmup_cosine(0, steps=10, peak=2.0, warmup=0) == 2.0
 
@@ -185,7 +185,7 @@ def test_the_norm_is_over_all_blocks(block, max_norm, rng):
 
 
 def test_a_step_at_rate_0_moves_nothing(rng):
-    """0 is a rate, and not the lack of one: schedules may end there."""
+    """A rate of 0 is used as given, because a schedule may end at 0."""
     tensors = parameters(rng)
     optimizer = AdamW(tensors, learning_rate=0.1)
     set_gradients(tensors, rng)
@@ -194,35 +194,35 @@ def test_a_step_at_rate_0_moves_nothing(rng):
     assert np.array_equal(optimizer.data, before) and optimizer.m.any()
 
 
-def test_a_run_that_is_nothing_but_warm_up_has_a_schedule():
+def test_a_run_of_warm_up_alone_has_a_schedule():
     assert [warmup_cosine(step, steps=2, peak=2.0, warmup=2) for step in range(3)] == [1.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("block", [1, 4])
-def test_several_workers_do_to_every_element_what_one_does(block, rng, monkeypatch):
-    """On stretches that do not end where blocks, parameters or the decay do."""
+def test_several_workers_update_every_element_as_one_does(block, rng, monkeypatch):
+    """The slices of the workers end inside blocks, inside parameters, and elsewhere than the decay."""
     shapes = {"norm": (7,), "matrix": (11, 5), "bias": (3,), "cube": (2, 3, 8)}
     weights, others = {name: rng.normal(size=shape) for name, shape in shapes.items()}, rng.normal(size=(4, 3, 113))
     monkeypatch.setattr(flat_parameters, "BLOCK", block)
     results = []
-    for team in (ProcessGroup(1), ProcessGroup(3)):
+    for group in (ProcessGroup(1), ProcessGroup(3)):
         tensors = {name: normal(rng, *shape) for name, shape in shapes.items()}
         for name, p in tensors.items():
             p.data[...] = weights[name]
-        optimizer = AdamW(tensors, learning_rate=0.1, weight_decay=0.3, group=team)
+        optimizer = AdamW(tensors, learning_rate=0.1, weight_decay=0.3, group=group)
         norms = []
-        with team:
+        with group:
             for gradients in others:
-                if team.rank == 0:
+                if group.rank == 0:
                     optimizer.zero_grad()
                     materialise_gradients(optimizer.parameters)
-                team.all_gather(None)
+                group.all_gather(None)
                 for p in optimizer.parameters.values():
                     p.grad = p.grad_buffer
                 optimizer.flat.add_gradients(list(gradients))
-                team.all_gather(None)
+                group.all_gather(None)
                 assert_close(optimizer.grad, gradients.sum(axis=0), 1e-14)
-                team.all_gather(None)
+                group.all_gather(None)
                 norms += [optimizer.clip(0.5), optimizer.step()]
                 assert_close(norms[-1], np.linalg.norm(optimizer.data), 1e-14)
         results.append((optimizer.data, optimizer.m, optimizer.v, optimizer.grad, np.array(norms)))

@@ -1,4 +1,4 @@
-"""Packed dialogues have the values and gradients of each dialogue alone, and a shared prompt is computed once."""
+"""minilm.packing: packed dialogues have the values and gradients of each dialogue alone."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ tokens = st.lists(st.integers(0, 6), min_size=1, max_size=6)
 
 @st.composite
 def dialogues(draw):
-    """Prompts and responses, some prompts more than once."""
+    """Prompts and responses; some prompts have several responses."""
     prompts = draw(st.lists(tokens, min_size=1, max_size=3))
     drawn = draw(st.lists(st.tuples(st.sampled_from(prompts), tokens), min_size=1, max_size=7))
     return [prompt for prompt, _ in drawn], [response for _, response in drawn]
@@ -35,7 +35,7 @@ def alone(model, prompt, response, temperature=1.0):
     return layers.token_log_probs(hidden, model.unembedding, tokens[:, 1:])[0, len(prompt) - 1:]
 
 
-def test_a_row_is_laid_out_as_the_docstring_of_packing_shows():
+def test_a_row_has_the_layout_of_the_docstring_of_packing():
     part = pack(*DIALOGUES)
     assert part.tokens.tolist() == [1, 2, 5, 3, 4, 5, 6]
     assert part.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
@@ -47,7 +47,7 @@ def test_a_row_is_laid_out_as_the_docstring_of_packing_shows():
 @each_kind
 @given(dialogues=dialogues(), rng=rngs, temperature=st.floats(0.5, 2))
 @example(dialogues=DIALOGUES, rng=np.random.default_rng(0), temperature=2.0)
-def test_packed_log_probs_and_all_their_gradients_are_those_of_each_dialogue_alone(kind, dialogues, rng, temperature):
+def test_packed_log_probs_and_all_gradients_equal_those_of_each_dialogue_alone(kind, dialogues, rng, temperature):
     model, part = small_transformer(rng, **kind), pack(*dialogues)
     cotangent = rng.normal(size=part.mask.shape) * part.mask
     packed = model.response_log_probs(part, temperature)
@@ -64,7 +64,7 @@ def test_packed_log_probs_and_all_their_gradients_are_those_of_each_dialogue_alo
 
 
 @each_kind
-def test_a_few_parameters_by_finite_differences(kind):
+def test_packed_log_probs_have_the_gradients_of_finite_differences(kind):
     rng = np.random.default_rng(0)
     model = small_transformer(rng, **kind)
     part = pack([[1, 2], [1, 2], [3]], [[4, 0], [5, 6, 0], [0]])
@@ -72,8 +72,8 @@ def test_a_few_parameters_by_finite_differences(kind):
 
 
 @given(dialogues())
-def test_each_prompt_is_computed_once_and_no_padding_ever(dialogues):
-    """P + sum(R - 1) tokens, or P + sum(R) when the last ones are read too."""
+def test_each_prompt_is_stored_once_and_there_is_no_padding(dialogues):
+    """P + sum(R - 1) tokens, or P + sum(R) with last=True."""
     prompts, responses = dialogues
     once = sum(map(len, {tuple(p) for p in prompts}))
     part = pack(prompts, responses)
@@ -87,7 +87,7 @@ def test_each_prompt_is_computed_once_and_no_padding_ever(dialogues):
 
 @given(dialogues=dialogues(), rng=rngs)
 @example(dialogues=DIALOGUES, rng=np.random.default_rng(0))
-def test_packed_rewards_are_those_of_each_dialogue_alone(dialogues, rng):
+def test_packed_rewards_equal_those_of_each_dialogue_alone(dialogues, rng):
     model = RewardModel(small_transformer(rng), rng)
     rewards = model.packed_rewards(pack(*dialogues, last=True)).data
     for reward, prompt, response in zip(rewards, *dialogues):
@@ -105,12 +105,12 @@ def test_a_rectangle_has_the_hidden_states_of_one_with_a_mask_of_ones():
 
 
 def test_a_long_prompt_does_not_join_a_group_of_short_responses():
-    """Queries are padded to the longest of the group, keys too."""
+    """In a group, queries and keys are padded to the longest."""
     part = pack([[1] * 400] * 3, [[2] * 5] * 3)
     assert [[s.queries for s in group] for group in group_segments(part.segments)] == [[4, 4, 4], [400]]
 
 
-def test_dialogues_as_arrays_are_packed_as_lists_are():
+def test_arrays_are_packed_as_lists_are():
     lists = [[1, 2, 3], [4, 5]], [[1, 2], [3, 4, 5]]
     expected, actual = pack(*lists), pack(*([np.array(tokens) for tokens in side] for side in lists))
     assert actual.tokens.tolist() == expected.tokens.tolist() == [1, 2, 3, 1, 4, 5, 3, 4]
@@ -139,27 +139,27 @@ def test_too_long_dialogues_unknown_tokens_and_temperature_0_raise():
         model.response_log_probs(pack([[1]], [[4]]), temperature=0)
 
 
-def test_a_bidirectional_model_cannot_share_a_prompt():
+def test_a_pack_raises_in_a_bidirectional_model():
     with pytest.raises(ValueError, match="bidirectional"):
         small_transformer(np.random.default_rng(0), causal=False).response_log_probs(pack([[1]], [[2]]))
 
 
-def test_a_dialogue_that_fills_the_context_is_packed_and_one_token_more_is_not():
+def test_a_dialogue_that_fills_the_context_is_packed_and_one_token_more_raises():
     assert len(pack([[1, 2]], [[3, 4]], context=4).tokens) == 3
     with pytest.raises(ValueError, match="context is 4"):
         list(packs([[1], [1, 2]], [[2], [3, 4, 5]], batch_size=1, context=4))
 
 
 def test_results_do_not_depend_on_the_grouping_of_segments(rng, monkeypatch):
-    """Two prompts of one length make a group of their own, and the first one's response stands between them."""
+    """Two prompts of equal length form a group of their own, and the response to the first lies between them."""
     model = small_transformer(rng, key_smear=True)
     part = pack([[1, 2], [3, 4]], rng.integers(7, size=(2, 9)).tolist())
     cotangent, results = rng.normal(size=part.mask.shape), []
     for call in (0, packed_attention.CALL):
         monkeypatch.setattr(packed_attention, "CALL", call)
         log_probs = model.response_log_probs(part)
-        gradient = parameter_gradients(model, log_probs, cotangent)
-        results.append((len(group_segments(part.segments)), log_probs.data, gradient))
+        found = parameter_gradients(model, log_probs, cotangent)
+        results.append((len(group_segments(part.segments)), log_probs.data, found))
     (apart, *split), (together, *joint) = results
     assert (apart, together) == (2, 1)
     assert_close(split[0], joint[0])

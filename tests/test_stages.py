@@ -1,4 +1,4 @@
-"""minilm/stages: each loop does what its formula says, stops and resumes bit for bit, and names what went wrong."""
+"""minilm.stages: each step follows the gradient of its loss, stages resume bit for bit, and errors name the tensor."""
 import functools
 import os
 import time
@@ -25,13 +25,13 @@ from minilm.stages.sft import train_sft
 from minilm.stages.train_state import TrainState, shards, stage, train_step, workers_for
 from minilm.tensor import Tensor, grad_enabled
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")      # of arithmetic with NaN and infinity
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")      # from arithmetic with NaN and infinity
 
 PAD, BOS, EOS, VOCABULARY = 0, 1, 2, 9
 
 
 def dialogues(seed, count=7):
-    """Prompts and responses at random, of many lengths, with BOS and EOS."""
+    """Random prompts and responses of many lengths, with BOS and EOS."""
     rng = np.random.default_rng(seed)
     return ([[BOS, *rng.integers(3, VOCABULARY, rng.integers(1, 4)).tolist()] for _ in range(count)],
             [[*rng.integers(3, VOCABULARY, rng.integers(0, 5)).tolist(), EOS] for _ in range(count)])
@@ -51,7 +51,7 @@ def fives(prompts, answers):
 
 
 def rlhf_stage(training, steps, temperature=0.7, reward=fives, **options):
-    """RLHF, three prompts a step of two samples each, from a reference like the fresh policy unless one is given."""
+    """RLHF with 3 prompts a step and 2 samples each. The default reference equals the policy at its start."""
     options = {"beta": 0.1, "reference": transformer(training.model.dtype), "samples_per_prompt": 2, **options}
     return train_rlhf(training, reward=reward, prompts=PROMPTS, steps=steps, prompts_per_step=3, max_new_tokens=4,
                 eos=EOS, temperature=temperature, **options)
@@ -91,15 +91,15 @@ def run(stage, training, steps, until=None, **options):
 
 
 def everything(training):
-    """Parameters, moments, Generator and step, as bytes and numbers that can be compared and do not change later."""
+    """Parameters, moments, Generator and step, as bytes and numbers to compare later."""
     arrays, metadata = training.snapshot()
     return {name: a.tobytes() for name, a in arrays.items()}, metadata
 
 
-# What a stage yields.
+# Metrics.
 
 COMMON = {"loss", "grad_norm", "learning_rate"}
-KEYS = {        # of which those with a name in TRL have that one
+KEYS = {        # TRL's names where TRL has the metric
     "pretraining": {"trained_tokens"},
     "SFT": {"trained_tokens"},
     "reward model": {"accuracy", "ties", "margin", "min_reward", "mean_reward", "max_reward"},
@@ -141,9 +141,9 @@ def test_a_document_is_scored_where_its_mask_says_and_never_on_its_first_token(w
     assert metrics["trained_tokens"] == len(losses) == mask[:, 1:].sum()
 
 
-def test_response_tokens_are_counted_without_prompts_and_pads():
+def test_trained_tokens_counts_response_tokens_alone():
     training = make_training("SFT")
-    rows = np.random.default_rng(4).integers(len(PROMPTS), size=5)           # what the stage is about to draw
+    rows = np.random.default_rng(4).integers(len(PROMPTS), size=5)           # the rows that the stage will draw
     metrics = run("SFT", training, 1)[0]
     assert metrics["trained_tokens"] == sum(len(RESPONSES[i]) for i in rows)
 
@@ -152,7 +152,7 @@ def test_response_tokens_are_counted_without_prompts_and_pads():
 
 @every_stage
 @one_or_two_workers
-def test_a_stage_restored_from_a_file_goes_on_bit_for_bit(stage, workers, tmp_path):
+def test_a_stage_restored_from_a_file_continues_bit_for_bit(stage, workers, tmp_path):
     pytest.importorskip("safetensors")
     whole = make_training(stage, workers)
     expected = run(stage, whole, 5)
@@ -175,7 +175,7 @@ def test_a_stage_ends_in_the_same_bits_every_time(stage, workers):
 
 
 @pytest.mark.parametrize("other", [{"layers": 2}, {"width": 8}, {"key_smear": True}], ids=str)
-def test_the_state_of_another_model_is_refused(other):
+def test_the_snapshot_of_another_model_raises(other):
     here = make_training("pretraining")
     there = TrainState(small_transformer(np.random.default_rng(0), np.float32, vocab_size=VOCABULARY, **other),
                      np.random.default_rng(0))
@@ -185,7 +185,7 @@ def test_the_state_of_another_model_is_refused(other):
 
 
 def state_of(stage, **changes):
-    """A state as its file gives it, with some of its arrays or metadata changed; None takes one away."""
+    """A snapshot with some of its arrays or metadata changed; None removes one."""
     arrays, metadata = make_training(stage).snapshot()
     for of in (arrays, metadata):
         of.update({name: change for name, change in changes.items() if name in of})
@@ -196,7 +196,7 @@ def state_of(stage, **changes):
 @pytest.mark.parametrize("changes", [
     {"optimizer.m": None}, {"optimizer.v": np.zeros(1, np.float32)}, {"optimizer.steps": None}, {"rng": None},
     {"rng": np.random.Philox(0).state}, {"step": None}], ids=lambda changes: next(iter(changes)))
-def test_a_state_that_is_refused_has_changed_nothing(changes):
+def test_a_snapshot_that_raises_changes_nothing(changes):
     training = make_training("pretraining")
     training.optimizer.data += 1
     before = everything(training)
@@ -206,13 +206,12 @@ def test_a_state_that_is_refused_has_changed_nothing(changes):
 
 
 def test_restoring_the_snapshot_of_a_deeper_model_raises_and_changes_nothing():
-    shallow, deep = (TrainState(small_transformer(np.random.default_rng(layers), layers=layers),
-                                np.random.default_rng(0))
-                     for layers in (1, 2))
+    models = [small_transformer(np.random.default_rng(layers), layers=layers) for layers in (1, 2)]
+    shallow, deep = (TrainState(model, np.random.default_rng(0)) for model in models)
     for p in deep.optimizer.parameters.values():
         p.data += 1
     before, (arrays, metadata) = everything(shallow), deep.snapshot()
-    for name in ("m", "v"):                     # those that its optimiser would take
+    for name in ("m", "v"):                     # moments that fit the shallow model's optimiser
         arrays[f"optimizer.{name}"] = shallow.snapshot()[0][f"optimizer.{name}"]
     with pytest.raises(ValueError, match="blocks.1.attention_norm' that this model does not have"):
         shallow.restore(arrays, metadata)
@@ -225,17 +224,17 @@ def assert_same_training(trainings, metrics):
     (one, other), (expected, actual) = trainings, metrics
     for m, n in zip(expected, actual, strict=True):
         assert m.keys() == n.keys()
-        # Absolute: a policy gradient's loss is a small difference of large numbers. Whether two numbers are
-        # equal, as policy and reference at the start, is a matter of rounding.
+        # Absolute, because a policy gradient's loss is a small difference of large numbers. Whether policy and
+        # reference are exactly equal at the start depends on rounding.
         for key in m.keys() - {"rewards/ties", "rewards/accuracies"}:
             assert abs(n[key] - m[key]) <= 1e-10 * max(1, abs(m[key])), key
     for name, p in one.model.parameters().items():
         assert_close(other.model.parameters()[name].data, p.data, name=name)
 
 
-@pytest.mark.parametrize("cores, tokens, workers",
-                         [(8, 1, 1), (8, 1024, 2), (8, 10**6, 8), (1, 10**6, 1), (2, 2048, 2)])
-def test_a_step_gets_no_more_workers_than_cores_and_than_it_has_work_for(cores, tokens, workers, monkeypatch):
+@pytest.mark.parametrize("cores, tokens, workers", [(8, 1, 1), (8, 1024, 2), (8, 10**6, 8), (1, 10**6, 1),
+                                                    (2, 2048, 2)])
+def test_a_step_gets_at_most_one_worker_per_core_and_per_512_tokens(cores, tokens, workers, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
     assert workers_for(tokens) == workers
 
@@ -247,8 +246,8 @@ def test_workers_change_nothing_but_rounding(stage, workers):
     assert_same_training(trainings, [run(stage, t, 3) for t in trainings])
 
 
-def test_the_samples_of_a_prompt_are_dealt_out_where_there_are_fewer_prompts_than_workers():
-    """Three prompts, six samples, four workers: none is idle, none is asked twice."""
+def test_with_fewer_prompts_than_workers_the_samples_of_a_prompt_are_split():
+    """3 prompts with 2 samples each on 4 workers: every worker has samples, and no sample is drawn twice."""
     parts = prompt_shards(3, 2, 4)
     assert sorted(map(len, parts)) == [1, 1, 2, 2] and sorted(np.concatenate(parts)) == list(range(6))
     trainings = [make_training("RLHF", n, np.float64) for n in (1, 4)]
@@ -257,8 +256,8 @@ def test_the_samples_of_a_prompt_are_dealt_out_where_there_are_fewer_prompts_tha
 
 @pytest.mark.parametrize("stage", ["pretraining", "SFT"])
 @one_or_two_workers
-def test_gradient_accumulation_normalised_per_micro_batch(stage, workers):
-    """Parts of unequal length (two of five dialogues here, one there) are the whole batch, not an average of means."""
+def test_microbatches_of_unequal_length_equal_the_whole_batch(stage, workers):
+    """5 dialogues in 4 shards of 2, 1, 1 and 1: the mean over all tokens, which differs from the mean of means."""
     trainings = [make_training(stage, 1, np.float64), make_training(stage, workers, np.float64)]
     assert_same_training(trainings, [run(stage, trainings[0], 3, microbatches=1),
                                      run(stage, trainings[1], 3, microbatches=4)])
@@ -266,7 +265,7 @@ def test_gradient_accumulation_normalised_per_micro_batch(stage, workers):
 
 @pytest.mark.parametrize("count", range(1, 8))
 @pytest.mark.parametrize("parts", range(1, 5))
-def test_a_split_deals_every_item_to_one_part_and_leaves_none_empty(count, parts):
+def test_every_item_is_in_one_shard_and_no_shard_is_empty(count, parts):
     items = [np.arange(count)[part].tolist() for part in shards(count, parts)]
     assert sorted(sum(items, [])) == list(range(count)) and len(items) == min(count, parts)
     assert max(map(len, items)) - min(map(len, items)) <= 1
@@ -274,22 +273,22 @@ def test_a_split_deals_every_item_to_one_part_and_leaves_none_empty(count, parts
 
 @stage
 def steps_on(training, batches):
-    """A stage of steps on the parts of these batches. Yields how many workers there were."""
+    """A stage with one step per batch, a list of shards. Yields the number of workers."""
     for parts in batches:
         train_step(training, lambda model, part: (-ops.sum(model.log_probs(part)), None), parts, 0.01, "here")
         yield training.group.active_size
 
 
-def test_a_worker_that_gets_no_part_adds_nothing_not_even_what_it_found_in_the_step_before():
+def test_a_worker_without_a_shard_adds_no_gradient():
     trainings = [make_training("pretraining", workers, np.float64) for workers in (1, 2)]
     for workers, training in enumerate(trainings, start=1):
-        microbatches = [[STREAM[None, :6], STREAM[None, 6:12]], [STREAM[None, 12:18]]]
-        assert list(steps_on(training, microbatches)) == [workers] * 2
+        batches = [[STREAM[None, :6], STREAM[None, 6:12]], [STREAM[None, 12:18]]]
+        assert list(steps_on(training, batches)) == [workers] * 2
     one, two = trainings
     assert_close(two.optimizer.grad, one.optimizer.grad)
 
 
-def test_a_step_outside_of_a_stage_is_done_by_one_worker_and_adds_nothing_old():
+def test_a_step_outside_a_stage_uses_one_worker_and_adds_no_old_gradient():
     trainings = [make_training("pretraining", workers, np.float64) for workers in (1, 2)]
     parts = [STREAM[None, :6], STREAM[None, 6:12]]
     for training in trainings:
@@ -300,7 +299,7 @@ def test_a_step_outside_of_a_stage_is_done_by_one_worker_and_adds_nothing_old():
     assert two.step == 2
 
 
-def test_workers_wait_while_whoever_drives_the_stage_looks_and_go_on_from_the_arrays_as_they_are_then():
+def test_workers_wait_until_the_next_step_is_asked_for_and_then_use_the_weights_of_that_time():
     trainings = [make_training("pretraining", workers, np.float64) for workers in (1, 2)]
     for training in trainings:
         loop = STAGES["pretraining"](training, 2)
@@ -311,7 +310,7 @@ def test_workers_wait_while_whoever_drives_the_stage_looks_and_go_on_from_the_ar
     assert_same_training(trainings, [[], []])
 
 
-def test_the_reward_function_is_asked_once_a_step_and_not_by_every_worker():
+def test_the_reward_function_is_called_once_a_step_by_rank_0():
     here, calls = os.getpid(), []
 
     def reward(prompts, answers):
@@ -323,7 +322,7 @@ def test_the_reward_function_is_asked_once_a_step_and_not_by_every_worker():
     assert calls == [6] * 4
 
 
-# The gradient of a step, in closed form. After a step it stands in the optimiser, clipped to a norm of 1.
+# The gradient of a step, in closed form. After a step the optimiser still has it, clipped to norm 1.
 
 class LogProbsAsParameters:
     """A "model" whose parameters are the log-probs themselves, a row for each first token of a sequence."""
@@ -343,7 +342,7 @@ class LogProbsAsParameters:
 
 
 def numbered(prompts, responses):
-    """The prompts, each with its number for a first token, and where each response is scored: 1 in (N,12)."""
+    """The prompts, each with its number as first token, and (N,12) with 1 where each response is scored."""
     prompts = [[i] + p[1:] for i, p in enumerate(prompts)]
     where = np.zeros((len(prompts), 12))
     for i, (p, r) in enumerate(zip(prompts, responses)):
@@ -351,7 +350,7 @@ def numbered(prompts, responses):
     return prompts, where
 
 
-def test_instruction_tuning_learns_response_and_eos_and_never_the_prompt_or_a_pad():
+def test_sft_learns_response_and_eos_and_neither_prompt_nor_padding():
     prompts, responses_at = numbered(PROMPTS, RESPONSES)
     training = TrainState(LogProbsAsParameters(len(prompts), 12), np.random.default_rng(4))
     next(train_sft(training, prompts, RESPONSES, 1, 20))
@@ -360,8 +359,8 @@ def test_instruction_tuning_learns_response_and_eos_and_never_the_prompt_or_a_pa
     assert_close(training.model.table.grad, -weights / weights.sum())
 
 
-def test_dpo_pushes_chosen_up_and_rejected_down_alike_and_never_touches_a_prompt_or_a_pad():
-    """-+ beta sigma(0) / B at each token of a response: the sum over them, not their mean."""
+def test_dpo_raises_chosen_and_lowers_rejected_tokens_equally_and_no_other_token():
+    """-+ beta sigmoid(0) / B at each token of a response, because its log-prob is a sum over tokens."""
     prompts, chosen_at = numbered(PROMPTS, RESPONSES)
     _, rejected_at = numbered(PROMPTS, REJECTED)
     model = LogProbsAsParameters(len(prompts), 12)
@@ -391,11 +390,12 @@ def assert_step_is_down_the_gradient_of(loss, before, training, metrics):
 
 @one_or_two_workers
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
-def test_temperature_ignored_when_log_probs_are_recomputed(temperature, workers):
-    """The second step of RLHF, recomputed from what the reward function saw, policy and reference at that temperature.
+def test_rlhf_scores_policy_and_reference_at_the_sampling_temperature(temperature, workers):
+    """The second step of RLHF, recomputed from the prompts and responses that the reward function got.
 
-    The divergence here comes from scoring anew, in the stage from the draw itself: they are the same only if samples,
-    prompts, policy and temperature all are. So with the advantages, and with them the gradient.
+    The stage takes the KL from the log-probs of sampling. Here the samples are scored again at the same temperature.
+    Both are equal only if samples, prompts, policy and temperature are equal. The same holds for the advantages and
+    the gradient.
     """
     seen, beta = [], 0.3
 
@@ -428,7 +428,7 @@ def copied(model):
 
 
 def comparisons(training):
-    """Of the next step: the prompts and both answers that its Generator, at its state of now, draws."""
+    """Rows, prompts, chosen and rejected responses of the next step, as the Generator will draw them."""
     state = training.rng.bit_generator.state
     rows = training.rng.integers(len(PROMPTS), size=5)
     training.rng.bit_generator.state = state
@@ -436,8 +436,8 @@ def comparisons(training):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_step_of_reward_modelling_is_down_the_gradient_of_its_loss(workers):
-    """Prompt and response are seen, the centring is there, and the figures are of the same rewards."""
+def test_a_step_of_the_reward_model_is_down_the_gradient_of_its_loss(workers):
+    """The loss is computed by hand from prompt and response, with centering; the metrics are of the same rewards."""
     training = make_training("reward model", workers, np.float64)
     loop = STAGES["reward model"](training, 5, centering=0.3)
     next(loop)
@@ -452,7 +452,7 @@ def test_a_step_of_reward_modelling_is_down_the_gradient_of_its_loss(workers):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_step_of_dpo_is_down_the_gradient_of_its_loss(workers):
-    """The second one, away from the reference: each pair beside its own references, beta in loss and figures."""
+    """The second step, where policy and reference differ. Every pair has its own reference log-probs."""
     training, reference = make_training("DPO", workers, np.float64), transformer(np.float64)
     references = [reference_log_probs(reference, PROMPTS, answers) for answers in (RESPONSES, REJECTED)]
     loop = train_dpo(training, PROMPTS, RESPONSES, REJECTED, *references, 5, 5, beta=0.7,
@@ -521,7 +521,7 @@ def test_a_loss_without_log_probs_of_the_policy_raises():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_learning_rate_warms_up_and_falls_and_is_the_one_that_the_optimiser_gets(stage, monkeypatch):
+def test_the_learning_rate_warms_up_and_falls_and_the_optimiser_gets_it(stage, monkeypatch):
     taken, step = [], AdamW.step
     monkeypatch.setattr(AdamW, "step", lambda self, rate: (taken.append(rate), step(self, rate))[1])
     metrics = run(stage, make_training(stage), 12, learning_rate=0.01)
@@ -534,8 +534,8 @@ def test_the_learning_rate_warms_up_and_falls_and_is_the_one_that_the_optimiser_
 
 @one_or_two_workers
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
-def test_a_policy_that_is_its_reference_has_no_divergence(temperature, workers):
-    """On policy at every temperature: the log-probs of the draw are those that the reference finds."""
+def test_a_policy_equal_to_its_reference_has_kl_0(temperature, workers):
+    """At every temperature the log-probs of sampling equal the reference's log-probs of the same tokens."""
     metrics = next(rlhf_stage(make_training("RLHF", workers, np.float64), 1, temperature))
     assert abs(metrics["kl_sequence"]) < 1e-12 and abs(metrics["kl_token"]) < 1e-12
 
@@ -555,20 +555,20 @@ def test_the_reward_function_sees_each_prompt_beside_the_samples_drawn_for_it(wo
         assert all(p in PROMPTS for p in prompts)
         for answer in answers:
             assert type(answer) is list and EOS not in answer[:-1] and (answer[-1] == EOS or len(answer) == 4)
-    assert len({tuple(a) for _, answers in seen for a in answers}) > 6, "and not one answer for everybody"
+    assert len({tuple(a) for _, answers in seen for a in answers}) > 6, "the answers differ"
 
 
-def test_rlhf_raises_an_exact_reward():
+def test_rlhf_increases_the_reward():
     training = make_training("RLHF")
     metrics = list(rlhf_stage(training, 40, temperature=1.0, learning_rate=0.03, beta=0.01))
     first, last = ([m["reward"] for m in part] for part in (metrics[:8], metrics[-8:]))
     error = (np.var(first, ddof=1) / 8 + np.var(last, ddof=1) / 8) ** 0.5
     assert np.mean(last) - np.mean(first) > 5 * error, f"{np.mean(first):.2f} -> {np.mean(last):.2f} +- {error:.2f}"
-    assert np.mean([m["kl_sequence"] for m in metrics[-8:]]) > 0.1, "at the price of some divergence"
+    assert np.mean([m["kl_sequence"] for m in metrics[-8:]]) > 0.1, "with some divergence"
 
 
-def test_kl_sign_reversed_drift_is_rewarded():
-    """With nothing to gain the policy goes to the reference, wherever it starts."""
+def test_kl_penalises_drift():
+    """With reward 0 the policy moves to the reference from any start."""
     training = make_training("RLHF")
     metrics = list(rlhf_stage(training, 60, temperature=1.0, learning_rate=0.03, beta=1.0, samples_per_prompt=16,
                               reference=transformer(np.float32, seed=8), reward=lambda p, a: np.zeros(len(a))))
@@ -586,28 +586,28 @@ def test_the_reference_does_not_change_by_a_bit(stage):
         log_probs = [reference_log_probs(reference, PROMPTS, a) for a in (RESPONSES, REJECTED)]
         kept = [array.copy() for array in log_probs]
         list(train_dpo(training, PROMPTS, RESPONSES, REJECTED, *log_probs, 3, 5))
-        assert all((now == before).all() for now, before in zip(log_probs, kept))
+        assert all((a == b).all() for a, b in zip(log_probs, kept))
     assert {name: p.data.tobytes() for name, p in reference.parameters().items()} == weights
     assert all(p.grad is None for p in reference.parameters().values())
 
 
 @one_or_two_workers
-def test_dropout_in_the_reference(workers):
-    """DPO starts at log 2, though the policy's batches are put together and padded otherwise than the reference's."""
+def test_dpo_starts_at_log_2(workers):
+    """Policy and reference have equal log-probs although their batches hold other dialogues. There is no dropout."""
     metrics = next(dpo_stage(make_training("DPO", workers), 1))
     assert abs(metrics["loss"] - np.log(2)) < 1e-6
     assert abs(metrics["rewards/margins"]) < 1e-5
 
 
 @pytest.mark.parametrize("loss, start", [(dpo.robust_dpo_loss, np.log(2)), (dpo.ipo_loss, 1 / (4 * 0.2 ** 2))])
-def test_preference_tuning_takes_another_loss(loss, start):
+def test_train_dpo_takes_another_loss(loss, start):
     metrics = run("DPO", make_training("DPO", 2, np.float64), 2, loss=loss, beta=0.2)
     assert_close(metrics[0]["loss"], start)
     assert metrics[1]["loss"] < start
 
 
-def test_rlhf_takes_another_baseline():
-    """A constant reward and no penalty: against the others' mean nothing is gained, without a baseline 1 is."""
+def test_train_rlhf_takes_another_baseline():
+    """With a constant reward of 1 and no KL penalty the advantage is 1 without a baseline, and 0 with one."""
     metrics = {baseline: next(rlhf_stage(make_training("RLHF", dtype=np.float64), 1, beta=0.0, baseline=baseline,
                                          reward=lambda p, a: np.ones(len(a))))
                for baseline in ("none", "mean", "leave_one_out")}
@@ -616,8 +616,8 @@ def test_rlhf_takes_another_baseline():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_without_a_baseline_rlhf_reinforces_responses_and_never_a_prompt(workers):
-    """Leave-one-out would hide it: a prompt's advantages add up to 0, so what its samples share cancels."""
+def test_without_a_baseline_rlhf_reinforces_responses_and_no_prompt(workers):
+    """With leave-one-out a gradient of the prompt would cancel, because the advantages of a prompt sum to 0."""
     seen, rewards = [], np.array([1.0, 2, 3, 4, 5, 6])
     training = make_training("RLHF", workers, np.float64)
     loop = rlhf_stage(training, 5, 0.7, lambda *sample: (seen.append(sample), rewards)[1], beta=0.0, baseline="none")
@@ -630,7 +630,7 @@ def test_without_a_baseline_rlhf_reinforces_responses_and_never_a_prompt(workers
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("temperature", [0.6, 1.7])
-def test_the_entropy_of_rlhf_is_per_token_drawn_at_the_temperature_of_the_draw(temperature, workers):
+def test_the_entropy_of_rlhf_is_the_mean_over_drawn_tokens_at_the_sampling_temperature(temperature, workers):
     training, seen = make_training("RLHF", workers, np.float64), []
     loop = rlhf_stage(training, 5, temperature, lambda *sample: (seen.append(sample), np.zeros(6))[1])
     next(loop)
@@ -638,11 +638,11 @@ def test_the_entropy_of_rlhf_is_per_token_drawn_at_the_temperature_of_the_draw(t
     batch = make_batch(*seen[1], PAD)
     log_p = ops.log_softmax(before(batch.tokens) / temperature).data[:, :-1]
     entropies = -(np.exp(log_p) * log_p).sum(axis=-1)
-    assert (batch.target_mask.sum(axis=1) < 4).any(), "some answers end early: there is padding to be left out"
+    assert (batch.target_mask.sum(axis=1) < 4).any(), "some answers end early, so there is padding"
     assert_close(metrics["entropy"], entropies[batch.target_mask > 0].mean())
 
 
-def test_the_reference_of_rlhf_is_scored_without_a_graph():
+def test_rlhf_scores_its_reference_without_a_graph():
     reference, recorded = transformer(np.float32), []
     log_probs = reference.response_log_probs
     reference.response_log_probs = lambda *arguments: (recorded.append(grad_enabled()), log_probs(*arguments))[1]
@@ -669,8 +669,8 @@ def test_a_bad_parameter_stops_the_stage_by_name_before_anything_is_updated(stag
 
 
 @every_stage
-def test_a_nan_that_arises_inside_is_traced_to_its_primitive(stage):
-    """Weights that are finite, and a product of their activations that is not."""
+def test_a_nan_is_traced_to_its_primitive(stage):
+    """The weights are finite, and a product of activations is not."""
     training = make_training(stage)
     training.model.parameters()["blocks.0.gate_up"].data[...] = 1e25
     before = everything(training)
@@ -679,7 +679,7 @@ def test_a_nan_that_arises_inside_is_traced_to_its_primitive(stage):
     assert everything(training)[0] == before[0]
 
 
-def test_a_reward_that_is_no_number_is_traced_to_the_policy_gradient():
+def test_a_nan_reward_is_traced_to_the_policy_gradient():
     stage = rlhf_stage(make_training("RLHF"), 1, reward=lambda prompts, answers: [np.nan] * len(answers))
     with pytest.raises(Diverged, match="the loss is nan; first bad tensor: the output of policy_gradient_loss"):
         next(stage)
@@ -690,7 +690,7 @@ def test_a_reward_that_is_no_number_is_traced_to_the_policy_gradient():
     (lambda p: ops.sum(p * 1e30), r"norm is inf; first bad tensor: none \(the sum of squares overflowed\)"),
 ], ids=["infinite slope", "overflow"])
 @one_or_two_workers
-def test_a_finite_loss_with_a_gradient_that_is_not_stops_before_anything_is_updated(loss, message, workers):
+def test_a_gradient_that_is_not_finite_stops_before_anything_is_updated(loss, message, workers):
     training = make_training("pretraining", workers)
     before = everything(training)
     with pytest.raises(Diverged, match=f"^here, step 1: the gradient's {message}"):
@@ -708,8 +708,8 @@ def test_an_update_that_overflows_is_reported_in_its_own_step():
 
 # Graphs.
 
-def test_what_nobody_differentiates_records_no_graph(rng, monkeypatch):
-    """A graph that nobody walks is freed by nobody: measuring, references. (Sampling uses no Tensors.)"""
+def test_evaluation_and_reference_log_probs_record_no_graph(rng, monkeypatch):
+    """A recorded graph is freed by backward alone. (Sampling uses no Tensors.)"""
     recorded, hidden_states = [], minilm.model.hidden_states
 
     def watched(*arguments):
@@ -726,8 +726,8 @@ def test_what_nobody_differentiates_records_no_graph(rng, monkeypatch):
 
 
 @pytest.mark.parametrize("microbatches, sizes", [(2, [6, 4, 2]), (None, [6, 6]), (3, [6, 2, 2, 2])])
-def test_the_samples_of_a_prompt_stay_together_so_that_it_is_read_once(microbatches, sizes, monkeypatch):
-    """All of the worker's are sampled at once, and learnt from in as many parts as asked for."""
+def test_the_samples_of_a_prompt_stay_in_one_shard(microbatches, sizes, monkeypatch):
+    """Each worker draws all its samples in one batch; the gradient is computed in `microbatches` shards."""
     packed, pack = [], rlhf_module.pack
     monkeypatch.setattr(rlhf_module, "pack", lambda prompts, *rest: packed.append(prompts) or pack(prompts, *rest))
     next(rlhf_stage(make_training("RLHF"), 1, microbatches=microbatches))

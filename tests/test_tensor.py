@@ -1,4 +1,4 @@
-"""minilm.tensor: what the tape records, what backward adds up, what it frees, and what it refuses."""
+"""minilm.tensor: what primitives record, what backward adds up and frees, and the errors."""
 import threading
 import weakref
 
@@ -13,31 +13,31 @@ from minilm.gradcheck import gradcheck
 from minilm.stages.diverged import first_nonfinite
 from minilm.tensor import arrays_only, grad_enabled, watching
 
-# What backward adds up.
+# Gradients add up.
 
-def test_fan_out_adds_up_and_is_not_overwritten():
+def test_the_gradients_of_all_uses_of_a_value_add_up():
     x = Tensor(3.0, requires_grad=True)
     y = x * x                                   # twice in one call
     (y * x + y + x).backward()                  # y and x again in three others
     assert x.grad == 3 * 9 + 2 * 3 + 1
 
 
-def test_two_forwards_accumulate(rng):
+def test_two_backward_passes_add_to_the_gradient(rng):
     x = normal(rng, 3)
     for _ in range(2):
         (x * 5.0).sum().backward()
     assert np.array_equal(x.grad, np.full(3, 10.0))
 
 
-def test_one_array_as_the_gradient_of_two_leaves_is_not_shared(rng):
+def test_two_leaves_with_equal_gradients_have_arrays_of_their_own(rng):
     x, y = normal(rng, 3), normal(rng, 3)
     dz = np.ones(3)
-    (x + y).backward(dz)                        # add hands dz itself to both
+    (x + y).backward(dz)                        # the vjp of add returns dz itself for both
     x.grad += 1
     assert np.array_equal(y.grad, np.ones(3)) and np.array_equal(dz, np.ones(3))
 
 
-def test_a_leaf_is_its_own_gradient(rng):
+def test_backward_of_a_leaf_stores_its_cotangent(rng):
     x = normal(rng, 2)
     x.backward(np.array([2.0, 3.0]))
     assert np.array_equal(x.grad, [2, 3])
@@ -57,7 +57,7 @@ def test_backward_starts_from_the_given_cotangent(rng):
     assert np.array_equal(x.grad, 3 * cotangent)
 
 
-def test_a_vjp_may_be_handed_a_read_only_broadcast_gradient(rng):
+def test_a_vjp_may_get_a_read_only_broadcast_gradient(rng):
     writeable = []
 
     @primitive
@@ -70,7 +70,7 @@ def test_a_vjp_may_be_handed_a_read_only_broadcast_gradient(rng):
     x = normal(rng, 2, 3)
     watch(x).sum().backward()                   # the vjp of sum returns broadcast_to(1.0, (2, 3))
     assert writeable == [False] and np.array_equal(x.grad, np.ones((2, 3)))
-    x.grad += 1                                 # what the leaf keeps can be written
+    x.grad += 1                                 # the leaf's own array can be written
 
 
 def test_a_chain_of_ten_thousand_operations_needs_no_recursion():
@@ -81,8 +81,8 @@ def test_a_chain_of_ten_thousand_operations_needs_no_recursion():
     assert x.grad == 1 and y.item() == 10_001
 
 
-def test_a_sum_of_gradients_is_not_made_in_an_array_that_others_hold(rng):
-    """add hands one array to both its inputs; what y gets from elsewhere must not reach u."""
+def test_gradients_add_up_in_a_new_array(rng):
+    """The vjp of add returns one array for both inputs. The other gradient of y must not be added to the one of u."""
     x, w = normal(rng, 3), normal(rng, 3)
     u, y = w * 1.0, x * 1.0
     v = y * 2.0
@@ -91,8 +91,8 @@ def test_a_sum_of_gradients_is_not_made_in_an_array_that_others_hold(rng):
     assert x.grad.tolist() == [3, 3, 3] and w.grad.tolist() == [1, 1, 1] and dz.tolist() == [1, 1, 1]
 
 
-def test_a_gradient_is_written_into_its_buffer_and_then_added_there_whatever_it_is_made_of(rng):
-    """An array, a Product, or Rows; and in the buffer stands what nobody wants any more."""
+def test_an_array_a_product_and_rows_are_written_to_the_gradient_buffer_and_then_added(rng):
+    """The buffer holds old numbers at first: here NaN."""
     x = rng.normal(size=(4, 3))
     uses = {"array": (lambda w: w * x, x),
             "product": (lambda w: x.T @ w, np.tile(x.sum(axis=1)[:, None], 3)),
@@ -106,7 +106,7 @@ def test_a_gradient_is_written_into_its_buffer_and_then_added_there_whatever_it_
             assert_close(w.grad, times * expected)
 
 
-# Once only.
+# One backward per graph.
 
 def test_a_second_backward_raises(rng):
     loss = ops.tanh(normal(rng, 2)).sum()
@@ -126,7 +126,7 @@ def test_a_second_backward_through_a_shared_part_raises_and_changes_no_gradient(
     assert w.grad is None and np.array_equal(x.grad, before)
 
 
-def test_what_a_primitive_kept_and_returned_is_freed_before_the_next_vjp_runs(rng):
+def test_arrays_kept_and_returned_by_a_primitive_are_freed_before_the_next_vjp_runs(rng):
     kept, returned, alive = [], [], []
 
     @primitive
@@ -141,14 +141,14 @@ def test_what_a_primitive_kept_and_returned_is_freed_before_the_next_vjp_runs(rn
 
     y = hold(hold(hold(normal(rng, 3)))).sum()
     y.backward()
-    # What was returned went even before: no vjp needs it.
+    # The outputs are freed even earlier, because no vjp needs them.
     assert alive == [[[i <= current for i in range(3)], [False] * 3] for current in (2, 1, 0)]
     assert not any(ref() is not None for ref in kept + returned)
 
 
 # no_grad.
 
-def test_no_grad_records_nothing_and_is_over_after_an_error(rng):
+def test_no_grad_records_nothing_and_ends_also_after_an_error(rng):
     x = normal(rng, 2)
     with pytest.raises(ZeroDivisionError), no_grad():
         y = x * 2.0
@@ -182,7 +182,7 @@ def test_an_inner_no_grad_does_not_end_the_outer_one(rng):
     assert (x * 2.0).requires_grad
 
 
-def test_nothing_is_recorded_of_tensors_that_require_no_gradient():
+def test_tensors_that_require_no_gradient_are_not_recorded():
     assert (Tensor(1.0) * 2.0).node is None
 
 
@@ -227,12 +227,12 @@ def test_watching_sees_the_name_and_the_output_of_each_call_and_ends_also_after_
 
 # Errors.
 
-def test_backward_of_a_non_scalar_asks_for_its_cotangent(rng):
+def test_backward_of_a_non_scalar_without_a_cotangent_raises(rng):
     with pytest.raises(ValueError, match=r"shape \(2, 3\) needs its cotangent"):
         normal(rng, 2, 3).backward()
 
 
-def test_a_cotangent_of_another_shape_is_refused(rng):
+def test_a_cotangent_of_another_shape_raises(rng):
     with pytest.raises(ValueError, match=r"shape \(2, 3\): the cotangent has shape \(3,\)"):
         normal(rng, 2, 3).backward(np.ones(3))
 
@@ -248,7 +248,7 @@ def test_a_float64_array_beside_a_float32_tensor_raises(rng):
 
 
 class FakeCuPyArray:
-    """What minilm takes for an array on the GPU, on a machine that has none."""
+    """An array that minilm takes for an array on the GPU, on a machine without one."""
     shape, ndim, size, dtype = (2,), 1, 2, np.dtype(np.float64)
 
 
@@ -262,7 +262,7 @@ def test_mixed_devices_raise_and_name_the_primitive(rng):
         array_module(np.ones(2), FakeCuPyArray())
 
 
-def test_a_device_that_does_not_exist_is_refused():
+def test_an_unknown_device_raises():
     with pytest.raises(ValueError, match="device is 'tpu'"):
         to_device(np.ones(2), "tpu")
 
@@ -272,7 +272,7 @@ def test_a_device_that_does_not_exist_is_refused():
     (lambda dy: dy.astype(np.float32), r"\(3,\), float32"),
     (lambda dy: None, "None"),
 ], ids=["shape", "dtype", "missing"])
-def test_a_gradient_of_the_wrong_kind_is_reported_with_the_primitive(rng, wrong, described):
+def test_a_gradient_of_another_shape_or_dtype_raises_with_the_name_of_the_primitive(rng, wrong, described):
     @primitive
     def double(x):
         return 2 * x, wrong
@@ -338,13 +338,13 @@ def test_shapes_that_do_not_fit_raise_with_the_primitive_and_both_shapes(rng):
         normal(rng, 2) + normal(rng, 3)
 
 
-def test_a_tensor_may_be_given_by_name_and_gets_its_gradient(rng):
+def test_a_tensor_passed_by_name_gets_its_gradient(rng):
     x, y = normal(rng, 2), normal(rng, 2)
     ops.sum(ops.multiply(y=y, x=x)).backward()
     assert (x.grad == y.data).all() and (y.grad == x.data).all()
 
 
-def test_a_tensor_given_by_name_after_a_default_that_is_left_out_gets_its_gradient_too(rng):
+def test_a_tensor_passed_by_name_after_an_omitted_default_gets_its_gradient(rng):
     @primitive
     def scaled_sum(x, scale=2.0, y=None):
         return scale * x + y, lambda dz: (scale * dz, None, dz)
@@ -354,12 +354,12 @@ def test_a_tensor_given_by_name_after_a_default_that_is_left_out_gets_its_gradie
 
 
 @pytest.mark.parametrize("data", [np.ones(2, np.float16), np.ones(2, complex), np.array(["a"])], ids=str)
-def test_a_tensor_of_another_dtype_is_refused(data):
+def test_a_tensor_of_another_dtype_raises(data):
     with pytest.raises(TypeError, match="a Tensor holds float32 or float64, not"):
         Tensor(data)
 
 
-def test_a_tensor_of_a_tensor_is_refused():
+def test_a_tensor_of_a_tensor_raises():
     with pytest.raises(TypeError, match="Tensor of a Tensor"):
         Tensor(Tensor(1.0))
 
@@ -409,16 +409,16 @@ def test_integers_and_lists_become_float64():
     assert Tensor([1, 2]).dtype == Tensor(np.array([True])).dtype == np.float64
 
 
-# First aid.
+# first_nonfinite and activation_checkpoint.
 
-def test_first_nonfinite_names_the_oldest_primitive_that_went_wrong():
+def test_first_nonfinite_names_the_first_primitive_with_a_nan():
     x = Tensor([-1.0, 1.0], requires_grad=True)
     with np.errstate(invalid="ignore"):
         assert first_nonfinite(lambda: (ops.log(x) * 2.0).sum()) == "the output of log, shape (2,)"
     assert first_nonfinite(lambda: (x * 2.0).sum()) is None
 
 
-def test_what_is_recomputed_has_the_same_gradients_also_for_what_the_function_holds(rng):
+def test_activation_checkpoint_has_the_same_gradients_also_for_the_functions_own_tensors(rng):
     x, w = normal(rng, 3), normal(rng, 3)
 
     def function(x):
@@ -431,11 +431,11 @@ def test_what_is_recomputed_has_the_same_gradients_also_for_what_the_function_ho
     with no_grad():
         assert activation_checkpoint(function, x).node is None
     w.grad = None
-    activation_checkpoint(function, Tensor(x.data)).sum().backward()               # an input that wants none
+    activation_checkpoint(function, Tensor(x.data)).sum().backward()               # an input without a gradient
     assert_close(w.grad, (1 - np.tanh(x.data * w.data) ** 2) * x.data ** 2)
 
 
-def test_what_is_recomputed_goes_backward_under_no_grad_and_leaves_zeros_where_it_does_not_look(rng):
+def test_activation_checkpoint_goes_backward_under_no_grad_and_gives_zeros_for_an_unused_input(rng):
     x, ignored = normal(rng, 3), normal(rng, 2)
     y = activation_checkpoint(lambda x, ignored: x * x, x, ignored * 1.0).sum()
     with no_grad():
@@ -444,13 +444,13 @@ def test_what_is_recomputed_goes_backward_under_no_grad_and_leaves_zeros_where_i
     assert np.array_equal(x.grad, 2 * x.data) and np.array_equal(ignored.grad, np.zeros(2))
 
 
-def test_the_tape_keeps_what_a_vjp_needs_and_no_other_result(rng):
+def test_the_graph_keeps_only_the_arrays_that_a_vjp_needs(rng):
     x = Tensor(rng.normal(size=1 << 16), requires_grad=True)
 
     def forward():
         y = x
         for _ in range(20):
-            y = y + 1.0                         # needs nothing of y
+            y = y + 1.0                         # its vjp needs no array
         return y
     kept = []
     peak = peak_memory(lambda: kept.append(forward()))

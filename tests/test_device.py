@@ -1,6 +1,6 @@
 """Model, generation, objectives and stages on arrays of a GPU equal those on NumPy's arrays.
 
-They run on the stand-in for CuPy (kernels/emulator), and on a GPU if there is one. The stand-in raises where CuPy
+They run on the mock of CuPy (kernels/emulator), and on a GPU if there is one. The mock raises where CuPy
 raises, and in more cases, so these tests also show that no array is copied to the CPU by accident.
 """
 import functools
@@ -53,10 +53,10 @@ def cupy(xp):
 
 
 @pytest.fixture
-def stand_in(cupy):
-    """For tests that only the stand-in can run."""
+def mock(cupy):
+    """For tests that only the mock can run."""
     if not isinstance(cupy.ones(1), arrays.ndarray):
-        pytest.skip("needs the stand-in")
+        pytest.skip("needs the mock")
 
 
 def on_gpu(model):
@@ -185,7 +185,7 @@ def test_a_small_gradient_of_an_embedding_keeps_its_digits_beside_large_ones(rng
     assert table.grad.dtype == np.float32
     assert_close(host(table.grad)[1], np.full(4, np.float32(0.001)), tolerance=1e-6)
     naive = cupy.add.reduceat(cupy.asarray(dy), cupy.asarray([0, 1000]), axis=0)
-    assert np.abs(host(naive)[1] / 0.001 - 1).max() > 0.1, "the stand-in does not sum as CuPy does"
+    assert np.abs(host(naive)[1] / 0.001 - 1).max() > 0.1, "the mock does not sum as CuPy does"
 
 
 FORMULAS = {
@@ -427,7 +427,7 @@ def test_gradcheck_works_on_the_gpu(directions, rng, cupy):
 
 # No array is copied to the CPU by accident.
 
-def test_only_a_few_numbers_per_step_are_copied_to_the_cpu(stand_in, rng, monkeypatch):
+def test_only_a_few_numbers_per_step_are_copied_to_the_cpu(mock, rng, monkeypatch):
     """In training and generation no weights, hidden states or logits are copied."""
     sizes, get = [], arrays.ndarray.get
     monkeypatch.setattr(arrays.ndarray, "get", lambda self: sizes.append(self.size) or get(self))
@@ -446,7 +446,7 @@ def test_a_numpy_array_beside_a_tensor_on_the_gpu_raises_with_the_primitive(cupy
         x + Tensor(np.ones(2))
 
 
-def test_numpy_inside_a_model_on_the_gpu_raises(stand_in, rng, monkeypatch):
+def test_numpy_inside_a_model_on_the_gpu_raises(mock, rng, monkeypatch):
     """For example in a layer that calls np instead of array_module."""
     monkeypatch.setattr("minilm.layers.array_module", lambda *_: np)
     with pytest.raises(TypeError):

@@ -68,7 +68,8 @@ def test_no_one_or_an_infinite_effect_has_no_interval_and_decides_nothing(effect
 
 
 def test_equal_effects_have_the_interval_of_one_number_and_a_tie_with_the_margin_is_not_above_it():
-    assert confidence_interval([0.25] * 4) == (0.25, 0.25)
+    assert confidence_interval([0.25] * 4) == (0.25, 0.25) and confidence_interval([0.1] * 3) == (0.1, 0.1)
+    assert Comparison("effect", [0.1] * 3, above=0.1).outcome() == "not shown", "no rounding of the mean"
     assert Comparison("effect", [0.25] * 4, above=0.2).outcome() == "shown"
     assert Comparison("effect", [0.25] * 4, above=0.25).outcome() == "not shown"
     assert Comparison("effect", [0.25] * 4, below=0.25).outcome() == "not shown"

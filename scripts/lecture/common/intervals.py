@@ -68,6 +68,8 @@ def confidence_interval(effects: list[float], level: float = LEVEL) -> tuple[flo
     n = len(effects)
     if n < 2 or not np.isfinite(effects).all():
         return -math.inf, math.inf
+    if min(effects) == max(effects):
+        return float(effects[0]), float(effects[0])         # without the rounding of mean and deviation
     half = t_quantile(1 - (1 - level) / 2, n - 1) * float(np.std(effects, ddof=1)) / math.sqrt(n)
     mean = float(np.mean(effects))
     return mean - half, mean + half
@@ -112,11 +114,12 @@ class Comparison:
                 "outcome": self.outcome()}
 
 
-def outcome(comparisons: list[Comparison], conditions: list[Comparison] = (), at_least: int | None = None) -> str:
-    """One of OUTCOMES: the rule at the head of this file. at_least: how many comparisons must hold, by default all.
+def outcome(comparisons: list[Comparison], conditions: list[Comparison] = (),
+            at_least: int | None = None) -> str:
+    """One of OUTCOMES: the rule at the head of this file. at_least: the comparisons that must hold, by default all.
 
-    If fewer than all n must hold, each comparison is tested at level 1 - 0.05 / n (Bonferroni). The rule is then shown
-    if at_least of them are shown, and not shown if more than n - at_least are not shown.
+    If fewer than all n must hold, each comparison is tested at level 1 - 0.05 / n (Bonferroni). The rule is then
+    shown if at_least of them are shown, and not shown if more than n - at_least are not shown.
     """
     if any(condition.outcome() != "shown" for condition in conditions):
         return "undecided"

@@ -117,6 +117,16 @@ def test_a_table_has_columns():
     assert experiment.as_text([["a", "long"], ["wide", 1]]) == "a     long\nwide  1"
 
 
+def test_a_wide_table_wraps_its_heads_and_continues_in_a_further_block():
+    table = [["n", *(f"a long title of column {i}" for i in range(4))], ["1", *(["0.50 [0.25, 0.75]"] * 4)]]
+    text = experiment.as_text(table, columns=45)
+    assert text.splitlines() == [
+        "   a long title of    a long title of", "n  column 0           column 1",
+        "1  0.50 [0.25, 0.75]  0.50 [0.25, 0.75]", "",
+        "   a long title of    a long title of", "n  column 2           column 3",
+        "1  0.50 [0.25, 0.75]  0.50 [0.25, 0.75]"]
+
+
 def test_a_model_is_trained_once_and_anew_when_seed_recipe_code_or_library_change(tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
     monkeypatch.setattr(experiment, "_sources", lambda: "the library")

@@ -336,11 +336,28 @@ def read(path):
             from error
 
 
-def as_text(table):
-    """A table in columns."""
-    widths = [max(len(str(line[i])) for line in table) for i in range(len(table[0]))]
-    lines = ("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)) for line in table)
-    return "\n".join(map(str.rstrip, lines))
+def as_text(table, columns=COLUMNS):
+    """A table as text: heads of columns are wrapped; columns that do not fit stand in a further block."""
+    head, *body = [[str(cell) for cell in line] for line in table]
+    heads, widths = [], []
+    for i, title in enumerate(head):
+        widest = max([12, *(len(line[i]) for line in body)])
+        heads.append(textwrap.wrap(title, widest, break_long_words=False) or [""])
+        widths.append(max(map(len, [*heads[-1], *(line[i] for line in body)])))
+    blocks = [[0]]
+    for i in range(1, len(head)):
+        if len(blocks[-1]) > 1 and sum(widths[k] + 2 for k in [*blocks[-1], i]) > columns + 2:
+            blocks.append([0])
+        blocks[-1].append(i)
+    return "\n\n".join(_block(heads, body, widths, block) for block in blocks)
+
+
+def _block(heads, body, widths, block):
+    """The columns of one block; the last lines of the heads stand side by side."""
+    height = max(len(heads[i]) for i in block)
+    padded = [[""] * (height - len(title)) + title for title in heads]
+    lines = [[title[k] for title in padded] for k in range(height)] + body
+    return "\n".join("  ".join(line[i].ljust(widths[i]) for i in block).rstrip() for line in lines)
 
 
 def _write(path, data):

@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# The checks of the CUDA kernels on a machine with a GPU: tests, sanitizers, a short training run, benchmarks.
+#
+#   bash scripts/dev/gpu_check.sh                               all parts, in at most LIMIT seconds (default 900)
+#   PARTS="env tests" LIMIT=300 bash scripts/dev/gpu_check.sh   some parts
+#   OUT=folder bash scripts/dev/gpu_check.sh                    where the logs go (default runs/gpu_check)
+#   PYTHON=python3 bash scripts/dev/gpu_check.sh                use this Python, which has CuPy and the test packages
+#
+# Parts, in this order:
+#   install     a virtual environment with minilm, CuPy and the test packages (skipped if PYTHON is set)
+#   env         versions, the device, and whether the emulator runs
+#   tests       pytest -m gpu, one process for each file: after an illegal address every later kernel of a process fails
+#   sanitizer   compute-sanitizer (memcheck, racecheck, synccheck, initcheck) on every kernel, if it is installed
+#   assistant   all training stages on the GPU, scripts/assistant.py --scale 0.05
+#   bench       the time of the kernels against PyTorch, Liger and plain CuPy (those that are installed)
+#   report      registers, spills and occupancy of every kernel for the architecture of this device
+#
+# A part that fails or runs out of time does not stop the others. The summary is printed last. Exit status 1 if a part
+# failed. The settings of the device are not changed.
+set -u
+cd "$(dirname "$0")/../.."
+OUT=${OUT:-runs/gpu_check}
+LIMIT=${LIMIT:-900}
+PARTS=${PARTS-install env tests sanitizer assistant bench report}
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+summary=$OUT/summary.txt
+: >"$summary"
+python=${PYTHON:-$work/venv/bin/python}
+export PYTHONUNBUFFERED=1 CUPY_CACHE_DIR=$work/cupy OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
+
+wanted() { case " $PARTS " in *" $1 "*) true ;; *) false ;; esac; }
+remaining() { echo $((LIMIT - SECONDS)); }
+
+# check NAME SECONDS COMMAND...: runs it with a time limit, output into NAME.log, one line into the summary.
+check() {
+    local name=$1 most=$2 began=$SECONDS status outcome=ok
+    shift 2
+    [ "$most" -gt "$(remaining)" ] && most=$(remaining)
+    if [ "$most" -lt 5 ]; then echo "$name: not run, no time left" >>"$summary"; return; fi
+    timeout -k 5 "$most" "$@" >"$OUT/$name.log" 2>&1
+    status=$?
+    [ $status = 0 ] || outcome="FAILED with status $status"
+    [ $status = 124 ] || [ $status = 137 ] && outcome="FAILED, out of time after $most s"
+    # Without a GPU the tests are skipped and the benchmarks only count bytes: neither is a success here.
+    [ $status = 0 ] && grep -qE "^Not timed|[0-9]+ skipped" "$OUT/$name.log" && outcome="FAILED, needs a GPU: see $name.log"
+    echo "$name: $outcome, $((SECONDS - began)) s" | tee -a "$summary"
+}
+
+if wanted install && [ -z "${PYTHON:-}" ]; then
+    python3 -m venv "$work/venv"
+    check install 400 "$python" -m pip install --quiet --disable-pip-version-check -e '.[run,test,gpu,kernels]'
+fi
+# Without an installation the package minilm.kernels is the folder kernels/: links make both importable.
+mkdir -p "$work/site/minilm"
+for path in minilm/*; do ln -s "$PWD/$path" "$work/site/minilm/"; done
+ln -s "$PWD/kernels" "$work/site/minilm/kernels"
+export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
+
+cat >"$work/env.py" <<'PROGRAM'
+import importlib.metadata
+import platform
+import shutil
+
+print("Python", platform.python_version())
+for name in ("numpy", "cupy-cuda13x", "cupy-cuda12x", "torch", "liger-kernel", "pytest", "hypothesis",
+             "nvidia-cuda-nvrtc"):
+    try:
+        print(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        print(name, "is not installed")
+print({tool: bool(shutil.which(tool)) for tool in ("g++", "nvcc", "compute-sanitizer")})
+from minilm.kernels import emulator  # noqa: E402
+
+print("emulator:", emulator.available() or "available")
+import cupy  # noqa: E402
+
+device = cupy.cuda.runtime.getDeviceProperties(0)
+print("device:", device["name"].decode(), "multiprocessors", device["multiProcessorCount"], "compute capability",
+      f"{device['major']}.{device['minor']}", "driver", cupy.cuda.runtime.driverGetVersion())
+PROGRAM
+cat >"$work/sanitized.py" <<'PROGRAM'
+import importlib
+
+import cupy
+import numpy as np
+
+cupy.cuda.set_allocator(None)               # without CuPy's pool the sanitizer sees the end of every array
+SIZES = {"attention": [{}, {"T": 131, "K": 128, "G": 1}, {"T": 65, "K": 64, "dtype": "float64"}],
+         "decode": [{}, {"T": 300, "K": 128, "H": 8, "G": 1}], "log_probs": [{}, {"V": 5003}],
+         "sampling": [{}, {"V": 5003, "dtype": "float64"}],
+         "fused": [{}, {"N": 37, "D": 768, "F": 260, "K": 64, "P": 100003}]}
+for name, cases in SIZES.items():
+    for sizes in cases:
+        importlib.import_module(f"minilm.kernels.{name}").example(cupy, np.random.default_rng(0), **sizes)
+cupy.cuda.Device().synchronize()
+PROGRAM
+
+wanted env && check env 60 "$python" "$work/env.py"
+if wanted tests; then
+    for name in emulator_against_gpu attention_kernel decode_kernel log_probs_kernel sampling_kernel fused_kernels device; do
+        check "test_$name" 300 "$python" -m pytest -m gpu -q -rs --maxfail 20 --tb short -p no:cacheprovider \
+            "tests/test_$name.py"
+    done
+fi
+if wanted sanitizer; then
+    if command -v compute-sanitizer >/dev/null; then
+        for tool in memcheck racecheck synccheck initcheck; do
+            check "$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" "$work/sanitized.py"
+        done
+    else
+        echo "sanitizer: not run, compute-sanitizer is not installed" | tee -a "$summary"
+    fi
+fi
+wanted assistant && check assistant 300 "$python" scripts/assistant.py --device gpu --scale 0.05 --out "$work/assistant"
+if wanted bench; then
+    check bench_attention 120 "$python" scripts/bench/attention.py --lengths 512,2048,8192
+    check bench_log_probs 120 "$python" scripts/bench/log_probs.py --vocabularies 4096,50257
+fi
+if wanted report; then
+    arch=$(sed -n 's/.*compute capability \([0-9]*\)\.\([0-9]\).*/\1\2/p' "$OUT/env.log" 2>/dev/null)
+    check report 200 "$python" scripts/dev/kernel_report.py --arch "${arch:-80}"
+fi
+
+echo
+echo "Logs: $OUT"
+grep -h "^device:\|^emulator:" "$OUT/env.log" 2>/dev/null
+grep -hE "^(FAILED|ERROR) |^[0-9]+ (passed|failed|skipped)" "$OUT"/test_*.log 2>/dev/null | head -40
+grep -hE "^T = |^V = |^\| (minilm|torch|Liger|plain)" "$OUT"/bench_*.log 2>/dev/null | head -60
+cat "$summary"
+! grep -q FAILED "$summary"

@@ -41,6 +41,8 @@ MODES = {
     "debug": ("-O0", "-ggdb3", "-gdwarf-4"),
 }
 RUNTIME_FLAGS = ("-std=c++17", "-O2", "-g", "-fPIC", "-fno-gnu-unique", "-fno-exceptions", "-march=native", "-w")
+# gdb finds the sources of the emulator by their names alone: checkouts share the cache, so paths would be wrong.
+PATHS = "-fdebug-prefix-map={}=."
 
 # Blocks run one after another, so `__shared__ real tile[8][9];` becomes a static variable. In a checked build it
 # becomes memory of its own from the runtime, far from other arrays. `extern __shared__ real all[];` becomes a pointer.
@@ -73,7 +75,7 @@ def available():
 
 def library(code, options, mode):
     """The path of the library of that text, from the cache or built by g++. Raises CompileError."""
-    runtime = _cached("runtime", "o", RUNTIME_HEADERS + RUNTIME, RUNTIME_FLAGS, _compile_runtime)
+    runtime = _cached("runtime", "o", RUNTIME_HEADERS + RUNTIME, (RUNTIME_FLAGS, PATHS), _compile_runtime)
     definitions = tuple(option for option in options if _checked_option(option))
     return _cached(mode, "so", KERNEL_HEADERS, (code, definitions, MODES[mode], FLAGS, runtime.name),
                    functools.partial(_compile, code, definitions, mode, runtime))
@@ -136,7 +138,7 @@ def _gxx(*arguments, code=""):
 
 
 def _compile_runtime(folder):
-    _gxx(*RUNTIME_FLAGS, "-r", "-nostdlib", *(HERE / name for name in RUNTIME), "-o", folder / "runtime.o")
+    _gxx(*RUNTIME_FLAGS, PATHS.format(HERE), "-r", "-nostdlib", *(HERE / name for name in RUNTIME), "-o", folder / "runtime.o")
     return folder / "runtime.o"
 
 
@@ -144,7 +146,7 @@ def _compile(code, definitions, mode, runtime, folder):
     text = '#line 1 "kernel.cu"\n' + rewritten(code, mode)
     source = folder / "kernel.cc"
     source.write_text(text)
-    include = "-include", HERE / "device.h", f"-fdebug-prefix-map={os.getcwd()}=.", *definitions
+    include = "-include", HERE / "device.h", PATHS.format(os.getcwd()), PATHS.format(HERE), *definitions
     # A macro may define a kernel, so kernels are found after preprocessing; these two words are kept as they are.
     unexpanded = [f"-D{word}={word}" for word in ("__global__", "__launch_bounds__")]
     expanded = _gxx(*FLAGS, *include, *unexpanded, "-E", "-P", source, code=code)

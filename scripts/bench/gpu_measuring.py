@@ -126,7 +126,7 @@ def release(cupy):
 
 
 def row(name, time, bytes_moved, operations, extra, ceiling):
-    """One line of a table; ceiling: what ceilings() returned."""
+    """One line of a table. ceiling: the result of ceilings()."""
     median, low, high = 1e6 * time
     cells = [name, f"{median:.0f} us [{low:.0f}, {high:.0f}]"]
     amounts = (bytes_moved, ceiling[0], "GB/s", 1e9), (operations, ceiling[1], "TFLOP/s", 1e12)
@@ -135,7 +135,7 @@ def row(name, time, bytes_moved, operations, extra, ceiling):
     return f"| {' | '.join(cells)} | {'' if extra is None else f'{extra / 2**20:.0f} MB'} |"
 
 
-HEADER = ("| | time [quartiles] | bytes, of a copy's | operations, of a product's | memory beside |\n"
+HEADER = ("| | time [quartiles] | bytes/s, share of a copy's | operations/s, share of a product's | extra memory |\n"
           "|---|---|---|---|---|")
 
 

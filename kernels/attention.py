@@ -13,8 +13,9 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
-from minilm.kernels.launch import function, launch, options, real
+from minilm.kernels.launch import Array, Variants, function, launch, options, real
 
 WIDTHS = (16, 32, 64, 128)
 # {dtype: {head width: (queries, keys) of a tile}}: as large as 64 KiB of shared memory and the registers allow.
@@ -30,7 +31,7 @@ class Operand(NamedTuple):
     """A contiguous array of tokens and heads in any order. The numbers of token t, head h begin at offset + t token +
     h head."""
 
-    array: object
+    array: Array
     offset: int
     token: int
     head: int
@@ -43,7 +44,7 @@ class Plan:
     keys overlap in part.
     """
 
-    def __init__(self, xp, segments):
+    def __init__(self, xp, segments: ArrayLike):
         self.xp = xp
         self.segments = np.asarray(segments, np.int64).reshape(-1, 7)
         self.rows = self.segments.tolist()
@@ -61,20 +62,20 @@ class Plan:
             self._known[key] = make()
         return self._known[key]
 
-    def query_tiles(self, rows):
+    def query_tiles(self, rows: int) -> list[tuple[int, int]]:
         """(segment, first query) of every tile; tiles with the most work come first."""
         def cut():
             tiles = [(i, i0) for i, s in enumerate(self.rows) for i0 in range(0, s[1], rows)]
             return sorted(tiles, key=lambda tile: -self.work(tile, rows))
         return self._once(("query tiles", rows), cut)
 
-    def work(self, tile, rows):
+    def work(self, tile: tuple[int, int], rows: int) -> int:
         """The number of keys over which a tile of queries loops, prefix included."""
         i, i0 = tile
         _, queries, _, keys, diagonal, _, prefix_keys = self.rows[i]
         return prefix_keys + max(0, min(keys, i0 + min(rows, queries - i0) + diagonal))
 
-    def key_tiles(self, cols):
+    def key_tiles(self, cols: int) -> tuple[list[tuple[int, ...]], list[tuple[int, int]]]:
         """([(first token, how many, j of the first, begin, end) of every tile of keys], users)
 
         users[begin:end] are the users of a tile; a user is (segment, whether the keys are its own). Tiles that most
@@ -89,7 +90,7 @@ class Plan:
             return sorted(tiles, key=lambda tile: -self.seers(tile, users)), users
         return self._once(("key tiles", cols), cut)
 
-    def seers(self, key_tile, users):
+    def seers(self, key_tile: tuple[int, ...], users: list[tuple[int, int]]) -> int:
         """The number of queries, of one head, over which a tile of keys loops."""
         _, _, j0, begin, end = key_tile
         queries = 0
@@ -98,7 +99,7 @@ class Plan:
             queries += count - (min(count, max(0, j0 - diagonal)) if own else 0)
         return queries
 
-    def device(self, name, rows, width):
+    def device(self, name: object, rows: ArrayLike, width: int) -> Array:
         """A table of integers as int32 on the device, copied there once."""
         return self._once((name, "device"), lambda: self.xp.asarray(np.asarray(rows, np.int32).reshape(-1, width)))
 
@@ -114,7 +115,8 @@ def _ranges(what, rows):
     return rows[-1][0] + rows[-1][1] if rows else 0
 
 
-def forward(q, k, v, o, lse, plan, heads, kv_heads, width, lse_head, scale):
+def forward(q: Operand, k: Operand, v: Operand, o: Operand, lse: Array, plan: Plan, heads: int, kv_heads: int,
+            width: int, lse_head: int, scale: float) -> None:
     """Write attention into o, and the log-sum-exp of every query's scores into lse (-inf for a query that sees no key).
 
     q, k, v, o: Operands, of `heads` or kv_heads heads of `width` numbers. lse: a contiguous array; head h of query
@@ -130,7 +132,8 @@ def forward(q, k, v, o, lse, plan, heads, kv_heads, width, lse_head, scale):
            lse_head, heads // kv_heads, float(scale), shared=shared_bytes("attention_forward", dtype, width))
 
 
-def backward(q, k, v, o, do, lse, dq, dk, dv, plan, heads, kv_heads, width, lse_head, scale):
+def backward(q: Operand, k: Operand, v: Operand, o: Operand, do: Operand, lse: Array, dq: Operand, dk: Operand,
+             dv: Operand, plan: Plan, heads: int, kv_heads: int, width: int, lse_head: int, scale: float) -> None:
     """Write the gradients into dq, dk, dv (Operands), for all tokens that are a query or a key of a segment."""
     operands = {"q": q, "k": k, "v": v, "o": o, "do": do, "dq": dq, "dk": dk, "dv": dv}
     dtype = _check(plan, heads, kv_heads, width, operands, lse, lse_head)
@@ -156,7 +159,8 @@ def backward(q, k, v, o, do, lse, dq, dk, dv, plan, heads, kv_heads, width, lse_
 
 # A batch (B,H,T,K), as in layers.attention.
 
-def batch_plan(xp, q_shape, kv_shape, causal, first=None, stop=None):
+def batch_plan(xp, q_shape: tuple[int, ...], kv_shape: tuple[int, ...], causal: bool, first: ArrayLike | None = None,
+               stop: ArrayLike | None = None) -> Plan:
     """The Plan of q (B,H,T,K) and k, v (B,G,S,K). The real keys of row b are first[b] to stop[b] (None: all)."""
     B, H, T, _ = q_shape
     _, G, S, _ = kv_shape
@@ -169,12 +173,12 @@ def batch_plan(xp, q_shape, kv_shape, causal, first=None, stop=None):
     return Plan(xp, segments)
 
 
-def batch_operands(**arrays):
+def batch_operands(**arrays: Array) -> dict[str, Operand]:
     """Operands of arrays (B,heads,T,K)."""
     return {name: Operand(a, 0, a.shape[3], a.shape[2] * a.shape[3]) for name, a in arrays.items()}
 
 
-def batch_forward(q, k, v, plan, scale):
+def batch_forward(q: Array, k: Array, v: Array, plan: Plan, scale: float) -> tuple[Array, Array]:
     """q (B,H,T,K); k, v (B,G,S,K) -> (B,H,T,K) and the log-sum-exp."""
     _, H, T, K = q.shape
     o = plan.xp.empty(q.shape, q.dtype)
@@ -184,7 +188,8 @@ def batch_forward(q, k, v, plan, scale):
     return o, lse
 
 
-def batch_backward(q, k, v, o, do, lse, plan, scale):
+def batch_backward(q: Array, k: Array, v: Array, o: Array, do: Array, lse: Array, plan: Plan,
+                   scale: float) -> tuple[Array, Array, Array]:
     """The gradients dq, dk, dv of batch_forward, for the gradient do (B,H,T,K) of its output."""
     _, H, T, K = q.shape
     dq = plan.xp.empty(q.shape, q.dtype)
@@ -196,17 +201,17 @@ def batch_backward(q, k, v, o, do, lse, plan, scale):
 
 # Tiles, and the bytes that they move.
 
-def tile(name, dtype, width):
+def tile(name: str, dtype: DTypeLike, width: int) -> tuple[int, int]:
     """(queries, keys) of a tile of that kernel."""
     return (FORWARD if name == "attention_forward" else BACKWARD)[np.dtype(dtype).name][width]
 
 
-def threads(rows):
+def threads(rows: int) -> int:
     """Threads of a block: 8 for each of at most 16 rows."""
     return 8 * min(16, rows)
 
 
-def shared_bytes(name, dtype, width):
+def shared_bytes(name: str, dtype: DTypeLike, width: int) -> int:
     """Bytes of dynamic shared memory of a block."""
     rows, cols = tile(name, dtype, width)
     pitch = width + 1
@@ -217,20 +222,20 @@ def shared_bytes(name, dtype, width):
     return numbers[name] * np.dtype(dtype).itemsize
 
 
-def constants(name, dtype, width):
+def constants(name: str, dtype: DTypeLike, width: int) -> dict[str, int]:
     """The constants of attention.cu for that kernel, for -D."""
     rows, cols = tile(name, dtype, width)
     return {"HEAD": width, "ROWS": rows, "COLS": cols, "THREADS": threads(rows)}
 
 
-def variants():
+def variants() -> Variants:
     """(kernel, compiler options, threads of a block, bytes of dynamic shared memory) of every launch configuration."""
     for dtype, width, name in itertools.product(("float32", "float64"), WIDTHS, KERNELS):
         yield (name, options(dtype, constants(name, dtype, width)), threads(tile(name, dtype, width)[0]),
                shared_bytes(name, dtype, width))
 
 
-def forward_bytes(plan, heads, kv_heads, width, dtype):
+def forward_bytes(plan: Plan, heads: int, kv_heads: int, width: int, dtype: DTypeLike) -> dict[str, tuple[int, int]]:
     """{operand: (bytes read, bytes written)} of forward, without the tables of integers."""
     item = np.dtype(dtype).itemsize
     rows, _ = tile("attention_forward", dtype, width)
@@ -240,7 +245,8 @@ def forward_bytes(plan, heads, kv_heads, width, dtype):
             "o": (0, queries * width * item), "lse": (0, queries * item)}
 
 
-def backward_bytes(plan, heads, kv_heads, width, dtype):
+def backward_bytes(plan: Plan, heads: int, kv_heads: int, width: int,
+                   dtype: DTypeLike) -> dict[str, dict[str, tuple[int, int]]]:
     """{kernel: {operand: (bytes read, bytes written)}} of backward, without the tables of integers."""
     item = np.dtype(dtype).itemsize
     rows, cols = tile("attention_dq", dtype, width)
@@ -259,7 +265,8 @@ def backward_bytes(plan, heads, kv_heads, width, dtype):
                                 "dk": (0, own_keys * row), "dv": (0, own_keys * row)}}
 
 
-def example(xp, rng, B=2, H=4, G=2, T=33, K=32, dtype="float32"):
+def example(xp, rng: np.random.Generator, B: int = 2, H: int = 4, G: int = 2, T: int = 33, K: int = 32,
+            dtype: str = "float32") -> tuple[Array, ...]:
     """Causal attention, forward and backward, on random numbers."""
     q, k, v, do = (xp.asarray(rng.normal(size=(B, heads, T, K)).astype(dtype)) for heads in (H, G, G, H))
     plan = batch_plan(xp, q.shape, k.shape, causal=True)

@@ -1,18 +1,21 @@
 """Attention of one new token to a cache of keys and values: the checks and the launches of decode.cu."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from minilm.backend import array_module
-from minilm.kernels.launch import check, function, launch, options, real
+from minilm.kernels.launch import Array, Variants, check, function, launch, options, real
 
 WIDTHS, GROUPS = (16, 32, 64, 128), range(1, 9)
 THREADS = 128
 CHUNK = 128             # keys of a block; fixed, so that the results of a row do not depend on the number of rows
 
 
-def decode(q, keys, values, length, first=None, scale=None):
+def decode(q: Array, keys: Array, values: Array, length: int, first: Array | None = None,
+           scale: float | None = None) -> Array:
     """softmax(scale q k^T) v over the first `length` positions of a cache.  q (B,H,K) -> (B,H,K)
 
     keys, values (B,G,capacity,K), G divides H. first (B,), int32 on the device: the position of each row's first real
@@ -47,12 +50,12 @@ def decode(q, keys, values, length, first=None, scale=None):
     return out
 
 
-def constants(width, group):
+def constants(width: int, group: int) -> dict[str, int]:
     """The constants of decode.cu, for -D."""
     return {"HEAD": width, "GROUP": group, "THREADS": THREADS}
 
 
-def variants():
+def variants() -> Variants:
     """(kernel, compiler options, threads of a block, bytes of dynamic shared memory) of every launch configuration."""
     for dtype, width, group in itertools.product(("float32", "float64"), WIDTHS, (1, 4, 8)):
         yield "decode_split", options(dtype, constants(width, group)), THREADS, 0
@@ -60,7 +63,8 @@ def variants():
         yield "decode_combine", options(dtype, constants(width, 1)), max(32, width), 0
 
 
-def decode_bytes(B, H, G, K, lengths, longest, dtype):
+def decode_bytes(B: int, H: int, G: int, K: int, lengths: Sequence[int], longest: int,
+                 dtype: DTypeLike) -> dict[str, dict[str, tuple[int, int]]]:
     """{kernel: {array: (bytes read, bytes written)}}: lengths (B,) real keys a row, in a cache filled to `longest`.
 
     The partial results are read by HEAD threads, so their m and l count once for each.
@@ -74,7 +78,8 @@ def decode_bytes(B, H, G, K, lengths, longest, dtype):
                                "out": (0, B * H * K * item)}}
 
 
-def example(xp, rng, B=2, H=4, G=2, T=200, K=32, dtype="float32"):
+def example(xp, rng: np.random.Generator, B: int = 2, H: int = 4, G: int = 2, T: int = 200, K: int = 32,
+            dtype: str = "float32") -> Array:
     """Attention of one token to a cache of T random keys and values."""
     q = xp.asarray(rng.normal(size=(B, H, K)).astype(dtype))
     keys, values = (xp.asarray(rng.normal(size=(B, G, T, K)).astype(dtype)) for _ in range(2))

@@ -7,9 +7,10 @@ for other arrays before a launch. Grids depend only on shapes, so the same array
 import math
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from minilm.backend import array_module
-from minilm.kernels.launch import check, function, launch, options, real
+from minilm.kernels.launch import Array, Variants, check, function, launch, options, real
 
 ROW_BYTES = 16 * 1024           # the longest row that rms_norm holds in registers: 512 threads, 32 bytes each
 BLOCK = 256                     # threads of a block, unless a row needs more
@@ -19,7 +20,7 @@ PER_BLOCK = 4 * BLOCK           # a flat array gets another block for every PER_
 ROPE_BLOCK = 128
 
 
-def rms_norm_forward(x, weight, eps=1e-6):
+def rms_norm_forward(x: Array, weight: Array, eps: float = 1e-6) -> tuple[Array, Array]:
     """x / sqrt(mean(x^2) + eps) * weight, and the reciprocal root.  (..,D), (D,) -> (..,D), (N,) for N rows"""
     xp, N, D = _rms_norm(x, weight)
     y = xp.empty(x.shape, x.dtype)
@@ -28,7 +29,7 @@ def rms_norm_forward(x, weight, eps=1e-6):
     return y, r
 
 
-def rms_norm_backward(dy, x, weight, r):
+def rms_norm_backward(dy: Array, x: Array, weight: Array, r: Array) -> tuple[Array, Array]:
     """dx (..,D) and dweight (D,) from dy (..,D), the inputs of forward, and its r."""
     xp, N, D = _rms_norm(x, weight)
     check("dy", dy, x.dtype, x.shape)
@@ -45,7 +46,7 @@ def rms_norm_backward(dy, x, weight, r):
     return dx, dweight
 
 
-def swiglu_forward(gate_up):
+def swiglu_forward(gate_up: Array) -> Array:
     """silu(gate) * up; gate and up are the two halves of the last axis.  (..,2F) -> (..,F)"""
     xp, N, F = _swiglu(gate_up)
     y = xp.empty((*gate_up.shape[:-1], F), gate_up.dtype)
@@ -53,7 +54,7 @@ def swiglu_forward(gate_up):
     return y
 
 
-def swiglu_backward(dy, gate_up):
+def swiglu_backward(dy: Array, gate_up: Array) -> Array:
     """The gradient of gate_up (..,2F), from dy (..,F)."""
     xp, N, F = _swiglu(gate_up)
     check("dy", dy, gate_up.dtype, (*gate_up.shape[:-1], F))
@@ -62,7 +63,8 @@ def swiglu_backward(dy, gate_up):
     return dgate_up
 
 
-def rope(qkv, cos, sin, heads, kv_heads, pairing="half", scale=1.0, backward=False, out=None):
+def rope(qkv: Array, cos: Array, sin: Array, heads: int, kv_heads: int, pairing: str = "half", scale: float = 1.0,
+         backward: bool = False, out: Array | None = None) -> Array:
     """Rotate the queries and keys, the first H+G heads, by the angles of their tokens.  (N,H+2G,K) -> (N,H+G,K)
 
     cos, sin (N,K/2) from layers.rope_tables; pairing as in layers.rope; scale multiplies the H query heads. qkv can
@@ -89,7 +91,8 @@ def rope(qkv, cos, sin, heads, kv_heads, pairing="half", scale=1.0, backward=Fal
     return out
 
 
-def adamw_step(p, g, m, v, decayed, learning_rate, betas, eps, weight_decay, steps, scale=1.0):
+def adamw_step(p: Array, g: Array, m: Array, v: Array, decayed: int, learning_rate: float, betas: tuple[float, float],
+               eps: float, weight_decay: float, steps: int, scale: float = 1.0) -> Array:
     """One step of AdamW on flat arrays, in place in p, m and v: the same as minilm.optim.AdamW.step.
 
     steps: the number of this step, from 1. scale: multiplies g first (for clipping). The first `decayed` parameters
@@ -110,7 +113,7 @@ def adamw_step(p, g, m, v, decayed, learning_rate, betas, eps, weight_decay, ste
         float(learning_rate * second / (1 - b1 ** steps)), float(eps * second)))
 
 
-def squared_norm(g):
+def squared_norm(g: Array) -> Array:
     """The sum of the squares of a flat array (P,), as an array without axes."""
     real(g.dtype)
     check("g", g, g.dtype, (g.size,))
@@ -180,7 +183,10 @@ def _swiglu(gate_up):
 
 # {kernel: {argument: (bytes read, bytes written)}} of each function.
 
-def rms_norm_forward_bytes(N, D, dtype):
+Bytes = dict[str, dict[str, tuple[int, int]]]
+
+
+def rms_norm_forward_bytes(N: int, D: int, dtype: DTypeLike) -> Bytes:
     """Each row of threads of a block reads the weight once and keeps it."""
     size = np.dtype(dtype).itemsize
     grid, block = _grid_of_rows(N, D, np.dtype(dtype))
@@ -188,7 +194,7 @@ def rms_norm_forward_bytes(N, D, dtype):
                                  "y": (0, N * D * size), "r": (0, N * size)}}
 
 
-def rms_norm_backward_bytes(N, D, dtype):
+def rms_norm_backward_bytes(N: int, D: int, dtype: DTypeLike) -> Bytes:
     """Each thread of a row reads r; on a GPU that is one transaction for a warp."""
     size = np.dtype(dtype).itemsize
     grid, block = _grid_of_rows(N, D, np.dtype(dtype))
@@ -198,18 +204,18 @@ def rms_norm_backward_bytes(N, D, dtype):
             "column_sums": {"x": (partial, 0), "y": (0, D * size)}}
 
 
-def swiglu_forward_bytes(N, F, dtype):
+def swiglu_forward_bytes(N: int, F: int, dtype: DTypeLike) -> Bytes:
     size = np.dtype(dtype).itemsize
     return {"swiglu_forward": {"gate_up": (2 * N * F * size, 0), "y": (0, N * F * size)}}
 
 
-def swiglu_backward_bytes(N, F, dtype):
+def swiglu_backward_bytes(N: int, F: int, dtype: DTypeLike) -> Bytes:
     size = np.dtype(dtype).itemsize
     return {"swiglu_backward": {"dy": (N * F * size, 0), "gate_up": (2 * N * F * size, 0),
                                 "dgate_up": (0, 2 * N * F * size)}}
 
 
-def rope_bytes(N, heads, kv_heads, K, dtype):
+def rope_bytes(N: int, heads: int, kv_heads: int, K: int, dtype: DTypeLike) -> Bytes:
     """Only the query and key heads are read and written."""
     size = np.dtype(dtype).itemsize
     moved = N * (heads + kv_heads) * K * size
@@ -217,7 +223,7 @@ def rope_bytes(N, heads, kv_heads, K, dtype):
     return {"rope": {"x": (moved, 0), "cos": table, "sin": table, "y": (0, moved)}}
 
 
-def adamw_step_bytes(P, dtype):
+def adamw_step_bytes(P: int, dtype: DTypeLike) -> Bytes:
     size = np.dtype(dtype).itemsize
     partial = _flat_blocks(P) * size
     both = P * size, P * size
@@ -225,13 +231,13 @@ def adamw_step_bytes(P, dtype):
             "total": {"x": (partial, 0), "y": (0, size)}}
 
 
-def squared_norm_bytes(P, dtype):
+def squared_norm_bytes(P: int, dtype: DTypeLike) -> Bytes:
     size = np.dtype(dtype).itemsize
     partial = _flat_blocks(P) * size
     return {"squares": {"g": (P * size, 0), "partial": (0, partial)}, "total": {"x": (partial, 0), "y": (0, size)}}
 
 
-def variants():
+def variants() -> Variants:
     """(kernel, compiler options, threads of a block, bytes of dynamic shared memory) of every launch configuration; for
     rms_norm those of the shortest and of the longest rows."""
     for dtype in ("float32", "float64"):
@@ -244,7 +250,8 @@ def variants():
         yield "rope", options(dtype, {}), ROPE_BLOCK, 0
 
 
-def example(xp, rng, N=3, D=33, F=5, H=2, G=1, K=8, P=1100, dtype="float32"):
+def example(xp, rng: np.random.Generator, N: int = 3, D: int = 33, F: int = 5, H: int = 2, G: int = 1, K: int = 8,
+            P: int = 1100, dtype: str = "float32") -> tuple[Array, ...]:
     """Every kernel of this module once, on random numbers."""
     def normal(shape):
         return xp.asarray(rng.normal(size=shape).astype(dtype))

@@ -10,28 +10,33 @@ A module of minilm.kernels, X.cu and X.py, has two functions for the tools:
 """
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+Array = Any                     # an array of CuPy, or of the mock of the emulator
+Variants = Iterator[tuple[str, tuple[str, ...], int, int]]         # the result of variants() of a module
 FOLDER = Path(__file__).resolve().parent
 REALS = {"float32": "float", "float64": "double"}
 SHARED_UNASKED = 48 * 1024      # bytes of dynamic shared memory of a block; more must be requested from the driver
 
 
 @functools.lru_cache(maxsize=None)          # a launch must not read files
-def source(module, text=None):
+def source(module: str, text: str | None = None) -> str:
     """The prelude and kernels/<module>.cu (or `text` in its place), with #line directives for error messages."""
     text = (FOLDER / f"{module}.cu").read_text() if text is None else text
     return f'#line 1 "prelude.cuh"\n{(FOLDER / "prelude.cuh").read_text()}\n#line 1 "{module}.cu"\n{text}'
 
 
-def options(dtype, constants):
+def options(dtype: DTypeLike, constants: dict[str, Any]) -> tuple[str, ...]:
     """Options of the compiler: the precision, and the constants of a module as -DNAME=VALUE."""
     return "--std=c++17", f"-DREAL={real(dtype)}", *(f"-D{name}={value}" for name, value in sorted(constants.items()))
 
 
-def real(dtype):
+def real(dtype: DTypeLike) -> str:
     """The C type of float32 or float64. Raises TypeError for another dtype."""
     name = np.dtype(dtype).name
     if name not in REALS:
@@ -39,7 +44,7 @@ def real(dtype):
     return REALS[name]
 
 
-def function(xp, module, name, dtype, text=None, **constants):
+def function(xp, module: str, name: str, dtype: DTypeLike, text: str | None = None, **constants) -> "Kernel":
     """The kernel of that name for xp (CuPy) in that precision; compiled once, at its first launch."""
     return _function(xp.RawModule, source(module, text), name, options(dtype, constants), np.dtype(dtype))
 
@@ -61,7 +66,7 @@ def _function(raw_module, code, name, options, dtype):
     return Kernel(_module(raw_module, code, options).get_function(name), name, dtype)
 
 
-def launch(kernel, grid, block, *arguments, shared=0):
+def launch(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], *arguments, shared: int = 0) -> None:
     """Run a kernel on a grid of blocks. An empty grid does nothing. shared: bytes of dynamic shared memory of a block.
 
     A Python int is passed as 32 bits, a Python float in the kernel's precision. Raises TypeError for an array that is
@@ -86,7 +91,7 @@ def _argument(kernel, value):
     return np.int32(value)
 
 
-def check(name, array, dtype, shape):
+def check(name: str, array: Array, dtype: DTypeLike, shape: tuple[int | None, ...]) -> None:
     """Raise TypeError or ValueError, naming the supported dtype and shape, unless the array has them and is contiguous.
 
     None in a shape stands for any length.

@@ -4,17 +4,20 @@ Shapes are those of minilm/layers.py. Arrays that are not contiguous are copied 
 contiguous arrays.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from minilm.backend import array_module, to_numpy
 from minilm.kernels import attention as attention_kernel, fused, log_probs
+from minilm.kernels.launch import Array
 
 
 def _contiguous(x):
     return array_module(x).ascontiguousarray(x)
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x: Array, weight: Array, eps: float) -> tuple[Array, Callable]:
     x = _contiguous(x)
     y, r = fused.rms_norm_forward(x, weight, eps)
 
@@ -23,7 +26,7 @@ def rms_norm(x, weight, eps):
     return y, vjp
 
 
-def swiglu(gate_up):
+def swiglu(gate_up: Array) -> tuple[Array, Callable]:
     gate_up = _contiguous(gate_up)
 
     def vjp(dy):
@@ -31,7 +34,8 @@ def swiglu(gate_up):
     return fused.swiglu_forward(gate_up), vjp
 
 
-def attention(q, k, v, causal, key_mask, scale):
+def attention(q: Array, k: Array, v: Array, causal: bool, key_mask: Array | np.ndarray | None,
+              scale: float) -> tuple[Array, Callable]:
     """The real keys of a row must be contiguous: padding can be on the left and on the right. Raises ValueError."""
     q, k, v = map(_contiguous, (q, k, v))
     first = stop = None
@@ -51,13 +55,14 @@ def attention(q, k, v, causal, key_mask, scale):
     return o, vjp
 
 
-def segment_plan(segments, like):
+def segment_plan(segments: Sequence, like: Array) -> attention_kernel.Plan:
     """The attention Plan of the segments of a packing.Pack, for the device of the array `like`."""
     rows = [(s.start, s.queries, s.start, s.queries, 0, s.prefix_start, s.keys - s.queries) for s in segments]
     return attention_kernel.Plan(array_module(like), rows)
 
 
-def segment_attention(qkv, cos, sin, heads, kv_heads, plan, pairing):
+def segment_attention(qkv: Array, cos: Array, sin: Array, heads: int, kv_heads: int, plan: attention_kernel.Plan,
+                      pairing: str) -> tuple[Array, Callable]:
     """Rotary positions, then causal attention over a whole packing.Pack in one launch: (N,(H+2G)K) -> (N,H K)."""
     N, width = qkv.shape
     xp, H, G = array_module(qkv), heads, kv_heads
@@ -82,7 +87,7 @@ def segment_attention(qkv, cos, sin, heads, kv_heads, plan, pairing):
     return o.reshape(N, H * K), vjp
 
 
-def token_log_probs(hidden, unembedding, targets, chunk):
+def token_log_probs(hidden: Array, unembedding: Array, targets: Array, chunk: int | None) -> tuple[Array, Callable]:
     """hidden (..,D); targets (N,), in the vocabulary -> log-probs (..)"""
     shape = hidden.shape
     rows = _contiguous(hidden).reshape(-1, shape[-1])

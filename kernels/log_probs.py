@@ -6,9 +6,10 @@ trip to the GPU and is left to the caller (layers.token_log_probs does it).
 """
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from minilm.backend import array_module
-from minilm.kernels.launch import check, function, launch, options, real
+from minilm.kernels.launch import Array, Variants, check, function, launch, options, real
 
 THREADS = 256                   # of a block, at most
 EACH = 8                        # a row gets another warp for every 32 EACH tokens
@@ -17,7 +18,7 @@ EACH = 8                        # a row gets another warp for every 32 EACH toke
 LOGITS_HELD = 1 << 25
 
 
-def forward(logits, targets, entropy=False):
+def forward(logits: Array, targets: Array, entropy: bool = False) -> tuple[Array, Array, Array | None]:
     """log softmax(logits)[target] of each row.  (N,V), integers (N,) -> log_probs (N,), lse (N,), entropies
 
     lse, the log-sum-exp of each row in float64, is for backward. entropies (N,), in nats; None unless entropy is True.
@@ -37,7 +38,7 @@ def _forward(xp, logits, targets, log_probs, lse, entropies):
     launch(kernel, (N,), (_threads(V),), logits, targets, log_probs, lse, entropies, V, int(len(entropies) > 0))
 
 
-def backward(logits, targets, lse, dy, out=None):
+def backward(logits: Array, targets: Array, lse: Array, dy: Array, out: Array | None = None) -> Array:
     """dlogits (N,V) of the log-probs, given their gradient dy (N,): dy (onehot(target) - softmax(logits)).
 
     out: the array to write to; it may be the array of the logits.
@@ -55,7 +56,8 @@ def backward(logits, targets, lse, dy, out=None):
     return out
 
 
-def linear_forward(hidden, unembedding, targets, chunk=None, entropy=False):
+def linear_forward(hidden: Array, unembedding: Array, targets: Array, chunk: int | None = None,
+                   entropy: bool = False) -> tuple[Array, Array, Array | None, Array | None]:
     """forward(hidden unembedding^T, targets), with `chunk` rows of logits in memory at a time.
 
     hidden (N,D), unembedding (V,D). chunk: by default as many rows as fit LOGITS_HELD. Returns log_probs, lse,
@@ -72,7 +74,8 @@ def linear_forward(hidden, unembedding, targets, chunk=None, entropy=False):
     return log_probs, lse, entropies if entropy else None, held if len(chunks) == 1 else None
 
 
-def linear_backward(hidden, unembedding, targets, lse, dy, logits=None, chunk=None):
+def linear_backward(hidden: Array, unembedding: Array, targets: Array, lse: Array, dy: Array,
+                    logits: Array | None = None, chunk: int | None = None) -> tuple[Array, Array]:
     """dhidden (N,D) and dunembedding (V,D) of linear_forward's log-probs, given their gradient dy (N,).
 
     dhidden = dlogits unembedding, dunembedding = dlogits^T hidden. logits: from linear_forward; they are overwritten.
@@ -99,26 +102,26 @@ def linear_backward(hidden, unembedding, targets, lse, dy, logits=None, chunk=No
     return dhidden, dunembedding
 
 
-def forward_bytes(N, V, dtype, entropy=False):
+def forward_bytes(N: int, V: int, dtype: DTypeLike, entropy: bool = False) -> tuple[int, int]:
     """Bytes that the kernel of forward (reads, writes): each logit once, and a few numbers for each row."""
     size = np.dtype(dtype).itemsize
     return N * V * size + 8 * N, (8 + (2 if entropy else 1) * size) * N
 
 
-def backward_bytes(N, V, dtype):
+def backward_bytes(N: int, V: int, dtype: DTypeLike) -> tuple[int, int]:
     """Bytes that the kernel of backward (reads, writes): each logit and gradient once, a few numbers for each row."""
     size = np.dtype(dtype).itemsize
     return N * V * size + (16 + size) * N, N * V * size
 
 
-def variants():
+def variants() -> Variants:
     """(kernel, compiler options, threads of a block, bytes of dynamic shared memory) of every launch configuration."""
     for dtype in ("float32", "float64"):
         for name in ("log_probs_forward", "log_probs_backward"):
             yield name, options(dtype, {"THREADS": THREADS}), THREADS, 0
 
 
-def example(xp, rng, N=3, V=65, dtype="float32"):
+def example(xp, rng: np.random.Generator, N: int = 3, V: int = 65, dtype: str = "float32") -> tuple[Array, ...]:
     """Both kernels on random logits: log_probs, lse, entropies, dlogits."""
     logits = xp.asarray(rng.normal(size=(N, V)).astype(dtype))
     targets = xp.asarray(rng.integers(0, V, N))

@@ -22,7 +22,7 @@ class CompileError(RuntimeError):
 
 
 @functools.cache
-def library():
+def library() -> ctypes.CDLL | None:
     """The shared library, from the wheel or the system; None if neither has it."""
     folders = [Path(folder or ".") / "nvidia" for folder in sys.path]
     found = sorted((path for folder in folders for path in folder.glob("*/lib/libnvrtc.so.1*")),
@@ -31,7 +31,7 @@ def library():
     return ctypes.CDLL(name) if name else None
 
 
-def architectures():
+def architectures() -> list[int]:
     """The architectures that this NVRTC supports, as integers: 75 is sm_75."""
     count = ctypes.c_int()
     _call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
@@ -40,14 +40,14 @@ def architectures():
     return list(found)
 
 
-def version():
+def version() -> tuple[int, int]:
     """(major, minor)"""
     major, minor = ctypes.c_int(), ctypes.c_int()
     _call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
     return major.value, minor.value
 
 
-def cupy_options(options, architecture):
+def cupy_options(options: tuple[str, ...], architecture: int) -> tuple[str, ...]:
     """The options that CuPy 14 passes to NVRTC for a RawModule with these options, in its order, without include paths.
 
     cupy/_core/core.pyx, assemble_cupy_compiler_options; cupy/cuda/compiler.py, _compile_module_with_cache and
@@ -57,7 +57,7 @@ def cupy_options(options, architecture):
     return (*options, *standard, "-ftz=true", f"-arch=sm_{architecture}", "--device-as-default-execution-space")
 
 
-def compile(code, options, architecture):
+def compile(code: str, options: tuple[str, ...], architecture: int) -> tuple[bytes, str]:
     """Compile CUDA C as for a GPU of that architecture: (cubin, log of the assembler). Raises CompileError."""
     options = [o.encode() for o in (*cupy_options(options, architecture), "--ptxas-options=-v")]
     program = ctypes.c_void_p()
@@ -99,7 +99,7 @@ class Resources:
     shared_bytes: int
 
 
-def resources(log):
+def resources(log: str) -> dict[str, Resources]:
     """{kernel: Resources} from the log of ptxas -v, through NVRTC or nvcc."""
     found = {}
     for part in log.split("Compiling entry function ")[1:]:

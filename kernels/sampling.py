@@ -5,18 +5,21 @@ logits. B rows, V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from minilm.backend import array_module
-from minilm.kernels.launch import check, function, launch, options, real
+from minilm.kernels.launch import Array, Variants, check, function, launch, options, real
 
 THREADS = 512                   # of a block, at most
 EACH = 8                        # a row gets another warp for every 32 EACH tokens
 DIGIT_BITS = 4                  # bits that one pass of a search finds
 
 
-def sample(logits, uniforms, temperature=1.0, top_k=None, top_p=None):
+def sample(logits: Array, uniforms: Array, temperature: float = 1.0, top_k: int | None = None,
+           top_p: float | None = None) -> tuple[Array, Array, Array]:
     """A token for each row.  (B,V), float64 (B,) in [0,1) -> tokens (B,) int64, log_probs (B,), entropies (B,)
 
     The logits are divided by the temperature. Then only the top_k most likely tokens are kept, and of these the most
@@ -41,7 +44,8 @@ def sample(logits, uniforms, temperature=1.0, top_k=None, top_p=None):
     return tokens, log_probs, entropies
 
 
-def sample_bytes(V, dtype, tokens, temperature=1.0, top_k=None, top_p=None):
+def sample_bytes(V: int, dtype: DTypeLike, tokens: Sequence[int], temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float | None = None) -> tuple[int, int]:
     """Bytes that the kernel (reads, writes) when it draws these tokens (B,).
 
     Each pass reads the row; the walk reads the segment of its warp up to the token. Exact unless several tokens have
@@ -60,13 +64,14 @@ def sample_bytes(V, dtype, tokens, temperature=1.0, top_k=None, top_p=None):
     return (passes * B * V + walked + B) * size + 8 * B, B * (8 + 2 * size)
 
 
-def variants():
+def variants() -> Variants:
     """(kernel, compiler options, threads of a block, bytes of dynamic shared memory) of every launch configuration."""
     for dtype in ("float32", "float64"):
         yield "sample", options(dtype, {"THREADS": THREADS}), THREADS, 0
 
 
-def example(xp, rng, B=2, V=65, dtype="float32", temperature=0.8, top_k=20, top_p=0.9):
+def example(xp, rng: np.random.Generator, B: int = 2, V: int = 65, dtype: str = "float32", temperature: float = 0.8,
+            top_k: int = 20, top_p: float = 0.9) -> tuple[Array, ...]:
     """One launch on random logits: tokens, log_probs, entropies."""
     logits = xp.asarray(rng.normal(size=(B, V)).astype(dtype))
     return sample(logits, xp.asarray(rng.random(B)), temperature, top_k, top_p)

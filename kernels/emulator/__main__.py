@@ -32,7 +32,7 @@ from minilm.kernels.emulator.fault import explained
 HERE = Path(__file__).resolve().parent
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     given, rest = parser.parse_known_args(arguments)
     sizes = _sizes(parser, rest)
@@ -115,7 +115,8 @@ def _gdb(given, rest, program):
         raise OSError("--debug needs gdb (Debian: apt-get install gdb)")
     launches = program.run(emulator.debug())[1]         # builds the kernels, and gives their names
     names = dict.fromkeys(launch.kernel for launch in launches)
-    commands = [f"directory {program.folder}:{HERE}", *(f"tbreak {name}" for name in names), "run", "next", "list", "whoami"]
+    commands = [f"directory {program.folder}:{HERE}", *(f"tbreak {name}" for name in names)]
+    commands += ["run", "next", "list", "whoami"]
     options = ["-q", "-iex", "set auto-load no", "-x", str(HERE / "debug.gdb"), *(["-batch"] if given.do else [])]
     options += [word for command in commands + given.do for word in ("-ex", command)]
     own = [f"--{name}={value}" for name in ("kernel", "grid", "block", "shared") if (value := getattr(given, name))]

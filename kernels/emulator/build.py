@@ -61,7 +61,7 @@ class CompileError(RuntimeError):
 
 
 @functools.lru_cache(maxsize=None)
-def available():
+def available() -> str | None:
     """None if the emulator can run on this machine, otherwise the reason in words."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         return f"the emulator runs on Linux on x86-64, not on {platform.system()} on {platform.machine()}"
@@ -73,7 +73,7 @@ def available():
         return f"the emulator needs g++ 11 or newer, and this is g++ {version}"
 
 
-def library(code, options, mode):
+def library(code: str, options: tuple[str, ...], mode: str) -> Path:
     """The path of the library of that text, from the cache or built by g++. Raises CompileError."""
     runtime = _cached("runtime", "o", RUNTIME_HEADERS + RUNTIME, (RUNTIME_FLAGS, PATHS), _compile_runtime)
     definitions = tuple(option for option in options if _checked_option(option))
@@ -90,7 +90,7 @@ def _checked_option(option):
     return True
 
 
-def cache_folder():
+def cache_folder() -> Path:
     """minilm/kernels in $XDG_CACHE_HOME or ~/.cache; a temporary folder if that is not writable."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minilm" / "kernels"
     try:
@@ -138,8 +138,9 @@ def _gxx(*arguments, code=""):
 
 
 def _compile_runtime(folder):
-    _gxx(*RUNTIME_FLAGS, PATHS.format(HERE), "-r", "-nostdlib", *(HERE / name for name in RUNTIME), "-o", folder / "runtime.o")
-    return folder / "runtime.o"
+    output = folder / "runtime.o"
+    _gxx(*RUNTIME_FLAGS, PATHS.format(HERE), "-r", "-nostdlib", *(HERE / name for name in RUNTIME), "-o", output)
+    return output
 
 
 def _compile(code, definitions, mode, runtime, folder):
@@ -157,7 +158,7 @@ def _compile(code, definitions, mode, runtime, folder):
     return folder / "kernel.so"
 
 
-def rewritten(code, mode):
+def rewritten(code: str, mode: str) -> str:
     """The text with its __shared__ declarations in C++. Raises CompileError for a declaration of another form."""
     def dynamic(match):
         kind, name = match.groups()
@@ -179,7 +180,7 @@ def rewritten(code, mode):
     return text
 
 
-def kernel_names(code):
+def kernel_names(code: str) -> list[str]:
     """The kernels that stand in a text as extern "C" __global__ void name(...), in their order."""
     return [name for _, name, _ in KERNEL.findall(COMMENT.sub("", code))]
 

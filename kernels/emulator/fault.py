@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from collections.abc import Iterator
 
 PLACE = re.compile(r"(\S+):(\d+)")
 LINE_DIRECTIVE = re.compile(r'#line (\d+) "([^"]+)"')
@@ -23,7 +24,7 @@ class Fault(RuntimeError):
         super().__init__(f"{place}kernel {kernel}{who}: {what}")
 
 
-def explained(fault):
+def explained(fault: Fault) -> str:
     """Several lines: the place, the source lines with an arrow at each access, then who did what."""
     kind, colon, sentence = fault.what.partition(": ")
     if not colon:
@@ -38,7 +39,7 @@ def explained(fault):
     return "\n".join(line for line in lines if line is not None)
 
 
-def lines_of(code):
+def lines_of(code: str) -> Iterator[tuple[str, int, str]]:
     """(file, number, line without its margin) of every line of a text in which #line directives name the files."""
     file, number = "kernel.cu", 1
     for line in code.splitlines():
@@ -49,6 +50,6 @@ def lines_of(code):
         number += 1
 
 
-def source_line(code, file, number):
+def source_line(code: str, file: str, number: int) -> str:
     """That line of a file; "" if the text does not have it."""
     return next((line for name, at, line in lines_of(code) if (name, at) == (file, number)), "")

@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ BLOCK = 128                     # threads of a block, unless the kernel or the u
 FILLS = "random", "zeros", "ones", "arange", "empty"
 
 
-def nearest(name, known):
+def nearest(name: str, known: Iterable[str]) -> str:
     """". Did you mean ..?" for a misspelt name; "" if no known name is near."""
     lowered = {other.lower(): other for other in known}
     found = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, 2, 0.5)]
@@ -61,7 +62,7 @@ def _count(number, one, several):
 # Modules of minilm.kernels.
 
 @functools.cache
-def modules():
+def modules() -> dict[str, str]:
     """{module: the options of its example with their defaults} of every module of minilm.kernels."""
     return {name: " ".join(f"--{size} {default}" for size, default in _defaults(name).items())
             for name in sorted(path.stem for path in KERNELS.glob("*.cu"))}

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ setting_of_now = contextvars.ContextVar("emulator", default=Setting())       # n
 _last = None
 
 
-def note(launch):
+def note(launch: Launch) -> None:
     """Keep the record of a launch."""
     global _last
     setting = setting_of_now.get()
@@ -52,24 +53,24 @@ def _running(**setting):
         setting_of_now.reset(token)
 
 
-def checked(schedule="forward"):
+def checked(schedule: str | int = "forward") -> AbstractContextManager[list[Launch]]:
     """In the `with` block every launch runs under all checkers, in that order of threads and blocks. Gives the list
     of Launch records."""
     return _running(mode="checked", schedule=schedule, launches=[])
 
 
-def fast(schedule="forward"):
+def fast(schedule: str | int = "forward") -> AbstractContextManager[list[Launch]]:
     """In the `with` block every launch runs fast and unchecked, as by default, but in that order. Gives the list of
     Launch records."""
     return _running(mode="fast", schedule=schedule, launches=[])
 
 
-def debug():
+def debug() -> AbstractContextManager[list[Launch]]:
     """In the `with` block every launch runs a build for gdb."""
     return _running(mode="debug", schedule="forward", launches=[])
 
 
-def traffic():
+def traffic() -> dict[int, tuple[int, int]]:
     """Bytes that the last checked launch read and wrote in global memory: {index of the argument: (read, written)}.
 
     Every load and store of the source counts, cached or not. An atomic operation is one load and one store.
@@ -77,7 +78,7 @@ def traffic():
     return _last_checked().traffic
 
 
-def shared_traffic():
+def shared_traffic() -> tuple[int, int]:
     """Bytes that the last checked launch read and wrote in shared memory."""
     return _last_checked().shared_traffic
 
@@ -91,7 +92,7 @@ def _last_checked():
 MARK = 0x7FFA5A5A           # as UNINITIALISED in runtime.h; a NaN as a float, and twice as a double
 
 
-def poison(array):
+def poison(array: np.ndarray) -> np.ndarray:
     """Mark the elements of a NumPy array as never written: a checked kernel that reads one is at fault. Returns it.
 
     The mark is a value that no computation gives. Types of fewer than 4 bytes cannot hold it.
@@ -101,7 +102,7 @@ def poison(array):
     return array
 
 
-def never_written(array):
+def never_written(array: np.ndarray) -> np.ndarray:
     """For each element of a contiguous NumPy array (n,), whether it still holds the mark of poison()."""
     if array.dtype.itemsize < 4:
         return np.zeros(array.shape, bool)

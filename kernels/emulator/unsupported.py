@@ -38,7 +38,7 @@ FEATURES = [(re.compile(pattern), name, advice) for pattern, name, advice in (
 )]
 
 
-def hints(code, log):
+def hints(code: str, log: str) -> list[str]:
     """Lines "file:line: not supported by the emulator: name (advice)" for a text that g++ could not compile.
 
     There is one line for each unsupported feature of the text; none if the first error in the log of g++ has another

@@ -25,6 +25,7 @@ from common import (
     experiment,  # noqa: E402
     markdown,  # noqa: E402
     page,  # noqa: E402
+    text as plain_text,
 )
 from support.run_folder import main_guard  # noqa: E402
 
@@ -114,12 +115,12 @@ def test_findings_have_an_outcome_of_their_own_and_do_not_decide_that_of_the_cla
 
 
 def test_a_table_has_columns():
-    assert experiment.as_text([["a", "long"], ["wide", 1]]) == "a     long\nwide  1"
+    assert plain_text.as_text([["a", "long"], ["wide", 1]]) == "a     long\nwide  1"
 
 
 def test_a_wide_table_wraps_its_heads_and_continues_in_a_further_block():
     table = [["n", *(f"a long title of column {i}" for i in range(4))], ["1", *(["0.50 [0.25, 0.75]"] * 4)]]
-    text = experiment.as_text(table, columns=45)
+    text = plain_text.as_text(table, columns=45)
     assert text.splitlines() == [
         "   a long title of    a long title of", "n  column 0           column 1",
         "1  0.50 [0.25, 0.75]  0.50 [0.25, 0.75]", "",
@@ -223,10 +224,10 @@ def test_axes_of_a_trial_contain_their_data(drawing):
 
 def test_a_report_says_the_rule_and_stays_within_its_columns():
     comparison = experiment.Comparison("lead (gold reward)", [1.0, 1.1, 1.2], above=0.5).summary()
-    text = experiment.report(RESULT | {"experiment": "tiny", "comparisons": [comparison], "words": "word " * 60})
+    text = plain_text.report(RESULT | {"experiment": "tiny", "comparisons": [comparison], "words": "word " * 60})
     assert "tiny: shown\n  rule      It ends above 3.\n  measured  word" in text
     assert "compared  lead (gold reward): 1.1 (95% interval 0.852 to 1.35); asked: above 0.5" in text
-    assert max(map(len, text.splitlines())) <= experiment.COLUMNS
+    assert max(map(len, text.splitlines())) <= plain_text.COLUMNS
 
 
 def test_an_experiment_leaves_numbers_and_two_figures_and_is_concluded_again_without_measuring(

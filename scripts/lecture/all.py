@@ -27,7 +27,8 @@ import time
 from pathlib import Path
 
 from common import markdown, page
-from common.experiment import STYLES, first_sentence, read
+from common.experiment import STYLES, read
+from common.text import first_sentence
 from minilm import checkpoint
 from minilm.fast import workers
 from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require

@@ -57,9 +57,7 @@ import inspect
 import io
 import json
 import platform
-import re
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -67,6 +65,7 @@ import numpy as np
 
 import minilm
 from common.intervals import OUTCOMES, Comparison, as_number, outcome, smallest_step  # noqa: F401
+from common.text import as_text, report
 from minilm import checkpoint
 from minilm.fast import workers
 from minilm.model import Config, Transformer
@@ -80,7 +79,6 @@ SECTIONS = ("Claim", "Test", "Rule", "Limits", "Source")
 COLOURS = ("#2f7ed8", "#d9792b", "#3f9b5f", "#b65fc0", "#c94f4f", "#8a8a8a")
 STYLES = {"": {"text": "#1d1d1f", "faint": "#b4b4b8", "ground": "#ffffff"},
           "-dark": {"text": "#e6e6e8", "faint": "#5c5c62", "ground": "#16171a"}}
-COLUMNS = 100                           # of printed text
 
 
 @dataclasses.dataclass
@@ -235,10 +233,6 @@ def paragraphs(doc):
     return " ".join(title.split()), found
 
 
-def first_sentence(text):
-    return re.split(r"(?<=[.?!]) (?=[A-Z(])", " ".join(text.split()))[0]
-
-
 def run(file, doc, measure, conclude, draw, sizes, figure_size=(7.2, 4.0)):
     """The command line of an experiment: the exit status."""
     return main_guard(lambda: _run(Path(file).stem, doc, measure, conclude, draw, sizes, figure_size))
@@ -304,29 +298,6 @@ def _measured(experiment, measure, seeds, settings, processes):
             "by_seed": measured}
 
 
-def report(result):
-    """The outcome of an experiment, its rule and its comparisons, as text of at most COLUMNS columns."""
-    def wrapped(label, text):
-        return textwrap.fill(" ".join(text.split()), COLUMNS, initial_indent=f"  {label:<10}",
-                             subsequent_indent=" " * 12)
-
-    lines = [f"{result['experiment']}: {result['outcome']}", wrapped("rule", first_sentence(result["Rule"])),
-             wrapped("measured", result["words"])]
-    for label, kind in (("condition", "conditions"), ("compared", "comparisons")):
-        lines += [wrapped(label, compared_as_text(comparison)) for comparison in result[kind]]
-    lines += [wrapped("finding", f"{compared_as_text(finding)}: {finding['outcome']}")
-              for finding in result.get("findings", [])]
-    lines.append(wrapped("run", f"{len(result['seeds'])} seeds, {result['seconds']:.0f} s"))
-    return "\n".join(lines)
-
-
-def compared_as_text(comparison):
-    """lead of DPO (gold reward): 0.08 [0.05, 0.11], asked: above 0"""
-    low, high = comparison["interval"]
-    interval = "no interval" if low is None else f"95% interval {as_number(low)} to {as_number(high)}"
-    return f"{comparison['name']}: {as_number(comparison['mean'])} ({interval}); asked: {comparison['asked']}"
-
-
 def read(path):
     """What an experiment wrote. Raises UsageError if it cannot be read."""
     try:
@@ -334,30 +305,6 @@ def read(path):
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: no results of an experiment ({error}); run it first, without --redraw") \
             from error
-
-
-def as_text(table, columns=COLUMNS):
-    """A table as text: heads of columns are wrapped; columns that do not fit stand in a further block."""
-    head, *body = [[str(cell) for cell in line] for line in table]
-    heads, widths = [], []
-    for i, title in enumerate(head):
-        widest = max([12, *(len(line[i]) for line in body)])
-        heads.append(textwrap.wrap(title, widest, break_long_words=False) or [""])
-        widths.append(max(map(len, [*heads[-1], *(line[i] for line in body)])))
-    blocks = [[0]]
-    for i in range(1, len(head)):
-        if len(blocks[-1]) > 1 and sum(widths[k] + 2 for k in [*blocks[-1], i]) > columns + 2:
-            blocks.append([0])
-        blocks[-1].append(i)
-    return "\n\n".join(_block(heads, body, widths, block) for block in blocks)
-
-
-def _block(heads, body, widths, block):
-    """The columns of one block; the last lines of the heads stand side by side."""
-    height = max(len(heads[i]) for i in block)
-    padded = [[""] * (height - len(title)) + title for title in heads]
-    lines = [[title[k] for title in padded] for k in range(height)] + body
-    return "\n".join("  ".join(line[i].ljust(widths[i]) for i in block).rstrip() for line in lines)
 
 
 def _write(path, data):

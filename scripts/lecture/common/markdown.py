@@ -5,7 +5,7 @@ outcomes under other roundings. Links are relative to scripts/lecture. Tests: te
 import collections
 import re
 
-from common.experiment import first_sentence
+from common.text import first_sentence
 
 HEADER = """# The lecture, claim by claim
 

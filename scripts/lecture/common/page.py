@@ -14,8 +14,10 @@ import re
 import struct
 from html import escape
 
-from common.experiment import TRIAL, as_number, first_sentence
+from common.experiment import TRIAL
 from common.glossary import FORMULAS, TERMS
+from common.intervals import as_number
+from common.text import first_sentence
 
 TITLE = "The lecture, claim by claim"
 SIGNS = {"shown": ("✓", "yes"), "not shown": ("✗", "no"), "undecided": ("?", "open"), TRIAL: ("…", "none"),

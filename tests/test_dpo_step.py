@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+
 from common.dpo_step import TERMS, decomposition
 from helpers import assert_close, small_transformer
-from worlds.replies import VOCABULARY, ReplyWorld
-
 from minilm.objectives.dpo import dpo_loss
 from minilm.tensor import no_grad
+from worlds.replies import VOCABULARY, ReplyWorld
 
 BETA = 0.3
 

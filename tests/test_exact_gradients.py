@@ -4,8 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from helpers import assert_close
 
+from helpers import assert_close
 from minilm import ops
 from minilm.exact import gradients
 from minilm.exact.enumerable import EnumerableWorld

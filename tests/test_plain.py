@@ -3,8 +3,7 @@ import inspect
 
 import numpy as np
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 from helpers import (
     assert_close,

@@ -448,6 +448,9 @@ def test_the_time_is_estimated_from_a_measurement_by_experiment(run, capsys):
     assert "2 experiments took 5 minutes with 2 workers on 2 cores (2020-01-02)." in capsys.readouterr().out
     assert lecture.expected_seconds(["two", "three"], "default") == [298, 150], "an average one"
     assert lecture.share_left(["one", "two"], 1, "default") == 149
+    run.write("three", seconds=0.1)
+    assert run("--out", again, "--rows", "three", "--resume") == 0 and run("--seconds", again) == 0
+    assert lecture.expected_seconds(["three"], "default") == [1], "at least 1, so that no share is infinite"
     assert lecture.expectation(["one"], "quick").endswith("was not measured.")
 
 

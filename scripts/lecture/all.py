@@ -243,7 +243,7 @@ def write_seconds(folder):
     kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
     last = list(done.values())[-1]
     kept[size] = {name: last[name] for name in ("date", "machine", "workers")}
-    kept[size]["seconds"] = {name: round(result["seconds"]) for name, result in done.items()}
+    kept[size]["seconds"] = {name: max(1, round(result["seconds"])) for name, result in done.items()}
     checkpoint.write_text(path, json.dumps(kept, indent=1, sort_keys=True) + "\n")
     print(f"{path}: {len(done)} experiments, {sum(kept[size]['seconds'].values())} s at size {size}")
     return 0

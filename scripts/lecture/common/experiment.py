@@ -59,6 +59,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -108,25 +109,26 @@ class Conclusion:
 
 # Numbers over the seeds.
 
-def spread(values):
+def spread(values: Iterable[float]) -> dict:
     """What to keep of one number per seed."""
     values = [float(v) for v in values]
     return {"mean": float(np.mean(values)), "least": min(values), "greatest": max(values), "by_seed": values}
 
 
-def mean_range(values, digits=2):
+def mean_range(values: Sequence[float], digits: int = 2) -> str:
     """0.97 [0.95, 0.99]: the mean over the seeds, the least and the greatest."""
     return f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
-def mean(values, digits=2):
+def mean(values: Sequence[float], digits: int = 2) -> str:
     """0.97: the mean over the seeds, for words."""
     return f"{np.mean(values):.{digits}f}"
 
 
 # Drawing.
 
-def curve(axis, x, by_seed, label, colour, marker="o", **style):
+def curve(axis, x: Sequence[float], by_seed: Sequence, label: str, colour: str, marker: str = "o",
+          **style) -> None:
     """One faint line per seed, and their mean: by_seed (seeds, len(x))."""
     for y in by_seed:
         axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
@@ -134,7 +136,7 @@ def curve(axis, x, by_seed, label, colour, marker="o", **style):
               label=label, **style)
 
 
-def level(axis, y, label, side="right", below=False):
+def level(axis, y: float, label: str, side: str = "right", below: bool = False) -> None:
     """A dotted line across the axis, its label above or below it at one side: chance, a bound, an optimum."""
     faint = STYLES["-dark" if axis.figure.get_facecolor()[0] < 0.5 else ""]["faint"]
     axis.axhline(y, color=faint, linestyle=":", linewidth=1.2, zorder=0)
@@ -143,7 +145,7 @@ def level(axis, y, label, side="right", below=False):
                   ha=side, va="top" if below else "bottom", fontsize=8, alpha=0.75, annotation_clip=True)
 
 
-def fit_axes(figure):
+def fit_axes(figure) -> None:
     """Gives up the limits of every axis that its curves do not lie within; images keep theirs."""
     for axis in figure.axes:
         if axis.images or not axis.lines:
@@ -157,7 +159,8 @@ def fit_axes(figure):
                 axis.autoscale(axis=of)
 
 
-def picture(draw, suffix, size=(7.2, 4.0), trial=False):
+def picture(draw: Callable, suffix: str, size: tuple[float, float] = (7.2, 4.0),
+            trial: bool = False) -> bytes:
     """The bytes of a PNG: draw(figure) in that style. A trial says so, and its axes fit its data."""
     import matplotlib
     matplotlib.use("Agg")
@@ -185,20 +188,21 @@ def picture(draw, suffix, size=(7.2, 4.0), trial=False):
 class Experiment:
     """The first argument of measure: say() for progress, transformer() and trained() for models."""
 
-    def __init__(self, name, folder, dtype=np.float32):
+    def __init__(self, name: str, folder: str | Path, dtype: type | str = np.float32):
         self.name = name
         self.folder = Path(folder)
         self.dtype = np.dtype(dtype)
         self.began = time.monotonic()
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         print(f"{self.name} {time.monotonic() - self.began:4.0f} s  {text}", flush=True)
 
-    def transformer(self, rng, **config):
+    def transformer(self, rng: np.random.Generator, **config) -> Transformer:
         """A Transformer of this config with new weights; the draws are the same for every dtype."""
         return Transformer(Config(**config), rng, self.dtype)
 
-    def trained(self, name, seed, config, train, **recipe):
+    def trained(self, name: str, seed: int, config: dict, train: Callable,
+                **recipe) -> tuple[Transformer, object]:
         """(model, history): a Transformer of this config after history = train(model, rng, **recipe).
 
         Kept in the folder, under a name that changes with the recipe, the source of train, and minilm
@@ -220,7 +224,7 @@ class Experiment:
         return model, history
 
 
-def paragraphs(doc):
+def paragraphs(doc: str) -> tuple[str, dict[str, str]]:
     """The title of an experiment's docstring, and its paragraphs by section."""
     title, *rest = doc.strip().split("\n\n")
     found = {}
@@ -233,7 +237,8 @@ def paragraphs(doc):
     return " ".join(title.split()), found
 
 
-def run(file, doc, measure, conclude, draw, sizes, figure_size=(7.2, 4.0)):
+def run(file: str, doc: str, measure: Callable, conclude: Callable, draw: Callable, sizes: dict,
+        figure_size: tuple[float, float] = (7.2, 4.0)) -> int:
     """The command line of an experiment: the exit status."""
     return main_guard(lambda: _run(Path(file).stem, doc, measure, conclude, draw, sizes, figure_size))
 
@@ -298,7 +303,7 @@ def _measured(experiment, measure, seeds, settings, processes):
             "by_seed": measured}
 
 
-def read(path):
+def read(path: str | Path) -> dict:
     """What an experiment wrote. Raises UsageError if it cannot be read."""
     try:
         return json.loads(Path(path).read_text("utf-8"))

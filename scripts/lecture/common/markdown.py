@@ -4,6 +4,7 @@ outcomes under other roundings. Links are relative to scripts/lecture. Tests: te
 
 import collections
 import re
+from collections.abc import Iterable
 
 from common.text import first_sentence
 
@@ -43,7 +44,7 @@ the outcomes. How to write an experiment: [experiment.py](common/experiment.py).
 """
 
 
-def table(stages, done):
+def table(stages: dict, done: dict) -> str:
     """The claims that were tested: {stage: names}, {name: what the experiment wrote}."""
     lines = []
     for title, names in stages.items():
@@ -60,7 +61,7 @@ def table(stages, done):
     return "\n".join(lines)
 
 
-def readme(stages, size, done):
+def readme(stages: dict, size: str, done: dict) -> str:
     """The text of scripts/lecture/README.md."""
     claims = sum(map(len, stages.values()))
     parts = [HEADER.format(claims=claims), table(stages, done), summary(claims, size, done), "\n",
@@ -68,7 +69,7 @@ def readme(stages, size, done):
     return re.sub(r"\n{3,}", "\n\n", "".join(parts))
 
 
-def summary(claims, size, done):
+def summary(claims: int, size: str, done: dict) -> str:
     """How many claims have which outcome, and where and when that was measured."""
     count = collections.Counter(result["outcome"] for result in done.values())
     outcomes = ", ".join(f"{number} {outcome}" for outcome, number in count.items())
@@ -83,7 +84,7 @@ def summary(claims, size, done):
     return "\n".join(lines) + "\n"
 
 
-def roundings(names, by_rounding):
+def roundings(names: Iterable[str], by_rounding: dict) -> str:
     """The outcomes of the experiments, from {rounding: {name: what it wrote}}, and whether they agree."""
     columns = list(by_rounding)
     lines = [f"| experiment | {' | '.join(columns)} | |", "|---" * (len(columns) + 2) + "|"]
@@ -100,6 +101,6 @@ def roundings(names, by_rounding):
     return "\n".join([*lines, "", f"{which} on rounding."]) + "\n"
 
 
-def as_cell(text):
+def as_cell(text: str) -> str:
     """Text that stays text, in a cell of a table."""
     return re.sub(r"([|<*\\])", r"\\\1", " ".join(text.split()))

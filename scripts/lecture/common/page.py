@@ -97,7 +97,7 @@ MEANINGS = {"shown": "the 95% interval of every comparison of the rule lies beyo
             "undecided": "neither, or the model did not learn the task that the rule is about"}
 
 
-def html(stages, results, pictures, size):
+def html(stages: dict, results: dict, pictures: dict, size: str) -> str:
     """The page. stages: {title: names}; results: {name: what experiment.run wrote}, of the experiments that
     were run; pictures: {name: PNGs, for light and dark}."""
     header = [f'<h1 id="top">{TITLE}</h1>', _summary(sum(map(len, stages.values())), results.values(), size)]
@@ -124,7 +124,7 @@ def html(stages, results, pictures, size):
 
 
 @functools.cache
-def compact(png, colours=256, scale=1):
+def compact(png: bytes, colours: int = 256, scale: float = 1) -> bytes:
     """The same picture from a palette, and smaller if need be: a third of the bytes, of a figure of lines."""
     from PIL import Image
     picture, file = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
@@ -143,8 +143,8 @@ def _summary(claims, results, size):
     count = collections.Counter(result["outcome"] for result in results)
     lines = ["<p>From language model to assistant: each claim of the lecture is an experiment in minilm, "
              "with small models in small invented worlds, where the best possible result is known. A claim "
-             "is a sentence about large models; beside it stands the rule that was tested here, and the outcome "
-             "is about the rule.</p>"]
+             "is a sentence about large models; beside it stands the rule that was tested here, and the "
+             "outcome is about the rule.</p>"]
     outcomes = ", ".join(f"{count[outcome]} {outcome}" for outcome in SIGNS if count[outcome])
     lines.append(f"<p>{len(results)} of {claims} experiments were run: {outcomes or 'none'}.</p>")
     if count.keys() - {TRIAL}:

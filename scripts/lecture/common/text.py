@@ -11,11 +11,11 @@ from common.intervals import as_number
 COLUMNS = 100
 
 
-def first_sentence(text):
+def first_sentence(text: str) -> str:
     return re.split(r"(?<=[.?!]) (?=[A-Z(])", " ".join(text.split()))[0]
 
 
-def report(result):
+def report(result: dict) -> str:
     """The outcome of an experiment, its rule and its comparisons, as text of at most COLUMNS columns."""
     def wrapped(label, text):
         return textwrap.fill(" ".join(text.split()), COLUMNS, initial_indent=f"  {label:<10}",
@@ -31,14 +31,14 @@ def report(result):
     return "\n".join(lines)
 
 
-def compared_as_text(comparison):
+def compared_as_text(comparison: dict) -> str:
     """lead of DPO (gold reward): 0.08 [0.05, 0.11], asked: above 0"""
     low, high = comparison["interval"]
     interval = "no interval" if low is None else f"95% interval {as_number(low)} to {as_number(high)}"
     return f"{comparison['name']}: {as_number(comparison['mean'])} ({interval}); asked: {comparison['asked']}"
 
 
-def as_text(table, columns=COLUMNS):
+def as_text(table: list[list], columns: int = COLUMNS) -> str:
     """A table as text: heads of columns are wrapped; columns that do not fit stand in a further block."""
     head, *body = [[str(cell) for cell in line] for line in table]
     heads, widths = [], []

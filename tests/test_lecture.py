@@ -432,6 +432,9 @@ def test_outcomes_that_agree_are_said_to_agree():
     results = {"one": {"outcome": "shown"}, "two": {"outcome": "not shown"}}
     text = markdown.roundings(("one", "two", "three"), {"as run": results, "float64": results})
     assert "No outcome depends on rounding." in text and text.count("the same") == 2
+    trials = {"one": {"outcome": experiment.TRIAL}}
+    text = markdown.roundings(("one",), {"as run": trials, "float64": trials})
+    assert "Trials have no outcomes to compare." in text and "No outcome depends" not in text
 
 
 def test_the_time_is_estimated_from_a_measurement_by_experiment(run, capsys):

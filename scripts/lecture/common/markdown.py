@@ -6,6 +6,7 @@ import collections
 import re
 from collections.abc import Iterable
 
+from common.experiment import TRIAL
 from common.text import first_sentence
 
 HEADER = """# The lecture, claim by claim
@@ -95,10 +96,14 @@ def roundings(names: Iterable[str], by_rounding: dict) -> str:
             continue
         if len(set(outcomes) - {"not run"}) > 1:
             differ.append(name)
-        agreement = "**differs**" if name in differ else "the same"
-        lines.append(f"| {name} | {' | '.join(outcomes)} | {agreement} |")
-    which = f"The outcomes of {', '.join(differ)} depend" if differ else "No outcome depends"
-    return "\n".join([*lines, "", f"{which} on rounding."]) + "\n"
+        same = "**differs**" if name in differ else "the same"
+        lines.append(f"| {name} | {' | '.join(outcomes)} | {same} |")
+    agreement = "No outcome depends on rounding."
+    if differ:
+        agreement = f"The outcomes of {', '.join(differ)} depend on rounding."
+    elif any(f"| {TRIAL} |" in line for line in lines):
+        agreement = "Trials have no outcomes to compare."
+    return "\n".join([*lines, "", agreement]) + "\n"
 
 
 def as_cell(text: str) -> str:

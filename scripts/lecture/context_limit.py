@@ -1,7 +1,6 @@
 """In-context learning ends where the context ends
 
-Claim. What fits the context bounds what can be learned from a prompt: demonstrations beyond it change
-nothing.
+Claim. The length of the context bounds learning from a prompt: demonstrations beyond it change nothing.
 
 Test. A transformer of two layers and width 64 (no key smearing) learns, as in in_context, from documents of
 17 pairs, each under a mapping of 8 symbols to 8 labels of its own. Then 0 to 32 demonstrations of a mapping

@@ -1,4 +1,4 @@
-"""What a demonstration buys, and what comparisons buy for the same money
+"""Gold reward for the same money: demonstrations alone, or a few of them and comparisons
 
 Claim. Demonstrations are expensive to collect: people write them, where a comparison is a click.
 

@@ -1,7 +1,7 @@
-"""Multiple choice measures largely what was memorised
+"""Multiple choice measures largely memorised facts
 
-Claim. Instruction-finetuned models are evaluated on many subjects by multiple choice, as MMLU does; such a test
-measures largely what was memorised in pretraining.
+Claim. Instruction-finetuned models are evaluated on many subjects by multiple choice, as MMLU does; such a
+test measures largely facts memorised in pretraining.
 
 Test. An invented encyclopedia: facts of four subjects, each stated 1, 4, 16, 64 or 256 times in one pass of
 pretraining, in one template, in three, as the very question of the test, or in all of these. Of two further

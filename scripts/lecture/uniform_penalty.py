@@ -1,4 +1,4 @@
-"""Equally likely, differently liked: the loss does not know which mistakes matter
+"""Equal likelihood, different preference: the loss weighs all mistakes alike
 
 Claim. The loss punishes every wrong token alike, and open-ended tasks have no single right answer:
 likelihood and human preference disagree.

@@ -504,6 +504,12 @@ def test_a_loss_with_lengths_gets_the_lengths_of_chosen_and_rejected_in_tokens(n
     assert_step_is_down_the_gradient_of(by_hand, before, training, metrics)
 
 
+@pytest.mark.parametrize("loss", [simpo_loss, dpo.length_normalised_dpo_loss])
+def test_a_loss_with_lengths_trains_a_float32_model(loss):
+    metrics = run("DPO", make_training("DPO"), 2, loss=loss)
+    assert all(np.isfinite(m["loss"]) for m in metrics)
+
+
 def test_a_loss_with_an_unknown_required_parameter_raises_with_its_name():
     def with_margin(policy_chosen, policy_rejected, margin):
         return ops.softplus(policy_rejected - policy_chosen + margin).mean()

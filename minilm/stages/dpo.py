@@ -58,7 +58,7 @@ def train_dpo(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: 
             responses = [chosen[i] for i in pairs] + [rejected[i] for i in pairs]
             log_probs = summed_log_probs(policy, pack([prompts[i] for i in pairs] * 2, responses, context))
             sides = [log_probs[:len(pairs)], log_probs[len(pairs):], reference_chosen[pairs], reference_rejected[pairs]]
-            lengths = np.array([len(response) for response in responses]).reshape(2, -1)
+            lengths = np.array([len(response) for response in responses], log_probs.dtype).reshape(2, -1)
             given = {**dict(zip(LOG_PROBS, sides)), **dict(zip(LENGTHS, lengths)), "beta": beta}
             value = loss(**{name: given[name] for name in names})
             report = [sides[0].data, sides[1].data, *sides[2:]]

@@ -4,7 +4,7 @@ This file is the definition. Everything else in minilm computes the same numbers
 it with this file (tests/test_plain.py). It uses only the elementary operations of ops.py; tensor.py computes
 their gradients. Derivations, gradients by hand and papers: objectives/ and layers.py.
 
-    OPENBLAS_NUM_THREADS=1 python -m minilm.plain       from random weights to an assistant, on the toy task of toy.py
+    python -m minilm.plain          from random weights to an assistant, on the toy task of toy.py
 
 Symbols: B sequences, T tokens, V vocabulary, D width, H query heads, G key/value heads, K head width,
 F feed-forward width, P prompts, N samples of each prompt; x prompt, y response; y_w chosen, y_l rejected.
@@ -277,5 +277,8 @@ def train_step(loss: Tensor, parameters: Parameters, state: dict, learning_rate:
 
 
 if __name__ == "__main__":
-    import runpy
-    runpy.run_module("minilm.toy", run_name="__main__")
+    import os
+    import sys
+    # In a new process, because the number of BLAS threads is read when NumPy is imported. Small products need one.
+    environment = {"OPENBLAS_NUM_THREADS": "1", **os.environ}
+    os.execve(sys.executable, [sys.executable, "-m", "minilm.toy", *sys.argv[1:]], environment)

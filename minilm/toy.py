@@ -1,8 +1,6 @@
 """The whole lecture on a toy task, with plain.py alone: from random weights to an assistant in half a minute.
 
-    OPENBLAS_NUM_THREADS=1 python -m minilm.toy 0       0 is the random seed
-
-Matrices as small as here are faster with one thread than with several, above all on a busy machine.
+    python -m minilm.plain          a number after it is the random seed: python -m minilm.plain 1
 
 A line is a question and a reply. The reply is the question reversed, "bag=gab", or copied, "bag=bag", and it is
 in small or in capital letters. People want reversed letters, and they prefer capitals.

@@ -1,4 +1,8 @@
 """minilm.toy: the task is what its docstring says, and every stage improves the model, on every seed."""
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -57,3 +61,13 @@ def test_every_stage_improves_the_model(capsys):
 @pytest.mark.parametrize("seed", range(5))
 def test_every_stage_improves_the_model_on_five_seeds(seed):
     assert_every_stage_improves_the_model(toy.lecture(seed, scale=0.6))
+
+
+@pytest.mark.slow
+def test_the_command_prints_all_stages():
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-m", "minilm.plain", "1"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line for line in done.stdout.splitlines() if not line.startswith(" ")] == [
+        "1. Pretraining", "2. Supervised finetuning", "3. Reward model", "4. RLHF", "5. DPO",
+        "Change from the SFT model"]

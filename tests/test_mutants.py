@@ -1,5 +1,6 @@
 """scripts/dev/mutants.py: its tables fit the source, and it tells killed mutants from surviving ones."""
 import ast
+import builtins
 import csv
 import os
 import signal
@@ -34,6 +35,30 @@ def test_every_mutant_is_other_code_that_compiles(file):
         wrong = mutants_table.mutated(right, mutant)
         assert ast.dump(ast.parse(wrong)) != tree, mutant
         compile(wrong, str(mutant), "exec")
+
+
+def unbound_names(source):
+    """The names that a module reads and nowhere defines: reading one raises NameError."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)} | set(dir(builtins)) | {"__file__"}
+    bound |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler))}
+    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    bound |= {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
+    return {node.id for node in names} - bound
+
+
+def test_unbound_names_are_found():
+    assert unbound_names("import a.b, c as d\ndef f(x, *y):\n    z = [w for w in x]\n    return a, d, y, z, f, "
+                         "len, c, v") == {"c", "v"}
+
+
+@pytest.mark.parametrize("file", sorted({m.file for m in MUTANTS}))
+def test_no_mutant_dies_of_a_name_that_does_not_exist(file):
+    """Such a mutant would be killed by any test, whatever the tests check."""
+    right = (ROOT / file).read_text("utf-8")
+    for mutant in (m for m in MUTANTS if m.file == file):
+        assert not unbound_names(mutants_table.mutated(right, mutant)) - unbound_names(right), mutant
 
 
 def test_every_file_with_mathematics_has_bugs_each_with_its_own_words():

@@ -82,7 +82,8 @@ class Plan:
         queries see come first.
         """
         def cut():
-            users, tiles = [], []
+            users = []
+            tiles = []
             for (key, keys), of_run in self.runs.items():
                 begin = len(users)
                 users.extend(of_run)
@@ -137,7 +138,8 @@ def backward(q: Operand, k: Operand, v: Operand, o: Operand, do: Operand, lse: A
     """Write the gradients into dq, dk, dv (Operands), for all tokens that are a query or a key of a segment."""
     operands = {"q": q, "k": k, "v": v, "o": o, "do": do, "dq": dq, "dk": dk, "dv": dv}
     dtype = _check(plan, heads, kv_heads, width, operands, lse, lse_head)
-    xp, group = plan.xp, heads // kv_heads
+    xp = plan.xp
+    group = heads // kv_heads
     rows, cols = BACKWARD[dtype.name][width]
     places = _places(plan, operands)
     segments = plan.device("segments", plan.segments, 7)
@@ -167,8 +169,10 @@ def batch_plan(xp, q_shape: tuple[int, ...], kv_shape: tuple[int, ...], causal: 
     first = np.zeros(B, int) if first is None else np.asarray(first)
     stop = np.full(B, S) if stop is None else np.asarray(stop)
     segments = np.zeros((B, 7), np.int64)
-    segments[:, 0], segments[:, 1] = np.arange(B) * H * T, T
-    segments[:, 2], segments[:, 3] = np.arange(B) * G * S + first, stop - first
+    segments[:, 0] = np.arange(B) * H * T
+    segments[:, 1] = T
+    segments[:, 2] = np.arange(B) * G * S + first
+    segments[:, 3] = stop - first
     segments[:, 4] = S - T - first if causal else S
     return Plan(xp, segments)
 
@@ -255,7 +259,8 @@ def backward_bytes(plan: Plan, heads: int, kv_heads: int, width: int,
     key_tiles, users = plan.key_tiles(cols)
     own_keys = kv_heads * sum(count for _, count, *_ in key_tiles)
     again = heads * sum(plan.seers(tile, users) for tile in key_tiles)
-    row, number = width * item, item
+    row = width * item
+    number = item
     return {"attention_delta": {"o": (queries * row, 0), "do": (queries * row, 0), "delta": (0, queries * number)},
             "attention_dq": {"q": (queries * row, 0), "k": (keys * row, 0), "v": (keys * row, 0),
                              "do": (queries * row, 0), "lse": (queries * number, 0),

@@ -9,7 +9,8 @@ from numpy.typing import DTypeLike
 from minilm.backend import array_module
 from minilm.kernels.launch import Array, Variants, check, function, launch, options, real
 
-WIDTHS, GROUPS = (16, 32, 64, 128), range(1, 9)
+WIDTHS = (16, 32, 64, 128)
+GROUPS = range(1, 9)
 THREADS = 128
 CHUNK = 128             # keys of a block; fixed, so that the results of a row do not depend on the number of rows
 
@@ -69,8 +70,10 @@ def decode_bytes(B: int, H: int, G: int, K: int, lengths: Sequence[int], longest
 
     The partial results are read by HEAD threads, so their m and l count once for each.
     """
-    item, splits = np.dtype(dtype).itemsize, -(-longest // CHUNK)
-    keys, partial = G * int(np.sum(lengths)) * K * item, splits * B * H * item
+    item = np.dtype(dtype).itemsize
+    splits = -(-longest // CHUNK)
+    keys = G * int(np.sum(lengths)) * K * item
+    partial = splits * B * H * item
     readers = max(32, K)
     return {"decode_split": {"q": (splits * B * H * K * item * (THREADS // 32), 0), "keys": (keys, 0),
                              "values": (keys, 0), "o": (0, partial * K), "m": (0, partial), "l": (0, partial)},

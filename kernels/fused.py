@@ -72,7 +72,8 @@ def rope(qkv: Array, cos: Array, sin: Array, heads: int, kv_heads: int, pairing:
     may be qkv. backward: rotate by the negative angles, which gives the gradient of the input from that of the output.
     """
     xp = array_module(qkv, cos, sin)
-    H, G = heads, kv_heads
+    H = heads
+    G = kv_heads
     real(qkv.dtype)
     if H < 0 or G < 0 or len(qkv.shape) != 3 or qkv.shape[1] not in (H + G, H + 2 * G) or qkv.shape[2] % 2:
         raise ValueError(f"qkv has shape {qkv.shape}; this kernel takes (N,H+2G,K) or (N,H+G,K), K even, "
@@ -257,7 +258,10 @@ def example(xp, rng: np.random.Generator, N: int = 3, D: int = 33, F: int = 5, H
         return xp.asarray(rng.normal(size=shape).astype(dtype))
     x, weight, gate_up, qkv, angles = map(normal, [(N, D), D, (N, 2 * F), (N, H + 2 * G, K), (N, K // 2)])
     y, r = rms_norm_forward(x, weight)
-    p, g, m, v = normal(P), normal(P), normal(P), xp.zeros(P, dtype)
+    p = normal(P)
+    g = normal(P)
+    m = normal(P)
+    v = xp.zeros(P, dtype)
     return (y, *rms_norm_backward(y, x, weight, r), swiglu_forward(gate_up), swiglu_backward(normal((N, F)), gate_up),
             rope(qkv, xp.cos(angles), xp.sin(angles), H, G, scale=K ** -0.5), squared_norm(g),
             adamw_step(p, g, m, v, P // 2, 0.1, (0.9, 0.95), 1e-8, 0.01, 1), p, m, v)

@@ -53,7 +53,9 @@ class Kernel:
     """A compiled kernel and the dtype of its `real`."""
 
     def __init__(self, compiled, name, dtype):
-        self.compiled, self.name, self.dtype = compiled, name, dtype
+        self.compiled = compiled
+        self.name = name
+        self.dtype = dtype
 
 
 @functools.lru_cache(maxsize=None)

@@ -65,7 +65,9 @@ def segment_attention(qkv: Array, cos: Array, sin: Array, heads: int, kv_heads: 
                       pairing: str) -> tuple[Array, Callable]:
     """Rotary positions, then causal attention over a whole packing.Pack in one launch: (N,(H+2G)K) -> (N,H K)."""
     N, width = qkv.shape
-    xp, H, G = array_module(qkv), heads, kv_heads
+    xp = array_module(qkv)
+    H = heads
+    G = kv_heads
     K = width // (H + 2 * G)
     qkv = _contiguous(qkv).reshape(N, H + 2 * G, K)
     rotated = fused.rope(qkv, cos, sin, H, G, pairing)                      # (N,H+G,K)

@@ -26,7 +26,8 @@ def forward(logits: Array, targets: Array, entropy: bool = False) -> tuple[Array
     xp = array_module(logits, targets)
     N, V = _shape(logits)
     targets = _targets(targets, N)
-    log_probs, lse = xp.empty(N, logits.dtype), xp.empty(N, np.float64)
+    log_probs = xp.empty(N, logits.dtype)
+    lse = xp.empty(N, np.float64)
     entropies = xp.empty(N if entropy else 0, logits.dtype)
     _forward(xp, logits, targets, log_probs, lse, entropies)
     return log_probs, lse, entropies if entropy else None
@@ -64,7 +65,8 @@ def linear_forward(hidden: Array, unembedding: Array, targets: Array, chunk: int
     entropies as forward, and the logits for linear_backward if there was only one chunk (otherwise None).
     """
     xp, N, V, targets, chunks = _linear(hidden, unembedding, targets, chunk)
-    log_probs, lse = xp.empty(N, hidden.dtype), xp.empty(N, np.float64)
+    log_probs = xp.empty(N, hidden.dtype)
+    lse = xp.empty(N, np.float64)
     entropies = xp.empty(N if entropy else 0, hidden.dtype)
     held = xp.empty((min(N, chunks.step), V), hidden.dtype)
     for i in chunks:

@@ -51,7 +51,8 @@ def sample_bytes(V: int, dtype: DTypeLike, tokens: Sequence[int], temperature: f
     Each pass reads the row; the walk reads the segment of its warp up to the token. Exact unless several tokens have
     the logit at which top_p cuts: then there is a second walk, up to the last kept one of them.
     """
-    size, warps = np.dtype(dtype).itemsize, _threads(V) // 32
+    size = np.dtype(dtype).itemsize
+    warps = _threads(V) // 32
     search = 8 * size // DIGIT_BITS
     greedy = temperature == 0
     passes = 3 if greedy else 2 + (search if top_k is not None and top_k < V else 0)

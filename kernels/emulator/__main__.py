@@ -85,7 +85,8 @@ def _parser():
 
 def _sizes(parser, rest):
     """{name: text} of ["--name", "text", ..] and ["--name=text", ..]."""
-    sizes, words = {}, iter(rest)
+    sizes = {}
+    words = iter(rest)
     for word in words:
         name, equals, text = word.removeprefix("--").partition("=")
         text = text if equals else next(words, None)

@@ -130,7 +130,8 @@ class ndarray:
         return ndarray(np.ascontiguousarray(found) if any(isinstance(part, np.ndarray) for part in index) else found)
 
     def __setitem__(self, key, value):
-        index, value = _index(key), backing(value)
+        index = _index(key)
+        value = backing(value)
         if np.size(value) > 1 and any(isinstance(part, np.ndarray) and part.dtype != bool for part in index):
             places = np.arange(self.size).reshape(self.shape)[index]
             if np.unique(places).size < places.size:

@@ -187,7 +187,8 @@ def kernel_names(code: str) -> list[str]:
 
 def _export(qualifiers, name, parameters):
     bounds = re.search(rf"__launch_bounds__\s*({PARENTHESES})", qualifiers)
-    first, depth = "", 0
+    first = ""
+    depth = 0
     for letter in bounds[1][1:-1] if bounds else "0":
         depth += (letter in "([{") - (letter in ")]}")
         if letter == "," and not depth:

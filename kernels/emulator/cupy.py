@@ -103,7 +103,9 @@ class ufunc:
 
 class add(ufunc):
     def reduceat(self, array, indices, axis=0, dtype=None):
-        at, n, sums = backing(indices), array.shape[axis], np.cumsum(backing(array), axis, dtype)
+        at = backing(indices)
+        n = array.shape[axis]
+        sums = np.cumsum(backing(array), axis, dtype)
         sums = np.concatenate([np.zeros_like(sums.take([0], axis)), sums], axis)
         ends = np.append(at[1:], n)
         if (at >= ends).any():
@@ -175,7 +177,8 @@ def take_along_axis(a, indices, axis):
 
 @_function
 def put_along_axis(arr, indices, values, axis):
-    index, arr = backing(indices), backing(arr)
+    index = backing(indices)
+    arr = backing(arr)
     if np.unique(index, axis=axis).shape[axis] and (np.diff(np.sort(index, axis), axis=axis) == 0).any():
         raise ValueError("several values are put into one place; on a GPU it is undefined which one remains")
     np.put_along_axis(arr, index, backing(values), axis)

@@ -16,9 +16,13 @@ class Fault(RuntimeError):
     """
 
     def __init__(self, what, kernel, where=None, block=None, thread=None, other=None, code=""):
-        self.what, self.kernel, self.code = what, kernel, code
-        self.where, self.other = where, other
-        self.block, self.thread = block, thread
+        self.what = what
+        self.kernel = kernel
+        self.code = code
+        self.where = where
+        self.other = other
+        self.block = block
+        self.thread = thread
         place = f"{where}: " if where else ""
         who = f", block {block}, thread {thread}" if thread else ""
         super().__init__(f"{place}kernel {kernel}{who}: {what}")
@@ -28,7 +32,8 @@ def explained(fault: Fault) -> str:
     """Several lines: the place, the source lines with an arrow at each access, then who did what."""
     kind, colon, sentence = fault.what.partition(": ")
     if not colon:
-        kind, sentence = "fault", fault.what
+        kind = "fault"
+        sentence = fault.what
     lines = [f"{fault.where}: {kind}" if fault.where else f"{kind} in kernel {fault.kernel}", ""]
     for places in filter(None, dict.fromkeys([fault.where, fault.other])):
         for i, (file, number) in enumerate(PLACE.findall(places)):
@@ -41,10 +46,12 @@ def explained(fault: Fault) -> str:
 
 def lines_of(code: str) -> Iterator[tuple[str, int, str]]:
     """(file, number, line without its margin) of every line of a text in which #line directives name the files."""
-    file, number = "kernel.cu", 1
+    file = "kernel.cu"
+    number = 1
     for line in code.splitlines():
         if directive := LINE_DIRECTIVE.fullmatch(line.strip()):
-            number, file = int(directive[1]), directive[2]
+            number = int(directive[1])
+            file = directive[2]
             continue
         yield file, number, line.strip()
         number += 1

@@ -65,7 +65,8 @@ class UnknownKernel(KeyError):
     """The module has no kernel of that name."""
 
     def __init__(self, name, names):
-        self.name, self.names = name, names
+        self.name = name
+        self.names = names
         super().__init__(name)
 
     def __str__(self):
@@ -79,7 +80,8 @@ class RawModule:
     def __init__(self, *, code, options=()):
         if reason := build.available():
             raise RuntimeError(f"kernels cannot run here: {reason}")
-        self.code, self.options = code, tuple(options)
+        self.code = code
+        self.options = tuple(options)
 
     def get_function(self, name):
         function = Function(self, name)
@@ -91,7 +93,8 @@ class Function:
     """A kernel. Called as CuPy's: function(grid, block, args, shared_mem=bytes)."""
 
     def __init__(self, module, name):
-        self.module, self.name = module, name
+        self.module = module
+        self.name = name
         self._most_dynamic = SHARED_UNASKED
         self._compiled = {}
 
@@ -114,7 +117,8 @@ class Function:
     def __call__(self, grid, block, args, *, shared_mem=0):
         setting = setting_of_now.get()
         compiled = self.compiled(setting.mode)
-        grid, block = self._extent("grid", grid, MOST_BLOCKS), self._extent("block", block, MOST_THREADS_ALONG)
+        grid = self._extent("grid", grid, MOST_BLOCKS)
+        block = self._extent("block", block, MOST_THREADS_ALONG)
         self._check_shape(compiled, block, shared_mem)
         values, arrays = self._arguments(compiled.parameters, args)
         self._check_overlap(compiled.parameters, arrays)
@@ -181,7 +185,8 @@ class Function:
         spans = [(i, *_span(a)) for i, a in arrays.items() if a.size]
         for n, (i, start, end) in enumerate(spans):
             for j, other_start, other_end in spans[:n]:
-                a, b = parameters[j], parameters[i]
+                a = parameters[j]
+                b = parameters[i]
                 overlap = start < other_end and other_start < end
                 if overlap and (a.writable or b.writable) and (a.restrict or b.restrict):
                     raise ValueError(f"{self.name}: {a.name} and {b.name} overlap in memory, but the kernel declares "
@@ -192,7 +197,9 @@ class Compiled:
     """A kernel of a loaded library. code: the text of the module, which a Fault quotes."""
 
     def __init__(self, path, name, code):
-        self.path, self.name, self.code = path, name, code
+        self.path = path
+        self.name = name
+        self.code = code
         self.library = ctypes.CDLL(str(path))
         try:
             self.run = self.library[f"{name}__launch"]
@@ -248,7 +255,8 @@ class Compiled:
 
 def _parameter(code, text):
     pointer = code[0] in "cp"
-    letter, size = code[-2], int(code[-1])
+    letter = code[-2]
+    size = int(code[-1])
     dtype = None if letter == "?" else np.dtype(bool) if letter == "b" else np.dtype(f"{letter}{size}")
     return Parameter(re.findall(r"\w+", text)[-1], dtype, pointer, code[0] == "p", "__restrict" in text)
 
@@ -280,7 +288,8 @@ def _isolated(arrays):
     def alone(i):
         return all(j == i or spans[j][1] <= spans[i][0] or spans[i][1] <= spans[j][0] for j in spans)
     memory = np.empty(sum(2 * array.nbytes + GAP + 1024 for array in arrays.values()), np.uint8)
-    copies, end = {}, 0
+    copies = {}
+    end = 0
     for i, array in arrays.items():
         if not alone(i):
             copies[i] = array

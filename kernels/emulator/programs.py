@@ -78,7 +78,9 @@ class Module(Program):
     """The example of a module. sizes: {name: text}, as they were typed."""
 
     def __init__(self, name, sizes, seed):
-        self.name, self.seed, self.sizes = name, seed, {}
+        self.name = name
+        self.seed = seed
+        self.sizes = {}
         defaults = _defaults(name)
         for size, text in sizes.items():
             if size not in defaults:
@@ -110,7 +112,10 @@ class OwnKernel(Program):
     """A kernel of a .cu file. sizes: {parameter: text}, the elements of an array or the value of a scalar."""
 
     def __init__(self, path, sizes, seed, kernel, grid, block, shared, define):
-        self.path, self.sizes, self.seed, self.shared = path, sizes, seed, shared or 0
+        self.path = path
+        self.sizes = sizes
+        self.seed = seed
+        self.shared = shared or 0
         self.folder = path.resolve().parent
         try:
             text = path.read_text()
@@ -119,7 +124,8 @@ class OwnKernel(Program):
         self.code = f'#line 1 "{path.name}"\n{text}'
         self.options = "--std=c++17", *(f"-D{definition}" for definition in define)
         self.kernel = self._chosen(kernel, build.kernel_names(text))
-        self.grid, self.block = _extent("--grid", grid), _extent("--block", block)
+        self.grid = _extent("--grid", grid)
+        self.block = _extent("--block", block)
 
     def _chosen(self, kernel, names):
         if kernel and names and kernel not in names:
@@ -157,7 +163,8 @@ class OwnKernel(Program):
 
     def show(self, results):
         for (name, _), array in zip(self.results.items(), results):
-            flat, absent = array.reshape(-1), never_written(array.reshape(-1))
+            flat = array.reshape(-1)
+            absent = never_written(array.reshape(-1))
             words = ["(not written)" if absent[i] else str(flat[i]) for i in range(min(SHOWN, flat.size))]
             rest = f" .. ({flat.size} in all)" if flat.size > SHOWN else ""
             print(f"{name} = {' '.join(words)}{rest}"
@@ -166,7 +173,8 @@ class OwnKernel(Program):
 
 def _argument(xp, rng, parameter, text):
     """The value of a scalar; or an array of the device, from "300" or "zeros:300"."""
-    name, dtype = f"--{parameter.name}", parameter.dtype
+    name = f"--{parameter.name}"
+    dtype = parameter.dtype
     if dtype is None:
         raise TypeError(f"argument {parameter.name}: the emulator passes numbers and pointers to numbers alone")
     whole = dtype.kind in "iub"

@@ -16,17 +16,23 @@ import gpu_measuring as measuring
 from minilm.kernels import attention
 from support.run_folder import main_guard
 
-B, H, G, K = 4, 8, 8, 64
+B = 4
+H = 8
+G = 8
+K = 64
 TOLERANCE = 1e-4
 
 
 def traffic(T, B=B, H=H, G=G, K=K, dtype="float32"):
     """Bytes of causal attention at length T: {direction: (ours, with a matrix of scores, the least possible)}."""
-    plan, item = attention.batch_plan(np, (B, H, T, K), (B, G, T, K), True), np.dtype(dtype).itemsize
+    plan = attention.batch_plan(np, (B, H, T, K), (B, G, T, K), True)
+    item = np.dtype(dtype).itemsize
     forward = sum(map(sum, attention.forward_bytes(plan, H, G, K, dtype).values()))
     backward = sum(sum(map(sum, operands.values()))
                    for operands in attention.backward_bytes(plan, H, G, K, dtype).values())
-    queries, keys, scores = B * H * T * K * item, B * G * T * K * item, B * H * T * T * item
+    queries = B * H * T * K * item
+    keys = B * G * T * K * item
+    scores = B * H * T * T * item
     # With a matrix each product reads its operands and writes its result once; softmax and its gradient read and write
     # the scores. Forward writes S, reads S, writes P, reads P. Backward writes and reads dP, reads P twice, writes dS,
     # and reads dS in two products.
@@ -60,7 +66,8 @@ def pytorch(backend, q, k, v, do):
     """A call of PyTorch's scaled_dot_product_attention with one of its kernels ("MATH": unfused)."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    leaves, gradient = [torch.from_dlpack(a).requires_grad_() for a in (q, k, v)], torch.from_dlpack(do)
+    leaves = [torch.from_dlpack(a).requires_grad_() for a in (q, k, v)]
+    gradient = torch.from_dlpack(do)
 
     def call():
         with sdpa_kernel(getattr(SDPBackend, backend)):
@@ -88,7 +95,8 @@ def time_on(cupy, T, ceiling):
         peers |= {f"torch, {backend.lower()}": pytorch(backend, q, k, v, do)
                   for backend in ("EFFICIENT_ATTENTION", "MATH")}
     peers = measuring.those_that_agree(cupy, peers, both, TOLERANCE)
-    moved, pairs = traffic(T), 2 * B * H * K * T * (T + 1) // 2         # operations of one product of the causal half
+    moved = traffic(T)
+    pairs = 2 * B * H * K * T * (T + 1) // 2          # operations of one product of the causal half
     for direction, products in (("forward", 2), ("backward", 5)):
         print(f"\nT = {T}, {direction}\n\n{measuring.HEADER}")
         for name, call in peers.items():

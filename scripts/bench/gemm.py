@@ -45,7 +45,8 @@ def flops(size):
 def products(size, threads, out_first):
     """For each thread a list of (a, b, result, repetitions). out_first: weights are stored as (out, in)."""
     N, weights = shapes(size)
-    rng, dealt = np.random.default_rng(0), [[] for _ in range(threads)]
+    rng = np.random.default_rng(0)
+    dealt = [[] for _ in range(threads)]
     for name, (i, o, times) in weights.items():
         x, w, dy = (rng.standard_normal(shape, np.float32) for shape in ((N, i), (i, o), (N, o)))
         if out_first or name == "unembedding":

@@ -20,7 +20,8 @@ import library_process
 import measuring
 from support.run_folder import main_guard
 
-PROMPT, NEW = 32, 64
+PROMPT = 32
+NEW = 64
 CONFIG = {"vocab_size": 4096, "width": 256, "layers": 6, "heads": 4, "context": PROMPT + NEW}
 SIZES = {"B1": 1, "B32": 32, "B128": 128}
 PEERS = {"hf": "transformers", "hf-tuned": "transformers", "torch": "torch", "torch-tuned": "torch"}
@@ -57,10 +58,13 @@ class Cache:
 
     def __init__(self, torch, batch, config):
         shape = (batch, config["kv_heads"], config["context"], config["head_width"])
-        self.keys, self.values, self.length = torch.empty(shape), torch.empty(shape), 0
+        self.keys = torch.empty(shape)
+        self.values = torch.empty(shape)
+        self.length = 0
 
     def extend(self, k, v):
-        start, self.length = self.length, self.length + k.shape[2]
+        start = self.length
+        self.length = self.length + k.shape[2]
         self.keys[:, :, start:self.length] = k
         self.values[:, :, start:self.length] = v
         return self.keys[:, :, :self.length], self.values[:, :, :self.length]
@@ -73,7 +77,8 @@ def load_torch():
 
     def make(spec):
         weights, prompts = read(spec)
-        model, prompts = Llama(spec["config"]).load(weights).eval(), torch.from_numpy(prompts)
+        model = Llama(spec["config"]).load(weights).eval()
+        prompts = torch.from_numpy(prompts)
         caches = [Cache(torch, len(prompts), spec["config"]) for _ in model.blocks]
 
         def beginning():
@@ -83,7 +88,9 @@ def load_torch():
 
         @torch.inference_mode()
         def step():
-            next_logits, tokens, drawn = beginning(), prompts, torch.empty(len(prompts), NEW, dtype=torch.int64)
+            next_logits = beginning()
+            tokens = prompts
+            drawn = torch.empty(len(prompts), NEW, dtype=torch.int64)
             for t in range(NEW):
                 cumulative = torch.softmax(next_logits(tokens), -1).cumsum(-1)
                 # Inverse CDF, as in minilm: multinomial draws V random numbers for each token.
@@ -106,7 +113,8 @@ def load_hf():
 
     def make(spec):
         weights, prompts = read(spec)
-        model, prompts = llama(spec["config"], weights).eval(), torch.from_numpy(prompts)
+        model = llama(spec["config"], weights).eval()
+        prompts = torch.from_numpy(prompts)
         real = torch.ones_like(prompts)
         settings = transformers.GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                                  max_new_tokens=NEW, pad_token_id=0, eos_token_id=None)
@@ -127,7 +135,9 @@ def load_hf():
 
 def score(torch, spec, prompts, next_logits):
     """The log-probs (B,R) of minilm's tokens. next_logits(tokens (B,T)) -> (B,V) continues the earlier calls."""
-    drawn, tokens, log_probs = torch.from_numpy(np.load(spec["drawn"])), prompts, []
+    drawn = torch.from_numpy(np.load(spec["drawn"]))
+    tokens = prompts
+    log_probs = []
     with torch.inference_mode():
         for t in range(NEW):
             predicted = torch.log_softmax(next_logits(tokens), -1)
@@ -150,7 +160,8 @@ def write(folder, size):
     import dataclasses
 
     from minilm.model import Config, Transformer
-    config, rng = Config(**CONFIG), np.random.default_rng(0)
+    config = Config(**CONFIG)
+    rng = np.random.default_rng(0)
     weights = {name: p.data for name, p in Transformer(config, rng).parameters().items()}
     weights["unembedding"] *= 20            # otherwise all tokens are about equally likely, unlike in a trained model
     prompts = rng.integers(config.vocab_size, size=(SIZES[size], PROMPT))

@@ -17,7 +17,8 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
 from support.run_folder import UsageError  # noqa: E402
 
-REPEATS, WARM_UP = 50, 5
+REPEATS = 50
+WARM_UP = 5
 
 
 def gpu():
@@ -92,7 +93,8 @@ def those_that_agree(cupy, peers, results_of, tolerance):
     results_of(peer) gives arrays of CuPy or PyTorch. Raises ValueError if one differs from that of the first peer by
     more than the tolerance, relative to its largest entry.
     """
-    reference, fitting = None, {}
+    reference = None
+    fitting = {}
     for name, peer in peers.items():
         if (results := _if_it_fits(name, lambda: results_of(peer))) is not None:
             results = [cupy.from_dlpack(a.detach()) if hasattr(a, "detach") else a for a in results]

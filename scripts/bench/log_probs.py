@@ -15,7 +15,8 @@ import gpu_measuring as measuring
 from minilm.kernels import log_probs
 from support.run_folder import main_guard
 
-N, D = 4096, 768
+N = 4096
+D = 768
 TOLERANCE = 1e-4
 
 
@@ -40,7 +41,8 @@ def print_traffic(vocabularies):
 def from_logits(cupy, V):
     """{peer: call() -> log-probs, backward()}"""
     rng = cupy.random.default_rng(0)
-    logits, dy = rng.standard_normal((N, V), dtype=cupy.float32), rng.standard_normal(N, dtype=cupy.float32)
+    logits = rng.standard_normal((N, V), dtype=cupy.float32)
+    dy = rng.standard_normal(N, dtype=cupy.float32)
     targets = rng.integers(0, V, N)
 
     def ours():
@@ -62,7 +64,8 @@ def from_logits(cupy, V):
     try:
         import torch
         leaf = torch.from_dlpack(logits).detach().requires_grad_()
-        their_targets, their_dy = torch.from_dlpack(targets), torch.from_dlpack(dy)
+        their_targets = torch.from_dlpack(targets)
+        their_dy = torch.from_dlpack(dy)
 
         def pytorch():
             found = -torch.nn.functional.cross_entropy(leaf, their_targets, reduction="none")
@@ -79,7 +82,8 @@ def from_hidden(cupy, V):
     rng = cupy.random.default_rng(1)
     hidden = rng.standard_normal((N, D), dtype=cupy.float32)
     unembedding = rng.standard_normal((V, D), dtype=cupy.float32) * cupy.float32(D ** -0.5)
-    targets, dy = rng.integers(0, V, N), cupy.full(N, -1 / N, cupy.float32)
+    targets = rng.integers(0, V, N)
+    dy = cupy.full(N, -1 / N, cupy.float32)
 
     def ours():
         _, lse, _, logits = log_probs.linear_forward(hidden, unembedding, targets)
@@ -117,7 +121,8 @@ def both(call):
 
 
 def time_on(cupy, V, ceiling):
-    peers, moved = from_logits(cupy, V), traffic(V)
+    peers = from_logits(cupy, V)
+    moved = traffic(V)
     peers = measuring.those_that_agree(cupy, peers, both, TOLERANCE)
     for direction in moved:
         print(f"\nV = {V}, from logits, {direction}\n\n{measuring.HEADER}")

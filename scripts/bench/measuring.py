@@ -181,7 +181,8 @@ def check_results(ours, theirs, tolerance):
     for name in sorted(ours.results.keys() | theirs.results.keys()):
         if name not in ours.results or name not in theirs.results:
             raise UsageError(f"{ours.name} and {theirs.name} do not compute the same: only one of them returns {name}")
-        a, b = ours.results[name], theirs.results[name]
+        a = ours.results[name]
+        b = theirs.results[name]
         error = np.abs(a - b).max() / np.abs(b).max()
         if not error <= tolerance:
             raise UsageError(f"{ours.name} and {theirs.name} do not compute the same: {name} differs by {error:.1e} "
@@ -278,7 +279,8 @@ def arguments(description, sizes, peers, works=(), unasked=()):
     parser.add_argument("--figure", metavar="FILE", help="draw them there (PNG)")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    asked.sizes, asked.peers = asked.sizes.split(","), asked.peers.split(",")
+    asked.sizes = asked.sizes.split(",")
+    asked.peers = asked.peers.split(",")
     asked.works = asked.works.split(",") if works else []
     for kind, given, known in (("work", asked.works, works), ("size", asked.sizes, sizes),
                                ("peer", asked.peers, peers)):

@@ -44,7 +44,8 @@ SIZES = {"tiny": {"vocab_size": 256, "width": 32, "layers": 2, "heads": 4, "kv_h
          "8M": {"vocab_size": 8192, "width": 256, "layers": 6, "heads": 4, "ffn_width": 1024},
          "135M": {"vocab_size": 49152, "width": 576, "layers": 30, "heads": 9, "kv_heads": 3, "ffn_width": 1536,
                   "rope_base": 1e5, "norm_eps": 1e-5}}          # the size of SmolLM2-135M
-WORKS, PEERS = ["sft", "dpo", "rloo"], ["trl", "trl-best"]
+WORKS = ["sft", "dpo", "rloo"]
+PEERS = ["trl", "trl-best"]
 EOS = 1
 BETA = {"dpo": 0.1, "rloo": 0.05}
 RATE = 1e-6                     # TRL's default for DPO and RLOO
@@ -103,7 +104,8 @@ def stage_of(work, training, data, model):
         print(f"  minilm's reference log-probs, computed once: {time.perf_counter() - began:.2f} s", file=sys.stderr)
         return functools.partial(dpo.train_dpo, training, *data.values(), *references,
                                  batch_size=size, beta=BETA[work]), {"reference": np.stack(references)}
-    reference, responses = model(REFERENCE), data["responses"]
+    reference = model(REFERENCE)
+    responses = data["responses"]
     return functools.partial(
         rlhf.train_rlhf, training, reference, lambda _, drawn: reward(reference.config.vocab_size, drawn), prompts,
         prompts_per_step=size, samples_per_prompt=len(responses) // size, max_new_tokens=len(responses[0]), eos=None,
@@ -129,7 +131,9 @@ def load_minilm():
     keep_freed_memory()
 
     def make(spec):
-        work, config, weights = spec["work"], Config(**spec["config"]), read(spec)
+        work = spec["work"]
+        config = Config(**spec["config"])
+        weights = read(spec)
         data = examples(work, config.vocab_size)
 
         def model(factor=1.0):
@@ -158,7 +162,10 @@ def load_trl():
     import trl_trainers as theirs
 
     def make(spec):
-        work, config, weights, best = spec["work"], spec["config"], read(spec), WORKER == "trl-best"
+        work = spec["work"]
+        config = spec["config"]
+        weights = read(spec)
+        best = WORKER == "trl-best"
         V = config["vocab_size"]
         data = examples(work, V)
         if work == "sft":

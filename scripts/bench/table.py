@@ -92,7 +92,8 @@ def table(found, scaling):
                 f"| {'' if memory is None else memory} | {verdict(row['memory_ratio'], memory)} |")
     for row in [row for row in scaling if row["variable"] == "T"][-1:]:
         for key, goal in EXPONENTS.items():
-            what, value = key.partition("_")[0], float(row[key])
+            what = key.partition("_")[0]
+            value = float(row[key])
             lines.append(f"| {what} of a step of 8192 tokens | T to {row['value']} | | T^{value:.2f} | T^{goal:.1f} "
                          f"| {verdict(value, goal)} | | | |")
     return "\n".join(lines)
@@ -106,7 +107,8 @@ def main():
     asked = parser.parse_args()
     if not asked.print:
         run(asked.folder)
-    found, scaling = measured(asked.folder), read(asked.folder / "scaling.csv")
+    found = measured(asked.folder)
+    scaling = read(asked.folder / "scaling.csv")
     if not found:
         raise UsageError(f"{asked.folder} has no results; call it without --print to run the benchmarks")
     print("\n" + table(found, scaling) + "\n")

@@ -20,10 +20,13 @@ class Block(nn.Module):
         self.ffn_out = nn.Linear(c["ffn_width"], c["width"], bias=False)
 
     def forward(self, x, cos, sin, cache=None):
-        (B, T, _), H, G = x.shape, self.c["heads"], self.c["kv_heads"]
+        B, T, _ = x.shape
+        H = self.c["heads"]
+        G = self.c["kv_heads"]
         qkv = self.qkv(self.attention_norm(x)).view(B, T, H + 2 * G, -1).transpose(1, 2)
         q, k, v = qkv.split([H, G, G], dim=1)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(k, v)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=G != H)
@@ -67,7 +70,8 @@ class Llama(nn.Module):
 
     def forward(self, tokens, caches=None):
         start = caches[0].length if caches else 0
-        cos, sin = self.cos[start:start + tokens.shape[1]], self.sin[start:start + tokens.shape[1]]
+        cos = self.cos[start:start + tokens.shape[1]]
+        sin = self.sin[start:start + tokens.shape[1]]
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, caches[i] if caches else None)

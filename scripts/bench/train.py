@@ -53,7 +53,8 @@ def load_torch():
 
     def make(spec):
         weights, tokens = read(spec)
-        model, tokens = Llama(spec["config"]).load(weights), torch.from_numpy(tokens)
+        model = Llama(spec["config"]).load(weights)
+        tokens = torch.from_numpy(tokens)
         optimiser = torch.optim.AdamW(model.parameters(), fused=True, **OPTIMISER)
         loss_of = torch.compile(model.loss) if WORKER == "compile" else model.loss
 
@@ -82,10 +83,15 @@ def load_autograd():
 
     def make(spec):
         weights, tokens = read(spec)
-        c, (inputs, targets) = spec["config"], (tokens[:, :-1], tokens[:, 1:])
-        (B, T), H, K = inputs.shape, c["heads"], c["head_width"]
+        c = spec["config"]
+        inputs = tokens[:, :-1]
+        targets = tokens[:, 1:]
+        B, T = inputs.shape
+        H = c["heads"]
+        K = c["head_width"]
         angles = np.outer(np.arange(T), c["rope_base"] ** (-np.arange(0, K, 2) / K))
-        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        cos = np.cos(angles).astype(np.float32)
+        sin = np.sin(angles).astype(np.float32)
         hidden = np.triu(np.full((T, T), -1e30, np.float32), 1)
 
         def rotate(x):
@@ -122,7 +128,8 @@ def load_autograd():
             length = np.sqrt(sum(float((g * g).sum()) for g in gradients.values()))
             b1, b2 = OPTIMISER["betas"]
             for name, g in gradients.items():
-                p, (m, v) = weights[name], moments[name]
+                p = weights[name]
+                m, v = moments[name]
                 g = g * np.float32(min(1.0, 1.0 / length))
                 m += (1 - b1) * (g - m)
                 v += (1 - b2) * (g * g - v)
@@ -153,7 +160,8 @@ def write(path, size):
 
     from minilm.model import Config, Transformer
     V, D, L, H, T, B = measuring.SIZES[size]
-    config, rng = Config(vocab_size=V, width=D, layers=L, heads=H, context=T), np.random.default_rng(0)
+    config = Config(vocab_size=V, width=D, layers=L, heads=H, context=T)
+    rng = np.random.default_rng(0)
     weights = {name: p.data for name, p in Transformer(config, rng).parameters().items()}
     np.savez(path, tokens=rng.integers(V, size=(B, T + 1)), **weights)
     return {"file": str(path), "config": dataclasses.asdict(config)}

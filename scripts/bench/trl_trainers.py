@@ -77,8 +77,10 @@ def dpo_trainer(config, weights, data, eos, precompute_ref_log_probs, **options)
 def rloo_trainer(config, weights, reference, data, reward, **options):
     """reward: a function of a list of token lists. The EOS is no token of the model, so responses are as long as in
     data."""
-    prompts, K = data["prompts"], len(data["responses"]) // len(data["prompts"])
-    rows, model = [{"prompt": text(p)} for p in prompts for _ in range(K)], llama(config, weights)
+    prompts = data["prompts"]
+    K = len(data["responses"]) // len(data["prompts"])
+    rows = [{"prompt": text(p)} for p in prompts for _ in range(K)]
+    model = llama(config, weights)
     with TemporaryDirectory() as folder:        # TRL loads the reference from here
         llama(config, reference).save_pretrained(folder)
         model.config._name_or_path = folder

@@ -56,7 +56,8 @@ from golden_inputs import (  # noqa: E402
 )
 from support.run_folder import UsageError, main_guard  # noqa: E402
 
-FORMAT, INDEX = {"format": "minilm golden vectors", "version": 1}, "index.json"
+FORMAT = {"format": "minilm golden vectors", "version": 1}
+INDEX = "index.json"
 CONVENTIONS = dict(line.split(": ", 1) for line in __doc__.split("\n\n")[3].replace("\n    ", " ").splitlines())
 TOLERANCE = {"error": "max|yours - ours| / max(max|ours|, 1e-3), of each array", "float64": 1e-10, "float32": 1e-4}
 SIZES = {"small": types.SimpleNamespace(B=4, T=6, P=2, K=3, V=9, D=6, H=4, head=4, F=5),
@@ -77,10 +78,13 @@ def transformer(tokens, mask, config, **weights):
 
 def adamw(matrix, vector, dmatrix, dvector, max_norm, learning_rate, betas, eps, weight_decay):
     """A step for each of dmatrix and dvector: the norms before clipping, and the parameters after each step."""
-    p, q = Tensor(matrix), Tensor(vector)
-    optimiser, steps = AdamW({"matrix": p, "vector": q}, learning_rate, betas, eps, weight_decay), []
+    p = Tensor(matrix)
+    q = Tensor(vector)
+    optimiser = AdamW({"matrix": p, "vector": q}, learning_rate, betas, eps, weight_decay)
+    steps = []
     for p_gradient, q_gradient in zip(dmatrix, dvector):
-        p.grad, q.grad = p_gradient, q_gradient
+        p.grad = p_gradient
+        q.grad = q_gradient
         norm = optimiser.clip(max_norm)
         optimiser.step()
         steps.append((norm, p.data.copy(), q.data.copy()))
@@ -104,9 +108,12 @@ def case(recipe, **options):
 
 Z = "z = beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected))"
 BASELINES = "b by baseline: 0 (none), mean R of the prompt's other samples (leave_one_out) or of all of them (mean)"
-PAIR, FAR, BY_TOKEN = "policy_chosen policy_rejected", partial(pairs, scale=2000.0), partial(samples, by_token=True)
+PAIR = "policy_chosen policy_rejected"
+FAR = partial(pairs, scale=2000.0)
+BY_TOKEN = partial(samples, by_token=True)
 RLOO = "Williams 1992; Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740"
-OUYANG, SCHULMAN = "Ouyang et al. 2022, arXiv:2203.02155", "Schulman 2020, Approximating KL divergence"
+OUYANG = "Ouyang et al. 2022, arXiv:2203.02155"
+SCHULMAN = "Schulman 2020, Approximating KL divergence"
 
 FUNCTIONS = [
     Function(sft.sft_loss, "log_probs",
@@ -199,7 +206,8 @@ CASES = {f.call.__name__ + suffix: (f, *case) for f in FUNCTIONS for suffix, cas
 def make(name, seed=0, size="small"):
     """The arguments of a case's function: (arrays, options), defaults included."""
     function, recipe, options = CASES[name]
-    rng, arguments = np.random.default_rng(seed), inspect.signature(function.call).parameters.values()
+    rng = np.random.default_rng(seed)
+    arguments = inspect.signature(function.call).parameters.values()
     made = recipe(rng, SIZES[size])
     if not any(a.kind is a.VAR_KEYWORD for a in arguments):
         # Without `kernel`, which changes no number.
@@ -213,7 +221,8 @@ def make(name, seed=0, size="small"):
 
 def compute(name, inputs, options):
     """The results of a case, arrays by name, from its inputs and options."""
-    function, arguments = CASES[name][0], {key: a for key, a in inputs.items() if key != "doutput"}
+    function = CASES[name][0]
+    arguments = {key: a for key, a in inputs.items() if key != "doutput"}
     floating = (key for key, a in arguments.items() if a.dtype.kind == "f")
     leaves = {key: Tensor(arguments[key], requires_grad=True)
               for key in (floating if function.gradients == "*" else function.gradients.split())}
@@ -229,7 +238,8 @@ def compute(name, inputs, options):
 
 def golden(name, seed=0, size="small"):
     """A case as it is written: (its entry in the index, its arrays)."""
-    function, (inputs, options) = CASES[name][0], make(name, seed, size)
+    function = CASES[name][0]
+    inputs, options = make(name, seed, size)
     results = compute(name, inputs, options)
     entry = {"file": f"{name}.npz", "function": function.call.__name__, "formula": function.formula,
              "paper": function.paper, "TRL 1.16": function.trl, "options": options}
@@ -259,7 +269,8 @@ def main():
     asked = parser.parse_args()
     if asked.seed < 0:
         raise UsageError(f"--seed {asked.seed} must not be negative")
-    folder, header = pathlib.Path(asked.out), {**FORMAT, "seed": asked.seed, "size": asked.size}
+    folder = pathlib.Path(asked.out)
+    header = {**FORMAT, "seed": asked.seed, "size": asked.size}
     folder.mkdir(parents=True, exist_ok=True)
     try:
         same = header.items() <= json.loads((folder / INDEX).read_text("utf-8")).items()

@@ -50,12 +50,17 @@ class Architecture:
 ARCHITECTURES = {75: Architecture(32, 16, 64, 64, 0, 256), 80: Architecture(64, 32, 164, 163, 1024, 128),
                  90: Architecture(64, 32, 228, 227, 1024, 128), 100: Architecture(64, 32, 228, 227, 1024, 128),
                  120: Architecture(48, 24, 100, 99, 1024, 128)}
-REGISTERS, REGISTER_UNIT, PARTS, MOST_REGISTERS, MOST_THREADS = 65536, 256, 4, 255, 1024
+REGISTERS = 65536
+REGISTER_UNIT = 256
+PARTS = 4
+MOST_REGISTERS = 255
+MOST_THREADS = 1024
 
 
 def resident_blocks(architecture, threads, registers, shared_bytes):
     """{limit: how many blocks fit a multiprocessor at once by that limit}; 0 if not even one can be launched."""
-    a, warps = ARCHITECTURES[architecture], -(-threads // 32)
+    a = ARCHITECTURES[architecture]
+    warps = -(-threads // 32)
     registers_of_warp = max(1, -(-registers * 32 // REGISTER_UNIT)) * REGISTER_UNIT
     shared = -(-(shared_bytes + a.reserved) // a.shared_unit) * a.shared_unit
     fits = {"blocks": a.blocks, "warps": a.warps // warps,

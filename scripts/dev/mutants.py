@@ -66,9 +66,12 @@ class Copies:
     """`count` copies of a project, in which tests run at the same time. close() ends every running process."""
 
     def __init__(self, project, folder, count, seed, timeout):
-        self.seed, self.timeout = seed, timeout
-        self._free, self._running = queue.SimpleQueue(), set()
-        self._lock, self._closed = threading.Lock(), False
+        self.seed = seed
+        self.timeout = timeout
+        self._free = queue.SimpleQueue()
+        self._running = set()
+        self._lock = threading.Lock()
+        self._closed = False
         first = Path(folder).resolve() / "0"
         first.mkdir()
         shutil.copy(PLUGIN, first.parent)
@@ -99,7 +102,8 @@ class Copies:
         """The Outcome of some test files, in a copy with the mutant's bug (None: without a bug)."""
         if not tests:
             return Outcome("passed")
-        arguments, copy = [*tests, *([] if all_of_them else ["-x"])], self._free.get()
+        arguments = [*tests, *([] if all_of_them else ["-x"])]
+        copy = self._free.get()
         try:
             if mutant is None:
                 return self._pytest(copy, arguments, "")
@@ -132,7 +136,8 @@ class Copies:
             process.communicate()
             with self._lock:
                 self._running.discard(process)
-        seconds, lines = time.monotonic() - started, output.splitlines()
+        seconds = time.monotonic() - started
+        lines = output.splitlines()
         failed = [line.removeprefix("FAILED ").partition(" - ")[0] for line in lines if line.startswith("FAILED ")]
         if failed:
             return Outcome("failed", failed[0] + f" and {len(failed) - 1} more" * (len(failed) > 1), seconds)
@@ -179,7 +184,9 @@ def examine(mutants, copies, jobs, all_tests=False, report=lambda *result: None)
     def others(mutant):
         return [test for test in copies.tests if test not in likely(mutant)]
 
-    outcomes, alive, healthy = {}, mutants, set()
+    outcomes = {}
+    alive = mutants
+    healthy = set()
     with ThreadPoolExecutor(jobs) as pool, contextlib.closing(copies):
         def check(tests):
             needed = sorted(set(tests) - healthy, key=copies.tests.index)
@@ -246,7 +253,8 @@ def main():
     if arguments.list:
         return print(*mutants, sep="\n")
 
-    started, done = time.monotonic(), itertools.count(1)
+    started = time.monotonic()
+    done = itertools.count(1)
 
     def report(mutant, outcome):
         _, words = judge(mutant, outcome)

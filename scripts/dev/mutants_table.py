@@ -24,13 +24,15 @@ class Mutant:
 
 def read_table(text, name="the table"):
     """The mutants of a table, written as scripts/dev/mutants/README.md says. Raises UsageError with the line."""
-    entries, file = [], None
+    entries = []
+    file = None
 
     def fail(message):
         raise UsageError(f"{name}, line {number}: {message}")
 
     for number, line in enumerate(text.splitlines(), start=1):      # noqa: B007, fail reads number
-        content, indent = line.strip(), len(line) - len(line.lstrip(" "))
+        content = line.strip()
+        indent = len(line) - len(line.lstrip(" "))
         if not content or line.startswith("#"):
             continue
         if indent == 0:

@@ -199,6 +199,7 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
              reference_rejected: np.ndarray, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
     """DPO: reward_loss with the reward r(x, y) = beta log(pi(y|x) / pi_ref(y|x)): the policy is the reward model.
 
+    The exact reward has one more term, beta log Z(x), which is the same for y_w and y_l and cancels (objectives/dpo.py).
     The first four arguments are log pi(y|x) of the policy and of the reference for y_w and y_l, (B) each.
     label_smoothing: the assumed probability that y_w and y_l were exchanged.
     """
@@ -223,7 +224,7 @@ def generate(parameters: Parameters, prompts, config, max_new_tokens: int, rng, 
     """Sample a response to each prompt (a list of tokens), token by token, until it ends with eos.
 
     rng: a numpy Generator, or the uniform random numbers (B,max_new_tokens) themselves.
-    Returns the tokens of the responses (B,R), and their mask (B,R), 0 after the end.
+    Returns the tokens of the responses and their mask, 0 after the end: (B,length of the longest response) each.
     """
     B = len(prompts)
     uniforms = rng.random((B, max_new_tokens)) if isinstance(rng, np.random.Generator) else rng

@@ -199,7 +199,7 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
              reference_rejected: np.ndarray, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
     """DPO: reward_loss with the reward r(x, y) = beta log(pi(y|x) / pi_ref(y|x)): the policy is the reward model.
 
-    The exact reward has one more term, beta log Z(x), which is the same for y_w and y_l and cancels (objectives/dpo.py).
+    The exact reward has one more term, beta log Z(x). It is the same for y_w and y_l and cancels (objectives/dpo.py).
     The first four arguments are log pi(y|x) of the policy and of the reference for y_w and y_l, (B) each.
     label_smoothing: the assumed probability that y_w and y_l were exchanged.
     """

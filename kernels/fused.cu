@@ -25,8 +25,8 @@
 //   rope                N (H + G + 1) K        N (H + G) K      the minimum with tables
 //   adamw               4 P                    3 P              the minimum
 // __launch_bounds__(.., 1) asks for one block a multiprocessor; otherwise NVRTC limits a thread to 64 registers and
-// spills. Possible and not done: the residual addition before a norm; the rotation inside attention, when it loads Q
-// and K.
+// spills.
+// Possible and not done: the residual addition before a norm; the rotation inside attention, when it loads Q and K.
 
 constexpr int VECTOR = 16 / sizeof(real);       // numbers moved at a time
 constexpr int HELD = 32 / sizeof(real);         // numbers of a row that a thread holds

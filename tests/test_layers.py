@@ -183,6 +183,13 @@ def test_scores_above_the_limit_are_not_kept(rng, monkeypatch):
     assert peak_memory(lambda: layers.attention(q, k, v).sum().backward()) < T * T * 8 / 3
 
 
+@pytest.mark.parametrize("scale", [0.3, 1.0, 2.0])
+def test_attention_uses_the_given_scale(rng, scale):
+    q, k, v = (normal(rng, 2, 2, 5, 4) for _ in range(3))
+    assert_same(lambda q, k, v: layers.attention(q, k, v, scale=scale),
+                lambda q, k, v: definitions.attention(q * (scale * 4 ** 0.5), k, v), q, k, v)
+
+
 @given(rng=rngs, scale=st.sampled_from([0.3, 1, 2]))
 def test_tiled_attention_uses_the_given_scale_and_writes_to_the_given_array(rng, scale):
     q, k, v = (normal(rng, 2, 2, 5, 4) for _ in range(3))

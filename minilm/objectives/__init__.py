@@ -1,4 +1,4 @@
-"""The objectives, one page each: sft, reward, policy_gradient, dpo, kl.
+"""The objectives, one page each, in the order of reading: sft, reward, kl, policy_gradient, dpo.
 
 Each page has the same order: the formula and its gradient with the proof, the loss, its variants, the
 metrics, private helpers. A page needs only NumPy and the first lines of tensor.py: `@primitive` turns a
@@ -8,13 +8,20 @@ gradient come as Tensors; references, masks, old log-probs and advantages are pl
 
 Symbols on every page:
 
-    x, y          a prompt, a response to it;  y_t is token t of y, y_<t the tokens before it
+    x, y          a prompt, a complete response to it;  y_t is token t of y, y_<t the tokens before it
     y_w, y_l      the preferred response (`chosen` in code), the other one (`rejected`)
-    pi, pi_ref    the policy, and the fixed reference; log pi(y|x) is the sum over the tokens of y
+    pi, pi_ref    the policy, and the fixed reference; both are above 0 for every response, as a softmax is.
+                  log pi(y|x) is the sum of the log-probs of the tokens of y
     r(x,y)        the reward;  beta: the weight of the KL penalty
-    m_t           the mask: 1 on the tokens of a response and its EOS, 0 on prompt and padding
+    k1            log pi(y|x) - log pi_ref(y|x): an estimate of KL(pi || pi_ref) from one y drawn from pi
+    R             r - beta k1, the reward minus the KL penalty
+    m_t           the mask: 1 on the tokens of a response, 0 on prompt and padding
     B, T          sequences or pairs in a batch, tokens in a sequence
     P, K, N       prompts, samples for each prompt, N = P K samples in all
+
+A complete response ends with an EOS token, which is one of its tokens, or at the limit of its length. No
+complete response is the beginning of another one. So the probabilities pi(y|x) of all complete responses add
+up to 1, and sum_y grad pi(y|x) = grad 1 = 0. The proofs use this.
 
 How to add an objective: .github/CONTRIBUTING.md. Whether the expected gradient of an estimator is the
 gradient that you mean: minilm.exact.gradients.compare_with_exact_gradient.

@@ -1,7 +1,8 @@
 """Direct Preference Optimization (DPO): train the policy on comparisons, without a reward model.
 
 x is a prompt, y_w the preferred response (chosen), y_l the other one (rejected). log pi(y|x) is the sum
-of the log-probs of the tokens of y. RLHF (policy_gradient.py) maximises, for each prompt,
+of the log-probs of the tokens of y, its EOS included; pi_ref(y|x) > 0 for every y. RLHF (policy_gradient.py)
+maximises, for each prompt,
 
     J(pi) = E_{y ~ pi}[ r(x,y) ] - beta KL(pi || pi_ref)
 
@@ -11,17 +12,18 @@ of the log-probs of the tokens of y. RLHF (policy_gradient.py) maximises, for ea
 
 Proof. Solve for the reward,  r(x,y) = beta log(pi*(y|x) / pi_ref(y|x)) + beta log Z(x),  and insert it:
 
-    J(pi) = E_{y ~ pi}[ beta log(pi*/pi_ref) + beta log Z - beta log(pi/pi_ref) ]
+    J(pi) = E_{y ~ pi}[ beta log(pi*/pi_ref) + beta log Z(x) - beta log(pi/pi_ref) ]
+          = beta log Z(x) + E_{y ~ pi}[ -beta log(pi/pi*) ]             because log pi_ref cancels
           = beta log Z(x) - beta KL(pi || pi*)
 
 Z(x) does not depend on pi, and a KL divergence is at least 0, and 0 only at pi = pi*.
 
-2. Step 1 works backwards too: every policy pi has a reward for which it is the maximum, its implied reward
-beta log(pi(y|x) / pi_ref(y|x)). With this reward, Z(x) = sum_y pi(y|x) = 1 and pi* = pi. So a reward can be
-learned by learning the policy.
+2. Every policy pi is the maximum for a reward: r(x,y) = beta log(pi(y|x) / pi_ref(y|x)) + c(x), with any c(x).
+With this reward, pi_ref exp(r/beta) = exp(c/beta) pi, so pi* = pi. beta log(pi/pi_ref) is the implied reward of
+pi. So a reward can be learned by learning the policy; c(x) cancels in the difference of two rewards of one prompt.
 
-3. The Bradley-Terry loss (reward.py) learns a reward from comparisons. It uses only the difference of two
-rewards of one prompt, where beta log Z(x) cancels. Insert the implied rewards:
+3. The Bradley-Terry loss (reward.py) learns a reward from comparisons, and uses only this difference. Insert
+the implied rewards:
 
     delta = [ log pi(y_w|x) - log pi_ref(y_w|x) ] - [ log pi(y_l|x) - log pi_ref(y_l|x) ]
     L     = mean[ -log sigmoid(beta delta) ]                                 mean over B pairs
@@ -32,16 +34,30 @@ Gradient, for one of the B pairs:
     dL / d log pi(y_l|x) = +beta sigmoid(-beta delta) / B
 
 because d/dz[-log sigmoid(z)] = -sigmoid(-z), here at z = beta delta, and the derivatives of delta in the
-two log-probs are +1 and -1. sigmoid(-beta delta) is the probability that the implied rewards give
-to the wrong order.
+two log-probs are +1 and -1. sigmoid(-beta delta) is the probability, under the implied rewards, that y_l is
+preferred to y_w.
 
-The loss depends only on delta, so both log-probs can fall while the loss falls. With g_w and g_l the
-gradients of log pi(y_w|x) and log pi(y_l|x) in the parameters, a small step of gradient descent on one
-pair changes log pi(y_w|x) by
+4. RLHF and DPO have the same optimum under three conditions: preferences follow the Bradley-Terry model with
+the reward r; comparisons are unlimited, and every two responses are compared; pi is unrestricted. Let y be
+preferred to y' with probability q = sigmoid(r(x,y) - r(x,y')), and let d be delta with y as y_w and y' as y_l.
+The expected loss of this pair is
 
-    learning_rate beta sigmoid(-beta delta) ( <g_w, g_w> - <g_w, g_l> )
+    -q log sigmoid(beta d) - (1 - q) log sigmoid(-beta d)
 
-which is negative where <g_w, g_l> > <g_w, g_w>: tests/test_exact_dpo_gradient.py.
+the cross-entropy of q and sigmoid(beta d). It is smallest only at sigmoid(beta d) = q, so at
+beta d = r(x,y) - r(x,y'). pi* reaches this for all pairs (steps 1 and 2). Any pi that does has a
+beta log(pi/pi_ref) - r that does not depend on y, so it is pi* by step 2. Under other conditions (flipped labels,
+finite data, a small model) RLHF and DPO end at different policies.
+
+5. Both log-probs can fall while the loss falls, because the loss depends only on their difference. Let g_w and
+g_l be the gradients of log pi(y_w|x) and log pi(y_l|x) in the parameters. A step of gradient descent on one
+pair, to first order in the learning rate, changes the log-probs by
+
+    log pi(y_w|x):  eta ( <g_w, g_w> - <g_w, g_l> )
+    log pi(y_l|x):  eta ( <g_w, g_l> - <g_l, g_l> ),         eta = learning_rate beta sigmoid(-beta delta)
+
+If <g_w, g_l> > <g_w, g_w>, y_w falls. Then y_l falls more: <g_w, g_l>^2 <= <g_w, g_w> <g_l, g_l> (Cauchy and
+Schwarz) gives <g_l, g_l> > <g_w, g_l>, and delta grows by eta |g_w - g_l|^2. tests/test_exact_dpo_gradient.py.
 
 If pi = pi_ref then delta = 0 and L = log 2, to the last bit if both come as the same array.
 -log sigmoid(z) is computed as softplus(-z) = log(1 + exp(-z)), which is finite at every finite z.
@@ -90,10 +106,12 @@ def robust_dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_ch
 
         mean[ -(1 - eps) log sigmoid(z) + eps log sigmoid(-z) ] / (1 - 2 eps),       z = beta delta
 
-    Its expectation over the flips is the loss on clean labels: with L the loss of the true order and L'
-    of the reversed one, the label is true with probability 1 - eps, so the expectation is
+    In expectation over the flips it is the loss on clean labels, if the flip rate is known: with L the loss of
+    the true order and L' of the reversed one, the label is true with probability 1 - eps, so it is
     [ (1 - eps) ((1 - eps) L - eps L') + eps ((1 - eps) L' - eps L) ] / (1 - 2 eps) = L.
-    It is unbounded below: it keeps falling as the margin of any pair grows.
+    Only this average over flips is at least 0. On a finite sample, with eps > 0, the loss is unbounded below:
+    it keeps falling as delta of any pair grows.
+    Gradient in z: -( (1 - eps) sigmoid(-z) + eps sigmoid(z) ) / (1 - 2 eps).
     Chowdhury et al. 2024, arXiv:2403.00409. Raises ValueError like dpo_loss.
     """
     if not 0 <= flip_rate < 0.5:
@@ -115,9 +133,14 @@ def ipo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
              reference_rejected: np.ndarray, beta: float = 0.1):
     """mean[ (delta - 1/(2 beta))^2 ], from log-probs summed over tokens, each (B,): a scalar.
 
-    It gives delta a finite target, where DPO's loss falls without end. It starts at 1/(4 beta^2). Its
-    optimum is not pi* (tests/test_exact_optimum.py). Log-probs are summed, as in the paper; TRL averages
-    them over tokens. Gradient in delta: 2 (delta - 1/(2 beta)) / B.
+    It gives delta a finite target. With DPO, delta grows without bound where y_w always wins.
+    Derivation: if y is preferred to y' with probability p, and d is delta with y as y_w, the expectation is
+    p (d - 1/(2 beta))^2 + (1 - p) (d + 1/(2 beta))^2 = (d - (2p - 1)/(2 beta))^2 + constant. Averaged over
+    y' ~ mu, where mu drew both responses, the target of log(pi(y)/pi_ref(y)) is w(y)/beta + constant, with the
+    win rate w(y) = E_{y' ~ mu}[p]. So its optimum is pi_ref exp(w/beta) / Z, in which w stands in place of
+    the reward of pi* (tests/test_exact_optimum.py).
+    It starts at 1/(4 beta^2). Log-probs are summed, as in the paper; TRL averages them over tokens.
+    Gradient in delta: 2 (delta - 1/(2 beta)) / B.
     Azar et al. 2023, arXiv:2310.12036, (17); their tau is beta.
     """
     delta = _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
@@ -158,7 +181,7 @@ def dpo_metrics(policy_chosen: np.ndarray, policy_rejected: np.ndarray, referenc
     """Metrics of B pairs under TRL's names, from arrays (B,).
 
     rewards/chosen, rewards/rejected  means of the implied rewards beta (log pi(y|x) - log pi_ref(y|x))
-    rewards/margins     mean of their differences
+    rewards/margins     mean of the reward difference, chosen minus rejected
     rewards/accuracies  fraction of pairs with the larger implied reward for y_w. Equal ones count as
                         wrong, so it is 0 at the first step
     rewards/ties        fraction of pairs with equal implied rewards (TRL does not have it)

@@ -12,7 +12,8 @@ x is a prompt, y a response drawn from the policy pi. One sample gives
     k3      KL(pi || pi_ref)                     grad KL(pi_ref || pi)
 
 "As a loss" means: the samples are fixed, and the estimator is differentiated. A single k1 may be
-negative; k2 and k3 never are (exp(u) >= 1 + u). The variance of k3 may be infinite.
+negative; k2 and k3 never are (exp(u) >= 1 + u). The variance of k3 is finite if E[(pi_ref / pi)^2] is. It can
+be very large where pi is far below pi_ref, and infinite if there are infinitely many responses.
 
 Values. E[k1] = sum_y pi log(pi / pi_ref) is the definition of KL(pi || pi_ref). E[k3] = E[k1], because
 exp(-k1) = pi_ref / pi and E[pi_ref / pi] = sum_y pi_ref = 1.
@@ -37,16 +38,26 @@ So E[grad k1] is (a), E[grad k2] is (b), and E[grad k3] is (a) - (c). k2 has the
 RLHF penalises; k3, whose expected value is this KL, has the gradient of the KL in the other direction.
 
 Other uses:
-    In the reward (policy_gradient.py), where the estimator k is a number without gradient, the expected
-    gradient is E[k grad log pi]. For k1 this is (b). For k3 it is (b) + (c) - (a), which is
-    grad KL(pi || pi_ref) - grad KL(pi_ref || pi).
-    As a loss, k3 times the ratio pi / pi_old, with samples from pi_old = pi: the ratio is 1, and its
-    gradient adds E[k3 grad log pi], given above. The sum is grad KL(pi || pi_ref).
+    In the reward r - beta k (policy_gradient.py), the estimator k is a number without gradient. Ascent then
+    follows E[(r - beta k) grad log pi], so that the penalty contributes -beta E[k grad log pi]. For k1 this
+    is -beta (b). For k3 it is -beta ((b) + (c) - (a)), which is
+    -beta grad KL(pi || pi_ref) + beta grad KL(pi_ref || pi).
+    As a loss, rho k3 with the ratio rho = pi / pi_old and samples from pi_old. By the product rule
+    grad(rho k3) = k3 grad rho + rho grad k3. At pi = pi_old, rho is 1 and grad rho is grad log pi, so the
+    expected gradient is E[k3 grad log pi] + E[grad k3] = (b) + (c) - (a) + (a) - (c) = grad KL(pi || pi_ref).
 
-All of this holds for whole responses. Computed per token and then summed over a response, k1 does not
-change, and k3 keeps its expected value. k2 and k3 lose their gradients: for k2, because a token changes
-the contexts of later tokens, and this effect is not differentiated; for k3, because KL(pi_ref || pi)
-averages over contexts that pi_ref reaches, and the samples are drawn from pi.
+All of this holds for whole responses. Per token, k1, k2, k3 are computed from log pi(y_t | x, y_<t) and
+log pi_ref(y_t | x, y_<t), and summed over the tokens of a response. With KL_t(y_<t) the divergence of the two
+distributions of the next token after y_<t, the chain rule of the KL divergence and its gradient are
+
+    KL(pi || pi_ref)      = E_{y ~ pi}[ sum_t KL_t(y_<t) ]
+    grad KL(pi || pi_ref) = E_{y ~ pi}[ sum_t grad KL_t(y_<t) ]
+                          + E_{y ~ pi}[ sum_t grad log pi(y_t | x, y_<t) sum_{s > t} KL_s(y_<s) ]
+
+The second term is the effect of a token on the contexts of later tokens. Summed over tokens, k1 does not
+change, and k3 keeps its expected value. The expected gradient of k2 is the first term alone, by (b) for every
+KL_t; the second term is missing. The expected gradient of k3 is E_{y ~ pi}[ sum_t grad KL'_t(y_<t) ], where
+KL'_t has pi_ref first; grad KL(pi_ref || pi) is the same with y ~ pi_ref in place of y ~ pi.
 
 Schulman 2020, "Approximating KL divergence", draws from q and writes r = p/q. His q is our pi and his p
 our pi_ref, so r = exp(-k1) and log r = -k1: his -log r, (log r)^2 / 2 and (r - 1) - log r are k1, k2, k3.

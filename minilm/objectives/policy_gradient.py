@@ -5,29 +5,33 @@ x is a prompt, y a response, r(x,y) its reward, beta the weight of the KL penalt
     J(pi) = E_{y ~ pi}[ r(x,y) ] - beta KL(pi || pi_ref)
           = E_{y ~ pi}[ R(x,y) ],           R(x,y) = r(x,y) - beta ( log pi(y|x) - log pi_ref(y|x) )
 
-Gradient, for any number b (the baseline) that does not depend on y:
+Gradient, for any number b (the baseline) that does not depend on y, although it may depend on x:
 
     grad J = E_{y ~ pi}[ (R(x,y) - b) grad log pi(y|x) ]
 
 Proof. J = sum_y pi R, so grad J = sum_y R grad pi + sum_y pi grad R.
     First sum:   grad pi = pi grad log pi (the log-derivative trick), so it is E[R grad log pi].
-    Second sum:  grad R = -beta grad log pi, so it is -beta sum_y grad pi = -beta grad 1 = 0.
+    Second sum:  grad R = -beta grad log pi, so it is -beta sum_y grad pi = -beta grad 1 = 0. Here the
+                 responses must be complete: y includes its EOS, or ends at the limit of its length.
     Baseline:    E[b grad log pi] = b sum_y grad pi = b grad 1 = 0.
 
 So R and b are used as numbers, without gradient. With N responses y drawn from pi, and m_t = 1 on the
-tokens of a response, 0 on padding:
+tokens of a response and its EOS, 0 elsewhere:
 
     L = -(1/N) sum over responses of A log pi(y|x),                 A = R - b
     log pi(y|x) = sum_t m_t log pi(y_t | x, y_<t)
 
-    dL / d log pi(y_t) = -m_t A / N
+    dL / d log pi(y_t) = -m_t A / N,            grad L = sum (dL / d log pi(y_t)) grad log pi(y_t)
 
-The gradient of L is an estimate. Its expectation over the draws depends on the baseline (`advantages`),
-with K responses to each prompt, and J averaged over the prompts:
+with the sum over t and over responses. grad L is an estimate. Its expectation over the draws depends on the
+baseline (`advantages`), with K responses to each prompt, and J averaged over the prompts:
 
-    none, leave_one_out    -grad J
-    mean                   -(1 - 1/K) grad J
-    group                  biased: another direction
+    none             -grad J
+    leave_one_out    -grad J. The other samples are independent of y, so given them b is a number that does not
+                     depend on y: the expectation is -grad J for all values of the others
+    mean             -(1 - 1/K) grad J, because R_k - mean = (1 - 1/K) (R_k - mean of the others)
+    group            biased. The gradient of each prompt has a factor of its own, and with more than two values of
+                     R in general another direction too
 
 The value of L does not measure progress; the mean reward does. log pi(y|x) is the sum over tokens. A mean
 would weigh a response by the inverse of its length, and the result would not be the gradient of J.
@@ -66,17 +70,18 @@ def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.nda
 
 
 def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str = "leave_one_out") -> np.ndarray:
-    """A = R - b for K responses to each of P prompts, with R = rewards - beta kl: a float64 array (P,K).
+    """A = R - b ("group": standardised R) for K responses to each of P prompts: a float64 array (P,K).
+
+    R = rewards - beta kl
 
     rewards   r(x,y), (P,K)
     kl        k1 of each response, log pi(y|x) - log pi_ref(y|x) summed over its tokens, (P,K), in nats
     baseline  "none"           b = 0
               "leave_one_out"  b = mean R of the other K - 1 responses to the prompt, so it does not
                                depend on y: unbiased. Needs K >= 2
-              "mean"           b = mean R of all K. Since R_k - mean = (1 - 1/K) (R_k - mean of the
-                               others), the expected gradient is (1 - 1/K) of the true one
-              "group"          "mean", divided by (standard deviation of the K values of R + 1e-4). Biased:
-                               prompts with little spread weigh more, and the standard deviation is
+              "mean"           b = mean R of all K: (1 - 1/K) of the true gradient, in expectation
+              "group"          another form, A = (R - mean R) / (standard deviation of the K values + 1e-4).
+                               Biased: prompts with little spread weigh more, and the standard deviation is
                                computed from the same samples that it normalises. Needs K >= 2
     "group" is the advantage of GRPO (Shao et al. 2024, arXiv:2402.03300), with ddof 1 and 1e-4 as in TRL.
     TRL's GRPO has no KL in the reward: the same as here at beta = 0.
@@ -96,8 +101,9 @@ def reward_to_go(rewards: np.ndarray, token_kl: np.ndarray, mask: np.ndarray, be
 
         A_t = r(x,y) - beta sum_{s >= t} k1_s - b
 
-    The KL terms of tokens before t do not depend on y_t, so in expectation they contribute nothing to the
-    gradient of log pi(y_t); A of `advantages` contains them as noise.
+    The KL terms of tokens before t are fixed by y_<t, and E[grad log pi(y_t | x, y_<t) | y_<t] =
+    sum_v grad pi(v | x, y_<t) = grad 1 = 0. So their product with grad log pi(y_t) has expectation 0;
+    A of `advantages` contains them as noise.
 
     rewards   (P,K)
     token_kl  k1 of each token, log pi(y_t) - log pi_ref(y_t), (P,K,T); may be NaN outside the mask

@@ -1,11 +1,13 @@
 """The Bradley-Terry reward model: learn a reward from comparisons of two responses.
 
-x is a prompt, y_w the preferred response (chosen), y_l the other one (rejected). The model gives each a
-number, r_w = r(x, y_w) and r_l = r(x, y_l), and predicts a comparison from their difference:
+x is a prompt. The model gives each response y a number r(x,y), and predicts the comparison of two responses
+y and y' from the difference of their rewards:
 
-    P(y_w is preferred to y_l) = sigmoid(r_w - r_l)
+    P(y is preferred to y' | x) = sigmoid( r(x,y) - r(x,y') )
 
-The loss is the negative log-likelihood of the comparisons, and a term that centres the rewards (c >= 0):
+After the comparison, y_w is the name of the preferred response (chosen), y_l of the other one (rejected),
+and r_w = r(x, y_w), r_l = r(x, y_l). The loss is the negative log-likelihood of the comparisons, and a term
+that centres the rewards (c >= 0):
 
     z = r_w - r_l - margin
     L = mean[ -log sigmoid(z) ] + c mean[ (r_w + r_l)^2 ]                    mean over B pairs
@@ -16,15 +18,15 @@ Gradient, for one of the B pairs:
     dL / dr_l = ( +sigmoid(-z) + 2c (r_w + r_l) ) / B
 
 because sigmoid' = sigmoid (1 - sigmoid) gives d/dz[-log sigmoid(z)] = -(1 - sigmoid(z)) = -sigmoid(-z),
-and dz/dr_w = 1, dz/dr_l = -1. Without a margin, sigmoid(-z) is the probability that the model gives to
-the wrong order. The loss pushes r_w up and r_l down; the push is large where the model is wrong, and
+and dz/dr_w = 1, dz/dr_l = -1. Without a margin, sigmoid(-z) is the probability, under the
+model, that y_l is preferred to y_w. The loss pushes r_w up and r_l down; the push is large where the model is wrong, and
 near 0 where it is right with confidence.
 
-Comparisons determine the rewards of a prompt only up to a constant: adding one constant to both rewards
-does not change r_w - r_l. The centring term selects the constant. For one given pair it has gradient 0
-on the difference r_w - r_l, because its two derivatives are equal. In expectation over many pairs it
-also shrinks the differences a little: for two responses drawn independently for one prompt, with rewards
-r and r',
+Comparisons determine the rewards only up to one constant for each prompt: adding it to the rewards of all
+responses to this prompt does not change r_w - r_l. The centring term selects the constant. For one given pair
+it has gradient 0 on the difference r_w - r_l, because its two derivatives are equal. In expectation over many
+pairs it also shrinks the differences a little: for two responses drawn independently for one prompt, with
+rewards r and r',
 
     E[ (r + r')^2 ] = Var[r + r'] + E[r + r']^2 = 2 Var[r] + 4 E[r]^2
 
@@ -78,7 +80,7 @@ def reward_metrics(chosen_rewards: np.ndarray, rejected_rewards: np.ndarray) -> 
 
     accuracy  fraction of pairs with r_w > r_l; equal rewards count as wrong
     ties      fraction of pairs with r_w = r_l (TRL does not have it)
-    margin    mean of r_w - r_l
+    margin    mean of the reward difference r_w - r_l (TRL's name; it is unrelated to the option `margin`)
     min_reward, mean_reward, max_reward   over the 2B rewards
     """
     chosen_rewards = to_numpy(chosen_rewards)

@@ -1,26 +1,28 @@
 """Supervised finetuning (SFT): raise the probability of a demonstrated response.
 
-x is a prompt, y the demonstrated response, y_t its token t. The mask m_t is 1 on the tokens of y and on
-its EOS, 0 on the prompt and on padding. M is the number of tokens that count.
+s_1, ..., s_T is a prompt x, then the demonstrated response y with its EOS, then padding. The mask m_t is 1 on
+the tokens of y, and 0 on prompt and padding. M is the number of tokens of y in the B sequences of the batch.
 
-    L = -(1/M) sum_t m_t log pi(y_t | x, y_<t),         M = sum_t m_t
+    L = -(1/M) sum_t m_t log pi(s_t | s_1, ..., s_{t-1}),       M = sum_t m_t          sums over B sequences too
 
 Gradient:
 
-    dL / d log pi(y_t) = -m_t / M
-    dL / d logits_t    = (m_t / M) ( softmax(logits_t) - onehot(y_t) )
+    dL / d log pi(s_t) = -m_t / M
+    dL / d logits_t    = (m_t / M) ( softmax(logits_t) - onehot(s_t) )
 
-The first line is the derivative of a sum. The second follows by the chain rule: with z = logits_t,
-log pi(v) = z_v - log sum_u exp(z_u), so d log pi(v) / d z_u = onehot(v)_u - softmax(z)_u. Each step
-raises the logit of the demonstrated token, and lowers every logit in proportion to its probability.
+logits_t are the V logits that score s_t; onehot(v) is the vector with 1 at entry v and 0 elsewhere. The first
+line is the derivative of a sum. The second follows by the chain rule: with z = logits_t, log pi(v) is
+z_v - log sum_u exp(z_u), whose gradient in z is onehot(v) - softmax(z). A step of gradient descent moves
+logits_t by a multiple of onehot(s_t) - softmax(logits_t): the logit of the demonstrated token rises, and every
+other logit falls in proportion to the probability of its token.
 `sft_loss` computes the first line, `minilm.layers.token_log_probs` the second.
 
-Shift: the logits at position t score the token at t + 1. `model.log_probs(tokens)` therefore belongs to
-tokens[:, 1:], and its mask is mask[:, 1:].
+Shift: the logits that score s_t are computed at position t - 1. `model.log_probs(tokens)` therefore belongs
+to tokens[:, 1:], and its mask is mask[:, 1:]. Both are (B,T-1).
 
-Accumulation: M counts the tokens of the whole accumulation window, so that every response token has the
-same weight, however the tokens are split into sequences and microbatches. Pass it as `total`. If each
-microbatch is divided by its own M, tokens of short microbatches weigh more (several libraries did this).
+Accumulation: M counts the tokens of all microbatches between two steps of the optimiser. Then every response
+token has the same weight, however the tokens are split into sequences and microbatches. Pass M as `total`. If
+each microbatch is divided by its own M, the tokens of short microbatches have a larger weight.
 
 Pretraining is the same loss with m_t = 1 on all real tokens.
 Tests: tests/test_sft.py.
@@ -36,7 +38,7 @@ from minilm.tensor import Tensor, primitive
 def sft_loss(log_probs: Tensor, mask: np.ndarray, total: float | None = None):
     """Mean negative log-prob, in nats, of the tokens that the mask selects: a scalar.
 
-    log_probs  (B,T), log pi of each target token; may be NaN outside the mask
+    log_probs  (B,T), log pi of each target token (T counts targets here); may be NaN outside the mask
     mask       (B,T), 0 or 1
     total      M, the sum of the masks of the whole accumulation window; None: the sum of this mask
     Raises ValueError for other shapes, and if M is 0 (with a total, a microbatch may be empty).

@@ -17,7 +17,7 @@ rngs = st.integers(0, 2 ** 32 - 1).map(np.random.default_rng)
 
 @st.composite
 def distributions(draw, count, P=2, N=7):
-    """A hypothesis strategy: log-probs (P,N) of `count` random distributions over N responses."""
+    """A hypothesis strategy: log-probs (P,Y) of `count` random distributions over Y responses."""
     z = draw(rngs).normal(size=(count, P, N))
     return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
 
@@ -98,7 +98,7 @@ def gradient_error(actual, expected):
 
 
 def log_probs_along(model, world, gradients, step):
-    """d log_pi (P,N) / d learning_rate of gradient descent, by central differences of +-step."""
+    """d log_pi (P,Y) / d learning_rate of gradient descent, by central differences of +-step."""
     sides = []
     for sign in (1, -1):
         for name, p in model.parameters().items():

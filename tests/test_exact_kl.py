@@ -35,7 +35,7 @@ def log_probs(*of_models):
 
 
 def expected_gradient(model, loss):
-    """sum_y pi(y) grad loss(y), with the samples held fixed; loss maps log_pi (P,N) to (P,N)."""
+    """sum_y pi(y) grad loss(y), with the samples held fixed; loss maps log_pi (P,Y) to (P,Y)."""
     return parameter_gradients(model, loss(WORLD.log_probs(model)), np.exp(WORLD.log_probs(model).data))
 
 
@@ -126,7 +126,7 @@ def test_k3_times_the_ratio_as_a_loss_has_the_gradient_of_the_kl(seed):
 # Inside the reward, without gradient.
 
 def in_the_reward(policy, penalty):
-    """The expected gradient of policy_gradient.py with the penalty (P,N) as KL, and rewards of 0."""
+    """The expected gradient of policy_gradient.py with the penalty (P,Y) as KL, and rewards of 0."""
     def loss(leaf, drawn):
         A = advantages(np.zeros((1, 1)), penalty[[0], drawn[0]][None], beta=1.0, baseline="none")[0]
         return policy_gradient_loss(leaf, A, WORLD.mask[0, drawn[0]])

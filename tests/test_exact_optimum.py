@@ -46,7 +46,7 @@ FLIP_RATE = 0.2         # the fraction of labels that are wrong, in the tests of
 
 
 def trained(gradient, steps=300):
-    """log_pi (P,N) after training on an exact gradient."""
+    """log_pi (P,Y) after training on an exact gradient."""
     *_, log_pi = descend(start(), WORLD, gradient, steps, learning_rate=0.007)
     return log_pi
 

@@ -27,8 +27,8 @@ class Problem:
 
     world: EnumerableWorld
     policy: Transformer
-    reference: np.ndarray       # log-probs of the tokens, (P,N,T)
-    rewards: np.ndarray         # (P,N)
+    reference: np.ndarray       # log-probs of the tokens, (P,Y,T)
+    rewards: np.ndarray         # (P,Y)
     beta: float
     temperature: float = 1.0
 
@@ -78,7 +78,7 @@ class Problem:
         return loss
 
     def clipped(self, old, baseline, level, epsilon=0.2):
-        """PPO; old: log-probs of the tokens (P,N,T) under the policy that draws the samples."""
+        """PPO; old: log-probs of the tokens (P,Y,T) under the policy that draws the samples."""
         def loss(log_probs, prompts, drawn, mask):
             return ppo_clip_loss(log_probs, old[prompts, drawn].reshape(log_probs.shape),
                                  self.advantages(prompts, drawn, baseline), mask, epsilon, level)

@@ -27,7 +27,7 @@ def centred(rewards):
 
 
 def fitted(loss, probabilities, steps=500):
-    """Rewards (P,N) of a RewardModel trained on the expected loss over comparisons."""
+    """Rewards (P,Y) of a RewardModel trained on the expected loss over comparisons."""
     rng, config = np.random.default_rng(1), Config(vocab_size=3, width=24, layers=2, heads=2, context=8)
     model = RewardModel(Transformer(config, rng, np.float64), rng)
     optimizer = AdamW(model.parameters(), weight_decay=0.0)

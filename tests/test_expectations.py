@@ -124,6 +124,6 @@ def test_more_outcomes_than_the_limit_raise_with_their_number_and_what_to_reduce
     log_probs, mask = np.zeros((2, 40, 3)), np.ones((2, 40, 3))
     with pytest.raises(ValueError, match="the limit is 6"):
         gradient_over_samples(lambda leaf, drawn: ops.sum(leaf), log_probs[:1, :7], mask[:1, :7], 1, most_outcomes=6)
-    with pytest.raises(ValueError, match=r"2 draws for each of 2 prompts with 40 responses have N\^\(P K\) = 2,560,000 "
+    with pytest.raises(ValueError, match=r"2 draws for each of 2 prompts with 40 responses have Y\^\(P K\) = 2,560,000 "
                                          r"outcomes; the limit is 100,000.*Take one prompt, fewer samples"):
         gradient_over_samples(lambda leaf, drawn: ops.sum(leaf), log_probs, mask, samples=2)

@@ -1,9 +1,9 @@
 """A world small enough to list: every response of a policy is listed, so every expectation is a sum.
 
-With V tokens and responses of at most R tokens there are few responses y to a prompt x: N = 40 for V = 4,
-R = 3. A Transformer over these V tokens gives each response a probability, and the N probabilities of a
+With V tokens and a low limit of length there are few responses y to a prompt x: Y = 40 for V = 4 and at most
+3 tokens. A Transformer over these V tokens gives each response a probability, and the Y probabilities of a
 prompt add up to 1. A training run can only estimate an expectation from samples; here it is computed to
-the last digits, with the same model and the same log-probs. log_pi is log pi(y|x), (P,N): P prompts, N
+the last digits, with the same model and the same log-probs. log_pi is log pi(y|x), (P,Y): P prompts, Y
 responses to each. For each prompt:
 
     entropy        H(pi)         = -sum_y pi(y) log pi(y)
@@ -34,14 +34,15 @@ MOST_TOKENS = 1_000_000
 
 
 class EnumerableWorld:
-    """P prompts, and all N responses to each: up to max_new_tokens tokens out of vocab_size.
+    """P prompts, and all Y responses to each: up to max_new_tokens tokens out of vocab_size.
 
     prompts    list of P token lists
-    eos        ends a response; a response of max_new_tokens tokens may end without it, as in generate()
-    responses  list of N token lists, the same for every prompt
-    tokens     (P*N,T) prompt and response, padded to T tokens; row p*N + i is response i to prompt p
-    mask       (P,N,T-1) 1 where log_probs(tokens), which score tokens[:, 1:], belong to the response
-    shape      (P,N)
+    eos        ends a response; a response of max_new_tokens tokens may end without it, as in generate(). In a
+               prompt, eos is a token like any other
+    responses  list of Y token lists, the same for every prompt
+    tokens     (P*Y,T) prompt and response, padded to T tokens; row p*Y + i is response i to prompt p
+    mask       (P,Y,T-1) 1 where log_probs(tokens), which score tokens[:, 1:], belong to the response
+    shape      (P,Y)
     Raises ValueError for a prompt outside the vocabulary, for a list of more than MOST_TOKENS tokens, and
     for a model with another vocabulary, which could give responses that are not listed.
     """
@@ -71,30 +72,30 @@ class EnumerableWorld:
         self.mask = batch.target_mask.reshape(*self.shape, -1)
 
     def token_log_probs(self, model, temperature: float = 1.0) -> Tensor:
-        """log pi of every token of every response, (P,N,T-1); entries outside the mask are not response tokens."""
+        """log pi of every token of every response, (P,Y,T-1); entries outside the mask are not response tokens."""
         if model.config.vocab_size != self.vocab_size:
             raise ValueError(f"a model over {model.config.vocab_size} tokens can give responses that a world of "
                              f"{self.vocab_size} tokens does not list; make the two vocabularies equal")
         return model.log_probs(self.tokens, temperature).reshape(self.mask.shape)
 
     def log_probs(self, model, temperature: float = 1.0) -> Tensor:
-        """log_pi: log pi(y|x) of every response, (P,N); the exponentials of a row add up to 1."""
+        """log_pi: log pi(y|x) of every response, (P,Y); the exponentials of a row add up to 1."""
         return layers.sequence_log_probs(self.token_log_probs(model, temperature), self.mask)
 
     def rewards(self, reward_model) -> Tensor:
-        """The reward that a RewardModel gives each response, (P,N)."""
+        """The reward that a RewardModel gives each response, (P,Y)."""
         lengths = [len(prompt) + len(response) for prompt in self.prompts for response in self.responses]
         real = np.arange(self.tokens.shape[1]) < np.array(lengths)[:, None]
         return reward_model.rewards(self.tokens, real).reshape(self.shape)
 
     def take(self, values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-        """The values (P,N,...) of the responses with the indices drawn (P,K), prompt by prompt: (P*K,...)."""
+        """The values (P,Y,...) of the responses with the indices drawn (P,K), prompt by prompt: (P*K,...)."""
         drawn = np.asarray(drawn)
         prompts = np.arange(len(drawn))[:, None]
         return values[prompts, drawn].reshape(drawn.size, *values.shape[2:])
 
 
-# Exact quantities, from log-probs (P,N) to one number for each prompt, (P,).
+# Exact quantities, from log-probs (P,Y) to one number for each prompt, (P,).
 
 def expectation(log_pi: np.ndarray, values: np.ndarray) -> np.ndarray:
     """sum_y pi(y) values(y). A response of probability 0 contributes 0, even if its value is infinite."""
@@ -123,11 +124,12 @@ def objective(log_pi: np.ndarray, reference: np.ndarray, rewards: np.ndarray, be
 
 
 def objective_gradient(log_pi: np.ndarray, reference: np.ndarray, rewards: np.ndarray, beta: float) -> np.ndarray:
-    """dJ / dlog_pi = pi (r - beta (log_pi - reference) - beta), (P,N), of the sum of J over prompts.
+    """dJ / dlog_pi = pi (r - beta (log_pi - reference) - beta), (P,Y), of the sum of J over prompts.
 
     The last beta has no effect on the parameters of a model: sum_y pi(y) = 1 for all parameters, so
-    sum_y pi(y) grad log pi(y) = 0. Without it, this is E[R grad log pi], the policy gradient. The factor
-    pi(y) is a weakness: a response that the policy almost never gives has almost no gradient.
+    sum_y pi(y) grad log pi(y) = 0. Without it, this is E[R grad log pi], the policy gradient, with
+    R = r - beta (log_pi - reference). Because of the factor pi(y), the gradient at a response that the policy
+    almost never gives is almost 0.
     """
     return np.exp(log_pi) * (rewards - beta * (log_pi - reference) - beta)
 
@@ -135,22 +137,22 @@ def objective_gradient(log_pi: np.ndarray, reference: np.ndarray, rewards: np.nd
 # The policies at which training ends.
 
 def optimum(reference: np.ndarray, rewards: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
-    """log pi* (P,N), where pi* = pi_ref exp(r/beta) / Z has the largest J, and log Z (P,); J* = beta log Z."""
+    """log pi* (P,Y), where pi* = pi_ref exp(r/beta) / Z has the largest J, and log Z (P,); J* = beta log Z."""
     tilted = reference + rewards / beta
     log_Z = np.logaddexp.reduce(tilted, axis=-1)
     return tilted - log_Z[:, None], log_Z
 
 
 def preference(rewards: np.ndarray) -> np.ndarray:
-    """P(i preferred to j) = sigmoid(r_i - r_j), the Bradley-Terry model: rewards (P,N) to (P,N,N)."""
+    """P(i preferred to j) = sigmoid(r_i - r_j), the Bradley-Terry model: rewards (P,Y) to (P,Y,Y)."""
     return stable_sigmoid(rewards[:, :, None] - rewards[:, None, :])
 
 
 def ipo_optimum(reference: np.ndarray, log_mu: np.ndarray, rewards: np.ndarray, beta: float) -> np.ndarray:
-    """The policy at which IPO ends: log of pi_ref exp(w/beta) / Z, (P,N).
+    """The policy at which IPO ends: log of pi_ref exp(w/beta) / Z, (P,Y).
 
     w(y) is the probability that y is preferred to a response drawn from the behaviour policy mu, the
-    policy that wrote the compared responses. log_mu is log mu(y|x), (P,N). Unlike pi*, it depends on mu,
+    policy that wrote the compared responses. log_mu is log mu(y|x), (P,Y). Unlike pi*, it depends on mu,
     and on the rewards only through the win probabilities w. Azar et al. 2023, arXiv:2310.12036, (9).
     """
     wins = (preference(rewards) * np.exp(log_mu)[:, None, :]).sum(axis=-1)
@@ -158,7 +160,7 @@ def ipo_optimum(reference: np.ndarray, log_mu: np.ndarray, rewards: np.ndarray, 
 
 
 def best_of_n(log_pi: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
-    """Log-probs (P,N) of the best of n responses drawn from pi; among equally good ones, the first drawn.
+    """Log-probs (P,Y) of the best of n responses drawn from pi; among equally good ones, the first drawn.
 
     The best response has score s if all n scores are at most s, and not all are below s. With F the
     cumulative distribution of the score of one draw, this has probability F(s)^n - F(s-)^n. Responses of

@@ -1,8 +1,8 @@
 """Expected losses in the enumerable world: their gradients, and training on them without any randomness.
 
-An expected loss is a function of log_pi (P,N), of log-probs of tokens (P,N,T), or of rewards (P,N). Each
+An expected loss is a function of log_pi (P,Y), of log-probs of tokens (P,Y,T), or of rewards (P,Y). Each
 function here returns its gradient with respect to that array. Calling backward of the model's output with
-this array as the cotangent gives the gradient of every parameter:
+this array as its argument gives the gradient of every parameter:
 
     log_pi = world.log_probs(model)
     log_pi.backward(gradient)
@@ -30,9 +30,9 @@ MOST_OUTCOMES = 100_000
 
 
 def comparisons(log_mu: np.ndarray, rewards: np.ndarray, flip_rate: float = 0.0) -> np.ndarray:
-    """The probability (P,N,N) that responses i and j are compared and i is preferred.
+    """The probability (P,Y,Y) that responses i and j are compared and i is preferred.
 
-    Both responses are drawn from the behaviour policy mu, and log_mu is log mu(y|x), (P,N). They are
+    Both responses are drawn from the behaviour policy mu, and log_mu is log mu(y|x), (P,Y). They are
     judged by preference(rewards), and a fraction flip_rate of the judgements is reversed. The
     probabilities of each prompt add up to 1. Raises ValueError for a flip_rate outside [0, 1].
     """
@@ -46,14 +46,14 @@ def comparisons(log_mu: np.ndarray, rewards: np.ndarray, flip_rate: float = 0.0)
 
 def gradient_over_comparisons(loss: Callable[..., Tensor], probabilities: np.ndarray, values: np.ndarray,
                               *others: np.ndarray) -> np.ndarray:
-    """d/dvalues (P,N) of the sum over prompts of E[ loss(chosen, rejected, ...) ].
+    """d/dvalues (P,Y) of the sum over prompts of E[ loss(chosen, rejected, ...) ].
 
     loss           a mean over pairs: dpo_loss(chosen, rejected, reference_chosen, reference_rejected) for
                    values = log_pi and others = (log pi_ref,); reward_loss(chosen, rejected) for values =
                    rewards
-    probabilities  (P,N,N), probabilities[p, i, j] of the pair in which i is preferred to j: from
+    probabilities  (P,Y,Y), probabilities[p, i, j] of the pair in which i is preferred to j: from
                    comparisons(), or counted
-    values, others arrays (P,N); the loss gets their entries for chosen and for rejected
+    values, others arrays (P,Y); the loss gets their entries for chosen and for rejected
     """
     p, chosen, rejected = np.nonzero(probabilities)
     leaves = [Tensor(values[p, y], requires_grad=True) for y in (chosen, rejected)]
@@ -68,28 +68,28 @@ def gradient_over_comparisons(loss: Callable[..., Tensor], probabilities: np.nda
 def gradient_over_samples(loss: Callable[[Tensor, np.ndarray], Tensor], log_probs: np.ndarray, mask: np.ndarray,
                           samples: int, drawn_from: np.ndarray | None = None,
                           most_outcomes: int = MOST_OUTCOMES) -> np.ndarray:
-    """E[ d loss(log_probs (P*K,T), drawn (P,K)) / dlog_probs ], (P,N,T), over K = samples draws for each prompt.
+    """E[ d loss(log_probs (P*K,T), drawn (P,K)) / dlog_probs ], (P,Y,T), over K = samples draws for each prompt.
 
     This is the expected gradient of an estimator. The probabilities of the draws are held fixed.
 
-    log_probs   of the tokens, an array (P,N,T); mask as in EnumerableWorld
+    log_probs   of the tokens, an array (P,Y,T); mask as in EnumerableWorld
     loss        of the token log-probs of the responses drawn (a Tensor) and of their indices; other values of
                 these responses: world.take(values, drawn)
-    drawn_from  log-probs (P,N) of the policy that draws the samples, if it is another one
-    Every outcome of the draws is visited, with its probability. There are N^(P K); raises ValueError
+    drawn_from  log-probs (P,Y) of the policy that draws the samples, if it is another one
+    Every outcome of the draws is visited, with its probability. There are Y^(P K); raises ValueError
     if this is more than most_outcomes.
     """
-    P, N, T = log_probs.shape
+    P, Y, T = log_probs.shape
     K = samples
-    outcomes = N ** (P * K)
+    outcomes = Y ** (P * K)
     if outcomes > most_outcomes:
-        raise ValueError(f"gradient_over_samples: {K} draws for each of {P} prompts with {N} responses have "
-                         f"N^(P K) = {outcomes:,} outcomes; the limit is {most_outcomes:,}, at about 0.2 ms each. Take "
+        raise ValueError(f"gradient_over_samples: {K} draws for each of {P} prompts with {Y} responses have "
+                         f"Y^(P K) = {outcomes:,} outcomes; the limit is {most_outcomes:,}, at about 0.2 ms each. Take "
                          "one prompt, fewer samples, or a world with fewer responses; or pass most_outcomes")
     log_pi = np.where(mask > 0, log_probs, 0).sum(axis=-1) if drawn_from is None else drawn_from
     prompts = np.arange(P)[:, None]
     gradient = np.zeros_like(log_probs)
-    for outcome in itertools.product(range(N), repeat=P * K):
+    for outcome in itertools.product(range(Y), repeat=P * K):
         drawn = np.reshape(outcome, (P, K))
         leaf = Tensor(log_probs[prompts, drawn].reshape(P * K, T), requires_grad=True)
         loss(leaf, drawn).backward()
@@ -102,7 +102,7 @@ def descend(model, world: EnumerableWorld, gradient: Callable[[np.ndarray], np.n
             learning_rate: float) -> Iterator[np.ndarray]:
     """Train the model on an exact gradient: AdamW without randomness.
 
-    gradient  a function of log_pi (P,N) that returns dL/dlog_pi (P,N)
+    gradient  a function of log_pi (P,Y) that returns dL/dlog_pi (P,Y)
     Yields log_pi before each step, and after the last.
     """
     optimizer = AdamW(model.parameters(), weight_decay=0.0)
@@ -116,7 +116,7 @@ def descend(model, world: EnumerableWorld, gradient: Callable[[np.ndarray], np.n
 
 
 def tangent_kernel(model, world: EnumerableWorld) -> np.ndarray:
-    """The inner products of grad log pi(y) and grad log pi(y') over all parameters, (P*N,P*N).
+    """The inner products of grad log pi(y) and grad log pi(y') over all parameters, (P*Y,P*Y).
 
     A small step of gradient descent on a loss L changes every log-prob, to first order, by
 

@@ -118,7 +118,7 @@ def compare_with_exact_gradient(loss: Callable[[Tensor, np.ndarray], Tensor], qu
     loss      of the token log-probs (P*K,T) of K = samples responses drawn for each of P prompts, a Tensor,
               and of their indices drawn (P,K); see gradient_over_samples. world.take(values, drawn) picks
               other values of the same responses, such as world.mask or log-probs of the reference
-    quantity  the scalar whose gradient is meant, in minilm.ops, as a function of log_pi (P,N), a Tensor. The
+    quantity  the scalar whose gradient is meant, in minilm.ops, as a function of log_pi (P,Y), a Tensor. The
               KL divergence is: lambda log_pi: ops.sum(ops.exp(log_pi) * (log_pi - reference))
     policy    a Transformer with weights of order 1 (redraw_weights), in float64
     Warns if the policy is near uniform, where a wrong gradient can look right. The same holds for a

@@ -2,11 +2,11 @@
 
 One node of the graph each, so that a training step consists of a few large operations. plain.py has the same layers
 as compositions of elementary operations: that is their definition, and the tests compare values and gradients.
-Two layers are computed in pieces that fit the cache; here stand their derivation and the version without pieces:
+Two layers are computed in pieces that fit the cache. This file has their derivation, and the version without pieces:
 attention (fast/tiled_attention.py) and token_log_probs (fast/chunked_log_probs.py).
 
 Shapes: B batch, T tokens, S keys, V vocabulary, D width, H query heads, G key/value heads (G divides H), K head
-width, F width of the feed-forward layer.
+width (dh in plain.py), F width of the feed-forward layer.
 On a GPU the layers run CUDA kernels (kernels/), which raise on shapes and dtypes that they do not support;
 kernel=False runs the code below instead.
 Tests: tests/test_layers.py.
@@ -21,7 +21,7 @@ import numpy as np
 from minilm import ops
 from minilm.backend import array_module, is_cupy
 from minilm.fast.chunked_log_probs import chunked_log_probs, tokens_per_chunk
-from minilm.fast.tiled_attention import tiled_attention
+from minilm.fast.tiled_attention import dot_rows, tiled_attention
 from minilm.tensor import Tensor, primitive
 
 
@@ -41,21 +41,16 @@ def rms_norm(x, weight, eps: float = 1e-6, kernel: bool = True):
         return on_gpu.rms_norm(x, weight, eps)
     xp = array_module(x)
     D = x.shape[-1]
-    r = 1 / xp.sqrt(_dot_rows(x, x) / D + eps)
+    r = 1 / xp.sqrt(dot_rows(x, x) / D + eps)
     n = x * r
     def vjp(dy):
         dn = dy * weight
         dweight = xp.einsum("nd,nd->d", dy.reshape(-1, D), n.reshape(-1, D))
-        dx = n * (_dot_rows(dn, n) / -D)
+        dx = n * (dot_rows(dn, n) / -D)
         dx += dn
         dx *= r
         return dx, dweight
     return n * weight, vjp
-
-
-def _dot_rows(a, b):
-    """sum(a * b) over the last axis, which is kept. The elementwise product is never stored."""
-    return (a[..., None, :] @ b[..., :, None])[..., 0]
 
 
 @primitive
@@ -66,8 +61,8 @@ def swiglu(gate_up, kernel: bool = True):
 
         dup = dy silu(gate),     dgate = dy up silu'(gate)
 
-    The sigmoid is computed as 1/2 + tanh(g/2) / 2. Its absolute error in float32 is 1e-7, so below g = -17 it
-    rounds to 0. Shazeer 2020, arXiv:2002.05202.
+    The sigmoid is computed as 1/2 + tanh(g/2) / 2. Its absolute error in float32 is 1e-7, so below g = -17
+    no digit of it is correct. Shazeer 2020, arXiv:2002.05202.
     """
     if kernel and is_cupy(gate_up):
         from minilm.kernels import layers as on_gpu
@@ -184,7 +179,8 @@ def mix_keys(k, previous, amount) -> tuple[np.ndarray, Callable]:
 
 
 @primitive
-def attention(q, k, v, causal: bool = True, key_mask=None, scale: float | None = None, kernel: bool = True):
+def attention(q, k, v, causal: bool = True, key_mask=None, scale: float | None = None, *,
+              kernel: bool = True):
     """softmax(q k^T / sqrt(K)) v.  q (B,H,T,K); k, v (B,G,S,K) -> (B,H,T,K)
 
     causal    query t sees the keys up to its own position; with S > T the queries are the last T positions (as with

@@ -6,9 +6,9 @@
 
 the architecture of Llama (Touvron et al. 2023, arXiv:2302.13971), without biases. plain.py has the same model on one
 page; its numbers are the definition.
-One function computes the blocks, hidden_states. Its argument `attend` says which tokens see which: a rectangle of
-sequences, a padded rectangle, the segments of a pack (fast/packed_attention.py), or a new token and a cache
-(fast/cached_decoding.py).
+One function computes the blocks, hidden_states. Its argument `attend` mixes the tokens that see each other (rotations
+and key smearing included): a rectangle of sequences, a padded rectangle, the segments of a pack
+(fast/packed_attention.py), or a new token and a cache (fast/cached_decoding.py).
 Tests: tests/test_model.py, tests/test_plain.py.
 """
 
@@ -101,7 +101,7 @@ class Transformer:
     fan-in, so that the first predictions are near uniform (tied, both are N(0, 1/D)).
 
     activation_checkpointing: set it to True to keep only each block's input between forward and backward
-    (fast/activation_checkpointing.py): less memory, about a third more time.
+    (fast/activation_checkpointing.py): less memory, more time.
     """
 
     def __init__(self, config: Config, rng: np.random.Generator, dtype=np.float32):
@@ -153,6 +153,7 @@ class Transformer:
         if not self.config.causal:
             raise ValueError("a bidirectional model has seen the token that it would predict; mask the token in the "
                              "input and score it with layers.token_log_probs")
+        _check_temperature(temperature)
         tokens = to_numpy(tokens)
         hidden = _at_temperature(self.hidden(tokens[:, :-1]), temperature)
         return layers.token_log_probs(hidden, self.unembedding, tokens[:, 1:])
@@ -162,6 +163,7 @@ class Transformer:
 
         The hidden states of a prompt are computed once, and logits only where a response token is predicted.
         """
+        _check_temperature(temperature)
         hidden = self.packed_hidden(pack)                                                           # (N,D)
         hidden = _at_temperature(ops.embed(hidden, pack.rows), temperature)                         # (M,D)
         log_probs = layers.token_log_probs(hidden, self.unembedding, pack.targets)              # (M,)
@@ -179,7 +181,7 @@ class Transformer:
         tokens = self.checked_tokens(tokens)
         B, T = tokens.shape
         if key_mask is None and c.causal and T:
-            # One node of the graph from qkv to the mixed values: 4 % of a training step less than three nodes.
+            # One node of the graph from qkv to the mixed values instead of about ten (gain: scripts/bench/tricks.py).
             positions = self._on_device(np.tile(np.arange(T), B))
             attend = attend_to_segments(c, self._parameters, rectangle_segments(B, T), positions)
         else:
@@ -309,9 +311,12 @@ def move_parameter(p: Tensor, device: str) -> None:
     p.grad_buffer = None
 
 
-def _at_temperature(hidden, temperature):
+def _check_temperature(temperature):
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; log-probs need a temperature above 0")
+
+
+def _at_temperature(hidden, temperature):
     return hidden if temperature == 1.0 else hidden * (1.0 / temperature)
 
 

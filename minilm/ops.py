@@ -20,7 +20,7 @@ from minilm.tensor import Tensor, primitive
 
 
 def unbroadcast(gradient, shape) -> np.ndarray | None:
-    """Sum `gradient` over the axes along which something of `shape` was broadcast; None if that is None."""
+    """Sum a gradient over the axes along which an input of this shape was broadcast. shape None (a scalar): None."""
     if shape is None or gradient.shape == shape:
         return None if shape is None else gradient
     extra = gradient.ndim - len(shape)
@@ -337,7 +337,7 @@ def embed(table, indices):
 
 @primitive
 def gather(x, indices):
-    """x[..., indices]: from the last axis of x (...,V), one entry for each index (...)."""
+    """One entry of the last axis of x (...,V) for each index (...): take_along_axis, without its last axis."""
     xp = array_module(x)
     at = xp.expand_dims(xp.asarray(indices), -1)
     def vjp(dy):

@@ -86,11 +86,11 @@ class AdamW:
     def _update(self, block, lr):
         """The formula above on one block of the flat arrays, in place. Returns the sum of squares of p.
 
-        With bias_correction2 = sqrt(1 - b2^t), the step is step_size m / (sqrt(v) + eps bias_correction2).
+        With bias_correction2_sqrt = sqrt(1 - b2^t), the step is step_size m / (sqrt(v) + eps bias_correction2_sqrt).
         """
         b1, b2 = self.betas
-        bias_correction2 = math.sqrt(1 - b2 ** self.steps)
-        step_size = lr * bias_correction2 / (1 - b1 ** self.steps)
+        bias_correction2_sqrt = math.sqrt(1 - b2 ** self.steps)
+        step_size = lr * bias_correction2_sqrt / (1 - b1 ** self.steps)
         p, g, m, v = self.data[block], self.grad[block], self.m[block], self.v[block]
         change = g - m
         change *= 1 - b1
@@ -101,7 +101,7 @@ class AdamW:
         v += change
         p[:max(0, self.flat.n_decay - block.start)] *= 1 - lr * self.weight_decay
         np.sqrt(v, out=change)
-        change += self.eps * bias_correction2
+        change += self.eps * bias_correction2_sqrt
         np.divide(m, change, out=change)
         change *= step_size
         p -= change

@@ -29,6 +29,7 @@ from collections.abc import Callable
 import numpy as np
 
 from minilm.backend import array_module, is_cupy
+from minilm.numpy_functions import NumpyFunctions
 
 _order = itertools.count()         # a primitive called later has a larger number
 operations = None                  # the module ops, with the functions behind the operators; ops.py sets it
@@ -39,22 +40,6 @@ def _operator(name, reflected=False):
     if reflected:
         return lambda x, y: getattr(operations, name)(y, x)
     return lambda x, *arguments, **options: getattr(operations, name)(x, *arguments, **options)
-
-
-class _NumpyFunctions:
-    """Tensor.__array_ufunc__: a function for NumPy (it asks the class), None for CuPy (it asks an object); NEP 13."""
-
-    def __get__(self, tensor, owner):
-        return _apply_ufunc if tensor is None else None
-
-
-def _apply_ufunc(tensor, ufunc, method, *inputs, **options):
-    """`array * tensor` is a Tensor; any other NumPy function of a Tensor raises TypeError."""
-    name = ufunc.__name__
-    if method == "__call__" and not options and name in ("add", "subtract", "multiply", "divide", "matmul"):
-        return getattr(operations, name)(*inputs)
-    advice = f"use minilm.ops.{name}" if hasattr(operations, name) else "use the functions of minilm.ops"
-    raise TypeError(f"np.{name} does not take a Tensor: {advice}, or tensor.data for the array without a gradient")
 
 
 class Tensor:
@@ -70,7 +55,7 @@ class Tensor:
     """
 
     __slots__ = ("data", "grad", "requires_grad", "grad_buffer", "node")
-    __array_ufunc__ = _NumpyFunctions()
+    __array_ufunc__ = NumpyFunctions(lambda: operations)
 
     def __init__(self, data, requires_grad: bool = False):
         if isinstance(data, Tensor):
@@ -264,11 +249,13 @@ def primitive(function: Callable) -> Callable:
     """
     name = function.__name__
     signature = inspect.signature(function)
+    parameters = signature.parameters.values()
+    arguments = () if any(p.kind is p.VAR_POSITIONAL for p in parameters) else tuple(signature.parameters)
 
     @functools.wraps(function)
     def apply(*inputs, **options):
         if _thread.arrays_only:
-            return function(*inputs, **options)[0]
+            return function(*map(_array_only, inputs), **options)[0]
         if any(isinstance(option, Tensor) for option in options.values()):
             bound = signature.bind(*inputs, **options)          # Tensors given by name go to their positions,
             bound.apply_defaults()                              # and defaults fill the gaps between them
@@ -287,7 +274,7 @@ def primitive(function: Callable) -> Callable:
         result = Tensor(output)
         if grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             result.requires_grad = True
-            result.node = Node(name, inputs, vjp, output, tuple(signature.parameters))
+            result.node = Node(name, inputs, vjp, output, arguments)
         return result
 
     return apply
@@ -315,6 +302,12 @@ def _check_dtypes(inputs, output):
 def _unpacked(arguments):
     """(2, 3) of both f(2, 3) and f((2, 3))"""
     return tuple(arguments[0]) if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else arguments
+
+
+def _array_only(x):
+    if isinstance(x, Tensor):
+        raise TypeError("within arrays_only() primitives take arrays: pass tensor.data")
+    return _array(x)
 
 
 def _array(x):
@@ -367,8 +360,7 @@ def no_grad() -> contextlib.AbstractContextManager:
 def arrays_only() -> contextlib.AbstractContextManager:
     """Within it, primitives take arrays and return arrays: no Tensor, no record.
 
-    For cached generation, where each row has one token and wrapping arrays in Tensors would take longer than the
-    arithmetic.
+    For cached generation, where a few rows have one token each and records would take about as long as the arithmetic.
     """
     return _mode("arrays_only", True)
 

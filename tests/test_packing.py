@@ -1,5 +1,7 @@
 """minilm.packing: packed dialogues have the values and gradients of each dialogue alone."""
 
+import weakref
+
 import numpy as np
 import pytest
 from hypothesis import example, given, strategies as st
@@ -10,7 +12,7 @@ from minilm.fast import packed_attention
 from minilm.fast.packed_attention import group_segments
 from minilm.gradcheck import gradcheck
 from minilm.model import RewardModel
-from minilm.packing import pack, packs
+from minilm.packing import Segment, pack, packs
 
 KINDS = {"plain": {}, "grouped, smeared, two layers": {"kv_heads": 1, "key_smear": True, "layers": 2},
          "interleaved": {"rope_pairing": "interleaved", "heads": 4, "kv_heads": 2, "head_width": 4, "tied": True},
@@ -164,3 +166,13 @@ def test_results_do_not_depend_on_the_grouping_of_segments(rng, monkeypatch):
     assert (apart, together) == (2, 1)
     assert_close(split[0], joint[0])
     assert_same_gradients(split[1], joint[1])
+
+
+def test_a_layer_keeps_no_array_of_all_queries_keys_and_values(rng):
+    """Its vjp needs the rotated queries and keys, and the values; qkv itself would be as large again."""
+    qkv = rng.normal(size=(6, 8))
+    kept = weakref.ref(qkv)
+    rotation = np.ones((6, 1), complex)
+    _, vjp = packed_attention.packed_attention.__wrapped__(qkv, None, rotation, 2, 1, [[Segment(0, 6)]])
+    del qkv
+    assert kept() is None and vjp(np.ones((6, 4)))[0].shape == (6, 8)

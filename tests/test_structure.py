@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The whole import picture. A node imports only from lines above its own, and stands in the first line where it can.
 # The README's diagram is this table (scripts/dev/readme.py).
 LEVELS = """
-    backend  fast.malloc  fast.workers  tokenizer
+    backend  fast.malloc  fast.workers  numpy_functions  tokenizer
     checkpoint  data  fast.deferred  fast.tiled_attention  kernels  tensor
     fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  ops  packing
     evaluate  gradcheck  layers  objectives  optim  plain  world
@@ -25,7 +25,7 @@ LEVELS = """
     generate
     stages
 """
-# What a reader needs for the mathematics, and nothing else of minilm.
+# The files of the mathematics. All but exact, which trains models too, stand without the fast path.
 READER = ("plain", "tensor", "ops", "gradcheck", "objectives", "exact")
 # Folders of scripts that scripts import from, and the helpers that lie beside the benchmarks.
 SHARED_BY_SCRIPTS = {"support", "common", "worlds", "golden_inputs", "gpu_measuring", "hf_llama", "library_process",
@@ -149,7 +149,7 @@ def test_nothing_is_unpickled_evaluated_or_run_in_a_shell():
 
 def test_a_file_stays_under_300_lines_that_are_not_blank():
     long = {path.name: n for path in (*modules().values(), *others("scripts"))
-            if (n := sum(bool(line.strip()) for line in path.read_text().splitlines())) >= 305}
+            if (n := sum(bool(line.strip()) for line in path.read_text().splitlines())) >= 300}
     assert not long, f"these hold more than one idea: {long}"
 
 
@@ -189,7 +189,7 @@ def functions(path):
     return [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
 
 
-def test_a_function_stays_under_40_lines_without_its_docstring():
+def test_a_function_has_at_most_40_lines_without_its_docstring():
     def length(function):
         doc = ast.get_docstring(function, clean=False)
         return function.end_lineno - function.lineno + 1 - (len(doc.splitlines()) if doc else 0)

@@ -457,3 +457,24 @@ def test_the_graph_keeps_only_the_arrays_that_a_vjp_needs(rng):
     assert peak < 3.5 * x.data.nbytes, peak / x.data.nbytes
     kept[0].backward(np.ones(1 << 16))
     assert np.array_equal(x.grad, np.ones(1 << 16))
+
+
+def test_an_array_is_never_equal_to_a_tensor(rng):
+    x = normal(rng, 2)
+    assert not (x.data == x) and (x.data != x) and x not in [x.data]
+
+
+def test_a_tensor_within_arrays_only_raises(rng):
+    x = normal(rng, 2)
+    with arrays_only(), pytest.raises(TypeError, match="within arrays_only.* pass tensor.data"):
+        ops.exp(x)
+
+
+def test_a_numpy_scalar_within_arrays_only_keeps_float32():
+    with arrays_only():
+        assert ops.add(np.ones(2, np.float32), np.float64(2)).dtype == np.float32
+
+
+def test_the_advice_for_a_power_of_an_array_names_no_function_that_would_raise(rng):
+    with pytest.raises(TypeError, match="np.power does not take a Tensor: use the functions of minilm.ops"):
+        np.power(2.0, normal(rng, 2))

@@ -1,6 +1,6 @@
 """Activation checkpointing: keep the inputs of a function only, and compute it again in the backward pass.
 
-Chen et al. 2016, arXiv:1604.06174. It pays memory with time: a training step takes about a third longer, and of the
+Chen et al. 2016, arXiv:1604.06174. It saves memory and costs time (how much: scripts/bench/tricks.py): of the
 activations of a Transformer only one block's are alive at a time. The results are the same bit for bit.
 Tests: tests/test_tensor.py.
 """

@@ -1,7 +1,7 @@
 """Decoding with a cache of keys and values: a new token costs one token's work, not that of the whole sequence.
 
 forward_cached computes the last row of Transformer.hidden, with the same blocks (model.hidden_states), on plain
-arrays: at one token per row, wrapping arrays in Tensors would take longer than the arithmetic.
+arrays: with few rows, one token each, records of the calls would take about as long as the arithmetic.
 Measured gain over the whole forward for each token (plain.generate): scripts/bench/tricks.py.
 Tests: tests/test_generate.py, tests/test_plain.py.
 """
@@ -19,7 +19,10 @@ from minilm.tensor import arrays_only
 
 
 class Cache:
-    """The keys and values of every position so far: two arrays (L,B,G,S,K), filled from the left."""
+    """The keys and values of every position so far, two arrays (L,B,G,S,K) filled from the left.
+
+    last_keys (L,B,G,K): the last key before rotation, for layers.smear.
+    """
 
     def __init__(self, config: Config, batch: int, capacity: int, xp=np, dtype=np.float32):
         shape = (config.layers, batch, config.kv_heads, capacity, config.head_width)
@@ -69,14 +72,15 @@ def forward_cached(model: Transformer, tokens, first, cache: Cache) -> np.ndarra
     """
     parameters = {name: p.data for name, p in model.parameters().items()}
     attend = attend_to_cache(model.config, parameters, tokens.shape[1], first, cache)
-    with arrays_only():
-        return hidden_states(parameters, model.config, tokens, attend)[:, -1]
+    with arrays_only():             # one row per token: NumPy multiplies matrices faster than stacks of vectors
+        hidden = hidden_states(parameters, model.config, tokens.reshape(-1), attend)
+    return hidden.reshape(*tokens.shape, -1)[:, -1]
 
 
 def attend_to_cache(c: Config, parameters, T: int, first, cache: Cache) -> Callable:
     """attend(layer, qkv) for model.hidden_states: T new tokens of each row attend to the cache and to each other.
 
-    qkv (B,T,(H+2G)K) -> (B,T,H K); the new keys and values are appended to the cache.
+    qkv (B T,(H+2G)K) -> (B T,H K); the new keys and values are appended to the cache.
     """
     xp = array_module(parameters["embedding"])
     H, HG = c.heads, c.heads + c.kv_heads
@@ -86,7 +90,7 @@ def attend_to_cache(c: Config, parameters, T: int, first, cache: Cache) -> Calla
     real = None if first is None or T == 1 else xp.arange(start + T) >= first[:, None]
 
     def attend(layer, qkv):
-        B = len(qkv)
+        B = len(qkv) // T
         heads = qkv.reshape(B, T, HG + c.kv_heads, c.head_width).swapaxes(1, 2)             # (B,H+2G,T,K)
         if c.key_smear:
             k = heads[:, H:HG]
@@ -100,7 +104,7 @@ def attend_to_cache(c: Config, parameters, T: int, first, cache: Cache) -> Calla
             mixed = decode_attention(q[:, :, 0], cache.keys[layer], cache.values[layer], start + 1, first)
         else:
             mixed = layers.attention(q, keys, values, causal=True, key_mask=real).swapaxes(1, 2)
-        return mixed.reshape(B, T, H * c.head_width)
+        return mixed.reshape(B * T, H * c.head_width)
     return attend
 
 

@@ -1,7 +1,7 @@
 """Gradients that a vjp describes instead of computing.
 
 The gradient of a weight is as large as the weight, however few the tokens. A vjp may return, in place of an array,
-an object with `shape`, `dtype`, `write(out=None)` and `add_to(array)`. tensor.backward then computes the gradient of
+an object with `shape`, `dtype`, `write(out=None)` and `add_to(array)`. Tensor.backward then computes the gradient of
 a leaf directly in its storage, AdamW's flat gradient, instead of computing it elsewhere and copying or adding it.
 The values are the same. Tests: tests/test_tensor.py.
 """

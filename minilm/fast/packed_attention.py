@@ -32,11 +32,11 @@ def attend_to_segments(config, parameters, segments: list[Segment], positions) -
     qkv (..,(H+2G)K), with N tokens in all -> (..,H K).
     """
     shape = {"heads": config.heads, "kv_heads": config.kv_heads, "pairing": config.rope_pairing}
-    groups = group_segments(segments)
     cos, sin = rope_tables(positions, config.head_width, config.rope_base, parameters["embedding"].dtype)
     if is_cupy(positions):
         return _attend_on_gpu(config, parameters, segments, cos, sin, shape)
     rotation = cos + 1j * sin
+    groups = group_segments(segments)
 
     def attend(layer, qkv):
         amount = parameters.get(f"blocks.{layer}.key_smear")
@@ -95,7 +95,8 @@ def packed_attention(qkv, amount, rotation, heads: int, kv_heads: int, groups, p
     rotation  (N,K/2), exp(i angle) of each pair: cos + i sin of layers.rope_tables
     groups    of group_segments
     """
-    xp, dtype = array_module(qkv), qkv.dtype
+    xp = array_module(qkv)
+    shape, dtype = qkv.shape, qkv.dtype                         # the vjp needs no more of qkv
     H, G, N = heads, kv_heads, len(rotation)
     K = qkv.shape[-1] // (H + 2 * G)
     by_head = qkv.reshape(N, H + 2 * G, K).swapaxes(0, 1)       # (H+2G,N,K)
@@ -130,8 +131,8 @@ def packed_attention(qkv, amount, rotation, heads: int, kv_heads: int, groups, p
         by_head = dqkv.swapaxes(0, 1)
         damount = prepared_vjp(dq, dkv[0], by_head[:H + G])
         by_head[H + G:] = dkv[1]
-        return dqkv.reshape(qkv.shape), damount
-    return o.reshape(*qkv.shape[:-1], H * K), vjp
+        return dqkv.reshape(shape), damount
+    return o.reshape(*shape[:-1], H * K), vjp
 
 
 def _smeared_and_rotated(x, H, amount, rotation, groups, pairing):
@@ -140,7 +141,9 @@ def _smeared_and_rotated(x, H, amount, rotation, groups, pairing):
     A rotation is a multiplication by exp(i angle). Real and imaginary parts stay side by side: the product q k does
     not depend on the order of the head's numbers.
     """
-    xp, K, k = array_module(x), x.shape[-1], x[H:]
+    xp = array_module(x)
+    K = x.shape[-1]
+    k = x[H:]
     first, second = pair_slices(K, pairing)
     if amount is not None:
         k, smeared_vjp = smear_segments(k, amount, *segment_starts([s for group in groups for s in group], x))
@@ -235,15 +238,16 @@ def smear_segments(k, amount, starts, before) -> tuple[np.ndarray, Callable]:
 @primitive
 def smear_keys(qkv, amount, starts, before, heads: int, kv_heads: int):
     """qkv (..,(H+2G)K) with its keys smeared and nothing else changed (on a GPU, before the attention kernel)."""
-    by_head = qkv.reshape(-1, heads + 2 * kv_heads, qkv.shape[-1] // (heads + 2 * kv_heads))
+    shape, n = qkv.shape, heads + 2 * kv_heads
+    by_head = qkv.reshape(-1, n, shape[-1] // n)
     keys = slice(heads, heads + kv_heads)
     mixed, smeared_vjp = smear_segments(by_head[:, keys].swapaxes(0, 1), amount, starts, before)
     out = by_head.copy()
     out[:, keys] = mixed.swapaxes(0, 1)
 
     def vjp(dy):
-        dqkv = dy.reshape(by_head.shape).copy()
+        dqkv = dy.reshape(out.shape).copy()
         dk, damount = smeared_vjp(dqkv[:, keys].swapaxes(0, 1))
         dqkv[:, keys] = dk.swapaxes(0, 1)
-        return dqkv.reshape(qkv.shape), damount
-    return out.reshape(qkv.shape), vjp
+        return dqkv.reshape(shape), damount
+    return out.reshape(shape), vjp

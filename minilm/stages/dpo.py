@@ -44,10 +44,11 @@ def train_dpo(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: 
     reference_chosen, reference_rejected  summed log-probs under the reference, arrays (N,), from reference_log_probs
     loss          any function of policy_chosen, policy_rejected, reference_chosen, reference_rejected (summed
                   log-probs (B,)), chosen_lengths, rejected_lengths (in tokens, (B,)) and beta, or of some of these.
-                  It is called with the parameters that it names; functools.partial sets its other options
+                  It is called with the parameters that it names (with **options: log-probs and beta);
+                  functools.partial sets its other options. The metrics are scaled by beta in any case
     microbatches  shards of a step, None for one per worker
     Yields {"loss", "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins", "logps/chosen", ...}.
-    Raises ValueError for a loss with a parameter of another name and no default.
+    Raises ValueError for a loss with a parameter of another name and no default, or with a known one already set.
     """
     names = loss_parameters(loss)
     context = state.model.config.context
@@ -73,12 +74,17 @@ def train_dpo(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: 
 def loss_parameters(loss: Callable) -> list[str]:
     """The names among LOG_PROBS, LENGTHS and beta that a loss takes. Raises ValueError as train_dpo does."""
     known = (*LOG_PROBS, *LENGTHS, "beta")
+    fixed = [name for name in getattr(loss, "keywords", {}) if name in known]
+    if fixed:
+        raise ValueError(f"train_dpo sets '{fixed[0]}' of its loss: pass it to train_dpo instead of functools.partial")
     parameters = inspect.signature(loss).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return list(known)
-    unknown = [p.name for p in parameters if p.name not in known and p.default is p.empty]
+        return [*LOG_PROBS, "beta"]
+    unknown = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
+               and (p.name not in known or p.kind is p.POSITIONAL_ONLY)]
     if unknown or not any(p.name in LOG_PROBS[:2] for p in parameters):
-        wrong = f"its parameter '{unknown[0]}' is none of them" if unknown else "it takes no log-probs of the policy"
+        wrong = (f"its parameter '{unknown[0]}' is none of them, or positional-only" if unknown
+                 else "it takes no log-probs of the policy")
         raise ValueError(f"train_dpo calls a loss with the parameters that it names, out of {', '.join(known)}; "
                          f"{wrong}. Rename it, or set it with functools.partial")
     return [p.name for p in parameters if p.name in known]

@@ -29,14 +29,14 @@ import measuring
 from minilm import layers, ops, plain
 from minilm.data import make_batch
 from minilm.fast.malloc import keep_freed_memory
-from minilm.generate import generate
+from minilm.generate import generate, sample
 from minilm.model import Config, Transformer
 from minilm.objectives.sft import sft_loss
 from minilm.optim import AdamW
 from minilm.packing import pack
 from minilm.stages.pretraining import pretrain
 from minilm.stages.train_state import TrainState
-from minilm.tensor import Tensor
+from minilm.tensor import Tensor, no_grad
 from support.run_folder import UsageError, main_guard
 
 CONFIG = Config(vocab_size=512, width=128, layers=4, heads=4, context=512)     # size S of scripts/bench/train.py
@@ -169,9 +169,25 @@ def activations():
 def cache():
     policy, prompts = model(), np.random.default_rng(1).integers(512, size=(8, 32)).tolist()
     uniforms = np.random.default_rng(2).random((8, 64))
-    return Trick("cached_decoding.py", "64 tokens after 32, 8 rows", "plain.generate",
-                 lambda: generate(policy, prompts, 64, uniforms, eos=None).tokens,
-                 lambda: plain.generate(policy.parameters(), prompts, policy.config, 64, uniforms)[0], tolerance=0)
+
+    def whole_forwards():
+        tokens = np.array(prompts)
+        for t in range(64):
+            with no_grad():
+                logits = policy(tokens).data[:, -1]
+            tokens = np.concatenate([tokens, sample(logits, uniforms[:, t])[0][:, None]], axis=1)
+        return tokens[:, 32:]
+    return Trick("cached_decoding.py", "64 tokens after 32, 8 rows", "the whole forward for each token",
+                 lambda: generate(policy, prompts, 64, uniforms, eos=None).tokens, whole_forwards, tolerance=0)
+
+
+def one_node():
+    policy, tokens = model(), np.random.default_rng(1).integers(512, size=(B, T))
+    ones = np.ones(tokens.shape)
+    return Trick("packed_attention.py", "hidden states of 16 x 128 tokens, size S, forward and backward",
+                 "a node for each layer of attention",
+                 lambda: gradient(policy, lambda: policy.hidden(tokens).sum()),
+                 lambda: gradient(policy, lambda: policy.hidden(tokens, key_mask=ones).sum()))
 
 
 def workers():
@@ -184,7 +200,7 @@ def workers():
     return Trick("workers.py", "training step, size S, 2 processes", "1 process", two, one, one_process=False)
 
 
-TRICKS = {f.__name__: f for f in (packing, tiles, chunks, deferred, flat, activations, cache, workers)}
+TRICKS = {f.__name__: f for f in (packing, one_node, tiles, chunks, deferred, flat, activations, cache, workers)}
 
 
 def measure(trick, rounds):

@@ -19,6 +19,7 @@ from minilm.fast import tiled_attention
 from minilm.fast.packed_attention import attend_to_segments, rectangle_segments
 from minilm.gradcheck import gradcheck
 from minilm.model import Config, RewardModel, Transformer, hidden_states
+from minilm.packing import pack
 from minilm.tensor import arrays_only
 
 KINDS = {
@@ -281,6 +282,15 @@ def test_log_probs_at_a_temperature_equal_log_softmax_of_the_divided_logits(rng,
     def plainly(*_):
         return ops.gather(ops.log_softmax(model(tokens[:, :-1]) / temperature), tokens[:, 1:])
     assert_same(lambda *_: model.log_probs(tokens, temperature=temperature), plainly, *model.parameters().values())
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, -1.0, np.nan])
+def test_log_probs_at_a_temperature_that_is_not_above_0_raise(rng, temperature):
+    model = small_transformer(rng)
+    for log_probs in (lambda: model.log_probs(np.array([[1, 2]]), temperature),
+                      lambda: model.response_log_probs(pack([[1]], [[2]]), temperature)):
+        with pytest.raises(ValueError, match=f"temperature is {temperature}"):
+            log_probs()
 
 
 def test_log_probs_of_a_bidirectional_model_raise(rng):

@@ -1,21 +1,23 @@
 """How a language model becomes an assistant, on one page.
 
-This file is the definition. Everything else in minilm computes the same numbers, faster, and the tests compare
-it with this file (tests/test_plain.py). It uses only the elementary operations of ops.py; tensor.py computes
-their gradients. Derivations, gradients by hand and papers: objectives/ and layers.py.
+This file is the definition, except for Config and the initial weights, which model.py makes. Everything else in
+minilm computes the same numbers, faster, and the tests compare it with this file (tests/test_plain.py). It uses
+only the elementary operations of ops.py; tensor.py computes their gradients. Derivations, gradients by hand and
+papers: objectives/ and layers.py.
 
     python -m minilm.plain          from random weights to an assistant, on the toy task of toy.py
 
-Symbols: B sequences, T tokens, V vocabulary, D width, H query heads, G key/value heads, K head width,
-F feed-forward width, P prompts, N samples of each prompt; x prompt, y response; y_w chosen, y_l rejected.
+Symbols: B sequences, T tokens, V vocabulary, D width, H query heads, G key/value heads, dh head width,
+F feed-forward width, P prompts, K samples of each prompt; x prompt, y response with its EOS; y_w chosen, y_l
+rejected; R the reward minus the KL penalty. T tokens have T-1 log-probs, because the first token is not predicted.
 A comment gives the shape of the result where the shape changes. The mask of the transformer and of `reward`
 is 1 on real tokens and 0 on padding; the mask of a loss is 1 on the tokens that it is about, those of y.
 `config` is a model.Config. `parameters` is a dict of Tensors:
 
     embedding (V,D)      unembedding (V,D), unless tied      final_norm (D)      reward_head (D,1), reward model only
-    blocks.i.attention_norm (D)      blocks.i.qkv (D,(H+2G)K)      blocks.i.attention_out (HK,D)
+    blocks.i.attention_norm (D)      blocks.i.qkv (D,(H+2G)dh)      blocks.i.attention_out (H dh,D)
     blocks.i.ffn_norm (D)            blocks.i.gate_up (D,2F)       blocks.i.ffn_out (F,D)
-    blocks.i.key_smear (G,K), only with config.key_smear
+    blocks.i.key_smear (G,dh), only with config.key_smear
 """
 
 import numpy as np
@@ -44,59 +46,61 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def rope_tables(positions: np.ndarray, head_width: int, base: float = 10000.0,
                 dtype="float32") -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of the angle of pair i at each position: angle = position * base^(-2i/K). (T) -> (T,K/2), (T,K/2)"""
-    frequencies = base ** (-np.arange(0, head_width, 2) / head_width)       # (K/2)
-    angles = positions[..., None] * frequencies                             # (T,K/2)
+    """cos and sin of the angle of pair i at each position: angle = position * base^(-2i/dh). (T) -> (T,dh/2) twice"""
+    frequencies = base ** (-np.arange(0, head_width, 2) / head_width)       # (dh/2)
+    angles = positions[..., None] * frequencies                             # (T,dh/2)
     return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
 
 
 def rope(x: Tensor, cos: np.ndarray, sin: np.ndarray, pairing: str = "half") -> Tensor:
-    """Rotary positions: rotate each pair (a, b) of the K numbers of a head by its angle. x (B,H,T,K); cos, sin (T,K/2)
+    """Rotary positions: rotate each pair (a, b) of the dh numbers of a head by its angle.
 
-    Pair i is numbers i and i + K/2 with pairing "half", and numbers 2i and 2i + 1 with pairing "interleaved".
+    x (B,H,T,dh); cos and sin (T,dh/2). Pair i is numbers i and i + dh/2 with pairing "half", and
+    numbers 2i and 2i + 1 with pairing "interleaved".
     """
     half = x.shape[-1] // 2
-    a = x[..., :half] if pairing == "half" else x[..., 0::2]                # (B,H,T,K/2)
-    b = x[..., half:] if pairing == "half" else x[..., 1::2]                # (B,H,T,K/2)
+    a = x[..., :half] if pairing == "half" else x[..., 0::2]                # (B,H,T,dh/2)
+    b = x[..., half:] if pairing == "half" else x[..., 1::2]                # (B,H,T,dh/2)
     rotated_a = a * cos - b * sin
     rotated_b = b * cos + a * sin
     if pairing == "half":
-        return ops.concatenate([rotated_a, rotated_b], axis=-1)             # (B,H,T,K)
-    pairs = ops.concatenate([rotated_a[..., None], rotated_b[..., None]], axis=-1)      # (B,H,T,K/2,2)
-    return pairs.reshape(*x.shape)                                          # (B,H,T,K)
+        return ops.concatenate([rotated_a, rotated_b], axis=-1)             # (B,H,T,dh)
+    pairs = ops.concatenate([rotated_a[..., None], rotated_b[..., None]], axis=-1)      # (B,H,T,dh/2,2)
+    return pairs.reshape(*x.shape)                                          # (B,H,T,dh)
 
 
 def smear(k: Tensor, amount: Tensor) -> Tensor:
     """Key smearing, an option that Llama does not have: (1 - a) k_t + a k_{t-1}, a = sigmoid(amount), k_{-1} = 0."""
-    a = ops.sigmoid(amount)[:, None]                                        # (G,1,K)
-    previous = ops.concatenate([0.0 * k[:, :, :1], k[:, :, :-1]], axis=2)   # (B,G,T,K)
+    a = ops.sigmoid(amount)[:, None]                                        # (G,1,dh)
+    previous = ops.concatenate([0.0 * k[:, :, :1], k[:, :, :-1]], axis=2)   # (B,G,T,dh)
     return (1.0 - a) * k + a * previous
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: np.ndarray) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v. Query t reads key s only if visible[t, s] is True; with no such key, the result is 0.
+    """softmax(q k^T / sqrt(dh)) v. Query t reads key s only if visible[t, s] is True; without any, the result is 0.
 
-    q (B,H,T,K); k and v (B,G,S,K), S keys; visible (T,S), or (B,1,T,S).
+    q (B,H,T,dh); k and v (B,G,S,dh), S keys; visible (T,S), or (B,1,T,S).
     """
     H = q.shape[1]
     G = k.shape[1]
-    K = q.shape[3]
+    dh = q.shape[3]
     shared = [h // (H // G) for h in range(H)]                              # query head h: key/value head shared[h]
-    scores = q @ ops.swapaxes(k[:, shared], -1, -2) / K ** 0.5              # (B,H,T,S)
+    scores = q @ ops.swapaxes(k[:, shared], -1, -2) / dh ** 0.5             # (B,H,T,S)
     weights = ops.softmax(ops.where(visible, scores, -1e30))                # exp(-1e30) is 0
-    return ops.where(visible, weights, 0.0) @ v[:, shared]                  # (B,H,T,K)
+    # A query that sees no key has equal scores -1e30, so equal weights; the second where makes them 0.
+    return ops.where(visible, weights, 0.0) @ v[:, shared]                  # (B,H,T,dh)
 
 
 def self_attention(x: Tensor, parameters: Parameters, block: str, config, mask: np.ndarray) -> Tensor:
-    """Each token reads itself and the tokens before it (all tokens, if not config.causal): (B,T,D) -> (B,T,HK)."""
+    """Each token reads itself and the tokens before it (all tokens, if not config.causal): (B,T,D) -> (B,T,H dh)."""
     B, T, _ = x.shape
     H = config.heads
     G = config.kv_heads
     qkv = (x @ parameters[block + "qkv"]).reshape(B, T, H + 2 * G, config.head_width)
-    qkv = ops.transpose(qkv, axes=(0, 2, 1, 3))                             # (B,H+2G,T,K)
-    q = qkv[:, :H]                                                          # (B,H,T,K)
-    k = qkv[:, H:H + G]                                                     # (B,G,T,K)
-    v = qkv[:, H + G:]                                                      # (B,G,T,K)
+    qkv = ops.transpose(qkv, axes=(0, 2, 1, 3))                             # (B,H+2G,T,dh)
+    q = qkv[:, :H]                                                          # (B,H,T,dh)
+    k = qkv[:, H:H + G]                                                     # (B,G,T,dh)
+    v = qkv[:, H + G:]                                                      # (B,G,T,dh)
     if config.key_smear:
         k = smear(ops.where(mask[:, None, :, None], k, 0.0), parameters[block + "key_smear"])
     cos, sin = rope_tables(np.arange(T), config.head_width, config.rope_base, x.dtype)
@@ -134,7 +138,10 @@ def log_probs(parameters: Parameters, tokens: np.ndarray, config, temperature: f
 
 
 def sequence_log_probs(log_probs: Tensor, mask: np.ndarray) -> Tensor:
-    """log pi(y|x): the sum over the tokens of y, where mask is 1. (B,T) -> (B)"""
+    """log pi(y|x): the sum over the tokens of y, where mask is 1. (B,T-1), (B,T-1) -> (B)
+
+    log_probs is the result of the function log_probs.
+    """
     return ops.sum(ops.where(mask, log_probs, 0.0), axis=-1)
 
 
@@ -152,16 +159,18 @@ def reward(parameters: Parameters, tokens: np.ndarray, config, mask: np.ndarray 
 def sft_loss(log_probs: Tensor, mask: np.ndarray, total: float | None = None) -> Tensor:
     """Pretraining and supervised finetuning: the mean of -log pi over the tokens where mask is 1.
 
-    log_probs and mask (B,T). total: the number to divide by, if not the sum of this mask (a batch in parts).
+    log_probs, the result of the function log_probs, and mask: (B,T-1). total: the number to divide by, if not the
+    sum of this mask (a batch in parts).
     """
-    total = np.sum(mask) if total is None else total
+    total = np.sum(np.broadcast_to(mask, log_probs.shape)) if total is None else total
     return -ops.sum(sequence_log_probs(log_probs, mask)) / total
 
 
 def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin=0.0, centering: float = 0.0) -> Tensor:
-    """Reward model (Bradley-Terry): the mean of -log sigmoid(r(x, y_w) - r(x, y_l) - margin).
+    """Reward model (Bradley-Terry): the mean of -log sigmoid(r_w - r_l - margin) + centering (r_w + r_l)^2.
 
-    Rewards (B). margin: how much better y_w was judged. centering: the weight of a term that keeps rewards near 0.
+    r_w = r(x, y_w) and r_l = r(x, y_l), (B) each. margin: by how much r_w should exceed r_l. The term with
+    centering keeps the rewards near 0, because comparisons determine them only up to a constant for each prompt.
     """
     difference = chosen_rewards - rejected_rewards - margin
     total = chosen_rewards + rejected_rewards
@@ -169,16 +178,21 @@ def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin=0.0, ce
 
 
 def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str = "leave_one_out") -> np.ndarray:
-    """A = R - b with R = r - beta kl, kl = log pi(y|x) - log pi_ref(y|x), and the baseline b. (P,N) -> (P,N)"""
-    R = rewards - beta * kl                                                 # (P,N)
-    N = R.shape[1]
+    """A = R - b with R = r - beta kl, kl = log pi(y|x) - log pi_ref(y|x), and the baseline b. (P,K) -> (P,K)
+
+    "group" is another form, A = (R - mean R) / (standard deviation + 1e-4). "leave_one_out" and "group" need K >= 2.
+    """
+    R = rewards - beta * kl                                                 # (P,K)
+    K = R.shape[1]
+    if K < 2 and baseline in ("leave_one_out", "group"):
+        raise ValueError(f"baseline {baseline!r} compares the samples of a prompt; it needs K >= 2, got K = {K}")
     mean = R.mean(axis=1, keepdims=True)                                    # (P,1)
     if baseline == "none":
         return R
-    if baseline == "mean":                                                  # of all N samples of the prompt
+    if baseline == "mean":                                                  # of all K samples of the prompt
         return R - mean
-    if baseline == "leave_one_out":                                         # the mean of the N - 1 other samples
-        return R - (N * mean - R) / (N - 1)
+    if baseline == "leave_one_out":                                         # the mean of the K - 1 other samples
+        return R - (K * mean - R) / (K - 1)
     if baseline == "group":                                                 # in units of the standard deviation
         return (R - mean) / (R.std(axis=1, ddof=1, keepdims=True) + 1e-4)
     raise ValueError(f"baseline is {baseline!r}; it must be 'none', 'mean', 'leave_one_out' or 'group'")
@@ -187,8 +201,9 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
 def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.ndarray) -> Tensor:
     """RLHF: the mean of -A log pi(y|x) over responses y sampled from pi. A is a number without gradient.
 
-    log_probs and mask (B,T); advantages (B), or (B,T). With A = R or a leave-one-out A, the expected gradient of this
-    loss is the gradient of  -E[r] + beta KL(pi || pi_ref).
+    log_probs, the result of the function log_probs, and mask (B,T-1). advantages A, numbers from the function
+    advantages in one row: (B) with B = P K, or (B,T-1) for one A for each token. With A = R - b, where b does not
+    depend on y (none, leave_one_out), the expected gradient of this loss is that of  -E[r] + beta KL(pi || pi_ref).
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]                                    # (B,1)
@@ -229,7 +244,8 @@ def generate(parameters: Parameters, prompts, config, max_new_tokens: int, rng, 
     B = len(prompts)
     uniforms = rng.random((B, max_new_tokens)) if isinstance(rng, np.random.Generator) else rng
     longest = max(len(prompt) for prompt in prompts)
-    # Padding stands on the left, because new tokens are appended on the right.
+    # Padding stands on the left, because new tokens are appended on the right. It shifts the positions of a row,
+    # but attention with RoPE depends only on differences of positions.
     tokens = np.array([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])     # (B,longest)
     mask = np.array([[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in prompts])
     running = np.ones(B, bool)                                              # responses that have not ended

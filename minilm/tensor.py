@@ -2,8 +2,8 @@
 
 A primitive is a function of arrays. It returns its output and its vector-Jacobian product: `vjp(dy)` takes the
 gradient of the loss with respect to the output, and returns the gradient with respect to each input.
-`@primitive` makes it a function of Tensors, and records the Tensors that it was called on. `backward` visits
-the records from the last to the first. That is the whole idea:
+`@primitive` makes it a function of Tensors, and records the Tensors that it was called on (`Node`). `backward`
+visits the records from the last to the first. That is the whole idea:
 
     @primitive
     def exp(x):
@@ -11,6 +11,13 @@ the records from the last to the first. That is the whole idea:
         def vjp(dy):
             return dy * y
         return y, vjp
+
+Read `Tensor.backward`, `Node` and `primitive` first; the rest is operators and checks.
+
+Order: a record has a number that is larger than those of all earlier records. An input always exists before the
+output that is computed from it. So decreasing numbers are a reverse topological order of the graph: when
+`backward` reaches a record, every use of its output has already added its part to the gradient. The gradient of
+the loss with respect to a Tensor is called its cotangent in the code, to tell it from other gradients.
 
 To add a primitive, write such a function in ops.py or layers.py, and check its gradient with
 gradcheck.gradcheck. tests/test_ops.py has a table of cases: add one for it.
@@ -123,7 +130,7 @@ class Tensor:
 
         The chain rule, from the last node to the first: dL/dx is the sum, over every use of x in some y, of dL/dy
         times the Jacobian dy/dx.
-        gradient: the cotangent dL/d(self), an array of self's shape; needed unless self has one element.
+        gradient: dL/d(self), the cotangent of self, an array of self's shape; needed unless self has one element.
         The graph is freed on the way: the arrays that a primitive kept for its vjp are released when that vjp has
         run. A second backward through any part of the graph raises RuntimeError.
         """

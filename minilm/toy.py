@@ -6,14 +6,17 @@ A line is a question and a reply. The reply is the question reversed, "bag=gab",
 in small or in capital letters. People want reversed letters, and they prefer capitals.
 
     1. pretraining     text: half of the replies are reversed, half are copied      -> base model
-    2. finetuning      demonstrations: all replies are reversed                     -> SFT model
+    2. finetuning      demonstrations: all replies are reversed, half in capitals   -> SFT model
     3. reward model    pairs of replies, compared by people, who make errors        -> proxy reward
     4. RLHF            maximise proxy reward - beta KL(policy || SFT model)         -> RLHF model
     5. DPO             the pairs of stage 3, no reward model and no sampling        -> DPO model
 
 Printed: means over each fifth of the steps (loss, proxy reward, KL); the replies to three questions; means and
-standard errors over all 512 questions, one sampled reply each: share of right letters, share of capitals, gold reward.
-"error" is the share of new pairs that the reward model orders against the gold reward.
+standard errors over all 512 questions, one fresh sample each: share of right letters, share of capitals, gold reward.
+"error" is the share of new pairs that the reward model, or a person, orders against the gold reward. People compare
+with P = sigmoid(2 (difference of gold rewards)), so the proxy reward is an estimate of 2 gold reward + a constant.
+"pi*" is the policy with the largest 2 gold reward - beta KL, computed exactly: the optimum that RLHF and DPO would
+share with unlimited comparisons.
 """
 
 import sys
@@ -21,7 +24,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minilm import plain
+from minilm import ops, plain
 from minilm.model import Config, RewardModel, Transformer
 from minilm.plain import Parameters
 from minilm.tensor import Tensor, no_grad
@@ -31,6 +34,11 @@ EQUALS = LETTERS.index("=")
 CONFIG = Config(vocab_size=len(LETTERS), width=32, layers=2, heads=4, kv_heads=2, context=7)
 REPLY = np.array([0, 0, 0, 1, 1, 1])         # mask of the 6 log-probs of "bag=gab": 1 for "gab"
 BETA = 0.5
+
+
+def reply_mask(lines: np.ndarray) -> np.ndarray:
+    """(n,7) -> (n,6)"""
+    return np.tile(REPLY, (len(lines), 1))
 
 
 # The task.
@@ -60,7 +68,7 @@ def answer(policy: Parameters, questions: np.ndarray, rng: np.random.Generator) 
 
 def reply_log_probs(policy: Parameters, lines: np.ndarray) -> Tensor:
     """log pi(y|x) of the reply y to the question x: (n,7) -> (n)."""
-    return plain.sequence_log_probs(plain.log_probs(policy, lines, CONFIG), REPLY)
+    return plain.sequence_log_probs(plain.log_probs(policy, lines, CONFIG), reply_mask(lines))
 
 
 def compare(policy: Parameters, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +76,7 @@ def compare(policy: Parameters, n: int, rng: np.random.Generator) -> tuple[np.nd
 
     P(first is chosen) = sigmoid(2 (gold reward of the first - of the second)): 0.88 for a difference of 1 point.
     """
-    questions = text(n, 1.0, rng)[:, :4]
+    questions = text(n, 1.0, rng)[:, :4]                                                # (n,4): "bag=", no reply
     first = answer(policy, questions, rng)
     second = answer(policy, questions, rng)
     difference = gold_reward(first)[0] - gold_reward(second)[0]                         # (n)
@@ -102,7 +110,7 @@ def pretrain(model: Parameters, steps: int, rng: np.random.Generator) -> None:
 def train_sft(model: Parameters, steps: int, rng: np.random.Generator) -> None:
     def batch():
         lines = text(32, 1.0, rng)                                                      # (32,7)
-        return {"loss": plain.sft_loss(plain.log_probs(model, lines, CONFIG), np.tile(REPLY, (32, 1)))}
+        return {"loss": plain.sft_loss(plain.log_probs(model, lines, CONFIG), reply_mask(lines))}
     train("2. Supervised finetuning", model, batch, steps, learning_rate=5e-3)
 
 
@@ -122,10 +130,11 @@ def train_rlhf(policy: Parameters, reference: Parameters, reward_model: Paramete
         lines = answer(policy, questions, rng)                                          # (64,7)
         policy_log_probs = plain.log_probs(policy, lines, CONFIG)                       # (64,6)
         with no_grad():
-            kl = plain.sequence_log_probs(policy_log_probs, REPLY).data - reply_log_probs(reference, lines).data
+            log_pi = plain.sequence_log_probs(policy_log_probs, reply_mask(lines)).data     # (64)
+            kl = log_pi - reply_log_probs(reference, lines).data                        # (64)
             rewards = plain.reward(reward_model, lines, CONFIG).data                    # (64)
         A = plain.advantages(rewards.reshape(16, 4), kl.reshape(16, 4), BETA)           # (16,4)
-        loss = plain.policy_gradient_loss(policy_log_probs, A.reshape(64), REPLY)
+        loss = plain.policy_gradient_loss(policy_log_probs, A.reshape(64), reply_mask(lines))
         return {"proxy reward": rewards.mean(), "KL": kl.mean(), "loss": loss}
     train("4. RLHF", policy, batch, steps, learning_rate=2e-3)
 
@@ -147,28 +156,58 @@ def train_dpo(policy: Parameters, reference: Parameters, chosen: np.ndarray, rej
 
 # The lecture.
 
+def all_questions() -> np.ndarray:
+    """(512,4)"""
+    letters = np.indices((8, 8, 8)).reshape(3, 512).T                                   # (512,3)
+    return np.insert(letters, 3, EQUALS, axis=1)
+
+
 def report(name: str, policy: Parameters, rng: np.random.Generator, reference: Parameters | None = None) -> dict:
     """Sample a reply to each of the 512 questions. Prints three of them, and means with standard errors."""
-    letters = np.indices((8, 8, 8)).reshape(3, 512).T                                   # (512,3)
-    questions = np.insert(letters, 3, EQUALS, axis=1)                                   # (512,4)
-    lines = answer(policy, questions, rng)                                              # (512,7)
+    lines = answer(policy, all_questions(), rng)                                        # (512,7)
     points, right, capitals = gold_reward(lines)
     columns = {"right": right, "capitals": capitals, "gold": points}
     if reference is not None:
         with no_grad():
             columns["KL"] = reply_log_probs(policy, lines).data - reply_log_probs(reference, lines).data
-    shown = lines[[70, 355, 20]]                                                        # bag, fed, ace
+    shown = lines[[0o106, 0o543, 0o024]]            # bag, fed, ace: the letters are the digits of a number in base 8
     print(f"  {name:12s}", *("".join(LETTERS[token] for token in line) for line in shown))
     print(" " * 14, "  ".join(f"{key} {x.mean():.2f}±{x.std() / 512 ** 0.5:.2f}" for key, x in columns.items()))
     return {key: float(x.mean()) for key, x in columns.items()}
 
 
-def reward_error(reward_model: Parameters, chosen: np.ndarray, rejected: np.ndarray) -> float:
-    """Among pairs with unequal gold rewards, the share that the reward model orders in the opposite way."""
+def errors(reward_model: Parameters, chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float]:
+    """Among pairs with unequal gold rewards, the share that the reward model, and people, order in the opposite way."""
     gold = gold_reward(chosen)[0] - gold_reward(rejected)[0]
     with no_grad():
         proxy = plain.reward(reward_model, chosen, CONFIG).data - plain.reward(reward_model, rejected, CONFIG).data
-    return float((gold * proxy < 0)[gold != 0].mean())
+    unequal = gold != 0
+    return {"error": float((gold * proxy < 0)[unequal].mean()), "error of people": float((gold < 0)[unequal].mean())}
+
+
+def optimum(reference: Parameters, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """pi* = pi_ref exp(2 gold / beta) / Z: its expected gold reward and its KL, exactly. Questions (n,4) -> (n), (n)
+
+    pi*/pi_ref depends on the gold reward alone, so the probabilities of its four values under pi_ref suffice.
+    """
+    n = len(questions)
+    bits = np.indices((2, 2, 2)).reshape(3, 8).T                                        # (8,3): 1 for a capital
+    right = questions[:, None, 2::-1] + 8 * bits                                        # (n,8,3)
+    lines = np.concatenate([np.repeat(questions, 8, axis=0), right.reshape(-1, 3)], axis=1)         # (8n,7)
+    two = 8 + np.indices((8, 8)).reshape(2, 64).T                                       # (64,2): two capitals
+    starts = np.concatenate([np.repeat(questions, 64, axis=0), np.tile(two, (n, 1))], axis=1)       # (64n,6)
+    with no_grad():
+        right = np.exp(reply_log_probs(reference, lines).data).reshape(n, 8)            # (n,8)
+        p = ops.softmax(plain.transformer(reference, starts, CONFIG)).data              # (64n,6,V)
+    every = np.arange(64 * n)
+    capitals = p[every, 3, starts[:, 4]] * p[every, 4, starts[:, 5]] * p[:, 5, 8:16].sum(axis=-1)   # (64n)
+    capitals = capitals.reshape(n, 64).sum(axis=1)                                      # (n)
+    both = right[:, 7]
+    right = right.sum(axis=1)
+    pi_ref = np.stack([1 - right - capitals + both, capitals - both, right - both, both], axis=1)   # (n,4)
+    tilted = pi_ref * np.exp(2 * np.arange(4) / BETA)
+    best = tilted / tilted.sum(axis=1, keepdims=True)                                   # (n,4)
+    return best @ np.arange(4), (best * np.log(best / pi_ref)).sum(axis=1)
 
 
 def lecture(seed: int = 0, scale: float = 1.0) -> dict[str, dict[str, float]]:
@@ -185,8 +224,8 @@ def lecture(seed: int = 0, scale: float = 1.0) -> dict[str, dict[str, float]]:
     chosen, rejected = compare(reference, 2000, rng)
     reward_model = RewardModel(model.copy(), rng).parameters()
     train_reward_model(reward_model, chosen, rejected, int(120 * scale), rng)
-    results["reward model"] = {"error": reward_error(reward_model, *compare(reference, 500, rng))}
-    print(f"  error        {results['reward model']['error']:6.2f}")
+    error = results["reward model"] = errors(reward_model, *compare(reference, 500, rng))
+    print(f"  error        {error['error']:6.2f}   (people: {error['error of people']:.2f})")
 
     policy = model.copy().parameters()
     train_rlhf(policy, reference, reward_model, int(80 * scale), rng)
@@ -195,6 +234,11 @@ def lecture(seed: int = 0, scale: float = 1.0) -> dict[str, dict[str, float]]:
     policy = model.copy().parameters()
     train_dpo(policy, reference, chosen, rejected, int(160 * scale), rng)
     results["DPO"] = report("DPO", policy, rng, reference)
+
+    parts = [optimum(reference, part) for part in np.split(all_questions(), 8)]
+    gold, kl = np.concatenate(parts, axis=1)                                            # (512), (512)
+    results["pi*"] = {"gold": float(gold.mean()), "KL": float(kl.mean())}
+    print(f"  {'pi*':12s} gold {gold.mean():.2f}  KL {kl.mean():.2f}")
 
     print("Change from the SFT model")
     for name in ("RLHF", "DPO"):

@@ -213,6 +213,18 @@ def test_advantages_are_the_fast_ones(baseline, rng):
     assert_close(plain.advantages(rewards, kl, 0.3, baseline), policy_gradient.advantages(rewards, kl, 0.3, baseline))
 
 
+def test_the_mean_of_sft_is_over_the_tokens_of_a_mask_that_is_broadcast(rng):
+    log_probs = normal(rng, 3, 5)
+    mask = np.array([0, 1, 1, 0, 1])
+    assert_close(plain.sft_loss(log_probs, mask), plain.sft_loss(log_probs, np.tile(mask, (3, 1))))
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "group"])
+def test_a_baseline_of_other_samples_needs_two(baseline):
+    with pytest.raises(ValueError, match="got K = 1"):
+        plain.advantages(np.ones((2, 1)), np.ones((2, 1)), 0.1, baseline)
+
+
 def test_an_unknown_baseline_raises():
     with pytest.raises(ValueError, match="baseline is 'median'"):
         plain.advantages(np.ones((2, 3)), np.ones((2, 3)), 0.1, "median")

@@ -6,7 +6,10 @@ import sys
 import numpy as np
 import pytest
 
+from helpers import assert_close
 from minilm import toy
+from minilm.exact.enumerable import divergence, expectation, optimum
+from minilm.exact.gradients import redraw_weights
 from minilm.model import Transformer
 
 
@@ -38,6 +41,25 @@ def test_people_prefer_a_reply_that_is_one_point_better_88_times_in_100():
     assert abs((difference == 1).sum() / (abs(difference) == 1).sum() - 0.88) < 0.05
 
 
+def test_the_optimum_is_that_of_all_replies_listed():
+    """One question and its 17^3 replies."""
+    rng = np.random.default_rng(0)
+    policy = redraw_weights(Transformer(toy.CONFIG, rng, np.float64), rng).parameters()
+    question = tokens("bag=")
+    replies = np.indices((17, 17, 17)).reshape(3, -1).T
+    lines = np.concatenate([np.repeat(question, len(replies), axis=0), replies], axis=1)
+    log_ref = toy.reply_log_probs(policy, lines).data[None]
+    points = toy.gold_reward(lines)[0][None]
+    best, _ = optimum(log_ref, 2 * points, toy.BETA)
+    gold, kl = toy.optimum(policy, question)
+    assert_close(gold, expectation(best, points))
+    assert_close(kl, divergence(best, log_ref))
+
+
+def objective(policy):
+    return 2 * policy["gold"] - toy.BETA * policy["KL"]
+
+
 def assert_every_stage_improves_the_model(results):
     random, base, sft, rlhf, dpo = (results[name] for name in ("random", "base", "SFT", "RLHF", "DPO"))
     assert base["gold"] > random["gold"] + 0.5
@@ -47,6 +69,7 @@ def assert_every_stage_improves_the_model(results):
         assert policy["gold"] > sft["gold"] + 0.3 and policy["capitals"] > 0.8
         assert policy["right"] > sft["right"] - 0.05
         assert 0.2 < policy["KL"] < 1.5
+        assert objective(policy) < objective(results["pi*"])
 
 
 def test_every_stage_improves_the_model(capsys):

@@ -19,8 +19,8 @@ Gradient, for one of the B pairs:
 
 because sigmoid' = sigmoid (1 - sigmoid) gives d/dz[-log sigmoid(z)] = -(1 - sigmoid(z)) = -sigmoid(-z),
 and dz/dr_w = 1, dz/dr_l = -1. Without a margin, sigmoid(-z) is the probability, under the
-model, that y_l is preferred to y_w. The loss pushes r_w up and r_l down; the push is large where the model is wrong, and
-near 0 where it is right with confidence.
+model, that y_l is preferred to y_w. The loss pushes r_w up and r_l down; the push is large where the model is
+wrong, and near 0 where it is right with confidence.
 
 Comparisons determine the rewards only up to one constant for each prompt: adding it to the rewards of all
 responses to this prompt does not change r_w - r_l. The centring term selects the constant. For one given pair

@@ -202,8 +202,8 @@ def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.nda
     """RLHF: the mean of -A log pi(y|x) over responses y sampled from pi. A is a number without gradient.
 
     log_probs, the result of the function log_probs, and mask (B,T-1). advantages A, numbers from the function
-    advantages in one row: (B) with B = P K, or (B,T-1) for one A for each token. With A = R - b, where b does not
-    depend on y (none, leave_one_out), the expected gradient of this loss is that of  -E[r] + beta KL(pi || pi_ref).
+    advantages in one row: (B) with B = P K, or (B,T-1) for one A for each token. If b does not
+    depend on y (none, leave_one_out), the expected gradient of this loss is grad( -E[r] + beta KL(pi || pi_ref) ).
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]                                    # (B,1)

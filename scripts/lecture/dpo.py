@@ -89,7 +89,7 @@ class Paths:
         self.fresh = np.array([p, *np.where(lead > 0, (first, second), (second, first))])[:, lead != 0]
 
     def point(self, log_pi, compared):
-        """Everything that is measured of a policy (P,N)."""
+        """Everything that is measured of a policy (P,Y)."""
         change = log_pi - self.reference
         p, chosen, rejected = compared
         new, better, worse = self.fresh
@@ -131,13 +131,13 @@ class Paths:
         return self.along(policy, compared, stage)
 
     def curve(self, policies):
-        """KL and gold reward of several policies (P,N)."""
+        """KL and gold reward of several policies (P,Y)."""
         return {"KL": [divergence(log_pi, self.reference).mean() for log_pi in policies],
                 "gold": [expectation(log_pi, self.world.gold).mean() for log_pi in policies]}
 
 
 def finetuned(experiment, world, rng, demonstrations, tuning):
-    """The SFT model, and log pi (P,N) of an earlier checkpoint, after a sixth of its training."""
+    """The SFT model, and log pi (P,Y) of an earlier checkpoint, after a sixth of its training."""
     model = experiment.transformer(rng, **MODEL)
     demonstrated = world.demonstrations(rng, demonstrations)
     for step, _ in enumerate(train_sft(TrainState(model, rng), *demonstrated, tuning, 64, 3e-3), 1):
@@ -186,14 +186,14 @@ def evaluated_at(steps, points, early, **_):
 
 
 def in_a_pair(world, p, chosen, rejected):
-    """Whether each reply is in a pair of its prompt, (P,N)."""
+    """Whether each reply is in a pair of its prompt, (P,Y)."""
     paired = np.zeros(world.shape, bool)
     paired[p, chosen] = paired[p, rejected] = True
     return paired
 
 
 def within(log_pi, allowed):
-    """log pi(y | y is allowed), from log_pi (P,N) and allowed (P,N)."""
+    """log pi(y | y is allowed), from log_pi (P,Y) and allowed (P,Y)."""
     restricted = np.where(allowed, log_pi, -np.inf)
     return restricted - np.logaddexp.reduce(restricted, axis=1, keepdims=True)
 

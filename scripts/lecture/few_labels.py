@@ -55,7 +55,7 @@ SIZES = {"quick": {"seeds": 3, "words": 2, "tuning": 10, "comparisons": (30, 300
 
 
 def fit_by_dpo(world, model, reference, rng, pairs, steps):
-    """log pi (P,N) after DPO on comparisons (p, chosen, rejected), stopped by the loss on a fifth of them."""
+    """log pi (P,Y) after DPO on comparisons (p, chosen, rejected), stopped by the loss on a fifth of them."""
     policy = model.copy()
     fifth = len(pairs[0]) // 5
     p, *replies = pairs

@@ -112,9 +112,9 @@ def pooled(world, reference, utilities, share, rng):
 
 
 def bradley_terry_rewards(log_pi, preferences, rewards, steps):
-    """The rewards (P,N) that unlimited comparisons have under Bradley-Terry, and their remaining error.
+    """The rewards (P,Y) that unlimited comparisons have under Bradley-Terry, and their remaining error.
 
-    Replies are drawn from pi (P,N), and i is preferred to j with any probability preferences (P,N,N). The error is the
+    Replies are drawn from pi (P,Y), and i is preferred to j with any probability preferences (P,Y,N). The error is the
     mean difference of two probabilities. The loss is convex. Its gradient in r(i) is -pi(i) (w(i) - w_r(i)), where
     w(i) is the probability that i is preferred to a reply drawn from pi, and w_r(i) the same under the rewards. Each
     iteration is a diagonal Newton step of at most 1 from the given rewards. w is the Borda count of a reply. Pooling

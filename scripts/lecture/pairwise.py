@@ -137,7 +137,7 @@ def measure(experiment, seed, groups, judged):
 
 
 def demonstration_log_frequencies(world, rng):
-    """log of the frequency of each reply among 10,000 demonstrations, (P,N)."""
+    """log of the frequency of each reply among 10,000 demonstrations, (P,Y)."""
     frequency = np.zeros(world.shape)
     np.add.at(frequency, world.index(*world.demonstrations(rng, 10_000)), 1)
     with np.errstate(divide="ignore"):

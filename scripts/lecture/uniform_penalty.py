@@ -66,7 +66,7 @@ def measure(experiment, seed, steps, bisections):
     prompts, replies = world.demonstrations(np.random.default_rng(seed), 4000)
 
     def finetuned(alter, share):
-        """log pi (P,N) after demonstrations, a share of them altered; all other draws are the same."""
+        """log pi (P,Y) after demonstrations, a share of them altered; all other draws are the same."""
         rng = np.random.default_rng([seed, 1])
         altered = [alter(reply, rng) if u < share else reply
                    for reply, u in zip(replies, rng.random(len(replies)))]

@@ -30,7 +30,7 @@ def decomposition(policy: Transformer, world: ReplyWorld, reference: np.ndarray,
     weights = list(policy.parameters().values())
 
     def gradient(cotangent):
-        """The gradient of sum(cotangent * log_pi) as one flat vector; cotangent (P,N) is mostly 0."""
+        """The gradient of sum(cotangent * log_pi) as one flat vector; cotangent (P,Y) is mostly 0."""
         for w in weights:
             w.grad = None
         rows, y = np.nonzero(cotangent)

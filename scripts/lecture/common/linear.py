@@ -15,13 +15,13 @@ from minilm.ops import stable_sigmoid
 
 
 def counts(world: EnumerableWorld) -> np.ndarray:
-    """x (P,N,F) of a world whose prompts all have T tokens.
+    """x (P,Y,F) of a world whose prompts all have T tokens.
 
     F = V + (T-1) V W, where W is the number of different tokens per prompt position. The first token of the prompt,
     the same for all, is left out.
     """
     V = world.vocab_size
-    tokens = np.array([np.bincount(response, minlength=V) for response in world.responses], float)        # (N,V)
+    tokens = np.array([np.bincount(response, minlength=V) for response in world.responses], float)        # (Y,V)
     prompts = np.eye(V)[np.array(world.prompts)[:, 1:]].reshape(len(world.prompts), -1)                   # (P,(T-1)V)
     prompts = prompts[:, prompts.any(axis=0)]                                                             # (P,(T-1)W)
     together = (prompts[:, None, :, None] * tokens[None, :, None, :]).reshape(*world.shape, -1)

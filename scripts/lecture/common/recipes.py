@@ -62,7 +62,7 @@ def sft_model(world: ReplyWorld, rng: np.random.Generator, steps: int, dtype: np
 
 def finetune_by_dpo(world: ReplyWorld, policy: Transformer, reference: np.ndarray, pairs: Pairs,
                     rng: np.random.Generator, steps: int, beta: float, learning_rate: float = 3e-4) -> None:
-    """Train the policy by DPO on comparisons (p, chosen, rejected); reference: log pi_ref (P,N) of its start."""
+    """Train the policy by DPO on comparisons (p, chosen, rejected); reference: log pi_ref (P,Y) of its start."""
     p, *replies = pairs
     references = [reference[p, y].astype(policy.dtype) for y in replies]
     for _ in train_dpo(TrainState(policy, rng), *world.tokens_of(*pairs), *references, steps, 64, beta, learning_rate):
@@ -71,7 +71,7 @@ def finetune_by_dpo(world: ReplyWorld, policy: Transformer, reference: np.ndarra
 
 def proxy_rewards(world: ReplyWorld, model: Transformer, rng: np.random.Generator, count: int, steps: int
                   ) -> np.ndarray:
-    """Train a reward model on `count` comparisons of replies of the model. Returns its reward of every reply, (P,N)."""
+    """Train a reward model on `count` comparisons of replies of the model. Returns its reward of every reply, (P,Y)."""
     reward_model = RewardModel(model.copy(), rng)
     pairs = world.tokens_of(*world.comparisons(world.log_distributions(model), world.gold, rng, count))
     for _ in train_reward_model(TrainState(reward_model, rng), *pairs, steps, 64, 1e-3, centering=0.01):
@@ -100,7 +100,7 @@ def early_stopped_reward_model(world: ReplyWorld, model: Transformer, rng: np.ra
 
 
 def reward_table(world: ReplyWorld, reward_model: RewardModel) -> np.ndarray:
-    """The reward of every reply under a RewardModel: (P,N) in float64."""
+    """The reward of every reply under a RewardModel: (P,Y) in float64."""
     prompts = [prompt for prompt in world.prompts for _ in world.responses]
     rewards = predicted_rewards(reward_model, prompts, world.responses * len(world.prompts))
     return rewards.reshape(world.shape).astype(float)

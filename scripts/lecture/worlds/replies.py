@@ -5,7 +5,7 @@ few of them:
 
     What is the last word of sea sky sun?   ->   Sure!  sun.  <eos>
 
-So every reply y to every question x can be listed (enumerable.py). The gold reward is a table (P,N); KL divergences
+So every reply y to every question x can be listed (enumerable.py). The gold reward is a table (P,Y); KL divergences
 and optima are exact. There are enough questions to compare replies to some of them and to test on the others.
 P questions (prompts), N replies (responses).
 Tests: tests/test_replies.py.
@@ -47,7 +47,7 @@ class ReplyWorld(EnumerableWorld):
     questions   list of P Questions
     texts       list of N replies as text
     finished    (N,) whether a reply ends with EOS; the others were cut off at LONGEST
-    gold        (P,N): annotators.gold_reward of every reply to every question
+    gold        (P,Y): annotators.gold_reward of every reply to every question
     """
 
     def __init__(self, words: int = 2):
@@ -74,7 +74,7 @@ class ReplyWorld(EnumerableWorld):
         self._column = {tuple(response): y for y, response in enumerate(self.responses)}
 
     def log_probs(self, model: Transformer, temperature: float = 1.0) -> Tensor:
-        """log pi(y|x) of every reply: a Tensor (P,N), equal to EnumerableWorld.log_probs at a seventh of the time.
+        """log pi(y|x) of every reply: a Tensor (P,Y), equal to EnumerableWorld.log_probs at a seventh of the time.
 
         Shared prefixes are computed once: in the rows of LONGEST - 1 sentences without EOS, every token of every
         reply is predicted somewhere.
@@ -83,12 +83,12 @@ class ReplyWorld(EnumerableWorld):
         return scores.reshape(len(self.prompts), -1) @ self._contains.astype(model.dtype)
 
     def log_distributions(self, model: Transformer, temperature: float = 1.0) -> np.ndarray:
-        """log pi(y|x) (P,N) in float64, without a graph: for measuring."""
+        """log pi(y|x) (P,Y) in float64, without a graph: for measuring."""
         with no_grad():
             return self.log_probs(model, temperature).data.astype(np.float64)
 
     def table(self, score: Callable[[Question, str, bool], float]) -> np.ndarray:
-        """score(question, text, finished) of every reply to every question, (P,N).
+        """score(question, text, finished) of every reply to every question, (P,Y).
 
         score may depend on the question only through its answer, as gold_reward and Annotator.utility do.
         """
@@ -107,7 +107,7 @@ class ReplyWorld(EnumerableWorld):
                 np.array([self._column[tuple(response)] for response in responses]))
 
     def reward(self, table: np.ndarray) -> Callable[[Tokens, Tokens], np.ndarray]:
-        """A reward function for stages.rlhf, (prompts, responses) to floats, that reads a table (P,N)."""
+        """A reward function for stages.rlhf, (prompts, responses) to floats, that reads a table (P,Y)."""
         def look_up(prompts, responses):
             return table[self.index(prompts, responses)]
         return look_up
@@ -129,7 +129,7 @@ class ReplyWorld(EnumerableWorld):
         return prompts, responses
 
     def demonstration_distribution(self, right: float = RIGHT) -> np.ndarray:
-        """The probability (P,N) of each reply under demonstrations()."""
+        """The probability (P,Y) of each reply under demonstrations()."""
         pi = np.zeros(self.shape)
         answers = np.array(self.prompts)[:, -1]
         p = np.arange(len(self.prompts))
@@ -143,7 +143,7 @@ class ReplyWorld(EnumerableWorld):
         return pi / pi.sum(axis=1, keepdims=True)
 
     def draw(self, log_pi: np.ndarray, rng: np.random.Generator, prompts: np.ndarray) -> np.ndarray:
-        """One reply y ~ pi(.|x) for each of the prompts, given by index (B,): y (B,). log_pi is (P,N)."""
+        """One reply y ~ pi(.|x) for each of the prompts, given by index (B,): y (B,). log_pi is (P,Y)."""
         prompts = np.asarray(prompts)
         uniforms = rng.random(len(prompts))
         y = np.empty(len(prompts), int)
@@ -156,9 +156,9 @@ class ReplyWorld(EnumerableWorld):
     def comparisons(self, log_pi: np.ndarray, utility: np.ndarray, rng: np.random.Generator, count: int,
                     prompts: np.ndarray | None = None, flip_rate: float = 0.0
                     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`count` pairs of different replies drawn from pi (P,N), and the preferred reply of each pair.
+        """`count` pairs of different replies drawn from pi (P,Y), and the preferred reply of each pair.
 
-        The first reply is preferred with probability sigma(u_1 - u_2) (Bradley-Terry), u = utility (P,N); afterwards
+        The first reply is preferred with probability sigma(u_1 - u_2) (Bradley-Terry), u = utility (P,Y); afterwards
         each preference is flipped with probability flip_rate. prompts: indices of the questions to use, by default
         all. Returns the indices p, chosen, rejected, (count,) each; tokens_of turns them into tokens.
         """

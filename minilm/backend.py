@@ -15,11 +15,13 @@ import numpy as np
 
 def is_cupy(x: Any) -> bool:
     """Whether x is a CuPy array (answered without importing CuPy)."""
-    return type(x).__module__.partition(".")[0] == "cupy"
+    return type(x) is not np.ndarray and type(x).__module__.partition(".")[0] == "cupy"
 
 
 def array_module(*arrays) -> Any:
     """The library of the arrays, numpy or cupy. Python scalars fit both. Raises TypeError for arrays of both."""
+    if set(map(type, arrays)) <= {np.ndarray}:          # most calls
+        return np
     found = {is_cupy(a) for a in arrays if isinstance(a, np.ndarray) or is_cupy(a)}
     if found == {True, False}:
         raise TypeError("arrays on the CPU (numpy) and on the GPU (cupy) are mixed; "

@@ -262,7 +262,9 @@ def primitive(function: Callable) -> Callable:
     @functools.wraps(function)
     def apply(*inputs, **options):
         if _thread.arrays_only:
-            return function(*map(_array_only, inputs), **options)[0]
+            if Tensor in map(type, inputs):
+                raise TypeError(f"{name}: within arrays_only() primitives take arrays: pass tensor.data")
+            return function(*inputs, **options)[0]
         if any(isinstance(option, Tensor) for option in options.values()):
             bound = signature.bind(*inputs, **options)          # Tensors given by name go to their positions,
             bound.apply_defaults()                              # and defaults fill the gaps between them
@@ -309,12 +311,6 @@ def _check_dtypes(inputs, output):
 def _unpacked(arguments):
     """(2, 3) of both f(2, 3) and f((2, 3))"""
     return tuple(arguments[0]) if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else arguments
-
-
-def _array_only(x):
-    if isinstance(x, Tensor):
-        raise TypeError("within arrays_only() primitives take arrays: pass tensor.data")
-    return _array(x)
 
 
 def _array(x):

@@ -470,11 +470,6 @@ def test_a_tensor_within_arrays_only_raises(rng):
         ops.exp(x)
 
 
-def test_a_numpy_scalar_within_arrays_only_keeps_float32():
-    with arrays_only():
-        assert ops.add(np.ones(2, np.float32), np.float64(2)).dtype == np.float32
-
-
 def test_the_advice_for_a_power_of_an_array_names_no_function_that_would_raise(rng):
     with pytest.raises(TypeError, match="np.power does not take a Tensor: use the functions of minilm.ops"):
         np.power(2.0, normal(rng, 2))

@@ -2,7 +2,7 @@
 
     file                      the trick                                          equals
     tiled_attention           attention tile by tile, without the masked half    layers.attention_without_tiles
-    chunked_log_probs         a few thousand logits at a time                    layers.token_log_probs_without_chunks
+    chunked_log_probs         the logits of some tokens at a time                layers.token_log_probs_without_chunks
     packed_attention          no padding; a shared prompt computed once          plain.attention on each dialogue
     cached_decoding           a new token costs one token's work                 plain.generate
     flat_parameters           AdamW over one long vector                         plain.adamw

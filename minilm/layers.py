@@ -7,8 +7,8 @@ attention (fast/tiled_attention.py) and token_log_probs (fast/chunked_log_probs.
 
 Shapes: B batch, T tokens, S keys, V vocabulary, D width, H query heads, G key/value heads (G divides H), K head
 width (dh in plain.py), F width of the feed-forward layer.
-On a GPU the layers run CUDA kernels (kernels/), which raise on shapes and dtypes that they do not support;
-kernel=False runs the code below instead.
+On a GPU the layers run CUDA kernels (the folder kernels/, installed as minilm.kernels), which raise on shapes and
+dtypes that they do not support; kernel=False runs the code below instead.
 Tests: tests/test_layers.py.
 """
 
@@ -29,9 +29,9 @@ from minilm.tensor import Tensor, primitive
 def rms_norm(x, weight, eps: float = 1e-6, kernel: bool = True):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis.  (..,D), (D,) -> (..,D)
 
-    With r = 1 / sqrt(mean(x^2) + eps), n = x r and dn = dy weight:
+    With r = 1 / sqrt(mean(x^2) + eps), n = x r and dn = dy * weight (* elementwise):
 
-        dx = r (dn - n mean(dn n)),     dweight = sum of dy n over all rows
+        dx = r (dn - n mean(dn * n)),     dweight = sum of dy * n over all rows
 
     The second term of dx comes from dr/dx = -r^3 x / D.
     Zhang and Sennrich 2019, arXiv:1910.07467.
@@ -189,13 +189,14 @@ def attention(q, k, v, causal: bool = True, key_mask=None, scale: float | None =
     scale     instead of 1/sqrt(K)
     Query head h reads key/value head h // (H/G): grouped-query attention.
 
-    With scores E = scale q k^T, P = softmax(E) and o = P v:
+    For one query head, with scores E = scale q k^T, P = softmax(E), o = P v, and * elementwise:
 
-        dv = P^T do,        dP = do v^T,        dE = P (dP - rowsum(dP P)),
+        dv = P^T do,        dP = do v^T,        dE = P * (dP - rowsum(dP * P)),
         dq = scale dE k,    dk = scale dE^T q
 
-    and rowsum(dP P) = rowsum(do o), a sum over K numbers instead of S. attention_without_tiles is this derivation
-    in code; fast/tiled_attention.py computes the same numbers tile by tile.
+    and rowsum(dP * P) = rowsum(do * o), a sum over K numbers instead of S. dk and dv of a key/value head are the sums
+    over the H/G query heads that read it. attention_without_tiles is this derivation in code;
+    fast/tiled_attention.py computes the same numbers tile by tile.
     Raises ValueError for shapes that do not fit.
     Vaswani et al. 2017, arXiv:1706.03762; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
     """

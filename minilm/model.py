@@ -96,9 +96,10 @@ def hidden_states(parameters, config: Config, tokens, attend: Callable, checkpoi
 class Transformer:
     """A language model: tokens (B,T) to logits (B,T,V).
 
-    Weights start as N(0, 1/fan_in). Weights that write into the residual stream are divided by sqrt(2L) more, so that
-    the stream does not grow with depth. The embedding starts as N(0,1), and the unembedding ten times smaller than
-    fan-in, so that the first predictions are near uniform (tied, both are N(0, 1/D)).
+    Weights start as N(0, 1/fan_in), with fan_in the number of inputs. Weights that write into the residual stream are
+    divided by sqrt(2L) more (L layers), so that the stream does not grow with depth. The embedding starts as N(0,1),
+    and the unembedding with standard deviation 0.1 / sqrt(D), so that the first predictions are near uniform (tied,
+    both are N(0, 1/D)).
 
     activation_checkpointing: set it to True to keep only each block's input between forward and backward
     (fast/activation_checkpointing.py): less memory, more time.
@@ -329,21 +330,21 @@ def _fresh_parameters(c, rng, dtype):
     def norm(name):
         parameters[name] = Tensor(np.ones(c.width, dtype), requires_grad=True)
 
-    fan_in = c.width ** -0.5
+    std = c.width ** -0.5                       # 1 / sqrt(fan_in)
     residual = (2 * c.layers) ** -0.5
     heads_width = c.heads * c.head_width
     kv_width = c.kv_heads * c.head_width
-    weight("embedding", c.vocab_size, c.width, scale=fan_in if c.tied else 1.0)
+    weight("embedding", c.vocab_size, c.width, scale=std if c.tied else 1.0)
     for i in range(c.layers):
         norm(f"blocks.{i}.attention_norm")
-        weight(f"blocks.{i}.qkv", c.width, heads_width + 2 * kv_width, scale=fan_in)
+        weight(f"blocks.{i}.qkv", c.width, heads_width + 2 * kv_width, scale=std)
         if c.key_smear:
             weight(f"blocks.{i}.key_smear", c.kv_heads, c.head_width, scale=0.0)
         weight(f"blocks.{i}.attention_out", heads_width, c.width, scale=heads_width ** -0.5 * residual)
         norm(f"blocks.{i}.ffn_norm")
-        weight(f"blocks.{i}.gate_up", c.width, 2 * c.ffn_width, scale=fan_in)
+        weight(f"blocks.{i}.gate_up", c.width, 2 * c.ffn_width, scale=std)
         weight(f"blocks.{i}.ffn_out", c.ffn_width, c.width, scale=c.ffn_width ** -0.5 * residual)
     norm("final_norm")
     if not c.tied:
-        weight("unembedding", c.vocab_size, c.width, scale=0.1 * fan_in)
+        weight("unembedding", c.vocab_size, c.width, scale=0.1 * std)
     return parameters

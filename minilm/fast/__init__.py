@@ -3,13 +3,23 @@
     file                      the trick                                          equals
     tiled_attention           attention tile by tile, without the masked half    layers.attention_without_tiles
     chunked_log_probs         the logits of some tokens at a time                layers.token_log_probs_without_chunks
-    packed_attention          no padding; a shared prompt computed once          plain.attention on each dialogue
+    packed_attention          no padding; a shared prompt computed once          plain.self_attention on each dialogue
     cached_decoding           a new token costs one token's work                 plain.generate
     flat_parameters           AdamW over one long vector                         plain.adamw
-    deferred                  weight gradients computed where they are stored    the same vjp with arrays
+    deferred                  weight gradients computed where they are stored    a vjp that returns them at once
     activation_checkpointing  recompute instead of keep                          the function itself
     workers                   processes that share a batch                       one process, up to rounding
     malloc                    glibc keeps freed memory                           the same program
+
+From plain.py to here:
+
+    self_attention   model.Transformer.hidden: packed_attention (the usual case), or attend_to_padded and
+                     layers.attention (padding, encoders). On a CPU both end in tiled_attention; the derivation is in
+                     layers.attention
+    log_probs        Transformer.log_probs, layers.token_log_probs, chunked_log_probs
+    generate         generate.generate, cached_decoding
+    adamw            optim.AdamW, flat_parameters
+    the losses       objectives/
 
 The gain of each in time and memory: `python scripts/bench/tricks.py`, and the table in scripts/bench/README.md.
 """

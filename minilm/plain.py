@@ -11,7 +11,9 @@ Symbols: B sequences, T tokens, V vocabulary, D width, H query heads, G key/valu
 F feed-forward width, P prompts, K samples of each prompt; x prompt, y response with its EOS; y_w chosen, y_l
 rejected; R the reward minus the KL penalty. T tokens have T-1 log-probs, because the first token is not predicted.
 A comment gives the shape of the result where the shape changes. The mask of the transformer and of `reward`
-is 1 on real tokens and 0 on padding; the mask of a loss is 1 on the tokens that it is about, those of y.
+is 1 on real tokens and 0 on padding. The mask of a loss (B,T-1) goes with the log-probs: entry t is about token
+t + 1, so it is the mask of tokens[:, 1:]. It is 1 on the tokens to be scored: those of y, or all in pretraining.
+A parameter called log_probs or advantages has the name of the function that computes it.
 `config` is a model.Config. `parameters` is a dict of Tensors:
 
     embedding (V,D)      unembedding (V,D), unless tied      final_norm (D)      reward_head (D,1), reward model only
@@ -77,7 +79,9 @@ def smear(k: Tensor, amount: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: np.ndarray) -> Tensor:
-    """softmax(q k^T / sqrt(dh)) v. Query t reads key s only if visible[t, s] is True; without any, the result is 0.
+    """softmax(q k^T / sqrt(dh)) v. Query t reads key s only if visible[t, s] is True.
+
+    A query that may read no key has the result 0.
 
     q (B,H,T,dh); k and v (B,G,S,dh), S keys; visible (T,S), or (B,1,T,S).
     """
@@ -96,7 +100,7 @@ def self_attention(x: Tensor, parameters: Parameters, block: str, config, mask: 
     B, T, _ = x.shape
     H = config.heads
     G = config.kv_heads
-    qkv = (x @ parameters[block + "qkv"]).reshape(B, T, H + 2 * G, config.head_width)
+    qkv = (x @ parameters[block + "qkv"]).reshape(B, T, H + 2 * G, config.head_width)      # (B,T,H+2G,dh)
     qkv = ops.transpose(qkv, axes=(0, 2, 1, 3))                             # (B,H+2G,T,dh)
     q = qkv[:, :H]                                                          # (B,H,T,dh)
     k = qkv[:, H:H + G]                                                     # (B,G,T,dh)
@@ -138,10 +142,7 @@ def log_probs(parameters: Parameters, tokens: np.ndarray, config, temperature: f
 
 
 def sequence_log_probs(log_probs: Tensor, mask: np.ndarray) -> Tensor:
-    """log pi(y|x): the sum over the tokens of y, where mask is 1. (B,T-1), (B,T-1) -> (B)
-
-    log_probs is the result of the function log_probs.
-    """
+    """log pi(y|x): the sum over the tokens of y, where mask is 1. (B,T-1), (B,T-1) -> (B)"""
     return ops.sum(ops.where(mask, log_probs, 0.0), axis=-1)
 
 
@@ -159,8 +160,7 @@ def reward(parameters: Parameters, tokens: np.ndarray, config, mask: np.ndarray 
 def sft_loss(log_probs: Tensor, mask: np.ndarray, total: float | None = None) -> Tensor:
     """Pretraining and supervised finetuning: the mean of -log pi over the tokens where mask is 1.
 
-    log_probs, the result of the function log_probs, and mask: (B,T-1). total: the number to divide by, if not the
-    sum of this mask (a batch in parts).
+    log_probs and mask: (B,T-1). total: the number to divide by, if not the sum of this mask (a batch in parts).
     """
     total = np.sum(np.broadcast_to(mask, log_probs.shape)) if total is None else total
     return -ops.sum(sequence_log_probs(log_probs, mask)) / total
@@ -180,6 +180,8 @@ def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin=0.0, ce
 def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str = "leave_one_out") -> np.ndarray:
     """A = R - b with R = r - beta kl, kl = log pi(y|x) - log pi_ref(y|x), and the baseline b. (P,K) -> (P,K)
 
+    kl is k1, one sample of the KL divergence, and may be negative. R depends on pi, but E[grad kl] = 0, so A can be
+    a number without gradient.
     "group" is another form, A = (R - mean R) / (standard deviation + 1e-4). "leave_one_out" and "group" need K >= 2.
     """
     R = rewards - beta * kl                                                 # (P,K)
@@ -201,9 +203,9 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
 def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.ndarray) -> Tensor:
     """RLHF: the mean of -A log pi(y|x) over responses y sampled from pi. A is a number without gradient.
 
-    log_probs, the result of the function log_probs, and mask (B,T-1). advantages A, numbers from the function
-    advantages in one row: (B) with B = P K, or (B,T-1) for one A for each token. If b does not
-    depend on y (none, leave_one_out), the expected gradient of this loss is grad( -E[r] + beta KL(pi || pi_ref) ).
+    log_probs and mask: (B,T-1). advantages: A as a flat array, (B) with B = P K (A.reshape(-1)), or (B,T-1), one
+    for each token. If b does not depend on y (none, leave_one_out), the expected gradient of this loss is
+    grad( -E[r] + beta KL(pi || pi_ref) ).
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]                                    # (B,1)
@@ -216,7 +218,8 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
 
     The exact reward has one more term, beta log Z(x). It is the same for y_w and y_l and cancels (objectives/dpo.py).
     The first four arguments are log pi(y|x) of the policy and of the reference for y_w and y_l, (B) each.
-    label_smoothing: the assumed probability that y_w and y_l were exchanged.
+    label_smoothing eps: the target probability of y_w is 1 - eps in place of 1. It smooths the target, and does
+    not undo flipped labels (objectives.dpo.robust_dpo_loss does).
     """
     delta = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
     as_labelled = ops.mean(-ops.log_sigmoid(beta * delta))

@@ -14,9 +14,9 @@ in small or in capital letters. People want reversed letters, and they prefer ca
 Printed: means over each fifth of the steps (loss, proxy reward, KL); the replies to three questions; means and
 standard errors over all 512 questions, one fresh sample each: share of right letters, share of capitals, gold reward.
 "error" is the share of new pairs that the reward model, or a person, orders against the gold reward. People compare
-with P = sigmoid(2 (difference of gold rewards)), so the proxy reward is an estimate of 2 gold reward + a constant.
-"pi*" is the policy with the largest 2 gold reward - beta KL, computed exactly: the optimum that RLHF and DPO would
-share with unlimited comparisons.
+with P = sigmoid(2 (difference of gold rewards)), so the proxy reward is an estimate of 2 gold reward + a constant
+for each question. "pi*" is the policy with the largest 2 gold reward - beta KL, computed exactly: the optimum that
+RLHF and DPO would share with unlimited comparisons, unrestricted models and complete training.
 """
 
 import sys
@@ -192,18 +192,18 @@ def optimum(reference: Parameters, questions: np.ndarray) -> tuple[np.ndarray, n
     """
     n = len(questions)
     bits = np.indices((2, 2, 2)).reshape(3, 8).T                                        # (8,3): 1 for a capital
-    right = questions[:, None, 2::-1] + 8 * bits                                        # (n,8,3)
-    lines = np.concatenate([np.repeat(questions, 8, axis=0), right.reshape(-1, 3)], axis=1)         # (8n,7)
+    right_replies = questions[:, None, 2::-1] + 8 * bits                                # (n,8,3)
+    lines = np.concatenate([np.repeat(questions, 8, axis=0), right_replies.reshape(-1, 3)], axis=1)     # (8n,7)
     two = 8 + np.indices((8, 8)).reshape(2, 64).T                                       # (64,2): two capitals
     starts = np.concatenate([np.repeat(questions, 64, axis=0), np.tile(two, (n, 1))], axis=1)       # (64n,6)
     with no_grad():
-        right = np.exp(reply_log_probs(reference, lines).data).reshape(n, 8)            # (n,8)
+        p_right = np.exp(reply_log_probs(reference, lines).data).reshape(n, 8)          # (n,8)
         p = ops.softmax(plain.transformer(reference, starts, CONFIG)).data              # (64n,6,V)
     every = np.arange(64 * n)
     capitals = p[every, 3, starts[:, 4]] * p[every, 4, starts[:, 5]] * p[:, 5, 8:16].sum(axis=-1)   # (64n)
     capitals = capitals.reshape(n, 64).sum(axis=1)                                      # (n)
-    both = right[:, 7]
-    right = right.sum(axis=1)
+    both = p_right[:, 7]                                                                # (n)
+    right = p_right.sum(axis=1)                                                         # (n)
     pi_ref = np.stack([1 - right - capitals + both, capitals - both, right - both, both], axis=1)   # (n,4)
     tilted = pi_ref * np.exp(2 * np.arange(4) / BETA)
     best = tilted / tilted.sum(axis=1, keepdims=True)                                   # (n,4)

@@ -2,9 +2,11 @@
 
 Each page has the same order: the formula and its gradient with the proof, the loss, its variants, the
 metrics, private helpers. A page needs only NumPy and the first lines of tensor.py: `@primitive` turns a
-function that returns (output, vjp) into a function of Tensors; vjp maps the gradient of the output to the
-gradients of the inputs. The functions take log-probs and rewards, never a model. Numbers that need a
-gradient come as Tensors; references, masks, old log-probs and advantages are plain arrays.
+function of arrays that returns (output, vjp) into a function of Tensors. The annotation Tensor is the type that
+the caller passes; inside the function every Tensor is already its array. vjp maps the gradient of the output
+to one gradient for each of the first arguments; the references and masks after them get none. A function
+without @primitive works on the Tensors themselves. The functions take log-probs and rewards, never a model.
+Numbers that need a gradient come as Tensors; references, masks, old log-probs and advantages are plain arrays.
 
 Symbols on every page:
 
@@ -16,7 +18,8 @@ Symbols on every page:
     k1            log pi(y|x) - log pi_ref(y|x): an estimate of KL(pi || pi_ref) from one y drawn from pi
     R             r - beta k1, the reward minus the KL penalty
     m_t           the mask: 1 on the tokens of a response, 0 on prompt and padding
-    B, T          sequences or pairs in a batch, tokens in a sequence
+    B, T          sequences or pairs in a batch, predicted tokens in a sequence: n tokens have T = n - 1
+                  log-probs, because the first token is not predicted (plain.py counts all, and writes (B,T-1))
     P, K, N       prompts, samples for each prompt, N = P K samples in all
 
 A complete response ends with an EOS token, which is one of its tokens, or at the limit of its length. No

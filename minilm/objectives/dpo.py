@@ -26,40 +26,52 @@ pi. So a reward can be learned by learning the policy; c(x) cancels in the diffe
 the implied rewards:
 
     delta = [ log pi(y_w|x) - log pi_ref(y_w|x) ] - [ log pi(y_l|x) - log pi_ref(y_l|x) ]
-    L     = mean[ -log sigmoid(beta delta) ]                                 mean over B pairs
+    L     = -log sigmoid(beta delta)
 
-Gradient, for one of the B pairs:
+L is the loss of one pair; dpo_loss is its mean over B pairs. Gradient:
 
-    dL / d log pi(y_w|x) = -beta sigmoid(-beta delta) / B
-    dL / d log pi(y_l|x) = +beta sigmoid(-beta delta) / B
+    dL / d log pi(y_w|x) = -beta sigmoid(-beta delta)
+    dL / d log pi(y_l|x) = +beta sigmoid(-beta delta)
 
 because d/dz[-log sigmoid(z)] = -sigmoid(-z), here at z = beta delta, and the derivatives of delta in the
 two log-probs are +1 and -1. sigmoid(-beta delta) is the probability, under the implied rewards, that y_l is
 preferred to y_w.
 
 4. RLHF and DPO have the same optimum under three conditions: preferences follow the Bradley-Terry model with
-the reward r; comparisons are unlimited, and every two responses are compared; pi is unrestricted. Let y be
-preferred to y' with probability q = sigmoid(r(x,y) - r(x,y')), and let d be delta with y as y_w and y' as y_l.
-The expected loss of this pair is
+the reward r; comparisons are unlimited and connect all responses to a prompt (between any two there is a chain
+of compared pairs); pi is unrestricted. Let y be preferred to y' with probability q = sigmoid(r(x,y) - r(x,y')),
+and let d be delta with y as y_w and y' as y_l. The expected loss is a sum over the compared pairs, with positive
+weights, of the terms
 
     -q log sigmoid(beta d) - (1 - q) log sigmoid(-beta d)
 
-the cross-entropy of q and sigmoid(beta d). It is smallest only at sigmoid(beta d) = q, so at
-beta d = r(x,y) - r(x,y'). pi* reaches this for all pairs (steps 1 and 2). Any pi that does has a
-beta log(pi/pi_ref) - r that does not depend on y, so it is pi* by step 2. Under other conditions (flipped labels,
-finite data, a small model) RLHF and DPO end at different policies.
+A term is the cross-entropy of q and sigmoid(beta d). It is smallest only at sigmoid(beta d) = q, so at
+beta d = r(x,y) - r(x,y'). pi* makes every term minimal at once, because beta log(pi*/pi_ref) = r - beta log Z(x)
+(step 1). So no policy has a smaller sum, and a minimum must make every term minimal: beta log(pi/pi_ref) - r is
+equal for the two responses of a compared pair, so along every chain, so for all y, and pi is pi* by step 2.
+
+Flipped labels or finite data separate the pi* of the true r from DPO. If the r of RLHF is a reward model fitted
+to the same comparisons, they do not: if reward model and policy are both unrestricted, and the comparisons connect
+all responses and have a finite best fit, steps 2 and 3 give the same policy for RLHF and DPO. The two then differ
+by the limits of the two models, by training that stops early, and because RLHF samples from pi, while DPO sees
+only the compared responses.
 
 5. Both log-probs can fall while the loss falls, because the loss depends only on their difference. Let g_w and
-g_l be the gradients of log pi(y_w|x) and log pi(y_l|x) in the parameters. A step of gradient descent on one
-pair, to first order in the learning rate, changes the log-probs by
+g_l be the gradients of log pi(y_w|x) and log pi(y_l|x) in the parameters theta, and <g, h> = sum_i g_i h_i. Then
+
+    grad L  = -beta sigmoid(-beta delta) (g_w - g_l)                         the gradient in the paper
+    d theta = -learning_rate grad L = eta (g_w - g_l),       eta = learning_rate beta sigmoid(-beta delta)
+
+is a step of gradient descent on one pair. To first order in the learning rate, a log-prob changes by the inner
+product of its gradient with d theta:
 
     log pi(y_w|x):  eta ( <g_w, g_w> - <g_w, g_l> )
-    log pi(y_l|x):  eta ( <g_w, g_l> - <g_l, g_l> ),         eta = learning_rate beta sigmoid(-beta delta)
+    log pi(y_l|x):  eta ( <g_w, g_l> - <g_l, g_l> )
 
 If <g_w, g_l> > <g_w, g_w>, y_w falls. Then y_l falls more: <g_w, g_l>^2 <= <g_w, g_w> <g_l, g_l> (Cauchy and
 Schwarz) gives <g_l, g_l> > <g_w, g_l>, and delta grows by eta |g_w - g_l|^2. tests/test_exact_dpo_gradient.py.
 
-If pi = pi_ref then delta = 0 and L = log 2, to the last bit if both come as the same array.
+If pi = pi_ref, delta = 0 and L = log 2 (exactly, if policy and reference log-probs are equal bit for bit).
 -log sigmoid(z) is computed as softplus(-z) = log(1 + exp(-z)), which is finite at every finite z.
 Rafailov et al. 2023, arXiv:2305.18290: pi* is equation (4), the reward (5), L (7).
 Tests: tests/test_dpo.py; where training ends, exactly, by enumeration: tests/test_exact_optimum.py.
@@ -75,14 +87,14 @@ from minilm.tensor import Tensor, primitive
 @primitive
 def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: np.ndarray,
              reference_rejected: np.ndarray, beta: float = 0.1, label_smoothing: float = 0.0):
-    """The loss L above, from log-probs summed over tokens, each (B,): a scalar.
+    """The mean of the loss L above over B pairs, from log-probs summed over tokens, each (B,): a scalar.
 
     label_smoothing  0 <= eps < 1/2. Conservative DPO (Mitchell 2023, "A note on DPO with noisy
                      preferences"): the cross-entropy with the target 1 - eps,
                          mean[ -(1 - eps) log sigmoid(z) - eps log sigmoid(-z) ],     z = beta delta
                      Its minimum is at the finite z = log((1 - eps) / eps). It does not undo flipped
                      labels; robust_dpo_loss does. (TRL 1.16 has this option and ignores it.)
-    Gradient in z: eps sigmoid(z) - (1 - eps) sigmoid(-z), which is -sigmoid(-z) for eps = 0.
+    Gradient of one pair in z: eps sigmoid(z) - (1 - eps) sigmoid(-z), which is -sigmoid(-z) for eps = 0.
     Raises ValueError for other shapes, for B = 0, and for eps out of range.
     """
     if not 0 <= label_smoothing < 0.5:
@@ -111,7 +123,7 @@ def robust_dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_ch
     [ (1 - eps) ((1 - eps) L - eps L') + eps ((1 - eps) L' - eps L) ] / (1 - 2 eps) = L.
     Only this average over flips is at least 0. On a finite sample, with eps > 0, the loss is unbounded below:
     it keeps falling as delta of any pair grows.
-    Gradient in z: -( (1 - eps) sigmoid(-z) + eps sigmoid(z) ) / (1 - 2 eps).
+    Gradient of one pair in z: -( (1 - eps) sigmoid(-z) + eps sigmoid(z) ) / (1 - 2 eps).
     Chowdhury et al. 2024, arXiv:2403.00409. Raises ValueError like dpo_loss.
     """
     if not 0 <= flip_rate < 0.5:
@@ -134,13 +146,13 @@ def ipo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
     """mean[ (delta - 1/(2 beta))^2 ], from log-probs summed over tokens, each (B,): a scalar.
 
     It gives delta a finite target. With DPO, delta grows without bound where y_w always wins.
-    Derivation: if y is preferred to y' with probability p, and d is delta with y as y_w, the expectation is
-    p (d - 1/(2 beta))^2 + (1 - p) (d + 1/(2 beta))^2 = (d - (2p - 1)/(2 beta))^2 + constant. Averaged over
+    Derivation: if y is preferred to y' with probability q, and d is delta with y as y_w, the expectation is
+    q (d - 1/(2 beta))^2 + (1 - q) (d + 1/(2 beta))^2 = (d - (2q - 1)/(2 beta))^2 + constant. Averaged over
     y' ~ mu, where mu drew both responses, the target of log(pi(y)/pi_ref(y)) is w(y)/beta + constant, with the
-    win rate w(y) = E_{y' ~ mu}[p]. So its optimum is pi_ref exp(w/beta) / Z, in which w stands in place of
+    win rate w(y) = E_{y' ~ mu}[q]. So its optimum is pi_ref exp(w/beta) / Z, in which w stands in place of
     the reward of pi* (tests/test_exact_optimum.py).
     It starts at 1/(4 beta^2). Log-probs are summed, as in the paper; TRL averages them over tokens.
-    Gradient in delta: 2 (delta - 1/(2 beta)) / B.
+    Gradient of one pair in delta: 2 (delta - 1/(2 beta)).
     Azar et al. 2023, arXiv:2310.12036, (17); their tau is beta.
     """
     delta = _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected)

@@ -12,8 +12,8 @@ x is a prompt, y a response drawn from the policy pi. One sample gives
     k3      KL(pi || pi_ref)                     grad KL(pi_ref || pi)
 
 "As a loss" means: the samples are fixed, and the estimator is differentiated. A single k1 may be
-negative; k2 and k3 never are (exp(u) >= 1 + u). The variance of k3 is finite if E[(pi_ref / pi)^2] is. It can
-be very large where pi is far below pi_ref, and infinite if there are infinitely many responses.
+negative; k2 and k3 never are (exp(u) >= 1 + u). With finitely many responses the variance of k3 is finite, but
+very large where pi is far below pi_ref. With infinitely many it is infinite if E[(pi_ref / pi)^2] or E[k1^2] is.
 
 Values. E[k1] = sum_y pi log(pi / pi_ref) is the definition of KL(pi || pi_ref). E[k3] = E[k1], because
 exp(-k1) = pi_ref / pi and E[pi_ref / pi] = sum_y pi_ref = 1.
@@ -40,10 +40,10 @@ RLHF penalises; k3, whose expected value is this KL, has the gradient of the KL 
 Other uses:
     In the reward r - beta k (policy_gradient.py), the estimator k is a number without gradient. Ascent then
     follows E[(r - beta k) grad log pi], so that the penalty contributes -beta E[k grad log pi]. For k1 this
-    is -beta (b). For k3 it is -beta ((b) + (c) - (a)), which is
+    is -beta (b). For k3 = k1 + exp(-k1) - 1 it is, term by term, -beta ((b) + (c) - (a)), which is
     -beta grad KL(pi || pi_ref) + beta grad KL(pi_ref || pi).
-    As a loss, rho k3 with the ratio rho = pi / pi_old and samples from pi_old. By the product rule
-    grad(rho k3) = k3 grad rho + rho grad k3. At pi = pi_old, rho is 1 and grad rho is grad log pi, so the
+    The loss may be rho k3, with rho = pi / pi_old, where pi_old is the policy that drew the samples. By the
+    product rule grad(rho k3) = k3 grad rho + rho grad k3. At pi = pi_old, rho is 1 and grad rho is grad log pi, so the
     expected gradient is E[k3 grad log pi] + E[grad k3] = (b) + (c) - (a) + (a) - (c) = grad KL(pi || pi_ref).
 
 All of this holds for whole responses. Per token, k1, k2, k3 are computed from log pi(y_t | x, y_<t) and

@@ -1,6 +1,6 @@
 """Supervised finetuning (SFT): raise the probability of a demonstrated response.
 
-s_1, ..., s_T is a prompt x, then the demonstrated response y with its EOS, then padding. The mask m_t is 1 on
+s_1, ..., s_n is a prompt x, then the demonstrated response y with its EOS, then padding. The mask m_t is 1 on
 the tokens of y, and 0 on prompt and padding. M is the number of tokens of y in the B sequences of the batch.
 
     L = -(1/M) sum_t m_t log pi(s_t | s_1, ..., s_{t-1}),       M = sum_t m_t          sums over B sequences too
@@ -18,7 +18,7 @@ other logit falls in proportion to the probability of its token.
 `sft_loss` computes the first line, `minilm.layers.token_log_probs` the second.
 
 Shift: the logits that score s_t are computed at position t - 1. `model.log_probs(tokens)` therefore belongs
-to tokens[:, 1:], and its mask is mask[:, 1:]. Both are (B,T-1).
+to tokens[:, 1:], and its mask is mask[:, 1:]. Both are (B,T) with T = n - 1.
 
 Accumulation: M counts the tokens of all microbatches between two steps of the optimiser. Then every response
 token has the same weight, however the tokens are split into sequences and microbatches. Pass M as `total`. If
@@ -38,7 +38,7 @@ from minilm.tensor import Tensor, primitive
 def sft_loss(log_probs: Tensor, mask: np.ndarray, total: float | None = None):
     """Mean negative log-prob, in nats, of the tokens that the mask selects: a scalar.
 
-    log_probs  (B,T), log pi of each target token (T counts targets here); may be NaN outside the mask
+    log_probs  (B,T), log pi of each predicted token; may be NaN outside the mask
     mask       (B,T), 0 or 1
     total      M, the sum of the masks of the whole accumulation window; None: the sum of this mask
     Raises ValueError for other shapes, and if M is 0 (with a total, a microbatch may be empty).

@@ -144,6 +144,11 @@ def stable_sigmoid(x) -> np.ndarray:
     return xp.where(x >= 0, 1 / (1 + e), e / (1 + e))
 
 
+def stable_softplus(x) -> np.ndarray:
+    """log(1 + exp x) of an array, without overflow.  -log sigmoid(z) = stable_softplus(-z)"""
+    return array_module(x).logaddexp(x, 0)
+
+
 @primitive
 def sigmoid(x):
     y = stable_sigmoid(x)

@@ -1,4 +1,4 @@
-"""Decoding with a cache of keys and values: a new token costs one token's work, not that of the whole sequence.
+"""Decoding with a cache of keys and values: a new token costs one token's work instead of a whole forward.
 
 forward_cached computes the last row of Transformer.hidden, with the same blocks (model.hidden_states), on plain
 arrays: with few rows, one token each, records of the calls would take about as long as the arithmetic.

@@ -154,7 +154,7 @@ def _smeared_and_rotated(x, H, amount, rotation, groups, pairing):
         to *= by
 
     def vjp(dq, dk, dx):
-        """Gradients dq and dk to that of x, written into dx. Overwrites dq and dk. Returns the gradient of amount."""
+        """From dq and dk to the gradient of x, written into dx. Overwrites dq and dk. Returns the gradient of amount."""
         damount = None
         for to, part, by in ((dx[:H], dq, scaled), (dx[H:], dk, rotation)):
             dz = part.view(rotation.dtype)

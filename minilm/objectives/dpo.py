@@ -80,7 +80,7 @@ Tests: tests/test_dpo.py; where training ends, exactly, by enumeration: tests/te
 import numpy as np
 
 from minilm.backend import array_module, to_numpy
-from minilm.ops import stable_sigmoid
+from minilm.ops import stable_sigmoid, stable_softplus
 from minilm.tensor import Tensor, primitive
 
 
@@ -104,7 +104,7 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
     B = delta.size
     z = beta * delta
     eps = label_smoothing
-    losses = (1 - eps) * _softplus(-z) + eps * _softplus(z)
+    losses = (1 - eps) * stable_softplus(-z) + eps * stable_softplus(z)
     def vjp(dloss):
         dz = dloss * (eps * stable_sigmoid(z) - (1 - eps) * stable_sigmoid(-z)) / B
         return beta * dz, -beta * dz
@@ -133,7 +133,7 @@ def robust_dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_ch
     B = delta.size
     z = beta * delta
     eps = flip_rate
-    losses = ((1 - eps) * _softplus(-z) - eps * _softplus(z)) / (1 - 2 * eps)
+    losses = ((1 - eps) * stable_softplus(-z) - eps * stable_softplus(z)) / (1 - 2 * eps)
     def vjp(dloss):
         dz = -dloss * ((1 - eps) * stable_sigmoid(-z) + eps * stable_sigmoid(z)) / (1 - 2 * eps) / B
         return beta * dz, -beta * dz
@@ -220,11 +220,6 @@ def _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
         raise ValueError(f"got shapes {', '.join(map(str, shapes))}; pass four arrays of log-probs summed over the "
                          "tokens of each response, all (B,), B at least 1")
     return (policy_chosen - xp.asarray(reference_chosen)) - (policy_rejected - xp.asarray(reference_rejected))
-
-
-def _softplus(x):
-    """log(1 + exp(x)), without overflow.  -log sigmoid(z) = _softplus(-z)"""
-    return array_module(x).logaddexp(x, 0)
 
 
 def _mean(losses):

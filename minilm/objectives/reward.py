@@ -42,7 +42,7 @@ Tests: tests/test_reward.py; the statements about expectations, exactly: tests/t
 import numpy as np
 
 from minilm.backend import array_module, to_numpy
-from minilm.ops import stable_sigmoid
+from minilm.ops import stable_sigmoid, stable_softplus
 from minilm.tensor import Tensor, primitive
 
 
@@ -67,7 +67,7 @@ def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin: float 
                          "pass a number, or one for each pair (B,)")
     z = chosen_rewards - rejected_rewards - margin
     reward_sum = chosen_rewards + rejected_rewards
-    loss = _softplus(-z).mean() + centering * (reward_sum * reward_sum).mean()
+    loss = stable_softplus(-z).mean() + centering * (reward_sum * reward_sum).mean()
     def vjp(dloss):
         push = stable_sigmoid(-z)                   # from the comparison: opposite signs
         pull = 2 * centering * reward_sum           # from the centring: the same sign
@@ -92,8 +92,3 @@ def reward_metrics(chosen_rewards: np.ndarray, rejected_rewards: np.ndarray) -> 
             "min_reward": float(both.min()),
             "mean_reward": float(both.mean()),
             "max_reward": float(both.max())}
-
-
-def _softplus(x):
-    """log(1 + exp(x)), without overflow.  -log sigmoid(z) = _softplus(-z)"""
-    return array_module(x).logaddexp(x, 0)

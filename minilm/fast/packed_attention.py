@@ -154,7 +154,7 @@ def _smeared_and_rotated(x, H, amount, rotation, groups, pairing):
         to *= by
 
     def vjp(dq, dk, dx):
-        """From dq and dk to the gradient of x, written into dx. Overwrites dq and dk. Returns the gradient of amount."""
+        """Writes the gradient of x into dx, from dq and dk, which it overwrites. Returns the gradient of amount."""
         damount = None
         for to, part, by in ((dx[:H], dq, scaled), (dx[H:], dk, rotation)):
             dz = part.view(rotation.dtype)

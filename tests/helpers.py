@@ -1,4 +1,7 @@
 """Shared by the tests: inputs and weights of order 1 in float64, and comparisons that say where they fail."""
+import os
+import select
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -119,3 +122,27 @@ def peak_memory(function):
         return tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
+
+
+def read_until(terminal, end, press=None, seconds=120):
+    """What a program shows at this pseudo-terminal, up to the bytes `end`, or, with None, until the program closes it.
+
+    The key `press` is pressed first, and again when nothing has been shown for five seconds: CPython does not hear a
+    Ctrl-C that arrives between the prompt of input() and its read. AssertionError after `seconds`.
+    """
+    shown, deadline, silence = b"", time.monotonic() + seconds, 0
+    while end is None or not shown.endswith(end):
+        assert time.monotonic() < deadline, f"{end!r} was not shown in {seconds} s; shown was {shown!r}"
+        if press and silence % 5 == 0:
+            os.write(terminal, press)
+        silence += 1
+        if select.select([terminal], [], [], 1)[0]:
+            silence = 1
+            try:
+                block = os.read(terminal, 4096)
+            except OSError:     # how Linux reports that the other side has closed
+                block = b""
+            if not block:
+                return shown
+            shown += block
+    return shown

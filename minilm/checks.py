@@ -1,0 +1,112 @@
+"""Checks of what a caller gives: settings, masks, shapes, token ids, numbers. One function for each kind.
+
+Each returns the value in the form that is used afterwards, or raises an error that names the function, the argument and
+its value, and says what is expected. Code that follows a check relies on it.
+Tests: tests/test_checks.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from minilm.backend import array_module, is_cupy
+
+
+def number(function: str, name: str, value: Any, *, above: float | None = None, at_least: float | None = None,
+           below: float | None = None, at_most: float | None = None) -> float:
+    """A setting that is one finite number in a range. Raises TypeError for another type, ValueError out of range.
+
+    >>> number("dpo_loss", "beta", 0.1, above=0)
+    0.1
+    """
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{function}: {name} is {_shown(value)}; it must be a number")
+    limits = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+    holds = {"above": lambda limit: value > limit, "at least": lambda limit: value >= limit,
+             "below": lambda limit: value < limit, "at most": lambda limit: value <= limit}
+    given = {words: limit for words, limit in limits.items() if limit is not None}
+    if not math.isfinite(value) or not all(holds[words](limit) for words, limit in given.items()):
+        wanted = " and ".join(f"{words} {limit}" for words, limit in given.items())
+        raise ValueError(f"{function}: {name} is {value!r}; it must be a finite number {wanted}".rstrip())
+    return value
+
+
+def integer(function: str, name: str, value: Any, *, at_least: int | None = None, below: int | None = None) -> int:
+    """A setting that is one integer in a range. Raises TypeError for 3.0 and True, ValueError out of range."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{function}: {name} is {_shown(value)}; it must be an integer")
+    if (at_least is not None and value < at_least) or (below is not None and value >= below):
+        limits = [f"at least {at_least}"] * (at_least is not None) + [f"below {below}"] * (below is not None)
+        raise ValueError(f"{function}: {name} is {value}; it must be {' and '.join(limits)}")
+    return int(value)
+
+
+def choice(function: str, name: str, value: Any, choices: Sequence[str]) -> str:
+    """A setting that is one of several words. Raises ValueError."""
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"{function}: {name} is {value!r}; it must be {', '.join(others)} or {last}")
+    return value
+
+
+def mask(function: str, values: Any, shape: tuple[int, ...] | None = None, name: str = "mask") -> np.ndarray:
+    """A mask of zeros and ones (integers, floats or bool) as a bool array on its device.
+
+    shape: the shape that it must have, if given. Raises ValueError for other values (labels such as -100, weights, NaN)
+    and for another shape: a mask selects, it does not weigh.
+    """
+    xp = array_module(values)
+    values = xp.asarray(values)
+    if shape is not None and values.shape != tuple(shape):
+        raise ValueError(f"{function}: {name} has shape {values.shape}; it must be {tuple(shape)}")
+    if values.dtype == bool:
+        return values
+    selected = values == 1
+    wrong = ~(selected | (values == 0))
+    if wrong.any():
+        first = values[wrong][0].item()
+        raise ValueError(f"{function}: {name} holds {first!r}; it must hold 0 and 1 alone (or False and True)")
+    return selected
+
+
+def same_shape(function: str, **arrays: Any) -> tuple[int, ...]:
+    """The one shape of arrays or Tensors that belong together, entry by entry. Raises ValueError: none is broadcast."""
+    shapes = {name: tuple(a.shape if hasattr(a, "shape") else np.shape(a)) for name, a in arrays.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"{function}: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}; "
+                         "they must have one shape")
+    return next(iter(shapes.values()))
+
+
+def finite(function: str, name: str, values: Any, entry: str = "entry") -> np.ndarray:
+    """An array without NaN and infinity. Raises ValueError with the place and value of the first one."""
+    values = array_module(values).asarray(values)
+    if not array_module(values).isfinite(values).all():
+        place = tuple(int(i) for i in np.argwhere(~np.isfinite(values.get() if is_cupy(values) else values))[0])
+        raise ValueError(f"{function}: {name}, {entry} {place[0] if len(place) == 1 else place}, is "
+                         f"{values[place].item()}; it must be finite")
+    return values
+
+
+def token_ids(function: str, name: str, values: Any, vocab_size: int) -> np.ndarray:
+    """Integers in [0, vocab_size) as an array. Raises TypeError for another type (floats are not rounded), IndexError
+    for an id outside the vocabulary: nothing wraps."""
+    values = array_module(values).asarray(values)
+    if values.size and values.dtype.kind not in "iu":
+        raise TypeError(f"{function}: {name} holds {values.dtype}; token ids are integers")
+    if values.size and not 0 <= int(values.min()) <= int(values.max()) < vocab_size:
+        wrong = int(values.min()) if values.min() < 0 else int(values.max())
+        raise IndexError(f"{function}: {name} holds {wrong}, which is not in the vocabulary of {vocab_size}; "
+                         "was it made with another tokenizer?")
+    return values
+
+
+def _shown(value):
+    """A value in an error: an array by its type and shape, others as they are written."""
+    if hasattr(value, "shape") and np.shape(value):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"

@@ -1,0 +1,88 @@
+"""minilm/checks.py: each check returns what is used afterwards, or names the argument and its value."""
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from minilm import Tensor, checks
+
+
+@given(value=st.floats(0, 1e9, exclude_min=True))
+def test_a_number_within_its_range_is_returned(value):
+    assert checks.number("f", "beta", value, above=0) == value
+    assert checks.number("f", "beta", np.float32(0.5), above=0, at_most=0.5) == 0.5
+
+
+@pytest.mark.parametrize("value, limits, words", [
+    (0, {"above": 0}, "beta is 0; it must be a finite number above 0"), (-1.5, {"at_least": 0}, "at least 0"),
+    (math.inf, {"above": 0}, "inf"), (math.nan, {}, "nan; it must be a finite number"),
+    (1, {"at_least": 0, "below": 1}, "at least 0 and below 1"), (2, {"at_most": 1}, "at most 1")])
+def test_a_number_out_of_range_is_named_with_its_value(value, limits, words):
+    with pytest.raises(ValueError, match=f"f: beta is .*{words.split('beta is ')[-1]}"):
+        checks.number("f", "beta", value, **limits)
+
+
+@pytest.mark.parametrize("value", [None, "0.1", True, np.bool_(True), [0.1], np.ones(2)])
+def test_what_is_no_number_is_a_type_error(value):
+    with pytest.raises(TypeError, match="f: beta is .*; it must be a number"):
+        checks.number("f", "beta", value)
+
+
+def test_an_integer_is_no_float_and_no_bool():
+    assert checks.integer("f", "top_k", np.int64(3), at_least=1) == 3
+    for value in (3.0, True, "3", None):
+        with pytest.raises(TypeError, match="f: top_k is .*; it must be an integer"):
+            checks.integer("f", "top_k", value)
+    with pytest.raises(ValueError, match="f: top_k is 0; it must be at least 1"):
+        checks.integer("f", "top_k", 0, at_least=1)
+    with pytest.raises(ValueError, match="f: eos is 9; it must be at least 0 and below 9"):
+        checks.integer("f", "eos", 9, at_least=0, below=9)
+
+
+def test_a_choice_is_one_of_its_words():
+    assert checks.choice("f", "level", "token", ("token", "sequence")) == "token"
+    with pytest.raises(ValueError, match="f: level is 'x'; it must be 'token', 'prompt' or 'sequence'"):
+        checks.choice("f", "level", "x", ("token", "prompt", "sequence"))
+
+
+@given(bits=st.lists(st.booleans(), max_size=5), dtype=st.sampled_from([bool, int, "uint8", "float32", float]))
+def test_a_mask_of_any_type_of_zeros_and_ones_selects_the_ones(bits, dtype):
+    selected = checks.mask("f", np.array(bits, dtype), (len(bits),))
+    assert selected.dtype == bool and selected.tolist() == bits
+
+
+@pytest.mark.parametrize("wrong", [2, 0.5, 255, -100, np.nan, np.inf])
+def test_a_mask_of_other_values_is_refused_wherever_they_stand(wrong):
+    for place in range(4):
+        values = np.array([1.0, 0.0, 1.0, 1.0])
+        values[place] = wrong
+        with pytest.raises(ValueError, match=r"f: mask holds .*; it must hold 0 and 1 alone"):
+            checks.mask("f", values)
+    with pytest.raises(ValueError, match=r"f: mask has shape \(2,\); it must be \(1, 2\)"):
+        checks.mask("f", np.ones(2), (1, 2))
+
+
+def test_arrays_of_one_shape_have_that_shape_and_nothing_is_broadcast():
+    assert checks.same_shape("f", policy=Tensor(np.ones((2, 3))), reference=np.zeros((2, 3))) == (2, 3)
+    for other in ((2, 1), (3,), (1, 2, 3), ()):
+        with pytest.raises(ValueError, match=r"f: policy \(2, 3\), reference .*; they must have one shape"):
+            checks.same_shape("f", policy=Tensor(np.ones((2, 3))), reference=np.zeros(other))
+
+
+def test_the_first_number_that_is_not_finite_is_named_with_its_place():
+    assert checks.finite("f", "rewards", [1.0, 2.0]).tolist() == [1, 2]
+    with pytest.raises(ValueError, match="train_rlhf: rewards, sample 1, is nan; it must be finite"):
+        checks.finite("train_rlhf", "rewards", [1.0, np.nan, np.inf], "sample")
+    with pytest.raises(ValueError, match=r"f: weights, entry \(1, 0\), is -inf"):
+        checks.finite("f", "weights", np.array([[0, 1], [-np.inf, 0]]))
+
+
+def test_token_ids_are_integers_of_the_vocabulary():
+    assert checks.token_ids("f", "prompt 3", [0, 6], 7).tolist() == [0, 6]
+    assert checks.token_ids("f", "prompt 3", [], 7).size == 0
+    for wrong in (-1, 7, -100):
+        with pytest.raises(IndexError, match=f"f: prompt 3 holds {wrong}, which is not in the vocabulary of 7"):
+            checks.token_ids("f", "prompt 3", [1, wrong], 7)
+    with pytest.raises(TypeError, match="f: prompt 3 holds float64; token ids are integers"):
+        checks.token_ids("f", "prompt 3", [1.9, 2.2], 7)

@@ -27,8 +27,14 @@ def library() -> ctypes.CDLL | None:
     folders = [Path(folder or ".") / "nvidia" for folder in sys.path]
     found = sorted((path for folder in folders for path in folder.glob("*/lib/libnvrtc.so.1*")),
                    key=lambda path: int(path.suffix[1:]))
-    name = str(found[-1]) if found else ctypes.util.find_library("nvrtc")
-    return ctypes.CDLL(name) if name else None
+    if not found:
+        name = ctypes.util.find_library("nvrtc")
+        return ctypes.CDLL(name) if name else None
+    # NVRTC opens its builtins by name at the first compilation. The libraries of some wheels (13.0) do not look for
+    # them in their own folder; a library that is loaded already is found.
+    for builtins in sorted(found[-1].parent.glob("libnvrtc-builtins.so.*")):
+        ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(found[-1]))
 
 
 def architectures() -> list[int]:

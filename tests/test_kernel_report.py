@@ -170,6 +170,29 @@ def test_occupancy_equals_nvidias_header(tmp_path):
         assert min(resident_blocks(*case).values()) == int(answer), case
 
 
+FAKE_NVRTC = """#include <dlfcn.h>
+extern "C" int nvrtcVersion(int* major, int* minor) {       // 0 if the builtins are found, by their name alone
+    *major = 13; *minor = 0;
+    return dlopen("libnvrtc-builtins.so.13.0", RTLD_NOW | RTLD_NOLOAD) ? 0 : 1;
+}"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_the_builtins_of_a_wheel_are_found_though_the_library_does_not_look_in_its_own_folder(tmp_path, monkeypatch):
+    """As in nvidia-cuda-nvrtc 13.0: every compilation failed there."""
+    folder = tmp_path / "nvidia" / "cu13" / "lib"
+    folder.mkdir(parents=True)
+    for name, code in ("libnvrtc.so.13", FAKE_NVRTC), ("libnvrtc-builtins.so.13.0", "int nothing;"):
+        subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", f"-Wl,-soname,{name}", "-o", folder / name, "-ldl"],
+                       input=code, text=True, check=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    nvrtc.library.cache_clear()
+    try:
+        assert nvrtc.version() == (13, 0)
+    finally:
+        nvrtc.library.cache_clear()
+
+
 # The program.
 
 def line(**changes):

@@ -8,8 +8,9 @@ from hypothesis import given, strategies as st
 from helpers import assert_close, normal, rngs, small_transformer
 from minilm import Tensor
 from minilm.fast import flat_parameters
-from minilm.fast.flat_parameters import materialise_gradients
+from minilm.fast.flat_parameters import materialise_gradients, overlap, shares_parameters
 from minilm.fast.workers import ProcessGroup
+from minilm.model import RewardModel
 from minilm.optim import AdamW, warmup_cosine
 
 SHAPES = {"norm": (4,), "matrix": (3, 4), "bias": (2,), "cube": (2, 2, 3)}       # matrices are not first, on purpose
@@ -228,3 +229,22 @@ def test_several_workers_update_every_element_as_one_does(block, rng, monkeypatc
         results.append((optimizer.data, optimizer.m, optimizer.v, optimizer.grad, np.array(norms)))
     for one, three in zip(*results):
         assert_close(three, one, 1e-14)
+
+
+@pytest.mark.parametrize("in_an_optimiser", [False, True])
+def test_models_share_parameters_with_themselves_and_with_their_reward_model_and_not_with_copies(in_an_optimiser, rng):
+    model = small_transformer(rng)
+    copy, rewarder = model.copy(), RewardModel(model, rng)
+    if in_an_optimiser:                         # all parameters are then in one array
+        AdamW(model.parameters())
+    for other in (model, model.over(model.parameters()), rewarder):
+        assert shares_parameters(model, other) == shares_parameters(other, model) == "embedding"
+    assert shares_parameters(model, copy) is shares_parameters(copy, rewarder) is None
+    copy.parameters()["final_norm"].data = model.parameters()["final_norm"].data[:]
+    assert shares_parameters(copy, model) == "final_norm"
+
+
+def test_arrays_overlap_where_an_element_is_in_both(rng):
+    w = rng.normal(size=(4, 6))
+    assert overlap(w, w) and overlap(w, w.T) and overlap(w[1:], w[:2]) and overlap(w[0, 3:], w[:, 5])
+    assert not overlap(w, w.copy()) and not overlap(w[:, :3], w[:, 3:]) and not overlap(w[:2], w[2:])

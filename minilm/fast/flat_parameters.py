@@ -8,6 +8,8 @@ Measured gain: scripts/bench/tricks.py. Tests: tests/test_optim.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from minilm.backend import array_module, is_cupy
@@ -91,3 +93,21 @@ def materialise_gradients(parameters: dict[str, Tensor]) -> None:
         if p.grad is not p.grad_buffer:
             p.grad_buffer[...] = 0 if p.grad is None else p.grad
             p.grad = p.grad_buffer
+
+
+def shares_parameters(a: Any, b: Any) -> str | None:
+    """The name of the first parameter of model a whose memory a parameter of model b uses too; None if there is none.
+
+    A Transformer shares its parameters with itself, with a model made by over(), and with a RewardModel whose body it
+    is. It shares none with its copy().
+    """
+    pairs = ((name, p.data, q.data) for name, p in a.parameters().items() for q in b.parameters().values())
+    return next((name for name, x, y in pairs if overlap(x, y)), None)
+
+
+def overlap(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether two arrays have an element in common. Arrays on two devices have none."""
+    if is_cupy(x) != is_cupy(y):
+        return False
+    xp = array_module(x)
+    return bool(xp.may_share_memory(x, y) and xp.shares_memory(x, y))      # the first is fast: most pairs end there

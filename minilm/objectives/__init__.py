@@ -1,26 +1,34 @@
-"""The objectives, one page each, in the order of reading: sft, reward, kl, policy_gradient, dpo.
+"""The objectives, one file each, in the order of reading: sft, reward, kl, policy_gradient, dpo.
 
-Each page has the same order: the formula and its gradient with the proof, the loss, its variants, the
-metrics, private helpers. A page needs only NumPy and the first lines of tensor.py: `@primitive` turns a
-function of arrays that returns (output, vjp) into a function of Tensors. The annotation Tensor is the type that
-the caller passes; inside the function every Tensor is already its array. vjp maps the gradient of the output
-to one gradient for each of the first arguments; the references and masks after them get none. A function
-without @primitive works on the Tensors themselves. The functions take log-probs and rewards, never a model.
-Numbers that need a gradient come as Tensors; references, masks, old log-probs and advantages are plain arrays.
+Each file has the same order: the formula and its gradient with the proof, the loss, its variants, the
+metrics, private helpers. The functions take log-probs and rewards, never a model. Numbers that need a gradient
+come as Tensors; references, masks, old log-probs and advantages are plain arrays.
 
-Symbols on every page:
+To read a file you need the first 20 lines of tensor.py: `@primitive` turns a function of arrays that returns
+(output, vjp) into a function of Tensors. The annotation Tensor is the type that the caller passes; inside the
+function every Tensor is already its array. vjp maps the gradient of the output to one gradient for each of the
+first arguments; the references and masks after them get none. A function without @primitive works on the
+Tensors themselves. xp is NumPy, or CuPy for arrays on a GPU (backend.py): read it as np. stable_sigmoid and
+stable_softplus are the sigmoid and log(1 + exp), without overflow (ops.py).
+
+Symbols in every file:
 
     x, y          a prompt, a complete response to it;  y_t is token t of y, y_<t the tokens before it
     y_w, y_l      the preferred response (`chosen` in code), the other one (`rejected`)
     pi, pi_ref    the policy, and the fixed reference; both are above 0 for every response, as a softmax is.
-                  log pi(y|x) is the sum of the log-probs of the tokens of y
+                  Inside a sum or an expectation over y, pi is short for pi(y|x)
+    theta         the parameters of pi;  grad is the gradient in theta
+    log pi(y_t)   short for log pi(y_t | x, y_<t), an entry of `log_probs`
+    log pi(y|x)   the log-prob of the response: the sum of log pi(y_t) over the tokens of y
     r(x,y)        the reward;  beta: the weight of the KL penalty
     k1            log pi(y|x) - log pi_ref(y|x): an estimate of KL(pi || pi_ref) from one y drawn from pi
     R             r - beta k1, the reward minus the KL penalty
     m_t           the mask: 1 on the tokens of a response, 0 on prompt and padding
-    B, T          sequences or pairs in a batch, predicted tokens in a sequence: n tokens have T = n - 1
-                  log-probs, because the first token is not predicted (plain.py counts all, and writes (B,T-1))
-    P, K, N       prompts, samples for each prompt, N = P K samples in all
+    T             the number of columns of log_probs and mask, one for each predicted token: n tokens have
+                  T = n - 1, because the first one is not predicted. Prompt positions may be among them; the
+                  mask removes them. (In plain.py T counts the columns of the tokens: log_probs are (B,T-1).)
+    B             sequences or pairs in a batch
+    P, K, N       prompts, samples for each prompt, N = P K samples in all: a row is one sampled response
 
 A complete response ends with an EOS token, which is one of its tokens, or at the limit of its length. No
 complete response is the beginning of another one. So the probabilities pi(y|x) of all complete responses add

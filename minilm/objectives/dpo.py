@@ -6,11 +6,11 @@ maximises, for each prompt,
 
     J(pi) = E_{y ~ pi}[ r(x,y) ] - beta KL(pi || pi_ref)
 
-1. The maximum has a closed form:
+1. The maximiser of J, the optimal policy, has a closed form:
 
     pi*(y|x) = pi_ref(y|x) exp(r(x,y) / beta) / Z(x),        Z(x) = sum_y pi_ref(y|x) exp(r(x,y) / beta)
 
-Proof. Solve for the reward,  r(x,y) = beta log(pi*(y|x) / pi_ref(y|x)) + beta log Z(x),  and insert it:
+Proof. Solve for the reward,  r(x,y) = beta log(pi*(y|x) / pi_ref(y|x)) + beta log Z(x),  and substitute it:
 
     J(pi) = E_{y ~ pi}[ beta log(pi*/pi_ref) + beta log Z(x) - beta log(pi/pi_ref) ]
           = beta log Z(x) + E_{y ~ pi}[ -beta log(pi/pi*) ]             because log pi_ref cancels
@@ -18,11 +18,11 @@ Proof. Solve for the reward,  r(x,y) = beta log(pi*(y|x) / pi_ref(y|x)) + beta l
 
 Z(x) does not depend on pi, and a KL divergence is at least 0, and 0 only at pi = pi*.
 
-2. Every policy pi is the maximum for a reward: r(x,y) = beta log(pi(y|x) / pi_ref(y|x)) + c(x), with any c(x).
+2. Every policy pi is optimal for some reward: r(x,y) = beta log(pi(y|x) / pi_ref(y|x)) + c(x), with any c(x).
 With this reward, pi_ref exp(r/beta) = exp(c/beta) pi, so pi* = pi. beta log(pi/pi_ref) is the implied reward of
 pi. So a reward can be learned by learning the policy; c(x) cancels in the difference of two rewards of one prompt.
 
-3. The Bradley-Terry loss (reward.py) learns a reward from comparisons, and uses only this difference. Insert
+3. The Bradley-Terry loss (reward.py) learns a reward from comparisons, and uses only this difference. Substitute
 the implied rewards:
 
     delta = [ log pi(y_w|x) - log pi_ref(y_w|x) ] - [ log pi(y_l|x) - log pi_ref(y_l|x) ]
@@ -38,10 +38,10 @@ two log-probs are +1 and -1. sigmoid(-beta delta) is the probability, under the 
 preferred to y_w.
 
 4. RLHF and DPO have the same optimum under three conditions: preferences follow the Bradley-Terry model with
-the reward r; comparisons are unlimited and connect all responses to a prompt (between any two there is a chain
-of compared pairs); pi is unrestricted. Let y be preferred to y' with probability q = sigmoid(r(x,y) - r(x,y')),
-and let d be delta with y as y_w and y' as y_l. The expected loss is a sum over the compared pairs, with positive
-weights, of the terms
+the reward r; comparisons are unlimited, and for each prompt the graph of compared pairs is connected (a chain of
+compared pairs leads from any response to any other); pi is unrestricted. Let y be preferred to y' with
+probability q = sigmoid(r(x,y) - r(x,y')), and let d be delta with y as y_w and y' as y_l. The expected loss is a
+sum over the compared pairs, with positive weights, of the terms
 
     -q log sigmoid(beta d) - (1 - q) log sigmoid(-beta d)
 
@@ -50,26 +50,27 @@ beta d = r(x,y) - r(x,y'). pi* makes every term minimal at once, because beta lo
 (step 1). So no policy has a smaller sum, and a minimum must make every term minimal: beta log(pi/pi_ref) - r is
 equal for the two responses of a compared pair, so along every chain, so for all y, and pi is pi* by step 2.
 
-Flipped labels or finite data separate the pi* of the true r from DPO. If the r of RLHF is a reward model fitted
-to the same comparisons, they do not: if reward model and policy are both unrestricted, and the comparisons connect
-all responses and have a finite best fit, steps 2 and 3 give the same policy for RLHF and DPO. The two then differ
-by the limits of the two models, by training that stops early, and because RLHF samples from pi, while DPO sees
-only the compared responses.
+With flipped labels or finite data, DPO in general does not reach the pi* of the true r. It still has the same
+optimum as RLHF with a reward model fitted to the same comparisons, if reward model and policy are unrestricted,
+the graph of compared pairs is connected, and the comparisons have a finite best fit (steps 2 and 3). In practice
+RLHF and DPO then differ by the limits of the two models, by training that stops early, and because RLHF samples
+from pi, while DPO sees only the compared responses.
 
 5. Both log-probs can fall while the loss falls, because the loss depends only on their difference. Let g_w and
-g_l be the gradients of log pi(y_w|x) and log pi(y_l|x) in the parameters theta, and <g, h> = sum_i g_i h_i. Then
+g_l be grad log pi(y_w|x) and grad log pi(y_l|x), and <g, h> = sum_i g_i h_i their inner product. Then
 
-    grad L  = -beta sigmoid(-beta delta) (g_w - g_l)                         the gradient in the paper
+    grad L  = -beta sigmoid(-beta delta) (g_w - g_l)
     d theta = -learning_rate grad L = eta (g_w - g_l),       eta = learning_rate beta sigmoid(-beta delta)
 
-is a step of gradient descent on one pair. To first order in the learning rate, a log-prob changes by the inner
-product of its gradient with d theta:
+is a step of gradient descent on one pair (the paper has grad L in section 4). To first order in the learning
+rate, a log-prob changes by the inner product of its gradient with d theta:
 
     log pi(y_w|x):  eta ( <g_w, g_w> - <g_w, g_l> )
     log pi(y_l|x):  eta ( <g_w, g_l> - <g_l, g_l> )
 
-If <g_w, g_l> > <g_w, g_w>, y_w falls. Then y_l falls more: <g_w, g_l>^2 <= <g_w, g_w> <g_l, g_l> (Cauchy and
-Schwarz) gives <g_l, g_l> > <g_w, g_l>, and delta grows by eta |g_w - g_l|^2. tests/test_exact_dpo_gradient.py.
+If <g_w, g_l> > <g_w, g_w>, log pi(y_w|x) falls. The Cauchy-Schwarz inequality, <g_w, g_l>^2 <= <g_w, g_w> <g_l, g_l>,
+then gives <g_l, g_l> > <g_w, g_l>, so log pi(y_l|x) falls too. It falls more, because delta grows by
+eta |g_w - g_l|^2 (tests/test_exact_dpo_gradient.py).
 
 If pi = pi_ref, delta = 0 and L = log 2 (exactly, if policy and reference log-probs are equal bit for bit).
 -log sigmoid(z) is computed as softplus(-z) = log(1 + exp(-z)), which is finite at every finite z.
@@ -92,8 +93,8 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
     label_smoothing  0 <= eps < 1/2. Conservative DPO (Mitchell 2023, "A note on DPO with noisy
                      preferences"): the cross-entropy with the target 1 - eps,
                          mean[ -(1 - eps) log sigmoid(z) - eps log sigmoid(-z) ],     z = beta delta
-                     Its minimum is at the finite z = log((1 - eps) / eps). It does not undo flipped
-                     labels; robust_dpo_loss does. (TRL 1.16 has this option and ignores it.)
+                     For eps > 0 its minimum is at the finite z = log((1 - eps) / eps). It does not undo
+                     flipped labels; robust_dpo_loss does. (TRL 1.16 has this option and ignores it.)
     Gradient of one pair in z: eps sigmoid(z) - (1 - eps) sigmoid(-z), which is -sigmoid(-z) for eps = 0.
     Raises ValueError for other shapes, for B = 0, and for eps out of range.
     """
@@ -119,7 +120,7 @@ def robust_dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_ch
         mean[ -(1 - eps) log sigmoid(z) + eps log sigmoid(-z) ] / (1 - 2 eps),       z = beta delta
 
     In expectation over the flips it is the loss on clean labels, if the flip rate is known: with L the loss of
-    the true order and L' of the reversed one, the label is true with probability 1 - eps, so it is
+    the true order and L' of the reversed one, the label is true with probability 1 - eps, so the expected loss is
     [ (1 - eps) ((1 - eps) L - eps L') + eps ((1 - eps) L' - eps L) ] / (1 - 2 eps) = L.
     Only this average over flips is at least 0. On a finite sample, with eps > 0, the loss is unbounded below:
     it keeps falling as delta of any pair grows.
@@ -146,11 +147,12 @@ def ipo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
     """mean[ (delta - 1/(2 beta))^2 ], from log-probs summed over tokens, each (B,): a scalar.
 
     It gives delta a finite target. With DPO, delta grows without bound where y_w always wins.
-    Derivation: if y is preferred to y' with probability q, and d is delta with y as y_w, the expectation is
-    q (d - 1/(2 beta))^2 + (1 - q) (d + 1/(2 beta))^2 = (d - (2q - 1)/(2 beta))^2 + constant. Averaged over
-    y' ~ mu, where mu drew both responses, the target of log(pi(y)/pi_ref(y)) is w(y)/beta + constant, with the
-    win rate w(y) = E_{y' ~ mu}[q]. So its optimum is pi_ref exp(w/beta) / Z, in which w stands in place of
-    the reward of pi* (tests/test_exact_optimum.py).
+    Derivation. Let mu be the distribution from which both responses y and y' were drawn, h = log(pi/pi_ref),
+    and q the probability that y is preferred to y'. With y as y_w, delta is d = h(y) - h(y'). The expected loss,
+        q (d - 1/(2 beta))^2 + (1 - q) (d + 1/(2 beta))^2 = (d - (2q - 1)/(2 beta))^2 + constant,
+    has the least-squares solution h(y) = E_{y' ~ mu}[(2q - 1)/(2 beta)] + constant = w(y)/beta + constant, with
+    the win rate w(y) = E_{y' ~ mu}[q]. So the optimum is pi_ref exp(w/beta) / Z: pi* with w in place of the
+    reward (tests/test_exact_optimum.py).
     It starts at 1/(4 beta^2). Log-probs are summed, as in the paper; TRL averages them over tokens.
     Gradient of one pair in delta: 2 (delta - 1/(2 beta)).
     Azar et al. 2023, arXiv:2310.12036, (17); their tau is beta.
@@ -167,7 +169,7 @@ def ipo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
 def length_normalised_dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: np.ndarray,
                                reference_rejected: np.ndarray, chosen_lengths: np.ndarray,
                                rejected_lengths: np.ndarray, beta: float = 0.1) -> Tensor:
-    """DPO on the mean log-prob of a token: every log-prob above is divided by the length of its response.
+    """DPO on mean log-probs: each of the four log-probs in delta is divided by the length of its response.
 
     Log-probs summed over tokens, and lengths in tokens, all (B,). The length of a response alone then
     does not change delta. beta multiplies a mean instead of a sum, so for a gradient of the same size it

@@ -13,7 +13,8 @@ x is a prompt, y a response drawn from the policy pi. One sample gives
 
 "As a loss" means: the samples are fixed, and the estimator is differentiated. A single k1 may be
 negative; k2 and k3 never are (exp(u) >= 1 + u). With finitely many responses the variance of k3 is finite, but
-very large where pi is far below pi_ref. With infinitely many it is infinite if E[(pi_ref / pi)^2] or E[k1^2] is.
+very large where pi is far below pi_ref. With infinitely many responses it is infinite if E[(pi_ref / pi)^2] or
+E[k1^2] is infinite.
 
 Values. E[k1] = sum_y pi log(pi / pi_ref) is the definition of KL(pi || pi_ref). E[k3] = E[k1], because
 exp(-k1) = pi_ref / pi and E[pi_ref / pi] = sum_y pi_ref = 1.
@@ -38,21 +39,21 @@ So E[grad k1] is (a), E[grad k2] is (b), and E[grad k3] is (a) - (c). k2 has the
 RLHF penalises; k3, whose expected value is this KL, has the gradient of the KL in the other direction.
 
 Other uses:
-    In the reward r - beta k (policy_gradient.py), the estimator k is a number without gradient. Ascent then
-    follows E[(r - beta k) grad log pi], so that the penalty contributes -beta E[k grad log pi]. For k1 this
-    is -beta (b). For k3 = k1 + exp(-k1) - 1 it is, term by term, -beta ((b) + (c) - (a)), which is
+    In the reward, r - beta kl (policy_gradient.py), kl is k1 or k3, treated as a constant. Ascent then follows
+    E[(r - beta kl) grad log pi], so the penalty contributes -beta E[kl grad log pi]. If kl is k1, this is
+    -beta (b). If kl is k3 = k1 + exp(-k1) - 1, it is, term by term, -beta ((b) + (c) - (a)), which is
     -beta grad KL(pi || pi_ref) + beta grad KL(pi_ref || pi).
     The loss may be rho k3, with rho = pi / pi_old, where pi_old is the policy that drew the samples. By the
     product rule grad(rho k3) = k3 grad rho + rho grad k3. At pi = pi_old, rho is 1 and grad rho is grad log pi, so the
     expected gradient is E[k3 grad log pi] + E[grad k3] = (b) + (c) - (a) + (a) - (c) = grad KL(pi || pi_ref).
 
-All of this holds for whole responses. Per token, k1, k2, k3 are computed from log pi(y_t | x, y_<t) and
-log pi_ref(y_t | x, y_<t), and summed over the tokens of a response. With KL_t(y_<t) the divergence of the two
+All of this holds for whole responses. Per token, k1, k2, k3 are computed from log pi(y_t) and log pi_ref(y_t),
+and summed over the tokens of a response. With KL_t(y_<t) the divergence of the two
 distributions of the next token after y_<t, the chain rule of the KL divergence and its gradient are
 
     KL(pi || pi_ref)      = E_{y ~ pi}[ sum_t KL_t(y_<t) ]
     grad KL(pi || pi_ref) = E_{y ~ pi}[ sum_t grad KL_t(y_<t) ]
-                          + E_{y ~ pi}[ sum_t grad log pi(y_t | x, y_<t) sum_{s > t} KL_s(y_<s) ]
+                          + E_{y ~ pi}[ sum_t grad log pi(y_t) sum_{s > t} KL_s(y_<s) ]
 
 The second term is the effect of a token on the contexts of later tokens. Summed over tokens, k1 does not
 change, and k3 keeps its expected value. The expected gradient of k2 is the first term alone, by (b) for every
@@ -73,18 +74,18 @@ from minilm.tensor import Tensor, primitive
 
 
 def k1(policy: Tensor | np.ndarray, reference: np.ndarray) -> Tensor:
-    """log pi(y|x) - log pi_ref(y|x): log-probs of whole responses, each (B,), to (B,), in nats."""
+    """log pi(y|x) - log pi_ref(y|x): log-probs of N whole responses, each (N,), to (N,), in nats."""
     return ops.subtract(policy, reference)
 
 
 def k2(policy: Tensor | np.ndarray, reference: np.ndarray) -> Tensor:
-    """k1^2 / 2, (B,), of the same log-probs: as a loss it has the expected gradient of KL(pi || pi_ref)."""
+    """k1^2 / 2, (N,), of the same log-probs: as a loss it has the expected gradient of KL(pi || pi_ref)."""
     log_ratio = k1(policy, reference)
     return log_ratio * log_ratio * 0.5
 
 
 def k3(policy: Tensor | np.ndarray, reference: np.ndarray) -> Tensor:
-    """exp(-k1) - 1 + k1, (B,): an unbiased and never negative estimate of KL(pi || pi_ref).
+    """exp(-k1) - 1 + k1, (N,): an unbiased and never negative estimate of KL(pi || pi_ref).
 
     It overflows to infinity where the policy gives the sample far less probability than the reference
     does: k1 < -709 in float64, -88 in float32.
@@ -93,7 +94,8 @@ def k3(policy: Tensor | np.ndarray, reference: np.ndarray) -> Tensor:
 
 
 def kl_metrics(policy: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """Estimates of KL(pi || pi_ref) from samples of the policy: log-probs of tokens and mask, plain arrays (B,T).
+    """Estimates of KL(pi || pi_ref) from N samples of the policy: log-probs of T predicted tokens each, and the mask
+    that selects those of the responses, plain arrays (N,T).
 
     kl_sequence  mean over responses of the summed k1, in nats per response
     kl_token     the same sum divided by the number of tokens, in nats per token (the `kl` of TRL's RLOO)

@@ -15,26 +15,28 @@ Proof. J = sum_y pi R, so grad J = sum_y R grad pi + sum_y pi grad R.
                  responses must be complete: y includes its EOS, or ends at the limit of its length.
     Baseline:    E[b grad log pi] = b sum_y grad pi = b grad 1 = 0.
 
-So R and b are used as numbers, without gradient. With N responses y drawn from pi, and m_t = 1 on the
-tokens of a response and its EOS, 0 elsewhere:
+So R and b are treated as constants (detached, stop-gradient). With N responses y drawn from pi, and m_t = 1 on
+the tokens of a response and its EOS, 0 elsewhere:
 
     L = -(1/N) sum over responses of A log pi(y|x),                 A = R - b
-    log pi(y|x) = sum_t m_t log pi(y_t | x, y_<t)
+    log pi(y|x) = sum_t m_t log pi(y_t)
 
     dL / d log pi(y_t) = -m_t A / N,            grad L = sum (dL / d log pi(y_t)) grad log pi(y_t)
 
-with the sum over t and over responses. grad L is an estimate. Its expectation over the draws depends on the
-baseline (`advantages`), with K responses to each prompt, and J averaged over the prompts:
+with the sum over t and over responses. grad L is an estimate. With K responses to each prompt, and J averaged
+over the prompts, its expectation over the draws depends on the baseline (`advantages`):
 
     none             -grad J
     leave_one_out    -grad J. The other samples are independent of y, so given them b is a number that does not
                      depend on y: the expectation is -grad J for all values of the others
-    mean             -(1 - 1/K) grad J, because R_k - mean = (1 - 1/K) (R_k - mean of the others)
+    mean             -(1 - 1/K) grad J, because R_k - mean = (1 - 1/K) (R_k - mean of the others), where R_k is
+                     the R of response k to the prompt
     group            biased. The gradient of each prompt has a factor of its own, and with more than two values of
                      R in general another direction too
 
-The value of L does not measure progress; the mean reward does. log pi(y|x) is the sum over tokens. A mean
-would weigh a response by the inverse of its length, and the result would not be the gradient of J.
+The value of L does not measure progress; the mean of R does, because it estimates J. (The mean of r does not:
+it can rise while J falls, if the KL grows.) log pi(y|x) is the sum over tokens. A mean over tokens would weigh a
+response by the inverse of its length, and the result would not be the gradient of J.
 
 Williams 1992 (REINFORCE). K responses for each prompt with the leave-one-out baseline: Kool et al. 2019;
 Ahmadian et al. 2024, arXiv:2402.14740 (RLOO). The lecture regularises toward the pretrained model. Here,
@@ -52,9 +54,10 @@ from minilm.tensor import Tensor, primitive
 
 @primitive
 def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.ndarray):
-    """The loss L above, for N responses of at most T tokens: a scalar.
+    """The loss L above, for N responses: a scalar.
 
-    log_probs   (N,T), of the tokens that were drawn, under the policy; may be NaN outside the mask
+    log_probs   (N,T), under the policy, of T predicted tokens a row (prompt positions may be among them); may be
+                NaN outside the mask
     advantages  A, (N,), or one for each token (N,T) from reward_to_go; no gradient goes through it
     mask        (N,T), 1 on response tokens
     Raises ValueError for other shapes, and for N = 0.
@@ -99,15 +102,15 @@ def reward_to_go(rewards: np.ndarray, token_kl: np.ndarray, mask: np.ndarray, be
                  baseline: str = "leave_one_out") -> np.ndarray:
     """Advantages of tokens, with the same expected gradient and usually less variance: a float64 array (P,K,T).
 
-        A_t = r(x,y) - beta sum_{s >= t} k1_s - b
+        A_t = r(x,y) - beta sum_{s >= t} k1_s - b,          k1_s = log pi(y_s) - log pi_ref(y_s)
 
-    The KL terms of tokens before t are fixed by y_<t, and E[grad log pi(y_t | x, y_<t) | y_<t] =
-    sum_v grad pi(v | x, y_<t) = grad 1 = 0. So their product with grad log pi(y_t) has expectation 0;
-    A of `advantages` contains them as noise.
+    k1_s is the k1 of token s; their sum over a response is its k1. The terms k1_s of tokens before t are fixed
+    by y_<t, and E[grad log pi(y_t) | y_<t] = sum_v grad pi(v | x, y_<t) = grad 1 = 0, where v runs over the
+    vocabulary. So their product with grad log pi(y_t) has expectation 0; A of `advantages` contains them as noise.
 
     rewards   (P,K)
-    token_kl  k1 of each token, log pi(y_t) - log pi_ref(y_t), (P,K,T); may be NaN outside the mask
-    mask      (P,K,T)
+    token_kl  k1_t of each token, (P,K,T); may be NaN outside the mask
+    mask      (P,K,T), 1 on response tokens; T is the number of columns, as in policy_gradient_loss
     baseline  "none", "leave_one_out" or "mean", of whole responses, as in `advantages`
     Raises ValueError for other shapes or names, and for too small a K.
     """
@@ -130,17 +133,21 @@ def ppo_clip_loss(log_probs: Tensor, old_log_probs: np.ndarray, advantages: np.n
                   epsilon: float = 0.2, level: str = "token"):
     """PPO's clipped loss, for several steps on the same samples, drawn from an older policy pi_old: a scalar.
 
-        L = -(1/N) sum over responses, and over t, of min( rho_t A, clip(rho_t, 1 - epsilon, 1 + epsilon) A )
+    level "token": a ratio rho_t for each token; advantages (N,) or, with A_t in place of A, (N,T)
 
-    level "token"     rho_t = pi(y_t) / pi_old(y_t), one for each token; advantages (N,) or (N,T)
-    level "sequence"  one rho = pi(y|x) / pi_old(y|x) and one term for each response, no sum over t, as in
-                      TRL's RLOO; advantages (N,)
+        L = -(1/N) sum over responses of sum_t m_t min( rho_t A, clip(rho_t, 1 - epsilon, 1 + epsilon) A )
+        rho_t = pi(y_t) / pi_old(y_t),              dL / d log pi(y_t) = -m_t rho_t A / N, or 0
 
-    Gradient: d rho = rho d log pi, so dL / d log pi(y_t) = -rho A / N where the unclipped side is the
-    smaller one or equal, else 0: the clip stops a step that has already moved the ratio by epsilon in
-    the direction of the advantage. At rho = 1 it is the gradient of policy_gradient_loss.
+    level "sequence": one ratio rho for each response, as in TRL's RLOO; advantages (N,)
 
-    log_probs, old_log_probs, mask  (N,T); log-probs may be NaN outside the mask
+        L = -(1/N) sum over responses of min( rho A, clip(rho, 1 - epsilon, 1 + epsilon) A )
+        rho = pi(y|x) / pi_old(y|x),                dL / d log pi(y_t) = -m_t rho A / N, or 0
+
+    The gradient follows from d rho = rho d log rho. It is 0 where the clipped side is the smaller one: the
+    clip stops a step that has already moved the ratio by epsilon in the direction of the advantage. At a
+    ratio of 1 it is the gradient of policy_gradient_loss.
+
+    log_probs, old_log_probs, mask  (N,T), as in policy_gradient_loss; log-probs may be NaN outside the mask
     Raises ValueError for other shapes, another level, and for N = 0.
     Schulman et al. 2017, arXiv:1707.06347, (7).
     """

@@ -6,11 +6,13 @@ y and y' from the difference of their rewards:
     P(y is preferred to y' | x) = sigmoid( r(x,y) - r(x,y') )
 
 After the comparison, y_w is the name of the preferred response (chosen), y_l of the other one (rejected),
-and r_w = r(x, y_w), r_l = r(x, y_l). The loss is the negative log-likelihood of the comparisons, and a term
+and r_w = r(x, y_w), r_l = r(x, y_l). The loss is the negative log-likelihood of the comparisons plus a term
 that centres the rewards (c >= 0):
 
     z = r_w - r_l - margin
     L = mean[ -log sigmoid(z) ] + c mean[ (r_w + r_l)^2 ]                    mean over B pairs
+
+margin: by how much r_w should exceed r_l (0 by default).
 
 Gradient, for one of the B pairs:
 
@@ -25,12 +27,12 @@ wrong, and near 0 where it is right with confidence.
 Comparisons determine the rewards only up to one constant for each prompt: adding it to the rewards of all
 responses to this prompt does not change r_w - r_l. The centring term selects the constant. For one given pair
 it has gradient 0 on the difference r_w - r_l, because its two derivatives are equal. In expectation over many
-pairs it also shrinks the differences a little: for two responses drawn independently for one prompt, with
-rewards r and r',
+pairs it also shrinks the differences a little: for two responses y, y' drawn independently for the same prompt x,
+with rewards r and r', and with mean and variance over y for this fixed x,
 
     E[ (r + r')^2 ] = Var[r + r'] + E[r + r']^2 = 2 Var[r] + 4 E[r]^2
 
-(the sum does not depend on which of the two is preferred).
+(the sum r + r' does not depend on which of the two is preferred).
 
 -log sigmoid(z) is computed as softplus(-z) = log(1 + exp(-z)), which is finite at every finite z; the
 logarithm of a sigmoid that has been rounded to 0 is not.

@@ -1,9 +1,11 @@
 """Supervised finetuning (SFT): raise the probability of a demonstrated response.
 
 s_1, ..., s_n is a prompt x, then the demonstrated response y with its EOS, then padding. The mask m_t is 1 on
-the tokens of y, and 0 on prompt and padding. M is the number of tokens of y in the B sequences of the batch.
+the tokens of y, and 0 on prompt and padding. Here t counts from the start of the prompt. log pi(s_t) is
+short for log pi(s_t | s_1, ..., s_{t-1}); where m_t = 1, s_t is a token of y, and this is log pi(y_t) of the
+other files.
 
-    L = -(1/M) sum_t m_t log pi(s_t | s_1, ..., s_{t-1}),       M = sum_t m_t          sums over B sequences too
+    L = -(1/M) sum_t m_t log pi(s_t),       M = sum_t m_t                    both sums run over all B sequences too
 
 Gradient:
 
@@ -12,13 +14,14 @@ Gradient:
 
 logits_t are the V logits that score s_t; onehot(v) is the vector with 1 at entry v and 0 elsewhere. The first
 line is the derivative of a sum. The second follows by the chain rule: with z = logits_t, log pi(v) is
-z_v - log sum_u exp(z_u), whose gradient in z is onehot(v) - softmax(z). A step of gradient descent moves
-logits_t by a multiple of onehot(s_t) - softmax(logits_t): the logit of the demonstrated token rises, and every
-other logit falls in proportion to the probability of its token.
+z_v - log sum_u exp(z_u), whose gradient in z is onehot(v) - softmax(z). If the logits themselves were the
+parameters, a step of gradient descent would move logits_t by a multiple of onehot(s_t) - softmax(logits_t): the
+logit of s_t would rise, and every other logit would fall in proportion to the probability of its token. A step
+in theta moves logits_t differently, because the logits of all positions depend on the same theta.
 `sft_loss` computes the first line, `minilm.layers.token_log_probs` the second.
 
 Shift: the logits that score s_t are computed at position t - 1. `model.log_probs(tokens)` therefore belongs
-to tokens[:, 1:], and its mask is mask[:, 1:]. Both are (B,T) with T = n - 1.
+to tokens[:, 1:], and its mask is mask[:, 1:]. Both are (B,T); T = n - 1 is the number of their columns.
 
 Accumulation: M counts the tokens of all microbatches between two steps of the optimiser. Then every response
 token has the same weight, however the tokens are split into sequences and microbatches. Pass M as `total`. If
@@ -38,8 +41,8 @@ from minilm.tensor import Tensor, primitive
 def sft_loss(log_probs: Tensor, mask: np.ndarray, total: float | None = None):
     """Mean negative log-prob, in nats, of the tokens that the mask selects: a scalar.
 
-    log_probs  (B,T), log pi of each predicted token; may be NaN outside the mask
-    mask       (B,T), 0 or 1
+    log_probs  (B,T), log pi(s_t) of each predicted token; may be NaN outside the mask
+    mask       (B,T), 0 or 1: m_t of the same tokens
     total      M, the sum of the masks of the whole accumulation window; None: the sum of this mask
     Raises ValueError for other shapes, and if M is 0 (with a total, a microbatch may be empty).
     """

@@ -1,20 +1,23 @@
 """How a language model becomes an assistant, on one page.
 
-This file is the definition, except for Config and the initial weights, which model.py makes. Everything else in
-minilm computes the same numbers, faster, and the tests compare it with this file (tests/test_plain.py). It uses
-only the elementary operations of ops.py; tensor.py computes their gradients. Derivations, gradients by hand and
-papers: objectives/ and layers.py.
+This file defines the model, the losses, sampling and AdamW. Everything else in minilm computes the same numbers,
+faster, and the tests compare it with this file (tests/test_plain.py). It uses only the elementary operations of
+ops.py; tensor.py computes their gradients. Derivations, gradients by hand and papers: objectives/ and layers.py.
 
-    python -m minilm.plain          from random weights to an assistant, on the toy task of toy.py
+    python -m minilm.plain          runs toy.py: from random weights to an assistant, on a toy task
 
-Symbols: B sequences, T tokens, V vocabulary, D width, H query heads, G key/value heads, dh head width,
-F feed-forward width, P prompts, K samples of each prompt; x prompt, y response with its EOS; y_w chosen, y_l
-rejected; R the reward minus the KL penalty. T tokens have T-1 log-probs, because the first token is not predicted.
+Symbols: B sequences or pairs, T columns of an array of tokens, V vocabulary, D width, H query heads, G key/value
+heads (grouped-query attention), dh head width, F feed-forward width; P prompts, K samples of each prompt,
+N = P K sampled responses; x prompt, y response with its EOS; y_w chosen, y_l rejected; R the reward minus the KL
+penalty. T tokens have T-1 log-probs, because the first token is not predicted.
 A comment gives the shape of the result where the shape changes. The mask of the transformer and of `reward`
 is 1 on real tokens and 0 on padding. The mask of a loss (B,T-1) goes with the log-probs: entry t is about token
 t + 1, so it is the mask of tokens[:, 1:]. It is 1 on the tokens to be scored: those of y, or all in pretraining.
-A parameter called log_probs or advantages has the name of the function that computes it.
-`config` is a model.Config. `parameters` is a dict of Tensors:
+An argument called log_probs or advantages holds the result of the function of that name.
+`config` is a model.Config. This file reads its fields layers, heads H, kv_heads G, head_width dh, causal (no token
+reads a later one), tied (the unembedding is the embedding), key_smear (whether keys are smeared, see `smear`),
+rope_base and rope_pairing (base and pairs of `rope`), norm_eps (eps of `rms_norm`).
+`parameters` is a dict of Tensors; model.py makes their initial values:
 
     embedding (V,D)      unembedding (V,D), unless tied      final_norm (D)      reward_head (D,1), reward model only
     blocks.i.attention_norm (D)      blocks.i.qkv (D,(H+2G)dh)      blocks.i.attention_out (H dh,D)
@@ -74,6 +77,7 @@ def rope(x: Tensor, cos: np.ndarray, sin: np.ndarray, pairing: str = "half") -> 
 def smear(k: Tensor, amount: Tensor) -> Tensor:
     """Key smearing, an option that Llama does not have: (1 - a) k_t + a k_{t-1}, a = sigmoid(amount), k_{-1} = 0."""
     a = ops.sigmoid(amount)[:, None]                                        # (G,1,dh)
+    # The first key has no previous one: 0.0 * k[:, :, :1] is the zeros k_{-1}.
     previous = ops.concatenate([0.0 * k[:, :, :1], k[:, :, :-1]], axis=2)   # (B,G,T,dh)
     return (1.0 - a) * k + a * previous
 
@@ -150,7 +154,7 @@ def reward(parameters: Parameters, tokens: np.ndarray, config, mask: np.ndarray 
     """r(x, y): one number for each sequence, from the hidden state of its last real token. (B,T) -> (B)"""
     B, T = tokens.shape
     mask = np.ones((B, T), bool) if mask is None else np.asarray(mask, bool)
-    last = T - 1 - mask[:, ::-1].argmax(axis=1)                             # (B)
+    last = T - 1 - mask[:, ::-1].argmax(axis=1)                             # (B): index of the last real token
     hidden = hidden_states(parameters, tokens, config, mask)                # (B,T,D)
     return (hidden[np.arange(B), last] @ parameters["reward_head"]).reshape(B)
 
@@ -160,7 +164,7 @@ def reward(parameters: Parameters, tokens: np.ndarray, config, mask: np.ndarray 
 def sft_loss(log_probs: Tensor, mask: np.ndarray, total: float | None = None) -> Tensor:
     """Pretraining and supervised finetuning: the mean of -log pi over the tokens where mask is 1.
 
-    log_probs and mask: (B,T-1). total: the number to divide by, if not the sum of this mask (a batch in parts).
+    log_probs and mask: (B,T-1). total: the number to divide by, if not the sum of this mask (gradient accumulation).
     """
     total = np.sum(np.broadcast_to(mask, log_probs.shape)) if total is None else total
     return -ops.sum(sequence_log_probs(log_probs, mask)) / total
@@ -180,8 +184,8 @@ def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin=0.0, ce
 def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str = "leave_one_out") -> np.ndarray:
     """A = R - b with R = r - beta kl, kl = log pi(y|x) - log pi_ref(y|x), and the baseline b. (P,K) -> (P,K)
 
-    kl is k1, one sample of the KL divergence, and may be negative. R depends on pi, but E[grad kl] = 0, so A can be
-    a number without gradient.
+    kl is a one-sample estimate of KL(pi || pi_ref), called k1 in objectives/kl.py; it may be negative. R depends on
+    pi, but E[grad kl] = 0, so A is treated as a constant (detached, stop-gradient).
     "group" is another form, A = (R - mean R) / (standard deviation + 1e-4). "leave_one_out" and "group" need K >= 2.
     """
     R = rewards - beta * kl                                                 # (P,K)
@@ -201,14 +205,14 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
 
 
 def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.ndarray) -> Tensor:
-    """RLHF: the mean of -A log pi(y|x) over responses y sampled from pi. A is a number without gradient.
+    """RLHF: the mean of -A log pi(y|x) over N responses y sampled from pi. A is treated as a constant.
 
-    log_probs and mask: (B,T-1). advantages: A as a flat array, (B) with B = P K (A.reshape(-1)), or (B,T-1), one
-    for each token. If b does not depend on y (none, leave_one_out), the expected gradient of this loss is
+    log_probs and mask: (N,T-1). advantages: A as a flat array (N), which is A.reshape(-1), or (N,T-1), one for
+    each token. If b does not depend on y (none, leave_one_out), the expected gradient of this loss is
     grad( -E[r] + beta KL(pi || pi_ref) ).
     """
     if advantages.ndim == 1:
-        advantages = advantages[:, None]                                    # (B,1)
+        advantages = advantages[:, None]                                    # (N,1)
     return -ops.sum(ops.where(mask, log_probs, 0.0) * advantages) / len(log_probs)
 
 
@@ -230,34 +234,36 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
 # ---------------------------------------------------------------------------------- sampling
 
 def sample(logits: np.ndarray, uniforms: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """The first token whose cumulative probability is above u, a uniform random number. (B,V), (B) -> (B)"""
+    """The first token whose cumulative probability is above u, a uniform random number. (N,V), (N) -> (N)"""
     if temperature == 0:
         return logits.argmax(axis=-1)
-    cumulative = ops.softmax(logits / temperature).data.cumsum(axis=-1)     # (B,V)
+    cumulative = ops.softmax(logits / temperature).data.cumsum(axis=-1)     # (N,V)
+    # u is multiplied by the total, which rounding makes only almost 1, so that some entry is always above it.
     return (cumulative > uniforms[:, None] * cumulative[:, -1:]).argmax(axis=-1)
 
 
 def generate(parameters: Parameters, prompts, config, max_new_tokens: int, rng, eos: int | None = None,
              temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Sample a response to each prompt (a list of tokens), token by token, until it ends with eos.
+    """Sample a response to each of N prompts (lists of tokens), token by token, until it ends with eos.
 
-    rng: a numpy Generator, or the uniform random numbers (B,max_new_tokens) themselves.
-    Returns the tokens of the responses and their mask, 0 after the end: (B,length of the longest response) each.
+    For K samples of a prompt, give it K times. rng: a numpy Generator, or the uniform random numbers
+    (N,max_new_tokens) themselves. Returns the tokens of the responses and their mask, 0 after the end:
+    (N,length of the longest response) each.
     """
-    B = len(prompts)
-    uniforms = rng.random((B, max_new_tokens)) if isinstance(rng, np.random.Generator) else rng
+    N = len(prompts)
+    uniforms = rng.random((N, max_new_tokens)) if isinstance(rng, np.random.Generator) else rng
     longest = max(len(prompt) for prompt in prompts)
     # Padding stands on the left, because new tokens are appended on the right. It shifts the positions of a row,
     # but attention with RoPE depends only on differences of positions.
-    tokens = np.array([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])     # (B,longest)
+    tokens = np.array([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])     # (N,longest)
     mask = np.array([[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in prompts])
-    running = np.ones(B, bool)                                              # responses that have not ended
+    running = np.ones(N, bool)                                              # responses that have not ended
     for t in range(max_new_tokens):
         with no_grad():
-            logits = transformer(parameters, tokens, config, mask).data[:, -1]                  # (B,V)
-        new = np.where(running, sample(logits, uniforms[:, t], temperature), 0)                 # (B)
-        tokens = np.concatenate([tokens, new[:, None]], axis=1)             # (B,longest+t+1)
-        mask = np.concatenate([mask, running[:, None]], axis=1)             # (B,longest+t+1)
+            logits = transformer(parameters, tokens, config, mask).data[:, -1]                  # (N,V)
+        new = np.where(running, sample(logits, uniforms[:, t], temperature), 0)                 # (N)
+        tokens = np.concatenate([tokens, new[:, None]], axis=1)             # (N,longest+t+1)
+        mask = np.concatenate([mask, running[:, None]], axis=1)             # (N,longest+t+1)
         running = running & (new != eos)
         if not running.any():
             break

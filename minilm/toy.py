@@ -3,7 +3,9 @@
     python -m minilm.plain          a number after it is the random seed: python -m minilm.plain 1
 
 A line is a question and a reply. The reply is the question reversed, "bag=gab", or copied, "bag=bag", and it is
-in small or in capital letters. People want reversed letters, and they prefer capitals.
+in small or in capital letters. Every reply has exactly 3 tokens, so there is no EOS. People want reversed letters,
+and they prefer capitals: the gold reward of a reply is 2 for the right letters plus 1 for capitals. People compare by
+it, with errors; the training stages never read it.
 
     1. pretraining     text: half of the replies are reversed, half are copied      -> base model
     2. finetuning      demonstrations: all replies are reversed, half in capitals   -> SFT model
@@ -13,10 +15,11 @@ in small or in capital letters. People want reversed letters, and they prefer ca
 
 Printed: means over each fifth of the steps (loss, proxy reward, KL); the replies to three questions; means and
 standard errors over all 512 questions, one fresh sample each: share of right letters, share of capitals, gold reward.
-"error" is the share of new pairs that the reward model, or a person, orders against the gold reward. People compare
-with P = sigmoid(2 (difference of gold rewards)), so the proxy reward is an estimate of 2 gold reward + a constant
-for each question. "pi*" is the policy with the largest 2 gold reward - beta KL, computed exactly: the optimum that
-RLHF and DPO would share with unlimited comparisons, unrestricted models and complete training.
+"error" is the share, among new pairs with unequal gold rewards, that the reward model, or a person, orders against
+the gold reward. People choose with P = sigmoid(2 (difference of gold rewards)), so the proxy reward is an estimate of
+2 gold reward + a constant for each question. "pi*" is the policy with the largest 2 gold reward - beta KL, computed
+exactly: the optimum that RLHF and DPO would share with unlimited comparisons, unrestricted models and complete
+training.
 """
 
 import sys
@@ -124,7 +127,7 @@ def train_reward_model(model: Parameters, chosen: np.ndarray, rejected: np.ndarr
 
 
 def train_rlhf(policy: Parameters, reference: Parameters, reward_model: Parameters, steps: int, rng) -> None:
-    """The value of the loss does not measure progress; proxy reward and KL do."""
+    """The value of the loss does not measure progress. Proxy reward - beta KL, the mean of R, does: it estimates J."""
     def batch():
         questions = np.repeat(text(16, 1.0, rng)[:, :4], 4, axis=0)                     # (64,4): each question 4 times
         lines = answer(policy, questions, rng)                                          # (64,7)
@@ -188,26 +191,32 @@ def errors(reward_model: Parameters, chosen: np.ndarray, rejected: np.ndarray) -
 def optimum(reference: Parameters, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """pi* = pi_ref exp(2 gold / beta) / Z: its expected gold reward and its KL, exactly. Questions (n,4) -> (n), (n)
 
-    pi*/pi_ref depends on the gold reward alone, so the probabilities of its four values under pi_ref suffice.
+    pi*/pi_ref depends on the gold reward alone, so the probabilities of its four values under pi_ref suffice. They
+    follow from the probabilities of right letters (8 replies), of capitals (8^3 replies) and of both (1 reply).
     """
     n = len(questions)
-    bits = np.indices((2, 2, 2)).reshape(3, 8).T                                        # (8,3): 1 for a capital
-    right_replies = questions[:, None, 2::-1] + 8 * bits                                # (n,8,3)
+    in_capitals = np.indices((2, 2, 2)).reshape(3, 8).T                                 # (8,3): 1 for a capital
+    right_replies = questions[:, None, 2::-1] + 8 * in_capitals                         # (n,8,3)
     lines = np.concatenate([np.repeat(questions, 8, axis=0), right_replies.reshape(-1, 3)], axis=1)     # (8n,7)
-    two = 8 + np.indices((8, 8)).reshape(2, 64).T                                       # (64,2): two capitals
-    starts = np.concatenate([np.repeat(questions, 64, axis=0), np.tile(two, (n, 1))], axis=1)       # (64n,6)
+    two_capitals = 8 + np.indices((8, 8)).reshape(2, 64).T                              # (64,2): how a reply can start
+    starts = np.concatenate([np.repeat(questions, 64, axis=0), np.tile(two_capitals, (n, 1))], axis=1)  # (64n,6)
     with no_grad():
-        p_right = np.exp(reply_log_probs(reference, lines).data).reshape(n, 8)          # (n,8)
-        p = ops.softmax(plain.transformer(reference, starts, CONFIG)).data              # (64n,6,V)
-    every = np.arange(64 * n)
-    capitals = p[every, 3, starts[:, 4]] * p[every, 4, starts[:, 5]] * p[:, 5, 8:16].sum(axis=-1)   # (64n)
-    capitals = capitals.reshape(n, 64).sum(axis=1)                                      # (n)
-    both = p_right[:, 7]                                                                # (n)
-    right = p_right.sum(axis=1)                                                         # (n)
-    pi_ref = np.stack([1 - right - capitals + both, capitals - both, right - both, both], axis=1)   # (n,4)
-    tilted = pi_ref * np.exp(2 * np.arange(4) / BETA)
-    best = tilted / tilted.sum(axis=1, keepdims=True)                                   # (n,4)
-    return best @ np.arange(4), (best * np.log(best / pi_ref)).sum(axis=1)
+        p_replies = np.exp(reply_log_probs(reference, lines).data).reshape(n, 8)        # (n,8)
+        p_next = ops.softmax(plain.transformer(reference, starts, CONFIG)).data         # (64n,6,V)
+    row = np.arange(64 * n)
+    p_first = p_next[row, 3, starts[:, 4]]                                              # (64n)
+    p_second = p_next[row, 4, starts[:, 5]]                                             # (64n)
+    p_third = p_next[:, 5, 8:16].sum(axis=-1)                                           # (64n): of any capital
+    p_capitals = (p_first * p_second * p_third).reshape(n, 64).sum(axis=1)              # (n)
+    p_right = p_replies.sum(axis=1)                                                     # (n)
+    p_both = p_replies[:, 7]                                                            # (n)
+    # Columns: gold reward 0, 1 (capitals only), 2 (right only), 3 (both).
+    p_neither = 1 - p_right - p_capitals + p_both                                       # (n)
+    pi_ref = np.stack([p_neither, p_capitals - p_both, p_right - p_both, p_both], axis=1)       # (n,4)
+    gold = np.arange(4)
+    tilted = pi_ref * np.exp(2 * gold / BETA)
+    pi_star = tilted / tilted.sum(axis=1, keepdims=True)                                # (n,4)
+    return pi_star @ gold, (pi_star * np.log(pi_star / pi_ref)).sum(axis=1)
 
 
 def lecture(seed: int = 0, scale: float = 1.0) -> dict[str, dict[str, float]]:
@@ -235,7 +244,7 @@ def lecture(seed: int = 0, scale: float = 1.0) -> dict[str, dict[str, float]]:
     train_dpo(policy, reference, chosen, rejected, int(160 * scale), rng)
     results["DPO"] = report("DPO", policy, rng, reference)
 
-    parts = [optimum(reference, part) for part in np.split(all_questions(), 8)]
+    parts = [optimum(reference, part) for part in np.split(all_questions(), 8)]         # in 8 parts, to save memory
     gold, kl = np.concatenate(parts, axis=1)                                            # (512), (512)
     results["pi*"] = {"gold": float(gold.mean()), "KL": float(kl.mean())}
     print(f"  {'pi*':12s} gold {gold.mean():.2f}  KL {kl.mean():.2f}")

@@ -1,8 +1,9 @@
 """Elementary primitives: each forward with its vjp beside it.
 
-Every function takes Tensors, arrays or Python scalars and returns a Tensor. `dy` is the gradient of the loss with
-respect to the output; a vjp returns dy times the Jacobian, one array per differentiable argument. The operators of
-Tensor (x + y, x @ y, x[i]) call the functions of these names.
+A primitive takes Tensors or arrays and returns a Tensor; arithmetic and elementwise functions also take Python
+scalars. The helpers (unbroadcast, segment_sum, stable_sigmoid, stable_softplus) work on arrays. `dy`, or `dz` if the
+inputs are called x and y, is the gradient of the loss with respect to the output; a vjp returns dy times the Jacobian,
+one array per differentiable argument. The operators of Tensor (x + y, x @ y, x[i]) call the functions of these names.
 Tests: tests/test_ops.py.
 """
 
@@ -239,7 +240,7 @@ def logsumexp(x, axis=-1, keepdims=False):
 
 @primitive
 def softmax(x, axis=-1):
-    """exp x / sum exp x.   dx = y (dy - <dy, y>)"""
+    """y = exp x / sum exp x.   dx = y (dy - sum dy y), with the sums along the axis"""
     xp = array_module(x)
     y = xp.exp(x - x.max(axis=axis, keepdims=True))
     y /= y.sum(axis=axis, keepdims=True)
@@ -270,7 +271,7 @@ def reshape(x, shape):
 
 @primitive
 def transpose(x, axes=None):
-    """Axes in a new order; reversed if none is given."""
+    """Axes in a new order; reversed if none is given. The vjp applies the inverse permutation."""
     inverse = None if axes is None else sorted(range(x.ndim), key=lambda i: axes[i] % x.ndim)
     def vjp(dy):
         return dy.transpose(inverse)

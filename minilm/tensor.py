@@ -12,12 +12,14 @@ visits the records from the last to the first. That is the whole idea:
             return dy * y
         return y, vjp
 
-Read `Tensor.backward`, `Node` and `primitive` first; the rest is operators and checks.
+Read `Tensor.backward`, `Node` and `primitive` first; the rest is operators and checks. For speed, a vjp may return an
+object in place of an array (fast/deferred.py). Read DeferredMatmul(x, y) as the array x @ y, and SparseRows as the
+dense gradient of the embedding.
 
 Order: a record has a number that is larger than those of all earlier records. An input always exists before the
 output that is computed from it. So decreasing numbers are a reverse topological order of the graph: when
 `backward` reaches a record, every use of its output has already added its part to the gradient. The gradient of
-the loss with respect to a Tensor is called its cotangent in the code, to tell it from other gradients.
+the loss from which `backward` starts is also called the cotangent of its Tensor.
 
 To add a primitive, write such a function in ops.py or layers.py, and check its gradient with
 gradcheck.gradcheck. tests/test_ops.py has a table of cases: add one for it.
@@ -188,7 +190,7 @@ class Node:
         self.dtype = output.dtype
 
     def pull_back(self, dy):
-        """dy times the Jacobian: one gradient per argument, None for those that have none. Raises RuntimeError."""
+        """vjp(dy), checked: one gradient per argument, None for those that have none. Raises RuntimeError."""
         dx = self.vjp(dy)
         dx = dx if isinstance(dx, tuple) else (dx,)
         dx += (None,) * (len(self.inputs) - len(dx))
@@ -210,7 +212,7 @@ class Node:
 
 
 def history(node: Node) -> list[Node]:
-    """Every node that this one depends on, itself included, oldest first."""
+    """The tape: every node that this one depends on, itself included, oldest first."""
     found, stack = set(), [node]
     while stack:
         n = stack.pop()
@@ -252,7 +254,8 @@ def primitive(function: Callable) -> Callable:
     without a gradient may be left out. All Tensors are on one device; masks, indices and references beside them
     may be on the CPU, and a primitive moves them.
     The result is a Tensor (within arrays_only(), an array). Errors name the primitive and the shapes of its
-    arguments: TypeError, ValueError and IndexError keep their kinds.
+    arguments: TypeError, ValueError and IndexError keep their kinds. The core is lines (1) to (4); the rest is
+    modes and messages.
     """
     name = function.__name__
     signature = inspect.signature(function)
@@ -269,21 +272,21 @@ def primitive(function: Callable) -> Callable:
             bound = signature.bind(*inputs, **options)          # Tensors given by name go to their positions,
             bound.apply_defaults()                              # and defaults fill the gaps between them
             inputs, options = bound.args, bound.kwargs
-        arrays = [_array(x) for x in inputs]
+        arrays = [_array(x) for x in inputs]                                # (1) Tensors to arrays
         options = {key: _array(option) for key, option in options.items()}
         try:
             array_module(*(x.data for x in inputs if isinstance(x, Tensor)))
-            output, vjp = _checked(function(*arrays, **options))
+            output, vjp = _checked(function(*arrays, **options))            # (2) the call
             _check_dtypes(inputs, output)
         except (IndexError, TypeError, ValueError) as error:
             kind = next(k for k in (IndexError, TypeError, ValueError) if isinstance(error, k))
             raise kind(f"{_call(name, arrays)}: {error}") from error
         if _thread.watch is not None:
             _thread.watch(name, output)
-        result = Tensor(output)
+        result = Tensor(output)                                             # (3) array to Tensor
         if grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             result.requires_grad = True
-            result.node = Node(name, inputs, vjp, output, arguments)
+            result.node = Node(name, inputs, vjp, output, arguments)        # (4) the record of the call
         return result
 
     return apply

@@ -1,9 +1,9 @@
 """Reverse-mode automatic differentiation.
 
-A primitive is a function of arrays. It returns its output and its vector-Jacobian product: `vjp(dy)` takes the
-gradient of the loss with respect to the output, and returns the gradient with respect to each input.
-`@primitive` makes it a function of Tensors, and records the Tensors that it was called on (`Node`). `backward`
-visits the records from the last to the first. That is the whole idea:
+A primitive is a function of arrays. It returns its output and its vector-Jacobian product: `vjp(dy)` takes the gradient
+of the loss with respect to the output, and returns the gradient with respect to each input. `@primitive` makes it a
+function of Tensors, and records the Tensors that it was called on (`Node`). `backward` visits the records from the
+last to the first. That is the whole idea:
 
     @primitive
     def exp(x):
@@ -16,14 +16,13 @@ Read `Tensor.backward`, `Node` and `primitive` first; the rest is operators and 
 object in place of an array (fast/deferred.py). Read DeferredMatmul(x, y) as the array x @ y, and SparseRows as the
 dense gradient of the embedding.
 
-Order: a record has a number that is larger than those of all earlier records. An input always exists before the
-output that is computed from it. So decreasing numbers are a reverse topological order of the graph: when
-`backward` reaches a record, every use of its output has already added its part to the gradient. The gradient of
-the loss from which `backward` starts is also called the cotangent of its Tensor.
+Order: a record has a number that is larger than those of all earlier records. An input always exists before the output
+that is computed from it. So decreasing numbers are a reverse topological order of the graph: when `backward` reaches a
+record, every use of its output has already added its part to the gradient. The gradient of the loss from which
+`backward` starts is also called the cotangent of its Tensor.
 
-To add a primitive, write such a function in ops.py or layers.py, and check its gradient with
-gradcheck.gradcheck. tests/test_ops.py has a table of cases: add one for it.
-Tests: tests/test_tensor.py.
+To add a primitive, write such a function in ops.py or layers.py, and check its gradient with gradcheck.gradcheck.
+tests/test_ops.py has a table of cases: add one for it. Tests: tests/test_tensor.py.
 """
 
 from __future__ import annotations
@@ -249,13 +248,12 @@ def _evaluated(gradient):
 def primitive(function: Callable) -> Callable:
     """Turn `function(*arrays, **options) -> (output, vjp)` into a function of Tensors.
 
-    Arguments may be Tensors, arrays or scalars, given by position or by name. vjp(dy) returns one array per
-    argument from the first on: a tuple, or a single array for the first argument alone. Trailing arguments
-    without a gradient may be left out. All Tensors are on one device; masks, indices and references beside them
-    may be on the CPU, and a primitive moves them.
-    The result is a Tensor (within arrays_only(), an array). Errors name the primitive and the shapes of its
-    arguments: TypeError, ValueError and IndexError keep their kinds. The core is lines (1) to (4); the rest is
-    modes and messages.
+    Arguments may be Tensors, arrays or scalars, given by position or by name. vjp(dy) returns one array per argument
+    from the first on: a tuple, or a single array for the first argument alone. Trailing arguments without a gradient
+    may be left out. All Tensors are on one device; masks, indices and references beside them may be on the CPU, and a
+    primitive moves them. The result is a Tensor (within arrays_only(), an array). Errors name the primitive and the
+    shapes of its arguments: TypeError, ValueError and IndexError keep their kinds.
+    The core is lines (1) to (4); the rest is modes and messages.
     """
     name = function.__name__
     signature = inspect.signature(function)

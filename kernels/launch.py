@@ -27,8 +27,8 @@ SHARED_UNASKED = 48 * 1024      # bytes of dynamic shared memory of a block; mor
 @functools.lru_cache(maxsize=None)          # a launch must not read files
 def source(module: str, text: str | None = None) -> str:
     """The prelude and kernels/<module>.cu (or `text` in its place), with #line directives for error messages."""
-    text = (FOLDER / f"{module}.cu").read_text() if text is None else text
-    return f'#line 1 "prelude.cuh"\n{(FOLDER / "prelude.cuh").read_text()}\n#line 1 "{module}.cu"\n{text}'
+    text = (FOLDER / f"{module}.cu").read_text("utf-8") if text is None else text
+    return f'#line 1 "prelude.cuh"\n{(FOLDER / "prelude.cuh").read_text("utf-8")}\n#line 1 "{module}.cu"\n{text}'
 
 
 def options(dtype: DTypeLike, constants: dict[str, Any]) -> tuple[str, ...]:

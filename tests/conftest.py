@@ -20,6 +20,10 @@ HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE.parent / "scripts"
 sys.path += map(str, (HERE, SCRIPTS, *(SCRIPTS / folder for folder in ("bench", "dev", "lecture"))))
 
+# These read the sources of a checkout. Beside an installed package, tests/ and scripts/ are there without the sources.
+READ_A_CHECKOUT = [f"test_{name}.py" for name in ("english", "mutants", "packaging", "readme", "structure")]
+collect_ignore = [] if (HERE.parent / "minilm").is_dir() else READ_A_CHECKOUT
+
 # Ctrl-C is heard here and in what tests start, even where a shell's `&` started pytest with it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -27,6 +31,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # CI too, where hypothesis would draw the same ones until some line of the sources changes.
 settings.register_profile("minilm", deadline=None, max_examples=12, print_blob=True, derandomize=False)
 settings.load_profile("minilm")
+
+
+def pytest_report_header():
+    import minilm
+    left_out = f"; left out, because there is no checkout here: {', '.join(collect_ignore)}" if collect_ignore else ""
+    return f"minilm: {Path(minilm.__file__).parent}{left_out}"
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def _temporary_folder():
 
 def _cached(kind, suffix, files, content, make):
     """The path of the file that make(folder) builds, under a name that is a hash of its inputs."""
-    texts = [(HERE / name).read_text() for name in files]
+    texts = [(HERE / name).read_text("utf-8") for name in files]
     key = hashlib.sha256(repr((content, texts, _machine())).encode()).hexdigest()[:32]
     path = cache_folder() / f"{kind}-{key}.{suffix}"
     if not path.exists():
@@ -121,7 +121,8 @@ def _cached(kind, suffix, files, content, make):
 @functools.lru_cache(maxsize=None)
 def _machine():
     """The version of g++ and the features of the processor (-march=native)."""
-    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    flags = next((line for line in lines if line.startswith("flags")), "")
     return _output("g++", "--version").splitlines()[0], flags
 
 
@@ -146,13 +147,13 @@ def _compile_runtime(folder):
 def _compile(code, definitions, mode, runtime, folder):
     text = '#line 1 "kernel.cu"\n' + rewritten(code, mode)
     source = folder / "kernel.cc"
-    source.write_text(text)
+    source.write_text(text, "utf-8")
     include = "-include", HERE / "device.h", PATHS.format(os.getcwd()), PATHS.format(HERE), *definitions
     # A macro may define a kernel, so kernels are found after preprocessing; these two words are kept as they are.
     unexpanded = [f"-D{word}={word}" for word in ("__global__", "__launch_bounds__")]
     expanded = _gxx(*FLAGS, *include, *unexpanded, "-E", "-P", source, code=code)
     exports = "".join(_export(*found) for found in KERNEL.findall(expanded))
-    source.write_text(f'{text}\n#line 1 "exports"\n{exports}')
+    source.write_text(f'{text}\n#line 1 "exports"\n{exports}', "utf-8")
     _gxx(*FLAGS, *MODES[mode], *include, "-c", source, "-o", folder / "kernel.o", code=code)
     _gxx("-shared", "-Wl,-Bsymbolic", folder / "kernel.o", runtime, "-o", folder / "kernel.so")
     return folder / "kernel.so"

@@ -118,7 +118,7 @@ class OwnKernel(Program):
         self.shared = shared or 0
         self.folder = path.resolve().parent
         try:
-            text = path.read_text()
+            text = path.read_text("utf-8")
         except FileNotFoundError:
             raise LookupError(f"there is no file {path}") from None
         self.code = f'#line 1 "{path.name}"\n{text}'

@@ -40,7 +40,7 @@ class ProcessGroup:
     """
 
     def __init__(self, size):
-        if size > 1 and not hasattr(os, "fork"):
+        if size > 1 and not can_fork():
             raise ValueError(f"{size} workers: this system cannot fork processes; ask for 1")
         self.size, self.rank = size, 0
         self._lines, self._helpers = [], []
@@ -172,6 +172,11 @@ def parallel_map(work: Callable, parts: Sequence, workers: int) -> list:
     """
     with ProcessGroup(max(1, min(workers, len(parts)))) as group:
         return group.map(work, parts)
+
+
+def can_fork() -> bool:
+    """Whether this system can have more than one worker: Windows, for example, cannot fork processes."""
+    return hasattr(os, "fork")
 
 
 def available_cores() -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from minilm.backend import array_module, to_numpy
 from minilm.fast.flat_parameters import materialise_gradients
 from minilm.fast.malloc import return_freed_memory
-from minilm.fast.workers import ProcessGroup, available_cores
+from minilm.fast.workers import ProcessGroup, available_cores, can_fork
 from minilm.optim import AdamW
 from minilm.stages.diverged import Diverged, first_bad_parameter, first_nonfinite
 
@@ -132,8 +132,9 @@ def train_step(state: TrainState, loss: Callable, shards: Sequence, learning_rat
 
 
 def workers_for(tokens: int) -> int:
-    """The number of workers for steps of that many tokens here: at most one per core, each with enough work."""
-    return max(1, min(available_cores(), tokens // TOKENS_PER_WORKER))
+    """The number of workers for steps of that many tokens here: at most one per core, each with enough work. 1 if the
+    system cannot fork."""
+    return max(1, min(available_cores(), tokens // TOKENS_PER_WORKER)) if can_fork() else 1
 
 
 def shards(count: int, n: int) -> list[slice]:

@@ -16,10 +16,9 @@
     if __name__ == "__main__":
         sys.exit(main_guard(main))
 
-Needs a POSIX system (flock). Checked in tests/test_run_folder.py.
+RunFolder needs a POSIX system (flock). Checked in tests/test_run_folder.py.
 """
 import contextlib
-import fcntl
 import importlib
 import json
 import os
@@ -31,6 +30,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minilm import checkpoint
+
+try:
+    import fcntl
+except ImportError:         # Windows
+    fcntl = None
 
 RUN = "run.json"
 RESULTS = "results.json"
@@ -64,6 +68,9 @@ class RunFolder:
         self._lock = None
 
     def __enter__(self):
+        if fcntl is None:
+            raise UsageError("a run locks its folder with flock, which this system does not have: use Linux or macOS, "
+                             "or Linux on Windows (WSL). The library itself, import minilm, needs no lock")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._check_for_other_files()

@@ -10,8 +10,8 @@
 //             adds weights. A non-negative float, read as an integer, keeps its order. So the answer is found 4 bits at
 //             a time from the top (radix selection), in 8 passes over the row for float32 and 16 for float64. A pass
 //             adds only tokens whose gap begins with the bits found so far; few remain after two passes.
-// ties        Top-k keeps every token that equals the k-th, so it can keep more than k. Top-p keeps, of the tokens that
-//             equal the last one it needs, the first ones, as many as it needs: the same as a stable sort.
+// ties        Of the tokens that equal the last one they need, top-k and top-p keep the first ones, as many as they need:
+//             the same as a stable sort.
 // draw        Inverse CDF: the first token at which the running sum exceeds u times the total. Each warp sums one
 //             segment of the row; the warp whose segment contains the crossing walks the segment again, 32 tokens at a
 //             time. The same walk, over counts, finds the last tied token of top-p, and the first of the largest logits
@@ -202,7 +202,7 @@ sample(const real* __restrict__ logits, const double* __restrict__ uniforms, lon
         const real x = row.logits[j];
         row.highest = isnan(x) ? -NEGATIVE_INFINITY : fmax(row.highest, x);
     }
-    row.highest = block_max(row.highest, scratch);
+    row.highest = block_max(row.highest, scratch) + real(0);            // -0 becomes 0: no gap is -0, which sorts last
     if (isinf(row.highest)) {
         if (threadIdx.x == 0) {
             tokens[b] = 0;
@@ -213,7 +213,15 @@ sample(const real* __restrict__ logits, const double* __restrict__ uniforms, lon
 
     Kept kept = {~Bits(0), V, scale, 0, 0};
     Mass below, equal;
-    if (top_k > 0 && !greedy) kept.limit = search(row, Count(), top_k, below, equal);
+    if (top_k > 0 && !greedy) {
+        kept.limit = search(row, Count(), top_k, below, equal);
+        CountOfEqual ties = {kept.limit};
+        const Mass needed = top_k - below;
+        if (needed < equal) {
+            add_segments(row, ties, segments);
+            kept.last = crossing(row, ties, segments, needed - 1);
+        }
+    }
     if (top_p < 1 && !greedy) {
         const Mass total = add_segments(row, kept, segments);
         const Mass target = max(Mass(1), min(total, Mass(ceil(double(top_p) * double(total)))));
@@ -221,7 +229,7 @@ sample(const real* __restrict__ logits, const double* __restrict__ uniforms, lon
         CountOfEqual ties = {kept.limit};
         const Mass count = add_segments(row, ties, segments), each = equal / count;
         const Mass needed = (target - below + each - 1) / each;
-        if (needed < count) kept.last = crossing(row, ties, segments, needed - 1);
+        kept.last = needed < count ? crossing(row, ties, segments, needed - 1) : V;
     }
 
     kept.sum = kept.weighted = 0;

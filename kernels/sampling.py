@@ -4,12 +4,12 @@ It draws the same tokens as the functions of minilm/generate.py from the same lo
 logits. B rows, V vocabulary.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from minilm import checks
 from minilm.backend import array_module
 from minilm.kernels.launch import Array, Variants, check, function, launch, options, real
 
@@ -23,18 +23,20 @@ def sample(logits: Array, uniforms: Array, temperature: float = 1.0, top_k: int 
     """A token for each row.  (B,V), float64 (B,) in [0,1) -> tokens (B,) int64, log_probs (B,), entropies (B,)
 
     The logits are divided by the temperature. Then only the top_k most likely tokens are kept, and of these the most
-    likely ones whose probabilities reach top_p; log_probs and entropies are of that distribution. Ties: top_k keeps
-    every token that equals the k-th, so it can keep more than top_k tokens; top_p keeps only as many of the tied tokens
-    as it needs, the first ones. Temperature 0 takes the most likely token (of equals the first), with the log-probs and
-    entropies of all tokens at temperature 1. top_p is rounded to the precision of the logits.
-    Raises TypeError and ValueError for unsupported arrays and settings.
+    likely ones whose probabilities reach top_p; log_probs and entropies are of that distribution. Of equally likely
+    tokens those with the smallest ids are kept, as many as needed. Temperature 0 takes the most likely token (of equals
+    the first), with the log-probs and entropies of all tokens at temperature 1. top_p is rounded to the precision of
+    the logits. Log-prob NaN: a row with NaN or +inf, or only -inf, or a uniform outside [0,1).
+    Raises TypeError and ValueError for unsupported arrays and settings (checks.sampling).
     """
     xp = array_module(logits, uniforms)
     real(logits.dtype)
     check("logits", logits, logits.dtype, (None, None))
     B, V = logits.shape
     check("uniforms", uniforms, np.float64, (B,))
-    _check_settings(V, logits.dtype, temperature, top_k, top_p)
+    if not V:
+        raise ValueError("logits (B,V) has V = 0; V must be at least 1")
+    checks.sampling("sample", temperature, top_k, top_p)
     tokens = xp.empty(B, np.int64)
     log_probs, entropies = (xp.empty(B, logits.dtype) for _ in range(2))
     launch(function(xp, "sampling", "sample", logits.dtype, THREADS=THREADS), (B,), (_threads(V),),
@@ -49,7 +51,8 @@ def sample_bytes(V: int, dtype: DTypeLike, tokens: Sequence[int], temperature: f
     """Bytes that the kernel (reads, writes) when it draws these tokens (B,).
 
     Each pass reads the row; the walk reads the segment of its warp up to the token. Exact unless several tokens have
-    the logit at which top_p cuts: then there is a second walk, up to the last kept one of them.
+    the logit at which top_k or top_p cuts: then there is another walk, up to the last kept one of them, and for top_k
+    another pass.
     """
     size = np.dtype(dtype).itemsize
     warps = _threads(V) // 32
@@ -76,17 +79,6 @@ def example(xp, rng: np.random.Generator, B: int = 2, V: int = 65, dtype: str = 
     """One launch on random logits: tokens, log_probs, entropies."""
     logits = xp.asarray(rng.normal(size=(B, V)).astype(dtype))
     return sample(logits, xp.asarray(rng.random(B)), temperature, top_k, top_p)
-
-
-def _check_settings(V, dtype, temperature, top_k, top_p):
-    if not V:
-        raise ValueError("logits (B,V) has V = 0; V must be at least 1")
-    if not (0 <= temperature < math.inf) or (temperature > 0 and dtype.type(temperature) == 0):
-        raise ValueError(f"temperature is {temperature}; it must be 0 or more, finite, and not round to 0 in {dtype}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must be in (0, 1]")
 
 
 def _threads(V):

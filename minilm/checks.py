@@ -105,6 +105,91 @@ def token_ids(function: str, name: str, values: Any, vocab_size: int) -> np.ndar
     return values
 
 
+TEMPERATURES = (1e-3, 1e6)
+
+
+def temperature(function: str, value: Any, greedy: bool = False) -> float:
+    """A temperature that logits are divided by, in TEMPERATURES; or 0, greedy decoding, if `greedy`.
+
+    Drawing divides differences of logits, scoring divides hidden states. Both give the same log-prob up to the rounding
+    of the logits (in float32 about 1e-6) over the temperature. Below 1e-3 that error is no longer small.
+    """
+    lowest, highest = TEMPERATURES
+    try:
+        return number(function, "temperature", value, at_least=lowest, at_most=highest)
+    except ValueError as error:
+        if greedy and value == 0:
+            return value
+        raise ValueError(f"{error}" + (", or 0 for greedy decoding" if greedy else "")) from None
+
+
+def sampling(function: str, temperature_or_0: Any, top_k: Any, top_p: Any) -> None:
+    """Settings of generate.sample: a temperature or 0; top_k, an integer from 1, or None; top_p in (0,1], or None."""
+    temperature(function, temperature_or_0, greedy=True)
+    if top_k is not None:
+        integer(function, "top_k", top_k, at_least=1)
+    if top_p is not None:
+        number(function, "top_p", top_p, above=0, at_most=1)
+
+
+def generator(function: str, rng: Any) -> np.random.Generator:
+    """A numpy Generator. Raises TypeError for a seed, or for a generator of another kind."""
+    if not isinstance(rng, np.random.Generator):
+        raise TypeError(f"{function}: rng is {_shown(rng)}; it must be a numpy Generator, such as "
+                        "np.random.default_rng(0)")
+    return rng
+
+
+def uniforms(function: str, rng: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Uniform random numbers in [0,1), float64: drawn from rng, a numpy Generator, or rng itself, an array.
+
+    Raises TypeError for anything else, and ValueError for NaN and numbers outside [0,1): they would select a token of
+    probability 0. 1.0 is outside; float32 rounds numbers above 1 - 3e-8 to it.
+    """
+    if isinstance(rng, np.random.Generator):
+        return rng.random(shape)
+    if not hasattr(rng, "shape"):
+        rng = np.asarray(rng) if isinstance(rng, (list, tuple)) else generator(function, rng)
+    if tuple(rng.shape) != shape:
+        raise ValueError(f"{function}: uniform numbers of shape {tuple(rng.shape)}; expected {shape}")
+    if rng.dtype.kind not in "fiu":
+        raise TypeError(f"{function}: uniform numbers are {rng.dtype}; they must be floats")
+    numbers = rng.astype("float64", copy=False)
+    wrong = ~((numbers >= 0) & (numbers < 1))
+    if wrong.any():
+        raise ValueError(f"{function}: a uniform number is {numbers[wrong][0].item()}; it must be at least 0 and below "
+                         "1 (draw it in float64: float32 rounds to 1.0)")
+    return numbers
+
+
+def draws(function: str, logits: Any, uniforms_given: Any, temperature_or_0: Any, top_k: Any = None,
+          top_p: Any = None) -> np.ndarray:
+    """Everything that one draw from each row of logits (B,V) takes. Returns the uniform numbers (B,), in float64.
+
+    Raises as sampling and uniforms do, and ValueError for a row with NaN, +inf or only -inf: it has no distribution.
+    """
+    sampling(function, temperature_or_0, top_k, top_p)
+    finite(function, "the largest logit", logits.max(axis=-1), "row")
+    return uniforms(function, uniforms_given, logits.shape[:1])
+
+
+def end_tokens(function: str, eos: Any, vocab_size: int) -> np.ndarray:
+    """Which ids end a response, a bool array (vocab_size,). eos: one id, several (list, tuple, set, array), or None.
+
+    Raises TypeError for names, floats and bools, ValueError for an id outside the vocabulary and for an empty list.
+
+    >>> end_tokens("generate", [1, 3], 4)
+    array([False,  True, False,  True])
+    """
+    ends = np.zeros(vocab_size, bool)
+    several = isinstance(eos, (list, tuple, set, frozenset)) or np.ndim(eos) == 1
+    if several and len(eos) == 0:
+        raise ValueError(f"{function}: eos is {eos!r}; give None if no token ends a response")
+    for token in eos if several else () if eos is None else (eos,):
+        ends[integer(function, "eos", token, at_least=0, below=vocab_size)] = True
+    return ends
+
+
 def _shown(value):
     """A value in an error: an array by its type and shape, others as they are written."""
     if hasattr(value, "shape") and np.shape(value):

@@ -7,11 +7,11 @@ Tests: tests/test_generate.py, tests/test_plain.py.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from minilm import checks
 from minilm.backend import array_module, is_cupy, to_numpy
 from minilm.fast.cached_decoding import Cache, forward_cached
 from minilm.fast.workers import parallel_map
@@ -27,20 +27,21 @@ def distribution(logits, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None) -> np.ndarray:
     """log-probs (B,V) of the distribution to draw from, -inf on tokens that are cut off.
 
-    The logits are divided by the temperature. Then only the top_k most likely tokens are kept (more where tokens tie
-    with the last of them). Of these, the smallest set whose probability reaches top_p is kept: the token that
-    crosses top_p belongs to it. Then the probabilities are normalised again.
+    The logits are divided by the temperature. Then only the top_k most likely tokens are kept. Of these, the smallest
+    set whose probability reaches top_p is kept: the token that crosses top_p belongs to it. Then the probabilities
+    are normalised again. Of equally likely tokens those with the smallest ids are kept, so that top_k keeps exactly
+    top_k tokens. (Hugging Face's top_k keeps every token that ties with the last one; torch.topk promises no order.)
+    Raises TypeError and ValueError for settings out of range (checks.sampling), and for temperature 0.
     Holtzman et al. 2020, arXiv:1904.09751 (top-p).
     """
     xp = array_module(logits)
     z = logits - logits.max(axis=-1, keepdims=True)
     if temperature != 1:
-        z /= temperature
-    if top_k is not None and top_k < z.shape[-1]:
-        kth = xp.partition(z, -top_k, axis=-1)[:, -top_k, None]
-        z = xp.where(z >= kth, z, -xp.inf)
+        z /= checks.temperature("distribution", temperature)
+    if top_k is not None and checks.integer("distribution", "top_k", top_k, at_least=1) < z.shape[-1]:
+        z = xp.where(_largest(z, top_k), z, -xp.inf)
     z -= xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
-    if top_p is not None and top_p < 1:
+    if top_p is not None and checks.number("distribution", "top_p", top_p, above=0, at_most=1) < 1:
         order = xp.argsort(-z, axis=-1, kind="stable")
         p = xp.exp(xp.take_along_axis(z, order, axis=-1))
         cumulative = p.cumsum(axis=-1, dtype="float64")
@@ -50,8 +51,29 @@ def distribution(logits, temperature: float = 1.0, top_k: int | None = None,
     return z
 
 
+def _largest(z, count):
+    """True on the `count` largest numbers of each row of (B,V), of equal ones on the first: (B,V)."""
+    xp = array_module(z)
+    smallest = xp.partition(z, -count, axis=-1)[:, -count, None]
+    above = z > smallest
+    equal = z == smallest
+    return above | (equal & (equal.cumsum(axis=-1) <= count - above.sum(axis=-1, keepdims=True)))
+
+
 def categorical(p, uniforms) -> np.ndarray:
-    """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.  p (B,V), u (B,) -> (B,)"""
+    """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.  p (B,V), u (B,) -> (B,)
+
+    Raises ValueError for uniform numbers outside [0,1), and for a row of probabilities with NaN or without any.
+    """
+    total = p.sum(axis=-1)
+    if not (total > 0).all():
+        row = int((total > 0).argmin())
+        raise ValueError(f"categorical: the probabilities of row {row} sum to {total[row]}; nothing can be drawn")
+    return _inverse_cdf(p, checks.uniforms("categorical", uniforms, total.shape))
+
+
+def _inverse_cdf(p, uniforms):
+    """categorical without its checks."""
     cumulative = p.cumsum(axis=-1, dtype="float64")
     # Scaled by the total, which rounding leaves a little off 1: u < 1 always finds a token.
     return (cumulative > uniforms[:, None] * cumulative[:, -1:]).argmax(axis=-1)
@@ -67,8 +89,17 @@ def sample(logits, uniforms, temperature: float = 1.0, top_k: int | None = None,
            kernel: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One token for each row of logits (B,V) and uniform numbers (B,): tokens, their log-probs, entropies, each (B,).
 
-    Temperature 0 takes the most likely token, and gives the model's own log-prob of it.
+    Temperature 0 takes the most likely token, and gives the model's own log-prob of it. Raises TypeError and ValueError
+    for settings out of range (checks.sampling), uniform numbers outside [0,1), and a row whose logits hold NaN, +inf or
+    only -inf. The kernel gives log-prob NaN for such a row or number, because an error would wait for the GPU.
     """
+    if not (kernel and is_cupy(logits)):
+        uniforms = checks.draws("sample", logits, uniforms, temperature, top_k, top_p)
+    return _draw(logits, uniforms, temperature, top_k, top_p, kernel)
+
+
+def _draw(logits, uniforms, temperature, top_k, top_p, kernel=True):
+    """sample without its checks."""
     xp = array_module(logits)
     if kernel and is_cupy(logits):
         from minilm.kernels import sampling
@@ -80,7 +111,7 @@ def sample(logits, uniforms, temperature: float = 1.0, top_k: int | None = None,
     else:
         scores = distribution(logits, temperature, top_k, top_p)
         p = xp.exp(scores)
-        drawn = categorical(p, uniforms)
+        drawn = _inverse_cdf(p, uniforms)
     return drawn, scores[xp.arange(len(drawn)), drawn], entropy(p, scores)
 
 
@@ -122,30 +153,33 @@ class Samples:
         return [row[m > 0].tolist() for row, m in zip(self.tokens, self.mask)]
 
 
-def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, rng, eos: int | None,
-             temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-             workers: int = 1) -> Samples:
+def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, rng,
+             eos: int | Collection[int] | None, temperature: float = 1.0, top_k: int | None = None,
+             top_p: float | None = None, workers: int = 1) -> Samples:
     """Draw a response to each prompt, until EOS or max_new_tokens.
 
-    prompts      B token lists, of any lengths (at least 1)
+    prompts      B token lists, of any lengths (at least 1), or an array (B,T)
     rng          numpy Generator, from which one uniform number per row and position is drawn up front; or those
                  numbers themselves, (B,max_new_tokens). So a row's response depends neither on when the others end
                  nor on the device
-    eos          token id that ends a response; None: every response has max_new_tokens
+    eos          token id that ends a response, or several of them (a list, tuple, set or array); None: every response
+                 has max_new_tokens
     temperature  0 is greedy decoding
     workers      processes that share the rows (fast/workers.py), at most one for each ROWS_PER_WORKER rows; faster
                  where BLAS itself is held to one thread
-    Raises ValueError for an empty prompt, one that does not fit the context with its response, or settings out of
-    range.
+    Raises TypeError, ValueError or IndexError for an empty prompt, a token or an EOS outside the vocabulary, a prompt
+    that does not fit the context with its response, or settings and uniform numbers out of range. Raises
+    FloatingPointError, with step and row, when logits become NaN or infinite.
     """
-    _check_settings(model, prompts, max_new_tokens, temperature, top_k, top_p, workers)
+    checks.sampling("generate", temperature, top_k, top_p)
+    ends = checks.end_tokens("generate", eos, model.config.vocab_size)
+    prompts = _token_arrays(prompts, model.config.vocab_size)
+    _check_room(model, prompts, max_new_tokens, workers)
     B = len(prompts)
-    uniforms = rng.random((B, max_new_tokens)) if isinstance(rng, np.random.Generator) else to_numpy(rng)
-    if uniforms.shape != (B, max_new_tokens):
-        raise ValueError(f"uniform numbers of shape {uniforms.shape} for {B} prompts and {max_new_tokens} new tokens")
+    uniforms = checks.uniforms("generate", to_numpy(rng) if is_cupy(rng) else rng, (B, max_new_tokens))
 
     def rows_of(part):
-        return _generate(model, [prompts[i] for i in part], uniforms[part], eos, temperature, top_k, top_p)
+        return _generate(model, [prompts[i] for i in part], uniforms[part], ends, temperature, top_k, top_p, part)
 
     parts = np.array_split(np.arange(B), max(1, min(workers, B // ROWS_PER_WORKER)))
     if len(parts) == 1:
@@ -153,26 +187,39 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     return Samples.concatenate(parallel_map(lambda part: rows_of(part).arrays(), parts, workers), np.arange(B))
 
 
-def _check_settings(model, prompts, max_new_tokens, temperature, top_k, top_p, workers):
-    if not 0 <= temperature < math.inf or (temperature > 0 and model.dtype.type(temperature) == 0):
-        raise ValueError(f"temperature {temperature} must be at least 0, finite, and not vanish in {model.dtype}")
-    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"top_k {top_k} must be at least 1, top_p {top_p} in (0, 1]")
-    if not prompts or min(map(len, prompts)) == 0:
-        raise ValueError("every prompt needs at least one token (a BOS, say)")
+def _token_arrays(prompts, vocab_size):
+    """Token lists, or the rows of an array (B,T), as a list of arrays of integers. Raises as generate does."""
+    if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__"):
+        raise TypeError(f"generate: prompts is {prompts!r}; it must be a list of token lists")
+    arrays = [checks.token_ids("generate", f"prompt {i}", to_numpy(p), vocab_size) for i, p in enumerate(prompts)]
+    for i, array in enumerate(arrays):
+        if array.ndim != 1:
+            raise TypeError(f"generate: prompt {i} has shape {array.shape}; it must be a list of tokens. One prompt "
+                            "stands in a list too: [prompt]")
+    if not arrays or min(map(len, arrays)) == 0:
+        raise ValueError("generate: every prompt needs at least one token (a BOS, say)")
+    return [array.astype(np.int64, copy=False) for array in arrays]
+
+
+def _check_room(model, prompts, max_new_tokens, workers):
+    checks.integer("generate", "max_new_tokens", max_new_tokens, at_least=0)
+    checks.integer("generate", "workers", workers, at_least=1)
     if not model.config.causal:
-        raise ValueError("only a causal model generates: the hidden states of a bidirectional model change with every "
-                         "new token")
+        raise ValueError("generate: only a causal model generates: the hidden states of a bidirectional model change "
+                         "with every new token")
     longest = max(map(len, prompts))
     if longest + max_new_tokens > model.config.context:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context "
+        raise ValueError(f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context "
                          f"of {model.config.context}; shorten one of them")
     if workers > 1 and is_cupy(model.unembedding.data):
-        raise ValueError(f"{workers} workers are processes that share a CPU's memory; on a GPU, ask for 1")
+        raise ValueError(f"generate: {workers} workers are processes that share a CPU's memory; on a GPU, ask for 1")
 
 
-def _generate(model, prompts, uniforms, eos, temperature, top_k, top_p):
-    """generate in one process: prefill each distinct prompt once, then one token per row and step."""
+def _generate(model, prompts, uniforms, ends, temperature, top_k, top_p, numbers):
+    """generate in one process: prefill each distinct prompt once, then one token per row and step.
+
+    ends (V,): True on the tokens that end a response. numbers (B,): of the rows, for errors.
+    """
     xp = array_module(model.unembedding.data)
     B, max_new_tokens = uniforms.shape
     hidden, cache, first = _prefill(model, prompts, max_new_tokens)
@@ -189,15 +236,18 @@ def _generate(model, prompts, uniforms, eos, temperature, top_k, top_p):
             hidden = forward_cached(model, drawn[:, None], first, cache)
         # In this order, and then copied: for a few rows BLAS takes half the time of hidden @ U^T.
         logits = xp.ascontiguousarray((model.unembedding.data @ hidden.T).T)
-        draws = sample(logits, xp.asarray(uniforms[rows, t]), temperature, top_k, top_p)
+        draws = _draw(logits, xp.asarray(uniforms[rows, t]), temperature, top_k, top_p)
         drawn, drawn_log_probs, drawn_entropies = map(to_numpy, draws)
+        wrong = ~np.isfinite(drawn_log_probs) & unfinished
+        if wrong.any():
+            raise FloatingPointError(_no_distribution(model, t, numbers[rows[wrong][0]]))
         now = rows[unfinished]
         tokens[now, t] = drawn[unfinished]
         mask[now, t] = 1
         log_probs[now, t] = drawn_log_probs[unfinished]
         entropies[now, t] = drawn_entropies[unfinished]
         used = t + 1
-        unfinished &= drawn != eos
+        unfinished &= ~ends[drawn]
         if not unfinished.any():
             break
         if unfinished.sum() <= UNFINISHED * len(unfinished):
@@ -210,6 +260,15 @@ def _generate(model, prompts, uniforms, eos, temperature, top_k, top_p):
     return Samples(tokens[:, :used], mask[:, :used], log_probs[:, :used], entropies[:, :used])
 
 
+def _no_distribution(model, t, row):
+    """The message about logits with NaN or infinity: step, row, and the first parameter that holds one."""
+    finite = array_module(model.unembedding.data).isfinite
+    bad = [f"the parameter {name}, shape {p.shape}" for name, p in model.parameters().items()
+           if not finite(p.data).all()]
+    return (f"generate, step {t + 1}, row {row}: logits are NaN or infinite; first bad tensor: "
+            f"{bad[0] if bad else f'none of the parameters: a product overflowed {model.dtype}'}")
+
+
 def _prefill(model, prompts, max_new_tokens):
     """The last hidden states (B,D) of the prompts, a cache with capacity for the responses, and the first columns.
 
@@ -219,7 +278,7 @@ def _prefill(model, prompts, max_new_tokens):
     xp = array_module(model.unembedding.data)
     longest = max(map(len, prompts))
     number = {}                                                             # prompt -> its row in `padded`
-    numbers = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
+    numbers = [number.setdefault(tuple(prompt.tolist()), len(number)) for prompt in prompts]
     padded = np.zeros((len(number), longest), np.int64)
     first = np.zeros(len(number), np.int32)
     for i, prompt in enumerate(number):

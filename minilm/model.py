@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minilm import layers, ops
+from minilm import checks, layers, ops
 from minilm.backend import array_module, to_device, to_numpy
 from minilm.fast.activation_checkpointing import activation_checkpoint
 from minilm.fast.packed_attention import attend_to_segments, rectangle_segments
@@ -149,12 +149,12 @@ class Transformer:
         """log pi(token t+1 | tokens up to t), tokens (B,T) -> (B,T-1), at a sampling temperature.
 
         The shift by one token happens here. Dividing the hidden states by the temperature divides the logits by it.
-        Raises ValueError for a bidirectional model or a temperature that is not above 0, and as hidden does.
+        Raises ValueError for a bidirectional model or a temperature outside checks.TEMPERATURES, and as hidden does.
         """
         if not self.config.causal:
             raise ValueError("a bidirectional model has seen the token that it would predict; mask the token in the "
                              "input and score it with layers.token_log_probs")
-        _check_temperature(temperature)
+        checks.temperature("log_probs", temperature)
         tokens = to_numpy(tokens)
         hidden = _at_temperature(self.hidden(tokens[:, :-1]), temperature)
         return layers.token_log_probs(hidden, self.unembedding, tokens[:, 1:])
@@ -164,7 +164,7 @@ class Transformer:
 
         The hidden states of a prompt are computed once, and logits only where a response token is predicted.
         """
-        _check_temperature(temperature)
+        checks.temperature("response_log_probs", temperature)
         hidden = self.packed_hidden(pack)                                                           # (N,D)
         hidden = _at_temperature(ops.embed(hidden, pack.rows), temperature)                         # (M,D)
         log_probs = layers.token_log_probs(hidden, self.unembedding, pack.targets)              # (M,)
@@ -310,11 +310,6 @@ def move_parameter(p: Tensor, device: str) -> None:
     p.data = to_device(p.data, device)
     p.grad = None
     p.grad_buffer = None
-
-
-def _check_temperature(temperature):
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; log-probs need a temperature above 0")
 
 
 def _at_temperature(hidden, temperature):

@@ -27,7 +27,7 @@ rope_base and rope_pairing (base and pairs of `rope`), norm_eps (eps of `rms_nor
 
 import numpy as np
 
-from minilm import ops
+from minilm import checks, ops
 from minilm.tensor import Tensor, no_grad
 
 Parameters = dict[str, Tensor]
@@ -235,6 +235,7 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
 
 def sample(logits: np.ndarray, uniforms: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """The first token whose cumulative probability is above u, a uniform random number. (N,V), (N) -> (N)"""
+    uniforms = checks.draws("plain.sample", logits, uniforms, temperature)  # (N)
     if temperature == 0:
         return logits.argmax(axis=-1)
     cumulative = ops.softmax(logits / temperature).data.cumsum(axis=-1)     # (N,V)
@@ -242,16 +243,18 @@ def sample(logits: np.ndarray, uniforms: np.ndarray, temperature: float = 1.0) -
     return (cumulative > uniforms[:, None] * cumulative[:, -1:]).argmax(axis=-1)
 
 
-def generate(parameters: Parameters, prompts, config, max_new_tokens: int, rng, eos: int | None = None,
+def generate(parameters: Parameters, prompts, config, max_new_tokens: int, rng, eos=None,
              temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Sample a response to each of N prompts (lists of tokens), token by token, until it ends with eos.
 
     For K samples of a prompt, give it K times. rng: a numpy Generator, or the uniform random numbers
-    (N,max_new_tokens) themselves. Returns the tokens of the responses and their mask, 0 after the end:
-    (N,length of the longest response) each.
+    (N,max_new_tokens) themselves. eos: a token, or several (list, tuple, set or array); None: no token ends a
+    response. Returns the tokens of the responses and their mask, 0 after the end: (N,length of the longest
+    response) each.
     """
     N = len(prompts)
-    uniforms = rng.random((N, max_new_tokens)) if isinstance(rng, np.random.Generator) else rng
+    uniforms = checks.uniforms("plain.generate", rng, (N, max_new_tokens))
+    ends = checks.end_tokens("plain.generate", eos, config.vocab_size)      # (V)
     longest = max(len(prompt) for prompt in prompts)
     # Padding stands on the left, because new tokens are appended on the right. It shifts the positions of a row,
     # but attention with RoPE depends only on differences of positions.
@@ -264,7 +267,7 @@ def generate(parameters: Parameters, prompts, config, max_new_tokens: int, rng, 
         new = np.where(running, sample(logits, uniforms[:, t], temperature), 0)                 # (N)
         tokens = np.concatenate([tokens, new[:, None]], axis=1)             # (N,longest+t+1)
         mask = np.concatenate([mask, running[:, None]], axis=1)             # (N,longest+t+1)
-        running = running & (new != eos)
+        running = running & ~ends[new]
         if not running.any():
             break
     return tokens[:, longest:], mask[:, longest:]

@@ -1,4 +1,5 @@
 """minilm.generate: the tokens drawn, their probabilities, and the log-probs returned with them."""
+import re
 from unittest import mock
 
 import numpy as np
@@ -6,8 +7,9 @@ import pytest
 from hypothesis import example, given, strategies as st
 
 from helpers import assert_close, rngs, small_transformer
-from minilm import generate as module
-from minilm.generate import categorical, distribution, entropy, generate
+from minilm import checks, generate as module, plain
+from minilm.generate import categorical, distribution, entropy, generate, sample
+from minilm.packing import pack
 
 PROMPTS = [[1], [2, 3, 4], [5, 6]]
 EOS = 0
@@ -158,9 +160,18 @@ def test_the_distribution_equals_a_plain_loop(rng, temperature, top_k, top_p):
     assert_close(p, np.array([plain_distribution(row, temperature, top_k, top_p) for row in logits]))
 
 
-def test_tokens_that_tie_with_the_kth_are_all_kept():
-    p = np.exp(distribution(np.log([[4.0, 2.0, 2.0, 1.0]]), top_k=2))
-    assert_close(p, np.array([[0.5, 0.25, 0.25, 0]]))
+@given(weights=st.lists(st.sampled_from([0.0, 1.0, 2.0, 4.0]), min_size=1, max_size=8).filter(any),
+       top_k=st.integers(1, 9), top_p=st.none() | st.sampled_from([0.31, 0.57, 0.83]))      # no share of at most 32
+@example(weights=[4.0, 2.0, 2.0, 1.0], top_k=2, top_p=None)
+@example(weights=[1.0, 1.0, 1.0], top_k=1, top_p=None)
+def test_of_tied_tokens_those_with_the_smallest_ids_are_kept_as_many_as_needed(weights, top_k, top_p):
+    with np.errstate(divide="ignore"):
+        logits = np.log([weights])
+    assert_close(np.exp(distribution(logits, 1, top_k, top_p))[0], plain_distribution(logits[0], 1, top_k, top_p))
+
+
+def test_signed_zeros_tie():
+    assert np.isfinite(distribution(np.array([[-0.0, 0.0, -0.0]]), top_k=2)).tolist() == [[True, True, False]]
 
 
 def test_the_token_that_crosses_top_p_is_kept():
@@ -221,29 +232,235 @@ def test_a_token_of_probability_zero_is_never_drawn_and_some_token_always_is(dty
     assert token < size and np.isfinite(log_probs[0, token])
 
 
+# Several end tokens.
+
+@given(rng=rngs, eos=st.none() | st.integers(0, 6) | st.lists(st.integers(0, 6), min_size=1), kind=st.sampled_from(
+    [list, tuple, set, frozenset, np.array]))
+@example(rng=np.random.default_rng(0), eos=[0, 1, 2], kind=list)           # as many as there are prompts
+def test_a_response_ends_with_the_first_of_its_end_tokens(rng, eos, kind):
+    model, uniforms = small_transformer(rng), rng.random((3, 8))
+    whole = generate(model, PROMPTS, 8, uniforms, None).tokens.tolist()
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    expected = [row[:1 + min([*(row.index(token) for token in ends if token in row), 7])] for row in whole]
+    samples = generate(model, PROMPTS, 8, uniforms, kind(eos) if isinstance(eos, list) else eos)
+    assert samples.responses() == expected
+    assert samples.tokens.shape[1] == max(map(len, expected))
+
+
+@pytest.mark.parametrize("eos, error, words", [
+    ("<eos>", TypeError, "eos is '<eos>' (str); it must be an integer"), ("4", TypeError, "eos is '4' (str)"),
+    (True, TypeError, "eos is True (bool)"), (4.0, TypeError, "eos is 4.0 (float)"), ([4.0], TypeError, "eos is 4.0"),
+    (np.ones(2), TypeError, "eos is np.float64(1.0)"), ([True], TypeError, "eos is True"),
+    ({4: 1}, TypeError, "eos is {4: 1} (dict)"), (np.ones((2, 2), int), TypeError, "eos is ndarray of shape (2, 2)"),
+    (-1, ValueError, "eos is -1; it must be at least 0 and below 7"), (7, ValueError, "eos is 7; it must be"),
+    ([0, 7], ValueError, "eos is 7; it must be"), ([], ValueError, "eos is []; give None if no token ends a response"),
+], ids=str)
+def test_an_eos_that_is_no_token_is_refused_by_generate_and_by_its_definition(eos, error, words, rng):
+    model = small_transformer(rng)
+    with pytest.raises(error, match=re.escape(f"generate: {words}".replace("np.float64(1.0)", repr(np.float64(1))))):
+        generate(model, PROMPTS, 4, rng, eos)
+    with pytest.raises(error, match="plain.generate: eos is "):
+        plain.generate(model.parameters(), PROMPTS, model.config, 4, rng, eos)
+
+
 # Errors.
+
+NOT_IN_RANGE = "it must be a finite number at least 0.001 and at most 1000000.0, or 0 for greedy decoding"
+
 
 @pytest.mark.parametrize("prompts, settings, message", [
     ([], {}, "every prompt needs at least one token"),
     ([[1], []], {}, "every prompt needs at least one token"),
+    (np.zeros((2, 0), int), {}, "every prompt needs at least one token"),
     ([[1] * 9], {}, "a prompt of 9 tokens and 8 new ones do not fit the context of 16"),
-    ([[1]], {"temperature": -1}, "temperature -1 must be at least 0"),
-    ([[1]], {"temperature": np.nan}, "temperature nan must be at least 0, finite"),
-    ([[1]], {"temperature": np.inf}, "temperature inf must be at least 0, finite"),
-    ([[1]], {"temperature": 1e-50}, "and not vanish in float32"),
-    ([[1]], {"top_k": 0}, "top_k 0 must be at least 1"),
-    ([[1]], {"top_p": 0.0}, "top_p 0.0 in"),
-    ([[1]], {"top_p": 1.1}, "top_p 1.1 in"),
-], ids=["no prompt", "empty prompt", "context", "temperature", "NaN", "infinity", "rounds to 0", "top_k", "top_p 0",
-        "top_p 1.1"])
+    ([[1]], {"temperature": -1}, f"temperature is -1; {NOT_IN_RANGE}"),
+    ([[1]], {"temperature": np.nan}, f"temperature is nan; {NOT_IN_RANGE}"),
+    ([[1]], {"temperature": np.inf}, f"temperature is inf; {NOT_IN_RANGE}"),
+    ([[1]], {"temperature": 1e-50}, f"temperature is 1e-50; {NOT_IN_RANGE}"),
+    ([[1]], {"temperature": 2.9e-39}, f"temperature is 2.9e-39; {NOT_IN_RANGE}"),
+    ([[1]], {"top_k": 0}, "top_k is 0; it must be at least 1"),
+    ([[1]], {"top_p": 0.0}, "top_p is 0.0; it must be a finite number above 0 and at most 1"),
+    ([[1]], {"top_p": 1.1}, "top_p is 1.1"),
+    ([[1]], {"top_p": np.nan}, "top_p is nan"),
+    ([[1]], {"max_new_tokens": -1}, "max_new_tokens is -1; it must be at least 0"),
+    ([[1]], {"workers": 0}, "workers is 0; it must be at least 1"),
+], ids=["no prompt", "empty prompt", "empty array", "context", "temperature", "NaN", "infinity", "rounds to 0",
+        "overflows", "top_k", "top_p 0", "top_p 1.1", "top_p NaN", "max_new_tokens", "workers"])
 def test_prompts_and_settings_out_of_range_raise(prompts, settings, message, rng):
-    with pytest.raises(ValueError, match=message):
-        generate(small_transformer(rng, np.float32), prompts, 8, rng, EOS, **settings)
+    options = {"max_new_tokens": 8, **settings}
+    with pytest.raises(ValueError, match=f"generate: {re.escape(message)}"):
+        generate(small_transformer(rng, np.float32), prompts, rng=rng, eos=EOS, **options)
 
+
+@pytest.mark.parametrize("prompts, settings, message", [
+    ([[1.9, 2.2]], {}, "prompt 0 holds float64; token ids are integers"),
+    ([[1], [True]], {}, "prompt 1 holds bool"),
+    (["abc"], {}, "prompt 0 holds <U3"),
+    ("abc", {}, "prompts is 'abc'; it must be a list of token lists"),
+    (5, {}, "prompts is 5; it must be a list of token lists"),
+    ([1, 2], {}, r"prompt 0 has shape (); it must be a list of tokens. One prompt stands in a list too: [prompt]"),
+    (np.ones((1, 2, 3), int), {}, "prompt 0 has shape (2, 3)"),
+    ([[1]], {"rng": 0}, "rng is 0 (int); it must be a numpy Generator, such as np.random.default_rng(0)"),
+    ([[1]], {"rng": np.random.RandomState(0)}, "rng is RandomState"),
+    ([[1]], {"rng": None}, "rng is None"),
+    ([[1]], {"rng": [["a"] * 4]}, "uniform numbers are <U1"),
+    ([[1]], {"top_k": 3.0}, "top_k is 3.0 (float); it must be an integer"),
+    ([[1]], {"top_p": "0.5"}, "top_p is '0.5' (str); it must be a number"),
+    ([[1]], {"temperature": "0"}, "temperature is '0' (str); it must be a number"),
+    ([[1]], {"temperature": np.ones(2)}, "temperature is ndarray of shape (2,); it must be a number"),
+    ([[1]], {"max_new_tokens": 4.0}, "max_new_tokens is 4.0 (float); it must be an integer"),
+    ([[1]], {"workers": 1.5}, "workers is 1.5 (float); it must be an integer"),
+], ids=str)
+def test_arguments_of_another_type_are_refused_in_words(prompts, settings, message, rng):
+    options = {"max_new_tokens": 4, "rng": rng, **settings}
+    with pytest.raises(TypeError, match=f"generate: {re.escape(message)}"):
+        generate(small_transformer(rng), prompts, eos=EOS, **options)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": -1}, {"temperature": 1e-9}, {"temperature": np.nan},
+                                      {"top_k": 0}, {"top_k": -1}, {"top_k": 2.0}, {"top_p": 0}, {"top_p": 2}], ids=str)
+def test_distribution_and_sample_refuse_the_settings_that_generate_refuses(settings):
+    logits = np.zeros((1, 4))
+    for draw in (lambda: distribution(logits, **settings), lambda: sample(logits, np.zeros(1), **settings)):
+        with pytest.raises((TypeError, ValueError), match=rf"(distribution|sample): {next(iter(settings))} is "):
+            draw()
+    with pytest.raises(ValueError, match="distribution: temperature is 0"):
+        distribution(logits, 0)
+
+
+def test_prompts_may_be_the_rows_of_an_array(rng):
+    model, uniforms = small_transformer(rng), rng.random((2, 4))
+    expected = generate(model, [[1, 2], [1, 3]], 4, uniforms, EOS)
+    for prompts in (np.array([[1, 2], [1, 3]]), np.array([[1, 2], [1, 3]], np.uint8), ((1, 2), (1, 3)),
+                    [np.array([1, 2], np.int32), [1, 3]]):
+        assert_close(generate(model, prompts, 4, uniforms, EOS).log_probs, expected.log_probs, 1e-14)
+
+
+# Uniform numbers and logits that are no numbers.
+
+@pytest.mark.parametrize("u", [1.0, 5.0, -1.0, -1e-300, np.nan, np.inf, np.float32(1 - 1e-9)], ids=str)
+def test_a_uniform_number_outside_0_to_1_is_refused_wherever_numbers_are_drawn_with(u, rng):
+    model, logits, uniforms = small_transformer(rng), rng.normal(size=(3, 5)), rng.random((3, 4))
+    uniforms[1, 2] = u
+    for dtype in (np.float64, np.float32):
+        if u == -1e-300 and dtype == np.float32:
+            continue                                                        # -0.0 is a 0
+        given = uniforms.astype(dtype)
+        for name, draw in {"generate": lambda: generate(model, PROMPTS, 4, given, EOS, top_k=1),
+                           "sample": lambda: sample(logits, given[:, 2]),
+                           "categorical": lambda: categorical(np.exp(logits), given[:, 2]),
+                           "plain.sample": lambda: plain.sample(logits, given[:, 2]),
+                           "plain.generate": lambda: plain.generate(model.parameters(), PROMPTS, model.config, 4,
+                                                                    given)}.items():
+            with pytest.raises(ValueError, match=f"^{name}: a uniform number is .*; it must be at least 0 and below 1"):
+                draw()
+
+
+@given(rng=rngs)
+def test_every_uniform_number_in_0_to_1_is_accepted_and_float32_ones_draw_as_their_float64_values(rng):
+    model = small_transformer(rng)
+    uniforms = rng.random((3, 4), dtype=np.float32)
+    uniforms[0], uniforms[1] = 0, np.nextafter(np.float32(1), np.float32(0))
+    one, other = (generate(model, PROMPTS, 4, u, None) for u in (uniforms, uniforms.astype(float)))
+    assert np.array_equal(one.tokens, other.tokens) and np.isfinite(one.log_probs).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, None, None), (0, None, None), (0.5, 2, None),
+                                                       (1.0, None, 0.9), (1.0, 3, 0.9)])
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:divide by zero")
+def test_weights_that_are_no_numbers_end_generation_with_step_row_and_tensor(bad, temperature, top_k, top_p, rng):
+    model = small_transformer(rng, layers=2)
+    model.parameters()["blocks.1.ffn_norm"].data[:] = bad
+    with pytest.raises(FloatingPointError, match=r"generate, step 1, row 0: logits are NaN or infinite; first bad "
+                                                 r"tensor: the parameter blocks.1.ffn_norm, shape \(4,\)"):
+        generate(model, PROMPTS, 4, rng, EOS, temperature, top_k, top_p)
+    with pytest.raises(ValueError, match="plain.sample: the largest logit, row 0, is "):
+        plain.generate(model.parameters(), PROMPTS, model.config, 4, rng, EOS, temperature)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_the_row_and_the_step_are_those_at_which_a_bad_embedding_is_first_read(workers, rng, monkeypatch):
+    """Token 6 has no finite embedding. It is drawn for row 4 alone, as its third token, and read at step 4."""
+    monkeypatch.setattr(module, "ROWS_PER_WORKER", 1)
+    model, uniforms = small_transformer(rng, vocab_size=7), np.zeros((6, 8))
+    head = model.parameters()["unembedding"].data
+    head[...] = 0                                                       # all tokens are equally likely
+    model.parameters()["embedding"].data[6] = np.nan
+    uniforms[4, 2] = 0.999
+    with pytest.raises(FloatingPointError, match="generate, step 4, row 4: .* the parameter embedding, "):
+        generate(model, [[1, 2]] * 3 + [[3]] * 3, 8, uniforms, None, workers=workers)
+
+
+def test_a_row_that_has_ended_is_not_asked_for_finite_logits(rng):
+    model, uniforms = small_transformer(rng), np.zeros((5, 4))
+    model.parameters()["unembedding"].data[...] = 0
+    model.parameters()["embedding"].data[6] = np.nan
+    uniforms[4, 0] = 0.999                              # row 4 ends with token 6, and the other rows continue
+    with np.errstate(invalid="ignore"):
+        samples = generate(model, [[1]] * 5, 4, uniforms, eos=6)
+    assert samples.responses() == [[0] * 4] * 4 + [[6]]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
+def test_an_overflow_of_finite_weights_is_said_to_be_one(rng):
+    model = small_transformer(rng, np.float32)
+    model.parameters()["final_norm"].data[:] = 3e38
+    model.parameters()["unembedding"].data[:] = 3e38
+    with pytest.raises(FloatingPointError, match="none of the parameters: a product overflowed float32"):
+        generate(model, PROMPTS, 4, rng, EOS)
+
+
+@pytest.mark.parametrize("bad", [[np.nan, 0, 0], [np.inf, 0, 0], [-np.inf] * 3], ids=str)
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_sample_and_categorical_refuse_a_row_without_a_distribution(bad, temperature):
+    logits = np.array([[1.0, 2.0, 3.0], bad])
+    for draw in (sample, plain.sample):
+        with pytest.raises(ValueError, match=r"sample: the largest logit, row 1, is (nan|inf|-inf); it must be finite"):
+            draw(logits, np.zeros(2), temperature)
+    for p in ([0.0, 0.0], [np.nan, 1.0]):
+        with pytest.raises(ValueError, match="categorical: the probabilities of row 1 sum to (0.0|nan); nothing"):
+            categorical(np.array([[0.5, 0.5], p]), np.zeros(2))
+
+
+# Temperatures that drawing and scoring both accept.
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(rng=rngs, exponent=st.floats(-3, 6))
+@example(rng=np.random.default_rng(0), exponent=-3.0)
+@example(rng=np.random.default_rng(0), exponent=6.0)
+def test_at_every_temperature_in_range_drawn_and_scored_log_probs_agree(dtype, rng, exponent):
+    """Up to the rounding of the logits over the temperature."""
+    model = small_transformer(rng, dtype)
+    temperature = float(np.clip(10 ** exponent, *checks.TEMPERATURES))
+    samples = generate(model, PROMPTS, 8, rng, EOS, temperature)
+    scored = model.response_log_probs(pack(PROMPTS, samples.responses()), temperature).data
+    largest = np.abs(model(np.array([[1, 2, 3]])).data).max() + 1
+    tolerance = 50 * np.finfo(dtype).eps * (largest / temperature + np.abs(samples.log_probs).max() + 1)
+    assert np.abs(scored - samples.log_probs).max() <= tolerance
+
+
+@given(temperature=st.one_of(st.floats(max_value=1e-3, exclude_max=True), st.floats(min_value=1e6, exclude_min=True),
+                             st.just(np.nan)))
+def test_outside_the_range_of_temperatures_drawing_and_scoring_both_refuse(temperature):
+    model = small_transformer(np.random.default_rng(0), np.float32)
+    part = pack([[1, 2]], [[3]])
+    scores = [lambda: model.response_log_probs(part, temperature), lambda: model.log_probs([[1, 2]], temperature)]
+    draws = [lambda: generate(model, [[1]], 1, np.random.default_rng(0), None, temperature),
+             lambda: sample(np.zeros((1, 3)), np.zeros(1), temperature),
+             lambda: plain.sample(np.zeros((1, 3)), np.zeros(1), temperature)]
+    for use in scores if temperature == 0 else [*scores, *draws]:
+        with pytest.raises(ValueError, match=r"(log_probs|generate|sample): temperature is .*; it must be a finite "
+                                             "number at least 0.001 and at most 1000000.0"):
+            use()
+
+
+# Where a response ends, in numbers.
 
 @pytest.mark.parametrize("shape", [(2, 8), (3, 7), (3, 9), (3,)], ids=str)
 def test_uniform_numbers_of_another_shape_raise(shape, rng):
-    with pytest.raises(ValueError, match=r"uniform numbers of shape .* for 3 prompts and 8 new tokens"):
+    with pytest.raises(ValueError, match=r"generate: uniform numbers of shape .*; expected \(3, 8\)"):
         generate(small_transformer(rng), PROMPTS, 8, np.zeros(shape), EOS)
 
 

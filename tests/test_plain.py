@@ -317,7 +317,7 @@ PROMPTS = [[1], [2, 3, 4], [5, 6], [2, 3, 4]]
 
 @pytest.mark.parametrize("temperature", [0, 0.5, 1.0, 2.5])
 @each_kind
-@given(rng=rngs, eos=st.sampled_from([EOS, None]))
+@given(rng=rngs, eos=st.sampled_from([EOS, None, [EOS, 5], (1, 2, 3), {4, 6}]))
 def test_tokens_are_those_of_cached_generation(kind, temperature, rng, eos):
     model = small_transformer(rng, **kind)
     uniforms = rng.random((4, 8))

@@ -1,10 +1,12 @@
 """kernels/sampling.cu: the same tokens as NumPy, the bytes, the errors, and planted bugs that are found."""
+import itertools
+
 import numpy as np
 import pytest
 
 import kernel_mutants
 from helpers import assert_close
-from minilm.generate import categorical, distribution, entropy
+from minilm.generate import categorical, distribution, entropy, sample as checked_sample
 from minilm.kernels import emulator, sampling
 
 VOCABULARIES = [1, 7, 31, 32, 33, 65, 128, 200, 1000, 5000]
@@ -35,7 +37,7 @@ def sorted_sample(logits, uniforms, temperature=1, top_k=None, top_p=None):
     for row, u in zip(logits, uniforms):
         g = ((row.max() - row) / row.dtype.type(temperature)).astype(np.float64)
         if top_k is not None and top_k < len(g):
-            g[g > np.sort(g)[top_k - 1]] = np.inf
+            g[np.argsort(g, kind="stable")[top_k:]] = np.inf
         w, order = np.exp(-g), np.argsort(g, kind="stable")
         if top_p is not None and top_p < 1:
             summed = np.concatenate([[0], w[order].cumsum()])
@@ -109,12 +111,37 @@ def tied(dtype):
 
 @BOTH
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 8, 9])
-def test_top_k_keeps_every_token_that_equals_the_last(top_k, dtype, xp):
+def test_top_k_keeps_exactly_k_tokens_of_equals_the_first(top_k, dtype, xp):
     logits, uniforms = tied(dtype).repeat(50, axis=0), np.tile((np.arange(50) + 0.37) / 50, 2)
     tokens = sample(xp, logits, uniforms, 1, top_k)[0].reshape(2, 50)
     assert np.array_equal(tokens.reshape(-1), numpy_sample(logits, uniforms, 1, top_k)[0])
     for row, drawn in zip(tied(dtype), tokens):
-        assert set(drawn) == set(np.flatnonzero(row >= np.sort(row)[-top_k]))
+        assert set(drawn) == set(np.argsort(-row, kind="stable")[:top_k])
+
+
+@BOTH
+@pytest.mark.parametrize("V", [2, 5, 70])
+def test_ties_and_signed_zeros_leave_the_draws_of_numpy(V, dtype, xp, rng):
+    """A highest logit of -0 beside 0 once gave the gap -0, whose bits sort last. Top-p may cut ties that top-k left."""
+    logits = rng.choice(np.array([0.0, -0.0, -1.0, -np.inf, -3.0], dtype), size=(60, V))
+    logits[:, 0] = [0.0, -0.0] * 30
+    for settings in itertools.product((0.5, 1), (None, 1, 2, 4, V - 1), (None, 0.3, 0.85)):
+        tokens, log_probs, entropies = sample(xp, logits, rng.random(60), *settings)
+        scores = distribution(logits, *settings)
+        assert np.abs(entropies - entropy(np.exp(scores), scores)).max() < 1e-5, "another set of tokens is kept"
+        assert np.abs(log_probs - scores[np.arange(60), tokens]).max() < 1e-5
+
+
+@BOTH
+def test_ties_of_top_k_in_a_later_segment_are_cut_too_and_cost_one_more_pass_and_walk(dtype, emulated):
+    V = 5000
+    logits, uniforms = np.zeros((1, V), dtype), np.array([1 - 2.0 ** -53])
+    logits[:, 4000] = -1
+    with emulator.checked():
+        tokens = sample(emulated, logits, uniforms, 1, 4500)[0]
+        read, written = sampling.sample_bytes(V, dtype, tokens.tolist(), 1, 4500)
+        assert tokens.tolist() == [4500] and moved()[1] == written
+        assert V <= (moved()[0] - read) / np.dtype(dtype).itemsize < 2 * V
 
 
 @BOTH
@@ -182,15 +209,17 @@ def test_hard_logits_are_right(settings, dtype, xp, rng):
 @BOTH
 @pytest.mark.parametrize("settings", [(1, None, None), (1, 3, 0.9), (0, None, None)], ids=str)
 def test_a_row_without_a_distribution_gives_token_0_and_nan_as_numpy_does(settings, dtype, xp, rng):
+    """The log-prob is NaN in NumPy's formula too; generate.sample raises. An error here would wait for the GPU."""
     logits = rng.normal(size=(5, 40)).astype(dtype)
     logits[0, 7], logits[1], logits[2, 9], logits[3, :3] = np.nan, -np.inf, np.inf, np.nan
     tokens, log_probs, entropies = sample(xp, logits, np.full(5, 0.5), *settings)
     assert tokens[:4].tolist() == [0] * 4 and np.isnan(log_probs[:4]).all() and np.isnan(entropies[:4]).all()
     with np.errstate(invalid="ignore"):
-        expected = numpy_sample(logits, np.full(5, 0.5), *settings[:1])
-    assert np.isnan(expected[1][:4]).all() and np.isfinite([log_probs[4], entropies[4]]).all()
-    if settings[0]:
-        assert expected[0][:4].tolist() == [0] * 4
+        assert np.isnan(distribution(logits, settings[0] or 1, *settings[1:])[:4]).all()
+    assert np.isfinite([log_probs[4], entropies[4]]).all()
+    for row in logits[:4]:
+        with pytest.raises(ValueError, match="sample: the largest logit, row 0, is "):
+            checked_sample(row[None], np.array([0.5]), *settings)
 
 
 @BOTH
@@ -221,14 +250,17 @@ ERRORS = {
     "a uniform too many": ({"uniforms": np.zeros(3)}, "uniforms has shape (3,); this kernel takes (2)"),
     "strided uniforms": ({"uniforms": np.zeros(4)[::2]}, "uniforms is not contiguous; pass a contiguous copy"),
     "negative temperature": ({"temperature": -1},
-                             "temperature is -1; it must be 0 or more, finite, and not round to 0 in float64"),
+                             "sample: temperature is -1; it must be a finite number at least 0.001 and at most "
+                             "1000000.0, or 0 for greedy decoding"),
     "infinite temperature": ({"temperature": np.inf},
-                             "temperature is inf; it must be 0 or more, finite, and not round to 0 in float64"),
+                             "sample: temperature is inf; it must be a finite number at least 0.001 and at most "
+                             "1000000.0, or 0 for greedy decoding"),
     "vanishing temperature": ({"logits": np.zeros((2, 5), np.float32), "temperature": 1e-50},
-                              "temperature is 1e-50; it must be 0 or more, finite, and not round to 0 in float32"),
-    "no token": ({"top_k": 0}, "top_k is 0; it must be at least 1"),
-    "no probability": ({"top_p": 0}, "top_p is 0; it must be in (0, 1]"),
-    "too much probability": ({"top_p": 1.5}, "top_p is 1.5; it must be in (0, 1]"),
+                              "sample: temperature is 1e-50; it must be a finite number at least 0.001 and at most "
+                              "1000000.0, or 0 for greedy decoding"),
+    "no token": ({"top_k": 0}, "sample: top_k is 0; it must be at least 1"),
+    "no probability": ({"top_p": 0}, "sample: top_p is 0; it must be a finite number above 0 and at most 1"),
+    "too much probability": ({"top_p": 1.5}, "sample: top_p is 1.5; it must be a finite number above 0 and at most 1"),
 }
 
 
@@ -290,10 +322,15 @@ def test_the_number_of_threads_does_not_change_the_tokens(dtype, emulated, rng, 
 MUTANTS = [
     ("the temperature is ignored", "(highest - logits[j]) / temperature", "(highest - logits[j])", "numbers"),
     ("all tokens that equal the last one of top-p are kept", "(bits == limit && j > last)", "false", "numbers"),
-    ("one tied token too many is kept", "segments, needed - 1)", "segments, needed)", "numbers"),
+    ("one tied token too many is kept", "segments, needed - 1) : V", "segments, needed) : V", "numbers"),
     ("the number of tied tokens that top-p needs is rounded down", "(target - below + each - 1) / each",
      "(target - below) / each", "checker"),
-    ("top-k counts to one beyond", "below + of_digit[digit] < target", "below + of_digit[digit] <= target", "numbers"),
+    ("top-k counts to one beyond", "below + of_digit[digit] < target", "below + of_digit[digit] <= target", "checker"),
+    ("top-k keeps all tokens that equal the k-th", "if (needed < equal)", "if (false)", "numbers"),
+    ("the last tied token of top-k cuts the ties of top-p too", "segments, needed - 1) : V;",
+     "segments, needed - 1) : kept.last;", "checker"),
+    ("a highest logit of -0 stays -0", "block_max(row.highest, scratch) + real(0)", "block_max(row.highest, scratch)",
+     "numbers"),
     ("top-k holds at temperature 0 too", "top_k > 0 && !greedy", "top_k > 0", "numbers"),
     ("a scan that adds lanes beyond the first", "if (lane >= other) sum += lower;", "sum += lower;", "numbers"),
     ("a token without weight is drawn by a uniform of 0", "before + sum > target", "before + sum >= target",
@@ -337,7 +374,10 @@ def check(xp):
         actual = sample(xp, logits, uniforms, *settings)
         bytes_right &= moved() == sampling.sample_bytes(300, np.float64, actual[0].tolist(), *settings)
         assert_same_draws(actual, (sorted_sample if settings[0] else numpy_sample)(logits, uniforms, *settings))
-    test_top_k_keeps_every_token_that_equals_the_last(3, np.float64, xp)
+    test_top_k_keeps_exactly_k_tokens_of_equals_the_first(3, np.float64, xp)
+    for values, settings in ([0, -0.0, -5, -6], (1, 2, None)), ([0, 1, 1, 1, 0], (1, 4, 0.85)):
+        row, u = np.array([values], float), np.array([0.3])
+        assert_same_draws(sample(xp, row, u, *settings), numpy_sample(row, u, *settings))
     test_top_p_keeps_the_first_of_equals_as_many_as_it_needs(0.55, {9, 2, 3, 6}, np.float64, xp)
     test_a_uniform_outside_0_to_1_gives_a_log_prob_of_nan(np.float64, xp, rng)
     test_a_row_without_a_distribution_gives_token_0_and_nan_as_numpy_does((1, None, None), np.float64, xp, rng)

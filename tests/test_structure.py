@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # The README's diagram is this table (scripts/dev/readme.py).
 LEVELS = """
     backend  fast.malloc  fast.workers  numpy_functions  tokenizer
-    checkpoint  checks  data  fast.deferred  fast.tiled_attention  kernels  tensor
-    fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  ops  packing
+    checkpoint  checks  data  fast.deferred  fast.tiled_attention  tensor
+    fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  kernels  ops  packing
     evaluate  gradcheck  layers  objectives  optim  plain  world
     exact  fast.packed_attention
     model

@@ -5,7 +5,7 @@ One update per batch of samples, so the samples are always drawn from the policy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -21,13 +21,15 @@ from minilm.tensor import no_grad
 
 @stage
 def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prompts: Sequence, steps: int,
-               prompts_per_step: int, samples_per_prompt: int, max_new_tokens: int, eos: int, beta: float = 0.1,
-               learning_rate: float = 3e-4, temperature: float = 1.0, baseline: str = "leave_one_out",
+               prompts_per_step: int, samples_per_prompt: int, max_new_tokens: int,
+               eos: int | Collection[int] | None, beta: float = 0.1, learning_rate: float = 3e-4,
+               temperature: float = 1.0, baseline: str = "leave_one_out",
                microbatches: int | None = None) -> Iterator[dict]:
     """Maximise the reward minus beta times the KL divergence to `reference`, by the policy gradient.
 
     reward        (prompts, responses), two lists of N token lists, to N floats; called once a step
     prompts       token lists to sample responses to; no comparisons needed
+    eos           the token that ends a response, or several of them, or None (generate.py)
     temperature   of sampling. Policy and reference are both scored at it, without top-k and top-p: otherwise the
                   log-probs would not be those of the distribution that was drawn from
     microbatches  shards of a step, None for one per worker
@@ -59,7 +61,8 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
 
 
 def sample_responses(state: TrainState, reference: Transformer, prompts: Sequence, shards: Sequence[np.ndarray],
-                     max_new_tokens: int, eos: int, temperature: float) -> tuple[Samples, np.ndarray]:
+                     max_new_tokens: int, eos: int | Collection[int] | None,
+                     temperature: float) -> tuple[Samples, np.ndarray]:
     """One response of state.model to each of N prompts, and log pi_ref of each, (N,). Every rank gets all of them.
 
     The policy's own log-probs come with the samples: no second forward for them.

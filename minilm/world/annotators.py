@@ -1,7 +1,7 @@
 """Simulated people who compare answers: a gold reward, and annotators who judge by it with errors.
 
 The gold reward is the preference of the assistant's users: the right answer first, then manner. It serves to
-measure, and the annotators judge by it. No training stage sees it.
+measure, and the annotators judge by it. No training stage reads it.
 """
 
 import dataclasses

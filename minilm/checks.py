@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minilm.backend import array_module, is_cupy
+from minilm.backend import array_module, to_numpy
 
 
 def number(function: str, name: str, value: Any, *, above: float | None = None, at_least: float | None = None,
@@ -23,14 +23,14 @@ def number(function: str, name: str, value: Any, *, above: float | None = None, 
     >>> number("dpo_loss", "beta", 0.1, above=0)
     0.1
     """
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+    if getattr(value, "shape", None) == ():
+        value = value.item()                                # a NumPy scalar, or an array of one number
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{function}: {name} is {_shown(value)}; it must be a number")
-    limits = {"above": above, "at least": at_least, "below": below, "at most": at_most}
-    holds = {"above": lambda limit: value > limit, "at least": lambda limit: value >= limit,
-             "below": lambda limit: value < limit, "at most": lambda limit: value <= limit}
-    given = {words: limit for words, limit in limits.items() if limit is not None}
-    if not math.isfinite(value) or not all(holds[words](limit) for words, limit in given.items()):
-        wanted = " and ".join(f"{words} {limit}" for words, limit in given.items())
+    if not (-math.inf < value < math.inf and (above is None or value > above) and (below is None or value < below)
+            and (at_least is None or value >= at_least) and (at_most is None or value <= at_most)):
+        limits = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+        wanted = " and ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
         raise ValueError(f"{function}: {name} is {value!r}; it must be a finite number {wanted}".rstrip())
     return value
 
@@ -45,6 +45,13 @@ def integer(function: str, name: str, value: Any, *, at_least: int | None = None
     return int(value)
 
 
+def flag(function: str, name: str, value: Any) -> bool:
+    """A setting that is True or False. Raises TypeError for others: the text "no" would count as True."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{function}: {name} is {_shown(value)}; it must be True or False")
+    return bool(value)
+
+
 def choice(function: str, name: str, value: Any, choices: Sequence[str]) -> str:
     """A setting that is one of several words. Raises ValueError."""
     if value not in choices:
@@ -53,7 +60,8 @@ def choice(function: str, name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
-def mask(function: str, values: Any, shape: tuple[int, ...] | None = None, name: str = "mask") -> np.ndarray:
+def mask(function: str, values: Any, shape: tuple[int, ...] | None = None, name: str = "mask",
+         hint: str = "") -> np.ndarray:
     """A mask of zeros and ones (integers, floats or bool) as a bool array on its device.
 
     shape: the shape that it must have, if given. Raises ValueError for other values (labels such as -100, weights, NaN)
@@ -62,7 +70,8 @@ def mask(function: str, values: Any, shape: tuple[int, ...] | None = None, name:
     xp = array_module(values)
     values = xp.asarray(values)
     if shape is not None and values.shape != tuple(shape):
-        raise ValueError(f"{function}: {name} has shape {values.shape}; it must be {tuple(shape)}")
+        raise ValueError(f"{function}: {name} has shape {values.shape}; it must be {tuple(shape)}"
+                         f"{'; ' * bool(hint)}{hint}")
     if values.dtype == bool:
         return values
     selected = values == 1
@@ -73,35 +82,65 @@ def mask(function: str, values: Any, shape: tuple[int, ...] | None = None, name:
     return selected
 
 
-def same_shape(function: str, **arrays: Any) -> tuple[int, ...]:
-    """The one shape of arrays or Tensors that belong together, entry by entry. Raises ValueError: none is broadcast."""
-    shapes = {name: tuple(a.shape if hasattr(a, "shape") else np.shape(a)) for name, a in arrays.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"{function}: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}; "
-                         "they must have one shape")
-    return next(iter(shapes.values()))
+def same_shape(function: str, *, axes: str = "", hint: str = "", **arrays: Any) -> tuple[int, ...]:
+    """The one shape of arrays or Tensors that belong together, entry by entry. Raises ValueError: none is broadcast.
+
+    axes: the letters of its axes, if it must have just these: "PK" for arrays (P,K), without an axis of length 0.
+    hint: how to get arrays of that shape. An argument that is None is not given.
+
+    >>> same_shape("dpo_loss", axes="B", chosen=np.zeros(2), rejected=np.zeros(2))
+    (2,)
+    """
+    shapes = {name: tuple(a.shape if hasattr(a, "shape") else np.shape(a)) for name, a in arrays.items()
+              if a is not None}
+    shape = next(iter(shapes.values()))
+    if any(other != shape for other in shapes.values()) or (axes and (len(shape) != len(axes) or 0 in shape)):
+        wanted = f"they must have one shape ({','.join(axes)}{',' * (len(axes) == 1)})".removesuffix(" ()")
+        raise ValueError(f"{function}: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}; {wanted}"
+                         f"{', without an axis of length 0' * (0 in shape)}{'; ' * bool(hint)}{hint}")
+    return shape
 
 
-def finite(function: str, name: str, values: Any, entry: str = "entry") -> np.ndarray:
-    """An array without NaN and infinity. Raises ValueError with the place and value of the first one."""
-    values = array_module(values).asarray(values)
-    if not array_module(values).isfinite(values).all():
-        place = tuple(int(i) for i in np.argwhere(~np.isfinite(values.get() if is_cupy(values) else values))[0])
+def finite(function: str, name: str, values: Any, entry: str = "entry", at_least: float | None = None) -> np.ndarray:
+    """An array without NaN and infinity. Raises ValueError with the place and value of the first one.
+
+    at_least: the smallest value that is allowed.
+    """
+    xp = array_module(values)
+    values = xp.asarray(values)
+    right = xp.isfinite(values) if at_least is None else (values >= at_least) & (values < math.inf)
+    if not right.all():
+        place = tuple(int(i) for i in np.argwhere(~to_numpy(right))[0])
         raise ValueError(f"{function}: {name}, {entry} {place[0] if len(place) == 1 else place}, is "
-                         f"{values[place].item()}; it must be finite")
+                         f"{values[place].item()}; it must be finite"
+                         f"{'' if at_least is None else f' and at least {at_least}'}")
     return values
 
 
+def numbers(function: str, axes: str = "", *, hint: str = "", **arrays: Any) -> list[np.ndarray]:
+    """Arrays of one shape without NaN and infinity, as NumPy arrays. Raises as same_shape and finite do."""
+    same_shape(function, axes=axes, hint=hint, **arrays)
+    return [finite(function, name, to_numpy(values)) for name, values in arrays.items()]
+
+
+def indices(function: str, name: str, values: Any, count: int) -> np.ndarray:
+    """Integers in [0, count) as an array. Raises TypeError for another type (floats are not rounded), IndexError for
+    one out of range: a negative one does not count from the end."""
+    return _integers_below(function, name, values, count, f"; it must hold integers from 0 to {count - 1}")
+
+
 def token_ids(function: str, name: str, values: Any, vocab_size: int) -> np.ndarray:
-    """Integers in [0, vocab_size) as an array. Raises TypeError for another type (floats are not rounded), IndexError
-    for an id outside the vocabulary: nothing wraps."""
+    """Integers in [0, vocab_size) as an array. Raises as indices does: nothing wraps."""
+    return _integers_below(function, name, values, vocab_size, f", which is not in the vocabulary of {vocab_size}; "
+                           "was it made with another tokenizer?")
+
+
+def _integers_below(function, name, values, count, otherwise):
     values = array_module(values).asarray(values)
     if values.size and values.dtype.kind not in "iu":
-        raise TypeError(f"{function}: {name} holds {values.dtype}; token ids are integers")
-    if values.size and not 0 <= int(values.min()) <= int(values.max()) < vocab_size:
-        wrong = int(values.min()) if values.min() < 0 else int(values.max())
-        raise IndexError(f"{function}: {name} holds {wrong}, which is not in the vocabulary of {vocab_size}; "
-                         "was it made with another tokenizer?")
+        raise TypeError(f"{function}: {name} holds {values.dtype}; it must hold integers")
+    if values.size and not 0 <= (lowest := int(values.min())) <= (highest := int(values.max())) < count:
+        raise IndexError(f"{function}: {name} holds {lowest if lowest < 0 else highest}{otherwise}")
     return values
 
 

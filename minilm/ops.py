@@ -14,9 +14,9 @@ import sys
 
 import numpy as np
 
-from minilm import tensor
-from minilm.backend import array_module, is_cupy
-from minilm.fast.deferred import DeferredMatmul, SparseRows
+from minilm import checks, tensor
+from minilm.backend import array_module
+from minilm.fast.deferred import DeferredMatmul, SparseRows, segment_sum
 from minilm.tensor import Tensor, primitive
 
 
@@ -28,24 +28,6 @@ def unbroadcast(gradient, shape) -> np.ndarray | None:
     stretched = tuple(range(extra)) + tuple(
         extra + i for i, n in enumerate(shape) if n == 1 and gradient.shape[extra + i] != 1)
     return gradient.sum(axis=stretched).reshape(shape)
-
-
-def segment_sum(indices, values) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct indices of indices (n,), ascending, and for each the sum of its values, out of values (n,..).
-
-    Sorted first, so that the order of summation, and with it the last bits, are the same in every run: np.add.at
-    visits the elements one by one, and CuPy's add.at in an order that changes from run to run.
-    """
-    if not len(indices):
-        return indices, values
-    xp = array_module(values)
-    # CuPy computes a row's sum as a difference of two running sums: in float32 a small sum would lose its digits.
-    wide = "float64" if is_cupy(values) else None
-    rows = values.reshape(len(indices), -1)
-    order = xp.argsort(indices, kind="stable")
-    distinct, starts = xp.unique(indices[order], return_index=True)
-    sums = xp.add.reduceat(rows[order], starts, axis=0, dtype=wide).astype(values.dtype, copy=False)
-    return distinct, sums.reshape(-1, *values.shape[1:])
 
 
 def _shapes(*inputs):
@@ -166,17 +148,16 @@ def softplus(x):
     return array_module(x).logaddexp(x, 0), vjp
 
 
-@primitive
-def log_sigmoid(x):
+def log_sigmoid(x) -> Tensor:
     """log(1 / (1 + exp -x)) = -softplus(-x), finite at any finite x.   d/dx = sigmoid(-x)"""
-    def vjp(dy):
-        return dy * stable_sigmoid(-x)
-    return -array_module(x).logaddexp(-x, 0), vjp
+    return negative(softplus(negative(x)))
 
 
 @primitive
 def clip(x, low, high):
     """x limited to [low, high]; no gradient where it is limited."""
+    if not low <= high:
+        raise ValueError(f"clip: low is {low} and high is {high}; low must be at most high")
     def vjp(dy):
         return dy * ((x >= low) & (x <= high))
     return array_module(x).clip(x, low, high), vjp
@@ -198,7 +179,7 @@ def where(condition, x, y):
     """x where condition holds, y elsewhere. The gradient of an element that is not selected is 0, even if it is NaN."""
     xp = array_module(x, y)
     x_shape, y_shape = _shapes(x, y)
-    condition = xp.asarray(condition, dtype=bool)
+    condition = xp.asarray(checks.mask("where", condition, name="condition"))
     def vjp(dz):
         return None, unbroadcast(xp.where(condition, dz, 0), x_shape), unbroadcast(xp.where(condition, 0, dz), y_shape)
     return xp.where(condition, x, y), vjp
@@ -332,10 +313,7 @@ def _is_basic(index):
 def embed(table, indices):
     """Rows of a table (V,D) for integer indices (...), giving (...,D)."""
     xp = array_module(table)
-    if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < len(table):
-        raise IndexError(f"indices from {int(indices.min())} to {int(indices.max())} "
-                         f"in a table of {len(table)} rows")
-    at = xp.asarray(indices)
+    at = xp.asarray(checks.indices("embed", "indices", indices, len(table)))
     def vjp(dy):
         return SparseRows(table, *segment_sum(at.reshape(-1), dy.reshape(-1, table.shape[1])))
     return table[at], vjp
@@ -345,7 +323,9 @@ def embed(table, indices):
 def gather(x, indices):
     """One entry of the last axis of x (...,V) for each index (...): take_along_axis, without its last axis."""
     xp = array_module(x)
-    at = xp.expand_dims(xp.asarray(indices), -1)
+    if np.shape(indices) != x.shape[:-1]:
+        raise ValueError(f"gather: indices {np.shape(indices)} for x {x.shape}; pass one for each row of x")
+    at = xp.expand_dims(xp.asarray(checks.indices("gather", "indices", indices, x.shape[-1])), -1)
     def vjp(dy):
         dx = xp.zeros_like(x)
         xp.put_along_axis(dx, at, xp.expand_dims(dy, -1), axis=-1)

@@ -2,7 +2,8 @@
 
 This file defines the model, the losses, sampling and AdamW. Everything else in minilm computes the same numbers,
 faster, and the tests compare it with this file (tests/test_plain.py). It uses only the elementary operations of
-ops.py; tensor.py computes their gradients. Derivations, gradients by hand and papers: objectives/ and layers.py.
+ops.py; tensor.py computes their gradients, and checks.py refuses arrays that do not belong together. Derivations,
+gradients by hand and papers: objectives/ and layers.py.
 
     python -m minilm.plain          runs toy.py: from random weights to an assistant, on a toy task
 
@@ -121,7 +122,7 @@ def self_attention(x: Tensor, parameters: Parameters, block: str, config, mask: 
 
 def hidden_states(parameters: Parameters, tokens: np.ndarray, config, mask: np.ndarray | None = None) -> Tensor:
     """The final hidden state of each token: (B,T) -> (B,T,D)."""
-    mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
+    mask = np.ones(tokens.shape, bool) if mask is None else checks.mask("hidden_states", mask, tokens.shape)
     x = ops.embed(parameters["embedding"], tokens)                          # (B,T,D)
     for i in range(config.layers):
         block = f"blocks.{i}."
@@ -153,7 +154,7 @@ def sequence_log_probs(log_probs: Tensor, mask: np.ndarray) -> Tensor:
 def reward(parameters: Parameters, tokens: np.ndarray, config, mask: np.ndarray | None = None) -> Tensor:
     """r(x, y): one number for each sequence, from the hidden state of its last real token. (B,T) -> (B)"""
     B, T = tokens.shape
-    mask = np.ones((B, T), bool) if mask is None else np.asarray(mask, bool)
+    mask = np.ones((B, T), bool) if mask is None else checks.mask("reward", mask, (B, T))
     last = T - 1 - mask[:, ::-1].argmax(axis=1)                             # (B): index of the last real token
     hidden = hidden_states(parameters, tokens, config, mask)                # (B,T,D)
     return (hidden[np.arange(B), last] @ parameters["reward_head"]).reshape(B)
@@ -176,6 +177,7 @@ def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin=0.0, ce
     r_w = r(x, y_w) and r_l = r(x, y_l), (B) each. margin: by how much r_w should exceed r_l. The term with
     centering keeps the rewards near 0, because comparisons determine them only up to a constant for each prompt.
     """
+    checks.same_shape("reward_loss", chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
     difference = chosen_rewards - rejected_rewards - margin
     total = chosen_rewards + rejected_rewards
     return ops.mean(-ops.log_sigmoid(difference)) + centering * ops.mean(total * total)
@@ -186,15 +188,17 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
 
     kl is a one-sample estimate of KL(pi || pi_ref), called k1 in objectives/kl.py; it may be negative. R depends on
     pi, but E[grad kl] = 0, so A is treated as a constant (detached, stop-gradient).
-    "group" is another form, A = (R - mean R) / (standard deviation + 1e-4). "leave_one_out" and "group" need K >= 2.
+    "group" is another form, A = (R - mean R) / (standard deviation + 1e-4). All but "none" need K >= 2.
     """
+    checks.same_shape("advantages", axes="PK", rewards=rewards, kl=kl)
     R = rewards - beta * kl                                                 # (P,K)
     K = R.shape[1]
-    if K < 2 and baseline in ("leave_one_out", "group"):
-        raise ValueError(f"baseline {baseline!r} compares the samples of a prompt; it needs K >= 2, got K = {K}")
-    mean = R.mean(axis=1, keepdims=True)                                    # (P,1)
     if baseline == "none":
         return R
+    if K < 2:
+        raise ValueError(f"baseline {baseline!r} compares the samples of a prompt; it needs K >= 2, got K = {K}")
+    R = R - R[:, :1]                                                        # equal R, however large, are exactly 0 now
+    mean = R.mean(axis=1, keepdims=True)                                    # (P,1)
     if baseline == "mean":                                                  # of all K samples of the prompt
         return R - mean
     if baseline == "leave_one_out":                                         # the mean of the K - 1 other samples
@@ -225,6 +229,8 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
     label_smoothing eps: the target probability of y_w is 1 - eps in place of 1. It smooths the target, and does
     not undo flipped labels (objectives.dpo.robust_dpo_loss does).
     """
+    checks.same_shape("dpo_loss", policy_chosen=policy_chosen, policy_rejected=policy_rejected,
+                      reference_chosen=reference_chosen, reference_rejected=reference_rejected)
     delta = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
     as_labelled = ops.mean(-ops.log_sigmoid(beta * delta))
     exchanged = ops.mean(-ops.log_sigmoid(-beta * delta))

@@ -122,6 +122,9 @@ class Tensor:
     def __float__(self):
         return self.item()
 
+    def __bool__(self):
+        return bool(self.data)          # NumPy raises ValueError for several elements
+
     def __repr__(self):
         source = f", from {self.node.name}" if self.node else ""
         return f"Tensor({self.data!r}{source})"
@@ -278,7 +281,7 @@ def primitive(function: Callable) -> Callable:
             _check_dtypes(inputs, output)
         except (IndexError, TypeError, ValueError) as error:
             kind = next(k for k in (IndexError, TypeError, ValueError) if isinstance(error, k))
-            raise kind(f"{_call(name, arrays)}: {error}") from error
+            raise kind(f"{_call(name, arrays)}: {str(error).removeprefix(name + ': ')}") from error
         if _thread.watch is not None:
             _thread.watch(name, output)
         result = Tensor(output)                                             # (3) array to Tensor

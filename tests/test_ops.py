@@ -200,7 +200,7 @@ CASES = {
 
 
 def test_every_primitive_of_ops_has_a_case():
-    of_arrays = {"unbroadcast", "segment_sum", "stable_sigmoid", "stable_softplus"}
+    of_arrays = {"unbroadcast", "stable_sigmoid", "stable_softplus"}
     public = {name for name, f in inspect.getmembers(ops, inspect.isfunction)
               if f.__module__ == ops.__name__ and not name.startswith("_")}
     assert public - of_arrays == set(CASES)
@@ -327,7 +327,7 @@ def test_an_element_picked_twice_gets_both_gradients():
 
 @pytest.mark.parametrize("bad", [-1, 5])
 def test_embedding_an_index_outside_the_table_raises(bad):
-    with pytest.raises(IndexError, match=r"embed\(.*in a table of 5 rows"):
+    with pytest.raises(IndexError, match=rf"embed\(.*indices holds {bad}; it must hold integers from 0 to 4"):
         ops.embed(Tensor(np.zeros((5, 2))), np.array([0, bad]))
 
 

@@ -157,7 +157,7 @@ def test_reward_to_go_keeps_the_digits_of_large_float32_rewards():
 @pytest.mark.parametrize("kl, mask", [((2, 3), (2, 3)), ((2, 3, 4), (2, 3, 1)), ((6, 4), (6, 4)),
                                       ((2, 1, 4), (2, 1, 4))])
 def test_reward_to_go_of_other_shapes_raises(kl, mask):
-    with pytest.raises(ValueError, match=r"expected rewards \(P,K\), token_kl and mask \(P,K,T\)"):
+    with pytest.raises(ValueError, match=r"reward_to_go: .*\(P,K(,T)?\)"):
         reward_to_go(np.ones((2, 3)), np.zeros(kl), np.ones(mask), 0.1)
 
 

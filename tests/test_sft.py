@@ -108,7 +108,7 @@ def test_a_mask_that_selects_nothing_raises_unless_a_total_is_given(shape):
 
 @pytest.mark.parametrize("mask_shape", [(3, 2), (2,), (1, 3), (2, 3, 1)])
 def test_a_mask_of_another_shape_raises(mask_shape):
-    with pytest.raises(ValueError, match="same shape"):
+    with pytest.raises(ValueError, match="shape"):
         sft_loss(np.zeros((2, 3)), np.ones(mask_shape))
 
 

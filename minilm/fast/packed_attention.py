@@ -14,9 +14,9 @@ from collections.abc import Callable
 import numpy as np
 
 from minilm.backend import array_module, is_cupy
+from minilm.fast.deferred import segment_sum
 from minilm.fast.tiled_attention import tiled_attention
 from minilm.layers import mix_keys, pair_slices, rope_tables
-from minilm.ops import segment_sum
 from minilm.packing import Segment
 from minilm.tensor import primitive
 

@@ -80,7 +80,8 @@ Tests: tests/test_dpo.py; where training ends, exactly, by enumeration: tests/te
 
 import numpy as np
 
-from minilm.backend import array_module, to_numpy
+from minilm import checks
+from minilm.backend import array_module
 from minilm.ops import stable_sigmoid, stable_softplus
 from minilm.tensor import Tensor, primitive
 
@@ -96,15 +97,12 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
                      For eps > 0 its minimum is at the finite z = log((1 - eps) / eps). It does not undo
                      flipped labels; robust_dpo_loss does. (TRL 1.16 has this option and ignores it.)
     Gradient of one pair in z: eps sigmoid(z) - (1 - eps) sigmoid(-z), which is -sigmoid(-z) for eps = 0.
-    Raises ValueError for other shapes, for B = 0, and for eps out of range.
+    Raises ValueError for other shapes, B = 0, a reference that is not finite, beta not above 0, and eps out of range.
     """
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing {label_smoothing} must be at least 0 and below 1/2; "
-                         "labels that are wrong half of the time carry no information")
-    delta = _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    eps = checks.number("dpo_loss", "label_smoothing", label_smoothing, at_least=0, below=0.5)
+    delta = _delta("dpo_loss", beta, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     B = delta.size
     z = beta * delta
-    eps = label_smoothing
     losses = (1 - eps) * stable_softplus(-z) + eps * stable_softplus(z)
     def vjp(dloss):
         dz = dloss * (eps * stable_sigmoid(z) - (1 - eps) * stable_sigmoid(-z)) / B
@@ -127,13 +125,10 @@ def robust_dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_ch
     Gradient of one pair in z: -( (1 - eps) sigmoid(-z) + eps sigmoid(z) ) / (1 - 2 eps).
     Chowdhury et al. 2024, arXiv:2403.00409. Raises ValueError like dpo_loss.
     """
-    if not 0 <= flip_rate < 0.5:
-        raise ValueError(f"flip_rate {flip_rate} must be at least 0 and below 1/2; "
-                         "labels that are wrong half of the time carry no information")
-    delta = _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    eps = checks.number("robust_dpo_loss", "flip_rate", flip_rate, at_least=0, below=0.5)
+    delta = _delta("robust_dpo_loss", beta, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     B = delta.size
     z = beta * delta
-    eps = flip_rate
     losses = ((1 - eps) * stable_softplus(-z) - eps * stable_softplus(z)) / (1 - 2 * eps)
     def vjp(dloss):
         dz = -dloss * ((1 - eps) * stable_sigmoid(-z) + eps * stable_sigmoid(z)) / (1 - 2 * eps) / B
@@ -155,9 +150,9 @@ def ipo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
     reward (tests/test_exact_optimum.py).
     It starts at 1/(4 beta^2). Log-probs are summed, as in the paper; TRL averages them over tokens.
     Gradient of one pair in delta: 2 (delta - 1/(2 beta)).
-    Azar et al. 2023, arXiv:2310.12036, (17); their tau is beta.
+    Azar et al. 2023, arXiv:2310.12036, (17); their tau is beta. Raises ValueError like dpo_loss.
     """
-    delta = _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    delta = _delta("ipo_loss", beta, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     B = delta.size
     residual = delta - 1 / (2 * beta)
     def vjp(dloss):
@@ -174,18 +169,19 @@ def length_normalised_dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, r
     Log-probs summed over tokens, and lengths in tokens, all (B,). The length of a response alone then
     does not change delta. beta multiplies a mean instead of a sum, so for a gradient of the same size it
     must be larger, by about the number of tokens.
-    Lambert et al. 2024, arXiv:2411.15124, (6). Raises ValueError for a length below 1.
+    Lambert et al. 2024, arXiv:2411.15124, (6). Raises ValueError like dpo_loss, and for a length below 1: an empty
+    response has no mean log-prob.
     """
-    shortest = min(np.min(chosen_lengths), np.min(rejected_lengths))
-    if shortest < 1:
-        raise ValueError(f"length_normalised_dpo_loss: a response has length {shortest}, so it has no mean log-prob; "
-                         "remove this pair (every length must be at least 1)")
+    checks.same_shape("length_normalised_dpo_loss", policy_chosen=policy_chosen, policy_rejected=policy_rejected,
+                      reference_chosen=reference_chosen, reference_rejected=reference_rejected,
+                      chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     xp = array_module(policy_chosen.data)
-    def inverse(lengths):
-        return xp.asarray((1 / np.asarray(lengths)).astype(policy_chosen.dtype))
+    def inverse(name, lengths):
+        lengths = checks.finite("length_normalised_dpo_loss", name, lengths, "pair", at_least=1)
+        return xp.asarray((1 / lengths).astype(policy_chosen.dtype))
 
-    per_chosen = inverse(chosen_lengths)
-    per_rejected = inverse(rejected_lengths)
+    per_chosen = inverse("chosen_lengths", chosen_lengths)
+    per_rejected = inverse("rejected_lengths", rejected_lengths)
     return dpo_loss(policy_chosen * per_chosen, policy_rejected * per_rejected,
                     xp.asarray(reference_chosen) * per_chosen, xp.asarray(reference_rejected) * per_rejected, beta=beta)
 
@@ -200,9 +196,12 @@ def dpo_metrics(policy_chosen: np.ndarray, policy_rejected: np.ndarray, referenc
                         wrong, so it is 0 at the first step
     rewards/ties        fraction of pairs with equal implied rewards (TRL does not have it)
     logps/chosen, logps/rejected      means of log pi(y_w|x) and log pi(y_l|x)
+    Raises ValueError for other shapes, B = 0, log-probs that are not finite, and beta not above 0.
     """
-    policy_chosen, policy_rejected, reference_chosen, reference_rejected = map(
-        to_numpy, (policy_chosen, policy_rejected, reference_chosen, reference_rejected))
+    checks.number("dpo_metrics", "beta", beta, above=0)
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected = checks.numbers(
+        "dpo_metrics", "B", policy_chosen=policy_chosen, policy_rejected=policy_rejected,
+        reference_chosen=reference_chosen, reference_rejected=reference_rejected)
     chosen = beta * (policy_chosen - reference_chosen)
     rejected = beta * (policy_rejected - reference_rejected)
     return {"rewards/chosen": float(chosen.mean()),
@@ -214,13 +213,15 @@ def dpo_metrics(policy_chosen: np.ndarray, policy_rejected: np.ndarray, referenc
             "logps/rejected": float(np.mean(policy_rejected))}
 
 
-def _delta(policy_chosen, policy_rejected, reference_chosen, reference_rejected):
-    """The difference of log-ratios in the formula above, (B,)."""
+def _delta(function, beta, policy_chosen, policy_rejected, reference_chosen, reference_rejected):
+    """The difference of log-ratios in the formula above, (B,). Raises for arguments of `function` that are wrong."""
+    checks.number(function, "beta", beta, above=0)
+    checks.same_shape(function, axes="B", hint="pass log-probs summed over the tokens of each response",
+                      policy_chosen=policy_chosen, policy_rejected=policy_rejected,
+                      reference_chosen=reference_chosen, reference_rejected=reference_rejected)
+    # With a reference of -inf the loss of a pair can be 0, and nothing would be learned from it.
+    checks.numbers(function, "B", reference_chosen=reference_chosen, reference_rejected=reference_rejected)
     xp = array_module(policy_chosen, policy_rejected)
-    shapes = [xp.asarray(a).shape for a in (policy_chosen, policy_rejected, reference_chosen, reference_rejected)]
-    if len(set(shapes)) > 1 or policy_chosen.ndim != 1 or not policy_chosen.size:
-        raise ValueError(f"got shapes {', '.join(map(str, shapes))}; pass four arrays of log-probs summed over the "
-                         "tokens of each response, all (B,), B at least 1")
     return (policy_chosen - xp.asarray(reference_chosen)) - (policy_rejected - xp.asarray(reference_rejected))
 
 

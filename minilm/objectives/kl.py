@@ -68,13 +68,17 @@ Tests: tests/test_kl.py; both columns of the table, exactly, by enumeration: tes
 
 import numpy as np
 
-from minilm import ops
+from minilm import checks, ops
 from minilm.backend import array_module, to_numpy
 from minilm.tensor import Tensor, primitive
 
 
 def k1(policy: Tensor | np.ndarray, reference: np.ndarray) -> Tensor:
-    """log pi(y|x) - log pi_ref(y|x): log-probs of N whole responses, each (N,), to (N,), in nats."""
+    """log pi(y|x) - log pi_ref(y|x): log-probs of N whole responses, each (N,), to (N,), in nats.
+
+    k1, k2 and k3 take log-probs of tokens too. They raise ValueError for two shapes.
+    """
+    checks.same_shape("k1", policy=policy, reference=reference)
     return ops.subtract(policy, reference)
 
 
@@ -100,11 +104,11 @@ def kl_metrics(policy: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> d
     kl_sequence  mean over responses of the summed k1, in nats per response
     kl_token     the same sum divided by the number of tokens, in nats per token (the `kl` of TRL's RLOO)
     An estimate from few samples may be negative; the divergence never is.
+    Raises ValueError for other shapes, and for a mask of other values than 0 and 1.
     """
-    policy = to_numpy(policy)
-    reference = to_numpy(reference)
-    selected = to_numpy(mask).astype(bool)
-    token_k1 = np.where(selected, policy - reference, 0.0)
+    checks.same_shape("kl_metrics", axes="BT", policy=policy, reference=reference, mask=mask)
+    selected = checks.mask("kl_metrics", to_numpy(mask))
+    token_k1 = np.where(selected, to_numpy(policy) - to_numpy(reference), 0.0)
     return {"kl_sequence": float(token_k1.sum(axis=-1).mean()),
             "kl_token": float(token_k1.sum() / max(1, selected.sum()))}
 

@@ -48,6 +48,7 @@ tests/test_exact_policy_gradient.py.
 
 import numpy as np
 
+from minilm import checks
 from minilm.backend import array_module
 from minilm.tensor import Tensor, primitive
 
@@ -59,13 +60,12 @@ def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.nda
     log_probs   (N,T), under the policy, of T predicted tokens a row (prompt positions may be among them); may be
                 NaN outside the mask
     advantages  A, (N,), or one for each token (N,T) from reward_to_go; no gradient goes through it
-    mask        (N,T), 1 on response tokens
-    Raises ValueError for other shapes, and for N = 0.
+    mask        (N,T), 1 on response tokens, 0 elsewhere
+    Raises ValueError for other shapes, another mask, and for N = 0.
     """
     xp = array_module(log_probs)
     N = len(log_probs)
-    weights = _token_weights(log_probs, advantages, mask, xp)
-    selected = xp.asarray(mask).astype(bool)
+    weights, selected = _weights_and_mask("policy_gradient_loss", log_probs, advantages, mask)
     loss = -(weights * xp.where(selected, log_probs, 0)).sum() / N
     def vjp(dloss):
         return -dloss * weights / N
@@ -82,20 +82,22 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
     baseline  "none"           b = 0
               "leave_one_out"  b = mean R of the other K - 1 responses to the prompt, so it does not
                                depend on y: unbiased. Needs K >= 2
-              "mean"           b = mean R of all K: (1 - 1/K) of the true gradient, in expectation
+              "mean"           b = mean R of all K: (1 - 1/K) of the true gradient, in expectation. Needs K >= 2
               "group"          another form, A = (R - mean R) / (standard deviation of the K values + 1e-4).
                                Biased: prompts with little spread weigh more, and the standard deviation is
                                computed from the same samples that it normalises. Needs K >= 2
     "group" is the advantage of GRPO (Shao et al. 2024, arXiv:2402.03300), with ddof 1 and 1e-4 as in TRL.
     TRL's GRPO has no KL in the reward: the same as here at beta = 0.
-    Raises ValueError for other shapes or names, and for too small a K.
+    Raises ValueError for other shapes or names, rewards or kl that are not finite, beta below 0, and too small a K.
     """
-    if np.ndim(rewards) != 2 or np.shape(rewards) != np.shape(kl):
-        raise ValueError(f"advantages: rewards {np.shape(rewards)} and kl {np.shape(kl)} must have the same shape "
-                         "(P,K), a row for each prompt; reshape N = P K samples with .reshape(P, K)")
-    # float64: differences between the samples of a prompt may be small next to the rewards themselves.
-    R = np.asarray(rewards, np.float64) - beta * np.asarray(kl, np.float64)
-    return _standardised(R) if baseline == "group" else R - _baseline(R, baseline)
+    rewards, kl = checks.numbers("advantages", "PK", hint="reshape N = P K samples with .reshape(P, K)",
+                                 rewards=rewards, kl=kl)
+    checks.number("advantages", "beta", beta, at_least=0)
+    checks.choice("advantages", "baseline", baseline, ("none", "mean", "leave_one_out", "group"))
+    R = _shifted("advantages", rewards, baseline) - beta * kl.astype(np.float64)
+    if baseline == "group":
+        return (R - R.mean(axis=1, keepdims=True)) / (R.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+    return R - _baseline(R, baseline)
 
 
 def reward_to_go(rewards: np.ndarray, token_kl: np.ndarray, mask: np.ndarray, beta: float,
@@ -112,17 +114,17 @@ def reward_to_go(rewards: np.ndarray, token_kl: np.ndarray, mask: np.ndarray, be
     token_kl  k1_t of each token, (P,K,T); may be NaN outside the mask
     mask      (P,K,T), 1 on response tokens; T is the number of columns, as in policy_gradient_loss
     baseline  "none", "leave_one_out" or "mean", of whole responses, as in `advantages`
-    Raises ValueError for other shapes or names, and for too small a K.
+    Raises ValueError as advantages does, for a mask of other values than 0 and 1, and for baseline "group", which has
+    a standard deviation of whole responses, not of tokens.
     """
-    if baseline == "group":
-        raise ValueError("reward_to_go: baseline 'group' has a standard deviation of whole responses, not of tokens; "
-                         "use 'none', 'mean' or 'leave_one_out'")
-    if np.ndim(token_kl) != 3 or np.shape(rewards) != np.shape(token_kl)[:2] or np.shape(mask) != np.shape(token_kl):
-        raise ValueError(f"reward_to_go: expected rewards (P,K), token_kl and mask (P,K,T); "
-                         f"got {np.shape(rewards)}, {np.shape(token_kl)} and {np.shape(mask)}")
-    rewards = np.asarray(rewards, np.float64)           # float64 as in advantages
-    token_kl = np.asarray(token_kl, np.float64)
-    k1 = np.where(np.asarray(mask).astype(bool), token_kl, 0.0)
+    P, K, _ = checks.same_shape("reward_to_go", axes="PKT", token_kl=token_kl, mask=mask)
+    if np.shape(rewards) != (P, K):
+        raise ValueError(f"reward_to_go: rewards {np.shape(rewards)} must be (P,K), which is {P, K} for this token_kl")
+    checks.number("reward_to_go", "beta", beta, at_least=0)
+    checks.choice("reward_to_go", "baseline", baseline, ("none", "mean", "leave_one_out"))
+    rewards = _shifted("reward_to_go", rewards, baseline)
+    k1 = np.where(checks.mask("reward_to_go", mask), np.asarray(token_kl, np.float64), 0.0)
+    checks.finite("reward_to_go", "token_kl", k1, "token")
     remaining = np.flip(np.cumsum(np.flip(k1, axis=-1), axis=-1), axis=-1)
     b = _baseline(rewards - beta * k1.sum(axis=-1), baseline)
     return rewards[..., None] - beta * remaining - b[..., None]
@@ -148,23 +150,21 @@ def ppo_clip_loss(log_probs: Tensor, old_log_probs: np.ndarray, advantages: np.n
     ratio of 1 it is the gradient of policy_gradient_loss.
 
     log_probs, old_log_probs, mask  (N,T), as in policy_gradient_loss; log-probs may be NaN outside the mask
-    Raises ValueError for other shapes, another level, and for N = 0.
+    Raises ValueError for other shapes, another mask or level, epsilon outside (0, 1), and for N = 0.
     Schulman et al. 2017, arXiv:1707.06347, (7).
     """
+    checks.same_shape("ppo_clip_loss", log_probs=log_probs, old_log_probs=old_log_probs)
+    checks.number("ppo_clip_loss", "epsilon", epsilon, above=0, below=1)
+    checks.choice("ppo_clip_loss", "level", level, ("token", "sequence"))
     xp = array_module(log_probs)
     N = len(log_probs)
-    A = _token_weights(log_probs, advantages, mask, xp)
-    selected = xp.asarray(mask).astype(bool)
+    A, selected = _weights_and_mask("ppo_clip_loss", log_probs, advantages, mask)
     log_ratio = xp.where(selected, log_probs - xp.asarray(old_log_probs), 0)            # (N,T)
     if level == "sequence":
-        A = xp.asarray(advantages)
-        if A.ndim != 1:
-            raise ValueError(f"level 'sequence' has one ratio for a response and needs one advantage for it, "
-                             f"advantages (N,); got {A.shape}. Use level='token' for advantages (N,T)")
-        A = A[:, None].astype(log_probs.dtype)                                          # (N,1)
+        checks.same_shape("ppo_clip_loss", axes="N", hint="level 'sequence' has one ratio for a response, and one "
+                          "advantage; use level='token' for advantages (N,T)", advantages=advantages)
+        A = xp.asarray(advantages)[:, None].astype(log_probs.dtype)                     # (N,1)
         log_ratio = log_ratio.sum(axis=-1, keepdims=True)                               # (N,1)
-    elif level != "token":
-        raise ValueError(f"level is {level!r}; it must be 'token' or 'sequence'")
     ratio = xp.exp(log_ratio)
     # An advantage of 0 has loss 0, even where the ratio has overflowed to infinity.
     unclipped = xp.where(A != 0, ratio, 1) * A
@@ -184,13 +184,16 @@ def policy_gradient_metrics(rewards: np.ndarray, kl: np.ndarray, mask: np.ndarra
     kl_sequence, kl_token    KL(pi || pi_ref) in nats per response, and per token (the `kl` of TRL's RLOO)
     completions/mean_length  tokens per response
     entropy                  of the next-token distributions, in nats per token, if entropies are given
+    Raises ValueError for other shapes, rewards or kl that are not finite, and for a mask of other values than 0 and 1.
     """
-    rewards = np.asarray(rewards)
-    kl = np.asarray(kl)
-    selected = np.asarray(mask).astype(bool)
+    rewards, kl = checks.numbers("policy_gradient_metrics", "PK", rewards=rewards, kl=kl)
+    checks.same_shape("policy_gradient_metrics", mask=mask, entropies=entropies)
+    selected = checks.mask("policy_gradient_metrics", mask)
+    if selected.ndim != 2 or len(selected) != rewards.size:
+        raise ValueError(f"policy_gradient_metrics: mask {selected.shape} must be (N,T), N = P K = {rewards.size}")
     metrics = {"reward": float(rewards.mean()),
                "reward_std": float(rewards.std(ddof=1)) if rewards.size > 1 else 0.0,
-               "frac_reward_zero_std": float(np.isclose(rewards.std(axis=1), 0).mean()),
+               "frac_reward_zero_std": float(np.isclose(rewards.max(axis=1) - rewards.min(axis=1), 0).mean()),
                "kl_sequence": float(kl.mean()),
                "kl_token": float(kl.sum() / max(1, selected.sum())),
                "completions/mean_length": float(selected.sum(axis=-1).mean())}
@@ -199,36 +202,35 @@ def policy_gradient_metrics(rewards: np.ndarray, kl: np.ndarray, mask: np.ndarra
     return metrics
 
 
+def _shifted(function, rewards, baseline):
+    """rewards (P,K) as float64. With a baseline, minus the reward of the prompt's first sample: A does not change, and
+    is exactly 0 for equal rewards, however large."""
+    # float64: differences between the samples of a prompt may be small next to the rewards themselves.
+    rewards = checks.finite(function, "rewards", np.asarray(rewards, np.float64), "sample")
+    if baseline == "none":
+        return rewards
+    if rewards.shape[1] < 2:
+        raise ValueError(f"{function}: baseline {baseline!r} compares the samples of a prompt: with K = 1 each A is 0 "
+                         "or undefined. Draw at least 2 samples for each prompt, or take baseline 'none'")
+    return rewards - rewards[:, :1]
+
+
 def _baseline(R, baseline):
     """b, to subtract from R (P,K): zeros (P,K), the mean of each row (P,1), or the mean of the others (P,K)."""
-    K = R.shape[1]
     if baseline == "none":
         return np.zeros_like(R)
     if baseline == "mean":
         return R.mean(axis=1, keepdims=True)
-    if baseline == "leave_one_out":
-        if K < 2:
-            raise ValueError("advantages: baseline 'leave_one_out' is the mean of the other samples of a prompt; "
-                             f"it needs at least 2 samples for each prompt, got K = {K}")
-        return (R.sum(axis=1, keepdims=True) - R) / (K - 1)
-    raise ValueError(f"baseline is {baseline!r}; it must be 'none', 'mean', 'leave_one_out' or, in advantages, 'group'")
+    return (R.sum(axis=1, keepdims=True) - R) / (R.shape[1] - 1)
 
 
-def _standardised(R):
-    """Each row of R (P,K), minus its mean, divided by its standard deviation + 1e-4."""
-    if R.shape[1] < 2:
-        raise ValueError("advantages: baseline 'group' has a standard deviation; "
-                         f"it needs at least 2 samples for each prompt, got K = {R.shape[1]}")
-    return (R - R.mean(axis=1, keepdims=True)) / (R.std(axis=1, ddof=1, keepdims=True) + 1e-4)
-
-
-def _token_weights(log_probs, advantages, mask, xp):
-    """A of each token, (N,T): exactly 0 outside the mask, even where the advantage there is NaN."""
+def _weights_and_mask(function, log_probs, advantages, mask):
+    """A of each token, (N,T): exactly 0 outside the mask, even where the advantage there is NaN; the mask as bool."""
+    checks.same_shape(function, axes="NT", log_probs=log_probs, mask=mask)
+    xp = array_module(log_probs)
+    selected = xp.asarray(checks.mask(function, mask))
     A = xp.asarray(advantages)
-    selected = xp.asarray(mask).astype(bool)
-    fits = log_probs.ndim == 2 and A.shape in (log_probs.shape[:1], log_probs.shape)
-    if not fits or selected.shape != log_probs.shape or not len(A):
-        raise ValueError(f"got log_probs {log_probs.shape}, advantages {A.shape}, mask {selected.shape}; "
-                         "expected (N,T), (N,) or (N,T), and (N,T), N at least 1")
+    if A.shape not in (log_probs.shape[:1], log_probs.shape):
+        raise ValueError(f"{function}: advantages {A.shape} for log_probs {log_probs.shape}; give (N,) or (N,T)")
     A = A[:, None] if A.ndim == 1 else A
-    return xp.where(selected, A, 0).astype(log_probs.dtype)
+    return xp.where(selected, A, 0).astype(log_probs.dtype), selected

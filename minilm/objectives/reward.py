@@ -43,7 +43,8 @@ Tests: tests/test_reward.py; the statements about expectations, exactly: tests/t
 
 import numpy as np
 
-from minilm.backend import array_module, to_numpy
+from minilm import checks
+from minilm.backend import array_module
 from minilm.ops import stable_sigmoid, stable_softplus
 from minilm.tensor import Tensor, primitive
 
@@ -56,17 +57,15 @@ def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin: float 
     chosen_rewards, rejected_rewards  r_w and r_l, (B,)
     margin     by how much r_w should exceed r_l: a number, or one for each pair (B,)
     centering  the coefficient c; 0, no centring, is the default here and in TRL
-    Raises ValueError for other shapes, and for B = 0.
+    Raises ValueError for other shapes, B = 0, a margin that is not finite, and c below 0.
     """
-    if chosen_rewards.shape != rejected_rewards.shape or not chosen_rewards.size:
-        raise ValueError(f"chosen_rewards {chosen_rewards.shape} and rejected_rewards {rejected_rewards.shape} must "
-                         "have the same shape (B,), B at least 1: entry i of both belongs to pair i")
+    checks.same_shape("reward_loss", axes="B", chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
+    checks.number("reward_loss", "centering", centering, at_least=0)
     xp = array_module(chosen_rewards, rejected_rewards)
     B = chosen_rewards.size
-    margin = xp.asarray(margin, dtype=chosen_rewards.dtype)
+    margin = xp.asarray(checks.finite("reward_loss", "margin", margin, "pair"), dtype=chosen_rewards.dtype)
     if margin.shape not in ((), chosen_rewards.shape):
-        raise ValueError(f"a margin of shape {margin.shape} for rewards {chosen_rewards.shape}; "
-                         "pass a number, or one for each pair (B,)")
+        raise ValueError(f"a margin of shape {margin.shape} for rewards {chosen_rewards.shape}; pass a number, or (B,)")
     z = chosen_rewards - rejected_rewards - margin
     reward_sum = chosen_rewards + rejected_rewards
     loss = stable_softplus(-z).mean() + centering * (reward_sum * reward_sum).mean()
@@ -84,9 +83,10 @@ def reward_metrics(chosen_rewards: np.ndarray, rejected_rewards: np.ndarray) -> 
     ties      fraction of pairs with r_w = r_l (TRL does not have it)
     margin    mean of the reward difference r_w - r_l (TRL's name; it is unrelated to the option `margin`)
     min_reward, mean_reward, max_reward   over the 2B rewards
+    Raises ValueError for other shapes, B = 0, and rewards that are not finite.
     """
-    chosen_rewards = to_numpy(chosen_rewards)
-    rejected_rewards = to_numpy(rejected_rewards)
+    chosen_rewards, rejected_rewards = checks.numbers("reward_metrics", "B", chosen_rewards=chosen_rewards,
+                                                      rejected_rewards=rejected_rewards)
     both = np.concatenate([chosen_rewards, rejected_rewards])
     return {"accuracy": float((chosen_rewards > rejected_rewards).mean()),
             "ties": float((chosen_rewards == rejected_rewards).mean()),

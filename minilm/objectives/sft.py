@@ -33,6 +33,7 @@ Tests: tests/test_sft.py.
 
 import numpy as np
 
+from minilm import checks
 from minilm.backend import array_module, to_numpy
 from minilm.tensor import Tensor, primitive
 
@@ -42,19 +43,17 @@ def sft_loss(log_probs: Tensor, mask: np.ndarray, total: float | None = None):
     """Mean negative log-prob, in nats, of the tokens that the mask selects: a scalar.
 
     log_probs  (B,T), log pi(s_t) of each predicted token; may be NaN outside the mask
-    mask       (B,T), 0 or 1: m_t of the same tokens
+    mask       (B,T), 0 or 1: m_t of the same tokens, no labels such as -100 and no weights
     total      M, the sum of the masks of the whole accumulation window; None: the sum of this mask
-    Raises ValueError for other shapes, and if M is 0 (with a total, a microbatch may be empty).
+    Raises ValueError for other shapes, another mask, and if M is not above 0 (with a total, a microbatch may be empty).
     """
     xp = array_module(log_probs)
-    selected = xp.asarray(mask).astype(bool)
-    if selected.shape != log_probs.shape:
-        raise ValueError(f"log_probs {log_probs.shape} and mask {selected.shape} must have the same shape (B,T); "
-                         "model.log_probs(tokens) scores tokens[:, 1:], so pass mask[:, 1:] with it")
-    token_count = float(selected.sum() if total is None else total)
-    if token_count <= 0:
-        raise ValueError(f"the mask {selected.shape} selects no token, or total is not positive (total={total}). Check "
-                         "for a response that is empty or cut off; for one microbatch of several, pass total")
+    selected = xp.asarray(checks.mask("sft_loss", mask, log_probs.shape, hint="log_probs has that shape: "
+                                      "model.log_probs(tokens) scores tokens[:, 1:], so pass mask[:, 1:] with it"))
+    token_count = float(selected.sum() if total is None else checks.number("sft_loss", "total", total, above=0))
+    if not token_count:
+        raise ValueError(f"the mask {selected.shape} selects no token. Check for a response that is empty or cut off; "
+                         "for one microbatch of several, pass total")
     loss = -xp.where(selected, log_probs, 0).sum() / token_count
     def vjp(dloss):
         return -dloss * selected.astype(log_probs.dtype) / token_count
@@ -69,8 +68,13 @@ def sft_metrics(log_probs: np.ndarray, mask: np.ndarray, predictions: np.ndarray
     trained_tokens       the number of selected tokens (TRL's num_tokens counts prompts too)
     mean_token_accuracy  fraction of predictions equal to targets, if both are given
     entropy              of the next-token distributions, in nats per token, if given
+    Raises ValueError for other shapes, another mask, and predictions without targets.
     """
-    selected = to_numpy(mask).astype(bool)
+    checks.same_shape("sft_metrics", log_probs=log_probs, mask=mask, predictions=predictions, targets=targets,
+                      entropies=entropies)
+    if (predictions is None) != (targets is None):
+        raise ValueError("sft_metrics: predictions and targets are compared; pass both, or neither")
+    selected = checks.mask("sft_metrics", to_numpy(mask))
     def mean(values):
         values = to_numpy(values)
         return float(values[selected].sum() / max(1, selected.sum()))

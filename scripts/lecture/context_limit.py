@@ -9,10 +9,11 @@ the last C of these tokens, for C = 5, 9 and 17, which is 2, 4 and 8 demonstrati
 of the label of the query, 1,000 documents per point. Bound: the labels that can be copied from the C
 tokens, or else a guess among the labels not shown there; chance is 1/8.
 
-Rule. With 32 demonstrations offered, accuracy is at the bound of the window (at most 0.1 below it), and it
-rises from 5 tokens to 9 to 17. It may be at most 0.02 above the bound, which is two standard errors of
-4,000 documents. The seeds that learned to copy count: accuracy above 0.9 with 8 demonstrations in 17
-tokens. If fewer than two seeds did, the outcome is undecided.
+Rule. With 32 demonstrations offered, accuracy is at the bound (the best possible from the tokens in the
+context; at most 0.1 below it), and it rises as the context grows from 5 tokens to 9 to 17. It may be at
+most 0.02 above the bound, which is two standard errors of 4,000 documents. The seeds that learned to copy
+count: accuracy above 0.9 with 8 demonstrations in 17 tokens. If fewer than two seeds did, the outcome is
+undecided.
 
 Limits. Attention cannot read tokens that it is not given, which is no discovery, and the last 8 of 32
 demonstrations are as good as 8 because of how they are drawn. The measurement is that the model uses nearly

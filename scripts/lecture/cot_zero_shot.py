@@ -11,8 +11,9 @@ phrase; after the other phrase; or with dots: after a first dot, the model write
 one running sum is replaced by a wrong one and the model continues: does the answer follow the error? Chance
 is 0.1; 1 is possible.
 
-Rule. On sums of three and four digits, the phrase leads answering at once, no phrase, another phrase, and
-dots by at least 0.3 in accuracy.
+Rule. On sums of three and four digits, the model is more accurate after the phrase, by at least 0.3, than
+when it must answer at once, than after no phrase, than after another phrase, and than with dots in place of
+the steps.
 
 Limits. The phrase works because the corpus contains it: 40% of the documents are worked sums after it. Here
 any two tokens would do as well; the experiment shows that a phrase can call a way of answering that the

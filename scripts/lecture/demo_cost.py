@@ -11,9 +11,10 @@ as c comparisons, c = 1 and c = 4; the 32 demonstrations are counted. Demonstrat
 73% of the time, polite or rambling at random), always right (with the same manners), or ideal (they write
 the best reply there is; DPO can add nothing and is not run).
 
-Rule. With human demonstrators, 32 demonstrations and then DPO on 2,048 comparisons bring more gold reward
-than demonstrations alone at the same cost, at both prices, each with the better of greedy decoding and
-sampling at temperature 1. Demonstrations alone at that cost are interpolated in log n.
+Rule. With human demonstrators, and with the better of greedy decoding and sampling for each side, 32
+demonstrations and then DPO on 2,048 comparisons bring more gold reward than demonstrations alone of the
+same total cost, if a demonstration costs as much as one comparison; the same holds if it costs as much as
+four comparisons. Sampling is at temperature 1. Demonstrations alone at that cost are interpolated in log n.
 
 Limits. The true price is for the payer to say. The result depends on judges who know better than
 demonstrators do; with ideal demonstrators, demonstrations win at every price. So few questions are soon

@@ -12,7 +12,7 @@ jab>ija;ijc>hib;.. of one of eight string tasks that is never named, with a curr
 exact match on words held out of training. Bound: Bayes, all tasks equally likely.
 
 Rule. On mappings never seen in training, and on known string tasks that are never named, 8 demonstrations
-bring accuracy more than half of the way from no demonstration to the bound.
+bring accuracy more than half of the way from no demonstration to the bound, the best accuracy possible.
 
 Limits. (b) shows that a prompt picks out one of eight tasks of pretraining, on new words. It does not show
 that a prompt teaches a task (it does not: needs_gradient). Only (a) has a rule that was never seen, and the

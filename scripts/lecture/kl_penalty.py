@@ -12,9 +12,10 @@ four tasks of scripts/assistant.py without pretraining; 300 comparisons by its a
 beta 0 and beta 0.3, 64 replies per step: proxy and gold reward of the samples. The gold reward is used for measuring
 only.
 
-Rule. (1) At the smallest beta the gold reward of pi* is below its maximum over beta, although its proxy reward is
-highest there; and over the last fifth of the steps beta 0.3 has more gold reward than beta 0, (2) in the world of short
-replies and (3) in English. Effects of a seed: the three differences of gold reward; margin 0. Condition: the proxy
+Rule. At the smallest beta the gold reward of pi* is below its maximum over beta, although its proxy reward is highest
+there; in training with short replies, beta 0.3 has more gold reward than beta 0 over the last fifth of the steps; and
+the same holds in training in English. These are parts (1), (2) and (3) of the test. Effects of a seed: the three
+differences of gold reward; margin 0. Condition: the proxy
 reward of pi* is highest at the smallest beta on every seed.
 
 Limits. The reward model has few comparisons, so that the effect appears in small models and minutes; with more

@@ -10,9 +10,9 @@ batches of at most 32 of them, each a document of its own without demonstrations
 steps on all 200 held-out words, exact match. Baselines: the same steps from random weights, the known tasks
 by prompt, and the accuracy of the closest of the eight known tasks.
 
-Rule. On the mean of three new tasks, no number of demonstrations in the prompt reaches accuracy 0.5, and
-100 gradient steps on 128 labels do. Condition: the known tasks reach 0.5 with 8 demonstrations; otherwise
-prompting was not learned and the outcome is undecided.
+Rule. On the mean of three new tasks, which were in no document of pretraining, no number of demonstrations
+in the prompt reaches accuracy 0.5, and 100 gradient steps on 128 labels do. Condition: the known tasks
+reach 0.5 with 8 demonstrations; otherwise prompting was not learned and the outcome is undecided.
 
 Limits. A prompt holds 8 labels, so only N = 8 compares at equal numbers of labels; that more labels do not
 fit is part of the claim (context_limit). The model is small and knows eight tasks: a model pretrained on

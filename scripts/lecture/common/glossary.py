@@ -1,4 +1,5 @@
-"""The terms and the formulas that the page of claims explains: plain HTML, written by hand."""
+"""The terms and the formulas that the page of claims explains: plain HTML, written by hand; and the words of the
+table in scripts/lecture/README.md."""
 
 TERMS = {
     "prompt x, response y": "The text that the model is given, and the text that it writes.",
@@ -30,6 +31,26 @@ TERMS = {
     "seed": "One repetition with other random numbers: other weights, other data, other order.",
     "95% interval": "Where the mean over all possible seeds lies with 95% confidence (Student's t).",
     "mean [least, greatest]": "So the tables of numbers give a measurement over the seeds.",
+}
+
+# Words of single experiments, for the page and for README.md.
+WORDS = {
+    "bound": "The best accuracy possible from the tokens that the model is given, computed exactly.",
+    "both texts, the chain":
+        "The two texts of pretrain: a random Markov chain (the next of 10 tokens depends on the last two), whose "
+        "entropy is known, and English.",
+    "known tasks, new tasks": "Tasks on strings that were in the documents of pretraining, and tasks that were not.",
+    "direct, worked, with dots":
+        "Three kinds of examples of a sum: the answer alone; its steps, then the answer; dots in place of the "
+        "steps, then the answer.",
+    "demonstrations alone of the same cost":
+        "The price of a demonstration is an assumption of demo_cost: one comparison, or four comparisons.",
+}
+IN_THE_TABLE = {
+    "gold reward": TERMS["gold reward"], "proxy reward": TERMS["proxy reward"],
+    "pi*": "The policy with the largest expected reward minus beta KL. Its objective is J*. It is computed exactly.",
+    "KL": "How far a policy has moved from the SFT model, in nats: E[log pi(y|x) - log pi_ref(y|x)], y from pi.",
+    **WORDS,
 }
 
 FORMULAS = {

@@ -4,15 +4,17 @@ outcomes under other roundings. Links are relative to scripts/lecture. Tests: te
 
 import collections
 import re
+import textwrap
 from collections.abc import Iterable
 
+from common import glossary
 from common.experiment import TRIAL
 from common.text import first_sentence
 
 HEADER = """# The lecture, claim by claim
 
-minilm follows the lecture "From Language Models to Assistants" of Stanford's CS224N (2023; with DPO since
-2024). Each of its {claims} claims is one experiment in this folder.
+minilm follows the lecture "Prompting, Instruction Finetuning, and RLHF" of Stanford CS224N (2023; 2024 with
+DPO). Each of its {claims} claims is one experiment in this folder. Words of the table:
 
 """
 READING = """
@@ -28,7 +30,8 @@ shown" means that the rule fails in this experiment; the lecture's claim can sti
   number of comparisons).
 - **undecided**: neither, or the model did not learn the task that the rule is about.
 
-Each error has a probability of at most 5% per experiment, so one wrong outcome in {claims} would be no
+If the effects of the seeds are independent and normal, a false "shown" has a probability of at most 2.5%
+per experiment, and a false "not shown" of at most 5%. So one wrong outcome in {claims} would be no
 surprise. The statistics are in [intervals.py](common/intervals.py). An experiment's docstring has the
 claim, the test, the rule with its margins, the limits, and the paper.
 """
@@ -40,8 +43,10 @@ RUNNING = """
     python scripts/lecture/dpo.py --out runs/dpo       # one experiment: dpo.png, dpo.json, a table
     python scripts/lecture/all.py --readme runs/claims # this file and its figures, from a run
 
-`all.py --rounding float64,coretype,workers` repeats every experiment with other rounding errors and compares
-the outcomes. How to write an experiment: [experiment.py](common/experiment.py).
+`all.py --rounding float64,coretype,workers` repeats every experiment with other rounding errors and
+compares the outcomes: with models in float64; with another matrix kernel of OpenBLAS (OPENBLAS_CORETYPE);
+and with another number of worker processes, which must change nothing. How to write an experiment:
+[experiment.py](common/experiment.py).
 """
 
 
@@ -62,10 +67,16 @@ def table(stages: dict, done: dict) -> str:
     return "\n".join(lines)
 
 
+def words() -> str:
+    """The glossary of the table, in Markdown."""
+    return "".join(textwrap.fill(f"- **{as_cell(term)}**: {as_cell(text)}", 110, subsequent_indent="  ") + "\n"
+                   for term, text in glossary.IN_THE_TABLE.items())
+
+
 def readme(stages: dict, size: str, done: dict) -> str:
     """The text of scripts/lecture/README.md."""
     claims = sum(map(len, stages.values()))
-    parts = [HEADER.format(claims=claims), table(stages, done), summary(claims, size, done), "\n",
+    parts = [HEADER.format(claims=claims), words(), "\n", table(stages, done), summary(claims, size, done), "\n",
              READING.format(claims=claims), RUNNING]
     return re.sub(r"\n{3,}", "\n\n", "".join(parts))
 

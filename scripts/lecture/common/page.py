@@ -15,7 +15,7 @@ import struct
 from html import escape
 
 from common.experiment import TRIAL
-from common.glossary import FORMULAS, TERMS
+from common.glossary import FORMULAS, TERMS, WORDS
 from common.intervals import as_number
 from common.text import first_sentence
 
@@ -259,7 +259,7 @@ def _formulas():
 
 
 def _glossary():
-    lines = [f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in TERMS.items()]
+    lines = [f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in (TERMS | WORDS).items()]
     return "\n".join(['<section id="glossary">\n<h2>Glossary</h2>\n<dl>', *lines, "</dl>",
                       '<p class="turn"><a href="#top">↑ top</a></p>\n</section>'])
 

@@ -21,6 +21,7 @@ import secrets
 import numpy as np
 
 from minilm.backend import array_module
+from minilm.in_place import mark_changed
 
 KEY = "minilm"
 FORMAT = "minilm checkpoint"
@@ -109,6 +110,7 @@ def load_into(parameters: dict, arrays: dict[str, np.ndarray], path: Path = "") 
                               "Build the model with the settings it was saved with.")
     for name, parameter in parameters.items():
         parameter.data[...] = array_module(parameter.data).asarray(arrays[name])
+    mark_changed(parameters, "load_into")
 
 
 def write_text(path: Path, text: str) -> None:

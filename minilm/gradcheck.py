@@ -34,7 +34,7 @@ def gradcheck(function: Callable[..., Tensor], *tensors: Tensor, tolerance: floa
     """Compare backward with central differences, for every Tensor that requires a gradient.
 
     function    maps the tensors to a Tensor of any shape; must return the same value each time
-    tensors     its arguments, float64; those with requires_grad are checked
+    tensors     its arguments, float64; those with requires_grad are checked, on copies of their arrays
     tolerance   for max|a - n| / max(max|n|, 1e-3) of each Tensor, a from backward, n from differences
     step        of the difference, relative to max(1, |x|). The error is of order step^2 from
                 curvature plus 1e-16/step from rounding: about 1e-10 for a well-scaled function
@@ -47,7 +47,7 @@ def gradcheck(function: Callable[..., Tensor], *tensors: Tensor, tolerance: floa
     TypeError if a Tensor is not float64, ValueError if no Tensor requires a gradient or directions < 1.
     """
     rng = rng or np.random.default_rng(0)
-    checked = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+    checked = list(dict.fromkeys(t for t in tensors if isinstance(t, Tensor) and t.requires_grad))
     if not checked:
         raise ValueError("gradcheck: no Tensor has requires_grad=True, so there is nothing to check; "
                          "make the inputs with Tensor(array, requires_grad=True)")
@@ -58,6 +58,17 @@ def gradcheck(function: Callable[..., Tensor], *tensors: Tensor, tolerance: floa
     if directions is not None and directions < 1:
         raise ValueError(f"gradcheck: {directions} directions check nothing; pass at least 1, or None for all elements")
 
+    kept = [(t.data, t.grad, t.grad_buffer) for t in checked]
+    try:
+        for t in checked:           # arrays of their own: those of the caller may share memory, or be read-only
+            t.data, t.grad, t.grad_buffer = t.data.copy(), None, None
+        return _check(function, tensors, checked, tolerance, step, directions, rng)
+    finally:
+        for t, before in zip(checked, kept):
+            t.data, t.grad, t.grad_buffer = before
+
+
+def _check(function, tensors, checked, tolerance, step, directions, rng):
     output = function(*tensors)
     cotangent = rng.normal(size=output.shape) if output.size > 1 else np.ones(output.shape)
     cotangent = array_module(output.data).asarray(cotangent)
@@ -65,24 +76,15 @@ def gradcheck(function: Callable[..., Tensor], *tensors: Tensor, tolerance: floa
     def value():
         return float((function(*tensors).data * cotangent).sum())
 
-    kept = [(t.grad, t.grad_buffer) for t in checked]
-    try:
-        for t in checked:
-            t.grad, t.grad_buffer = None, None
-        ops.sum(output * cotangent).backward()
-        analytic = [None if t.grad is None else to_numpy(t.grad) for t in checked]
-    finally:
-        for t, before in zip(checked, kept):
-            t.grad, t.grad_buffer = before
+    ops.sum(output * cotangent).backward()
+    analytic = [None if t.grad is None else to_numpy(t.grad) for t in checked]
     missing = [i for i, a in enumerate(analytic) if a is None]
     if missing:
         raise GradientError(f"gradcheck: no gradient reached Tensor {missing[0]} (shape {checked[missing[0]].shape}): "
                             "the output does not depend on it, or a vjp returned no gradient for it")
     if directions is None:
-        return max(_every_element(i, t, a, value, step, tolerance)
-                   for i, (t, a) in enumerate(zip(checked, analytic)))
-    return max(_one_direction(i, checked, analytic, value, step, tolerance, rng)
-               for i in range(directions))
+        return max(_every_element(i, t, a, value, step, tolerance) for i, (t, a) in enumerate(zip(checked, analytic)))
+    return max(_one_direction(i, checked, analytic, value, step, tolerance, rng) for i in range(directions))
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> tuple[float, tuple[int, ...]]:
@@ -99,13 +101,11 @@ def _every_element(which, tensor, analytic, value, step, tolerance):
     for index in np.ndindex(tensor.shape):
         x = tensor.data[index].item()       # a Python number: on a GPU, tensor.data[index] is a view
         h = step * max(1.0, abs(x))
-        try:
-            tensor.data[index] = x + h
-            above = value()
-            tensor.data[index] = x - h
-            numeric[index] = (above - value()) / (2 * h)
-        finally:
-            tensor.data[index] = x
+        tensor.data[index] = x + h
+        above = value()
+        tensor.data[index] = x - h
+        numeric[index] = (above - value()) / (2 * h)
+        tensor.data[index] = x
     error, worst = relative_error(analytic, numeric)
     if not error <= tolerance:       # also when it is NaN
         raise GradientError(f"Tensor {which}, shape {tensor.shape}: relative error {error:.2e} "
@@ -117,16 +117,14 @@ def _every_element(which, tensor, analytic, value, step, tolerance):
 def _one_direction(which, tensors, analytic, value, step, tolerance, rng):
     arrows = [rng.normal(size=t.shape) for t in tensors]
     length = np.sqrt(sum((a * a).sum() for a in arrows))
-    before = [t.data.copy() for t in tensors]
+    before = [t.data for t in tensors]
     values = []
-    try:
-        for sign in (1, -1):
-            for t, x, a in zip(tensors, before, arrows):
-                t.data[...] = x + array_module(x).asarray(sign * step * a / length)
-            values.append(value())
-    finally:
-        for t, x in zip(tensors, before):
-            t.data[...] = x
+    for sign in (1, -1):
+        for t, x, a in zip(tensors, before, arrows):
+            t.data = array_module(x).asarray(x + array_module(x).asarray(sign * step * a / length))
+        values.append(value())
+    for t, x in zip(tensors, before):
+        t.data = x
     numeric = (values[0] - values[1]) / (2 * step)
     exact = sum((g * a).sum() for g, a in zip(analytic, arrows)) / length
     # A direction nearly orthogonal to the gradient has almost no derivative: compare the error with a typical one.

@@ -138,8 +138,8 @@ class Transformer:
         return other
 
     def copy(self) -> Transformer:
-        """A Transformer with copies of the same weights (for example a reference policy)."""
-        return self.over({name: Tensor(p.data.copy(), requires_grad=True) for name, p in self._parameters.items()})
+        """A Transformer with copies of the same weights, frozen where these are (for example a reference policy)."""
+        return self.over({name: Tensor(p.data.copy(), p.requires_grad) for name, p in self._parameters.items()})
 
     def __call__(self, tokens, key_mask=None) -> Tensor:
         """Logits (B,T,V). The logits at position t are about token t+1."""

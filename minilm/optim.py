@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from minilm.backend import is_cupy
-from minilm.fast.flat_parameters import FlatParameters, zero_grad_of
+from minilm.fast.flat_parameters import FlatParameters
 from minilm.fast.workers import ProcessGroup
 from minilm.tensor import Tensor
 
@@ -24,9 +24,16 @@ class AdamW:
     Decay applies to matrices, and vectors (norm weights) have none. As in PyTorch it is scaled by lr; the paper scales
     it by the schedule's multiplier alone.
 
-    The parameters move into one flat array (fast/flat_parameters.py). Make one optimiser per set of parameters, after
-    the model is on its device, and afterwards assign to p.data[...] instead of p.data.
-    group: worker processes that share the update. Raises TypeError for parameters of several dtypes.
+    Freezing: a parameter without a gradient (p.grad is None) is skipped whole, as torch.optim.AdamW skips it. No decay
+    and no momentum move it, its m and v stay, and t above counts its own updates alone. p.requires_grad = False stops
+    its gradient from the next zero_grad on, and its updates at once, also if an earlier gradient is still there (where
+    PyTorch would use that one). A gradient of zeros is a gradient. clip leaves out the same parameters.
+
+    The parameters move into one flat array, which owns them (fast/flat_parameters.py): make one optimiser for a model,
+    after the model is on its device, and afterwards write p.assign(x) instead of p.data = x. Otherwise the next
+    zero_grad, clip or step raises RuntimeError with the name of the parameter.
+    group: worker processes that share the update. Raises TypeError for parameters of several dtypes, ValueError for
+    parameters that share memory.
     """
 
     def __init__(self, parameters: dict[str, Tensor], learning_rate: float = 1e-3,
@@ -38,16 +45,25 @@ class AdamW:
         self.betas = betas
         self.eps = eps
         self.weight_decay = weight_decay
-        self.steps = 0
         self.flat = FlatParameters(parameters, self.group)
         self.data = self.flat.data
-        self.grad = self.flat.grad
+        self.updates = np.zeros(len(parameters), np.int64)      # of each parameter, in the order of the flat arrays
         self.m = self.flat.zeros()
         self.v = self.flat.zeros()
 
+    @property
+    def grad(self) -> np.ndarray:
+        """The flat gradient (N,)."""
+        return self.flat.grad
+
+    @property
+    def steps(self) -> int:
+        """The number of updates of the parameter that has had the most."""
+        return int(self.updates.max(initial=0))
+
     def zero_grad(self) -> None:
-        """Drop the gradients: the next backward writes over them."""
-        zero_grad_of(self.parameters)
+        """Drop the gradients: the next backward writes over them. One that somebody has kept stays as it is."""
+        self.flat.zero_grad()
 
     def clip(self, max_norm: float) -> float:
         """Scale the gradient so that its norm over all parameters is at most max_norm.
@@ -55,42 +71,50 @@ class AdamW:
         Returns the norm before scaling (Pascanu et al. 2013, arXiv:1211.5063). PyTorch divides by the norm plus 1e-6;
         here it is the norm alone.
         """
-        self.flat.materialise()
+        runs = self.flat.runs(self.flat.trained())
+        blocks = [block for run, _ in runs for block in self.flat.blocks(run)]
         grad = self.grad
         if is_cupy(grad):
             from minilm.kernels import fused
-            squares = fused.squared_norm(grad).item()
+            squares = sum(s.item() for s in [fused.squared_norm(grad[b]) for b in blocks])
         else:
-            squares = sum(float(grad[b] @ grad[b]) for b in self.flat.blocks())
+            squares = sum(float(grad[b] @ grad[b]) for b in blocks)
         norm = math.sqrt(sum(self.group.all_gather(squares)))
         if norm > max_norm:
-            for b in self.flat.blocks():
+            for b in blocks:
                 grad[b] *= max_norm / norm
         return norm
 
     def step(self, learning_rate: float | None = None) -> float:
         """One update from the accumulated gradients (which stay until zero_grad).
 
-        Returns the norm of the parameters after it: finite only if every parameter is.
+        Returns the norm of the updated parameters after it: finite only if each of them is.
         """
-        self.flat.materialise()
         lr = self.learning_rate if learning_rate is None else learning_rate
-        self.steps += 1
+        trained = self.flat.trained()
+        self.updates += trained
+        parts = [(block, t) for run, t in self.flat.runs(self.updates * trained) for block in self.flat.blocks(run)]
         if is_cupy(self.data):
-            from minilm.kernels import fused
-            return math.sqrt(fused.adamw_step(self.data, self.grad, self.m, self.v, self.flat.n_decay, lr, self.betas,
-                                              self.eps, self.weight_decay, self.steps).item())
-        squares = sum([self._update(block, lr) for block in self.flat.blocks()], 0.0)
+            squares = sum(s.item() for s in [self._update_on_gpu(block, lr, t) for block, t in parts])
+        else:
+            squares = sum([self._update(block, lr, t) for block, t in parts], 0.0)
+        self.flat.mark_changed(trained, "AdamW.step")
         return math.sqrt(sum(self.group.all_gather(squares)))
 
-    def _update(self, block, lr):
-        """The formula above on one block of the flat arrays, in place. Returns the sum of squares of p.
+    def _update_on_gpu(self, block, lr, t):
+        from minilm.kernels import fused
+        decayed = min(max(0, self.flat.n_decay - block.start), block.stop - block.start)
+        p, g, m, v = (a[block] for a in (self.data, self.grad, self.m, self.v))
+        return fused.adamw_step(p, g, m, v, decayed, lr, self.betas, self.eps, self.weight_decay, t)
+
+    def _update(self, block, lr, t):
+        """The formula above, the t-th update, on one block of the flat arrays, in place. Returns the squared norm of p.
 
         With bias_correction2_sqrt = sqrt(1 - b2^t), the step is step_size m / (sqrt(v) + eps bias_correction2_sqrt).
         """
         b1, b2 = self.betas
-        bias_correction2_sqrt = math.sqrt(1 - b2 ** self.steps)
-        step_size = lr * bias_correction2_sqrt / (1 - b1 ** self.steps)
+        bias_correction2_sqrt = math.sqrt(1 - b2 ** t)
+        step_size = lr * bias_correction2_sqrt / (1 - b1 ** t)
         p, g, m, v = self.data[block], self.grad[block], self.m[block], self.v[block]
         change = g - m
         change *= 1 - b1
@@ -108,17 +132,20 @@ class AdamW:
         return float(p @ p)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Arrays to save, by name; `steps` among them. See load_state."""
-        return {"m": self.m, "v": self.v, "steps": np.array(self.steps)}
+        """Arrays to save: moments m and v, and the number of updates of each parameter, `steps`. See load_state."""
+        return {"m": self.m, "v": self.v, "steps": self.updates}
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
-        """Continue where state() was called. The parameters are saved apart. Raises ValueError for another size."""
+        """Continue where state() was called. The parameters are saved apart, and requires_grad is not saved: freeze the
+        same parameters again. One number as `steps` counts for all of them. Raises ValueError for another size."""
         for name in ("m", "v"):
             if arrays[name].shape != self.m.shape:
                 raise ValueError(f"optimiser state for {arrays[name].size} parameters, model of {self.m.size}")
+        if arrays["steps"].shape not in ((), self.updates.shape):
+            raise ValueError(f"optimiser state of {arrays['steps'].size} tensors, model of {self.updates.size}")
         self.m[...] = self.flat.as_flat(arrays["m"])
         self.v[...] = self.flat.as_flat(arrays["v"])
-        self.steps = int(arrays["steps"])
+        self.updates[...] = arrays["steps"]
 
 
 def warmup_cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.1) -> float:

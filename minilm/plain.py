@@ -285,17 +285,18 @@ def adamw(parameters: Parameters, state: dict, learning_rate: float = 1e-3, beta
           weight_decay: float = 0.01) -> None:
     """One step of AdamW with the gradients that backward() has left in the parameters.
 
-    state: an empty dict at the first step. It keeps the number of steps, and running means m of g and v of g^2.
+    state: an empty dict at the first step. For each parameter it keeps the number t of its updates, and running means
+    m of g and v of g^2. A parameter without a gradient is frozen: it is skipped.
     """
     b1, b2 = betas
-    t = state.get("steps", 0) + 1
-    state["steps"] = t
     for name, p in parameters.items():
-        g = np.zeros_like(p.data) if p.grad is None else p.grad
-        m, v = state.get(name, (0.0, 0.0))
-        m = b1 * m + (1 - b1) * g
-        v = b2 * v + (1 - b2) * g ** 2
-        state[name] = (m, v)
+        if p.grad is None:
+            continue
+        t, m, v = state.get(name, (0, 0.0, 0.0))
+        t += 1
+        m = b1 * m + (1 - b1) * p.grad
+        v = b2 * v + (1 - b2) * p.grad ** 2
+        state[name] = (t, m, v)
         # m and v start at 0, so that they are too small at first; 1 - b^t corrects that.
         direction = (m / (1 - b1 ** t)) / (np.sqrt(v / (1 - b2 ** t)) + eps)
         decay = weight_decay * p.data if p.ndim >= 2 else 0.0                           # matrices only

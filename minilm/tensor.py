@@ -27,19 +27,19 @@ tests/test_ops.py has a table of cases: add one for it. Tests: tests/test_tensor
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import itertools
-import threading
 from collections.abc import Callable
 
 import numpy as np
 
 from minilm.backend import array_module, is_cupy
+from minilm.in_place import NEVER, check_unchanged, mark_changed, order
+from minilm.modes import arrays_only, grad_enabled, no_grad, recording, thread, watching
 from minilm.numpy_functions import NumpyFunctions
 
-_order = itertools.count()         # a primitive called later has a larger number
+__all__ = ["Node", "Tensor", "arrays_only", "grad_enabled", "history", "no_grad", "primitive", "recording", "watching"]
+
 operations = None                  # the module ops, with the functions behind the operators; ops.py sets it
 
 
@@ -58,11 +58,12 @@ class Tensor:
                    Only leaves (Tensors made by hand with requires_grad=True) keep theirs.
     requires_grad  whether backward computes its gradient
     grad_buffer    preallocated storage for grad (a view into AdamW's flat gradient), or None
+    changed        when, and by which function, a leaf was last overwritten (in_place.py)
 
     Raises TypeError for any other dtype, and for a Tensor in place of an array.
     """
 
-    __slots__ = ("data", "grad", "requires_grad", "grad_buffer", "node")
+    __slots__ = ("data", "grad", "requires_grad", "grad_buffer", "changed", "node")
     __array_ufunc__ = NumpyFunctions(lambda: operations)
 
     def __init__(self, data, requires_grad: bool = False):
@@ -78,6 +79,7 @@ class Tensor:
         self.grad = None
         self.requires_grad = requires_grad
         self.grad_buffer = None
+        self.changed = NEVER
         self.node = None
 
     # Operators. The functions of ops.py of these names, with their gradients.
@@ -115,6 +117,11 @@ class Tensor:
     def item(self) -> float:
         """The value of a Tensor of one element, as a Python float."""
         return float(self.data.item())
+
+    def assign(self, values: np.ndarray) -> None:
+        """self.data[...] = values, in a way that backward notices: through an earlier use of self it raises."""
+        self.data[...] = array_module(self.data).asarray(values)
+        mark_changed({"": self}, "assign")
 
     def __len__(self):
         return len(self.data)
@@ -176,18 +183,21 @@ class Node:
     """The record of one call of a primitive.
 
     inputs     for each argument: the Node that computed it, or the leaf itself, or None if it needs no gradient
+    leaves     every Tensor among the arguments that no Node computed: none may change before backward (in_place.py)
+    since      the number from which on it may not change: that of the call
     vjp        keeps the arrays that the gradient needs, and no others
     arguments  the names of the primitive's parameters, for errors
     """
 
-    __slots__ = ("name", "arguments", "inputs", "vjp", "order", "shape", "dtype")
+    __slots__ = ("name", "arguments", "inputs", "leaves", "vjp", "order", "since", "shape", "dtype")
 
     def __init__(self, name, inputs, vjp, output, arguments=()):
         self.name = name
         self.arguments = arguments
-        self.inputs = tuple((x.node or x) if isinstance(x, Tensor) and x.requires_grad else None for x in inputs)
+        self.inputs = [(x.node or x) if isinstance(x, Tensor) and x.requires_grad else None for x in inputs]
+        self.leaves = [x for x in inputs if isinstance(x, Tensor) and x.node is None]
         self.vjp = vjp
-        self.order = next(_order)
+        self.order = self.since = next(order)
         self.shape = output.shape
         self.dtype = output.dtype
 
@@ -203,18 +213,24 @@ class Node:
 
     def _check(self, i, source, dx):
         if dx is None or dx.shape != source.shape or dx.dtype != source.dtype:
-            name = f" '{self.arguments[i]}'" if i < len(self.arguments) else ""
             returned = f"{dx.shape}, {dx.dtype}" if hasattr(dx, "shape") else repr(dx)
-            raise RuntimeError(f"{self.name}: gradient for an input of shape {source.shape}, {source.dtype} (argument "
-                               f"{i + 1}{name}) came back as {returned}; vjp must return one array per argument, "
+            raise RuntimeError(f"{self.name}: gradient for an input of shape {source.shape}, {source.dtype} ("
+                               f"{self.argument(i)}) came back as {returned}; vjp must return one array per argument, "
                                "each of its argument's shape and dtype")
 
+    def argument(self, i):
+        """Argument i in words, for errors."""
+        return f"argument {i + 1}" + (f" '{self.arguments[i]}'" if i < len(self.arguments) else "")
+
     def free(self):
-        self.inputs, self.vjp = (), None
+        self.inputs, self.leaves, self.vjp = (), (), None
 
 
 def history(node: Node) -> list[Node]:
-    """The tape: every node that this one depends on, itself included, oldest first."""
+    """The tape: every node that this one depends on, itself included, oldest first.
+
+    Raises RuntimeError if a part of the graph was freed, or a leaf that was used has changed since (in_place.py).
+    """
     found, stack = set(), [node]
     while stack:
         n = stack.pop()
@@ -223,6 +239,7 @@ def history(node: Node) -> list[Node]:
         if n.vjp is None:
             raise RuntimeError(f"backward through {n.name} a second time: the graph was freed by the first; compute "
                                "the forward again")
+        check_unchanged(n)
         found.add(n)
         stack += [source for source in n.inputs if isinstance(source, Node)]
     return sorted(found, key=lambda n: n.order)
@@ -265,7 +282,7 @@ def primitive(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def apply(*inputs, **options):
-        if _thread.arrays_only:
+        if thread.arrays_only:
             if Tensor in map(type, inputs):
                 raise TypeError(f"{name}: within arrays_only() primitives take arrays: pass tensor.data")
             return function(*inputs, **options)[0]
@@ -273,8 +290,10 @@ def primitive(function: Callable) -> Callable:
             bound = signature.bind(*inputs, **options)          # Tensors given by name go to their positions,
             bound.apply_defaults()                              # and defaults fill the gaps between them
             inputs, options = bound.args, bound.kwargs
-        arrays = [_array(x) for x in inputs]                                # (1) Tensors to arrays
-        options = {key: _array(option) for key, option in options.items()}
+        recorded = grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        as_array = _kept if recorded else _array
+        arrays = [as_array(x) for x in inputs]                              # (1) Tensors to arrays
+        options = {key: o if isinstance(o, (tuple, list)) else as_array(o) for key, o in options.items()}
         try:
             array_module(*(x.data for x in inputs if isinstance(x, Tensor)))
             output, vjp = _checked(function(*arrays, **options))            # (2) the call
@@ -282,10 +301,10 @@ def primitive(function: Callable) -> Callable:
         except (IndexError, TypeError, ValueError) as error:
             kind = next(k for k in (IndexError, TypeError, ValueError) if isinstance(error, k))
             raise kind(f"{_call(name, arrays)}: {str(error).removeprefix(name + ': ')}") from error
-        if _thread.watch is not None:
-            _thread.watch(name, output)
+        if thread.watch is not None:
+            thread.watch(name, output)
         result = Tensor(output)                                             # (3) array to Tensor
-        if grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        if recorded:
             result.requires_grad = True
             result.node = Node(name, inputs, vjp, output, arguments)        # (4) the record of the call
         return result
@@ -324,54 +343,13 @@ def _array(x):
     return x.item() if isinstance(x, np.generic) else x
 
 
+def _kept(x):
+    """_array of an argument that a vjp may keep. Integers and masks are copied, also those in an index: they are small,
+    and the caller may write other tokens to their memory before backward. Floats beside Tensors are not copied."""
+    if isinstance(x, np.ndarray) or not isinstance(x, Tensor) and is_cupy(x):
+        return x.copy() if x.dtype.kind in "iub" else x
+    return [*map(_kept, x)] if type(x) is list else tuple(map(_kept, x)) if type(x) is tuple else _array(x)
+
+
 def _call(name, arrays):
     return f"{name}({', '.join(str(a.shape) if hasattr(a, 'shape') else repr(a) for a in arrays)})"
-
-
-# Modes. Each holds in the thread that entered it, and ends with its `with` block.
-
-class _Modes(threading.local):
-    grad_enabled = True
-    arrays_only = False
-    watch = None
-
-
-_thread = _Modes()
-
-
-@contextlib.contextmanager
-def _mode(name, value):
-    before = getattr(_thread, name)
-    setattr(_thread, name, value)
-    try:
-        yield
-    finally:
-        setattr(_thread, name, before)
-
-
-def grad_enabled() -> bool:
-    """Whether primitives called in this thread are recorded."""
-    return _thread.grad_enabled
-
-
-def recording(enabled: bool) -> contextlib.AbstractContextManager:
-    """Within it, calls of primitives are recorded or not."""
-    return _mode("grad_enabled", enabled)
-
-
-def no_grad() -> contextlib.AbstractContextManager:
-    """Within it, no call is recorded and nothing is kept for a backward."""
-    return recording(False)
-
-
-def arrays_only() -> contextlib.AbstractContextManager:
-    """Within it, primitives take arrays and return arrays: no Tensor, no record.
-
-    For cached generation, where a few rows have one token each and records would take about as long as the arithmetic.
-    """
-    return _mode("arrays_only", True)
-
-
-def watching(watch: Callable[[str, np.ndarray], None]) -> contextlib.AbstractContextManager:
-    """Within it, watch(name, output) is called after each call of a primitive."""
-    return _mode("watch", watch)

@@ -211,7 +211,7 @@ def test_restoring_the_snapshot_of_a_deeper_model_raises_and_changes_nothing():
     for p in deep.optimizer.parameters.values():
         p.data += 1
     before, (arrays, metadata) = everything(shallow), deep.snapshot()
-    for name in ("m", "v"):                     # moments that fit the shallow model's optimiser
+    for name in ("m", "v", "steps"):            # a state that fits the shallow model's optimiser
         arrays[f"optimizer.{name}"] = shallow.snapshot()[0][f"optimizer.{name}"]
     with pytest.raises(ValueError, match="blocks.1.attention_norm' that this model does not have"):
         shallow.restore(arrays, metadata)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The whole import picture. A node imports only from lines above its own, and stands in the first line where it can.
 # The README's diagram is this table (scripts/dev/readme.py).
 LEVELS = """
-    backend  fast.malloc  fast.workers  numpy_functions  tokenizer
+    backend  fast.malloc  fast.workers  in_place  modes  numpy_functions  tokenizer
     checkpoint  checks  data  fast.deferred  fast.tiled_attention  tensor
     fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  kernels  ops  packing
     evaluate  gradcheck  layers  objectives  optim  plain  world

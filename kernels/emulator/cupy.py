@@ -89,6 +89,18 @@ def tri(N, M=None, k=0, dtype=float):
     return ndarray(np.tri(N, M, k, dtype))
 
 
+# Memory.
+
+@_function
+def may_share_memory(a, b):
+    return np.may_share_memory(backing(a), backing(b))
+
+
+@_function
+def shares_memory(a, b):
+    return np.shares_memory(backing(a), backing(b))
+
+
 # Element by element.
 
 class ufunc:

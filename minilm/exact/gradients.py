@@ -74,7 +74,7 @@ def redraw_weights(model: Any, rng: np.random.Generator, scale: float = 0.7) -> 
     With fresh weights, terms of the gradient are small next to others, and an error in them is not seen.
     """
     for p in model.parameters().values():
-        p.data[...] = rng.normal(size=p.shape) * scale
+        p.assign(rng.normal(size=p.shape) * scale)
     return model
 
 

@@ -8,12 +8,15 @@ Measured gain: scripts/bench/tricks.py. Tests: tests/test_optim.py.
 
 from __future__ import annotations
 
+import itertools
+import sys
 from typing import Any
 
 import numpy as np
 
 from minilm.backend import array_module, is_cupy
 from minilm.fast.workers import ProcessGroup
+from minilm.in_place import mark_changed
 from minilm.tensor import Tensor
 
 BLOCK = 1 << 15
@@ -22,8 +25,11 @@ BLOCK = 1 << 15
 class FlatParameters:
     """data and grad (N,) of parameters by name, matrices first; n_decay: how many of the N belong to matrices.
 
-    Make it after the parameters are on their device. Afterwards assign to p.data[...] instead of p.data.
+    Make it after the parameters are on their device. It owns them afterwards: write with p.assign(x) instead of
+    p.data = x, and make no second one for the same Tensors. A method that meets a parameter with another array raises
+    RuntimeError with its name.
     group: worker processes; each updates a slice of its own of the flat arrays.
+    Raises TypeError for parameters of several dtypes, ValueError for parameters that share memory.
     """
 
     def __init__(self, parameters: dict[str, Tensor], group: ProcessGroup):
@@ -32,21 +38,40 @@ class FlatParameters:
         dtypes = {p.dtype for p in self.parameters.values()}
         if len(dtypes) != 1:
             raise TypeError(f"AdamW: all parameters must have one dtype; got {sorted(map(str, dtypes))}")
+        for (a, p), (b, q) in itertools.combinations(self.parameters.items(), 2):
+            if overlap(p.data, q.data):
+                raise ValueError(f"AdamW: parameters '{a}' and '{b}' share memory, and each would get an array of its "
+                                 "own; give tied weights one name, or copy one of them")
         names = sorted(self.parameters, key=lambda name: self.parameters[name].ndim < 2)    # stable: matrices first
         ordered = [self.parameters[name] for name in names]
         self.n_decay = sum(p.size for p in ordered if p.ndim >= 2)
-        ends = np.cumsum([p.size for p in ordered])
-        self._layout = {name: (slice(int(end) - p.size, int(end)), p.shape)
-                        for name, p, end in zip(names, ordered, ends)}
-        self.size = int(ends[-1])
+        self._edges = [0, *np.cumsum([p.size for p in ordered]).tolist()]
+        self._layout = {name: (slice(start, end), p.shape)
+                        for name, p, start, end in zip(names, ordered, self._edges, self._edges[1:])}
+        self.size = self._edges[-1]
         self._xp = array_module(*(p.data for p in ordered))
         self._dtype = ordered[0].dtype
         self.data = self.zeros()
+        self._owned = []                    # (name, parameter, its view of data) in the order of the flat arrays
+        for name, view in self.views(self.data).items():
+            p = self.parameters[name]
+            view[...] = p.data
+            p.data = view
+            self._owned.append((name, p, view))
+        # Of each rank: which parameters have a gradient. Of rank 0: which require one.
+        self._has_gradient = group.zeros(group.size * len(names), np.uint8).reshape(group.size, -1)
+        self._requires_grad = group.zeros(len(names), np.uint8)
+        self._new_gradient()
+
+    def _new_gradient(self):
         self.grad = self.zeros()
-        data, grad = self.views(self.data), self.views(self.grad)
-        for name, p in self.parameters.items():
-            data[name][...] = p.data
-            p.data, p.grad_buffer, p.grad = data[name], grad[name], None
+        views = self.views(self.grad)
+        for name, p, _ in self._owned:
+            p.grad_buffer, p.grad = views.pop(name), None
+        self._references = self._count_references()
+
+    def _count_references(self):
+        return [sys.getrefcount(self.grad), *[sys.getrefcount(p.grad_buffer) for _, p, _ in self._owned]]
 
     def zeros(self):
         """Another flat array (N,), in memory that all workers share."""
@@ -60,39 +85,74 @@ class FlatParameters:
         """A flat array in the layout of the parameters: {name: view of the parameter's shape}."""
         return {name: flat[where].reshape(shape) for name, (where, shape) in self._layout.items()}
 
-    def blocks(self) -> list[slice]:
-        """The slices of the flat arrays that this worker updates; on a GPU, one slice of everything."""
-        start, stop = (self.size * rank // self.group.active_size for rank in (self.group.rank, self.group.rank + 1))
+    def runs(self, labels) -> list[tuple[slice, int]]:
+        """[(slice of the flat arrays, label)] of neighbours with one label; labels (P,), and 0 is left out."""
+        edges = [0, *(np.flatnonzero(labels[1:] != labels[:-1]) + 1).tolist(), len(labels)]
+        return [(slice(self._edges[i], self._edges[j]), int(labels[i])) for i, j in zip(edges, edges[1:]) if labels[i]]
+
+    def blocks(self, run: slice | None = None) -> list[slice]:
+        """The slices of a run (None: everything) that this worker updates; on a GPU, one slice."""
+        run = run or slice(0, self.size)
+        first, last = (self.size * rank // self.group.active_size for rank in (self.group.rank, self.group.rank + 1))
+        start = max(first, run.start)
+        stop = min(last, run.stop)
         block = self.size if is_cupy(self.data) else BLOCK
         return [slice(i, min(i + block, stop)) for i in range(start, stop, block)]
 
+    def zero_grad(self) -> None:
+        """Drop the gradients. The next backward writes over them, unless somebody has kept one, or a view of one: then
+        it writes to new memory (with several workers the memory is shared and stays: copy a gradient to keep it)."""
+        for name, p, view in self._owned:
+            self._check_owned(name, p, view)
+            p.grad = None
+        if self.group.size == 1 and self._count_references() != self._references:
+            self._new_gradient()
+
     def add_gradients(self, others) -> None:
         """Add gradients that other workers computed: flat arrays in the layout of views()."""
-        self.materialise()
+        if self.group.active_size == 1:
+            self.collect()
         for b in self.blocks():
             for other in others:
                 self.grad[b] += other[b]
 
-    def materialise(self) -> None:
-        """Every gradient in its place in the flat gradient, zeros where a parameter got none."""
-        if self.group.active_size == 1:     # otherwise each worker did so before the gradients were added
-            materialise_gradients(self.parameters)
+    def collect(self) -> None:
+        """Every gradient in its place in the flat gradient, zeros where a parameter got none; and note which got one.
 
+        Several workers call it when each has its gradients, and meet (ProcessGroup.all_gather) before they go on.
+        """
+        has_gradient = []
+        for name, p, view in self._owned:
+            self._check_owned(name, p, view)
+            has_gradient.append(p.grad is not None)
+            if p.grad is None:
+                p.grad_buffer[...] = 0
+            elif p.grad is not p.grad_buffer:
+                p.grad_buffer[...] = p.grad
+                p.grad = p.grad_buffer
+        self._has_gradient[self.group.rank] = has_gradient
+        if self.group.rank == 0:
+            self._requires_grad[:] = [p.requires_grad for _, p, _ in self._owned]
 
-def zero_grad_of(parameters: dict[str, Tensor]) -> None:
-    """Drop the gradients."""
-    for p in parameters.values():
-        p.grad = None
+    def trained(self) -> np.ndarray:
+        """(P,) of 0 and 1: the parameters that a step updates, in the order of the flat arrays.
 
+        They have a gradient, in any worker, and require one. One worker collects the gradients here; several have done
+        it before they were added.
+        """
+        if self.group.active_size == 1:
+            self.collect()
+        return self._has_gradient[:self.group.active_size].max(axis=0) * self._requires_grad
 
-def materialise_gradients(parameters: dict[str, Tensor]) -> None:
-    """Every gradient in its grad_buffer, zeros where a parameter got none. Raises RuntimeError without a buffer."""
-    for p in parameters.values():
-        if p.grad_buffer is None:
-            raise RuntimeError("a parameter has left the optimiser's flat array: make the optimiser after to_device")
-        if p.grad is not p.grad_buffer:
-            p.grad_buffer[...] = 0 if p.grad is None else p.grad
-            p.grad = p.grad_buffer
+    def mark_changed(self, trained, by: str) -> None:
+        """Let backward notice that these parameters, an array of trained(), were overwritten (in_place.py)."""
+        mark_changed({name: p for (name, p, _), changed in zip(self._owned, trained.tolist()) if changed}, by)
+
+    def _check_owned(self, name, p, view):
+        if p.data is not view or p.grad_buffer is None:
+            raise RuntimeError(f"parameter '{name}' has left this optimiser's flat array: another AdamW or TrainState "
+                               "was made for it, or p.data was assigned, or the model was moved. Use one optimiser for "
+                               "a model, p.assign(x) instead of p.data = x, and make the optimiser after to_device")
 
 
 def shares_parameters(a: Any, b: Any) -> str | None:

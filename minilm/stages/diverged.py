@@ -29,9 +29,12 @@ def first_nonfinite(function: Callable) -> str | None:
 
 
 def first_bad_parameter(parameters: dict[str, Tensor], field: str) -> str | None:
-    """The first parameter whose `field`, "data" or "grad", has a NaN or an infinity; in words, or None."""
+    """The first parameter whose `field`, "data" or "grad", has a NaN or an infinity; in words, or None.
+
+    A frozen parameter has no gradient.
+    """
     for name, p in parameters.items():
         array = getattr(p, field)
-        if not array_module(array).isfinite(array).all():
+        if array is not None and not array_module(array).isfinite(array).all():
             return f"the {'gradient of ' if field == 'grad' else ''}parameter {name}, shape {p.shape}"
     return None

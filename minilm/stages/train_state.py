@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from minilm.backend import array_module, to_numpy
-from minilm.fast.flat_parameters import materialise_gradients
 from minilm.fast.malloc import return_freed_memory
 from minilm.fast.workers import ProcessGroup, available_cores, can_fork
+from minilm.in_place import mark_changed
 from minilm.optim import AdamW
 from minilm.stages.diverged import Diverged, first_bad_parameter, first_nonfinite
 
@@ -80,6 +80,7 @@ class TrainState:
         self.step = step
         for name, p in self.model.parameters().items():
             p.data[...] = array_module(p.data).asarray(arrays[f"model.{name}"])
+        mark_changed(self.model.parameters(), "TrainState.restore")
         self.optimizer.load_state({name: arrays[f"optimizer.{name}"] for name in ("m", "v", "steps")})
 
 
@@ -118,7 +119,7 @@ def train_step(state: TrainState, loss: Callable, shards: Sequence, learning_rat
         value.backward()
         return value.item(), report
 
-    losses, reports = zip(*state.group.map(forward_backward, shards, then=lambda: materialise_gradients(parameters)))
+    losses, reports = zip(*state.group.map(forward_backward, shards, then=state.optimizer.flat.collect))
     state.all_reduce_gradients()
     norm = state.optimizer.clip(clip)
     if not math.isfinite(norm):

@@ -78,8 +78,8 @@ def transformer(tokens, mask, config, **weights):
 
 def adamw(matrix, vector, dmatrix, dvector, max_norm, learning_rate, betas, eps, weight_decay):
     """A step for each of dmatrix and dvector: the norms before clipping, and the parameters after each step."""
-    p = Tensor(matrix)
-    q = Tensor(vector)
+    p = Tensor(matrix, requires_grad=True)
+    q = Tensor(vector, requires_grad=True)
     optimiser = AdamW({"matrix": p, "vector": q}, learning_rate, betas, eps, weight_decay)
     steps = []
     for p_gradient, q_gradient in zip(dmatrix, dvector):

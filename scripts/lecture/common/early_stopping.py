@@ -36,5 +36,5 @@ def keep_best(stage: Iterable[dict], model: Transformer | RewardModel, held_out_
     if step % every:
         check()
     for name, p in model.parameters().items():
-        p.data[...] = weights.get(name, p.data)
+        p.assign(weights.get(name, p.data))
     return lowest, best_step

@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from minilm import checkpoint
+from minilm.fast.workers import available_cores
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
 from mutants_table import find, mutated, place, read_tables  # noqa: E402
@@ -235,7 +236,7 @@ def as_csv(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", metavar="WORDS", default="", help="mutants with WORDS in their words or file")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+    parser.add_argument("--jobs", type=int, default=available_cores(), metavar="N",
                         help="copies in which tests run at the same time (%(default)s: one for each core)")
     parser.add_argument("--all-tests", action="store_true",
                         help="run every test on every mutant, and count those that fail")

@@ -4,8 +4,8 @@
     for each block:   x += attention(rms_norm(x));   x += swiglu(rms_norm(x))
     logits = rms_norm(x) unembedding^T
 
-the architecture of Llama (Touvron et al. 2023, arXiv:2302.13971), without biases. plain.py has the same model on one
-page; its numbers are the definition.
+the architecture of Llama (Touvron et al. 2023, arXiv:2302.13971), without biases. plain.py has the same model in one
+file; its numbers are the definition.
 One function computes the blocks, hidden_states. Its argument `attend` mixes the tokens that see each other (rotations
 and key smearing included): a rectangle of sequences, a padded rectangle, the segments of a pack
 (fast/packed_attention.py), or a new token and a cache (fast/cached_decoding.py).

@@ -1,9 +1,9 @@
 """Elementary primitives: each forward with its vjp beside it.
 
 A primitive takes Tensors or arrays and returns a Tensor; arithmetic and elementwise functions also take Python
-scalars. The helpers (unbroadcast, segment_sum, stable_sigmoid, stable_softplus) work on arrays. `dy`, or `dz` if the
-inputs are called x and y, is the gradient of the loss with respect to the output; a vjp returns dy times the Jacobian,
-one array per differentiable argument. The operators of Tensor (x + y, x @ y, x[i]) call the functions of these names.
+scalars. The helpers (unbroadcast, stable_sigmoid, stable_softplus) work on arrays. `dy`, or `dz` if the inputs are
+called x and y, is the gradient of the loss with respect to the output; a vjp returns dy times the Jacobian, one array
+per differentiable argument. The operators of Tensor (x + y, x @ y, x[i]) call the functions of these names.
 Tests: tests/test_ops.py.
 """
 
@@ -145,7 +145,7 @@ def softplus(x):
     """log(1 + exp x).   d/dx = sigmoid(x)"""
     def vjp(dy):
         return dy * stable_sigmoid(x)
-    return array_module(x).logaddexp(x, 0), vjp
+    return stable_softplus(x), vjp
 
 
 def log_sigmoid(x) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a language model becomes an assistant, on one page.
+"""How a language model becomes an assistant, in one file.
 
 This file defines the model, the losses, sampling and AdamW. Everything else in minilm computes the same numbers,
 faster, and the tests compare it with this file (tests/test_plain.py). It uses only the elementary operations of

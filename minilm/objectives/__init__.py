@@ -9,7 +9,8 @@ To read a file you need the first 20 lines of tensor.py: `@primitive` turns a fu
 function every Tensor is already its array. vjp maps the gradient of the output to one gradient for each of the
 first arguments; the references and masks after them get none. A function without @primitive works on the
 Tensors themselves. xp is NumPy, or CuPy for arrays on a GPU (backend.py): read it as np. stable_sigmoid and
-stable_softplus are the sigmoid and log(1 + exp), without overflow (ops.py).
+stable_softplus are the sigmoid and log(1 + exp), without overflow (ops.py). The functions of checks.py raise an error
+for a wrong argument; otherwise they return it, a mask as booleans (same_shape: the shape).
 
 Symbols in every file:
 

@@ -106,7 +106,7 @@ def kl_metrics(policy: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> d
     An estimate from few samples may be negative; the divergence never is.
     Raises ValueError for other shapes, and for a mask of other values than 0 and 1.
     """
-    checks.same_shape("kl_metrics", axes="BT", policy=policy, reference=reference, mask=mask)
+    checks.same_shape("kl_metrics", axes="NT", policy=policy, reference=reference, mask=mask)
     selected = checks.mask("kl_metrics", to_numpy(mask))
     token_k1 = np.where(selected, to_numpy(policy) - to_numpy(reference), 0.0)
     return {"kl_sequence": float(token_k1.sum(axis=-1).mean()),

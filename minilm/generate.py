@@ -13,6 +13,7 @@ import numpy as np
 
 from minilm import checks
 from minilm.backend import array_module, is_cupy, to_numpy
+from minilm.diverged import Diverged, first_bad_parameter, first_nonfinite
 from minilm.fast.cached_decoding import Cache, forward_cached
 from minilm.fast.workers import parallel_map
 from minilm.model import Transformer
@@ -168,8 +169,8 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     workers      processes that share the rows (fast/workers.py), at most one for each ROWS_PER_WORKER rows; faster
                  where BLAS itself is held to one thread
     Raises TypeError, ValueError or IndexError for an empty prompt, a token or an EOS outside the vocabulary, a prompt
-    that does not fit the context with its response, or settings and uniform numbers out of range. Raises
-    FloatingPointError, with step and row, when logits become NaN or infinite.
+    that does not fit the context with its response, or settings and uniform numbers out of range. Raises Diverged,
+    with step, row and tensor, when logits become NaN or infinite.
     """
     checks.sampling("generate", temperature, top_k, top_p)
     ends = checks.end_tokens("generate", eos, model.config.vocab_size)
@@ -240,7 +241,8 @@ def _generate(model, prompts, uniforms, ends, temperature, top_k, top_p, numbers
         drawn, drawn_log_probs, drawn_entropies = map(to_numpy, draws)
         wrong = ~np.isfinite(drawn_log_probs) & unfinished
         if wrong.any():
-            raise FloatingPointError(_no_distribution(model, t, numbers[rows[wrong][0]]))
+            row = rows[wrong][0]
+            raise _diverged(model, [*prompts[row], *tokens[row, :t]], t, numbers[row])
         now = rows[unfinished]
         tokens[now, t] = drawn[unfinished]
         mask[now, t] = 1
@@ -260,13 +262,10 @@ def _generate(model, prompts, uniforms, ends, temperature, top_k, top_p, numbers
     return Samples(tokens[:, :used], mask[:, :used], log_probs[:, :used], entropies[:, :used])
 
 
-def _no_distribution(model, t, row):
-    """The message about logits with NaN or infinity: step, row, and the first parameter that holds one."""
-    finite = array_module(model.unembedding.data).isfinite
-    bad = [f"the parameter {name}, shape {p.shape}" for name, p in model.parameters().items()
-           if not finite(p.data).all()]
-    return (f"generate, step {t + 1}, row {row}: logits are NaN or infinite; first bad tensor: "
-            f"{bad[0] if bad else f'none of the parameters: a product overflowed {model.dtype}'}")
+def _diverged(model, text, t, row):
+    """The error of logits that are NaN or infinite after these tokens."""
+    bad = first_bad_parameter(model.parameters(), "data") or first_nonfinite(lambda: model(np.array([text])))
+    return Diverged(f"generate, step {t + 1}, row {row}: the logits are NaN or infinite; first bad tensor: {bad}")
 
 
 def _prefill(model, prompts, max_new_tokens):

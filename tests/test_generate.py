@@ -8,6 +8,7 @@ from hypothesis import example, given, strategies as st
 
 from helpers import assert_close, rngs, small_transformer
 from minilm import checks, generate as module, plain
+from minilm.diverged import Diverged
 from minilm.generate import categorical, distribution, entropy, generate, sample
 from minilm.packing import pack
 
@@ -372,8 +373,8 @@ def test_every_uniform_number_in_0_to_1_is_accepted_and_float32_ones_draw_as_the
 def test_weights_that_are_no_numbers_end_generation_with_step_row_and_tensor(bad, temperature, top_k, top_p, rng):
     model = small_transformer(rng, layers=2)
     model.parameters()["blocks.1.ffn_norm"].data[:] = bad
-    with pytest.raises(FloatingPointError, match=r"generate, step 1, row 0: logits are NaN or infinite; first bad "
-                                                 r"tensor: the parameter blocks.1.ffn_norm, shape \(4,\)"):
+    with pytest.raises(Diverged, match=r"generate, step 1, row 0: the logits are NaN or infinite; first bad tensor: "
+                                       r"the parameter blocks.1.ffn_norm, shape \(4,\)"):
         generate(model, PROMPTS, 4, rng, EOS, temperature, top_k, top_p)
     with pytest.raises(ValueError, match="plain.sample: the largest logit, row 0, is "):
         plain.generate(model.parameters(), PROMPTS, model.config, 4, rng, EOS, temperature)
@@ -382,15 +383,16 @@ def test_weights_that_are_no_numbers_end_generation_with_step_row_and_tensor(bad
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_the_row_and_the_step_are_those_at_which_a_bad_embedding_is_first_read(workers, rng, monkeypatch):
-    """Token 6 has no finite embedding. It is drawn for row 4 alone, as its third token, and read at step 4."""
+    """Token 6 has no finite embedding. It is drawn for row 4 alone, as its third token, and read at step 4. Rows 0 to 2
+    end at their first token, and leave the batch."""
     monkeypatch.setattr(module, "ROWS_PER_WORKER", 1)
     model, uniforms = small_transformer(rng, vocab_size=7), np.zeros((6, 8))
     head = model.parameters()["unembedding"].data
     head[...] = 0                                                       # all tokens are equally likely
     model.parameters()["embedding"].data[6] = np.nan
-    uniforms[4, 2] = 0.999
-    with pytest.raises(FloatingPointError, match="generate, step 4, row 4: .* the parameter embedding, "):
-        generate(model, [[1, 2]] * 3 + [[3]] * 3, 8, uniforms, None, workers=workers)
+    uniforms[:3, 0], uniforms[4, 2] = 5.5 / 7, 0.999
+    with pytest.raises(Diverged, match="generate, step 4, row 4: .* the parameter embedding, "):
+        generate(model, [[1, 2]] * 3 + [[3]] * 3, 8, uniforms, eos=5, workers=workers)
 
 
 def test_a_row_that_has_ended_is_not_asked_for_finite_logits(rng):
@@ -404,11 +406,11 @@ def test_a_row_that_has_ended_is_not_asked_for_finite_logits(rng):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
-def test_an_overflow_of_finite_weights_is_said_to_be_one(rng):
+def test_an_overflow_of_finite_weights_is_traced_to_its_primitive(rng):
     model = small_transformer(rng, np.float32)
     model.parameters()["final_norm"].data[:] = 3e38
     model.parameters()["unembedding"].data[:] = 3e38
-    with pytest.raises(FloatingPointError, match="none of the parameters: a product overflowed float32"):
+    with pytest.raises(Diverged, match="step 1, row 0: .* first bad tensor: the output of rms_norm, "):
         generate(model, PROMPTS, 4, rng, EOS)
 
 

@@ -10,13 +10,13 @@ import minilm.model
 from helpers import assert_close, small_transformer
 from minilm import checkpoint, evaluate, ops
 from minilm.data import make_batch, windows
+from minilm.diverged import Diverged
 from minilm.model import Config, RewardModel
 from minilm.objectives import dpo
 from minilm.objectives.policy_gradient import advantages
 from minilm.optim import AdamW
 from minilm.packing import scatter
 from minilm.stages import rlhf as rlhf_module
-from minilm.stages.diverged import Diverged
 from minilm.stages.dpo import reference_log_probs, train_dpo
 from minilm.stages.pretraining import pretrain, pretrain_on_documents
 from minilm.stages.reward_model import train_reward_model
@@ -679,6 +679,11 @@ def test_rlhf_scores_its_reference_without_a_graph():
 
 # Divergence.
 
+def where_found(stage):
+    """RLHF samples before it computes a loss."""
+    return "generate, step 1, row 0: the logits are NaN or infinite" if stage == "RLHF" else "the loss is nan"
+
+
 @every_stage
 @one_or_two_workers
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -688,7 +693,7 @@ def test_a_bad_parameter_stops_the_stage_by_name_before_anything_is_updated(stag
     next(loop)
     training.model.parameters()["blocks.0.gate_up"].data[1, 2] = bad
     before = everything(training)
-    with pytest.raises(Diverged, match=rf"^{stage}, step 2: the loss is nan; "
+    with pytest.raises(Diverged, match=rf"^{stage}, step 2: {where_found(stage)}; "
                                        r"first bad tensor: the parameter blocks.0.gate_up, shape \(4, 6\)$"):
         next(loop)
     after = everything(training)
@@ -701,7 +706,8 @@ def test_a_nan_is_traced_to_its_primitive(stage):
     training = make_training(stage)
     training.model.parameters()["blocks.0.gate_up"].data[...] = 1e25
     before = everything(training)
-    with pytest.raises(Diverged, match=f"^{stage}, step 1: the loss is nan; first bad tensor: the output of swiglu, "):
+    with pytest.raises(Diverged, match=f"^{stage}, step 1: {where_found(stage)}; first bad tensor: the output "
+                                       "of swiglu, "):
         run(stage, training, 1)
     assert everything(training)[0] == before[0]
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = """
     backend  fast.malloc  fast.workers  in_place  modes  numpy_functions  tokenizer
     checkpoint  checks  data  fast.deferred  fast.tiled_attention  tensor
-    fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  kernels  ops  packing
+    diverged  fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  kernels  ops  packing
     evaluate  gradcheck  layers  objectives  optim  plain  world
     exact  fast.packed_attention
     model

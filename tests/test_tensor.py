@@ -8,9 +8,9 @@ import pytest
 from helpers import assert_close, normal, peak_memory
 from minilm import Tensor, no_grad, ops, primitive
 from minilm.backend import array_module, to_device
+from minilm.diverged import first_nonfinite
 from minilm.fast.activation_checkpointing import activation_checkpoint
 from minilm.gradcheck import gradcheck
-from minilm.stages.diverged import first_nonfinite
 from minilm.tensor import arrays_only, grad_enabled, watching
 
 # Gradients add up.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import numpy as np
 
 from minilm.backend import concatenate
+from minilm.diverged import Diverged
 from minilm.generate import Samples, generate
 from minilm.model import Transformer
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
@@ -71,7 +72,10 @@ def sample_responses(state: TrainState, reference: Transformer, prompts: Sequenc
 
     def sample(rows):
         asked = [prompts[i] for i in rows]
-        samples = generate(state.model, asked, max_new_tokens, uniforms[rows], eos, temperature)
+        try:
+            samples = generate(state.model, asked, max_new_tokens, uniforms[rows], eos, temperature)
+        except Diverged as error:
+            raise Diverged(f"RLHF, step {state.step + 1}: {error}") from error
         part = pack(asked, samples.responses(), state.model.config.context)
         with no_grad():
             return samples.arrays(), reference.response_log_probs(part, temperature).data.sum(axis=1)

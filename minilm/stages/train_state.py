@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from minilm.backend import array_module, to_numpy
+from minilm.diverged import Diverged, first_bad_parameter, first_nonfinite
 from minilm.fast.malloc import return_freed_memory
 from minilm.fast.workers import ProcessGroup, available_cores, can_fork
 from minilm.in_place import mark_changed
 from minilm.optim import AdamW
-from minilm.stages.diverged import Diverged, first_bad_parameter, first_nonfinite
 
 TOKENS_PER_WORKER = 512
 

@@ -1,4 +1,4 @@
-"""A loss, gradient or weight became NaN or infinite: which tensor was the first."""
+"""A loss, gradient, weight or logit became NaN or infinite: which tensor was the first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minilm.tensor import Tensor, watching
 
 
 class Diverged(ArithmeticError):
-    """A loss, a gradient or an update became NaN or infinite."""
+    """A loss, a gradient, an update or the logits to sample from became NaN or infinite."""
 
 
 def first_nonfinite(function: Callable) -> str | None:

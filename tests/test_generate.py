@@ -294,7 +294,7 @@ def test_prompts_and_settings_out_of_range_raise(prompts, settings, message, rng
 
 
 @pytest.mark.parametrize("prompts, settings, message", [
-    ([[1.9, 2.2]], {}, "prompt 0 holds float64; token ids are integers"),
+    ([[1.9, 2.2]], {}, "prompt 0 holds float64; it must hold integers"),
     ([[1], [True]], {}, "prompt 1 holds bool"),
     (["abc"], {}, "prompt 0 holds <U3"),
     ("abc", {}, "prompts is 'abc'; it must be a list of token lists"),

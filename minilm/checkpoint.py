@@ -81,8 +81,8 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}. "
                               "Check that it is a file, and that you may read it.") from error
-    except safetensors.SafetensorError as error:
-        raise _damaged(path, f"cut short or damaged ({error})") from error
+    except (safetensors.SafetensorError, TypeError, UnicodeError) as error:   # TypeError: a dtype that NumPy lacks
+        raise _damaged(path, f"cut short or damaged ({one_line(error)})") from error
     if _digest(arrays, metadata) != sha256:
         raise _damaged(path, "damaged: its contents do not match their checksum")
     return arrays, metadata
@@ -116,6 +116,11 @@ def load_into(parameters: dict, arrays: dict[str, np.ndarray], path: Path = "") 
 def write_text(path: Path, text: str) -> None:
     """Writes text (UTF-8) completely or not at all, as `save` does. Raises CheckpointError."""
     _write_atomically(path, text.encode("utf-8"))
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, which may quote a damaged file, on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
 
 
 def _import_safetensors():
@@ -177,10 +182,10 @@ def _parse_header(path, header):
         if fields["version"] > VERSION:
             raise CheckpointError(f"{path}: written by a newer minilm (version {fields['version']} of the "
                                   f"format; this one reads {VERSION}). Update minilm.")
-        if (fields["format"], fields["version"]) != (FORMAT, VERSION):
+        if (fields["format"], fields["version"]) != (FORMAT, VERSION) or not isinstance(fields["metadata"], dict):
             raise ValueError("no version of this format")
         return fields["metadata"], fields["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, "damaged: its header makes no sense") from error
 
 

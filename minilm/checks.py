@@ -8,6 +8,8 @@ Tests: tests/test_checks.py.
 from __future__ import annotations
 
 import math
+import reprlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,11 +29,11 @@ def number(function: str, name: str, value: Any, *, above: float | None = None, 
         value = value.item()                                # a NumPy scalar, or an array of one number
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{function}: {name} is {_shown(value)}; it must be a number")
-    if not (-math.inf < value < math.inf and (above is None or value > above) and (below is None or value < below)
+    if not (abs(value) <= sys.float_info.max and (above is None or value > above) and (below is None or value < below)
             and (at_least is None or value >= at_least) and (at_most is None or value <= at_most)):
         limits = {"above": above, "at least": at_least, "below": below, "at most": at_most}
         wanted = " and ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
-        raise ValueError(f"{function}: {name} is {value!r}; it must be a finite number {wanted}".rstrip())
+        raise ValueError(f"{function}: {name} is {reprlib.repr(value)}; it must be a finite number {wanted}".rstrip())
     return value
 
 
@@ -41,7 +43,7 @@ def integer(function: str, name: str, value: Any, *, at_least: int | None = None
         raise TypeError(f"{function}: {name} is {_shown(value)}; it must be an integer")
     if (at_least is not None and value < at_least) or (below is not None and value >= below):
         limits = [f"at least {at_least}"] * (at_least is not None) + [f"below {below}"] * (below is not None)
-        raise ValueError(f"{function}: {name} is {value}; it must be {' and '.join(limits)}")
+        raise ValueError(f"{function}: {name} is {reprlib.repr(value)}; it must be {' and '.join(limits)}")
     return int(value)
 
 
@@ -56,7 +58,7 @@ def choice(function: str, name: str, value: Any, choices: Sequence[str]) -> str:
     """A setting that is one of several words. Raises ValueError."""
     if value not in choices:
         *others, last = map(repr, choices)
-        raise ValueError(f"{function}: {name} is {value!r}; it must be {', '.join(others)} or {last}")
+        raise ValueError(f"{function}: {name} is {reprlib.repr(value)}; it must be {', '.join(others)} or {last}")
     return value
 
 
@@ -230,7 +232,9 @@ def end_tokens(function: str, eos: Any, vocab_size: int) -> np.ndarray:
 
 
 def _shown(value):
-    """A value in an error: an array by its type and shape, others as they are written."""
+    """A value in an error: an array by its type and shape, others as they are written, the middle of long ones left
+    out."""
     if hasattr(value, "shape") and np.shape(value):
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"
+    return f"{reprlib.repr(value)} ({type(value).__name__})"
+

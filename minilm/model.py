@@ -30,7 +30,7 @@ from minilm.tensor import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes of a Transformer. Raises ValueError when they do not fit together."""
+    """The sizes of a Transformer. Raises ValueError when they do not fit together, TypeError for another type."""
 
     vocab_size: int = 512
     width: int = 64                 # D
@@ -54,22 +54,23 @@ class Config:
 
         default("kv_heads", self.heads)
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Config: {name} is {getattr(self, name)}; it must be at least 1")
+            checks.integer("Config", name, getattr(self, name), at_least=1)
+        checks.number("Config", "rope_base", self.rope_base, above=0)
+        checks.number("Config", "norm_eps", self.norm_eps, at_least=0)
+        for name in ("causal", "tied", "key_smear"):
+            checks.flag("Config", name, getattr(self, name))
         if self.head_width is None and self.width % self.heads:
             raise ValueError(f"Config: width {self.width} is not a multiple of heads {self.heads}; "
                              "change one, or give head_width")
         default("head_width", self.width // self.heads)
         default("ffn_width", -(-8 * self.width // 24) * 8)
         for name in ("head_width", "ffn_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Config: {name} is {getattr(self, name)}; it must be at least 1")
+            checks.integer("Config", name, getattr(self, name), at_least=1)
         if self.heads % self.kv_heads:
             raise ValueError(f"Config: kv_heads {self.kv_heads} does not divide heads {self.heads}")
         if self.head_width % 2:
             raise ValueError(f"Config: head_width {self.head_width} is odd; rotary positions rotate pairs")
-        if self.rope_pairing not in ("half", "interleaved"):
-            raise ValueError(f"Config: rope_pairing is {self.rope_pairing!r}; 'half' or 'interleaved'")
+        checks.choice("Config", "rope_pairing", self.rope_pairing, ("half", "interleaved"))
 
 
 def block(parameters, i: int, x: Tensor, attend: Callable, eps: float) -> Tensor:

@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 
+from minilm import checks
 from minilm.backend import to_numpy
-from minilm.checkpoint import CheckpointError, Path, load, load_into, save
+from minilm.checkpoint import CheckpointError, Path, load, load_into, one_line, save
 from minilm.model import Config, RewardModel, Transformer
 from minilm.tokenizer import Tokenizer
 
@@ -25,19 +26,44 @@ def save_model(path: Path, model: Transformer | RewardModel, tokenizer: Tokenize
 
 
 def load_model(path: Path) -> tuple[Transformer | RewardModel, Tokenizer, dict]:
-    """(model, tokenizer, metadata) from a file of save_model. Raises CheckpointError as load does."""
+    """(model, tokenizer, metadata) from a file of save_model. Raises CheckpointError as load does, and for a file whose
+    weights, Config and tokenizer do not fit together or whose weights are not finite."""
     arrays, metadata = load(path)
     try:
         config = Config(**metadata["config"])
         tokenizer = Tokenizer.from_json(metadata["tokenizer"])
-        if metadata["kind"] not in ("Transformer", "RewardModel"):
-            raise ValueError(f"kind {metadata['kind']!r}")
+        kind = checks.choice("load_model", "kind", metadata["kind"], ("Transformer", "RewardModel"))
+        if tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}")
         dtype = arrays["embedding"].dtype
+        for name, array in arrays.items():
+            if array.dtype not in (np.float32, np.float64):
+                raise TypeError(f"{name} is {array.dtype}; weights are float32 or float64")
+            checks.finite("load_model", name, array)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: holds no model that this minilm can build ({error}). Check the "
+        raise CheckpointError(f"{path}: holds no model that this minilm can build ({one_line(error)}). Check the "
                               "path.") from error
+    _check_sizes(path, config, arrays)
     model = Transformer(config, np.random.default_rng(0), dtype)
-    if metadata["kind"] == "RewardModel":
+    if kind == "RewardModel":
         model = RewardModel(model, np.random.default_rng(0))
     load_into(model.parameters(), arrays, path)
     return model, tokenizer, metadata
+
+
+def _check_sizes(path, config, arrays):
+    """The sizes in the Config against those of the arrays, before a model of that size is allocated.
+
+    These arrays have every size of the Config; load_into compares all arrays.
+    """
+    def check(name, *shape):
+        saved = arrays[name].shape if name in arrays else None
+        if saved != shape:
+            fault = f"missing ({name})" if saved is None else f"{name} is {saved} there, {shape} here"
+            raise CheckpointError(f"{path}: a checkpoint of another architecture: {fault}. "
+                                  "Build the model with the settings it was saved with.")
+
+    check("embedding", config.vocab_size, config.width)
+    for i in range(config.layers):
+        check(f"blocks.{i}.qkv", config.width, (config.heads + 2 * config.kv_heads) * config.head_width)
+        check(f"blocks.{i}.gate_up", config.width, 2 * config.ffn_width)

@@ -15,6 +15,7 @@ Checked by tests/test_tokenizer.py against a trainer that recounts every pair at
 """
 import json
 import re
+import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, pairwise
@@ -22,6 +23,7 @@ from itertools import islice, pairwise
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 # The ids depend on `split` too: if WORD changes, this version must change.
 FORMAT = "minilm-tokenizer-1"
+LARGEST = 2 ** 24       # bytes of all tokens together. Each merge may double the longest token: fifty would fill a disk
 
 WORD = re.compile(r"""
       [\r\n]                   # a newline, always alone
@@ -106,8 +108,8 @@ class Tokenizer:
     """Bytes, merges, special tokens. `Tokenizer()` has no merges: one id for each byte.
 
     merges: pairs of ids; pair i becomes id 256 + i. specials: names, in the order of their ids; <pad>, <bos> and
-    <eos> must be among them. Raises ValueError for a merge that is not a pair of earlier ids, or comes twice, and
-    for a special name that is missing, empty, or comes twice.
+    <eos> must be among them. Raises ValueError for a merge that is not a pair of earlier ids, or comes twice, for
+    tokens of more than LARGEST bytes in all, and for a special name that is missing, empty, or comes twice.
 
     vocab_size       number of ids
     pad, bos, eos    three different ids. If pad and eos were the same, a mask over the padding would hide the end
@@ -120,22 +122,27 @@ class Tokenizer:
     def __init__(self, merges: Iterable[tuple[int, int]] = (), specials: Iterable[str] = SPECIALS):
         self.tokens = [bytes([i]) for i in range(256)]
         self.merges = {}
+        size = 256
         for new_id, pair in enumerate(merges, start=256):
             if not isinstance(pair, (tuple, list)) or [type(part) for part in pair] != [int, int]:
-                raise ValueError(f"merge {new_id - 256} must be a pair of ids, not {pair!r}")
+                raise ValueError(f"merge {new_id - 256} must be a pair of ids, not {reprlib.repr(pair)}")
             left, right = pair
             if not (0 <= left < new_id and 0 <= right < new_id):
                 raise ValueError(f"merge {new_id - 256}, {left, right}, can only join ids from 0 to {new_id - 1}")
             if (left, right) in self.merges:
                 raise ValueError(f"merge {new_id - 256}, {left, right}, comes twice")
+            size += len(self.tokens[left]) + len(self.tokens[right])
+            if size > LARGEST:
+                raise ValueError(f"the tokens of merges 0 to {new_id - 256} have {size:,} bytes in all; a tokenizer "
+                                 f"holds at most {LARGEST:,}")
             self.merges[left, right] = new_id
             self.tokens.append(self.tokens[left] + self.tokens[right])
 
         names = list(specials)
         if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
-            raise ValueError(f"special tokens must have distinct names, none of them empty: {names!r}")
+            raise ValueError(f"special tokens must have distinct names, none of them empty: {reprlib.repr(names)}")
         if missing := [name for name in SPECIALS if name not in names]:
-            raise ValueError(f"special tokens {names} lack {missing}")
+            raise ValueError(f"special tokens {reprlib.repr(names)} lack {missing}")
         self.specials = {name: len(self.tokens) + i for i, name in enumerate(names)}
         self.pad, self.bos, self.eos = (self.specials[name] for name in SPECIALS)
         self.vocab_size = len(self.tokens) + len(self.specials)
@@ -210,8 +217,8 @@ class Tokenizer:
             raise ValueError(f"a saved tokenizer is JSON, and this is not: {error}") from None
         found = saved.get("format") if isinstance(saved, dict) else None
         if found != FORMAT:
-            raise ValueError(f"a saved tokenizer has format {FORMAT!r}, not {found!r}")
+            raise ValueError(f"a saved tokenizer has format {FORMAT!r}, not {reprlib.repr(found)}")
         for key in ("specials", "merges"):
             if not isinstance(saved.get(key), list):
-                raise ValueError(f"a saved tokenizer has a list of {key}, not {saved.get(key)!r}")
+                raise ValueError(f"a saved tokenizer has a list of {key}, not {reprlib.repr(saved.get(key))}")
         return cls(saved["merges"], saved["specials"])

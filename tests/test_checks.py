@@ -40,6 +40,22 @@ def test_an_integer_is_no_float_and_no_bool():
         checks.integer("f", "eos", 9, at_least=0, below=9)
 
 
+def test_a_flag_is_true_or_false():
+    assert checks.flag("f", "causal", False) is False and checks.flag("f", "causal", np.True_) is True
+    for wrong in (0, 1, None, "yes", np.ones(2, bool)):
+        with pytest.raises(TypeError, match="f: causal is .*; it must be True or False"):
+            checks.flag("f", "causal", wrong)
+
+
+def test_a_value_in_an_error_is_short_however_long_it_is():
+    for call in (lambda: checks.number("f", "beta", 10 ** 400), lambda: checks.number("f", "beta", "x" * 10 ** 5),
+                 lambda: checks.integer("f", "layers", -10 ** 4000, at_least=1),
+                 lambda: checks.choice("f", "baseline", "x" * 10 ** 5, ["none", "mean"])):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            call()
+        assert len(str(caught.value)) < 200
+
+
 def test_a_choice_is_one_of_its_words():
     assert checks.choice("f", "level", "token", ("token", "sequence")) == "token"
     with pytest.raises(ValueError, match="f: level is 'x'; it must be 'token', 'prompt' or 'sequence'"):

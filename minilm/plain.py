@@ -16,7 +16,7 @@ is 1 on real tokens and 0 on padding. The mask of a loss (B,T-1) goes with the l
 t + 1, so it is the mask of tokens[:, 1:]. It is 1 on the tokens to be scored: those of y, or all in pretraining.
 An argument called log_probs or advantages holds the result of the function of that name.
 `config` is a model.Config. This file reads its fields vocab_size V, layers, heads H, kv_heads G, head_width dh, causal
-(no token reads a later one), tied (the unembedding is the embedding), key_smear (whether keys are smeared, see `smear`),
+(no token reads a later one), tied (the unembedding is the embedding), key_smear (whether to apply `smear`),
 rope_base and rope_pairing (base and pairs of `rope`), norm_eps (eps of `rms_norm`).
 `parameters` is a dict of Tensors; model.py makes their initial values:
 

@@ -4,13 +4,20 @@ import weakref
 
 import numpy as np
 import pytest
+from hypothesis import given
 
-from helpers import assert_close, normal, peak_memory
-from minilm import Tensor, no_grad, ops, primitive
+from helpers import assert_close, normal, peak_memory, rngs, small_transformer
+from minilm import Tensor, layers, no_grad, ops, primitive
 from minilm.backend import array_module, to_device
+from minilm.checkpoint import load_into
 from minilm.diverged import first_nonfinite
+from minilm.exact.gradients import parameter_gradients, redraw_weights
 from minilm.fast.activation_checkpointing import activation_checkpoint
 from minilm.gradcheck import gradcheck
+from minilm.in_place import mark_changed
+from minilm.model import RewardModel
+from minilm.optim import AdamW
+from minilm.packing import pack, scatter
 from minilm.tensor import arrays_only, grad_enabled, watching
 
 # Gradients add up.
@@ -473,3 +480,192 @@ def test_a_tensor_within_arrays_only_raises(rng):
 def test_the_advice_for_a_power_of_an_array_names_no_function_that_would_raise(rng):
     with pytest.raises(TypeError, match="np.power does not take a Tensor: use the functions of minilm.ops"):
         np.power(2.0, normal(rng, 2))
+
+
+# Changes between forward and backward.
+
+TOKENS = np.array([[1, 2, 3, 4], [4, 0, 2, 5]])
+
+
+def step(model):
+    optimizer = AdamW(model.parameters())
+    loss = model.log_probs(TOKENS).sum()
+    model.log_probs(TOKENS).sum().backward()
+    optimizer.step()
+    return loss
+
+
+def load(model):
+    loss = model.log_probs(TOKENS).sum()
+    load_into(model.parameters(), {name: 2 * p.data for name, p in model.parameters().items()})
+    return loss
+
+
+def redraw(model):
+    loss = model.log_probs(TOKENS).sum()
+    redraw_weights(model, np.random.default_rng(0))
+    return loss
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("change, message", [
+    (step, r"parameter '\S+', shape .*, was changed in place by AdamW.step after \w+ had used it \(its argument"),
+    (load, r"parameter '\S+', shape .*, was changed in place by load_into after"),
+    (redraw, r"a Tensor of shape \(.*\) was changed in place by assign after")], ids=["step", "load", "redraw"])
+def test_backward_through_a_model_whose_parameters_were_overwritten_raises(change, message, checkpointing, rng):
+    model = small_transformer(rng)
+    model.activation_checkpointing = checkpointing
+    loss = change(model)
+    before = {name: p.data.copy() for name, p in model.parameters().items()}
+    with pytest.raises(RuntimeError, match="^backward: " + message + ".* compute the forward again"):
+        loss.backward()
+    model.log_probs(TOKENS).sum().backward()                    # the forward again
+    assert all((p.data == before[name]).all() for name, p in model.parameters().items())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name, frozen", [
+    ("embedding", False), *((name, frozen) for frozen in (False, True) for name in (
+        "blocks.0.qkv", "blocks.0.ffn_norm", "blocks.0.key_smear", "blocks.1.gate_up", "final_norm", "unembedding"))])
+def test_a_change_of_one_parameter_is_noticed_with_its_name_also_if_it_is_frozen(name, frozen, checkpointing, rng):
+    """But not of a frozen embedding: its rows were copied, and the other gradients are right."""
+    model = small_transformer(rng, layers=2, key_smear=True)
+    model.activation_checkpointing = checkpointing
+    p = model.parameters()[name]
+    p.requires_grad = not frozen
+    loss = model.log_probs(TOKENS).sum()
+    p.data += 1
+    mark_changed({name: p}, "my_update")
+    with pytest.raises(RuntimeError, match=f"parameter '{name}', shape .* by my_update after"):
+        loss.backward()
+
+
+def test_a_changed_parameter_raises_before_any_gradient_is_added(rng):
+    x, w = normal(rng, 3), normal(rng, 3)
+    loss = (x * w + ops.tanh(x)).sum()
+    w.assign(np.ones(3))
+    with pytest.raises(RuntimeError, match=r"after multiply had used it \(its argument 2 'y'\)"):
+        loss.backward()
+    assert x.grad is None and w.grad is None
+
+
+def test_a_change_before_the_use_or_of_another_tensor_does_no_harm(rng):
+    x, w, other = normal(rng, 3), normal(rng, 3), normal(rng, 3)
+    w.assign(2 * w.data)
+    loss = (x * w).sum()
+    other.assign(x.data)
+    loss.backward()
+    assert np.array_equal(x.grad, w.data) and np.array_equal(w.grad, x.data)
+
+
+def test_a_constant_that_changed_in_place_raises(rng):
+    x, constant = normal(rng, 3), Tensor(np.ones(3))
+    loss = (x * constant).sum()
+    constant.assign(np.zeros(3))
+    with pytest.raises(RuntimeError, match=r"a Tensor of shape \(3,\) was changed in place by assign after multiply"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_checkpoint_within_a_checkpoint_notices_changes_too(depth, rng):
+    x, w = normal(rng, 3), normal(rng, 3)
+
+    def function(x, depth=depth):
+        return activation_checkpoint(lambda x: function(x, depth - 1), x) if depth else ops.tanh(x * w)
+    loss = function(x).sum()
+    function(x).sum().backward()
+    assert_close(x.grad, (1 - np.tanh(x.data * w.data) ** 2) * w.data)
+    w.assign(2 * w.data)
+    with pytest.raises(RuntimeError, match="after multiply had used it"):
+        loss.backward()
+
+
+def test_assign_writes_in_place_and_checks_the_shape(rng):
+    p = normal(rng, 2, 3)
+    array = p.data
+    p.assign(np.arange(6).reshape(2, 3))
+    assert p.data is array and array.tolist() == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(ValueError, match="broadcast"):
+        p.assign(np.zeros(4))
+
+
+# Each: (a function of x (4,6) and of integers or masks, those arrays). They are overwritten after the forward pass.
+INDICES = {
+    "getitem": (lambda x, i: x[i], [np.array([3, 0, 3])]),
+    "getitem, two arrays": (lambda x, i, j: x[i, j], [np.array([3, 0, 3]), np.array([5, 1, 1])]),
+    "getitem, slice and array": (lambda x, i: x[1:, i], [np.array([5, 1, 1])]),
+    "getitem, list": (lambda x, i: x[i], [[3, 0, 3]]),
+    "getitem, lists": (lambda x, i, j: x[i, j], [[3, 0, 3], [5, 1, 1]]),
+    "getitem, mask": (lambda x, m: x[m], [np.eye(4, 6, dtype=bool)]),
+    "embed": (lambda x, i: ops.embed(x, i), [np.array([[3, 0], [3, 1]])]),
+    "embed by name": (lambda x, i: ops.embed(x, indices=i), [np.array([[3, 0], [3, 1]])]),
+    "gather": (lambda x, i: ops.gather(x, i), [np.array([5, 0, 1, 1])]),
+    "where": (lambda x, m: ops.where(m, x, 2 * x), [np.eye(4, 6, dtype=bool)]),
+    "where, integers": (lambda x, m: ops.where(m, x, 0.0), [np.eye(4, 6, dtype=np.int8)]),
+    "scatter": (lambda x, m: scatter(x[:, 0], m), [np.array([[1, 1, 0], [0, 1, 1]], bool)]),
+    "sequence_log_probs": (lambda x, m: layers.sequence_log_probs(x, m), [np.eye(4, 6)]),
+    "token_log_probs": (lambda x, i: layers.token_log_probs(x, x, i), [np.array([3, 0, 1, 1])]),
+    "token_log_probs_without_chunks": (lambda x, i: layers.token_log_probs_without_chunks(x, x, i),
+                                       [np.array([3, 0, 1, 1])]),
+    "attention": (lambda x, m: layers.attention(*[x.reshape(1, 1, 4, 6)] * 3, causal=False, key_mask=m),
+                  [np.array([[1, 1, 0, 1]])]),
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+@given(rng=rngs)
+def test_indices_and_masks_may_be_overwritten_before_backward(name, rng):
+    function, arrays = INDICES[name]
+    gradients = []
+    for overwritten in (False, True):
+        x, given = normal(np.random.default_rng(7), 4, 6), [a.copy() for a in arrays]
+        y = function(x, *given)
+        for a in given if overwritten else ():
+            a[:] = rng.permutation(np.ravel(a)).reshape(np.shape(a)).tolist() if rng.random() < 0.5 else np.zeros_like(a)
+        y.backward(np.random.default_rng(8).normal(size=y.shape))
+        gradients.append(x.grad)
+    assert np.array_equal(*gradients)
+
+
+def test_arguments_of_a_readers_own_primitive_are_copied_too(rng):
+    @primitive
+    def pick(x, rows):
+        def vjp(dy):
+            dx = np.zeros_like(x)
+            dx[rows] = dy
+            return dx
+        return x[rows], vjp
+
+    x, rows = normal(rng, 4), np.array([0, 2])
+    y = pick(x, rows)
+    rows[:] = [1, 3]
+    y.backward(np.array([5.0, 6.0]))
+    assert x.grad.tolist() == [5, 0, 6, 0]
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("use", ["log_probs", "hidden", "rewards", "response_log_probs"])
+def test_a_buffer_of_tokens_may_be_used_again_before_backward(use, padding, rng):
+    model = small_transformer(rng, layers=2)
+    rewarder = RewardModel(model, rng)
+    mask = np.ones(TOKENS.shape)
+    mask[:, 0] = padding == "none"
+
+    def value(tokens, mask):
+        if use == "rewards":
+            return rewarder.rewards(tokens, mask)
+        if use == "hidden":
+            return model.hidden(tokens, mask if padding == "left" else None)
+        if use == "log_probs":
+            return model.log_probs(tokens)
+        return model.response_log_probs(pack(list(tokens[:, :2]), list(tokens[:, 2:])))
+    gradients = []
+    for again in (False, True):
+        buffer, kept = TOKENS.copy(), mask.copy()
+        y = value(buffer, kept)
+        if again:
+            buffer[...] = 6 - buffer
+            kept[...] = 1 - kept
+        gradients.append(parameter_gradients(rewarder if use == "rewards" else model, y, np.ones(y.shape)))
+    for name, g in gradients[0].items():
+        assert np.array_equal(g, gradients[1][name]), name

@@ -12,6 +12,7 @@ from minilm.fast.flat_parameters import overlap, shares_parameters
 from minilm.fast.workers import ProcessGroup
 from minilm.model import RewardModel
 from minilm.optim import AdamW, warmup_cosine
+from minilm.stages.train_state import TrainState
 
 SHAPES = {"norm": (4,), "matrix": (3, 4), "bias": (2,), "cube": (2, 2, 3)}       # matrices are not first, on purpose
 
@@ -248,9 +249,280 @@ def test_models_share_parameters_with_themselves_and_with_their_reward_model_and
     assert shares_parameters(model, copy) is shares_parameters(copy, rewarder) is None
     copy.parameters()["final_norm"].data = model.parameters()["final_norm"].data[:]
     assert shares_parameters(copy, model) == "final_norm"
+    assert AdamW(copy.parameters()) and shares_parameters(copy, model) is None      # it moves them to its own array
 
 
 def test_arrays_overlap_where_an_element_is_in_both(rng):
     w = rng.normal(size=(4, 6))
     assert overlap(w, w) and overlap(w, w.T) and overlap(w[1:], w[:2]) and overlap(w[0, 3:], w[:, 5])
     assert not overlap(w, w.copy()) and not overlap(w[:, :3], w[:, 3:]) and not overlap(w[:2], w[2:])
+
+
+# Freezing: a parameter without a gradient is skipped whole.
+
+def textbook_with_freezing(weights, gradients, rates, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.3):
+    """plain_adamw, where a gradient may be None: that parameter stays, and its t counts its own updates."""
+    state, weights = {}, {name: w.copy() for name, w in weights.items()}
+    for rate, gradient in zip(rates, gradients):
+        for name, g in gradient.items():
+            if g is not None:
+                t, m, v = state.get(name, (0, 0.0, 0.0))
+                state[name] = t, m, v = t + 1, b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g ** 2
+                decay = weight_decay * weights[name] if weights[name].ndim >= 2 else 0
+                step = (m / (1 - b1 ** t)) / (np.sqrt(v / (1 - b2 ** t)) + eps)
+                weights[name] = weights[name] - rate * (step + decay)
+    return weights
+
+
+frozen_sets = st.lists(st.frozensets(st.sampled_from(sorted(SHAPES))), min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize("how", ["no gradient", "requires_grad", "requires_grad, and an earlier gradient is left"])
+@given(rng=rngs, frozen=frozen_sets, block=st.sampled_from([5, flat_parameters.BLOCK]))
+def test_frozen_parameters_and_their_moments_stay_bit_for_bit_and_the_others_train(how, rng, frozen, block):
+    """frozen: at each step, the names of the frozen parameters. Clipping counts and scales the others alone."""
+    tensors, before = parameters(rng), flat_parameters.BLOCK
+    weights = {name: p.data.copy() for name, p in tensors.items()}
+    optimizer, used, rates = AdamW(tensors, weight_decay=0.3), [], 0.1 / np.arange(1, 1 + len(frozen))
+    flat_parameters.BLOCK = block
+    try:
+        for rate, names in zip(rates, frozen):
+            set_gradients(tensors, rng)
+            kept = {name: [flat[name].copy() for flat in map(optimizer.flat.views, (optimizer.data, optimizer.m,
+                                                                                  optimizer.v))] for name in names}
+            for name, p in tensors.items():
+                p.requires_grad = name not in names or how == "no gradient"
+                if name in names and how != "requires_grad, and an earlier gradient is left":
+                    p.grad = None
+            trained = {name: p.grad.copy() for name, p in tensors.items() if name not in names}
+            norm = math.sqrt(sum((g ** 2).sum() for g in trained.values()))
+            assert optimizer.clip(1.0) == pytest.approx(norm, rel=1e-14)
+            used.append({name: g * min(1, 1 / norm) for name, g in trained.items()})
+            length = math.sqrt(sum((tensors[name].data ** 2).sum() for name in trained))
+            assert optimizer.step(rate) == pytest.approx(length, rel=1) and (length == 0) == (not trained)
+            for name, arrays in kept.items():
+                for array, flat in zip(arrays, (optimizer.data, optimizer.m, optimizer.v)):
+                    assert array.tobytes() == optimizer.flat.views(flat)[name].tobytes()
+    finally:
+        flat_parameters.BLOCK = before
+    expected = textbook_with_freezing(weights, used, rates)
+    for name, p in tensors.items():
+        assert_close(p.data, expected[name], 1e-11, name)
+        count = sum(name not in names for names in frozen)
+        assert optimizer.updates[list(optimizer.flat.views(optimizer.data)).index(name)] == count
+
+
+def test_a_gradient_of_zeros_is_a_gradient(rng):
+    """Decay and momentum go on, as in PyTorch."""
+    tensors = parameters(rng)
+    optimizer, before = AdamW(tensors, weight_decay=0.5), tensors["matrix"].data.copy()
+    for p in tensors.values():
+        p.grad = np.zeros(p.shape)
+    optimizer.step(0.1)
+    assert_close(tensors["matrix"].data, 0.95 * before, 1e-15)
+    assert (optimizer.updates == 1).all()
+
+
+@pytest.mark.parametrize("nothing", ["no gradients", "all frozen"])
+def test_a_step_without_anything_to_train_changes_nothing(nothing, rng):
+    tensors = parameters(rng)
+    optimizer = AdamW(tensors, weight_decay=0.5)
+    if nothing == "all frozen":
+        set_gradients(tensors, rng)
+        for p in tensors.values():
+            p.requires_grad = False
+    before = optimizer.data.copy()
+    assert optimizer.clip(1.0) == optimizer.step() == optimizer.steps == 0
+    assert np.array_equal(optimizer.data, before) and not optimizer.m.any() and not optimizer.updates.any()
+
+
+def test_runs_are_neighbours_with_one_label_and_without_the_frozen(rng):
+    flat = AdamW(parameters(rng)).flat                  # matrix 12, cube 12, norm 4, bias 2
+    assert flat.runs(np.array([1, 1, 1, 1])) == [(slice(0, 30), 1)]
+    assert flat.runs(np.array([3, 3, 0, 2])) == [(slice(0, 24), 3), (slice(28, 30), 2)]
+    assert flat.runs(np.array([0, 1, 2, 2])) == [(slice(12, 24), 1), (slice(24, 30), 2)]
+    assert flat.runs(np.zeros(4, int)) == []
+
+
+def test_a_run_with_frozen_parameters_continues_from_its_state_bit_for_bit(rng):
+    def steps(tensors, optimizer, rng):
+        for _ in range(3):
+            set_gradients(tensors, rng)
+            tensors["cube"].requires_grad = False
+            optimizer.step(0.1)
+
+    first = parameters(rng)
+    optimizer = AdamW(first)
+    set_gradients(first, rng)
+    optimizer.step(0.1)                                             # everything is trained
+    steps(first, optimizer, np.random.default_rng(1))
+    saved = {name: array.copy() for name, array in optimizer.state().items()}
+    second = {name: Tensor(p.data.copy(), requires_grad=True) for name, p in first.items()}
+    resumed = AdamW(second)
+    resumed.load_state(saved)
+    for tensors, each in ((first, optimizer), (second, resumed)):
+        steps(tensors, each, np.random.default_rng(2))
+        tensors["cube"].requires_grad = True
+        set_gradients(tensors, np.random.default_rng(3))
+        each.step(0.1)
+    assert np.array_equal(optimizer.data, resumed.data) and sorted(resumed.updates) == [2, 8, 8, 8]
+
+
+def test_a_state_with_one_number_of_steps_counts_for_all_parameters(rng):
+    optimizer = AdamW(parameters(rng))
+    optimizer.load_state({**optimizer.state(), "steps": np.array(7)})
+    assert optimizer.updates.tolist() == [7] * 4 and optimizer.steps == 7
+    with pytest.raises(ValueError, match="optimiser state of 3 tensors, model of 4"):
+        optimizer.load_state({**optimizer.state(), "steps": np.zeros(3, int)})
+
+
+def test_with_several_workers_frozen_parameters_stay_and_a_gradient_of_any_worker_counts(rng):
+    """The norm has no gradient, the bias one in worker 2 alone. Worker 0 freezes the cube, and the others do not."""
+    start, group = parameters(rng), ProcessGroup(3)
+    gradient = {name: rng.normal(size=p.shape) for name, p in start.items()}
+    expected = {name: Tensor(p.data.copy(), requires_grad=True) for name, p in start.items()}
+    alone, shared = AdamW(expected, weight_decay=0.3), AdamW(start, weight_decay=0.3, group=group)
+    others = [shared.flat.zeros() for _ in range(2)]
+    for name, scale in (("matrix", 3), ("bias", 1)):
+        expected[name].grad = scale * gradient[name]
+    norms = [alone.clip(0.5), alone.step(0.1)]
+    before = shared.data.copy()
+    with group:
+        if group.rank:
+            for name, view in shared.flat.views(others[group.rank - 1]).items():
+                start[name].grad_buffer = view
+        start["cube"].requires_grad = group.rank > 0
+        for name in ("matrix", "cube", *(["bias"] if group.rank == 2 else [])):
+            start[name].grad = gradient[name].copy()
+        shared.flat.collect()
+        group.all_gather(None)
+        shared.flat.add_gradients(others)
+        found = [shared.clip(0.5), shared.step(0.1)]
+        assert_close(np.array(found), np.array(norms), 1e-14)
+        if group.rank:
+            assert (shared.updates == alone.updates).all()
+            group.all_gather(None)
+        else:
+            group.all_gather(None)
+    for name, view in shared.flat.views(before).items():
+        assert_close(start[name].data, expected[name].data, 1e-14, name)
+        assert (name in ("norm", "cube")) == (start[name].data.tobytes() == view.tobytes())
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_optimiser_that_is_made_after_backward_uses_its_gradients(again, rng):
+    model, tokens = small_transformer(rng), np.array([[1, 2, 3]])
+    copy = model.copy()
+    first = AdamW(copy.parameters())
+    for m in (model, copy):
+        m.log_probs(tokens).sum().backward()
+    optimizer = AdamW(model.parameters())
+    for m in (model, copy) if again else ():
+        m.log_probs(tokens).sum().backward()
+    assert optimizer.step(0.1) == first.step(0.1)
+    assert np.array_equal(optimizer.data, first.data)
+
+
+# Parameters that have left their optimiser.
+
+USES = {"zero_grad": lambda optimizer: optimizer.zero_grad(), "clip": lambda optimizer: optimizer.clip(1.0),
+        "step": lambda optimizer: optimizer.step()}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("take", ["another optimiser", "another optimiser for some", "another stage's TrainState",
+                                  "its reward model's optimiser", "p.data = x", "p.data = x for one"])
+def test_an_optimiser_whose_parameters_were_taken_raises_at_once_with_the_name(use, take, rng):
+    model = small_transformer(rng)
+    optimizer, parameters = AdamW(model.parameters()), model.parameters()
+    taken = "final_norm" if "one" in take or "some" in take else "embedding"
+    if take == "another optimiser":
+        AdamW(parameters)
+    elif take == "another optimiser for some":
+        AdamW({"final_norm": parameters["final_norm"]})
+    elif take == "another stage's TrainState":
+        TrainState(model, rng)
+    elif take == "its reward model's optimiser":
+        AdamW(RewardModel(model, rng).parameters())
+    else:
+        parameters[taken].data = parameters[taken].data.copy()
+    before = {name: p.data.copy() for name, p in parameters.items()}
+    model.log_probs(np.array([[1, 2, 3]])).sum().backward()
+    message = f"parameter '{taken}' has left this optimiser's flat array: another AdamW or TrainState .* p.assign"
+    with pytest.raises(RuntimeError, match=message):
+        USES[use](optimizer)
+    assert all(np.array_equal(p.data, before[name]) for name, p in parameters.items())
+
+
+def test_the_last_of_two_optimisers_trains(rng):
+    model = small_transformer(rng)
+    first, last = AdamW(model.parameters()), AdamW(model.parameters())
+    with pytest.raises(RuntimeError, match="has left this optimiser"):
+        first.zero_grad()
+    before = model.parameters()["embedding"].data.copy()
+    last.zero_grad()
+    model.log_probs(np.array([[1, 2, 3]])).sum().backward()
+    last.step(0.1)
+    assert np.abs(model.parameters()["embedding"].data - before).max() > 0.05
+
+
+def test_two_optimisers_may_have_parts_of_one_model(rng):
+    tensors = parameters(rng)
+    matrices, vectors = (AdamW({name: p for name, p in tensors.items() if (p.ndim >= 2) == wide}, learning_rate=rate)
+                         for wide, rate in ((True, 0.1), (False, 0.01)))
+    both = {name: Tensor(p.data.copy(), requires_grad=True) for name, p in tensors.items()}
+    set_gradients(tensors, rng)
+    for name, p in tensors.items():
+        both[name].grad = p.grad.copy()
+    for optimizer in (matrices, vectors):
+        optimizer.step()
+    for rate, wide in ((0.1, True), (0.01, False)):
+        alone = {name: Tensor(both[name].data.copy(), requires_grad=True) for name in both}
+        for name, p in alone.items():
+            p.grad = both[name].grad.copy()
+        AdamW(alone).step(rate)
+        assert all(np.array_equal(tensors[name].data, p.data) for name, p in alone.items() if (p.ndim >= 2) == wide)
+
+
+@pytest.mark.parametrize("second", [lambda w: w, lambda w: Tensor(w.data, requires_grad=True),
+                                    lambda w: Tensor(w.data.T, requires_grad=True),
+                                    lambda w: Tensor(w.data[1:], requires_grad=True)],
+                         ids=["one Tensor", "one array", "transposed", "a part"])
+def test_parameters_that_share_memory_are_refused(second, rng):
+    w = normal(rng, 4, 4)
+    with pytest.raises(ValueError, match="AdamW: parameters 'w' and 'tied' share memory.* give tied weights one name"):
+        AdamW({"w": w, "tied": second(w)})
+    assert w.data.base is None and w.grad_buffer is None            # nothing was moved
+
+
+# Gradients that somebody has kept.
+
+@pytest.mark.parametrize("keep", [lambda p: p.grad, lambda p: p.grad[0], lambda p: p.grad.T, lambda p: p.grad.ravel()],
+                         ids=["gradient", "row", "transposed", "flat"])
+def test_a_kept_gradient_stays_when_the_next_one_is_computed(keep, rng):
+    model = small_transformer(rng)
+    optimizer, p = AdamW(model.parameters()), model.parameters()["blocks.0.qkv"]
+    kept, copies = [], []
+    for tokens in rng.integers(7, size=(4, 3, 5)):
+        optimizer.zero_grad()
+        model.log_probs(tokens).sum().backward()
+        kept.append(keep(p))
+        copies.append(np.copy(kept[-1]))
+        optimizer.step(0.1)
+        assert np.shares_memory(p.grad, optimizer.grad)
+    assert len(np.unique(copies, axis=0)) == 4
+    for a, b in zip(kept, copies):
+        assert np.array_equal(a, b)
+
+
+def test_the_gradient_keeps_its_memory_if_nobody_keeps_it(rng):
+    model = small_transformer(rng)
+    optimizer = AdamW(model.parameters())
+    address = optimizer.grad.ctypes.data
+    for tokens in rng.integers(7, size=(4, 3, 5)):
+        optimizer.zero_grad()
+        model.log_probs(tokens).sum().backward()
+        copied = {name: p.grad.copy() for name, p in model.parameters().items()}
+        optimizer.clip(1.0)
+        optimizer.step()
+    assert optimizer.grad.ctypes.data == address and copied

@@ -67,7 +67,7 @@ class FlatParameters:
         self.grad = self.zeros()
         views = self.views(self.grad)
         for name, p, _ in self._owned:
-            p.grad_buffer, p.grad = views.pop(name), None
+            p.grad_buffer = views.pop(name)
         self._references = self._count_references()
 
     def _count_references(self):

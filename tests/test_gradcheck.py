@@ -200,6 +200,42 @@ def test_a_direction_orthogonal_to_the_gradient_is_compared_with_a_typical_deriv
     gradcheck(lambda x: x * 1e4, x, directions=1, rng=Across())
 
 
+# Tensors that share memory, and memory that cannot be written.
+
+W = np.random.default_rng(0).normal(size=(3, 3))
+SHARED = {
+    "the same array twice": (lambda a, b: a * b, [W, W]),
+    "W and its transpose": (lambda a, b: a @ b, [W, W.T]),
+    "overlapping parts": (lambda a, b: a * ops.tanh(b), [W[:2], W[1:]]),
+    "a row and all rows": (lambda a, b: a * b, [W[0], W]),
+    "read-only": (lambda a: a * a, [np.broadcast_to(2.0, (3,))]),
+    "read-only and shared": (lambda a, b: a / b, [np.broadcast_to(2.0, (2, 3)), np.broadcast_to(2.0, (3,))]),
+}
+
+
+@pytest.mark.parametrize("directions", [None, 2], ids=["every element", "directions"])
+@pytest.mark.parametrize("name", SHARED)
+def test_tensors_that_share_memory_or_are_read_only_pass_and_keep_their_arrays(name, directions):
+    function, arrays = SHARED[name]
+    tensors = [Tensor(a, requires_grad=True) for a in arrays]
+    assert gradcheck(function, *tensors, directions=directions) < 1e-8
+    assert all(t.data is a for t, a in zip(tensors, arrays))
+    with pytest.raises(GradientError, match="relative error"):          # and a wrong gradient is still found
+        gradcheck(lambda *x: square_without_its_factor(function(*x)), *tensors, directions=directions)
+
+
+@pytest.mark.parametrize("directions", [None, 2], ids=["every element", "directions"])
+def test_a_tensor_that_is_given_twice_is_checked_once_and_keeps_its_array(directions, rng):
+    x = normal(rng, 2, 3)
+    array, before = x.data, x.data.copy()
+    assert gradcheck(lambda a, b: a * ops.tanh(b), x, x, directions=directions) < 1e-8
+    assert x.data is array and np.array_equal(array, before)
+
+
+def test_a_constant_that_shares_memory_with_a_checked_tensor_stays_constant():
+    gradcheck(lambda a, b: a * b, Tensor(W, requires_grad=True), Tensor(W))
+
+
 # Errors, and values that it restores.
 
 def test_float32_raises(rng):

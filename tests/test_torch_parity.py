@@ -404,6 +404,63 @@ def test_twenty_steps_of_adamw():
             assert_close(ours[name], p.detach().numpy(), 1e-12, f"{name} after step {step}")
 
 
+@pytest.mark.parametrize("frozen", [
+    {"matrix": range(5, 12)}, {"norm": range(20)}, {"cube": range(0, 8), "bias": range(3, 20)},
+    {"matrix": range(0, 20, 2), "norm": range(1, 20, 3)}, dict.fromkeys(TRAINED, range(7, 9))],
+    ids=["a while", "always", "from the start, and for ever", "now and then", "everything"])
+@pytest.mark.parametrize("how", ["no gradient", "requires_grad"])
+def test_twenty_steps_with_clipping_while_some_parameters_are_frozen_for_some_steps(how, frozen):
+    """torch.optim.AdamW and clip_grad_norm_ skip parameters without a gradient, and count steps for each parameter."""
+    ours, torchs, *gradients = parameters(20)
+    options = {"betas": (0.8, 0.95), "eps": 1e-3}
+    optimiser = AdamW(ours, weight_decay=0.3, **options)
+    torchs_optimiser = torch.optim.AdamW([
+        {"params": [p for p in torchs.values() if p.ndim >= 2], "weight_decay": 0.3},
+        {"params": [p for p in torchs.values() if p.ndim < 2], "weight_decay": 0.0}], lr=0.05, **options)
+    for step, gradient in enumerate(gradients):
+        optimiser.zero_grad()
+        torchs_optimiser.zero_grad()
+        names = {name for name in TRAINED if step in frozen.get(name, ())}
+        for name in TRAINED if how == "requires_grad" else ():
+            ours[name].requires_grad = name not in names
+            torchs[name].requires_grad_(name not in names)
+        set_gradients(ours, torchs, {name: g for name, g in gradient.items() if name not in names})
+        norm = optimiser.clip(1e6)
+        assert_close(norm, torch.nn.utils.clip_grad_norm_(torchs.values(), 1e6).numpy(), 1e-12, "norm")
+        optimiser.step(0.05)
+        torchs_optimiser.step()
+        for name, p in torchs.items():
+            assert_close(ours[name], p.detach().numpy(), 1e-10, f"{name} after step {step}")
+    counts = dict(zip(optimiser.flat.views(optimiser.data), optimiser.updates))
+    assert counts == {name: int(torchs_optimiser.state[p]["step"]) if p in torchs_optimiser.state else 0
+                      for name, p in torchs.items()}
+
+
+def test_a_frozen_layer_of_a_model_has_torchs_training():
+    """Gradients by backward on both sides: embedding frozen for ever, one layer for ten of twenty steps."""
+    tokens = np.random.default_rng(1).integers(9, size=(20, 4, 8))
+    shapes = {"embedding": (9, 6), "hidden": (6, 7), "out": (7, 9)}
+    start = {name: np.random.default_rng(2).normal(size=shape) for name, shape in shapes.items()}
+    ours = {name: Tensor(a.copy(), requires_grad=name != "embedding") for name, a in start.items()}
+    torchs = {name: torch.tensor(a, requires_grad=name != "embedding") for name, a in start.items()}
+    optimiser, torchs_optimiser = AdamW(ours, 0.05), torch.optim.AdamW(torchs.values(), 0.05, (0.9, 0.95))
+    for step, batch in enumerate(tokens):
+        ours["hidden"].requires_grad = not 5 <= step < 15
+        torchs["hidden"].requires_grad_(not 5 <= step < 15)
+        optimiser.zero_grad()
+        torchs_optimiser.zero_grad()
+        logits = ops.tanh(ops.embed(ours["embedding"], batch[:, :-1]) @ ours["hidden"]) @ ours["out"]
+        (-ops.gather(ops.log_softmax(logits), batch[:, 1:]).mean()).backward()
+        theirs_logits = torch.tanh(torchs["embedding"][batch[:, :-1]] @ torchs["hidden"]) @ torchs["out"]
+        F.cross_entropy(theirs_logits.reshape(-1, 9), torch.tensor(batch[:, 1:].reshape(-1))).backward()
+        assert (ours["embedding"].grad is None) and (ours["hidden"].grad is None) == (torchs["hidden"].grad is None)
+        optimiser.step()
+        torchs_optimiser.step()
+        for name, p in torchs.items():
+            assert_close(ours[name], p.detach().numpy(), 1e-10, f"{name} after step {step}")
+    assert np.array_equal(ours["embedding"].data, start["embedding"])
+
+
 @pytest.mark.parametrize("max_norm", [0.5, 1e6], ids=["above", "below"])
 def test_clipping_the_norm(max_norm):
     ours, torchs, gradients = parameters(1)

@@ -1,4 +1,5 @@
 """minilm.stages: each step follows the gradient of its loss, stages resume bit for bit, and errors name the tensor."""
+import copy
 import functools
 import os
 import time
@@ -216,6 +217,105 @@ def test_restoring_the_snapshot_of_a_deeper_model_raises_and_changes_nothing():
     with pytest.raises(ValueError, match="blocks.1.attention_norm' that this model does not have"):
         shallow.restore(arrays, metadata)
     assert everything(shallow) == before
+
+
+# Freezing.
+
+def freeze(training, *names, frozen=True):
+    for name in names:
+        training.model.parameters()[name].requires_grad = not frozen
+
+
+def bytes_of(training, *names):
+    """Parameters and their moments, by name."""
+    flat, optimizer = training.optimizer.flat, training.optimizer
+    return {name: [flat.views(array)[name].tobytes() for array in (optimizer.data, optimizer.m, optimizer.v)]
+            for name in names or flat.views(optimizer.data)}
+
+
+@every_stage
+@one_or_two_workers
+def test_frozen_parameters_and_their_moments_stay_bit_for_bit_through_a_stage(stage, workers):
+    """Also after steps that have left momentum behind, and with the default weight decay."""
+    training, names = make_training(stage, workers), ("embedding", "blocks.0.ffn_norm", "blocks.0.qkv")
+    run(stage, training, 2)
+    freeze(training, *names)
+    before = bytes_of(training)
+    for m in run(stage, training, 5):
+        assert m["grad_norm"] > 0
+    after = bytes_of(training)
+    assert {name for name in before if before[name] == after[name]} == {*names}
+
+
+@every_stage
+@pytest.mark.parametrize("workers", [2, 3])
+def test_freezing_and_thawing_between_two_steps_is_the_same_with_several_workers(stage, workers):
+    trainings = [make_training(stage, n, np.float64) for n in (1, workers)]
+    metrics = []
+    for training in trainings:
+        metrics.append([])
+        seen = [bytes_of(training, "blocks.0.gate_up", "final_norm")]
+        for i, m in enumerate(STAGES[stage](training, 8), start=1):
+            freeze(training, "blocks.0.gate_up", "final_norm", frozen=2 <= i < 5)
+            seen.append(bytes_of(training, "blocks.0.gate_up", "final_norm"))
+            assert (seen[i] == seen[i - 1]) == (i in (3, 4, 5)), i
+            metrics[-1].append(m)
+    assert_same_training(trainings, metrics)
+    assert np.array_equal(trainings[0].optimizer.updates, trainings[1].optimizer.updates)
+    assert sorted({*trainings[1].optimizer.updates.tolist()}) == [5, 8]
+
+
+@one_or_two_workers
+def test_a_snapshot_taken_while_a_parameter_is_frozen_continues_bit_for_bit(workers, tmp_path):
+    pytest.importorskip("safetensors")
+
+    def half(training):
+        freeze(training, "embedding")
+        run("SFT", training, 9, until=training.step + 2)
+        freeze(training, "embedding", frozen=False)
+    whole, stopped, resumed = (make_training("SFT", workers, seed=seed) for seed in (4, 4, 99))
+    for training in (whole, stopped):
+        run("SFT", training, 9, until=2)
+        half(training)
+    half(whole)
+    checkpoint.save(tmp_path / "state", *stopped.snapshot())
+    resumed.restore(*checkpoint.load(tmp_path / "state"))
+    half(resumed)
+    assert run("SFT", whole, 9) == run("SFT", resumed, 9)
+    assert everything(resumed) == everything(whole) and sorted({*whole.optimizer.updates.tolist()}) == [5, 9]
+
+
+def test_a_diverged_gradient_is_named_beside_frozen_parameters():
+    training = make_training("pretraining")
+    freeze(training, "embedding")
+    training.model.parameters()["unembedding"].data[...] *= 1e25
+    with pytest.raises(Diverged, match="first bad tensor: "):
+        run("pretraining", training, 3)
+
+
+# Two optimisers for one model.
+
+@every_stage
+@one_or_two_workers
+def test_a_second_train_state_on_a_model_stops_the_first_one_before_its_next_step(stage, workers):
+    first = make_training(stage, workers)
+    loop = STAGES[stage](first, 9)
+    next(loop)
+    before = {name: p.data.copy() for name, p in first.model.parameters().items()}
+    second = TrainState(first.model, np.random.default_rng(0), workers)
+    with pytest.raises(RuntimeError, match="parameter 'embedding' has left this optimiser's flat array"):
+        next(loop)
+    assert all(np.array_equal(p.data, before[name]) for name, p in first.model.parameters().items())
+    run(stage, second, 2)
+    assert not np.array_equal(first.model.parameters()["embedding"].data, before["embedding"])
+
+
+def test_backward_through_a_model_that_was_restored_since_its_forward_pass_raises():
+    training = make_training("pretraining")
+    loss = training.model.log_probs(np.array([[1, 2, 3]])).sum()
+    training.restore(*(copy.deepcopy(part) for part in training.snapshot()))
+    with pytest.raises(RuntimeError, match="was changed in place by TrainState.restore after"):
+        loss.backward()
 
 
 # Workers and micro-batches.

@@ -18,6 +18,7 @@ from minilm import evaluate, layers, ops
 from minilm.backend import array_module, is_cupy, to_device, to_numpy
 from minilm.checkpoint import load_into
 from minilm.data import make_batch
+from minilm.fast.flat_parameters import shares_parameters
 from minilm.generate import generate
 from minilm.gradcheck import GradientError, gradcheck
 from minilm.kernels.emulator import arrays
@@ -240,6 +241,47 @@ def test_steps_of_adamw_equal_numpys(dtype, tolerance, rng):
     for name, p in there.parameters().items():
         assert p.grad is p.grad_buffer and is_cupy(p.grad)
         assert_close(host(p), here.parameters()[name], tolerance, name)
+
+
+def test_frozen_parameters_stay_bit_for_bit_and_the_others_have_numpys_steps(rng):
+    """Frozen from the start, for a while, and never; each run of trained parameters is a launch of its own."""
+    here = small_transformer(rng, key_smear=True, layers=2)
+    there, norms = on_gpu(here), {}
+    for model in (there, here):
+        parameters = model.parameters()
+        optimizer = AdamW(parameters, learning_rate=0.01, weight_decay=0.1)
+        norms[model] = []
+        for step in range(6):
+            for name, p in parameters.items():
+                p.requires_grad = not (name in ("embedding", "blocks.1.ffn_norm") or "0.qkv" in name and step in (2, 3))
+            before = {name: host(p).tobytes() for name, p in parameters.items()}
+            optimizer.zero_grad()
+            sft.sft_loss(model.response_log_probs(pack(PROMPTS, RESPONSES)), pack(PROMPTS, RESPONSES).mask).backward()
+            norms[model] += [optimizer.clip(0.5), optimizer.step()]
+            for name, p in parameters.items():
+                assert (host(p).tobytes() == before[name]) == (not p.requires_grad), (name, step)
+        assert sorted({*optimizer.updates.tolist()}) == [0, 4, 6]
+    assert_close(np.array(norms[there]), np.array(norms[here]))
+    for name, p in there.parameters().items():
+        assert_close(host(p), here.parameters()[name], name=name)
+
+
+def test_a_parameter_changed_on_the_gpu_between_forward_and_backward_raises(rng):
+    model = on_gpu(small_transformer(rng))
+    optimizer, loss = AdamW(model.parameters()), model.log_probs(np.array([[1, 2, 3]])).sum()
+    model.log_probs(np.array([[1, 2, 3]])).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="parameter '.*', shape .*, was changed in place by AdamW.step"):
+        loss.backward()
+    model.parameters()["embedding"].assign(np.zeros((7, 4)))
+    assert not host(model.parameters()["embedding"]).any()
+
+
+def test_models_share_parameters_on_the_gpu_as_on_the_cpu(rng):
+    model = on_gpu(small_transformer(rng))
+    AdamW(model.parameters())
+    assert shares_parameters(model, model) == "embedding" and shares_parameters(model, model.copy()) is None
+    assert shares_parameters(model, small_transformer(rng)) is None
 
 
 # Generation.

@@ -4,8 +4,8 @@
     256 .. 255 + M       the M merges, each a pair of earlier ids, in the order in which they were learned
     the next ids         the special tokens: <pad>, <bos>, <eos>, and others if requested
 
-`split` cuts text into words, `replace_pair` joins two ids inside a word, `learn_merges` finds the pairs that become
-an id, and `Tokenizer` combines them.
+`split` cuts text into words, `Row` joins two ids inside a word, `learn_merges` finds the pairs that become an id, and
+`Tokenizer` combines them.
 
 Sources: Sennrich, Haddow & Birch 2016, arXiv:1508.07909 (byte-pair encoding for text); Radford et al.
 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2: over bytes, inside words that a regular
@@ -18,12 +18,21 @@ import re
 import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from heapq import heapify, heappop, heappush
 from itertools import islice, pairwise
+from operator import index
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 # The ids depend on `split` too: if WORD changes, this version must change.
 FORMAT = "minilm-tokenizer-1"
 LARGEST = 2 ** 24       # bytes of all tokens together. Each merge may double the longest token: fifty would fill a disk
+
+# encode keeps the ids of at most so many words, of at most so many letters each.
+CACHED_WORDS = 100_000
+CACHED_LETTERS = 50
+
+SEPARATOR = -1          # the id between two words, in training
+GONE = -1               # of a position whose id was joined to the one before it
 
 WORD = re.compile(r"""
       [\r\n]                   # a newline, always alone
@@ -36,7 +45,10 @@ WORD = re.compile(r"""
 
 
 def utf8(text: str) -> bytes:
-    """The UTF-8 bytes of a string. Raises ValueError for a lone surrogate, which has no bytes."""
+    """The UTF-8 bytes of a string. Raises ValueError for a lone surrogate, which has no bytes, TypeError for no str."""
+    if not isinstance(text, str):
+        hint = "; decode bytes first" if isinstance(text, bytes) else ""
+        raise TypeError(f"a text is a str, not {type(text).__name__}{hint}")
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -54,53 +66,79 @@ def split(text: str) -> list[str]:
     return WORD.findall(text)
 
 
-def replace_pair(ids: Iterable[int], pair: tuple[int, int], new_id: int) -> list[int]:
-    """Replaces each occurrence of the pair by new_id, from the left: (1, 1) in [1, 1, 1] gives [new_id, 1]."""
-    left, right = pair
-    replaced = []
-    for i in ids:
-        if i == right and replaced and replaced[-1] == left:
-            replaced[-1] = new_id
-        else:
-            replaced.append(i)
-    return replaced
+class Row:
+    """Ids in a row, in which two neighbours can be joined in constant time: a doubly linked list.
+
+    A position is the place of an id at the start. The joined id keeps the left one's position; the right one's is gone.
+    """
+
+    def __init__(self, ids: Iterable[int]):
+        self.ids = list(ids)
+        self.before = list(range(-1, len(self.ids) - 1))
+        self.after = list(range(1, len(self.ids) + 1))
+
+    def pair(self, i: int) -> tuple[int, int] | None:
+        """The id at position i and the next one. None at the last id, outside the row, and where i is gone."""
+        if i < 0 or self.after[i] in (GONE, len(self.ids)):
+            return None
+        return self.ids[i], self.ids[self.after[i]]
+
+    def join(self, i: int, new_id: int) -> None:
+        """Replaces the pair at position i by new_id."""
+        right = self.after[i]
+        following = self.after[right]
+        self.ids[i] = new_id
+        self.after[i] = following
+        if following < len(self.ids):
+            self.before[following] = i
+        self.after[right] = GONE
+
+    def __iter__(self) -> Iterator[int]:
+        return (i for i, following in zip(self.ids, self.after) if following != GONE)
 
 
 def learn_merges(word_counts: Mapping[str, int]) -> Iterator[tuple[tuple[int, int], int]]:
     """Yields (pair, count), the most frequent adjacent pair each time, until every word is one id.
 
     word_counts: {word: number of occurrences}. Among equally frequent pairs the smallest comes first, so that the
-    order of the words does not matter. Occurrences may overlap: "aaa" has two of ("a", "a").
+    order of the words does not matter. Occurrences may overlap: "aaa" has two of ("a", "a"), and one is joined, the
+    left one.
 
-    A merge changes few words. Only the pairs of these words are counted again, which makes this fast.
+    A merge visits only the positions of its pair, and counts only their neighbours again. So its time does not depend
+    on the lengths of the words.
     """
-    words = [list(utf8(word)) for word in word_counts]
-    frequency = list(word_counts.values())
+    row = Row(i for word in word_counts for i in (*utf8(word), SEPARATOR))
+    frequency = [count for word, count in word_counts.items() for _ in range(len(utf8(word)) + 1)]
     counts = Counter()
-    words_with = defaultdict(set)   # pair -> indices of the words that have it, or had it before
+    positions = defaultdict(set)   # pair -> where it is, or was before
 
-    def count_in(w):
-        for pair in pairwise(words[w]):
-            counts[pair] += frequency[w]
-            words_with[pair].add(w)
+    def count_in(i):
+        pair = row.pair(i)
+        if pair is not None and SEPARATOR not in pair:
+            counts[pair] += frequency[i]
+            positions[pair].add(i)
 
-    def count_out(w):
-        for pair in pairwise(words[w]):
-            counts[pair] -= frequency[w]
+    def count_out(i):
+        pair = row.pair(i)
+        if pair is not None and SEPARATOR not in pair:
+            counts[pair] -= frequency[i]
             if counts[pair] == 0:
                 del counts[pair]
 
-    for w in range(len(words)):
-        count_in(w)
+    for i in range(len(row.ids)):
+        count_in(i)
     new_id = 256
     while counts:
         largest = max(counts.values())
         best = min(pair for pair, count in counts.items() if count == largest)
         yield best, largest
-        for w in words_with.pop(best):
-            count_out(w)
-            words[w] = replace_pair(words[w], best, new_id)
-            count_in(w)
+        for i in sorted(positions.pop(best)):
+            if row.pair(i) == best:
+                for changed in (row.before[i], i, row.after[i]):
+                    count_out(changed)
+                row.join(i, new_id)
+                for changed in (row.before[i], i):
+                    count_in(changed)
         new_id += 1
 
 
@@ -154,8 +192,11 @@ class Tokenizer:
         """Learns the merges from a text, or from an iterable of texts.
 
         vocab_size counts bytes, merges and special tokens. The vocab_size of the result is smaller if the texts have
-        too few pairs. Raises ValueError if vocab_size is too small for bytes and special tokens.
+        too few pairs. Raises ValueError if vocab_size is too small for bytes and special tokens, TypeError if it is no
+        integer or a text is no string.
         """
+        if isinstance(vocab_size, bool) or not hasattr(vocab_size, "__index__"):
+            raise TypeError(f"vocab_size is {vocab_size!r}; it must be an integer")
         max_merges = vocab_size - 256 - len(specials)
         if max_merges < 0:
             raise ValueError(f"vocab_size {vocab_size} is less than 256 bytes and {len(specials)} special tokens")
@@ -166,34 +207,49 @@ class Tokenizer:
         return cls(merges, specials)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, as a list. Raises ValueError for a lone surrogate.
+        """The ids of a text, as a list. Raises ValueError for a lone surrogate, TypeError for a text that is no str.
 
         There is no special token among them: no <bos> at the start, and the text "<eos>" is five characters. The
         caller adds special tokens where they belong (data.py).
         """
         ids = []
         for word in split(text):
-            if word not in self._ids_of_word:
-                self._ids_of_word[word] = self._encode_word(word)
-            ids += self._ids_of_word[word]
+            known = self._ids_of_word.get(word)
+            if known is None:
+                known = self._encode_word(word)
+                if len(word) <= CACHED_LETTERS:
+                    if len(self._ids_of_word) == CACHED_WORDS:
+                        self._ids_of_word.clear()
+                    self._ids_of_word[word] = known
+            ids += known
         return ids
 
     def _encode_word(self, word):
-        ids = list(utf8(word))
-        while True:
-            known = [pair for pair in pairwise(ids) if pair in self.merges]
-            if not known:
-                return ids
-            # As in training, the pair that was learned first is merged first: the pair with the smallest id.
-            first = min(known, key=self.merges.get)
-            ids = replace_pair(ids, first, self.merges[first])
+        """As in training, the pair that was learned first is joined first, from the left."""
+        row = Row(utf8(word))
+        # A heap of (id of a pair, its position). The pair may be gone when its turn comes.
+        waiting = [(self.merges[pair], i) for i, pair in enumerate(pairwise(row.ids)) if pair in self.merges]
+        heapify(waiting)
+        while waiting:
+            new_id, i = heappop(waiting)
+            if self.merges.get(row.pair(i)) == new_id:
+                row.join(i, new_id)
+                for changed in (row.before[i], i):
+                    if (pair := row.pair(changed)) in self.merges:
+                        heappush(waiting, (self.merges[pair], changed))
+        return list(row)
 
     def decode(self, ids: Iterable[int], specials: bool = False) -> str:
         """The text of some ids. Special tokens are left out, or written as their names if specials is True.
 
         Bytes that are not UTF-8 (a model may sample half a character) become U+FFFD. Raises ValueError for an id
-        outside the vocabulary.
+        outside the vocabulary, TypeError for ids that are no integers.
         """
+        try:
+            ids = [index(i) for i in ids]
+        except TypeError:
+            raise TypeError(f"decode takes the token ids of one text, integers in a list or an array (T,); got "
+                            f"{reprlib.repr(ids)}") from None
         parts = []
         for i in ids:
             if not 0 <= i < self.vocab_size:

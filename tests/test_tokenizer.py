@@ -1,13 +1,15 @@
 """minilm/tokenizer.py: encoding and decoding, special tokens, and merges equal to those of a naive trainer."""
 import json
 import re
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from minilm.tokenizer import FORMAT, SPECIALS, Tokenizer, learn_merges, replace_pair, split
+from minilm import tokenizer as module
+from minilm.tokenizer import FORMAT, SPECIALS, Row, Tokenizer, learn_merges, split
 
 TEXT = """The cat sat on the mat; the other cat, she said, didn't.
     3 + 14 = 17, and 1999 is a year.\tFin.
@@ -31,12 +33,26 @@ def naive_merges(word_counts):
         new_id = 256 + len(steps)
         steps.append((best, counts[best]))
         for word, ids in words.items():
-            i, joined = 0, []
-            while i < len(ids):
-                match = tuple(ids[i:i + 2]) == best
-                joined.append(new_id if match else ids[i])
-                i += 2 if match else 1
-            words[word] = joined
+            words[word] = replace_pair(ids, best, new_id)
+
+
+def replace_pair(ids, pair, new_id):
+    """Each occurrence of the pair becomes new_id, from the left."""
+    i, joined = 0, []
+    while i < len(ids):
+        match = tuple(ids[i:i + 2]) == pair
+        joined.append(new_id if match else ids[i])
+        i += 2 if match else 1
+    return joined
+
+
+def naive_ids(tokenizer, word):
+    """Of the pairs that are merges, the one that was learned first is replaced everywhere, until none is left."""
+    ids = list(word.encode())
+    while known := [pair for pair in zip(ids, ids[1:]) if pair in tokenizer.merges]:
+        first = min(known, key=tokenizer.merges.get)
+        ids = replace_pair(ids, first, tokenizer.merges[first])
+    return ids
 
 
 # From the naive trainer, so that a wrong learn_merges fails only its own tests.
@@ -163,6 +179,31 @@ def test_decode_names_the_id_outside_the_vocabulary(bad):
         TRAINED.decode([97, bad])
 
 
+@pytest.mark.parametrize("ids", [[[1, 2], [3, 4]], np.array([[1, 2]]), [1.0], np.array([1.5]), ["a"], "abc", 5, None,
+                                 [None], [np.array([1])]], ids=str)
+def test_decode_refuses_ids_that_are_no_integers_in_words(ids):
+    with pytest.raises(TypeError, match=r"decode takes the token ids of one text, integers in a list or an array"):
+        TRAINED.decode(ids)
+
+
+@pytest.mark.parametrize("text", [b"abc", None, 5, ["a"], np.array([1])], ids=str)
+@pytest.mark.parametrize("use", [split, TRAINED.encode, lambda text: Tokenizer.train([text], 300)])
+def test_a_text_that_is_no_string_is_refused_in_words(use, text):
+    with pytest.raises(TypeError, match=f"a text is a str, not {type(text).__name__}"):
+        use(text)
+
+
+def test_a_bytes_text_is_not_read_as_numbers():
+    with pytest.raises(TypeError, match="a text is a str, not"):
+        Tokenizer.train(b"abc", 300)
+
+
+@pytest.mark.parametrize("size", [300.0, "300", None, True, np.float64(300)])
+def test_a_vocabulary_size_that_is_no_integer_is_refused_in_words(size):
+    with pytest.raises(TypeError, match="vocab_size is .*; it must be an integer"):
+        Tokenizer.train(TEXT, size)
+
+
 @pytest.mark.parametrize("use", [split, TRAINED.encode, lambda text: Tokenizer.train([text], 300)])
 def test_a_lone_surrogate_is_a_clear_error(use):
     with pytest.raises(ValueError, match=r"'\\ud800', at index 3 of the text, is a lone surrogate"):
@@ -208,12 +249,75 @@ def test_encode_gives_a_training_word_the_ids_that_training_ended_with(corpus, n
         assert all(tokenizer.encode(word) == ids for word, ids in words.items())
 
 
+# Runs of few letters: long words in which pairs overlap and are joined next to each other.
+long_words = st.lists(st.text("ab", min_size=1, max_size=60) | st.integers(1, 40).map("ab".__mul__)
+                      | st.integers(1, 70).map("a".__mul__), min_size=1, max_size=4)
+
+
+@given(long_words, st.integers(1, 5))
+def test_long_words_are_merged_as_by_a_naive_recount_and_encoded_as_by_replacing_everywhere(words, times):
+    word_counts = {word: times + i for i, word in enumerate(words)}
+    steps, words_at_the_end = naive_merges(word_counts)
+    assert list(learn_merges(word_counts)) == steps
+    for count in (0, len(steps) // 2, len(steps)):
+        tokenizer = Tokenizer([pair for pair, _ in steps][:count])
+        assert all(tokenizer.encode(word) == naive_ids(tokenizer, word) for word in words)
+    assert words_at_the_end == {word: tokenizer.encode(word) for word in words}
+
+
+@given(st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 11), max_size=20))
+def test_a_row_of_ids_is_the_list_in_which_the_same_neighbours_are_joined(ids, joins):
+    row, expected = Row(ids), [[i, id] for i, id in enumerate(ids)]         # position, id
+    for step, i in enumerate(joins):
+        places = [position for position, _ in expected]
+        k = places.index(i) if i in places else None
+        right = None if k is None or k + 1 == len(expected) else (expected[k][1], expected[k + 1][1])
+        if i < len(ids):
+            assert row.pair(i) == right
+        if right:
+            row.join(i, 10 + step)
+            expected[k:k + 2] = [[i, 10 + step]]
+    assert list(row) == [id for _, id in expected]
+    assert row.pair(-1) is None
+
+
+def test_the_time_of_training_and_encoding_does_not_depend_on_the_lengths_of_words():
+    """Steps counted, not seconds: lines of tokenizer.py, for one word of 4,000 letters and for words of 10 letters."""
+    letters = "".join(np.random.default_rng(0).choice(list("acgt"), 4000))
+    work = {}
+    for name, text in ("one word", letters), ("words", " ".join(letters[i:i + 10] for i in range(0, 4000, 10))):
+        lines = Counter()
+
+        def trace(frame, event, _):
+            lines["here"] += frame.f_code.co_filename == module.__file__
+            return trace
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            Tokenizer.train(text, 256 + 3 + 60).encode(text)
+        finally:
+            sys.settrace(before)
+        work[name] = lines["here"]
+    assert work["one word"] < 1.5 * work["words"], work
+
+
+@pytest.mark.parametrize("text", ["".join(map(chr, range(0x4e00, 0x4e00 + 3000))), "one two three four five " * 5])
+def test_the_cache_of_encode_is_bounded_whatever_the_texts(text, monkeypatch):
+    monkeypatch.setattr(module, "CACHED_WORDS", 7)
+    tokenizer = Tokenizer(TRAINED.merges)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        piece = text[:rng.integers(1, len(text))] + str(rng.integers(1000))
+        assert tokenizer.encode(piece) == [i for word in split(piece) for i in naive_ids(tokenizer, word)]
+        assert len(tokenizer._ids_of_word) <= 7
+        assert max(map(len, tokenizer._ids_of_word)) <= module.CACHED_LETTERS
+
+
 def test_ties_go_to_the_smallest_pair_of_ids():
     assert [pair for pair, _ in learn_merges({"zy": 2, "ba": 2, "bc": 2})] == [(98, 97), (98, 99), (122, 121)]
 
 
 def test_overlapping_pairs_are_merged_from_the_left():
-    assert replace_pair([1, 1, 1, 2, 1, 1], (1, 1), 9) == [9, 1, 2, 9]
     assert list(learn_merges({"aaa": 1})) == [((97, 97), 2), ((256, 97), 1)]
 
 

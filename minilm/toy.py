@@ -257,4 +257,7 @@ def lecture(seed: int = 0, scale: float = 1.0) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    lecture(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
+    if not all(word.isdecimal() for word in sys.argv[1:]) or len(sys.argv) > 2:
+        print(f"error: {' '.join(sys.argv[1:])}: expected one seed, a whole number", file=sys.stderr)
+        sys.exit(2)
+    lecture(*map(int, sys.argv[1:]))

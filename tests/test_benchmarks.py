@@ -80,8 +80,8 @@ def test_the_table_shows_losses_like_the_others():
 
 
 def test_an_unknown_size_or_peer_raises_with_the_known_ones(monkeypatch):
-    for given, message in (("--sizes=XXL", "no size XXL; there are XS, S"), ("--peers=jax", "no peer jax"),
-                           ("--rounds=0", "at least 1")):
+    for given, message in (("--sizes=XXL", "no size 'XXL'; there are XS, S"), ("--peers=jax", "no peer 'jax'"),
+                           ("--rounds=0", "from 1 to 1000")):
         monkeypatch.setattr(sys, "argv", ["bench", given])
         with pytest.raises(UsageError, match=message):
             measuring.arguments("", ["XS", "S"], ["torch"])
@@ -104,7 +104,7 @@ def test_works_are_options_like_sizes_and_some_sizes_run_only_if_named(monkeypat
     asked = measuring.arguments("", ["tiny", "8M"], ["trl"], ["sft", "dpo"], unasked=["tiny"])
     assert (asked.works, asked.sizes, asked.peers) == (["sft", "dpo"], ["8M"], ["trl"])
     monkeypatch.setattr(sys, "argv", ["bench", "--works=ppo", "--sizes=tiny"])
-    with pytest.raises(UsageError, match="no work ppo; there are sft, dpo"):
+    with pytest.raises(UsageError, match="no work 'ppo'; there are sft, dpo"):
         measuring.arguments("", ["tiny", "8M"], ["trl"], ["sft", "dpo"], unasked=["tiny"])
 
 
@@ -167,7 +167,7 @@ def test_scaling_measures_every_point_in_a_process_of_its_own(tmp_path):
 def test_an_unknown_variable_raises_with_the_known_ones():
     run = subprocess.run([sys.executable, SCRIPTS / "bench" / "scaling.py", "--variables", "T,H"],
                          capture_output=True, text=True)
-    assert run.returncode != 0 and "no variable H; there are T, B, V, D" in run.stderr
+    assert run.returncode != 0 and "no variable 'H'; there are T, B, V, D" in run.stderr
     assert "Traceback" not in run.stderr
 
 

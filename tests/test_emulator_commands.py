@@ -24,10 +24,19 @@ def printed(capsys, *arguments):
 
 
 def error(*arguments):
-    """The message with which the command ends."""
+    """The text of the fault, or of the compiler's error, with which the command ends."""
     with pytest.raises(SystemExit) as exit:
         __main__.main([str(argument) for argument in arguments])
     return str(exit.value)
+
+
+def mistake(capsys, *arguments):
+    """The line with which a command ends that cannot be run."""
+    with pytest.raises(SystemExit) as exit:
+        __main__.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert (exit.value.code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
 
 
 # Modules.
@@ -57,20 +66,21 @@ def test_help_lists_the_modules_and_their_sizes(capsys):
     (["attention", "--t", "3"], "attention has no size --t; it has --B 2 .*Did you mean T?"),
     (["attention", "--T", "abc"], "--T abc: expected a whole number"),
     (["attention", "--T", "-1"], "--T -1: expected a number of at least 0"),
+    (["attention", "--T", "1000000000"], "--T 1000000000: expected a number of at most"),
+    (["attention", "--G", "0"], "attention --G 0: integer modulo by zero"),
+    (["log_probs", "--V", "0"], "log_probs --V 0"),
+    (["attention", "--seed", "-1"], "--seed: '-1' must be a whole number of at least 0"), (["--nosuch"], "required"),
     (["attention", "--K", "24"], "head width 24; this kernel supports 16, 32, 64, 128"),
     (["attention", "--dtype", "half"], "float32 or float64, not in float16"),
     (["attention", "--block", "32"], "--block is for a .cu file"),
     (["kernels/attention.cu"], "is a module of minilm.kernels; give its name: attention"),
     (["nothing.cu"], "there is no file nothing.cu")])
-def test_a_mistake_in_the_command_is_one_line_with_the_nearest_name(arguments, message):
-    text = error(*arguments)
-    assert re.search(message.replace("?", r"\?"), text) and "\n" not in text, text
+def test_a_mistake_in_the_command_is_one_line_with_the_nearest_name(capsys, arguments, message):
+    assert re.search(message.replace("?", r"\?"), mistake(capsys, *arguments))
 
 
 def test_a_size_without_a_value_is_an_error_of_the_command(capsys):
-    with pytest.raises(SystemExit):
-        __main__.main(["attention", "--T"])
-    assert "a size is given as --NAME VALUE, for example --T 33" in capsys.readouterr().err
+    assert "a size is given as --NAME VALUE, for example --T 33" in mistake(capsys, "attention", "--T")
 
 
 # A kernel of one's own.
@@ -106,18 +116,28 @@ def test_grid_block_content_and_constants_can_be_chosen(tmp_path, capsys):
     (["--oot", "3", "--n", "3"], "kernel vecsum has no argument oot; it has x, out, n. Did you mean out?"),
     (["--x", "3", "--n", "3", "--kernel", "vecsim"], "has no kernel vecsim; it has vecsum. Did you mean vecsum?"),
     (["--x", "3", "--n", "3", "--grid", "2,"], "--grid 2,: expected one to three whole numbers"),
-    (["--x", "3", "--n", "3", "--block", "100"], "100 threads a block; the emulator needs a multiple of 32")])
-def test_a_mistake_in_the_arguments_of_a_kernel_is_one_line(arguments, message):
-    text = error(*VECSUM, *arguments)
-    assert message in text and "\n" not in text, text
+    (["--x", "3", "--n", "3", "--block", "100"], "100 threads a block; the emulator needs a multiple of 32"),
+    (["--x", "3", "--n", "3", "--block", "0"], "each number must be at least one"),
+    (["--x", "3", "--n", "3", "--grid", "1000000000"], "expected at most 67108864 threads in all"),
+    (["--x", "1000000000", "--n", "3"], "--x 1000000000: expected a number of at most"),
+    (["--x", "3", "--n", "3", "--define", "=1"], "--define =1: expected NAME=VALUE")])
+def test_a_mistake_in_the_arguments_of_a_kernel_is_one_line(capsys, arguments, message):
+    assert message in mistake(capsys, *VECSUM, *arguments)
 
 
-def test_a_file_with_several_kernels_or_none_needs_a_choice(tmp_path):
+def test_a_file_that_is_no_text_is_one_line_of_error(capsys, tmp_path):
+    (tmp_path / "binary.cu").write_bytes(bytes(range(256)))
+    (tmp_path / "folder.cu").mkdir()
+    assert "binary.cu is no UTF-8 text" in mistake(capsys, tmp_path / "binary.cu")
+    assert "Is a directory" in mistake(capsys, tmp_path / "folder.cu")
+
+
+def test_a_file_with_several_kernels_or_none_needs_a_choice(capsys, tmp_path):
     path = tmp_path / "some.cu"
     path.write_text('extern "C" __global__ void a() {}\nextern "C" __global__ void b() {}\n')
-    assert "some.cu has the kernels a, b: choose one with --kernel" in error(path)
+    assert "some.cu has the kernels a, b: choose one with --kernel" in mistake(capsys, path)
     path.write_text("__global__ void a() {}\n")
-    assert 'has no kernel; declare it extern "C" __global__' in error(path)
+    assert 'has no kernel; declare it extern "C" __global__' in mistake(capsys, path)
 
 
 # Faults.

@@ -254,7 +254,7 @@ def test_an_experiment_leaves_numbers_and_two_figures_and_is_concluded_again_wit
 
 def test_drawing_again_needs_what_was_measured(tmp_path, monkeypatch, capsys, drawing):
     assert run_alone(monkeypatch, measure, "--redraw", "--out", tmp_path) == 2
-    assert "run it first, without --redraw" in capsys.readouterr().err
+    assert "Run it first, without --redraw" in capsys.readouterr().err
 
 
 # All of them.

@@ -16,7 +16,8 @@ thread for each element of the largest array, unless --grid is given.
 
 Printed: launches, bytes moved, results, and whether the results are the same in
 other orders of threads and blocks. A fault is printed alone, with its source
-lines; the exit status is then 1.
+lines, and so is the message of the compiler; the exit status is then 1. A mistake
+in the command is one line, and the exit status 2.
 """
 
 import argparse
@@ -32,42 +33,68 @@ from minilm.kernels.emulator.fault import explained
 HERE = Path(__file__).resolve().parent
 
 
+# Of a command that cannot be run. Another exception is a bug, and keeps its traceback.
+MISTAKES = LookupError, OSError, TypeError, ValueError, ArithmeticError, MemoryError, programs.Unavailable
+
+
 def main(arguments: list[str] | None = None) -> None:
+    """Ends with SystemExit: text (status 1) for a fault, 2 for a mistake, 130 for Ctrl-C, 141 for a closed output."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        _main(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # otherwise Python tries again at exit, and complains
+        raise SystemExit(141) from None
+    except (emulator.Fault, emulator.CompileError, *MISTAKES) as error:
+        if "--traceback" in arguments:
+            raise
+        if isinstance(error, emulator.Fault):
+            raise SystemExit(explained(error)) from None
+        if isinstance(error, emulator.CompileError):
+            raise SystemExit(str(error)) from None
+        print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _main(arguments):
     parser = _parser()
     given, rest = parser.parse_known_args(arguments)
     sizes = _sizes(parser, rest)
     if reason := emulator.available():
-        raise SystemExit(reason)
-    try:
-        program = _program(given, sizes)
-        if given.debug:
-            _gdb(given, rest, program)
-        elif given.inferior:
-            program.run(emulator.debug())
-        else:
-            program.report()
-    except emulator.Fault as fault:
-        if given.traceback:
-            raise
-        raise SystemExit(explained(fault)) from None
-    except emulator.CompileError as error:
-        if given.traceback:
-            raise
-        raise SystemExit(str(error)) from None
-    except (LookupError, OSError, TypeError, ValueError, OverflowError) as error:
-        if given.traceback:
-            raise
-        raise SystemExit(f"{parser.prog}: error: {error}") from None
+        raise programs.Unavailable(reason)
+    program = _program(given, sizes)
+    if given.debug:
+        _gdb(given, rest, program)
+    elif given.inferior:
+        program.run(emulator.debug())
+    else:
+        program.report()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message.removeprefix('argument ')}; --help lists the options")
+
+
+def _whole(text):
+    """The value of --seed or --shared."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 0")
+    return int(text)
 
 
 def _parser():
     modules = "\n".join(f"    {name:12} {sizes}" for name, sizes in programs.modules().items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m minilm.kernels.emulator", usage="%(prog)s MODULE|FILE.cu [--NAME VALUE ...] [options]",
         description=__doc__, epilog=f"modules, and their sizes by default:\n{modules}", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("module", metavar="MODULE|FILE.cu")
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
+    parser.add_argument("--seed", type=_whole, default=0, help="of the random numbers (default: 0)")
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of a fault or an error")
     parser.add_argument("--debug", action="store_true", help="stop in gdb at the first line of the first kernel")
     parser.add_argument("--do", action="append", default=[], metavar="COMMAND",
@@ -78,7 +105,7 @@ def _parser():
     own.add_argument("--grid", metavar="X[,Y[,Z]]", help="blocks")
     own.add_argument("--block", metavar="X[,Y[,Z]]",
                      help="threads of a block (default: those of __launch_bounds__, or 128)")
-    own.add_argument("--shared", type=int, metavar="BYTES", help="dynamic shared memory of a block (default: 0)")
+    own.add_argument("--shared", type=_whole, metavar="BYTES", help="dynamic shared memory of a block (default: 0)")
     own.add_argument("--define", action="append", default=[], metavar="NAME=VALUE", help="as -D of the compiler")
     return parser
 

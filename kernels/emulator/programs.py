@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from minilm.kernels.emulator.running import never_written
 
 KERNELS = Path(__file__).resolve().parents[1]
 SHOWN = 8                       # elements of a result that are printed
+DEFINITION = re.compile(r"[A-Za-z_]\w*(=.*)?")
 BLOCK = 128                     # threads of a block, unless the kernel or the user says another number
+MOST = 1 << 26                  # threads of a launch, elements of an array; more would run for hours
 FILLS = "random", "zeros", "ones", "arange", "empty"
 
 
@@ -26,6 +29,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     lowered = {other.lower(): other for other in known}
     found = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, 2, 0.5)]
     return f". Did you mean {' or '.join(found)}?" if found else ""
+
+
+class Unavailable(RuntimeError):
+    """The emulator cannot run on this machine; the message says why."""
 
 
 class Program:
@@ -90,7 +97,11 @@ class Module(Program):
     def run(self, mode):
         with emulator.as_cupy() as xp, mode as launches:
             module = importlib.import_module(f"minilm.kernels.{self.name}")
-            results = module.example(xp, np.random.default_rng(self.seed), **self.sizes)
+            try:
+                results = module.example(xp, np.random.default_rng(self.seed), **self.sizes)
+            except (LookupError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
+                given = " ".join(f"--{size} {value}" for size, value in self.sizes.items())
+                raise ValueError(f"{self.name} {given}: {error}") from error
         results = results if isinstance(results, tuple) else (results,)
         return [r.get() if hasattr(r, "get") else np.asarray(r) for r in results], launches
 
@@ -103,6 +114,8 @@ def _number(name, text, kind):
         raise ValueError(f"{name} {text}: expected {'a whole number' if kind is int else 'a number'}") from None
     if kind is int and value < 0:
         raise ValueError(f"{name} {text}: expected a number of at least 0")
+    if kind is int and value > MOST:
+        raise ValueError(f"{name} {text}: expected a number of at most {MOST}; the emulator would run for hours")
     return value
 
 
@@ -121,6 +134,10 @@ class OwnKernel(Program):
             text = path.read_text("utf-8")
         except FileNotFoundError:
             raise LookupError(f"there is no file {path}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no UTF-8 text: {error}") from None
+        if wrong := [definition for definition in define if not DEFINITION.fullmatch(definition)]:
+            raise ValueError(f"--define {wrong[0]}: expected NAME=VALUE, as in --define REAL=double")
         self.code = f'#line 1 "{path.name}"\n{text}'
         self.options = "--std=c++17", *(f"-D{definition}" for definition in define)
         self.kernel = self._chosen(kernel, build.kernel_names(text))
@@ -145,7 +162,10 @@ class OwnKernel(Program):
             most = max((a.size for a in arguments if hasattr(a, "get")), default=1)
             if self.shared > SHARED_UNASKED:
                 function.max_dynamic_shared_size_bytes = self.shared
-            function(self.grid or (max(1, -(-most // math.prod(block))),), block, arguments, shared_mem=self.shared)
+            grid = self.grid or (max(1, -(-most // max(1, math.prod(block)))),)
+            if math.prod(grid) * math.prod(block) > MOST:
+                raise ValueError(f"a grid of {grid} blocks of {block} threads: expected at most {MOST} threads in all")
+            function(grid, block, arguments, shared_mem=self.shared)
         self.results = {p.name: a.get() for p, a in zip(compiled.parameters, arguments) if p.writable}
         return list(self.results.values()), launches
 

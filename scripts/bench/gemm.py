@@ -10,7 +10,6 @@ thread. `blas-threads` computes one product at a time on all threads of the same
 BLAS. The share is the time of `numpy` divided by the time of minilm's whole step.
 """
 
-import json
 import math
 import os
 import sys
@@ -141,7 +140,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        library_process.serve(LOADERS[sys.argv[2]], json.loads(sys.argv[3]))
-    else:
-        sys.exit(main_guard(main))
+    sys.exit(main_guard(library_process.role(main, LOADERS)))

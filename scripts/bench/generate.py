@@ -9,7 +9,6 @@ the log-probs of minilm's tokens are compared with those of the other libraries,
 through their caches.
 """
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -184,7 +183,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        library_process.serve(LOADERS[sys.argv[2]], json.loads(sys.argv[3]))
-    else:
-        sys.exit(main_guard(main))
+    sys.exit(main_guard(library_process.role(main, LOADERS)))

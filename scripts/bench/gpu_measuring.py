@@ -6,7 +6,6 @@ Memory is the growth of CuPy's memory pool during a call, outputs included; it i
 their own. Two ceilings are measured: bytes per second of a copy, operations per second of a cuBLAS matrix product.
 """
 
-import argparse
 import importlib.util
 import subprocess
 import sys
@@ -15,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
-from support.run_folder import UsageError  # noqa: E402
+from support.command_line import Parser, wholes  # noqa: E402
 
 REPEATS = 50
 WARM_UP = 5
+MOST = 1 << 20           # for a larger size even the bytes take long to count
 
 
 def gpu():
@@ -146,15 +146,10 @@ def main(description, option, default, print_traffic, time_on, modules):
 
     option: the name of the option that gives the sizes; modules: of minilm.kernels, with commas.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(option, dest="sizes", metavar="N,N", default=default, help="with commas (default: %(default)s)")
-    asked = parser.parse_args().sizes
-    try:
-        sizes = [int(size) for size in asked.split(",")]
-    except ValueError:
-        raise UsageError(f"{option} {asked}: numbers with commas between them, please") from None
-    if min(sizes) < 1:
-        raise UsageError(f"{option} {asked}: each must be at least 1")
+    parser = Parser(description)
+    parser.add_argument(option, dest="sizes", metavar="N,N", type=wholes(1, MOST), default=default,
+                        help="with commas (default: %(default)s)")
+    sizes = parser.parse_args().sizes
     print_traffic(sizes)
     cupy, reason = gpu()
     if cupy is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
+from support.command_line import relying_on  # noqa: E402
 from support.run_folder import UsageError  # noqa: E402
 
 
@@ -40,6 +41,23 @@ def private_memory(pid):
     """The resident memory that a process shares with no other, in bytes."""
     return 1024 * sum(int(line.split()[1]) for line in of_process(pid, "smaps_rollup").splitlines()
                       if line.startswith("Private_"))
+
+
+def asked():
+    """The name of the library, in a process that a benchmark started with `--worker NAME SPEC`; otherwise None."""
+    return sys.argv[2] if sys.argv[1:2] == ["--worker"] and len(sys.argv) == 4 else None
+
+
+def role(main, loaders):
+    """The function that this process runs: main, or serve() in a process that a benchmark started."""
+    if asked() is None:
+        return main
+
+    def work():
+        with relying_on("--worker", "The benchmark itself passes this option."):
+            load, spec = loaders[asked()], json.loads(sys.argv[3])
+        serve(load, spec)
+    return work
 
 
 def serve(load, spec):

@@ -12,7 +12,6 @@ memory of forked processes.
 The same script, started with `--worker`, does the work of one library (library_process.py).
 """
 
-import argparse
 import csv
 import functools
 import importlib.metadata
@@ -33,10 +32,12 @@ from minilm.stages.train_state import TrainState, shards, stage, train_step
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
 from library_process import Worker  # noqa: E402
+from support.command_line import Parser, names, output_file, whole  # noqa: E402
 from support.run_folder import UsageError  # noqa: E402
 
 HEADER = ["work", "size", "peer", "time_ratio", "time_ratio_low", "time_ratio_high", "memory_ratio"]
 TURN = 0.6              # seconds of a turn, about
+MOST_ROUNDS = 1000      # of a benchmark
 OTHERS = 0.1            # a round counts if other processes take at most this share of all cores in each turn
 # Settings with which glibc keeps freed memory, as minilm sets them for itself: fair for libraries that allocate much.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_TOP_PAD_": str(1 << 26),
@@ -268,24 +269,18 @@ def finish(asked, rows, title):
 
 def arguments(description, sizes, peers, works=(), unasked=()):
     """The options of a benchmark. unasked: sizes that run only if they are named."""
-    parser = argparse.ArgumentParser(description=description)
-    if works:
-        parser.add_argument("--works", default=",".join(works), help="with commas (default: %(default)s)")
-    parser.add_argument("--sizes", default=",".join(size for size in sizes if size not in unasked),
-                        help="of the work, with commas (default: %(default)s)")
-    parser.add_argument("--peers", default=",".join(peers), help="with commas (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="of turns (default: %(default)s)")
-    parser.add_argument("--csv", metavar="FILE", help="write the ratios there")
-    parser.add_argument("--figure", metavar="FILE", help="draw them there (PNG)")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    asked.sizes = asked.sizes.split(",")
-    asked.peers = asked.peers.split(",")
-    asked.works = asked.works.split(",") if works else []
-    for kind, given, known in (("work", asked.works, works), ("size", asked.sizes, sizes),
-                               ("peer", asked.peers, peers)):
-        if unknown := set(given) - set(known):
-            raise UsageError(f"no {kind} {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    if asked.rounds < 1:
-        raise UsageError(f"--rounds {asked.rounds} must be at least 1")
-    return asked
+    parser = Parser(description)
+    usual = [size for size in sizes if size not in unasked]
+    for kind, known, default in (("work", works, works), ("size", sizes, usual), ("peer", peers, peers)):
+        if known:
+            parser.add_argument(f"--{kind}s", type=names(kind, known), default=",".join(default),
+                                help="with commas (default: %(default)s)")
+    parser.add_argument("--rounds", type=whole(1, MOST_ROUNDS), default=9, help="of turns (default: %(default)s)")
+    output_options(parser, "the ratios")
+    return parser.parse_args()
+
+
+def output_options(parser, what):
+    """The options for the files that a benchmark writes at its end."""
+    parser.add_argument("--csv", metavar="FILE", type=output_file, help=f"write {what} there")
+    parser.add_argument("--figure", metavar="FILE", type=output_file, help="draw them there (PNG)")

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -38,7 +37,7 @@ from minilm.stages.train_state import TrainState, train_step
 from minilm.tensor import Tensor, no_grad
 from support.run_folder import UsageError, main_guard
 
-WORKER = sys.argv[2] if sys.argv[1:2] == ["--worker"] else None
+WORKER = library_process.asked()
 
 SIZES = {"tiny": {"vocab_size": 256, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_width": 64},
          "8M": {"vocab_size": 8192, "width": 256, "layers": 6, "heads": 4, "ffn_width": 1024},
@@ -216,7 +215,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if WORKER:
-        library_process.serve(LOADERS[WORKER], json.loads(sys.argv[3]))
-    else:
-        sys.exit(main_guard(main))
+    sys.exit(main_guard(library_process.role(main, LOADERS)))

@@ -8,10 +8,8 @@ worker, so that only the work grows. Each point is measured in a process of its 
 the imports. Exponents are from least squares on the logarithms.
 """
 
-import argparse
 import csv
 import io
-import json
 import sys
 from pathlib import Path
 
@@ -20,7 +18,8 @@ import numpy as np
 import library_process
 import measuring
 from minilm import checkpoint
-from support.run_folder import UsageError, main_guard
+from support.command_line import Parser, names, whole
+from support.run_folder import main_guard
 
 BASE = {"T": 128, "B": 16, "V": 256, "D": 64}
 POINTS = {"T": [128, 256, 512, 1024, 2048, 4096, 8192], "B": [1, 2, 4, 8, 16, 32, 64],
@@ -100,18 +99,15 @@ def draw(path, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--variables", default=",".join(POINTS), help="with commas (default: %(default)s)")
+    parser = Parser(__doc__.partition("\n")[0])
+    parser.add_argument("--variables", type=names("variable", POINTS), default=",".join(POINTS),
+                        help="with commas (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="only the first three values of each")
-    parser.add_argument("--rounds", type=int, default=5, help="of each point (default: %(default)s)")
-    parser.add_argument("--csv", metavar="FILE", help="write the points there")
-    parser.add_argument("--figure", metavar="FILE", help="draw them there (PNG)")
+    parser.add_argument("--rounds", type=whole(1, measuring.MOST_ROUNDS), default=5,
+                        help="of each point (default: %(default)s)")
+    measuring.output_options(parser, "the points")
     asked = parser.parse_args()
-    variables = asked.variables.split(",")
-    if unknown := set(variables) - set(POINTS):
-        raise UsageError(f"no variable {', '.join(sorted(unknown))}; there are {', '.join(POINTS)}")
-    if asked.rounds < 1:
-        raise UsageError(f"--rounds {asked.rounds} must be at least 1")
+    variables = asked.variables
     print(measuring.machine())
     rows = []
     for variable in variables:
@@ -126,7 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        library_process.serve(measuring.load_step, json.loads(sys.argv[3]))
-    else:
-        sys.exit(main_guard(main))
+    sys.exit(main_guard(library_process.role(main, {"minilm": measuring.load_step})))

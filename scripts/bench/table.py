@@ -7,14 +7,15 @@ minutes on an idle machine). Results go to FOLDER; a benchmark whose results are
 nothing and prints the results in FOLDER.
 """
 
-import argparse
 import csv
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import measuring
 from minilm import checkpoint
+from support.command_line import Parser, output_file, read_text, relying_on
 from support.run_folder import UsageError, main_guard
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -38,6 +39,7 @@ GOALS = [
     ("sampling", "hf", {"B1": (0.2, 0.5), "B32": (0.35, 0.5), "B128": (0.5, 0.5)}),
     ("sampling", "torch", {"B1": (0.6, None), "B32": (0.8, None), "B128": (0.9, None)}),
 ]
+RUN_AGAIN = "Delete that file and call this script again, without --print."
 EXPONENTS = {"time_exponent": 1.5, "memory_exponent": 1.0}      # in T, at a fixed number of tokens
 
 
@@ -57,10 +59,7 @@ def run(folder):
 
 def read(path):
     """The rows of a CSV file; [] if there is no file."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(io.StringIO(read_text(path, RUN_AGAIN), newline=""))) if path.exists() else []
 
 
 def measured(folder):
@@ -100,22 +99,22 @@ def table(found, scaling):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="for the results")
     parser.add_argument("--print", action="store_true", help="run nothing; print the results in the folder")
-    parser.add_argument("--figure", metavar="FILE", help="draw the comparisons into a PNG file")
+    parser.add_argument("--figure", metavar="FILE", type=output_file, help="draw the comparisons into a PNG file")
     asked = parser.parse_args()
     if not asked.print:
         run(asked.folder)
-    found = measured(asked.folder)
-    scaling = read(asked.folder / "scaling.csv")
-    if not found:
-        raise UsageError(f"{asked.folder} has no results; call it without --print to run the benchmarks")
-    print("\n" + table(found, scaling) + "\n")
-    print((asked.folder / "machine.txt").read_text() if (asked.folder / "machine.txt").exists() else
-          "The machine was not recorded.")
-    if asked.figure:
-        measuring.draw(asked.figure, list(found.values()), "minilm against its peers")
+    with relying_on(asked.folder, RUN_AGAIN):
+        found = measured(asked.folder)
+        if not found:
+            raise UsageError(f"{asked.folder} has no results; call it without --print to run the benchmarks")
+        print("\n" + table(found, read(asked.folder / "scaling.csv")) + "\n")
+        machine = asked.folder / "machine.txt"
+        print(read_text(machine, RUN_AGAIN) if machine.exists() else "The machine was not recorded.")
+        if asked.figure:
+            measuring.draw(asked.figure, list(found.values()), "minilm against its peers")
 
 
 if __name__ == "__main__":

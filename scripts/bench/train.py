@@ -8,7 +8,6 @@ library that is not installed is named and skipped.
 """
 
 import functools
-import json
 import sys
 import tempfile
 
@@ -18,7 +17,7 @@ import library_process
 import measuring
 from support.run_folder import main_guard
 
-WORKER = sys.argv[2] if sys.argv[1:2] == ["--worker"] else None
+WORKER = library_process.asked()
 PEERS = {"torch": "torch", "compile": "torch", "autograd": "autograd", "autograd-tuned": "autograd"}
 TOLERANCE = 2e-3        # of gradients in float32, relative to the largest entry
 OPTIMISER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
@@ -181,7 +180,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if WORKER:
-        library_process.serve(LOADERS[WORKER], json.loads(sys.argv[3]))
-    else:
-        sys.exit(main_guard(main))
+    sys.exit(main_guard(library_process.role(main, LOADERS)))

@@ -13,7 +13,6 @@ import os
 for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ[variable] = "1"
 
-import argparse
 import dataclasses
 import statistics
 import subprocess
@@ -37,6 +36,8 @@ from minilm.packing import pack
 from minilm.stages.pretraining import pretrain
 from minilm.stages.train_state import TrainState
 from minilm.tensor import Tensor, no_grad
+from support import command_line
+from support.command_line import Parser, whole
 from support.run_folder import UsageError, main_guard
 
 CONFIG = Config(vocab_size=512, width=128, layers=4, heads=4, context=512)     # size S of scripts/bench/train.py
@@ -255,14 +256,14 @@ def step_seconds(keep, steps=5):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help=f"with commas, of {', '.join([*TRICKS, 'malloc'])}")
-    parser.add_argument("--rounds", type=int, default=7, help="of the two by turns (default: %(default)s)")
+    parser = Parser(__doc__.partition("\n")[0])
+    parser.add_argument("--only", type=command_line.names("trick", [*TRICKS, "malloc"]),
+                        help=f"with commas, of {', '.join([*TRICKS, 'malloc'])}")
+    parser.add_argument("--rounds", type=whole(1, measuring.MOST_ROUNDS), default=7,
+                        help="of the two by turns (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one round: shows that it runs")
     asked = parser.parse_args()
-    names = asked.only.split(",") if asked.only else [*TRICKS, "malloc"]
-    if unknown := set(names) - {*TRICKS, "malloc"}:
-        raise UsageError(f"no trick is called {', '.join(sorted(unknown))}; --help lists them")
+    names = asked.only or [*TRICKS, "malloc"]
     rounds = 1 if asked.quick else asked.rounds
     print(f"{measuring.machine()}\n\n| minilm/fast | work | without it | time, with / without | times | memory |\n"
           "|---|---|---|---|---|---|", flush=True)

@@ -24,7 +24,6 @@ rope: Pair i turns by position * base^(-2i/K), positions from 0. Pairing half: (
 
 The index contains the conventions word for word. tests/golden/ is the small set of seed 0. Tests: tests/test_golden.py.
 """
-import argparse
 import inspect
 import json
 import pathlib
@@ -54,6 +53,7 @@ from golden_inputs import (  # noqa: E402
     responses,
     samples,
 )
+from support.command_line import Parser, whole  # noqa: E402
 from support.run_folder import UsageError, main_guard  # noqa: E402
 
 FORMAT = {"format": "minilm golden vectors", "version": 1}
@@ -262,19 +262,17 @@ def write_arrays(path, arrays):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("--out", metavar="DIR", default="runs/golden", help="where to write (default: %(default)s)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the inputs (default: %(default)s)")
+    parser.add_argument("--seed", metavar="N", type=whole(0), default=0, help="of the inputs (default: %(default)s)")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the inputs (default: %(default)s)")
     asked = parser.parse_args()
-    if asked.seed < 0:
-        raise UsageError(f"--seed {asked.seed} must not be negative")
     folder = pathlib.Path(asked.out)
     header = {**FORMAT, "seed": asked.seed, "size": asked.size}
     folder.mkdir(parents=True, exist_ok=True)
     try:
         same = header.items() <= json.loads((folder / INDEX).read_text("utf-8")).items()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         same = not any(folder.iterdir())
     if not same:
         raise UsageError(f"{folder} is not empty, and no golden set of this seed and size. Choose another --out.")

@@ -27,6 +27,7 @@ from pathlib import Path
 from minilm.kernels import launch, nvrtc
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
+from support.command_line import Parser, names, output_file  # noqa: E402
 from support.run_folder import UsageError, main_guard  # noqa: E402
 
 
@@ -233,27 +234,24 @@ def choose(name):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compiler", choices=COMPILERS, help="default: NVRTC if it is installed, else nvcc")
-    parser.add_argument("--module", help="modules of kernels/, separated by commas; all by default")
-    parser.add_argument("--room", dest="module", help=argparse.SUPPRESS)             # its old name
-    parser.add_argument("--arch", help=f"of {','.join(map(str, ARCHITECTURES))}; all by default")
+    module_names = names("module", [module for module, _, _ in modules()])
+    parser.add_argument("--module", type=module_names, help="modules of kernels/, separated by commas; all by default")
+    parser.add_argument("--room", dest="module", type=module_names, help=argparse.SUPPRESS)        # its old name
+    known = list(map(str, ARCHITECTURES))
+    parser.add_argument("--arch", type=names("architecture", known), help=f"of {','.join(known)}; all by default")
     parser.add_argument("--details", action="store_true", help="also print a line for each variant and architecture")
-    parser.add_argument("--json", metavar="FILE", help="write the details to a file, as a list of objects")
+    parser.add_argument("--json", metavar="FILE", type=output_file,
+                        help="write the details to a file, as a list of objects")
     asked = parser.parse_args(arguments)
+    wanted = [int(name) for name in asked.arch or known]
     compiler = choose(asked.compiler)
-    try:
-        wanted = [int(name) for name in asked.arch.split(",")] if asked.arch else list(ARCHITECTURES)
-    except ValueError:
-        raise UsageError(f"--arch {asked.arch}: expected numbers, as 75,90") from None
-    if unknown := set(wanted) - set(ARCHITECTURES):
-        raise UsageError(f"--arch {min(unknown)}: the limits of {', '.join(map(str, ARCHITECTURES))} are known")
     known = compiler.architectures()
     for architecture in wanted:
         if architecture not in known:
             print(f"sm_{architecture}: this compiler does not know it; left out")
-    lines = list(report(compiler, [a for a in wanted if a in known], asked.module and asked.module.split(","),
-                        show_progress))
+    lines = list(report(compiler, [a for a in wanted if a in known], asked.module, show_progress))
     print(f"{compiler.name()}; {', '.join(f'sm_{a}' for a in wanted if a in known)}\n\n{text(SUMMARY, SUMMARY)}")
     for line in summary(lines):
         print(text(line, SUMMARY))

@@ -10,7 +10,6 @@ The tests that most likely fail run first; if they pass, all others run. A mutan
 Exit status 0: every mutant was killed or behaved as declared; 1: not so; 2: tests fail without any bug, so nothing can
 be concluded. Tests: tests/test_mutants.py.
 """
-import argparse
 import contextlib
 import csv
 import dataclasses
@@ -33,6 +32,7 @@ from minilm.fast.workers import available_cores
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
 from mutants_table import find, mutated, place, read_tables  # noqa: E402
+from support.command_line import MOST_WORKERS, Parser, number, output_file, read_text, whole  # noqa: E402
 from support.run_folder import UsageError, main_guard  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,16 +234,18 @@ def as_csv(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("--only", metavar="WORDS", default="", help="mutants with WORDS in their words or file")
-    parser.add_argument("--jobs", type=int, default=available_cores(), metavar="N",
+    parser.add_argument("--jobs", type=whole(1, MOST_WORKERS), default=available_cores(), metavar="N",
                         help="copies in which tests run at the same time (%(default)s: one for each core)")
     parser.add_argument("--all-tests", action="store_true",
                         help="run every test on every mutant, and count those that fail")
     parser.add_argument("--list", action="store_true", help="print the mutants and do nothing")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the results to a file")
-    parser.add_argument("--seed", type=int, default=0, help="of hypothesis: the same seed gives the same examples")
-    parser.add_argument("--timeout", type=float, default=900, metavar="SECONDS", help="of one run (%(default)s)")
+    parser.add_argument("--csv", type=output_file, metavar="FILE", help="also write the results to a file")
+    parser.add_argument("--seed", type=whole(0), default=0,
+                        help="of hypothesis: the same seed gives the same examples")
+    parser.add_argument("--timeout", type=number(0.001, 1e6), default=900, metavar="SECONDS",
+                        help="of one run (%(default)s)")
     parser.add_argument("--table", type=Path, default=TABLES, help="another table, or folder of tables")
     parser.add_argument("--project", type=Path, default=ROOT, help="another folder of a minilm and its tests")
     arguments = parser.parse_args()
@@ -253,7 +255,7 @@ def main():
     if not mutants:
         raise UsageError(f"no mutant has {arguments.only!r} in its words")
     for m in mutants:
-        find((arguments.project / m.file).read_text("utf-8"), m)
+        find(read_text(arguments.project / m.file, "Name the folder of a minilm with --project."), m)
     if arguments.list:
         return print(*mutants, sep="\n")
 
@@ -265,9 +267,8 @@ def main():
         print(f"[{next(done)}/{len(mutants)}] {mutant}\n    {words}, in {outcome.seconds:.1f} s", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="minilm-mutants-") as folder:
-        jobs = max(1, arguments.jobs)
-        copies = Copies(arguments.project, folder, jobs, arguments.seed, arguments.timeout)
-        results = examine(mutants, copies, jobs, arguments.all_tests, report)
+        copies = Copies(arguments.project, folder, arguments.jobs, arguments.seed, arguments.timeout)
+        results = examine(mutants, copies, arguments.jobs, arguments.all_tests, report)
     if arguments.csv:
         checkpoint.write_text(arguments.csv, as_csv(results))
     bad = [(mutant, judge(mutant, outcome)[1]) for mutant, outcome in results if not judge(mutant, outcome)[0]]

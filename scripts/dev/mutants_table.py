@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
+from support.command_line import read_text  # noqa: E402
 from support.run_folder import UsageError  # noqa: E402
 
 
@@ -62,7 +63,7 @@ def read_table(text, name="the table"):
 def read_tables(path):
     """The mutants of one table, or of every table in a folder."""
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    return [mutant for file in files for mutant in read_table(file.read_text("utf-8"), file.name)]
+    return [mutant for file in files for mutant in read_table(read_text(file, "Name a table with --table."), file.name)]
 
 
 def find(source, mutant):

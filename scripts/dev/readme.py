@@ -9,7 +9,6 @@ train or measure something keep their results in runs/ and do not repeat finishe
 their scripts.
 """
 
-import argparse
 import ast
 import dataclasses
 import functools
@@ -21,6 +20,10 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
+from support.command_line import Parser, names  # noqa: E402
+from support.run_folder import main_guard  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEED = [("training step", "S", "torch"), ("training step", "M", "compile"), ("SFT step", "8M", "trl-best"),
@@ -229,8 +232,9 @@ def regenerate(name: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--what", help=f"with commas, of {', '.join(PARTS)}; or all")
+    parser = Parser(__doc__.partition("\n")[0])
+    parser.add_argument("--what", type=names("part", [*PARTS, "all"]),
+                        help=f"with commas, of {', '.join(PARTS)}; or all")
     parser.add_argument("--check", action="store_true", help="name the stale parts; exit status 1 if there are any")
     asked = parser.parse_args()
     if asked.check:
@@ -243,13 +247,10 @@ def main() -> int:
             scripts = "; ".join(part.commands) or "this script"
             print(f"{name:10} {part.file or 'files of their own':24} {part.time}\n{'':10} {scripts}")
         return 0
-    names = list(PARTS) if asked.what == "all" else asked.what.split(",")
-    if unknown := set(names) - set(PARTS):
-        parser.error(f"no part is called {min(unknown)}; there are {', '.join(PARTS)}")
-    for name in names:
+    for name in PARTS if "all" in asked.what else asked.what:
         regenerate(name)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_guard(main))

@@ -14,7 +14,6 @@ OUT/rounding/NAME, and rounding.md compares the outcomes: float64 models; anothe
 (OPENBLAS_CORETYPE); another number of workers, which must change nothing.
 """
 
-import argparse
 import ast
 import collections
 import contextlib
@@ -31,6 +30,7 @@ from common.experiment import STYLES, read
 from common.text import first_sentence
 from minilm import checkpoint
 from minilm.fast import workers
+from support.command_line import MOST_WORKERS, Parser, read_json, relying_on, whole
 from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
 
 HERE = Path(__file__).resolve().parent
@@ -46,6 +46,7 @@ STAGES = {
 }
 EXPERIMENTS = tuple(name for names in STAGES.values() for name in names)
 FIGURE_BYTES = 60_000
+RUN_FIRST = "Give the folder of a run of this script, or run the experiments again in another --out."
 # Options and environment of an experiment under another rounding; "workers" is worked out from --workers.
 ROUNDINGS = {"float64": (["--dtype", "float64"], {}),
              "coretype": ([], {"OPENBLAS_CORETYPE": "Nehalem"}),
@@ -55,16 +56,15 @@ ROUNDINGS = {"float64": (["--dtype", "float64"], {}),
 def main():
     arguments = parsed()
     require("matplotlib", "safetensors", "PIL")
-    if arguments.table:
-        print(markdown.readme(STAGES, *recorded(arguments.table)), end="")
-        return 0
-    if arguments.readme:
-        return write_readme(arguments.readme)
-    if arguments.seconds:
-        return write_seconds(arguments.seconds)
+    for folder, write in ((arguments.table, write_table), (arguments.readme, write_readme),
+                          (arguments.seconds, write_seconds)):
+        if folder is not None:
+            with relying_on(folder, RUN_FIRST):
+                return write(folder)
     names = chosen(arguments.rows)
     roundings = chosen_roundings(arguments.rounding)
-    with RunFolder(arguments.out, arguments.resume, {"size": arguments.size}) as run, StopRequest() as stop:
+    with (RunFolder(arguments.out, arguments.resume, {"size": arguments.size}) as run, StopRequest() as stop,
+          relying_on(arguments.out, RUN_FIRST)):
         status = run_all(names, arguments.size, run.folder, arguments.workers, stop)
         for rounding in roundings:
             if status == 0:
@@ -77,7 +77,7 @@ def main():
 
 
 def parsed():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__.splitlines()[0])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="size", action="store_const", const="quick", default="default",
                       help="a trial: shows that the experiments run, decides nothing")
@@ -87,7 +87,7 @@ def parsed():
     parser.add_argument("--out", default="runs/claims", help="folder for the results")
     parser.add_argument("--resume", action="store_true",
                         help="continue the run in a folder, with the experiments that are missing")
-    parser.add_argument("--workers", type=int, default=workers.available_cores(),
+    parser.add_argument("--workers", type=whole(1, MOST_WORKERS), default=min(workers.available_cores(), MOST_WORKERS),
                         help="processes that share the seeds of an experiment")
     parser.add_argument("--rounding", metavar="NAMES",
                         help=f"run everything again under other roundings, of {','.join(ROUNDINGS)}")
@@ -208,7 +208,7 @@ def run_one(name, size, folder, workers, rounding=None):
 def measured_seconds(size):
     """seconds.json of that size: {"seconds": {name: seconds}, "workers", "date", "machine"}, or empty."""
     path = HERE / "seconds.json"
-    return json.loads(path.read_text("utf-8")).get(size, {}) if path.exists() else {}
+    return read_json(path, "Delete it.").get(size, {}) if path.exists() else {}
 
 
 def expected_seconds(names, size):
@@ -235,12 +235,17 @@ def share_left(todo, done, size):
     return sum(expected[done:]) / sum(expected[:done])
 
 
+def write_table(folder):
+    print(markdown.readme(STAGES, *recorded(folder)), end="")
+    return 0
+
+
 def write_seconds(folder):
     size, done = recorded(folder)
     if not done:
         raise UsageError(f"{folder} holds no results yet")
     path = HERE / "seconds.json"
-    kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    kept = read_json(path, "Delete it.") if path.exists() else {}
     last = list(done.values())[-1]
     kept[size] = {name: last[name] for name in ("date", "machine", "workers")}
     kept[size]["seconds"] = {name: max(1, round(result["seconds"])) for name, result in done.items()}

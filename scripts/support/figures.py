@@ -4,14 +4,14 @@
     python scripts/support/figures.py runs/a runs/b ...    the table of several seeds, in Markdown
 """
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
-from support.run_folder import UsageError, main_guard  # noqa: E402
+from support.command_line import Parser, read_json, relying_on  # noqa: E402
+from support.run_folder import UsageError, main_guard, require  # noqa: E402
 from support.tables import NAMES, across_seeds, summary  # noqa: E402
 
 SMOOTHING = 8             # steps averaged over in the figure of drift
@@ -213,23 +213,28 @@ def _save(figure, path):
                          "again.") from error
 
 
-def main(folders: list[str]) -> None:
-    try:
-        runs = [json.loads((Path(folder) / "results.json").read_text()) for folder in folders]
-    except FileNotFoundError as error:
-        raise UsageError(f"{error.filename}: there is no such file. Give folders of finished runs of "
-                         "scripts/assistant.py.") from None
-    if old := [folder for folder, run in zip(folders, runs) if "trial" not in run]:
-        raise UsageError(f"{old[0]} holds a run of an older version of scripts/assistant.py. Run it again.")
-    if len(runs) > 1:
-        print(across_seeds(runs))
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(__doc__.partition("\n")[0])
+    parser.add_argument("folders", metavar="FOLDER", nargs="+", help="of a finished run of scripts/assistant.py")
+    folders = [Path(folder) for folder in parser.parse_args(arguments).folders]
+    hint = "Give folders of finished runs of scripts/assistant.py."
+    runs = {folder / "results.json": read_json(folder / "results.json", hint) for folder in folders}
+    for path, run in runs.items():
+        if "trial" not in run:
+            raise UsageError(f"{path} is damaged, or of an older version of scripts/assistant.py. Run it again.")
+        with relying_on(path, hint):
+            across_seeds([run])
+    if len(folders) > 1:
+        print(across_seeds(list(runs.values())))
         return
-    training_curves(runs[0], Path(folders[0]) / "training_curves.png")
-    reward_against_kl(runs[0], Path(folders[0]) / "reward_against_kl.png")
-    print(summary(runs[0]))
+    require("matplotlib")
+    for path, run in runs.items():
+        with relying_on(path, hint):
+            text = summary(run)
+            training_curves(run, path.parent / "training_curves.png")
+            reward_against_kl(run, path.parent / "reward_against_kl.png")
+        print(text)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python scripts/support/figures.py FOLDER ... (of finished runs of assistant.py)")
-    sys.exit(main_guard(lambda: main(sys.argv[1:])))
+    sys.exit(main_guard(main))

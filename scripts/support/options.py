@@ -9,10 +9,10 @@ import numpy as np
 from minilm.backend import to_device
 from minilm.stages.train_state import workers_for
 from minilm.world import tasks
+from support.command_line import MOST_WORKERS, Parser
 from support.run_folder import RunFolder, UsageError
 
 MAX_SCALE = 50          # a longer history does not fit into the header of a checkpoint
-MAX_WORKERS = 64
 # A smaller --scale is a trial run: pretraining is too short. Accuracy of the SFT model by scale (seeds 0, 0, 0, 3):
 # 0.03 at 0.1, 0.09 at 0.3, 0.15 at 0.4, 0.63 at 1.
 TRIAL_BELOW = 0.5
@@ -29,8 +29,8 @@ def parse(description: str, sizes: Iterable[str], tokens_of_a_step: int) -> argp
     if options.workers is None:
         recorded = RunFolder.recorded(options.out).get("workers") if options.resume else None
         options.workers = recorded or (workers_for(tokens_of_a_step) if options.device == "cpu" else 1)
-    if not 1 <= options.workers <= MAX_WORKERS:
-        raise UsageError(f"--workers {options.workers} must be from 1 to {MAX_WORKERS}; this machine has "
+    if not 1 <= options.workers <= MOST_WORKERS:
+        raise UsageError(f"--workers {options.workers} must be from 1 to {MOST_WORKERS}; this machine has "
                          f"{os.cpu_count()} cores")
     if options.device == "gpu":
         check_gpu(options.workers)
@@ -38,12 +38,7 @@ def parse(description: str, sizes: Iterable[str], tokens_of_a_step: int) -> argp
 
 
 def parser_of(description: str, sizes: Iterable[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     description=description, epilog=tasks.guide() + "\n")
-
-    def usage_error(message):
-        raise UsageError(f"{message}; --help lists the options")
-    parser.error = usage_error
+    parser = Parser(description, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=tasks.guide() + "\n")
     parser.add_argument("--out", metavar="DIR", default="runs/assistant",
                         help="folder for all files that are written (default: %(default)s)")
     parser.add_argument("--resume", action="store_true",

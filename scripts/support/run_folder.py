@@ -181,7 +181,7 @@ class RunFolder:
             return dict(content["settings"])
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"{path} is not a file of minilm, or is damaged. "
                              "Choose another --out.") from error
 
@@ -247,8 +247,8 @@ def main_guard(main: Callable[[], int | None], *user_errors: type[Exception]) ->
     """Runs main() and returns the exit status.
 
     main's result (None is 0); 2 after one line `error: ...` on stderr, for UsageError, CheckpointError, the given
-    exception classes and OSError (a full disk, for example); 130 for Ctrl-C; 141 if the reader of the output has
-    closed it (`| head -1`). Any other exception is a bug and keeps its traceback.
+    exception classes, OSError (a full disk, for example) and MemoryError; 130 for Ctrl-C; 141 if the reader of the
+    output has closed it (`| head -1`). Any other exception is a bug and keeps its traceback.
     """
     try:
         status = main() or 0
@@ -261,10 +261,16 @@ def main_guard(main: Callable[[], int | None], *user_errors: type[Exception]) ->
         _discard_output()
         return 141    # the status that a shell reports for SIGPIPE
     except OSError as error:
+        if error.strerror is None:              # not of the operating system: an image that is damaged, for example
+            print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+            return 2
         print(f"error: {error.filename or 'the output'}: {error.strerror}. Check that disk and folder.",
               file=sys.stderr)
         if error.filename is None:
             _discard_output()
+        return 2
+    except MemoryError as error:
+        print("error: not enough memory.", *str(error).splitlines(), "Ask for less.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -49,7 +49,7 @@ import os
 for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ[variable] = "1"
 
-import argparse
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -72,8 +72,10 @@ from minilm.fast import workers
 from minilm.model import Config, Transformer
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
+from support.command_line import MOST_WORKERS, Parser, read_json, relying_on, whole  # noqa: E402
 from support.run_folder import UsageError, main_guard, require  # noqa: E402
 
+RUN_FIRST = "Run it first, without --redraw."
 TRIAL = "a trial"                       # the outcome of every experiment at --quick
 SECTIONS = ("Claim", "Test", "Rule", "Limits", "Source")
 # Legible on white and on black.
@@ -244,14 +246,14 @@ def run(file: str, doc: str, measure: Callable, conclude: Callable, draw: Callab
 
 
 def _arguments(title, sizes):
-    parser = argparse.ArgumentParser(description=title)
+    parser = Parser(title)
     parser.add_argument("--out", default="runs/lecture", help="folder for the results")
     size = parser.add_mutually_exclusive_group()
     for other in sorted(sizes.keys() - {"default"}):
         size.add_argument(f"--{other}", dest="size", action="store_const", const=other, default="default",
                           help={"quick": "a trial: shows that it runs, decides nothing",
                                 "full": "longer, to see more"}[other])
-    parser.add_argument("--workers", type=int, default=workers.available_cores(),
+    parser.add_argument("--workers", type=whole(1, MOST_WORKERS), default=min(workers.available_cores(), MOST_WORKERS),
                         help="processes that share the seeds")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32",
                         help="of the models; float64 shows whether an outcome depends on rounding")
@@ -275,18 +277,19 @@ def _run(name, doc, measure, conclude, draw, sizes, figure_size):
         experiment = Experiment(name, folder, arguments.dtype)
         result = _measured(experiment, measure, seeds, settings, arguments.workers)
         result["size"] = arguments.size
-    settings = result["settings"]
-    trial = result["size"] == "quick"
-    conclusion = conclude(result["by_seed"], settings)
-    result |= {"title": title, **sections, **conclusion.summary()}
-    if trial:
-        result["outcome"] = TRIAL
-    for suffix in STYLES:
-        drawn = picture(lambda figure: draw(figure, result["by_seed"], settings), suffix, figure_size, trial)
-        _write(folder / f"{name}{suffix}.png", drawn)
+    with relying_on(path, RUN_FIRST) if arguments.redraw else contextlib.nullcontext():
+        settings = result["settings"]
+        trial = result["size"] == "quick"
+        result |= {"title": title, **sections, **conclude(result["by_seed"], settings).summary()}
+        if trial:
+            result["outcome"] = TRIAL
+        for suffix in STYLES:
+            drawn = picture(lambda figure: draw(figure, result["by_seed"], settings), suffix, figure_size, trial)
+            _write(folder / f"{name}{suffix}.png", drawn)
+        text = f"{as_text(result['table'])}\n\n{report(result)}"
     # Last, because this file marks the experiment as done.
     checkpoint.write_text(path, json.dumps(result, indent=1, default=_plain, allow_nan=False) + "\n")
-    print(f"\n{as_text(result['table'])}\n\n{report(result)}\n{path}, {name}.png")
+    print(f"\n{text}\n{path}, {name}.png")
 
 
 def _measured(experiment, measure, seeds, settings, processes):
@@ -304,12 +307,11 @@ def _measured(experiment, measure, seeds, settings, processes):
 
 
 def read(path: str | Path) -> dict:
-    """What an experiment wrote. Raises UsageError if it cannot be read."""
-    try:
-        return json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: no results of an experiment ({error}); run it first, without --redraw") \
-            from error
+    """What an experiment wrote. Raises UsageError if it cannot be read, or is not of that experiment."""
+    result = read_json(path, RUN_FIRST)
+    if result.get("experiment", Path(path).stem) != Path(path).stem or "size" not in result:
+        raise UsageError(f"{path} holds no results of the experiment {Path(path).stem}. {RUN_FIRST}")
+    return result
 
 
 def _write(path, data):

@@ -22,6 +22,10 @@ import os
 import signal
 import sys
 
+from support import installed
+
+installed.check("numpy", "minilm")
+
 # Ctrl-C while there is nothing to save: exit at once. Later main() handles it.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))

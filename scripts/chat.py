@@ -14,6 +14,10 @@ question and one answer. All models get the same random numbers. "..." marks an
 answer that reached --max-tokens. Newlines in answers are shown as \\n.
 """
 
+from support import installed
+
+installed.check("numpy", "minilm")
+
 import argparse
 import contextlib
 import dataclasses

@@ -151,3 +151,11 @@ sys.exit(main_guard(main))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: a run locks its folder with flock") and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["assistant.py", "chat.py"])
+def test_without_numpy_and_minilm_a_command_is_one_line_that_says_how_to_install_them(script, tmp_path):
+    """-S: without site-packages; the working directory is not on the path of a script."""
+    done = subprocess.run([sys.executable, "-S", "-E", SCRIPTS / script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert " has no numpy and no minilm. " in done.stderr and "pip install -e '.[run]'" in done.stderr

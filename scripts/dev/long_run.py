@@ -37,9 +37,8 @@ from minilm.generate import generate
 from minilm.model import Transformer
 from minilm.model_file import load_model
 from minilm.packing import pack
-from minilm.stages.diverged import Diverged
 from minilm.stages.rlhf import train_rlhf
-from minilm.stages.train_state import TrainState
+from minilm.stages.train_state import Diverged, TrainState
 from minilm.tensor import no_grad
 from minilm.world import tasks
 

@@ -7,14 +7,19 @@ Tests: tests/test_evaluate.py.
 
 import numpy as np
 
+from minilm import checks
 from minilm.backend import concatenate
 from minilm.packing import packs
 from minilm.tensor import no_grad
 
 
 def mean_and_error(values: np.ndarray | list[float]) -> tuple[float, float]:
-    """The mean of N numbers, and its standard error (ddof 1; NaN for a single number)."""
-    values = np.asarray(values, float)
+    """The mean of N numbers, and its standard error (ddof 1; NaN for a single number).
+
+    Raises ValueError for other shapes than (N,), for none, and for numbers that are not finite.
+    """
+    checks.same_shape("mean_and_error", axes="N", values=values)
+    values = checks.finite("mean_and_error", "values", np.asarray(values, float))
     if len(values) < 2:
         return float(values.mean()), float("nan")
     return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
@@ -25,7 +30,7 @@ def sequence_kl(policy, reference, prompts: list[list[int]], responses: list[lis
     """k1 = log pi(y|x) - log pi_ref(y|x) of each response, at temperature 1, in nats: (N,).
 
     If the responses are drawn from the policy at temperature 1, the mean is an unbiased estimate of
-    KL(pi || pi_ref) of whole responses. Single values may be negative.
+    KL(pi || pi_ref) of whole responses. Single values may be negative. Raises ValueError as packing.packs does.
     """
     k1 = []
     with no_grad():
@@ -37,7 +42,7 @@ def sequence_kl(policy, reference, prompts: list[list[int]], responses: list[lis
 
 def predicted_rewards(reward_model, prompts: list[list[int]], responses: list[list[int]],
                       batch_size: int = 128) -> np.ndarray:
-    """The reward that a RewardModel gives each response: (N,)."""
+    """The reward that a RewardModel gives each response: (N,). Raises ValueError as packing.packs does."""
     rewards = []
     with no_grad():
         for part in packs(prompts, responses, batch_size, last=True):
@@ -46,8 +51,11 @@ def predicted_rewards(reward_model, prompts: list[list[int]], responses: list[li
 
 
 def wins(rewards: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """1 where a response has a higher reward than the other one to its prompt, 0 where lower, 1/2 if equal: (N,)."""
-    rewards, others = np.asarray(rewards), np.asarray(others)
+    """1 where a response has a higher reward than the other one to its prompt, 0 where lower, 1/2 if equal: (N,).
+
+    Raises ValueError for other shapes, and for rewards that are not finite.
+    """
+    rewards, others = checks.numbers("wins", "N", rewards=rewards, others=others)
     return (rewards > others) + 0.5 * (rewards == others)
 
 
@@ -57,4 +65,5 @@ def best_of_n_kl(n: int) -> float:
     Beirami et al. 2024, arXiv:2401.01879, theorem 3.1. It is the divergence itself only if no two draws ever
     have the same reward or text. minilm.exact.enumerable.best_of_n has the exact distribution.
     """
+    checks.integer("best_of_n_kl", "n", n, at_least=1)
     return float(np.log(n) - (n - 1) / n)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minilm import ops
+from minilm import checks, ops
 from minilm.backend import array_module, is_cupy
 from minilm.fast.chunked_log_probs import chunked_log_probs, tokens_per_chunk
 from minilm.fast.tiled_attention import dot_rows, tiled_attention
@@ -33,9 +33,11 @@ def rms_norm(x, weight, eps: float = 1e-6, kernel: bool = True):
 
         dx = r (dn - n mean(dn * n)),     dweight = sum of dy * n over all rows
 
-    The second term of dx comes from dr/dx = -r^3 x / D.
+    The second term of dx comes from dr/dx = -r^3 x / D. Raises ValueError for another weight, and for eps below 0.
     Zhang and Sennrich 2019, arXiv:1910.07467.
     """
+    if weight.shape != x.shape[-1:] or not 0 <= eps < float("inf"):
+        raise ValueError(f"expected x (..,D), weight (D,), eps at least 0; got {x.shape}, {weight.shape}, {eps}")
     if kernel and is_cupy(x):
         from minilm.kernels import layers as on_gpu
         return on_gpu.rms_norm(x, weight, eps)
@@ -97,9 +99,10 @@ def rope_tables(positions, head_width: int, base: float = 10000.0, dtype="float3
 
     positions: integers of any shape (..), an array; returns two arrays (..,K/2).
     The angles are computed in float64 and rounded once: in float32 they are off by 5e-4 at position 8192.
-    Raises ValueError for an odd head width.
+    Raises ValueError for an odd head width, and for a base that is not above 0.
     """
-    if head_width % 2:
+    checks.number("rope_tables", "base", base, above=0)
+    if checks.integer("rope_tables", "head_width", head_width, at_least=2) % 2:
         raise ValueError(f"rotary positions rotate pairs: the head width {head_width} must be even")
     xp = array_module(positions)
     frequencies = base ** (-xp.arange(0, head_width, 2, dtype="float64") / head_width)
@@ -120,6 +123,8 @@ def rope(x, cos, sin, pairing: str = "half"):
     array_module(x, cos, sin)               # raises if they are on two devices
     if cos.dtype != x.dtype:
         raise TypeError(f"mixed dtypes: x is {x.dtype} and its tables are {cos.dtype}; make them with dtype={x.dtype}")
+    if cos.shape != sin.shape or cos.shape[-2:] != (x.shape[-2], x.shape[-1] // 2):
+        raise ValueError(f"expected x (B,H,T,K), cos and sin (T,K/2); got {x.shape}, {cos.shape}, {sin.shape}")
     rotation = cos + 1j * sin               # exp(i angle)
     def vjp(dy):
         return rotate(dy, rotation.conj(), pairing)
@@ -205,9 +210,9 @@ def attention(q, k, v, causal: bool = True, key_mask=None, scale: float | None =
     if q.shape != (B, H, T, K) or k.shape[3] != K or v.shape != k.shape or H % G or (causal and S < T):
         raise ValueError(f"expected q (B,H,T,K), k and v (B,G,S,K), G dividing H{', and S >= T when causal' * causal}; "
                          f"got {q.shape}, {k.shape}, {v.shape}")
-    if key_mask is not None and key_mask.shape != (B, S):
-        raise ValueError(f"key_mask has shape {key_mask.shape}; expected (B,S), which is {(B, S)}")
-    scale = K ** -0.5 if scale is None else scale
+    if key_mask is not None:
+        key_mask = checks.mask("attention", key_mask, (B, S), "key_mask", hint="that is (B,S)")
+    scale = K ** -0.5 if scale is None else checks.number("attention", "scale", scale, above=0)
     if kernel and is_cupy(q):
         from minilm.kernels import layers as on_gpu
         return on_gpu.attention(q, k, v, causal, key_mask, scale)
@@ -259,11 +264,8 @@ def token_log_probs(hidden, unembedding, targets, chunk: int | None = None, kern
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != D:
         raise ValueError(f"expected hidden (..,D), unembedding (V,D), targets (..); got {hidden.shape}, "
                          f"{unembedding.shape}, {targets.shape}")
-    if targets.size and not 0 <= int(targets.min()) <= int(targets.max()) < V:
-        raise IndexError(f"targets from {int(targets.min())} to {int(targets.max())}, vocabulary {V}")
-    chunk = tokens_per_chunk(V) if chunk is None else chunk
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; it must be at least 1")
+    checks.token_ids("token_log_probs", "targets", targets, V)
+    chunk = tokens_per_chunk(V) if chunk is None else checks.integer("token_log_probs", "chunk", chunk, at_least=1)
     rows = hidden.reshape(-1, D)
     flat_targets = xp.asarray(targets).reshape(-1)
     if kernel and is_cupy(hidden):
@@ -281,6 +283,7 @@ def token_log_probs(hidden, unembedding, targets, chunk: int | None = None, kern
 def token_log_probs_without_chunks(hidden, unembedding, targets):
     """The derivation of token_log_probs in code.  (N,D), (V,D), integers (N,) -> (N,)"""
     xp = array_module(hidden)
+    targets = checks.token_ids("token_log_probs_without_chunks", "targets", targets, len(unembedding))
     rows = xp.arange(len(hidden))
     logits = hidden @ unembedding.T                                 # (N,V)
     logits = logits - logits.max(axis=-1, keepdims=True)
@@ -296,7 +299,6 @@ def token_log_probs_without_chunks(hidden, unembedding, targets):
 def sequence_log_probs(log_probs, mask) -> Tensor:
     """Sum of the log-probs (B,T) where mask (B,T) is 1: one number per sequence, (B,).
 
-    Log-probs outside the mask may be NaN.
+    Log-probs outside the mask may be NaN. Raises ValueError for a mask of another shape, or of other values.
     """
-    xp = array_module(mask)
-    return ops.sum(ops.where(xp.asarray(mask).astype(bool), log_probs, 0.0), axis=-1)
+    return ops.sum(ops.where(checks.mask("sequence_log_probs", mask, log_probs.shape), log_probs, 0.0), axis=-1)

@@ -52,9 +52,12 @@ class Config:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
+        def sizes(*names):
+            for name in names:
+                object.__setattr__(self, name, checks.integer("Config", name, getattr(self, name), at_least=1))
+
         default("kv_heads", self.heads)
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "context"):
-            checks.integer("Config", name, getattr(self, name), at_least=1)
+        sizes("vocab_size", "width", "layers", "heads", "kv_heads", "context")
         checks.number("Config", "rope_base", self.rope_base, above=0)
         checks.number("Config", "norm_eps", self.norm_eps, at_least=0)
         for name in ("causal", "tied", "key_smear"):
@@ -64,8 +67,7 @@ class Config:
                              "change one, or give head_width")
         default("head_width", self.width // self.heads)
         default("ffn_width", -(-8 * self.width // 24) * 8)
-        for name in ("head_width", "ffn_width"):
-            checks.integer("Config", name, getattr(self, name), at_least=1)
+        sizes("head_width", "ffn_width")
         if self.heads % self.kv_heads:
             raise ValueError(f"Config: kv_heads {self.kv_heads} does not divide heads {self.heads}")
         if self.head_width % 2:
@@ -107,9 +109,11 @@ class Transformer:
     """
 
     def __init__(self, config: Config, rng: np.random.Generator, dtype=np.float32):
+        if np.dtype(dtype) not in (np.float32, np.float64):
+            raise TypeError(f"Transformer: dtype is {dtype!r}; it must be float32 or float64")
         self.config = config
         self.activation_checkpointing = False
-        self._parameters = _fresh_parameters(config, rng, dtype)
+        self._parameters = _fresh_parameters(config, checks.generator("Transformer", rng), dtype)
 
     def parameters(self) -> dict[str, Tensor]:
         """Every trained Tensor by name, in a fixed order."""
@@ -156,7 +160,7 @@ class Transformer:
             raise ValueError("a bidirectional model has seen the token that it would predict; mask the token in the "
                              "input and score it with layers.token_log_probs")
         checks.temperature("log_probs", temperature)
-        tokens = to_numpy(tokens)
+        tokens = _rectangle(tokens)
         hidden = _at_temperature(self.hidden(tokens[:, :-1]), temperature)
         return layers.token_log_probs(hidden, self.unembedding, tokens[:, 1:])
 
@@ -177,10 +181,12 @@ class Transformer:
         key_mask (B,T): 0 on padding, which no token attends to. Padding on the right of a causal model needs none,
         because no token sees later ones. Padding on the left does. Rotary attention depends on distances alone, so
         left padding does not shift anything.
-        Raises IndexError for a token outside the vocabulary, ValueError for more tokens than the context.
+        Raises IndexError for a token outside the vocabulary, ValueError for more tokens than the context, and for a
+        key_mask of another shape, or of other values than 0 and 1.
         """
         c = self.config
         tokens = self.checked_tokens(tokens)
+        key_mask = None if key_mask is None else checks.mask("hidden", key_mask, tokens.shape, "key_mask")
         B, T = tokens.shape
         if key_mask is None and c.causal and T:
             # One node of the graph from qkv to the mixed values instead of about ten (gain: scripts/bench/tricks.py).
@@ -192,15 +198,9 @@ class Transformer:
 
     def checked_tokens(self, tokens) -> np.ndarray:
         """tokens as a NumPy array. Raises as hidden does."""
-        tokens = to_numpy(tokens)
-        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-            raise ValueError(f"tokens must be integers of shape (B,T); got {tokens.dtype} {tokens.shape}")
+        tokens = _rectangle(tokens)
         self._check_length(tokens.shape[1])
-        V = self.config.vocab_size
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < V:
-            raise IndexError(f"token {int(tokens.max() if tokens.min() >= 0 else tokens.min())} is not in the "
-                             f"vocabulary of {V}; was it made with another tokenizer?")
-        return tokens
+        return checks.token_ids("hidden", "tokens", tokens, self.config.vocab_size)
 
     def packed_hidden(self, pack: Pack) -> Tensor:
         """Final hidden states (N,D) of the row of tokens of a packing.Pack. Raises as hidden does."""
@@ -258,6 +258,7 @@ class RewardModel:
     def __init__(self, transformer: Transformer, rng: np.random.Generator):
         self.transformer = transformer
         width = transformer.config.width
+        checks.generator("RewardModel", rng)
         self.head = Tensor((rng.normal(size=(width, 1)) * 0.1 * width ** -0.5).astype(transformer.dtype),
                            requires_grad=True)
 
@@ -287,9 +288,7 @@ class RewardModel:
         Raises ValueError for a sequence of padding alone.
         """
         tokens = to_numpy(tokens)
-        mask = to_numpy(mask).astype(bool)
-        if mask.shape != tokens.shape:
-            raise ValueError(f"mask {mask.shape} and tokens {tokens.shape} must have one shape")
+        mask = checks.mask("rewards", to_numpy(mask), tokens.shape)
         if not mask.any(axis=1).all():
             raise ValueError(f"row {int((~mask.any(axis=1)).argmax())} is all padding: nothing to reward")
         B, T = mask.shape
@@ -298,7 +297,10 @@ class RewardModel:
         return self._read(hidden.reshape(B * T, hidden.shape[-1]), np.arange(B) * T + last)
 
     def packed_rewards(self, pack: Pack) -> Tensor:
-        """The same, (B,), of the dialogues of a packing.Pack made with last=True."""
+        """The same, (B,), of the dialogues of a packing.Pack made with last=True. Raises ValueError for another one."""
+        if pack.last is None:
+            raise ValueError("packed_rewards: the pack lacks the last tokens, where rewards are read; make it with "
+                             "pack(..., last=True)")
         return self._read(self.transformer.packed_hidden(pack), pack.last)
 
     def _read(self, hidden, rows):
@@ -311,6 +313,13 @@ def move_parameter(p: Tensor, device: str) -> None:
     p.data = to_device(p.data, device)
     p.grad = None
     p.grad_buffer = None
+
+
+def _rectangle(tokens):
+    tokens = to_numpy(tokens)
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+        raise ValueError(f"tokens must be integers of shape (B,T); got {tokens.dtype} {tokens.shape}")
+    return tokens
 
 
 def _at_temperature(hidden, temperature):

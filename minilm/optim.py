@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from minilm import checks
 from minilm.backend import is_cupy
 from minilm.fast.flat_parameters import FlatParameters
 from minilm.fast.workers import ProcessGroup
@@ -33,7 +34,7 @@ class AdamW:
     after the model is on its device, and afterwards write p.assign(x) instead of p.data = x. Otherwise the next
     zero_grad, clip or step raises RuntimeError with the name of the parameter.
     group: worker processes that share the update. Raises TypeError for parameters of several dtypes, ValueError for
-    parameters that share memory.
+    parameters that share memory, and for a setting out of range: here, and in step if it was changed since.
     """
 
     def __init__(self, parameters: dict[str, Tensor], learning_rate: float = 1e-3,
@@ -45,6 +46,7 @@ class AdamW:
         self.betas = betas
         self.eps = eps
         self.weight_decay = weight_decay
+        self._check_settings(learning_rate)
         self.flat = FlatParameters(parameters, self.group)
         self.data = self.flat.data
         self.updates = np.zeros(len(parameters), np.int64)      # of each parameter, in the order of the flat arrays
@@ -61,6 +63,13 @@ class AdamW:
         """The number of updates of the parameter that has had the most."""
         return int(self.updates.max(initial=0))
 
+    def _check_settings(self, learning_rate):
+        checks.number("AdamW", "learning_rate", learning_rate, at_least=0)
+        for i in (0, 1):
+            checks.number("AdamW", f"betas[{i}]", self.betas[i], at_least=0, below=1)
+        checks.number("AdamW", "eps", self.eps, above=0)
+        checks.number("AdamW", "weight_decay", self.weight_decay, at_least=0)
+
     def zero_grad(self) -> None:
         """Drop the gradients: the next backward writes over them. One that somebody has kept stays as it is."""
         self.flat.zero_grad()
@@ -69,8 +78,10 @@ class AdamW:
         """Scale the gradient so that its norm over all parameters is at most max_norm.
 
         Returns the norm before scaling (Pascanu et al. 2013, arXiv:1211.5063). PyTorch divides by the norm plus 1e-6;
-        here it is the norm alone.
+        here it is the norm alone. max_norm is above 0; infinity measures the norm and scales nothing.
         """
+        if max_norm != math.inf:
+            checks.number("clip", "max_norm", max_norm, above=0)
         runs = self.flat.runs(self.flat.trained())
         blocks = [block for run, _ in runs for block in self.flat.blocks(run)]
         grad = self.grad
@@ -91,6 +102,7 @@ class AdamW:
         Returns the norm of the updated parameters after it: finite only if each of them is.
         """
         lr = self.learning_rate if learning_rate is None else learning_rate
+        self._check_settings(lr)
         trained = self.flat.trained()
         self.updates += trained
         parts = [(block, t) for run, t in self.flat.runs(self.updates * trained) for block in self.flat.blocks(run)]
@@ -151,8 +163,15 @@ class AdamW:
 def warmup_cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.1) -> float:
     """Learning rate at `step` of `steps` (from 0): linear warm-up to peak, then half a cosine down to floor * peak.
 
-    Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts.
+    It starts at peak / warmup, not at 0. Steps warmup - 1 (the end of the warm-up) and warmup (the start of the cosine)
+    both have the peak. floor * peak is the rate of step `steps`, one after the last.
+    Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts. Raises ValueError for a setting out of range.
     """
+    checks.integer("warmup_cosine", "step", step, at_least=0)
+    checks.integer("warmup_cosine", "steps", steps, at_least=1)
+    checks.number("warmup_cosine", "peak", peak, at_least=0)
+    checks.integer("warmup_cosine", "warmup", warmup, at_least=0)
+    checks.number("warmup_cosine", "floor", floor, at_least=0, at_most=1)
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))

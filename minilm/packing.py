@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from minilm import checks
 from minilm.backend import array_module
 from minilm.data import check_dialogues
 from minilm.tensor import primitive
@@ -49,7 +50,7 @@ class Pack:
     tokens, positions  (N,) the row, and the position of each of its tokens in its own dialogue
     segments           of the row, in order
     rows, targets      (M,) for each response token: the row number whose hidden state predicts it, and the token
-    last               (B,) the row number of each response's last token (only with last=True)
+    last               (B,) the row number of each response's last token; None without last=True
     mask               (B,R) True on response tokens
     """
 
@@ -58,7 +59,7 @@ class Pack:
     segments: list[Segment]
     rows: np.ndarray
     targets: np.ndarray
-    last: np.ndarray
+    last: np.ndarray | None
     mask: np.ndarray
 
 
@@ -90,20 +91,31 @@ def pack(prompts: Sequence[Tokens], responses: Sequence[Tokens], context: int | 
     lengths = np.array([len(response) for response in responses])
     mask = np.arange(lengths.max()) < lengths[:, None]
     return Pack(np.array(tokens), np.array(positions), segments, np.array(rows), np.concatenate(responses),
-                np.array(last_rows), mask)
+                np.array(last_rows) if last else None, mask)
 
 
 def packs(prompts: Sequence[Tokens], responses: Sequence[Tokens], batch_size: int, context: int | None = None,
           last: bool = False) -> Iterator[Pack]:
-    """All the dialogues in order, as Packs of at most batch_size dialogues."""
+    """All the dialogues in order, as Packs of at most batch_size dialogues.
+
+    Raises ValueError as data.check_dialogues does, before the first Pack, and for a batch_size below 1.
+    """
+    checks.integer("packs", "batch_size", batch_size, at_least=1)
+    check_dialogues(prompts, responses, context=context)       # all of them: an error has the place among all
     for i in range(0, len(prompts), batch_size):
         yield pack(prompts[i:i + batch_size], responses[i:i + batch_size], context, last)
 
 
 @primitive
 def scatter(values, mask):
-    """M values to the places where mask (B,R) is True, row by row; zeros elsewhere: (B,R)."""
+    """M values to the places where mask (B,R) is True, row by row; zeros elsewhere: (B,R).
+
+    Raises ValueError for another number of values, and for a mask of other values than 0 and 1.
+    """
     xp = array_module(values)
+    mask = checks.mask("scatter", mask)
+    if values.shape != (mask.sum(),):
+        raise ValueError(f"scatter: values {values.shape} for {mask.sum()} places of the mask; pass one for each")
     mask = xp.asarray(mask)
     out = xp.zeros(mask.shape, values.dtype)
     out[mask] = values

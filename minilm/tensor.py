@@ -118,6 +118,8 @@ class Tensor:
         """The value of a Tensor of one element, as a Python float."""
         return float(self.data.item())
 
+    __float__ = item
+
     def assign(self, values: np.ndarray) -> None:
         """self.data[...] = values, in a way that backward notices: through an earlier use of self it raises."""
         self.data[...] = array_module(self.data).asarray(values)
@@ -125,9 +127,6 @@ class Tensor:
 
     def __len__(self):
         return len(self.data)
-
-    def __float__(self):
-        return self.item()
 
     def __bool__(self):
         return bool(self.data)          # NumPy raises ValueError for several elements

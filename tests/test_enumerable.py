@@ -198,7 +198,7 @@ def test_best_of_n_keeps_its_digits_where_scores_are_rare_or_impossible():
         again = np.log(best)
     twice = enumerable.best_of_n(again, np.array([[0.0, 1.0, 2.0]]), 3)
     assert_close(np.exp(twice), np.exp(enumerable.best_of_n(log_pi, np.array([[0.0, 1.0, 2.0]]), 6)))
-    with pytest.raises(ValueError, match="best of 0"):
+    with pytest.raises(ValueError, match="best_of_n: n is 0"):
         enumerable.best_of_n(log_pi, np.zeros((1, 3)), 0)
 
 

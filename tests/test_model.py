@@ -369,8 +369,8 @@ def test_weights_that_write_into_the_residual_stream_start_smaller_in_a_deeper_m
 
 @pytest.mark.parametrize("tokens, error, message", [
     (np.zeros((1, 17), int), ValueError, "17 tokens do not fit the context of 16"),
-    (np.array([[0, 7]]), IndexError, "token 7 is not in the vocabulary of 7"),
-    (np.array([[0, -1]]), IndexError, "token -1 is not in the vocabulary of 7"),
+    (np.array([[0, 7]]), IndexError, "tokens holds 7, which is not in the vocabulary of 7"),
+    (np.array([[0, -1]]), IndexError, "tokens holds -1, which is not in the vocabulary of 7"),
     (np.zeros((1, 3)), ValueError, r"integers of shape \(B,T\); got float64 \(1, 3\)"),
     (np.zeros(3, int), ValueError, r"integers of shape \(B,T\); got int64 \(3,\)"),
 ], ids=["context", "vocabulary", "negative", "float", "no batch"])

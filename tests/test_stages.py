@@ -812,9 +812,9 @@ def test_a_nan_is_traced_to_its_primitive(stage):
     assert everything(training)[0] == before[0]
 
 
-def test_a_nan_reward_is_traced_to_the_policy_gradient():
+def test_a_nan_reward_is_named_before_anything_is_computed_from_it():
     stage = rlhf_stage(make_training("RLHF"), 1, reward=lambda prompts, answers: [np.nan] * len(answers))
-    with pytest.raises(Diverged, match="the loss is nan; first bad tensor: the output of policy_gradient_loss"):
+    with pytest.raises(ValueError, match="reward.* is nan"):
         next(stage)
 
 

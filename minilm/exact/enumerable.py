@@ -24,7 +24,7 @@ import itertools
 
 import numpy as np
 
-from minilm import layers
+from minilm import checks, layers
 from minilm.data import make_batch
 from minilm.ops import stable_sigmoid
 from minilm.tensor import Tensor
@@ -41,6 +41,7 @@ class EnumerableWorld:
                prompt, eos is a token like any other
     responses  list of Y token lists, the same for every prompt
     tokens     (P*Y,T) prompt and response, padded to T tokens; row p*Y + i is response i to prompt p
+    real       (P*Y,T) 1 on every token that is not padding
     mask       (P,Y,T-1) 1 where log_probs(tokens), which score tokens[:, 1:], belong to the response
     shape      (P,Y)
     Raises ValueError for a prompt outside the vocabulary, for a list of more than MOST_TOKENS tokens, and
@@ -48,10 +49,9 @@ class EnumerableWorld:
     """
 
     def __init__(self, prompts: list[list[int]], vocab_size: int, max_new_tokens: int, eos: int = 0):
-        if max_new_tokens < 1 or not 0 <= eos < vocab_size:
-            raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1, and eos {eos} one of the "
-                             f"{vocab_size} tokens")
-        if not prompts or any(not 0 <= token < vocab_size for prompt in prompts for token in prompt):
+        checks.integer("EnumerableWorld", "max_new_tokens", max_new_tokens, at_least=1)
+        checks.integer("EnumerableWorld", "eos", eos, at_least=0, below=vocab_size)
+        if len(prompts) == 0 or any(token not in range(vocab_size) for prompt in prompts for token in prompt):
             raise ValueError(f"prompts {prompts}: pass at least one prompt, of tokens from 0 to {vocab_size - 1}")
         listed = 0
         for length in range(1, max_new_tokens + 1):
@@ -69,6 +69,7 @@ class EnumerableWorld:
         batch = make_batch([prompt for prompt in self.prompts for _ in self.responses],
                            self.responses * len(prompts), pad=eos)
         self.tokens = batch.tokens
+        self.real = batch.real
         self.mask = batch.target_mask.reshape(*self.shape, -1)
 
     def token_log_probs(self, model, temperature: float = 1.0) -> Tensor:
@@ -84,21 +85,23 @@ class EnumerableWorld:
 
     def rewards(self, reward_model) -> Tensor:
         """The reward that a RewardModel gives each response, (P,Y)."""
-        lengths = [len(prompt) + len(response) for prompt in self.prompts for response in self.responses]
-        real = np.arange(self.tokens.shape[1]) < np.array(lengths)[:, None]
-        return reward_model.rewards(self.tokens, real).reshape(self.shape)
+        return reward_model.rewards(self.tokens, self.real).reshape(self.shape)
 
     def take(self, values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
         """The values (P,Y,...) of the responses with the indices drawn (P,K), prompt by prompt: (P*K,...)."""
-        drawn = np.asarray(drawn)
-        prompts = np.arange(len(drawn))[:, None]
+        drawn = checks.indices("take", "drawn", drawn, self.shape[1])
+        prompts = np.arange(self.shape[0])[:, None]
         return values[prompts, drawn].reshape(drawn.size, *values.shape[2:])
 
 
 # Exact quantities, from log-probs (P,Y) to one number for each prompt, (P,).
 
 def expectation(log_pi: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """sum_y pi(y) values(y). A response of probability 0 contributes 0, even if its value is infinite."""
+    """sum_y pi(y) values(y). A response of probability 0 contributes 0, even if its value is infinite.
+
+    Here and below: raises ValueError for arrays of two shapes, and for beta out of range.
+    """
+    checks.same_shape("expectation", log_pi=log_pi, values=values)
     pi = np.exp(log_pi)
     return (pi * np.where(pi > 0, values, 0)).sum(axis=-1)
 
@@ -110,16 +113,19 @@ def entropy(log_pi: np.ndarray) -> np.ndarray:
 
 def divergence(log_pi: np.ndarray, log_q: np.ndarray) -> np.ndarray:
     """KL(pi || q) in nats."""
+    checks.same_shape("divergence", log_pi=log_pi, log_q=log_q)
     return expectation(log_pi, log_pi - log_q)
 
 
 def total_variation(log_pi: np.ndarray, log_q: np.ndarray) -> np.ndarray:
     """Half the sum of |pi(y) - q(y)|: 0 for equal distributions, at most 1."""
+    checks.same_shape("total_variation", log_pi=log_pi, log_q=log_q)
     return 0.5 * np.abs(np.exp(log_pi) - np.exp(log_q)).sum(axis=-1)
 
 
 def objective(log_pi: np.ndarray, reference: np.ndarray, rewards: np.ndarray, beta: float) -> np.ndarray:
     """J(pi) = E[r] - beta KL(pi || pi_ref), with reference = log pi_ref."""
+    checks.number("objective", "beta", beta, at_least=0)
     return expectation(log_pi, rewards) - beta * divergence(log_pi, reference)
 
 
@@ -131,6 +137,8 @@ def objective_gradient(log_pi: np.ndarray, reference: np.ndarray, rewards: np.nd
     R = r - beta (log_pi - reference). Because of the factor pi(y), the gradient at a response that the policy
     almost never gives is almost 0.
     """
+    checks.same_shape("objective_gradient", log_pi=log_pi, reference=reference, rewards=rewards)
+    checks.number("objective_gradient", "beta", beta, at_least=0)
     return np.exp(log_pi) * (rewards - beta * (log_pi - reference) - beta)
 
 
@@ -138,7 +146,8 @@ def objective_gradient(log_pi: np.ndarray, reference: np.ndarray, rewards: np.nd
 
 def optimum(reference: np.ndarray, rewards: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
     """log pi* (P,Y), where pi* = pi_ref exp(r/beta) / Z has the largest J, and log Z (P,); J* = beta log Z."""
-    tilted = reference + rewards / beta
+    checks.same_shape("optimum", axes="PY", reference=reference, rewards=rewards)
+    tilted = reference + rewards / checks.number("optimum", "beta", beta, above=0)
     log_Z = np.logaddexp.reduce(tilted, axis=-1)
     return tilted - log_Z[:, None], log_Z
 
@@ -155,6 +164,7 @@ def ipo_optimum(reference: np.ndarray, log_mu: np.ndarray, rewards: np.ndarray, 
     policy that wrote the compared responses. log_mu is log mu(y|x), (P,Y). Unlike pi*, it depends on mu,
     and on the rewards only through the win probabilities w. Azar et al. 2023, arXiv:2310.12036, (9).
     """
+    checks.same_shape("ipo_optimum", axes="PY", log_mu=log_mu, rewards=rewards)
     wins = (preference(rewards) * np.exp(log_mu)[:, None, :]).sum(axis=-1)
     return optimum(reference, wins, beta)[0]
 
@@ -167,8 +177,8 @@ def best_of_n(log_pi: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
     equal score share it in proportion to pi. The divergence from pi is at most log n - (n-1)/n: Beirami
     et al. 2024, arXiv:2401.01879, theorem 3.1. Raises ValueError for n below 1.
     """
-    if n < 1:
-        raise ValueError(f"best of {n}: n must be at least 1")
+    checks.integer("best_of_n", "n", n, at_least=1)
+    checks.same_shape("best_of_n", axes="PY", log_pi=log_pi, scores=scores)
     log_best = np.full_like(log_pi, -np.inf)
     for p, (row, score) in enumerate(zip(log_pi, scores)):
         possible = np.exp(row) > 0

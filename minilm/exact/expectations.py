@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from minilm import checks
 from minilm.exact.enumerable import EnumerableWorld, preference
 from minilm.optim import AdamW, warmup_cosine
 from minilm.tensor import Tensor
@@ -36,8 +37,8 @@ def comparisons(log_mu: np.ndarray, rewards: np.ndarray, flip_rate: float = 0.0)
     judged by preference(rewards), and a fraction flip_rate of the judgements is reversed. The
     probabilities of each prompt add up to 1. Raises ValueError for a flip_rate outside [0, 1].
     """
-    if not 0 <= flip_rate <= 1:
-        raise ValueError(f"flip_rate {flip_rate} must be between 0 and 1: it is a fraction of the labels")
+    checks.number("comparisons", "flip_rate", flip_rate, at_least=0, at_most=1)
+    checks.same_shape("comparisons", axes="PY", log_mu=log_mu, rewards=rewards)
     preferred = preference(rewards)
     labelled = (1 - flip_rate) * preferred + flip_rate * (1 - preferred)
     mu = np.exp(log_mu)
@@ -55,6 +56,8 @@ def gradient_over_comparisons(loss: Callable[..., Tensor], probabilities: np.nda
                    comparisons(), or counted
     values, others arrays (P,Y); the loss gets their entries for chosen and for rejected
     """
+    checks.same_shape("gradient_over_comparisons", axes="PY", values=values, preferred=probabilities[:, :, 0],
+                      other=probabilities[:, 0], **{f"others[{i}]": array for i, array in enumerate(others)})
     p, chosen, rejected = np.nonzero(probabilities)
     leaves = [Tensor(values[p, y], requires_grad=True) for y in (chosen, rejected)]
     loss(*leaves, *(other[p, y] for other in others for y in (chosen, rejected))).backward()
@@ -80,13 +83,14 @@ def gradient_over_samples(loss: Callable[[Tensor, np.ndarray], Tensor], log_prob
     if this is more than most_outcomes.
     """
     P, Y, T = log_probs.shape
-    K = samples
+    K = checks.integer("gradient_over_samples", "samples", samples, at_least=1)
+    mask = checks.mask("gradient_over_samples", mask, log_probs.shape)
     outcomes = Y ** (P * K)
     if outcomes > most_outcomes:
         raise ValueError(f"gradient_over_samples: {K} draws for each of {P} prompts with {Y} responses have "
                          f"Y^(P K) = {outcomes:,} outcomes; the limit is {most_outcomes:,}, at about 0.2 ms each. Take "
                          "one prompt, fewer samples, or a world with fewer responses; or pass most_outcomes")
-    log_pi = np.where(mask > 0, log_probs, 0).sum(axis=-1) if drawn_from is None else drawn_from
+    log_pi = np.where(mask, log_probs, 0).sum(axis=-1) if drawn_from is None else drawn_from
     prompts = np.arange(P)[:, None]
     gradient = np.zeros_like(log_probs)
     for outcome in itertools.product(range(Y), repeat=P * K):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from minilm import checks
 from minilm.backend import array_module
 from minilm.fast.deferred import DeferredMatmul
 
@@ -26,10 +27,10 @@ def tokens_per_chunk(vocab_size: int) -> int:
 
 def chunked_log_probs(rows, unembedding, targets, chunk: int) -> tuple[np.ndarray, Callable]:
     """(log-probs (N,), vjp) of rows (N,D), unembedding (V,D), targets (N,); chunk: tokens at a time."""
+    checks.integer("chunked_log_probs", "chunk", chunk, at_least=1)         # none would leave log_probs unwritten
     xp = array_module(rows, unembedding)
     N, V = len(rows), len(unembedding)
     chunks = [slice(i, i + chunk) for i in range(0, N, chunk)]
-
     def exponentials(s):
         """exp(logits - highest) of a chunk, their sums, and the log-probs of the targets."""
         E = rows[s] @ unembedding.T

@@ -100,5 +100,5 @@ def test_token_ids_are_integers_of_the_vocabulary():
     for wrong in (-1, 7, -100):
         with pytest.raises(IndexError, match=f"f: prompt 3 holds {wrong}, which is not in the vocabulary of 7"):
             checks.token_ids("f", "prompt 3", [1, wrong], 7)
-    with pytest.raises(TypeError, match="f: prompt 3 holds float64; token ids are integers"):
+    with pytest.raises(TypeError, match="f: prompt 3 holds float64; it must hold integers"):
         checks.token_ids("f", "prompt 3", [1.9, 2.2], 7)

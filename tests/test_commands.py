@@ -99,7 +99,7 @@ def wrong_values(script, action):
     if action.choices:
         return "", "nosuch"
     if isinstance(action.default, (int, float)) or (action.default is None and action.dest in ("workers", "jobs")):
-        return NUMBERS if action.dest in ("seed", "temperature") else (*NUMBERS, *TOO_LARGE_OR_SMALL)
+        return NUMBERS if action.dest in ("seed", "temperature", "beta") else (*NUMBERS, *TOO_LARGE_OR_SMALL)
     if action.dest == "table":
         return TABLES[script]
     if action.type is not None and action.type is not Path:

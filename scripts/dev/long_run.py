@@ -43,6 +43,7 @@ from minilm.tensor import no_grad
 from minilm.world import tasks
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
+from support.command_line import Parser, number, whole
 from support.run_folder import StopRequest, UsageError, main_guard
 
 STEPS = 10 ** 9             # more than will be reached: the learning rate stays at its peak
@@ -136,19 +137,15 @@ def lines(steps: Iterator[dict], minutes: float, probe, stop: StopRequest) -> It
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="of a run of assistant.py: its SFT model and its reward model")
-    parser.add_argument("--minutes", metavar="X", type=float, default=60.0, help="of training (default: %(default)s)")
-    parser.add_argument("--beta", metavar="B", type=float, default=0.3, help="of the KL penalty (default: %(default)s)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of all random numbers (default: %(default)s)")
-    asked = parser.parse_args()
-    if not 0 < asked.minutes < math.inf:
-        raise UsageError(f"--minutes {asked.minutes} must be above 0, for example 60")
-    if not 0 <= asked.beta < math.inf:
-        raise UsageError(f"--beta {asked.beta} must be 0 or above, for example 0.3")
-    if asked.seed < 0:
-        raise UsageError(f"--seed {asked.seed} must not be negative")
-    return asked
+    parser.add_argument("--minutes", metavar="X", type=number(0.0001, 1e6), default=60.0,
+                        help="of training (default: %(default)s)")
+    parser.add_argument("--beta", metavar="B", type=number(0, 1e6), default=0.3,
+                        help="of the KL penalty (default: %(default)s)")
+    parser.add_argument("--seed", metavar="N", type=whole(0), default=0,
+                        help="of all random numbers (default: %(default)s)")
+    return parser.parse_args()
 
 
 def main() -> int:

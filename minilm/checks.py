@@ -28,7 +28,7 @@ def number(function: str, name: str, value: Any, *, above: float | None = None, 
     if getattr(value, "shape", None) == ():
         value = value.item()                                # a NumPy scalar, or an array of one number
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{function}: {name} is {_shown(value)}; it must be a number")
+        raise TypeError(f"{function}: {name} is {shown(value)}; it must be a number")
     if not (abs(value) <= sys.float_info.max and (above is None or value > above) and (below is None or value < below)
             and (at_least is None or value >= at_least) and (at_most is None or value <= at_most)):
         limits = {"above": above, "at least": at_least, "below": below, "at most": at_most}
@@ -40,7 +40,7 @@ def number(function: str, name: str, value: Any, *, above: float | None = None, 
 def integer(function: str, name: str, value: Any, *, at_least: int | None = None, below: int | None = None) -> int:
     """A setting that is one integer in a range. Raises TypeError for 3.0 and True, ValueError out of range."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{function}: {name} is {_shown(value)}; it must be an integer")
+        raise TypeError(f"{function}: {name} is {shown(value)}; it must be an integer")
     if (at_least is not None and value < at_least) or (below is not None and value >= below):
         limits = [f"at least {at_least}"] * (at_least is not None) + [f"below {below}"] * (below is not None)
         raise ValueError(f"{function}: {name} is {reprlib.repr(value)}; it must be {' and '.join(limits)}")
@@ -50,7 +50,7 @@ def integer(function: str, name: str, value: Any, *, at_least: int | None = None
 def flag(function: str, name: str, value: Any) -> bool:
     """A setting that is True or False. Raises TypeError for others: the text "no" would count as True."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{function}: {name} is {_shown(value)}; it must be True or False")
+        raise TypeError(f"{function}: {name} is {shown(value)}; it must be True or False")
     return bool(value)
 
 
@@ -176,7 +176,7 @@ def sampling(function: str, temperature_or_0: Any, top_k: Any, top_p: Any) -> No
 def generator(function: str, rng: Any) -> np.random.Generator:
     """A numpy Generator. Raises TypeError for a seed, or for a generator of another kind."""
     if not isinstance(rng, np.random.Generator):
-        raise TypeError(f"{function}: rng is {_shown(rng)}; it must be a numpy Generator, such as "
+        raise TypeError(f"{function}: rng is {shown(rng)}; it must be a numpy Generator, such as "
                         "np.random.default_rng(0)")
     return rng
 
@@ -231,10 +231,9 @@ def end_tokens(function: str, eos: Any, vocab_size: int) -> np.ndarray:
     return ends
 
 
-def _shown(value):
+def shown(value: Any) -> str:
     """A value in an error: an array by its type and shape, others as they are written, the middle of long ones left
     out."""
-    if hasattr(value, "shape") and np.shape(value):
+    if hasattr(value, "shape") and not isinstance(value, type) and tuple(value.shape):
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
     return f"{reprlib.repr(value)} ({type(value).__name__})"
-

@@ -812,10 +812,12 @@ def test_a_nan_is_traced_to_its_primitive(stage):
     assert everything(training)[0] == before[0]
 
 
-def test_a_nan_reward_is_named_before_anything_is_computed_from_it():
-    stage = rlhf_stage(make_training("RLHF"), 1, reward=lambda prompts, answers: [np.nan] * len(answers))
-    with pytest.raises(ValueError, match="reward.* is nan"):
-        next(stage)
+def test_a_nan_reward_is_named_by_its_sample_before_anything_is_updated():
+    training = make_training("RLHF")
+    before = everything(training)[0]
+    with pytest.raises(ValueError, match="train_rlhf: the reward of sample 2 is nan; it must be a finite number"):
+        next(rlhf_stage(training, 1, reward=lambda prompts, answers: [0.0, 1.0, np.nan, np.inf, 1.0, 1.0]))
+    assert everything(training)[0] == before
 
 
 @pytest.mark.parametrize("loss, message", [

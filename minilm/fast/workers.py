@@ -36,10 +36,12 @@ class ProcessGroup:
     All of them run that body, so the calls of map() and all_gather() must be the same in all. Only rank 0 leaves the
     body at its end; the other processes end there, and work after their last all_gather may be lost. Outside the body
     rank 0 is alone and computes everything itself.
-    Raises ValueError for a size above 1 where processes cannot be forked.
+    Raises ValueError for a size below 1, and for one above 1 where processes cannot be forked.
     """
 
     def __init__(self, size):
+        if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"ProcessGroup: size is {size!r}; it must be an integer of at least 1")
         if size > 1 and not can_fork():
             raise ValueError(f"{size} workers: this system cannot fork processes; ask for 1")
         self.size, self.rank = size, 0
@@ -109,6 +111,7 @@ class ProcessGroup:
         """The values of all ranks, in the order of the ranks. Every rank waits here for the slowest.
 
         A value is None, bool, int, float, str, an array, or a tuple, list or dict (with str keys) of these.
+        Raises TypeError for another one.
         """
         if not self._lines:
             return [value]
@@ -168,15 +171,22 @@ class _Over(BaseException):
 def parallel_map(work: Callable, parts: Sequence, workers: int) -> list:
     """[work(part) for part in parts], computed by that many workers, forked for this call.
 
-    Results are of the kinds that ProcessGroup.all_gather takes.
+    Results are of the kinds that ProcessGroup.all_gather takes. Raises ValueError as ProcessGroup does.
     """
-    with ProcessGroup(max(1, min(workers, len(parts)))) as group:
+    with ProcessGroup(max(1, min(workers, len(parts))) if workers > 0 else workers) as group:
         return group.map(work, parts)
 
 
 def can_fork() -> bool:
     """Whether this system can have more than one worker: Windows, for example, cannot fork processes."""
     return hasattr(os, "fork")
+
+
+def in_shared_memory(array: np.ndarray) -> bool:
+    """Whether an array, or the array that it is a view of, was made by ProcessGroup.zeros for several workers."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return isinstance(getattr(array, "obj", array), mmap)       # the base is a memoryview of the mmap
 
 
 def available_cores() -> int:
@@ -198,7 +208,7 @@ def _decode(message):
 
 
 def _plain(value, arrays):
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         arrays.append(value)
         return {"array": [value.dtype.str, value.shape]}
     if isinstance(value, np.generic):
@@ -206,9 +216,12 @@ def _plain(value, arrays):
     if isinstance(value, (tuple, list)):
         items = [_plain(v, arrays) for v in value]
         return {"tuple": items} if isinstance(value, tuple) else items
-    if isinstance(value, dict):
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
         return {"dict": {name: _plain(v, arrays) for name, v in value.items()}}
-    return value
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"all_gather: {value!r} ({type(value).__name__}) cannot be sent; send None, bool, int, float, str, "
+                    "arrays of numbers, and tuples, lists and dicts (with str keys) of these")
 
 
 def _rebuilt(value, data):

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from minilm import layers
+from minilm import checks, layers
 from minilm.backend import concatenate
 from minilm.model import Transformer
 from minilm.objectives.dpo import dpo_loss, dpo_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import Pack, pack, packs
-from minilm.stages.train_state import TrainState, shards, stage, train_step
+from minilm.stages.inputs import check_dialogues, check_settings, checked_config
+from minilm.stages.reference import ReferenceLogProbs, checked_log_probs
+from minilm.stages.train_state import TrainState, checked_loss, repeat, shards, stage, train_step
 from minilm.tensor import Tensor, no_grad
 
 # What a loss may have as parameters: log-probs and lengths of the responses, arrays (B,), and beta.
@@ -27,11 +29,19 @@ def summed_log_probs(model: Transformer, batch: Pack) -> Tensor:
 
 
 def reference_log_probs(reference: Transformer, prompts: Sequence, responses: Sequence,
-                        batch_size: int = 64) -> np.ndarray:
-    """The same for a frozen model, as an array (N,). Compute it once, because the reference never changes."""
+                        batch_size: int = 64) -> ReferenceLogProbs:
+    """The same for a frozen model, as an array (N,). Compute it once, because the reference never changes.
+
+    The array keeps the digests of the dialogues and of the model, which train_dpo compares (stages/reference.py).
+    Raises as train_sft does.
+    """
+    checks.integer("reference_log_probs", "batch_size", batch_size, at_least=1)
+    config = checked_config("reference_log_probs", reference, "reference")
+    check_dialogues("reference_log_probs", config, prompts, responses=responses)
     with no_grad():
-        return concatenate([summed_log_probs(reference, batch).data for batch
-                            in packs(prompts, responses, batch_size, reference.config.context)])
+        values = concatenate([summed_log_probs(reference, batch).data for batch
+                              in packs(prompts, responses, batch_size, config.context)])
+    return ReferenceLogProbs.of(values, reference, prompts, responses)
 
 
 @stage
@@ -41,34 +51,47 @@ def train_dpo(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: 
               microbatches: int | None = None) -> Iterator[dict]:
     """Train state.model, the policy, on comparisons: token lists, chosen[i] preferred to rejected[i].
 
-    reference_chosen, reference_rejected  summed log-probs under the reference, arrays (N,), from reference_log_probs
+    reference_chosen, reference_rejected  summed log-probs under the reference, arrays (N,), from reference_log_probs.
+                  Of arrays that were made in another way, only the number and the values are checked
     loss          any function of policy_chosen, policy_rejected, reference_chosen, reference_rejected (summed
                   log-probs (B,)), chosen_lengths, rejected_lengths (in tokens, (B,)) and beta, or of some of these.
                   It is called with the parameters that it names (with **options: log-probs and beta);
-                  functools.partial sets its other options. The metrics are scaled by beta in any case
+                  functools.partial sets its other options. The metrics are scaled by beta in any case.
+                  Every worker calls it, so its value may depend on its arguments alone
     microbatches  shards of a step, None for one per worker
     Yields {"loss", "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins", "logps/chosen", ...}.
-    Raises ValueError for a loss with a parameter of another name and no default, or with a known one already set.
+    Raises TypeError, ValueError and IndexError before the first step: as train_sft does; for reference log-probs that
+    are not finite, above 0, or of other dialogues; for a loss with a parameter of another name and no default, or with
+    a known one already set. Later, for a loss that gives no scalar Tensor.
     """
+    check_settings("train_dpo", steps, learning_rate, microbatches, batch_size=batch_size)
+    checks.number("train_dpo", "beta", beta, above=0)
     names = loss_parameters(loss)
-    context = state.model.config.context
-    while state.step < steps:
+    config = checked_config("train_dpo", state.model)
+    check_dialogues("train_dpo", config, prompts, chosen=chosen, rejected=rejected)
+    reference_chosen, reference_rejected = checked_log_probs(
+        "train_dpo", prompts, chosen=(chosen, reference_chosen), rejected=(rejected, reference_rejected))
+
+    def step():
         drawn = state.rng.integers(len(prompts), size=batch_size)
 
         def pair_loss(policy, pairs):
             responses = [chosen[i] for i in pairs] + [rejected[i] for i in pairs]
-            log_probs = summed_log_probs(policy, pack([prompts[i] for i in pairs] * 2, responses, context))
+            log_probs = summed_log_probs(policy, pack([prompts[i] for i in pairs] * 2, responses, config.context))
             sides = [log_probs[:len(pairs)], log_probs[len(pairs):], reference_chosen[pairs], reference_rejected[pairs]]
             lengths = np.array([len(response) for response in responses], log_probs.dtype).reshape(2, -1)
             given = {**dict(zip(LOG_PROBS, sides)), **dict(zip(LENGTHS, lengths)), "beta": beta}
-            value = loss(**{name: given[name] for name in names})
-            report = [sides[0].data, sides[1].data, *sides[2:]]
+            report = [sides[0].data.copy(), sides[1].data.copy(), reference_chosen[pairs], reference_rejected[pairs]]
+            value = checked_loss("train_dpo", loss(**{name: given[name] for name in names}))
             return value * (len(pairs) / batch_size), report
 
         batches = [drawn[s] for s in shards(batch_size, microbatches or state.workers)]
         rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
-        metrics, log_probs = train_step(state, pair_loss, batches, rate, "DPO")
-        yield {**metrics, **dpo_metrics(*map(concatenate, zip(*log_probs)), beta=beta)}
+        metrics, log_probs = train_step(state, pair_loss, batches, rate, "DPO", drawn=[
+            drawn, reference_chosen[drawn], reference_rejected[drawn],
+            *(side[i] for side in (prompts, chosen, rejected) for i in drawn)])
+        return {**metrics, **dpo_metrics(*map(concatenate, zip(*log_probs)), beta=beta)}
+    return repeat(step, state, steps)
 
 
 def loss_parameters(loss: Callable) -> list[str]:

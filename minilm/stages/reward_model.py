@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from minilm import checks
 from minilm.backend import concatenate
 from minilm.objectives.reward import reward_loss, reward_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
-from minilm.stages.train_state import TrainState, shards, stage, train_step
+from minilm.stages.inputs import check_dialogues, check_settings, checked_config
+from minilm.stages.train_state import TrainState, repeat, shards, stage, train_step
 
 
 @stage
@@ -19,21 +21,30 @@ def train_reward_model(state: TrainState, prompts: Sequence, chosen: Sequence, r
 
     batch_size comparisons a step, in `microbatches` shards (None: one per worker). centering: the weight of
     (r_chosen + r_rejected)^2, as in objectives.reward.reward_loss; 0, as in TRL, unless given.
+    The body is trained too: it is the Transformer that RewardModel(transformer, rng) was made from. Give it
+    transformer.copy() unless the Transformer itself is to change.
     Yields {"loss", "grad_norm", "learning_rate", "accuracy", "margin", ...} of each step's batch.
+    Raises TypeError, ValueError and IndexError as train_sft does, and for another model than a RewardModel.
     """
-    context = state.model.transformer.config.context
-    while state.step < steps:
+    check_settings("train_reward_model", steps, learning_rate, microbatches, batch_size=batch_size)
+    checks.number("train_reward_model", "centering", centering, at_least=0)
+    config = checked_config("train_reward_model", state.model, method="packed_rewards")
+    check_dialogues("train_reward_model", config, prompts, chosen=chosen, rejected=rejected)
+
+    def step():
         drawn = state.rng.integers(len(prompts), size=batch_size)
 
         def loss(model, pairs):
             # Chosen and rejected in one forward, in which each prompt is computed once.
             responses = [chosen[i] for i in pairs] + [rejected[i] for i in pairs]
-            rewards = model.packed_rewards(pack([prompts[i] for i in pairs] * 2, responses, context, last=True))
+            rewards = model.packed_rewards(pack([prompts[i] for i in pairs] * 2, responses, config.context, last=True))
             r_chosen, r_rejected = rewards[:len(pairs)], rewards[len(pairs):]
             share = len(pairs) / batch_size
             return reward_loss(r_chosen, r_rejected, centering=centering) * share, (r_chosen.data, r_rejected.data)
 
         batches = [drawn[s] for s in shards(batch_size, microbatches or state.workers)]
         rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
-        metrics, rewards = train_step(state, loss, batches, rate, "reward model")
-        yield {**metrics, **reward_metrics(*map(concatenate, zip(*rewards)))}
+        metrics, rewards = train_step(state, loss, batches, rate, "reward model",
+                                      drawn=[drawn, *(side[i] for side in (prompts, chosen, rejected) for i in drawn)])
+        return {**metrics, **reward_metrics(*map(concatenate, zip(*rewards)))}
+    return repeat(step, state, steps)

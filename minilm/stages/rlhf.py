@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
+from minilm import checks
 from minilm.backend import concatenate
 from minilm.diverged import Diverged
 from minilm.generate import Samples, generate
@@ -16,7 +17,8 @@ from minilm.model import Transformer
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
-from minilm.stages.train_state import TrainState, shards, stage, train_step
+from minilm.stages import inputs
+from minilm.stages.train_state import TrainState, repeat, shards, stage, train_step
 from minilm.tensor import no_grad
 
 
@@ -28,17 +30,31 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
                microbatches: int | None = None) -> Iterator[dict]:
     """Maximise the reward minus beta times the KL divergence to `reference`, by the policy gradient.
 
-    reward        (prompts, responses), two lists of N token lists, to N floats; called once a step
+    reference     a frozen copy, such as state.model.copy(): it may not share parameters with the policy
+    reward        (prompts, responses), two lists of N token lists, to N finite numbers. It is called once a step, by
+                  rank 0, with copies. A reward model in it may not share parameters with the policy
     prompts       token lists to sample responses to; no comparisons needed
     eos           the token that ends a response, or several of them, or None (generate.py)
     temperature   of sampling. Policy and reference are both scored at it, without top-k and top-p: otherwise the
                   log-probs would not be those of the distribution that was drawn from
     microbatches  shards of a step, None for one per worker
     Yields {"loss", "grad_norm", "learning_rate", "reward", "kl_sequence", "kl_token", ...} after each step.
+    Raises TypeError, ValueError and IndexError before the first step: for settings out of range, for such models, for a
+    prompt anywhere in the data set that is bad or too long for max_new_tokens; and later for the results of reward, as
+    inputs.checked_rewards does.
     """
-    context = state.model.config.context
     P, K = prompts_per_step, samples_per_prompt
-    while state.step < steps:
+    inputs.check_settings("train_rlhf", steps, learning_rate, microbatches, prompts_per_step=P, samples_per_prompt=K,
+                          max_new_tokens=max_new_tokens)
+    config = inputs.checked_config("train_rlhf", state.model)
+    inputs.check_reference_and_reward("train_rlhf", state.model, reference, reward)
+    inputs.check_dialogues("train_rlhf", config, prompts, new_tokens=max_new_tokens)
+    checks.number("train_rlhf", "beta", beta, at_least=0)
+    checks.temperature("train_rlhf", temperature)
+    checks.end_tokens("train_rlhf", eos, config.vocab_size)
+    advantages(np.zeros((1, K)), np.zeros((1, K)), beta, baseline)      # raises for a baseline that K does not allow
+
+    def step():
         drawn = state.rng.integers(len(prompts), size=P)
         batch = [prompts[i] for i in drawn for _ in range(K)]                           # P K prompts
         samples, log_pi_ref = sample_responses(state, reference, batch, prompt_shards(P, K, state.workers),
@@ -46,19 +62,22 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
         responses = samples.responses()
         mask = samples.mask > 0
         kl = (samples.log_probs * mask).sum(axis=1) - log_pi_ref                        # k1 of each response (P K,)
-        rewards = state.group.broadcast(lambda: np.asarray(reward(batch, responses)))
+        rewards = state.group.broadcast(lambda: inputs.checked_rewards("train_rlhf", reward(
+            [inputs.token_list(prompt) for prompt in batch], [list(response) for response in responses]), P * K))
         rewards, kl = rewards.reshape(P, K), kl.reshape(P, K)
         A = advantages(rewards, kl, beta, baseline).reshape(-1)
 
         def loss(policy, rows):
-            part = pack([batch[i] for i in rows], [responses[i] for i in rows], context)
+            part = pack([batch[i] for i in rows], [responses[i] for i in rows], config.context)
             log_probs = policy.response_log_probs(part, temperature)
             return policy_gradient_loss(log_probs, A[rows], part.mask) * (len(rows) / len(A)), None
 
         rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(5, steps // 10 + 1), floor=0.3)
-        metrics, _ = train_step(state, loss, prompt_shards(P, K, microbatches or state.workers), rate, "RLHF")
-        yield {**metrics, **policy_gradient_metrics(rewards, kl, mask),
-               "entropy": float(samples.entropies[mask].mean())}
+        metrics, _ = train_step(state, loss, prompt_shards(P, K, microbatches or state.workers), rate, "RLHF",
+                                drawn=[drawn, *batch])
+        return {**metrics, **policy_gradient_metrics(rewards, kl, mask),
+                "entropy": float(samples.entropies[mask].mean())}
+    return repeat(step, state, steps)
 
 
 def sample_responses(state: TrainState, reference: Transformer, prompts: Sequence, shards: Sequence[np.ndarray],

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from minilm.objectives.sft import sft_loss
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
-from minilm.stages.train_state import TrainState, shards, stage, train_step
+from minilm.stages.inputs import check_dialogues, check_settings, checked_config
+from minilm.stages.train_state import TrainState, repeat, shards, stage, train_step
 
 
 @stage
@@ -18,17 +19,24 @@ def train_sft(state: TrainState, prompts: Sequence, responses: Sequence, steps: 
     batch_size demonstrations a step, drawn at random, in `microbatches` shards (None: one per worker). The loss is the
     mean over the response tokens of the whole step.
     Yields {"loss", "grad_norm", "learning_rate", "trained_tokens": response tokens} after each step.
+    Raises TypeError, ValueError and IndexError for settings out of range and for a bad demonstration anywhere in the
+    data set (inputs.check_dialogues), before the first step.
     """
-    context = state.model.config.context
-    while state.step < steps:
+    check_settings("train_sft", steps, learning_rate, microbatches, batch_size=batch_size)
+    config = checked_config("train_sft", state.model)
+    check_dialogues("train_sft", config, prompts, responses=responses)
+
+    def step():
         drawn = state.rng.integers(len(prompts), size=batch_size)
         total = float(sum(len(responses[i]) for i in drawn))
 
         def loss(model, rows):
-            batch = pack([prompts[i] for i in rows], [responses[i] for i in rows], context)
+            batch = pack([prompts[i] for i in rows], [responses[i] for i in rows], config.context)
             return sft_loss(model.response_log_probs(batch), batch.mask, total=total), None
 
         batches = [drawn[s] for s in shards(batch_size, microbatches or state.workers)]
         rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(20, steps // 10 + 1))
-        metrics, _ = train_step(state, loss, batches, rate, "SFT")
-        yield {**metrics, "trained_tokens": total}
+        metrics, _ = train_step(state, loss, batches, rate, "SFT",
+                                drawn=[drawn, *(side[i] for side in (prompts, responses) for i in drawn)])
+        return {**metrics, "trained_tokens": total}
+    return repeat(step, state, steps)

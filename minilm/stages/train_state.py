@@ -9,17 +9,21 @@ Tests: tests/test_stages.py.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from minilm import checks
 from minilm.backend import array_module, to_numpy
 from minilm.diverged import Diverged, first_bad_parameter, first_nonfinite
 from minilm.fast.malloc import return_freed_memory
 from minilm.fast.workers import ProcessGroup, available_cores, can_fork
 from minilm.in_place import mark_changed
 from minilm.optim import AdamW
+from minilm.stages.agreement import Agreement, digest
+from minilm.tensor import Tensor
 
 TOKENS_PER_WORKER = 512
 
@@ -30,13 +34,20 @@ class TrainState:
     workers: processes that share each step's batch (fast/workers.py). Each computes the gradient of its own shard, and
     the gradients are added in a fixed order. Results differ with the number of workers by rounding only, and are the
     same bit for bit every time for one number. `settings` are those of AdamW.
+    The caller's code between two steps runs in rank 0 alone. It may read everything, save a snapshot, and write to the
+    parameters. If it changes another part of the state, the next step raises WorkersDisagree (agreement.py).
+    Raises TypeError for a model without parameters() and for a seed in place of a Generator, ValueError for workers
+    below 1.
     """
 
     def __init__(self, model, rng: np.random.Generator, workers: int = 1, **settings):
+        if isinstance(model, type) or not hasattr(model, "parameters"):
+            raise TypeError(f"TrainState: model is {checks.shown(model)}; it must be a Transformer or a RewardModel")
         self.model = model
-        self.rng = rng
-        self.workers = workers
+        self.rng = checks.generator("TrainState", rng)
+        self.workers = checks.integer("TrainState", "workers", workers, at_least=1)
         self.step = 0
+        self.drawn = 0                  # the digest of the step's batch, to compare between workers
         self.group = ProcessGroup(workers)
         self.optimizer = AdamW(model.parameters(), group=self.group, **settings)
         return_freed_memory()           # the parameters were copied into the optimiser's flat array
@@ -64,15 +75,17 @@ class TrainState:
     def restore(self, arrays: dict[str, np.ndarray], metadata: dict) -> None:
         """Continue where snapshot() was taken.
 
-        Raises KeyError or ValueError, and changes nothing, if it is a snapshot of another model.
+        Raises KeyError or ValueError, and changes nothing, if it is a snapshot of another model, or has NaN in it.
         """
         here = self.snapshot()[0]
-        rng, step = metadata["rng"], metadata["step"]
+        rng = metadata["rng"]
+        step = checks.integer("TrainState.restore", "step", metadata["step"], at_least=0)
         for name, a in here.items():
             saved = arrays[name]
             if (saved.shape, saved.dtype) != (a.shape, a.dtype):
                 raise ValueError(f"the checkpoint's tensor '{name}' is {saved.dtype} {saved.shape}, the model's is "
                                  f"{a.dtype} {a.shape}; load it with the configuration it was saved with")
+            checks.finite("TrainState.restore", f"the checkpoint's tensor '{name}'", saved)
         if more := sorted(arrays.keys() - here.keys()):
             raise ValueError(f"the checkpoint has a tensor '{more[0]}' that this model does not have; load it with the "
                              "configuration it was saved with")
@@ -85,34 +98,67 @@ class TrainState:
 
 
 def stage(loop: Callable) -> Callable:
-    """Make a stage of a generator function over a TrainState: every rank runs the loop, and rank 0 yields."""
+    """Make a stage of a function over a TrainState that returns an iterator of metrics.
+
+    loop(state, ...) is a generator function, or a function that checks its arguments and returns a generator: such
+    checks are made when the stage is called, before any worker exists. Every rank runs the generator, and rank 0
+    yields. After each step the ranks compare their states.
+    Raises TypeError for another object than a TrainState, ValueError for parameters with NaN or infinity, and
+    WorkersDisagree as agreement.py says.
+    """
+    signature = inspect.signature(loop)
+
     @functools.wraps(loop)
-    def run(state, *args, **options) -> Iterator[dict]:
-        with state.group as group:
-            state.use_own_gradient()
-            for metrics in loop(state, *args, **options):
-                if group.rank == 0:
-                    yield metrics
-                group.all_gather(None)      # the other ranks continue when the caller asks for the next step
-    return run
+    def call(state, *args, **options) -> Iterator[dict]:
+        name = loop.__name__
+        if not isinstance(state, TrainState):
+            raise TypeError(f"{name}: state is {checks.shown(state)}; it must be a TrainState(model, rng)")
+        steps = loop(state, *args, **options)
+        arguments = dict(list(signature.bind(state, *args, **options).arguments.items())[1:])
+        for role, model in {"the model": state.model, **arguments}.items():
+            for p_name, p in (model.parameters().items() if hasattr(model, "parameters") else ()):
+                checks.finite(name, f"the parameter {p_name} of {role}", p.data)
+        return _in_all_ranks(state, steps, Agreement(name, state, arguments))
+    return call
+
+
+def _in_all_ranks(state, steps, agreement):
+    with state.group as group:
+        state.use_own_gradient()
+        for metrics in steps:
+            if group.rank == 0:
+                yield metrics
+            agreement.check()           # the other ranks continue when the caller asks for the next step
+
+
+def repeat(step: Callable[[], dict], state: TrainState, steps: int) -> Iterator[dict]:
+    """The metrics of step(), again and again until the state has done `steps` steps in all."""
+    while state.step < steps:
+        yield step()
 
 
 def train_step(state: TrainState, loss: Callable, shards: Sequence, learning_rate: float, stage: str,
-               clip: float = 1.0) -> tuple[dict, tuple]:
+               clip: float = 1.0, drawn: Sequence = ()) -> tuple[dict, tuple]:
     """One optimiser step down the sum of loss(model, shard) over the shards of a batch.
 
     loss returns (scalar Tensor, report). A report is of the kinds that ProcessGroup.all_gather takes. Each worker holds
     one shard in memory at a time, so more shards than workers is gradient accumulation. `stage` names the stage in
-    errors. Returns {"loss", "grad_norm", "learning_rate"} and the reports, one per shard.
-    Raises Diverged, before anything is updated, or when the update itself overflowed.
+    errors. `drawn`, arrays and token lists, is the batch of the whole step; the workers compare it (agreement.py).
+    Returns {"loss", "grad_norm", "learning_rate"} and the reports, one per shard.
+    Raises ValueError for no shards and for a learning rate out of range, ValueError as checked_loss does, and
+    Diverged, before anything is updated, or when the update itself overflowed.
     """
     model = state.model
     parameters = model.parameters()
     where = f"{stage}, step {state.step + 1}"
+    checks.number(where, "learning_rate", learning_rate, at_least=0)
+    checks.integer(where, "the number of shards", len(shards), at_least=1)
     state.optimizer.zero_grad()
+    state.drawn = digest(drawn) if state.group.active_size > 1 else 0
 
     def forward_backward(shard):
         value, report = loss(model, shard)
+        checked_loss(where, value)
         if not math.isfinite(value.item()):
             bad = first_bad_parameter(parameters, "data") or first_nonfinite(lambda: loss(model, shard))
             raise Diverged(f"{where}: the loss is {value.item()}; first bad tensor: {bad}")
@@ -132,6 +178,17 @@ def train_step(state: TrainState, loss: Callable, shards: Sequence, learning_rat
     return {"loss": sum(losses), "grad_norm": norm, "learning_rate": learning_rate}, reports
 
 
+def checked_loss(function: str, value: Tensor) -> Tensor:
+    """The value of a loss function, unchanged.
+
+    Raises ValueError unless it is a scalar Tensor that depends on a trained parameter.
+    """
+    if not isinstance(value, Tensor) or value.shape != () or value.node is None:
+        raise ValueError(f"{function}: the loss is {checks.shown(value)}; it must be a scalar Tensor that depends on a "
+                         "trained parameter")
+    return value
+
+
 def workers_for(tokens: int) -> int:
     """The number of workers for steps of that many tokens here: at most one per core, each with enough work. 1 if the
     system cannot fork."""
@@ -140,4 +197,5 @@ def workers_for(tokens: int) -> int:
 
 def shards(count: int, n: int) -> list[slice]:
     """Slices that split `count` items into at most n shards of nearly equal size, none of them empty."""
+    checks.integer("shards", "n", n, at_least=1)
     return [slice(i, None, n) for i in range(min(n, count))]

@@ -75,14 +75,11 @@ def reward(vocab_size, responses):
     return [float(np.mean(np.array(response) < vocab_size // 2)) for response in responses]
 
 
-class InOrder:
-    """Replaces the Generator of a stage: where the stage draws examples, it gets all of them in their order."""
+class InOrder(np.random.Generator):
+    """The Generator of a stage: where the stage draws examples, it gets all of them in their order."""
 
     def __init__(self):
-        self.generator = np.random.default_rng(0)
-
-    def random(self, shape):
-        return self.generator.random(shape)
+        super().__init__(np.random.PCG64(0))
 
     def integers(self, n, size):
         return np.arange(size) % n

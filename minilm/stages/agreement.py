@@ -1,0 +1,94 @@
+"""Do all workers of a stage still compute the same thing? They compare after each step.
+
+Every rank runs the loop of a stage on its own copy of the program's state; only the parameters and AdamW's moments are
+in shared memory. Between two steps the caller's code runs in rank 0 alone, and so does the reward function. If that
+code draws from the state's Generator, changes a setting or adds data, the other ranks do not see it. Without this
+check they would train on other batches, and nothing would tell.
+
+Each rank lists its `facts`: the step, the state of the Generator, the batch, AdamW's settings, the frozen parameters,
+the Config, the lengths of the stage's arguments, and the parameters of its other models. One number, the digest of the
+facts, travels in the message that the ranks exchange after a step anyway. If two digests differ, the facts are
+exchanged too, and WorkersDisagree names those that differ.
+
+Parameters in shared memory are no fact: rank 0 may write to them while another rank reads. The state that a user's
+loss or reward function keeps for itself is not seen until it changes a fact.
+Tests: tests/test_agreement.py.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from minilm.fast.workers import in_shared_memory
+
+SAMPLED = 1024          # numbers of each parameter of another model that are compared
+
+
+class WorkersDisagree(RuntimeError):
+    """A worker has another state than worker 0: the caller changed it in worker 0 alone."""
+
+
+class Agreement:
+    """The comparison for one run of a stage: state, and the other arguments of the stage by name."""
+
+    def __init__(self, stage: str, state: Any, arguments: dict[str, Any]):
+        self.stage = stage
+        self.state = state
+        self.sized = {name: a for name, a in arguments.items() if hasattr(a, "__len__") and not isinstance(a, str)}
+        self.models = {name: a for name, a in arguments.items() if hasattr(a, "parameters") and a is not state.model}
+
+    def facts(self) -> dict[str, Any]:
+        """All that must be equal in every rank, by name; see the top of this file."""
+        state, optimizer = self.state, self.state.optimizer
+        body = getattr(state.model, "transformer", state.model)
+        return {"the step": state.step,
+                "the Generator's state (its digest)": zlib.crc32(repr(_plain(state.rng.bit_generator.state)).encode()),
+                "the batch that was drawn (its digest)": state.drawn,
+                **{f"AdamW's {name}": getattr(optimizer, name)
+                   for name in ("steps", "learning_rate", "betas", "eps", "weight_decay")},
+                "AdamW's updates of each parameter (their digest)": zlib.crc32(optimizer.updates),
+                "the frozen parameters": [name for name, p in optimizer.parameters.items() if not p.requires_grad],
+                "the model's Config": repr(getattr(body, "config", None)),
+                **{f"the length of {name}": len(a) for name, a in self.sized.items()},
+                **{f"the parameters of {name} (their digest)": _parameters_digest(model)
+                   for name, model in self.models.items()}}
+
+    def check(self) -> None:
+        """Wait for all ranks. Raises WorkersDisagree, in every rank, if one of them differs from rank 0."""
+        if self.state.group.active_size == 1:
+            return
+        facts = self.facts()
+        digests = self.state.group.all_gather(zlib.crc32(repr(facts).encode()))
+        if len(set(digests)) == 1:
+            return
+        first, *others = self.state.group.all_gather(facts)
+        for rank, theirs in enumerate(others, 1):
+            if wrong := [f"{name}: {theirs[name]} there, {first[name]} here" for name in first
+                         if theirs[name] != first[name]]:
+                raise WorkersDisagree(
+                    f"{self.stage}, after step {theirs['the step']}: worker {rank} differs from worker 0 (here) in "
+                    f"{'; '.join(wrong)}. The loop that runs the stage, and a reward function, run in worker 0 alone, "
+                    "and their changes do not reach the others. Use a Generator of your own there, end the stage "
+                    "before a change and start it again after it, or train with workers=1")
+
+
+def digest(drawn: Sequence) -> int:
+    """A number that tells two batches apart: arrays and token lists, in their order."""
+    return hash(tuple(zlib.crc32(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else hash(tuple(x))
+                      for x in drawn))
+
+
+def _parameters_digest(model):
+    arrays = [p.data for p in model.parameters().values() if not in_shared_memory(p.data)]
+    return digest([a.reshape(-1)[::a.size // SAMPLED + 1] for a in arrays])
+
+
+def _plain(state):
+    """The state of a bit generator, its arrays as bytes: the repr of an array is slow."""
+    if isinstance(state, dict):
+        return {name: _plain(value) for name, value in state.items()}
+    return state.tobytes() if isinstance(state, np.ndarray) else state

@@ -1,0 +1,155 @@
+"""The checks of what a stage is given: settings, models, data sets, and the results of a user's functions.
+
+A data set is checked once, whole, when the stage is called; then no step needs to look again. Errors name the example
+by its place in the data set, and say how many more are bad.
+Tests: tests/test_stage_inputs.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from minilm import checks
+from minilm.backend import to_numpy
+from minilm.fast.flat_parameters import shares_parameters
+from minilm.model import Config
+
+
+def check_settings(function: str, steps: int, learning_rate: float, microbatches: int | None, **counts: int) -> None:
+    """Raises ValueError or TypeError for a setting that all stages have, and for counts below 1, by name."""
+    checks.integer(function, "steps", steps, at_least=0)
+    checks.number(function, "learning_rate", learning_rate, at_least=0)
+    for name, count in {**({} if microbatches is None else {"microbatches": microbatches}), **counts}.items():
+        checks.integer(function, name, count, at_least=1)
+
+
+def checked_config(function: str, model: Any, role: str = "the model", method: str = "response_log_probs") -> Config:
+    """The Config of a model. Raises TypeError for a model without the method, ValueError for a bidirectional one."""
+    if isinstance(model, type) or not hasattr(model, method):
+        kind = "RewardModel" if method == "packed_rewards" else "Transformer"
+        raise TypeError(f"{function}: {role} is {checks.shown(model)}; it must be a {kind}")
+    config = getattr(model, "transformer", model).config
+    if not config.causal:
+        raise ValueError(f"{function}: {role} is bidirectional; it must be causal (Config(causal=True))")
+    return config
+
+
+def check_reference_and_reward(function: str, policy: Any, reference: Any, reward: Any) -> None:
+    """Raises TypeError unless the reference is a Transformer and reward a function. Raises ValueError if the reference
+    has another vocabulary, a shorter context, or parameters in the same memory as the policy (the KL divergence would
+    be 0 for ever), and if reward uses a reward model with the policy's body (it would change with the policy)."""
+    there = checked_config(function, reference, "reference")
+    here = policy.config
+    if there.vocab_size != here.vocab_size or there.context < here.context:
+        raise ValueError(f"{function}: reference has vocab_size {there.vocab_size} and context {there.context}, the "
+                         f"model {here.vocab_size} and {here.context}; the reference must fit the same tokens")
+    if name := shares_parameters(policy, reference):
+        raise ValueError(f"{function}: reference has the parameter {name} in the same memory as the model, so it would "
+                         "change with every step; give a copy, model.copy()")
+    if not callable(reward):
+        raise TypeError(f"{function}: reward is {checks.shown(reward)}; it must be a function of prompts and responses")
+    inner = getattr(reward, "func", reward)                                 # of a functools.partial
+    used = [*getattr(reward, "args", ()), *getattr(reward, "keywords", {}).values(),
+            *getattr(inner, "__dict__", {}).values()]
+    if inspect.isfunction(inner):
+        variables = inspect.getclosurevars(inner)
+        used += [*variables.nonlocals.values(), *variables.globals.values()]
+    for model in used:
+        if hasattr(model, "head") and (name := shares_parameters(policy, model)):
+            raise ValueError(f"{function}: the reward model has the parameter {name} in the same memory as the model, "
+                             "so it would change with every step; make it from a copy, RewardModel(model.copy(), rng)")
+
+
+# Data sets.
+
+def check_dialogues(function: str, config: Config, prompts: Sequence, *, new_tokens: int = 0,
+                    **responses: Sequence) -> None:
+    """Checks every example of a data set: prompts, and their responses, chosen and rejected responses, ... by name.
+
+    All must be as many, at least one. Every prompt and response needs at least one token of the vocabulary, and a
+    prompt with its response (or with new_tokens to sample) must fit the context. Raises ValueError, TypeError and
+    IndexError.
+    """
+    data = {"prompts": prompts, **responses}
+    for name, side in data.items():
+        if isinstance(side, (str, bytes, dict)) or not (hasattr(side, "__len__") and hasattr(side, "__getitem__")):
+            raise TypeError(f"{function}: {name} is {checks.shown(side)}; it must be a list of token lists")
+    counts = [len(side) for side in data.values()]
+    if len(set(counts)) > 1 or counts[0] == 0:
+        raise ValueError(f"{function}: {', '.join(f'{n} {name}' for n, name in zip(counts, data))}; there must be as "
+                         "many of each, and at least one")
+    found = (_error_in(function, i, {name: side[i] for name, side in data.items()}, config, new_tokens)
+             for i in range(counts[0]))
+    if errors := [error for error in found if error]:
+        more = f" ({len(errors) - 1} more of the {counts[0]} dialogues are bad)" if len(errors) > 1 else ""
+        raise type(errors[0])(f"{errors[0]}{more}")
+
+
+def _error_in(function, i, example, config, new_tokens):
+    """The first error of example i, {name: tokens}, or None."""
+    try:
+        for name, tokens in example.items():
+            if type(tokens) is list and set(map(type, tokens)) == {int}:    # most examples: fast
+                if 0 <= min(tokens) and max(tokens) < config.vocab_size:
+                    continue
+            where = f"dialogue {i}, {name}[{i}]"
+            if checks.token_ids(function, where, tokens, config.vocab_size).ndim != 1 or len(tokens) == 0:
+                raise ValueError(f"{function}: {where}, is {checks.shown(tokens)}; it must be a list of at least one "
+                                 "token id")
+        prompt, *lengths = map(len, example.values())
+        longest = max(lengths, default=new_tokens)
+        if prompt + longest > config.context:
+            raise ValueError(f"{function}: dialogue {i} has {prompt} + {longest} tokens and the context is "
+                             f"{config.context}; shorten it, or use a model with a longer context")
+    except (TypeError, ValueError, IndexError) as error:                    # NumPy's of a ragged list names no place
+        return error if str(error).startswith(function) else type(error)(f"{function}: dialogue {i}: {error}")
+
+
+# The results of a user's functions.
+
+def checked_documents(function: str, drawn: Any, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """The result of draw(rng, batch_size), as tokens and mask (bool), (B,T) each.
+
+    Raises TypeError, ValueError and IndexError for anything else, for tokens outside the vocabulary, T - 1 above the
+    context, and a mask that selects nothing.
+    """
+    if not hasattr(drawn, "__len__") or len(drawn) != 2:
+        raise TypeError(f"{function}: draw gave {checks.shown(drawn)}; it must give a pair, tokens and mask")
+    tokens = checks.token_ids(function, "draw's tokens", drawn[0], config.vocab_size)
+    if tokens.ndim != 2 or len(tokens) == 0 or not 2 <= tokens.shape[1] <= config.context + 1:
+        raise ValueError(f"{function}: draw's tokens have shape {tokens.shape}; it must be (B,T), with B at least 1 "
+                         f"and T from 2 to context + 1 = {config.context + 1}")
+    mask = checks.mask(function, drawn[1], tokens.shape, "draw's mask")
+    if not mask[:, 1:].any():
+        raise ValueError(f"{function}: draw's mask selects no token to predict; the first of a row is never predicted")
+    return tokens, mask
+
+
+def checked_rewards(function: str, given: Any, count: int) -> np.ndarray:
+    """The result of reward(prompts, responses), as an array (count,) in float64.
+
+    Raises TypeError and ValueError that name the count, or the first sample without a finite number.
+    """
+    if isinstance(given, (str, dict, set)) or not hasattr(given, "__len__") or np.shape(given) == ():
+        raise TypeError(f"{function}: reward gave {checks.shown(given)}; it must give a list of {count} numbers")
+    values = list(to_numpy(given)) if hasattr(given, "shape") else list(given)
+    if len(values) != count:
+        raise ValueError(f"{function}: reward gave {len(values)} of {count} numbers; each response needs one")
+    for i, value in enumerate(values):
+        values[i] = value.item() if getattr(value, "shape", None) == () else value
+        if not isinstance(values[i], numbers.Real):
+            raise TypeError(f"{function}: the reward of sample {i} is {checks.shown(value)}; it must be a number")
+        if not abs(values[i]) <= sys.float_info.max:
+            raise ValueError(f"{function}: the reward of sample {i} is {values[i]}; it must be a finite number")
+    return np.array(values, np.float64)
+
+
+def token_list(tokens: Any) -> list[int]:
+    """A copy of a token list, or of an array (T,), for a user's function."""
+    return tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)

@@ -5,13 +5,14 @@ in shared memory. Between two steps the caller's code runs in rank 0 alone, and 
 code draws from the state's Generator, changes a setting or adds data, the other ranks do not see it. Without this
 check they would train on other batches, and nothing would tell.
 
-Each rank lists its `facts`: the step, the state of the Generator, the batch, AdamW's settings, the frozen parameters,
-the Config, the lengths of the stage's arguments, and the parameters of its other models. One number, the digest of the
-facts, travels in the message that the ranks exchange after a step anyway. If two digests differ, the facts are
-exchanged too, and WorkersDisagree names those that differ.
+Each rank lists its `facts`: the step, the state of the Generator, the batch, AdamW's settings, the Config, the lengths
+of the stage's arguments, and the parameters of its other models. One number, the digest of the facts, travels in the
+message that the ranks exchange after a step anyway. If two digests differ, the facts are exchanged too, and
+WorkersDisagree names those that differ.
 
-Parameters in shared memory are no fact: rank 0 may write to them while another rank reads. The state that a user's
-loss or reward function keeps for itself is not seen until it changes a fact.
+Parameters in shared memory, and which of them are frozen, are no facts: all ranks see them, and rank 0 may write to
+them while another rank reads. The state that a user's loss or reward function keeps for itself is not seen until it
+changes a fact.
 Tests: tests/test_agreement.py.
 """
 
@@ -51,7 +52,6 @@ class Agreement:
                 **{f"AdamW's {name}": getattr(optimizer, name)
                    for name in ("steps", "learning_rate", "betas", "eps", "weight_decay")},
                 "AdamW's updates of each parameter (their digest)": zlib.crc32(optimizer.updates),
-                "the frozen parameters": [name for name, p in optimizer.parameters.items() if not p.requires_grad],
                 "the model's Config": repr(getattr(body, "config", None)),
                 **{f"the length of {name}": len(a) for name, a in self.sized.items()},
                 **{f"the parameters of {name} (their digest)": _parameters_digest(model)

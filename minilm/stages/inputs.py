@@ -49,9 +49,6 @@ def check_reference_and_reward(function: str, policy: Any, reference: Any, rewar
     if there.vocab_size != here.vocab_size or there.context < here.context:
         raise ValueError(f"{function}: reference has vocab_size {there.vocab_size} and context {there.context}, the "
                          f"model {here.vocab_size} and {here.context}; the reference must fit the same tokens")
-    if name := shares_parameters(policy, reference):
-        raise ValueError(f"{function}: reference has the parameter {name} in the same memory as the model, so it would "
-                         "change with every step; give a copy, model.copy()")
     if not callable(reward):
         raise TypeError(f"{function}: reward is {checks.shown(reward)}; it must be a function of prompts and responses")
     inner = getattr(reward, "func", reward)                                 # of a functools.partial
@@ -60,10 +57,10 @@ def check_reference_and_reward(function: str, policy: Any, reference: Any, rewar
     if inspect.isfunction(inner):
         variables = inspect.getclosurevars(inner)
         used += [*variables.nonlocals.values(), *variables.globals.values()]
-    for model in used:
-        if hasattr(model, "head") and (name := shares_parameters(policy, model)):
-            raise ValueError(f"{function}: the reward model has the parameter {name} in the same memory as the model, "
-                             "so it would change with every step; make it from a copy, RewardModel(model.copy(), rng)")
+    for role, other in (("reference", reference), *(("the reward model", u) for u in used if hasattr(u, "head"))):
+        if name := shares_parameters(policy, other):
+            raise ValueError(f"{function}: {role} has the parameter {name} in the same memory as the model, so it "
+                             "would change with every step; make it from a copy, model.copy()")
 
 
 # Data sets.
@@ -148,8 +145,3 @@ def checked_rewards(function: str, given: Any, count: int) -> np.ndarray:
         if not abs(values[i]) <= sys.float_info.max:
             raise ValueError(f"{function}: the reward of sample {i} is {values[i]}; it must be a finite number")
     return np.array(values, np.float64)
-
-
-def token_list(tokens: Any) -> list[int]:
-    """A copy of a token list, or of an array (T,), for a user's function."""
-    return tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)

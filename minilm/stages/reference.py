@@ -16,7 +16,6 @@ import numpy as np
 
 from minilm import checks
 from minilm.backend import to_numpy
-from minilm.stages.inputs import token_list
 
 
 class ReferenceLogProbs(np.ndarray):
@@ -76,5 +75,4 @@ def checked_log_probs(function: str, prompts: Sequence, **sides: tuple[Sequence,
 
 def _dialogue_digests(prompts, responses):
     """(N,): equal for equal tokens, whether they are lists or arrays."""
-    return np.array([hash((tuple(token_list(prompt)), tuple(token_list(response))))
-                     for prompt, response in zip(prompts, responses)])
+    return np.array([hash((*map(int, x), -1, *map(int, y))) for x, y in zip(prompts, responses)])

@@ -63,7 +63,7 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
         mask = samples.mask > 0
         kl = (samples.log_probs * mask).sum(axis=1) - log_pi_ref                        # k1 of each response (P K,)
         rewards = state.group.broadcast(lambda: inputs.checked_rewards("train_rlhf", reward(
-            [inputs.token_list(prompt) for prompt in batch], [list(response) for response in responses]), P * K))
+            *([list(map(int, tokens)) for tokens in side] for side in (batch, responses))), P * K))
         rewards, kl = rewards.reshape(P, K), kl.reshape(P, K)
         A = advantages(rewards, kl, beta, baseline).reshape(-1)
 

@@ -52,11 +52,11 @@ def save(path: Path, arrays: dict, metadata: dict) -> None:
     up to two copies of the arrays are in memory.
 
     Raises CheckpointError if the file cannot be written. Raises TypeError or ValueError, before anything is
-    written, for arrays or metadata that the format cannot hold.
+    written, for arrays or metadata that the format cannot hold (two keys that are one as strings: 1 and "1").
     """
     safetensors = _import_safetensors()
     arrays = {name: _as_stored(name, array) for name, array in arrays.items()}
-    metadata = json.loads(json.dumps(metadata))
+    metadata = json.loads(json.dumps(metadata), object_pairs_hook=_distinct)
     header = json.dumps({"format": FORMAT, "version": VERSION,
                          "sha256": _digest(arrays, metadata), "metadata": metadata})
     if len(header) > HEADER_LIMIT // 4:     # it is escaped once more, and the names of the arrays follow
@@ -145,6 +145,15 @@ def _as_stored(name, array):
         raise TypeError(f"array {name!r} is {array.dtype}; a checkpoint holds {', '.join(DTYPES)}")
     # Not ascontiguousarray, because it gives a 0-d array an axis.
     return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
+
+
+def _distinct(pairs):
+    """A JSON object whose keys differ, as a dictionary."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"metadata has the key {max(names, key=names.count)!r} twice: JSON makes strings of all keys")
+    return fields
 
 
 def _digest(arrays, metadata):

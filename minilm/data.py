@@ -13,16 +13,40 @@ Checked by tests/test_data.py.
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from minilm import checks
 from minilm.tokenizer import Tokenizer
+
+# A line that begins like this is a turn of the dialogue to a model.
+TURN = re.compile(r"(?<=[\r\n])(?=(User|Assistant):)")
 
 
 def prompt_text(question: str) -> str:
-    """The text of a prompt: the question, and the start of the assistant's turn."""
+    """The text of a prompt: the question, and the start of the assistant's turn.
+
+    Raises ValueError for a question with a line that begins with "User:" or "Assistant:". The model would read it as a
+    turn of the dialogue, and take for its own answer what the user wrote. escape_turns(question) is accepted.
+    """
+    if found := TURN.search(check_text("question", question)):
+        raise ValueError(f"the question has a line, at index {found.start()}, that begins with '{found[1]}:', which "
+                         "the model would read as a turn of the dialogue; change it, or use data.escape_turns")
     return f"User: {question}\nAssistant:"
+
+
+def escape_turns(text: str) -> str:
+    """The text with a blank before each "User:" and "Assistant:" at the start of a line, where they begin a turn."""
+    return TURN.sub(" ", check_text("text", text))
+
+
+def check_text(name: str, text: str) -> str:
+    """The text. Raises TypeError for anything but a string: an f-string would write b'..' or None into a prompt."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is {text!r} ({type(text).__name__}); it must be a string")
+    return text
 
 
 def encode_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
@@ -31,16 +55,16 @@ def encode_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
 
 
 def encode_response(tokenizer: Tokenizer, response: str) -> list[int]:
-    """A response as token ids: a leading space, the text, <eos>.
+    """A response as token ids: a leading space, the text, <eos>. decode_response undoes it.
 
     An empty response is a space and <eos>: a model trained on it learns to answer with nothing.
     """
-    return tokenizer.encode(" " + response) + [tokenizer.eos]
+    return tokenizer.encode(" " + check_text("response", response)) + [tokenizer.eos]
 
 
 def decode_response(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
-    """The text of a sampled response, without special tokens and without blanks at its ends."""
-    return tokenizer.decode(tokens).strip()
+    """The text of a response, without special tokens and without the one space that encode_response puts before it."""
+    return tokenizer.decode(tokens).removeprefix(" ")
 
 
 def encode_dialogue(tokenizer: Tokenizer, question: str, response: str) -> tuple[list[int], list[int]]:
@@ -114,7 +138,12 @@ def make_batch(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad
 
 
 def make_stream(tokenizer: Tokenizer, documents: Iterable[str]) -> np.ndarray:
-    """Documents joined into one array of tokens (N,), each between a <bos> and an <eos>."""
+    """Documents joined into one array of tokens (N,), each between a <bos> and an <eos>.
+
+    Raises TypeError for a string in place of the documents: each of its letters would be one.
+    """
+    if isinstance(documents, (str, bytes)):
+        raise TypeError(f"make_stream: documents is a {type(documents).__name__}; give a list of texts: [text]")
     tokens = []
     for document in documents:
         tokens += [tokenizer.bos, *tokenizer.encode(document), tokenizer.eos]
@@ -124,8 +153,14 @@ def make_stream(tokenizer: Tokenizer, documents: Iterable[str]) -> np.ndarray:
 def windows(stream: np.ndarray, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
     """`count` random windows of the stream: (count,length) tokens.
 
-    Raises ValueError if the stream is shorter than a window.
+    Raises ValueError if the stream is shorter than a window, or no array (N,) of integers.
     """
+    checks.generator("windows", rng)
+    checks.integer("windows", "count", count, at_least=0)
+    checks.integer("windows", "length", length, at_least=1)
+    stream = np.asarray(stream)
+    if stream.ndim != 1 or stream.dtype.kind not in "iu":
+        raise ValueError(f"windows: stream is {stream.dtype} {stream.shape}; it must be token ids (N,)")
     if len(stream) < length:
         raise ValueError(f"the text has {len(stream)} tokens, fewer than one window of {length}; use more text")
     starts = rng.integers(len(stream) - length + 1, size=count)

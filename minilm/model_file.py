@@ -10,12 +10,17 @@ from minilm.checkpoint import CheckpointError, Path, load, load_into, one_line, 
 from minilm.model import Config, RewardModel, Transformer
 from minilm.tokenizer import Tokenizer
 
+RESERVED = ("kind", "config", "tokenizer")      # metadata of save_model itself
+
 
 def save_model(path: Path, model: Transformer | RewardModel, tokenizer: Tokenizer, **metadata) -> None:
     """Writes a model with its Config, its tokenizer and more metadata.
 
-    Raises ValueError if tokenizer and model have different vocabularies, and CheckpointError as save does.
+    Raises ValueError if tokenizer and model have different vocabularies or metadata has one of the names RESERVED, and
+    CheckpointError as save does.
     """
+    if taken := [name for name in RESERVED if name in metadata]:
+        raise ValueError(f"save_model: metadata has '{taken[0]}', which save_model writes itself; give it another name")
     body = getattr(model, "transformer", model)
     if tokenizer.vocab_size != body.config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model {body.config.vocab_size}; "
@@ -25,9 +30,13 @@ def save_model(path: Path, model: Transformer | RewardModel, tokenizer: Tokenize
           "tokenizer": tokenizer.to_json()})
 
 
-def load_model(path: Path) -> tuple[Transformer | RewardModel, Tokenizer, dict]:
-    """(model, tokenizer, metadata) from a file of save_model. Raises CheckpointError as load does, and for a file whose
-    weights, Config and tokenizer do not fit together or whose weights are not finite."""
+def load_model(path: Path, finite: bool = True) -> tuple[Transformer | RewardModel, Tokenizer, dict]:
+    """(model, tokenizer, metadata) from a file of save_model.
+
+    finite: refuse weights that are NaN or infinite, because nothing that such a model computes means anything; False
+    loads them, to see where a training diverged.
+    Raises CheckpointError as load does, and for a file whose weights, Config and tokenizer do not fit together.
+    """
     arrays, metadata = load(path)
     try:
         config = Config(**metadata["config"])
@@ -39,7 +48,8 @@ def load_model(path: Path) -> tuple[Transformer | RewardModel, Tokenizer, dict]:
         for name, array in arrays.items():
             if array.dtype not in (np.float32, np.float64):
                 raise TypeError(f"{name} is {array.dtype}; weights are float32 or float64")
-            checks.finite("load_model", name, array)
+            if finite:
+                checks.finite("load_model", name, array)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: holds no model that this minilm can build ({one_line(error)}). Check the "
                               "path.") from error

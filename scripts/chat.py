@@ -21,14 +21,15 @@ installed.check("numpy", "minilm")
 import argparse
 import contextlib
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Iterator
 
 import numpy as np
 
+from minilm.checks import TEMPERATURES
 from minilm.data import decode_response, encode_prompt
+from minilm.diverged import Diverged
 from minilm.generate import generate
 from minilm.model import Transformer
 from minilm.model_file import load_model
@@ -60,7 +61,7 @@ class Speaker:
         count, max_tokens = uniforms.shape
         prompt = encode_prompt(self.tokenizer, question)
         samples = generate(self.model, [prompt] * count, max_tokens, uniforms, self.tokenizer.eos, temperature)
-        return [one_line(decode_response(self.tokenizer, tokens), finished=tokens[-1] == self.tokenizer.eos)
+        return [one_line(decode_response(self.tokenizer, tokens).strip(), finished=tokens[-1] == self.tokenizer.eos)
                 for tokens in samples.responses()]
 
 
@@ -129,7 +130,7 @@ def converse(speakers: list[Speaker], options: argparse.Namespace) -> None:
         for speaker in speakers:
             try:
                 answers = speaker.answers(question, options.temperature, uniforms)
-            except ValueError as error:
+            except (ValueError, Diverged) as error:
                 answers = [f"error: {error}"]
             for i, answer in enumerate(answers):
                 print(labelled(speaker.name if i == 0 else "", answer, width))
@@ -151,8 +152,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-tokens", metavar="N", type=int, default=40, help="of an answer (default: %(default)s)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the random numbers (default: %(default)s)")
     options = parser.parse_args()
-    if not 0 <= options.temperature < math.inf:
-        raise UsageError(f"--temperature {options.temperature} must be a number of at least 0")
+    lowest, highest = TEMPERATURES
+    if options.temperature != 0 and not lowest <= options.temperature <= highest:
+        raise UsageError(f"--temperature {options.temperature} must be 0 or from {lowest:g} to {highest:g}")
     if not 1 <= options.answers <= MAX_ANSWERS:
         raise UsageError(f"--answers {options.answers} must be from 1 to {MAX_ANSWERS}")
     if options.max_tokens < 1:

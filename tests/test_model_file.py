@@ -7,7 +7,7 @@ import pytest
 from helpers import small_transformer
 from minilm.checkpoint import CheckpointError, load, save
 from minilm.model import RewardModel
-from minilm.model_file import load_model, save_model
+from minilm.model_file import RESERVED, load_model, save_model
 from minilm.tokenizer import Tokenizer
 
 pytest.importorskip("safetensors")
@@ -53,9 +53,27 @@ def test_a_model_is_read_back_bitwise_with_its_config_and_tokenizer(tmp_path, ma
         assert (loaded.rewards(TOKENS, TOKENS > 0).data == model.rewards(TOKENS, TOKENS > 0).data).all()
 
 
-def test_metadata_of_the_caller_does_not_replace_kind_and_config(tmp_path):
-    save_model(tmp_path / "model", transformer(), TOKENIZER, kind="RewardModel", config={})
-    assert type(load_model(tmp_path / "model")[0]).__name__ == "Transformer"
+@pytest.mark.parametrize("name", RESERVED)
+def test_a_reserved_name_of_metadata_is_refused_before_anything_is_written(tmp_path, name):
+    given = {"path": tmp_path / "model", "model": transformer(), "tokenizer": TOKENIZER}
+    with pytest.raises((TypeError, ValueError), match=name):
+        save_model(**given, **{name: "ablation 3"}) if name not in given else save_model(*given.values(), tokenizer="x")
+    assert not (tmp_path / "model").exists()
+    save_model(*given.values())
+    assert sorted(load_model(tmp_path / "model")[2]) == sorted(RESERVED)
+
+
+@pytest.mark.parametrize("make", [transformer, reward_model])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_refused_with_their_tensor_and_loaded_when_asked_for(tmp_path, make, bad):
+    for name in make().parameters():
+        model = make()
+        model.parameters()[name].data.reshape(-1)[-1] = bad
+        save_model(tmp_path / "model", model, TOKENIZER)
+        with pytest.raises(CheckpointError, match=f"model: .*{name}, .* is {bad}; it must be finite"):
+            load_model(tmp_path / "model")
+        loaded = load_model(tmp_path / "model", finite=False)[0].parameters()[name].data
+        assert loaded.tobytes() == model.parameters()[name].data.tobytes()
 
 
 def test_a_file_cut_short_is_an_error(saved):

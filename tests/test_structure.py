@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # The README's diagram is this table (scripts/dev/readme.py).
 LEVELS = """
     backend  fast.malloc  fast.workers  in_place  modes  numpy_functions  tokenizer
-    checkpoint  checks  data  fast.deferred  fast.tiled_attention  tensor
-    diverged  fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  kernels  ops  packing
-    evaluate  gradcheck  layers  objectives  optim  plain  world
-    exact  fast.packed_attention
+    checkpoint  checks  fast.deferred  fast.tiled_attention  tensor
+    data  diverged  fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  kernels  ops
+    gradcheck  layers  objectives  optim  packing  plain  world
+    evaluate  exact  fast.packed_attention
     model
     fast.cached_decoding  model_file  toy
     generate

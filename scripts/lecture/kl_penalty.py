@@ -132,7 +132,7 @@ class EnglishAssistant:
 
     def read(self, responses):
         """(text, finished) of each response."""
-        return [(data.decode_response(self.tokenizer, response), response[-1] == self.tokenizer.eos)
+        return [(data.decode_response(self.tokenizer, response).strip(), response[-1] == self.tokenizer.eos)
                 for response in responses]
 
 

@@ -132,7 +132,7 @@ class Job:
 
     def read(self, responses: Sequence[list[int]]) -> list[tuple[str, bool]]:
         """(text, whether it ended with <eos>) of each response."""
-        return [(data.decode_response(self.tokenizer, tokens), tokens[-1] == self.tokenizer.eos)
+        return [(data.decode_response(self.tokenizer, tokens).strip(), tokens[-1] == self.tokenizer.eos)
                 for tokens in responses]
 
     def judge(self, questions: Sequence[tasks.Question],

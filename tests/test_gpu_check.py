@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from minilm.kernels.emulator import programs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,3 +56,12 @@ def test_no_parts_is_a_success_and_a_failed_part_sets_the_status(tmp_path):
     done = run(tmp_path, "env")
     assert done.returncode == ("FAILED" in (tmp_path / "summary.txt").read_text())
     assert "env: " in done.stdout and (tmp_path / "env.log").read_text().startswith("Python 3")
+
+
+@pytest.mark.parametrize("settings, words", [({"PARTS": "nosuch"}, "no part nosuch"), ({"LIMIT": "x"}, "LIMIT=x"),
+                                             ({"LIMIT": "-1"}, "LIMIT=-1"), ({"OUT": "/dev/null/logs"}, "OUT=")])
+def test_a_wrong_setting_is_one_line_of_error(tmp_path, settings, words):
+    done = subprocess.run(["bash", SCRIPT], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "OUT": str(tmp_path), "PARTS": "", "PYTHON": sys.executable, **settings})
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert words in done.stderr

@@ -16,13 +16,18 @@
 #   report      registers, spills and occupancy of every kernel for the architecture of this device
 #
 # A part that fails or runs out of time does not stop the others. The summary is printed last. Exit status 1 if a part
-# failed. The settings of the device are not changed.
+# failed, 2 with one line of error if a part or LIMIT is wrong. The settings of the device are not changed.
 set -u
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-runs/gpu_check}
 LIMIT=${LIMIT:-900}
-PARTS=${PARTS-install env tests sanitizer assistant bench report}
-mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
+ALL="install env tests sanitizer assistant bench report"
+PARTS=${PARTS-$ALL}
+fail() { echo "error: $1" >&2; exit 2; }
+[ $# = 0 ] || fail "$*: no arguments, but the variables PARTS, LIMIT, OUT and PYTHON; see the first lines of this script"
+[[ $LIMIT =~ ^[0-9]{1,6}$ ]] || fail "LIMIT=$LIMIT must be a whole number of seconds"
+for part in $PARTS; do [[ " $ALL " = *" $part "* ]] || fail "PARTS: no part $part; there are $ALL"; done
+mkdir -p "$OUT" 2>/dev/null && OUT=$(cd "$OUT" && pwd) || fail "OUT=$OUT cannot be a folder for the logs"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 summary=$OUT/summary.txt

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from minilm.kernels.launch import Array, Variants, function, launch, options, real
+from minilm.kernels.launch import Array, Variants, counts, function, launch, options, real
 
 WIDTHS = (16, 32, 64, 128)
 # {dtype: {head width: (queries, keys) of a tile}}: as large as 64 KiB of shared memory and the registers allow.
@@ -41,7 +41,7 @@ class Plan:
     """Which queries see which keys, on the device. xp: cupy; segments: integers (n,7), NumPy.
 
     Make one plan for a batch and use it in every layer. Raises ValueError if queries of two segments overlap, or if
-    keys overlap in part.
+    keys overlap in part; OverflowError if a token's number does not fit the 32 bits in which the kernels count tokens.
     """
 
     def __init__(self, xp, segments: ArrayLike):
@@ -55,6 +55,8 @@ class Plan:
                 if run[1] > 0:
                     self.runs.setdefault(run, []).append((i, own))
         self.keys = _ranges("keys", list(self.runs))
+        counts("attention: the number of the last token", [self.queries, self.keys])
+        counts("attention: queries + diagonal of a segment", self.segments[:, 1] + self.segments[:, 4])
         self._known = {}
 
     def _once(self, key, make):
@@ -102,7 +104,8 @@ class Plan:
 
     def device(self, name: object, rows: ArrayLike, width: int) -> Array:
         """A table of integers as int32 on the device, copied there once."""
-        return self._once((name, "device"), lambda: self.xp.asarray(np.asarray(rows, np.int32).reshape(-1, width)))
+        return self._once((name, "device"),
+                          lambda: self.xp.asarray(counts("attention: a number in a table", rows).reshape(-1, width)))
 
 
 def _ranges(what, rows):

@@ -19,7 +19,7 @@ decode_split(const real* __restrict__ q, const real* __restrict__ keys, const re
              const int* __restrict__ first, real* __restrict__ o, real* __restrict__ m, real* __restrict__ l,
              int length, int capacity, int chunk, real scale) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int split = blockIdx.x, key_head = blockIdx.y, row = blockIdx.z, kv_heads = gridDim.y;
+    const int row = blockIdx.x, key_head = blockIdx.y, split = blockIdx.z, kv_heads = gridDim.y;
     const int heads = kv_heads * GROUP, head0 = key_head * GROUP;
     const int start = max(first[row], split * chunk), stop = min(length, (split + 1) * chunk);
     const size_t cache = ((size_t)row * kv_heads + key_head) * capacity * HEAD;
@@ -74,7 +74,7 @@ decode_split(const real* __restrict__ q, const real* __restrict__ keys, const re
         real largest = NEGATIVE_INFINITY;
         for (int w = 0; w < WARPS; ++w) largest = fmax(largest, of_warps[w][HEAD]);
         const real shift = largest == NEGATIVE_INFINITY ? real(0) : largest;
-        const size_t at = ((size_t)split * gridDim.z + row) * heads + head0 + g;
+        const size_t at = ((size_t)split * gridDim.x + row) * heads + head0 + g;
         for (int d = threadIdx.x; d < HEAD + 2; d += THREADS) {
             real total = 0;
             for (int w = 0; w < WARPS; ++w) total += exp(of_warps[w][HEAD] - shift) * of_warps[w][d];

@@ -44,7 +44,7 @@ def decode(q: Array, keys: Array, values: Array, length: int, first: Array | Non
     # Of each split: o before the division, the largest score m, the sum of exp(score - m).
     o = xp.empty((splits, B, H, K), q.dtype)
     m, total = (xp.empty((splits, B, H), q.dtype) for _ in range(2))
-    launch(function(xp, "decode", "decode_split", q.dtype, **constants(K, H // G)), (splits, G, B), (THREADS,),
+    launch(function(xp, "decode", "decode_split", q.dtype, **constants(K, H // G)), (B, G, splits), (THREADS,),
            q, keys, values, first, o, m, total, length, capacity, CHUNK, float(K ** -0.5 if scale is None else scale))
     launch(function(xp, "decode", "decode_combine", q.dtype, **constants(K, H // G)), (B * H,), (max(32, K),),
            o, m, total, out, splits)

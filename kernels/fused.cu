@@ -258,7 +258,7 @@ __device__ void rope_by(const real* x, const real* __restrict__ cos, const real*
         const real* from = x + token * x_heads * K + offset;
         real* to = y + token * y_heads * K + offset;
         rotate_heads<N, INTERLEAVED>(from, to, cq, sq, heads, K);
-        rotate_heads<N, INTERLEAVED>(from + heads * K, to + heads * K, c, s, kv_heads, K);
+        rotate_heads<N, INTERLEAVED>(from + (size_t)heads * K, to + (size_t)heads * K, c, s, kv_heads, K);
     }
 }
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from minilm.backend import array_module
+from minilm.kernels import launch as launching
 from minilm.kernels.launch import Array, Variants, check, function, launch, options, real
 
 ROW_BYTES = 16 * 1024           # the longest row that rms_norm holds in registers: 512 threads, 32 bytes each
@@ -143,8 +144,8 @@ def _grid_of_rows(N, D, dtype):
 
 
 def _grid_of_vectors(N, F, dtype):
-    """(grid, block): a warp along a row with a vector in each thread; eight rows."""
-    return (-(-N // 8), -(-F // (32 * _vector(dtype)))), (32, 8)
+    """(grid, block): a warp along a row with a vector in each thread; eight rows. A warp of a very long row loops."""
+    return (-(-N // 8), min(-(-F // (32 * _vector(dtype))), launching.MOST_BLOCKS[1])), (32, 8)
 
 
 def _vector(dtype):

@@ -10,17 +10,20 @@ A module of minilm.kernels, X.cu and X.py, has two functions for the tools:
 """
 
 import functools
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import ArrayLike, DTypeLike
 
 Array = Any                     # an array of CuPy, or of the mock of the emulator
 Variants = Iterator[tuple[str, tuple[str, ...], int, int]]         # the result of variants() of a module
 FOLDER = Path(__file__).resolve().parent
 REALS = {"float32": "float", "float64": "double"}
+MOST_BLOCKS = 2 ** 31 - 1, 65_535, 65_535               # of a grid along x, y and z
+MOST_COUNT = 2 ** 31 - 2 ** 24          # kernels count in 32 bits, and a loop steps beyond the end by less than 2^24
 SHARED_UNASKED = 48 * 1024      # bytes of dynamic shared memory of a block; more must be requested from the driver
 
 
@@ -72,10 +75,13 @@ def launch(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], *argum
     """Run a kernel on a grid of blocks. An empty grid does nothing. shared: bytes of dynamic shared memory of a block.
 
     A Python int is passed as 32 bits, a Python float in the kernel's precision. Raises TypeError for an array that is
-    not contiguous, OverflowError for an int that does not fit.
+    not contiguous, OverflowError for a grid or an int that is too large.
     """
     if 0 in grid:
         return
+    if any(map(operator.gt, grid, MOST_BLOCKS)):
+        raise OverflowError(f"{kernel.name}: a grid of {tuple(grid)} blocks; a device takes at most "
+                            f"{MOST_BLOCKS[:len(grid)]}. Give it fewer rows or heads at a time")
     if shared > SHARED_UNASKED:
         kernel.compiled.max_dynamic_shared_size_bytes = shared
     kernel.compiled(tuple(grid), tuple(block), tuple(_argument(kernel, a) for a in arguments), shared_mem=shared)
@@ -88,9 +94,19 @@ def _argument(kernel, value):
         return value
     if isinstance(value, float):
         return kernel.dtype.type(value)
-    if not -2 ** 31 <= value < 2 ** 31:
-        raise OverflowError(f"{kernel.name}: {value} does not fit 32 bits; pass an np.int64 if the kernel takes one")
+    if not -MOST_COUNT <= value <= MOST_COUNT:
+        counts(f"{kernel.name}: an argument", value)
     return np.int32(value)
+
+
+def counts(name: str, values: ArrayLike) -> np.ndarray:
+    """Integers as int32, in which kernels count. Raises OverflowError for one beyond MOST_COUNT: none wraps."""
+    values = np.asarray(values)
+    if values.size and not -MOST_COUNT <= values.min() <= values.max() <= MOST_COUNT:
+        wrong = values.min() if values.min() < -MOST_COUNT else values.max()
+        raise OverflowError(f"{name} is {wrong}; the kernels count in 32 bits, so at most {MOST_COUNT}. Give them "
+                            "fewer rows at a time")
+    return values.astype(np.int32)
 
 
 def check(name: str, array: Array, dtype: DTypeLike, shape: tuple[int | None, ...]) -> None:

@@ -104,7 +104,7 @@ PROGRAM
 
 wanted env && check env 60 "$python" "$work/env.py"
 if wanted tests; then
-    for name in emulator_against_gpu attention_kernel decode_kernel log_probs_kernel sampling_kernel fused_kernels device; do
+    for name in emulator_against_gpu attention_kernel decode_kernel log_probs_kernel sampling_kernel fused_kernels launch_limits device; do
         check "test_$name" 300 "$python" -m pytest -m gpu -q -rs --maxfail 20 --tb short -p no:cacheprovider \
             "tests/test_$name.py"
     done

@@ -32,7 +32,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from minilm import data, evaluate
-from minilm.diverged import Diverged
 from minilm.fast.malloc import keep_freed_memory
 from minilm.generate import generate
 from minilm.model import Transformer

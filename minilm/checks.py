@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from minilm.backend import array_module, to_numpy
+from minilm.backend import array_module, is_cupy, to_numpy
 
 
 def number(function: str, name: str, value: Any, *, above: float | None = None, at_least: float | None = None,
@@ -207,8 +207,12 @@ def draws(function: str, logits: Any, uniforms_given: Any, temperature_or_0: Any
           top_p: Any = None) -> np.ndarray:
     """Everything that one draw from each row of logits (B,V) takes. Returns the uniform numbers (B,), in float64.
 
-    Raises as sampling and uniforms do, and ValueError for a row with NaN, +inf or only -inf: it has no distribution.
+    Raises as sampling and uniforms do, TypeError for logits that are no array (B,V) of floats, and ValueError for a row
+    with NaN, +inf or only -inf: it has no distribution.
     """
+    is_array = isinstance(logits, np.ndarray) or is_cupy(logits)
+    if not is_array or logits.dtype.kind != "f" or logits.ndim != 2 or logits.shape[1] == 0:
+        raise TypeError(f"{function}: logits is {shown(logits)}; it must be an array (B,V) of floats, V at least 1")
     sampling(function, temperature_or_0, top_k, top_p)
     finite(function, "the largest logit", logits.max(axis=-1), "row")
     return uniforms(function, uniforms_given, logits.shape[:1])

@@ -142,6 +142,7 @@ def transformer(parameters: Parameters, tokens: np.ndarray, config, mask: np.nda
 def log_probs(parameters: Parameters, tokens: np.ndarray, config, temperature: float = 1.0,
               mask: np.ndarray | None = None) -> Tensor:
     """log pi(token t + 1 | tokens up to t): (B,T) -> (B,T-1)."""
+    temperature = checks.temperature("plain.log_probs", temperature)
     logits = transformer(parameters, tokens, config, mask) / temperature    # (B,T,V)
     return ops.gather(ops.log_softmax(logits)[:, :-1], tokens[:, 1:])       # (B,T-1)
 

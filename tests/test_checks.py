@@ -102,3 +102,69 @@ def test_token_ids_are_integers_of_the_vocabulary():
             checks.token_ids("f", "prompt 3", [1, wrong], 7)
     with pytest.raises(TypeError, match="f: prompt 3 holds float64; it must hold integers"):
         checks.token_ids("f", "prompt 3", [1.9, 2.2], 7)
+
+
+@given(value=st.floats(1e-3, 1e6) | st.sampled_from([1, np.float32(0.5), 1e-3, 1e6]))
+def test_a_temperature_of_the_range_is_returned_and_0_only_where_it_means_greedy(value):
+    assert checks.temperature("f", value) == value == checks.temperature("f", value, greedy=True)
+    assert checks.temperature("f", 0, greedy=True) == 0
+    with pytest.raises(ValueError, match="^f: temperature is 0; it must be a finite number at least 0.001 and at most"):
+        checks.temperature("f", 0)
+    for wrong in (-value, np.nextafter(1e-3, 0), 1e7, math.nan, math.inf):
+        with pytest.raises(ValueError, match="f: temperature is .*, or 0 for greedy decoding$"):
+            checks.temperature("f", wrong, greedy=True)
+
+
+@pytest.mark.parametrize("settings, words", [
+    ((1, 0, None), "top_k is 0; it must be at least 1"), ((1, 2.0, None), "top_k is 2.0"),
+    ((1, True, None), "top_k is True"), ((1, None, 0), "top_p is 0; it must be a finite number above 0"),
+    ((1, None, 1.5), "top_p is 1.5"), (("1", None, None), "temperature is '1'")])
+def test_sampling_settings_are_refused_by_name(settings, words):
+    checks.sampling("f", 0, 1, 1)
+    checks.sampling("f", 1, None, None)
+    with pytest.raises((TypeError, ValueError), match=f"f: {words}"):
+        checks.sampling("f", *settings)
+
+
+def test_uniform_numbers_are_drawn_from_a_generator_or_given_in_any_float_type():
+    drawn = checks.uniforms("f", np.random.default_rng(3), (2, 3))
+    assert np.array_equal(drawn, np.random.default_rng(3).random((2, 3)))
+    for numbers in (drawn, drawn.tolist(), drawn.astype(np.float32), np.zeros((2, 3), int)):
+        checked = checks.uniforms("f", numbers, (2, 3))
+        assert checked.dtype == np.float64 and np.array_equal(checked, np.asarray(numbers, float))
+
+
+@given(place=st.integers(0, 5),
+       wrong=st.floats(max_value=0, exclude_max=True) | st.floats(min_value=1) | st.just(math.nan))
+def test_a_uniform_number_outside_0_to_1_is_refused_wherever_it_stands(place, wrong):
+    numbers = np.full((2, 3), 0.5)
+    numbers.reshape(-1)[place] = wrong
+    with pytest.raises(ValueError, match="f: a uniform number is .*; it must be at least 0 and below 1"):
+        checks.uniforms("f", numbers, (2, 3))
+
+
+@pytest.mark.parametrize("rng, error, words", [
+    (0, TypeError, "rng is 0 .int.; it must be a numpy Generator"), (None, TypeError, "rng is None"),
+    ("a", TypeError, "rng is 'a'"),
+    (np.zeros((3, 2)), ValueError, r"uniform numbers of shape \(3, 2\); expected \(2, 3\)"),
+    (np.zeros((2, 3), bool), TypeError, "uniform numbers are bool"),
+    (np.zeros((2, 3), complex), TypeError, "uniform numbers are complex128")], ids=str)
+def test_what_is_neither_a_generator_nor_uniform_numbers_of_the_shape_is_refused(rng, error, words):
+    with pytest.raises(error, match=f"f: {words}"):
+        checks.uniforms("f", rng, (2, 3))
+
+
+@given(ids=st.lists(st.integers(0, 9), min_size=1))
+def test_end_tokens_are_marked_in_a_table_of_the_vocabulary(ids):
+    for given_as in (list, tuple, set, frozenset, np.array):
+        assert np.flatnonzero(checks.end_tokens("f", given_as(ids), 10)).tolist() == sorted(set(ids))
+    assert np.flatnonzero(checks.end_tokens("f", ids[0], 10)).tolist() == [ids[0]]
+    assert not checks.end_tokens("f", None, 10).any()
+
+
+@pytest.mark.parametrize("logits", [np.zeros(3), np.zeros((2, 3, 4)), np.zeros((2, 3), int), [[0.0, 1.0]],
+                                    Tensor(np.zeros((2, 3))), np.zeros((2, 0))], ids=lambda x: type(x).__name__)
+def test_logits_are_an_array_of_floats_with_a_row_for_each_draw(logits):
+    with pytest.raises(TypeError, match=r"f: logits is .*; it must be an array \(B,V\) of floats, V at least 1"):
+        checks.draws("f", logits, np.zeros(2), 1)
+    assert checks.draws("f", np.zeros((2, 3), np.float32), [0.1, 0.2], 1).tolist() == [0.1, 0.2]

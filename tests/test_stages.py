@@ -53,9 +53,10 @@ def fives(prompts, answers):
 
 def rlhf_stage(training, steps, temperature=0.7, reward=fives, **options):
     """RLHF with 3 prompts a step and 2 samples each. The default reference equals the policy at its start."""
-    options = {"beta": 0.1, "reference": transformer(training.model.dtype), "samples_per_prompt": 2, **options}
+    options = {"beta": 0.1, "reference": transformer(training.model.dtype), "samples_per_prompt": 2, "eos": EOS,
+               **options}
     return train_rlhf(training, reward=reward, prompts=PROMPTS, steps=steps, prompts_per_step=3, max_new_tokens=4,
-                eos=EOS, temperature=temperature, **options)
+                temperature=temperature, **options)
 
 
 def dpo_stage(training, steps, **options):
@@ -683,6 +684,24 @@ def test_the_reward_function_sees_each_prompt_beside_the_samples_drawn_for_it(wo
         for answer in answers:
             assert type(answer) is list and EOS not in answer[:-1] and (answer[-1] == EOS or len(answer) == 4)
     assert len({tuple(a) for _, answers in seen for a in answers}) > 6, "the answers differ"
+
+
+@pytest.mark.parametrize("eos, ends", [([EOS, 5, 7], {EOS, 5, 7}), ({5, 7}, {5, 7}), (7, {7}), (None, set())], ids=str)
+def test_each_of_several_end_tokens_ends_a_response_in_rlhf(eos, ends):
+    seen = []
+
+    def reward(_, answers):
+        seen.extend(answers)
+        return fives(_, answers)
+    list(rlhf_stage(make_training("RLHF"), 6, eos=eos, reward=reward))
+    assert all(not ends & set(answer[:-1]) and (answer[-1] in ends or len(answer) == 4) for answer in seen)
+    assert ends == {answer[-1] for answer in seen} & ends, "each of them ended a response"
+
+
+@pytest.mark.parametrize("eos", ["<eos>", True, 2.0, -1, VOCABULARY, [], [EOS, "a"]], ids=str)
+def test_an_eos_that_is_no_token_is_refused_before_the_first_step_of_rlhf(eos):
+    with pytest.raises((TypeError, ValueError), match="train_rlhf: eos is "):
+        next(rlhf_stage(make_training("RLHF"), 1, eos=eos))
 
 
 def test_rlhf_increases_the_reward():

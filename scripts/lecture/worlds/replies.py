@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minilm import ops
+from minilm import checks, ops
 from minilm.exact.enumerable import EnumerableWorld
 from minilm.model import Transformer
 from minilm.ops import stable_sigmoid
@@ -79,7 +79,7 @@ class ReplyWorld(EnumerableWorld):
         Shared prefixes are computed once: in the rows of LONGEST - 1 sentences without EOS, every token of every
         reply is predicted somewhere.
         """
-        scores = ops.log_softmax(model(self._rows)[:, -LONGEST:] * (1 / temperature))
+        scores = ops.log_softmax(model(self._rows)[:, -LONGEST:] * (1 / checks.temperature("log_probs", temperature)))
         return scores.reshape(len(self.prompts), -1) @ self._contains.astype(model.dtype)
 
     def log_distributions(self, model: Transformer, temperature: float = 1.0) -> np.ndarray:

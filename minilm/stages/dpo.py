@@ -89,7 +89,7 @@ def train_dpo(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: 
         rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
         metrics, log_probs = train_step(state, pair_loss, batches, rate, "DPO", drawn=[
             drawn, reference_chosen[drawn], reference_rejected[drawn],
-            *(side[i] for side in (prompts, chosen, rejected) for i in drawn)])
+            *(side[i] for side in (prompts, chosen, rejected) for i in drawn.tolist())])
         return {**metrics, **dpo_metrics(*map(concatenate, zip(*log_probs)), beta=beta)}
     return repeat(step, state, steps)
 

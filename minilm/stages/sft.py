@@ -37,6 +37,6 @@ def train_sft(state: TrainState, prompts: Sequence, responses: Sequence, steps: 
         batches = [drawn[s] for s in shards(batch_size, microbatches or state.workers)]
         rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(20, steps // 10 + 1))
         metrics, _ = train_step(state, loss, batches, rate, "SFT",
-                                drawn=[drawn, *(side[i] for side in (prompts, responses) for i in drawn)])
+                                drawn=[drawn, *(side[i] for side in (prompts, responses) for i in drawn.tolist())])
         return {**metrics, "trained_tokens": total}
     return repeat(step, state, steps)

@@ -112,33 +112,28 @@ def learn_merges(word_counts: Mapping[str, int]) -> Iterator[tuple[tuple[int, in
     counts = Counter()
     positions = defaultdict(set)   # pair -> where it is, or was before
 
-    def count_in(i):
+    def count(i, sign):
         pair = row.pair(i)
         if pair is not None and SEPARATOR not in pair:
-            counts[pair] += frequency[i]
+            counts[pair] += sign * frequency[i]
             positions[pair].add(i)
-
-    def count_out(i):
-        pair = row.pair(i)
-        if pair is not None and SEPARATOR not in pair:
-            counts[pair] -= frequency[i]
             if counts[pair] == 0:
                 del counts[pair]
 
     for i in range(len(row.ids)):
-        count_in(i)
+        count(i, +1)
     new_id = 256
     while counts:
         largest = max(counts.values())
-        best = min(pair for pair, count in counts.items() if count == largest)
+        best = min(pair for pair, frequent in counts.items() if frequent == largest)
         yield best, largest
         for i in sorted(positions.pop(best)):
             if row.pair(i) == best:
                 for changed in (row.before[i], i, row.after[i]):
-                    count_out(changed)
+                    count(changed, -1)
                 row.join(i, new_id)
                 for changed in (row.before[i], i):
-                    count_in(changed)
+                    count(changed, +1)
         new_id += 1
 
 

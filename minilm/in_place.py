@@ -27,13 +27,10 @@ def mark_changed(parameters: dict[str, Any], by: str) -> None:
         p.changed = now, name, by
 
 
-def check_unchanged(node: Any) -> None:
-    """Raises RuntimeError if a leaf that this record (tensor.Node) has used was changed since."""
-    for leaf in node.leaves:
-        since, name, by = leaf.changed
-        if since > node.since:
-            which = f"parameter '{name}', shape {leaf.shape}," if name else f"a Tensor of shape {leaf.shape}"
-            place = next((f" (its {node.argument(i)})" for i, x in enumerate(node.inputs) if x is leaf), "")
-            raise RuntimeError(f"backward: {which} was changed in place by {by} after {node.name} had used it{place}, "
-                               "so that this gradient would be wrong; call backward before the change, or compute the "
-                               "forward again")
+def changed_since(node: Any, leaf: Any) -> RuntimeError:
+    """The error for a leaf that was changed after a call had used it, of which node (tensor.Node) is the record."""
+    _, name, by = leaf.changed
+    which = f"parameter '{name}', shape {leaf.shape}," if name else f"a Tensor of shape {leaf.shape}"
+    place = next((f" (its {node.argument(i)})" for i, x in enumerate(node.inputs) if x is leaf), "")
+    return RuntimeError(f"backward: {which} was changed in place by {by} after {node.name} had used it{place}, so that "
+                        "this gradient would be wrong; call backward before the change, or compute the forward again")

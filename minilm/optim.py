@@ -13,6 +13,7 @@ from minilm import checks
 from minilm.backend import is_cupy
 from minilm.fast.flat_parameters import FlatParameters
 from minilm.fast.workers import ProcessGroup
+from minilm.in_place import mark_changed
 from minilm.tensor import Tensor
 
 
@@ -50,6 +51,7 @@ class AdamW:
         self.flat = FlatParameters(parameters, self.group)
         self.data = self.flat.data
         self.updates = np.zeros(len(parameters), np.int64)      # of each parameter, in the order of the flat arrays
+        self._trained = None            # of the last step, see _runs
         self.m = self.flat.zeros()
         self.v = self.flat.zeros()
 
@@ -82,8 +84,7 @@ class AdamW:
         """
         if max_norm != math.inf:
             checks.number("clip", "max_norm", max_norm, above=0)
-        runs = self.flat.runs(self.flat.trained())
-        blocks = [block for run, _ in runs for block in self.flat.blocks(run)]
+        blocks = [block for run, _ in self._runs() for block in self.flat.blocks(run)]
         grad = self.grad
         if is_cupy(grad):
             from minilm.kernels import fused
@@ -103,15 +104,25 @@ class AdamW:
         """
         lr = self.learning_rate if learning_rate is None else learning_rate
         self._check_settings(lr)
-        trained = self.flat.trained()
-        self.updates += trained
-        parts = [(block, t) for run, t in self.flat.runs(self.updates * trained) for block in self.flat.blocks(run)]
+        runs = self._runs()
+        self.updates += self._trained
+        parts = [(block, int(self.updates[i])) for run, i in runs for block in self.flat.blocks(run)]
         if is_cupy(self.data):
             squares = sum(s.item() for s in [self._update_on_gpu(block, lr, t) for block, t in parts])
         else:
             squares = sum([self._update(block, lr, t) for block, t in parts], 0.0)
-        self.flat.mark_changed(trained, "AdamW.step")
+        mark_changed(self._trained_parameters, "AdamW.step")
         return math.sqrt(sum(self.group.all_gather(squares)))
+
+    def _runs(self):
+        """[(slice, place of its first parameter)] of neighbours that this step trains and that have had equally many
+        updates. A step adds 1 to each, so the slices stay as they are until a parameter is frozen or thawed."""
+        trained = self.flat.trained()
+        if trained is not self._trained:
+            self._trained = trained
+            self._runs_of_trained = self.flat.runs((self.updates + 1) * trained)
+            self._trained_parameters = self.flat.selected(trained)
+        return self._runs_of_trained
 
     def _update_on_gpu(self, block, lr, t):
         from minilm.kernels import fused
@@ -158,6 +169,7 @@ class AdamW:
         self.m[...] = self.flat.as_flat(arrays["m"])
         self.v[...] = self.flat.as_flat(arrays["v"])
         self.updates[...] = arrays["steps"]
+        self._trained = None
 
 
 def warmup_cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.1) -> float:

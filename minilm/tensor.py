@@ -34,7 +34,7 @@ from collections.abc import Callable
 import numpy as np
 
 from minilm.backend import array_module, is_cupy
-from minilm.in_place import NEVER, check_unchanged, mark_changed, order
+from minilm.in_place import NEVER, changed_since, mark_changed, order
 from minilm.modes import arrays_only, grad_enabled, no_grad, recording, thread, watching
 from minilm.numpy_functions import NumpyFunctions
 
@@ -238,7 +238,9 @@ def history(node: Node) -> list[Node]:
         if n.vjp is None:
             raise RuntimeError(f"backward through {n.name} a second time: the graph was freed by the first; compute "
                                "the forward again")
-        check_unchanged(n)
+        for leaf in n.leaves:
+            if leaf.changed[0] > n.since:
+                raise changed_since(n, leaf)
         found.add(n)
         stack += [source for source in n.inputs if isinstance(source, Node)]
     return sorted(found, key=lambda n: n.order)
@@ -345,9 +347,12 @@ def _array(x):
 def _kept(x):
     """_array of an argument that a vjp may keep. Integers and masks are copied, also those in an index: they are small,
     and the caller may write other tokens to their memory before backward. Floats beside Tensors are not copied."""
-    if isinstance(x, np.ndarray) or not isinstance(x, Tensor) and is_cupy(x):
+    kind = type(x)
+    if kind is Tensor:
+        return x.data
+    if kind is np.ndarray or hasattr(x, "dtype") and is_cupy(x):
         return x.copy() if x.dtype.kind in "iub" else x
-    return [*map(_kept, x)] if type(x) is list else tuple(map(_kept, x)) if type(x) is tuple else _array(x)
+    return kind(map(_kept, x)) if kind in (list, tuple) else _array(x)
 
 
 def _call(name, arrays):

@@ -338,8 +338,8 @@ def test_a_step_without_anything_to_train_changes_nothing(nothing, rng):
 
 def test_runs_are_neighbours_with_one_label_and_without_the_frozen(rng):
     flat = AdamW(parameters(rng)).flat                  # matrix 12, cube 12, norm 4, bias 2
-    assert flat.runs(np.array([1, 1, 1, 1])) == [(slice(0, 30), 1)]
-    assert flat.runs(np.array([3, 3, 0, 2])) == [(slice(0, 24), 3), (slice(28, 30), 2)]
+    assert flat.runs(np.array([1, 1, 1, 1])) == [(slice(0, 30), 0)]
+    assert flat.runs(np.array([3, 3, 0, 2])) == [(slice(0, 24), 0), (slice(28, 30), 3)]
     assert flat.runs(np.array([0, 1, 2, 2])) == [(slice(12, 24), 1), (slice(24, 30), 2)]
     assert flat.runs(np.zeros(4, int)) == []
 
@@ -366,6 +366,15 @@ def test_a_run_with_frozen_parameters_continues_from_its_state_bit_for_bit(rng):
         set_gradients(tensors, np.random.default_rng(3))
         each.step(0.1)
     assert np.array_equal(optimizer.data, resumed.data) and sorted(resumed.updates) == [2, 8, 8, 8]
+    resumed.load_state(saved)                       # with other numbers of updates, while nothing is frozen or thawed
+    for name, p in second.items():
+        p.assign(first[name].data)
+    optimizer.load_state(saved)
+    for tensors, each in ((first, optimizer), (second, resumed)):
+        set_gradients(tensors, np.random.default_rng(3))
+        each.step(0.1)
+    third = {name: Tensor(p.data.copy(), requires_grad=True) for name, p in first.items()}
+    assert np.array_equal(optimizer.data, resumed.data) and AdamW(third).steps == 0
 
 
 def test_a_state_with_one_number_of_steps_counts_for_all_parameters(rng):

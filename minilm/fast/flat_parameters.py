@@ -16,7 +16,6 @@ import numpy as np
 
 from minilm.backend import array_module, is_cupy
 from minilm.fast.workers import ProcessGroup
-from minilm.in_place import mark_changed
 from minilm.tensor import Tensor
 
 BLOCK = 1 << 15
@@ -59,8 +58,9 @@ class FlatParameters:
             p.data = view
             self._owned.append((name, p, view))
         # Of each rank: which parameters have a gradient. Of rank 0: which require one.
-        self._has_gradient = group.zeros(group.size * len(names), np.uint8).reshape(group.size, -1)
-        self._requires_grad = group.zeros(len(names), np.uint8)
+        self._has_gradient = group.zeros(group.size * len(names), np.int64).reshape(group.size, -1)
+        self._requires_grad = group.zeros(len(names), np.int64)
+        self._collected = self._trained = None
         self._new_gradient()
 
     def _new_gradient(self):
@@ -86,9 +86,10 @@ class FlatParameters:
         return {name: flat[where].reshape(shape) for name, (where, shape) in self._layout.items()}
 
     def runs(self, labels) -> list[tuple[slice, int]]:
-        """[(slice of the flat arrays, label)] of neighbours with one label; labels (P,), and 0 is left out."""
+        """[(slice of the flat arrays, place of its first parameter)] of neighbours with one label; labels (P,), and 0
+        is left out."""
         edges = [0, *(np.flatnonzero(labels[1:] != labels[:-1]) + 1).tolist(), len(labels)]
-        return [(slice(self._edges[i], self._edges[j]), int(labels[i])) for i, j in zip(edges, edges[1:]) if labels[i]]
+        return [(slice(self._edges[i], self._edges[j]), i) for i, j in zip(edges, edges[1:]) if labels[i]]
 
     def blocks(self, run: slice | None = None) -> list[slice]:
         """The slices of a run (None: everything) that this worker updates; on a GPU, one slice."""
@@ -121,32 +122,36 @@ class FlatParameters:
 
         Several workers call it when each has its gradients, and meet (ProcessGroup.all_gather) before they go on.
         """
-        has_gradient = []
+        found = []
         for name, p, view in self._owned:
             self._check_owned(name, p, view)
-            has_gradient.append(p.grad is not None)
+            found.append((p.grad is not None, p.requires_grad))
             if p.grad is None:
                 p.grad_buffer[...] = 0
             elif p.grad is not p.grad_buffer:
                 p.grad_buffer[...] = p.grad
                 p.grad = p.grad_buffer
-        self._has_gradient[self.group.rank] = has_gradient
-        if self.group.rank == 0:
-            self._requires_grad[:] = [p.requires_grad for _, p, _ in self._owned]
+        if found != self._collected:
+            self._collected, self._trained = found, None
+            self._has_gradient[self.group.rank], requires_grad = zip(*found)
+            if self.group.rank == 0:
+                self._requires_grad[:] = requires_grad
 
     def trained(self) -> np.ndarray:
         """(P,) of 0 and 1: the parameters that a step updates, in the order of the flat arrays.
 
-        They have a gradient, in any worker, and require one. One worker collects the gradients here; several have done
-        it before they were added.
+        They have a gradient, in any worker, and require one. One worker collects the gradients here, and gets the array
+        of the last call if nothing was frozen or thawed since. Several have done it before they were added.
         """
         if self.group.active_size == 1:
             self.collect()
-        return self._has_gradient[:self.group.active_size].max(axis=0) * self._requires_grad
+        if self._trained is None or self.group.active_size > 1:
+            self._trained = self._has_gradient[:self.group.active_size].max(axis=0) * self._requires_grad
+        return self._trained
 
-    def mark_changed(self, trained, by: str) -> None:
-        """Let backward notice that these parameters, an array of trained(), were overwritten (in_place.py)."""
-        mark_changed({name: p for (name, p, _), changed in zip(self._owned, trained.tolist()) if changed}, by)
+    def selected(self, trained) -> dict[str, Tensor]:
+        """The parameters by name where trained() is 1."""
+        return {name: p for (name, p, _), selected in zip(self._owned, trained.tolist()) if selected}
 
     def _check_owned(self, name, p, view):
         if p.data is not view or p.grad_buffer is None:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minilm import ops
+from minilm import checks, ops
 from minilm.backend import array_module, to_numpy
 from minilm.tensor import Tensor
 
@@ -44,9 +44,11 @@ def gradcheck(function: Callable[..., Tensor], *tensors: Tensor, tolerance: floa
 
     An output that is not a scalar is multiplied by a random cotangent and summed.
     Returns the largest relative error. Raises GradientError with the worst element and both values,
-    TypeError if a Tensor is not float64, ValueError if no Tensor requires a gradient or directions < 1.
+    TypeError if a Tensor is not float64, ValueError if no Tensor requires a gradient, and for settings out of range.
     """
-    rng = rng or np.random.default_rng(0)
+    rng = np.random.default_rng(0) if rng is None else rng
+    checks.number("gradcheck", "tolerance", tolerance, above=0)
+    checks.number("gradcheck", "step", step, above=0)
     checked = list(dict.fromkeys(t for t in tensors if isinstance(t, Tensor) and t.requires_grad))
     if not checked:
         raise ValueError("gradcheck: no Tensor has requires_grad=True, so there is nothing to check; "
@@ -55,8 +57,8 @@ def gradcheck(function: Callable[..., Tensor], *tensors: Tensor, tolerance: floa
         if t.dtype != np.float64:
             raise TypeError("gradcheck needs float64, because differences of float32 are rounding noise; "
                             f"got {t.dtype}. Convert the inputs with .astype(np.float64)")
-    if directions is not None and directions < 1:
-        raise ValueError(f"gradcheck: {directions} directions check nothing; pass at least 1, or None for all elements")
+    if directions is not None:
+        checks.integer("gradcheck", "directions", directions, at_least=1)
 
     kept = [(t.data, t.grad, t.grad_buffer) for t in checked]
     try:

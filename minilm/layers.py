@@ -36,8 +36,8 @@ def rms_norm(x, weight, eps: float = 1e-6, kernel: bool = True):
     The second term of dx comes from dr/dx = -r^3 x / D. Raises ValueError for another weight, and for eps below 0.
     Zhang and Sennrich 2019, arXiv:1910.07467.
     """
-    if weight.shape != x.shape[-1:] or not 0 <= eps < float("inf"):
-        raise ValueError(f"expected x (..,D), weight (D,), eps at least 0; got {x.shape}, {weight.shape}, {eps}")
+    if np.shape(weight) != x.shape[-1:] or not 0 <= eps < float("inf"):
+        raise ValueError(f"expected x (..,D), weight (D,), eps at least 0; got {x.shape}, {np.shape(weight)}, {eps}")
     if kernel and is_cupy(x):
         from minilm.kernels import layers as on_gpu
         return on_gpu.rms_norm(x, weight, eps)
@@ -103,7 +103,7 @@ def rope_tables(positions, head_width: int, base: float = 10000.0, dtype="float3
     """
     checks.number("rope_tables", "base", base, above=0)
     if checks.integer("rope_tables", "head_width", head_width, at_least=2) % 2:
-        raise ValueError(f"rotary positions rotate pairs: the head width {head_width} must be even")
+        raise ValueError(f"rope_tables: rotary positions rotate pairs: the head width {head_width} must be even")
     xp = array_module(positions)
     frequencies = base ** (-xp.arange(0, head_width, 2, dtype="float64") / head_width)
     angles = positions[..., None] * frequencies
@@ -163,6 +163,8 @@ def smear(k, amount, previous_key):
     key, so alpha = -amount; and they have one number per head, here there is one per head and channel.
     The option Config.key_smear gives every layer what a "previous token" head would have to learn. Llama has none.
     """
+    if amount.shape != (k.shape[1], k.shape[3]):
+        raise ValueError(f"expected k (B,G,T,K), amount (G,K); got {k.shape}, {amount.shape}")
     xp = array_module(k, amount)
     mixed, mix_vjp = mix_keys(k, xp.concatenate([previous_key[:, :, None], k[:, :, :-1]], axis=2), amount)
     def vjp(dy):
@@ -261,10 +263,10 @@ def token_log_probs(hidden, unembedding, targets, chunk: int | None = None, kern
     """
     xp = array_module(hidden, unembedding)
     V, D = unembedding.shape
+    targets = checks.token_ids("token_log_probs", "targets", targets, V)
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != D:
         raise ValueError(f"expected hidden (..,D), unembedding (V,D), targets (..); got {hidden.shape}, "
                          f"{unembedding.shape}, {targets.shape}")
-    checks.token_ids("token_log_probs", "targets", targets, V)
     chunk = tokens_per_chunk(V) if chunk is None else checks.integer("token_log_probs", "chunk", chunk, at_least=1)
     rows = hidden.reshape(-1, D)
     flat_targets = xp.asarray(targets).reshape(-1)

@@ -1,4 +1,6 @@
 """minilm/evaluate.py: each measure against its definition."""
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -26,9 +28,18 @@ def test_mean_and_error_are_their_definitions(rng, n):
     assert_close(error, (sum((x - sum(x) / n) ** 2) / (n - 1) / n) ** 0.5)
 
 
-def test_a_single_number_has_no_standard_error():
-    mean, error = evaluate.mean_and_error([True])
+def test_a_single_number_has_no_standard_error_and_nothing_is_divided_by_0():
+    with np.errstate(all="raise"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mean, error = evaluate.mean_and_error([True])
     assert mean == 1 and np.isnan(error)
+
+
+@pytest.mark.parametrize("values", [[], 1.0, np.ones((2, 3)), np.ones((1, 1))])
+def test_other_arrays_than_n_numbers_have_no_mean_and_error(values):
+    """Of a table (P,K) the error would be that of P numbers."""
+    with pytest.raises(ValueError, match=r"mean_and_error: values .* one shape \(N,\)"):
+        evaluate.mean_and_error(values)
 
 
 def test_a_tie_is_half_a_win():

@@ -200,6 +200,17 @@ def test_a_direction_orthogonal_to_the_gradient_is_compared_with_a_typical_deriv
     gradcheck(lambda x: x * 1e4, x, directions=1, rng=Across())
 
 
+@given(rng=rngs)
+def test_a_direction_finds_an_error_of_one_in_a_thousand_among_many_elements(rng):
+    """Errors are compared with the typical derivative of a direction, |gradient| / sqrt(number of elements)."""
+    @primitive
+    def almost_sum(x):
+        return x.sum(), lambda dy: np.full_like(x, 1.001 * dy)
+
+    with pytest.raises(GradientError, match="relative error"):
+        gradcheck(almost_sum, normal(rng, 1000), directions=20, tolerance=3e-4, rng=rng)
+
+
 # Tensors that share memory, and memory that cannot be written.
 
 W = np.random.default_rng(0).normal(size=(3, 3))
@@ -250,7 +261,7 @@ def test_nothing_to_check_raises():
 
 @pytest.mark.parametrize("directions", [0, -1])
 def test_no_directions_raise(directions, rng):
-    with pytest.raises(ValueError, match=f"{directions} directions check nothing"):
+    with pytest.raises(ValueError, match=f"directions is {directions}; it must be at least 1"):
         gradcheck(ops.tanh, normal(rng, 2), directions=directions)
 
 

@@ -219,7 +219,44 @@ def test_the_mean_of_sft_is_over_the_tokens_of_a_mask_that_is_broadcast(rng):
     assert_close(plain.sft_loss(log_probs, mask), plain.sft_loss(log_probs, np.tile(mask, (3, 1))))
 
 
-@pytest.mark.parametrize("baseline", ["leave_one_out", "group"])
+@given(value=st.floats(-1e15, 1e15), K=st.integers(2, 7))
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "group"])
+def test_equal_rewards_have_no_advantage_however_large(baseline, value, K):
+    for function in (plain.advantages, policy_gradient.advantages):
+        assert (function(np.full((2, K), value), np.zeros((2, K)), 0.1, baseline) == 0).all()
+
+
+@pytest.mark.parametrize("wrong", [-100, 0.5, 2, np.nan])
+def test_masks_of_plain_hold_0_and_1(wrong):
+    mask = np.ones((2, 3))
+    mask[1, 2] = wrong
+    log_probs = Tensor(np.zeros((2, 3)))
+    model = small_transformer(np.random.default_rng(0))
+    tokens = np.ones((2, 3), int)
+    for use in (lambda: plain.sequence_log_probs(log_probs, mask), lambda: plain.sft_loss(log_probs, mask),
+                lambda: plain.policy_gradient_loss(log_probs, np.ones(2), mask),
+                lambda: plain.transformer(model.parameters(), tokens, model.config, mask),
+                lambda: plain.reward(model.parameters(), tokens, model.config, mask)):
+        with pytest.raises(ValueError, match="it must hold 0 and 1 alone"):
+            use()
+
+
+def test_log_probs_of_plain_refuse_a_token_that_would_count_from_the_end():
+    model = small_transformer(np.random.default_rng(0))
+    for wrong in (-1, -100, 7):
+        with pytest.raises(IndexError, match=f"indices holds {wrong}; it must hold integers from 0 to 6"):
+            plain.log_probs(model.parameters(), np.array([[1, 2, wrong]]), model.config)
+
+
+def test_arrays_that_belong_together_are_not_broadcast_in_plain():
+    a, b = np.zeros(3), np.zeros((3, 1))
+    for use in (lambda: plain.dpo_loss(Tensor(a), Tensor(a), a, b), lambda: plain.reward_loss(Tensor(a), Tensor(b)),
+                lambda: plain.advantages(np.zeros((2, 3)), np.zeros((2, 1)), 0.1)):
+        with pytest.raises(ValueError, match="they must have one shape"):
+            use()
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "group"])
 def test_a_baseline_of_other_samples_needs_two(baseline):
     with pytest.raises(ValueError, match="got K = 1"):
         plain.advantages(np.ones((2, 1)), np.ones((2, 1)), 0.1, baseline)

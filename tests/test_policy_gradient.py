@@ -64,7 +64,23 @@ def test_leave_one_out_is_the_default():
     assert advantages(rewards, kl, 0.1).tolist() == [[1 - 2.5, 0 - 3, 5 - 0.5]]
 
 
-@pytest.mark.parametrize("baseline", ["leave_one_out", "group"])
+def test_prompts_with_equal_rewards_are_counted_however_large_the_rewards():
+    rewards = np.array([[1e12 + 0.3] * 3, [0.1, 0.2, 0.3]])
+    metrics = policy_gradient_metrics(rewards, np.zeros((2, 3)), np.ones((6, 4)))
+    assert metrics["frac_reward_zero_std"] == 0.5
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_reward_to_go_refuses_a_kl_that_is_not_finite_within_the_mask(wrong):
+    kl, mask = np.zeros((2, 2, 3)), np.ones((2, 2, 3))
+    kl[1, 0, 2] = wrong
+    with pytest.raises(ValueError, match=r"token_kl, token \(1, 0, 2\), is"):
+        reward_to_go(np.zeros((2, 2)), kl, mask, 0.1)
+    mask[1, 0, 2] = 0
+    assert np.isfinite(reward_to_go(np.zeros((2, 2)), kl, mask, 0.1)).all()
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "group"])
 def test_a_baseline_that_compares_needs_two_samples(baseline):
     with pytest.raises(ValueError, match="at least 2 samples"):
         advantages(np.ones((3, 1)), np.zeros((3, 1)), 0.1, baseline)

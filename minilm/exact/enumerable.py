@@ -125,6 +125,7 @@ def total_variation(log_pi: np.ndarray, log_q: np.ndarray) -> np.ndarray:
 
 def objective(log_pi: np.ndarray, reference: np.ndarray, rewards: np.ndarray, beta: float) -> np.ndarray:
     """J(pi) = E[r] - beta KL(pi || pi_ref), with reference = log pi_ref."""
+    checks.same_shape("objective", log_pi=log_pi, reference=reference, rewards=rewards)
     checks.number("objective", "beta", beta, at_least=0)
     return expectation(log_pi, rewards) - beta * divergence(log_pi, reference)
 

@@ -56,8 +56,10 @@ def gradient_over_comparisons(loss: Callable[..., Tensor], probabilities: np.nda
                    comparisons(), or counted
     values, others arrays (P,Y); the loss gets their entries for chosen and for rejected
     """
-    checks.same_shape("gradient_over_comparisons", axes="PY", values=values, preferred=probabilities[:, :, 0],
-                      other=probabilities[:, 0], **{f"others[{i}]": array for i, array in enumerate(others)})
+    P, Y = checks.same_shape("gradient_over_comparisons", axes="PY", values=values,
+                             **{f"others[{i}]": array for i, array in enumerate(others)})
+    if np.shape(probabilities) != (P, Y, Y):
+        raise ValueError(f"gradient_over_comparisons: probabilities {np.shape(probabilities)} must be {P, Y, Y}")
     p, chosen, rejected = np.nonzero(probabilities)
     leaves = [Tensor(values[p, y], requires_grad=True) for y in (chosen, rejected)]
     loss(*leaves, *(other[p, y] for other in others for y in (chosen, rejected))).backward()
@@ -82,15 +84,17 @@ def gradient_over_samples(loss: Callable[[Tensor, np.ndarray], Tensor], log_prob
     Every outcome of the draws is visited, with its probability. There are Y^(P K); raises ValueError
     if this is more than most_outcomes.
     """
-    P, Y, T = log_probs.shape
+    P, Y, T = checks.same_shape("gradient_over_samples", axes="PYT", log_probs=log_probs, mask=mask)
     K = checks.integer("gradient_over_samples", "samples", samples, at_least=1)
-    mask = checks.mask("gradient_over_samples", mask, log_probs.shape)
+    mask = checks.mask("gradient_over_samples", mask)
+    checks.integer("gradient_over_samples", "most_outcomes", most_outcomes, at_least=1)
     outcomes = Y ** (P * K)
     if outcomes > most_outcomes:
         raise ValueError(f"gradient_over_samples: {K} draws for each of {P} prompts with {Y} responses have "
                          f"Y^(P K) = {outcomes:,} outcomes; the limit is {most_outcomes:,}, at about 0.2 ms each. Take "
                          "one prompt, fewer samples, or a world with fewer responses; or pass most_outcomes")
     log_pi = np.where(mask, log_probs, 0).sum(axis=-1) if drawn_from is None else drawn_from
+    checks.same_shape("gradient_over_samples", drawn_from=log_pi, log_probs=log_probs[..., 0])
     prompts = np.arange(P)[:, None]
     gradient = np.zeros_like(log_probs)
     for outcome in itertools.product(range(Y), repeat=P * K):
@@ -109,6 +113,8 @@ def descend(model, world: EnumerableWorld, gradient: Callable[[np.ndarray], np.n
     gradient  a function of log_pi (P,Y) that returns dL/dlog_pi (P,Y)
     Yields log_pi before each step, and after the last.
     """
+    checks.integer("descend", "steps", steps, at_least=0)
+    checks.number("descend", "learning_rate", learning_rate, at_least=0)
     optimizer = AdamW(model.parameters(), weight_decay=0.0)
     for step in range(steps):
         log_pi = world.log_probs(model)

@@ -42,6 +42,7 @@ from typing import Any
 
 import numpy as np
 
+from minilm import checks
 from minilm.exact.enumerable import EnumerableWorld, total_variation
 from minilm.exact.expectations import gradient_over_samples
 from minilm.tensor import Tensor
@@ -73,6 +74,7 @@ def redraw_weights(model: Any, rng: np.random.Generator, scale: float = 0.7) -> 
     Weights of order 1 make the policy far from uniform and give every parameter a gradient of order 1.
     With fresh weights, terms of the gradient are small next to others, and an error in them is not seen.
     """
+    checks.number("redraw_weights", "scale", scale, above=0)
     for p in model.parameters().values():
         p.assign(rng.normal(size=p.shape) * scale)
     return model
@@ -99,6 +101,8 @@ def compare_gradients(actual: dict[str, np.ndarray], expected: dict[str, np.ndar
     missing = [name for name in actual | expected if actual.get(name) is None or expected.get(name) is None]
     if missing:
         raise ValueError(f"one side has no gradient for {', '.join(missing)}: both must depend on every parameter")
+    for name in expected:
+        checks.same_shape("compare_gradients", **{f"actual[{name!r}]": actual[name], "expected": expected[name]})
     a = np.concatenate([actual[name].reshape(-1) for name in expected])
     e = np.concatenate([expected[name].reshape(-1) for name in expected])
     if not e.any():

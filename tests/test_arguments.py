@@ -150,7 +150,7 @@ CALLS = {f"{call.of.__module__.rpartition('.')[2]}.{call.of.__name__}": call for
     Call(expectations.gradient_over_comparisons, "probabilities values", free="loss", loss=lambda a, b: ops.mean(a - b),
          probabilities=np.ones((P, Y, Y)), values=normal(size=(P, Y))),
     Call(expectations.gradient_over_samples, "log_probs mask drawn_from", "mask", free="loss",
-         settings={"samples": COUNT, "most_outcomes": COUNT}, loss=lambda leaf, drawn: ops.sum(leaf),
+         settings={"samples": COUNT, "most_outcomes": (0, -1, math.nan)}, loss=lambda leaf, drawn: ops.sum(leaf),
          log_probs=normal(size=(P, Y, T)), mask=mask(P, Y, T), samples=1, drawn_from=LOG_PI),
     Call(lambda **given: list(expectations.descend(**given)), of=expectations.descend,
          settings={"steps": FROM_0, "learning_rate": AT_LEAST_0}, free="model world gradient",

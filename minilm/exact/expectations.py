@@ -87,9 +87,8 @@ def gradient_over_samples(loss: Callable[[Tensor, np.ndarray], Tensor], log_prob
     P, Y, T = checks.same_shape("gradient_over_samples", axes="PYT", log_probs=log_probs, mask=mask)
     K = checks.integer("gradient_over_samples", "samples", samples, at_least=1)
     mask = checks.mask("gradient_over_samples", mask)
-    checks.integer("gradient_over_samples", "most_outcomes", most_outcomes, at_least=1)
     outcomes = Y ** (P * K)
-    if outcomes > most_outcomes:
+    if not outcomes <= most_outcomes:
         raise ValueError(f"gradient_over_samples: {K} draws for each of {P} prompts with {Y} responses have "
                          f"Y^(P K) = {outcomes:,} outcomes; the limit is {most_outcomes:,}, at about 0.2 ms each. Take "
                          "one prompt, fewer samples, or a world with fewer responses; or pass most_outcomes")
@@ -114,8 +113,7 @@ def descend(model, world: EnumerableWorld, gradient: Callable[[np.ndarray], np.n
     Yields log_pi before each step, and after the last.
     """
     checks.integer("descend", "steps", steps, at_least=0)
-    checks.number("descend", "learning_rate", learning_rate, at_least=0)
-    optimizer = AdamW(model.parameters(), weight_decay=0.0)
+    optimizer = AdamW(model.parameters(), learning_rate, weight_decay=0.0)
     for step in range(steps):
         log_pi = world.log_probs(model)
         yield log_pi.data

@@ -172,7 +172,7 @@ def _damaged(path, fault):
 
 def _check_first_bytes(path):
     """A safetensors file starts with the length of the header (8 bytes, little-endian) and the header's '{'."""
-    with open(path, "rb") as file:
+    with open(os.fspath(path), "rb") as file:       # an integer would name an open file
         head = file.read(9)
     if not head:
         raise _damaged(path, "an empty file")

@@ -138,7 +138,10 @@ def token_ids(function: str, name: str, values: Any, vocab_size: int) -> np.ndar
 
 
 def _integers_below(function, name, values, count, otherwise):
-    values = array_module(values).asarray(values)
+    try:
+        values = array_module(values).asarray(values)
+    except ValueError:
+        raise TypeError(f"{function}: {name} holds lists of unequal lengths; it must hold integers") from None
     if values.size and values.dtype.kind not in "iu":
         raise TypeError(f"{function}: {name} holds {values.dtype}; it must hold integers")
     if values.size and not 0 <= (lowest := int(values.min())) <= (highest := int(values.max())) < count:
@@ -189,8 +192,11 @@ def uniforms(function: str, rng: Any, shape: tuple[int, ...]) -> np.ndarray:
     """
     if isinstance(rng, np.random.Generator):
         return rng.random(shape)
+    if isinstance(rng, (list, tuple)):
+        rng = np.asarray(rng)
     if not hasattr(rng, "shape"):
-        rng = np.asarray(rng) if isinstance(rng, (list, tuple)) else generator(function, rng)
+        raise TypeError(f"{function}: uniform numbers are {shown(rng)}; they must be an array {shape}, or a numpy "
+                        "Generator that draws them, such as np.random.default_rng(0)")
     if tuple(rng.shape) != shape:
         raise ValueError(f"{function}: uniform numbers of shape {tuple(rng.shape)}; expected {shape}")
     if rng.dtype.kind not in "fiu":
@@ -203,18 +209,23 @@ def uniforms(function: str, rng: Any, shape: tuple[int, ...]) -> np.ndarray:
     return numbers
 
 
+def rows(function: str, name: str, values: Any) -> np.ndarray:
+    """An array (B,V) of floats, one distribution or its logits in each row. Raises TypeError for anything else."""
+    is_array = isinstance(values, np.ndarray) or is_cupy(values)
+    if not is_array or values.dtype.kind != "f" or values.ndim != 2 or values.shape[1] == 0:
+        raise TypeError(f"{function}: {name} is {shown(values)}; it must be an array (B,V) of floats, V at least 1")
+    return values
+
+
 def draws(function: str, logits: Any, uniforms_given: Any, temperature_or_0: Any, top_k: Any = None,
           top_p: Any = None) -> np.ndarray:
     """Everything that one draw from each row of logits (B,V) takes. Returns the uniform numbers (B,), in float64.
 
-    Raises as sampling and uniforms do, TypeError for logits that are no array (B,V) of floats, and ValueError for a row
-    with NaN, +inf or only -inf: it has no distribution.
+    Raises as sampling, rows and uniforms do, and ValueError for a row with NaN, +inf or only -inf: it has no
+    distribution.
     """
-    is_array = isinstance(logits, np.ndarray) or is_cupy(logits)
-    if not is_array or logits.dtype.kind != "f" or logits.ndim != 2 or logits.shape[1] == 0:
-        raise TypeError(f"{function}: logits is {shown(logits)}; it must be an array (B,V) of floats, V at least 1")
     sampling(function, temperature_or_0, top_k, top_p)
-    finite(function, "the largest logit", logits.max(axis=-1), "row")
+    finite(function, "the largest logit", rows(function, "logits", logits).max(axis=-1), "row")
     return uniforms(function, uniforms_given, logits.shape[:1])
 
 

@@ -7,6 +7,7 @@ Tests: tests/test_generate.py, tests/test_plain.py.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -35,7 +36,7 @@ def distribution(logits, temperature: float = 1.0, top_k: int | None = None,
     Raises TypeError and ValueError for settings out of range (checks.sampling), and for temperature 0.
     Holtzman et al. 2020, arXiv:1904.09751 (top-p).
     """
-    xp = array_module(logits)
+    xp = array_module(checks.rows("distribution", "logits", logits))
     z = logits - logits.max(axis=-1, keepdims=True)
     if temperature != 1:
         z /= checks.temperature("distribution", temperature)
@@ -64,12 +65,15 @@ def _largest(z, count):
 def categorical(p, uniforms) -> np.ndarray:
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.  p (B,V), u (B,) -> (B,)
 
-    Raises ValueError for uniform numbers outside [0,1), and for a row of probabilities with NaN or without any.
+    Raises TypeError for other arrays, ValueError for uniform numbers outside [0,1), and for a row with a probability
+    below 0 or NaN, or with a sum that is 0 or infinite.
     """
-    total = p.sum(axis=-1)
-    if not (total > 0).all():
-        row = int((total > 0).argmin())
-        raise ValueError(f"categorical: the probabilities of row {row} sum to {total[row]}; nothing can be drawn")
+    total = checks.rows("categorical", "p", p).sum(axis=-1)
+    right = (p >= 0).all(axis=-1) & (total > 0) & (total < math.inf)
+    if not right.all():
+        row = int(right.argmin())
+        raise ValueError(f"categorical: row {row} holds {p[row].min()} and sums to {total[row]}; probabilities are at "
+                         "least 0, and their sum is above 0 and finite")
     return _inverse_cdf(p, checks.uniforms("categorical", uniforms, total.shape))
 
 
@@ -82,6 +86,7 @@ def _inverse_cdf(p, uniforms):
 
 def entropy(p, log_probs) -> np.ndarray:
     """- sum p log p of probabilities (..,V), whose logarithms may be -inf: (..), between 0 and log V."""
+    checks.same_shape("entropy", p=p, log_probs=log_probs)
     xp = array_module(p)
     return -xp.einsum("...v,...v->...", p, xp.maximum(log_probs, xp.finfo(p.dtype).min)).clip(max=0)
 
@@ -192,7 +197,8 @@ def _token_arrays(prompts, vocab_size):
     """Token lists, or the rows of an array (B,T), as a list of arrays of integers. Raises as generate does."""
     if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__"):
         raise TypeError(f"generate: prompts is {prompts!r}; it must be a list of token lists")
-    arrays = [checks.token_ids("generate", f"prompt {i}", to_numpy(p), vocab_size) for i, p in enumerate(prompts)]
+    arrays = [checks.token_ids("generate", f"prompt {i}", to_numpy(prompt) if is_cupy(prompt) else prompt, vocab_size)
+              for i, prompt in enumerate(prompts)]
     for i, array in enumerate(arrays):
         if array.ndim != 1:
             raise TypeError(f"generate: prompt {i} has shape {array.shape}; it must be a list of tokens. One prompt "

@@ -161,6 +161,14 @@ def test_what_the_format_cannot_hold_is_an_error_before_anything_is_written(save
     assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]
 
 
+@pytest.mark.parametrize("path", [0, 5, None])
+def test_a_path_is_no_number_of_an_open_file(path):
+    for use in (lambda: checkpoint.load(path), lambda: checkpoint.save(path, {}, {}),
+                lambda: checkpoint.write_text(path, "text")):
+        with pytest.raises(TypeError, match="os.PathLike"):
+            use()
+
+
 # Bad files.
 
 class Bomb:

@@ -144,8 +144,9 @@ def test_a_uniform_number_outside_0_to_1_is_refused_wherever_it_stands(place, wr
 
 
 @pytest.mark.parametrize("rng, error, words", [
-    (0, TypeError, "rng is 0 .int.; it must be a numpy Generator"), (None, TypeError, "rng is None"),
-    ("a", TypeError, "rng is 'a'"),
+    (0, TypeError, "uniform numbers are 0 .int.; they must be an array .2, 3., or a numpy Generator that draws them"),
+    (None, TypeError, "uniform numbers are None"),
+    ("a", TypeError, "uniform numbers are 'a'"),
     (np.zeros((3, 2)), ValueError, r"uniform numbers of shape \(3, 2\); expected \(2, 3\)"),
     (np.zeros((2, 3), bool), TypeError, "uniform numbers are bool"),
     (np.zeros((2, 3), complex), TypeError, "uniform numbers are complex128")], ids=str)
@@ -167,4 +168,6 @@ def test_end_tokens_are_marked_in_a_table_of_the_vocabulary(ids):
 def test_logits_are_an_array_of_floats_with_a_row_for_each_draw(logits):
     with pytest.raises(TypeError, match=r"f: logits is .*; it must be an array \(B,V\) of floats, V at least 1"):
         checks.draws("f", logits, np.zeros(2), 1)
+    with pytest.raises(TypeError, match="f: p is .*; it must be an array"):
+        checks.rows("f", "p", logits)
     assert checks.draws("f", np.zeros((2, 3), np.float32), [0.1, 0.2], 1).tolist() == [0.1, 0.2]

@@ -211,6 +211,12 @@ def test_a_file_that_is_no_text_is_an_error_with_the_reason(tmp_path, content, m
         data.read_text(tmp_path / "file")
 
 
+@pytest.mark.parametrize("path", [0, 5, None, ["text"]])
+def test_a_path_is_no_number_of_an_open_file(path):
+    with pytest.raises(TypeError, match="os.PathLike"):
+        data.read_text(path)
+
+
 def test_a_missing_file_and_a_folder_are_errors_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="nowhere: cannot be read .No such file"):
         data.read_text(tmp_path / "nowhere")

@@ -11,6 +11,7 @@ from minilm import checks, generate as module, plain
 from minilm.diverged import Diverged
 from minilm.generate import categorical, distribution, entropy, generate, sample
 from minilm.packing import pack
+from minilm.tensor import Tensor
 
 PROMPTS = [[1], [2, 3, 4], [5, 6]]
 EOS = 0
@@ -299,11 +300,13 @@ def test_prompts_and_settings_out_of_range_raise(prompts, settings, message, rng
     (["abc"], {}, "prompt 0 holds <U3"),
     ("abc", {}, "prompts is 'abc'; it must be a list of token lists"),
     (5, {}, "prompts is 5; it must be a list of token lists"),
+    ([[[1], [1, 2]]], {}, "prompt 0 holds lists of unequal lengths; it must hold integers"),
     ([1, 2], {}, r"prompt 0 has shape (); it must be a list of tokens. One prompt stands in a list too: [prompt]"),
     (np.ones((1, 2, 3), int), {}, "prompt 0 has shape (2, 3)"),
-    ([[1]], {"rng": 0}, "rng is 0 (int); it must be a numpy Generator, such as np.random.default_rng(0)"),
-    ([[1]], {"rng": np.random.RandomState(0)}, "rng is RandomState"),
-    ([[1]], {"rng": None}, "rng is None"),
+    ([[1]], {"rng": 0}, "uniform numbers are 0 (int); they must be an array (1, 4), or a numpy Generator that draws "
+     "them, such as np.random.default_rng(0)"),
+    ([[1]], {"rng": np.random.RandomState(0)}, "uniform numbers are RandomState"),
+    ([[1]], {"rng": None}, "uniform numbers are None (NoneType)"),
     ([[1]], {"rng": [["a"] * 4]}, "uniform numbers are <U1"),
     ([[1]], {"top_k": 3.0}, "top_k is 3.0 (float); it must be an integer"),
     ([[1]], {"top_p": "0.5"}, "top_p is '0.5' (str); it must be a number"),
@@ -421,9 +424,24 @@ def test_sample_and_categorical_refuse_a_row_without_a_distribution(bad, tempera
     for draw in (sample, plain.sample):
         with pytest.raises(ValueError, match=r"sample: the largest logit, row 1, is (nan|inf|-inf); it must be finite"):
             draw(logits, np.zeros(2), temperature)
-    for p in ([0.0, 0.0], [np.nan, 1.0]):
-        with pytest.raises(ValueError, match="categorical: the probabilities of row 1 sum to (0.0|nan); nothing"):
+    for p in ([0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0], [-0.5, 1.5]):
+        with pytest.raises(ValueError, match="categorical: row 1 holds .* and sums to .*; probabilities are at "):
             categorical(np.array([[0.5, 0.5], p]), np.zeros(2))
+
+
+@pytest.mark.parametrize("array", [np.zeros(4), np.zeros((1, 4), int), [[0.0, 1.0]], np.zeros((1, 0)),
+                                   Tensor(np.zeros((1, 4)))], ids=lambda array: type(array).__name__)
+def test_one_row_for_each_draw_is_asked_for_in_words(array):
+    for name, draw in {"distribution": lambda: distribution(array), "sample": lambda: sample(array, np.zeros(1)),
+                       "categorical": lambda: categorical(array, np.zeros(1)),
+                       "plain.sample": lambda: plain.sample(array, np.zeros(1))}.items():
+        with pytest.raises(TypeError, match=rf"^{name}: (logits|p) is .*; it must be an array \(B,V\) of floats"):
+            draw()
+
+
+def test_the_entropy_broadcasts_nothing():
+    with pytest.raises(ValueError, match=r"entropy: p \(2, 3\), log_probs \(2, 1\); they must have one shape"):
+        entropy(np.full((2, 3), 1 / 3), np.zeros((2, 1)))
 
 
 # Temperatures that drawing and scoring both accept.

@@ -323,9 +323,9 @@ def embed(table, indices):
 def gather(x, indices):
     """One entry of the last axis of x (...,V) for each index (...): take_along_axis, without its last axis."""
     xp = array_module(x)
-    if np.shape(indices) != x.shape[:-1]:
-        raise ValueError(f"gather: indices {np.shape(indices)} for x {x.shape}; pass one for each row of x")
     at = xp.expand_dims(xp.asarray(checks.indices("gather", "indices", indices, x.shape[-1])), -1)
+    if at.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"gather: indices {at.shape[:-1]} for x {x.shape}; pass one for each row of x")
     def vjp(dy):
         dx = xp.zeros_like(x)
         xp.put_along_axis(dx, at, xp.expand_dims(dy, -1), axis=-1)

@@ -114,8 +114,8 @@ def scatter(values, mask):
     """
     xp = array_module(values)
     mask = checks.mask("scatter", mask)
-    if np.shape(values) != (mask.sum(),):
-        raise ValueError(f"scatter: values {np.shape(values)} for {mask.sum()} places of the mask; pass one for each")
+    if values.shape != (mask.sum(),):
+        raise ValueError(f"scatter: values {values.shape} for {mask.sum()} places of the mask; pass one for each")
     mask = xp.asarray(mask)
     out = xp.zeros(mask.shape, values.dtype)
     out[mask] = values

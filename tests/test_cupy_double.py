@@ -16,7 +16,7 @@ import pytest
 
 from minilm.backend import array_module, is_cupy, to_device, to_numpy
 from minilm.kernels.emulator import arrays
-from minilm.kernels.emulator.cupy import FUNCTIONS, as_cupy, cupy, ufunc
+from minilm.kernels.emulator.cupy import FUNCTIONS, TYPES, as_cupy, cupy, ufunc
 
 X = np.arange(6.0).reshape(2, 3)
 
@@ -39,6 +39,38 @@ def test_import_finds_the_mock_inside_as_cupy_and_not_after_it(monkeypatch):
                 pass
             assert sys.modules["cupy"] is cupy
         assert sys.modules.get("cupy") is before.get("cupy")
+
+
+def test_what_stood_in_its_place_is_there_again_even_after_an_error(monkeypatch):
+    """The parts of a real package too."""
+    before = {"cupy": np, "cupy.linalg": np.linalg}
+    for name, module in before.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(ZeroDivisionError), as_cupy():
+        assert "cupy.linalg" not in sys.modules
+        raise ZeroDivisionError
+    assert {name: sys.modules.get(name) for name in before} == before
+    as_cupy()                           # without `with` nothing changes
+    assert sys.modules["cupy"] is np
+
+
+def test_other_libraries_find_the_names_by_which_they_recognise_an_array():
+    """As einops, array-api-compat, datasets and others do, whatever array they are given."""
+    with as_cupy() as module:
+        assert isinstance(there(), module.ndarray) and not isinstance(X, (module.ndarray, module.generic))
+        assert importlib.util.find_spec("cupy").name == "cupy" and int(module.__version__.split(".")[0]) >= 13
+        assert module.float32 is np.float32 and not hasattr(module, "cuda")
+        with pytest.raises(ImportError):
+            import cupy.cuda  # noqa: F401
+    assert "cupy.cuda" not in sys.modules
+
+
+def test_einops_works_while_the_mock_is_in_force():
+    einops = pytest.importorskip("einops", reason="einops is not installed")
+    with as_cupy():
+        assert einops.rearrange(X, "a b -> b a").shape == (3, 2)
+        assert einops.rearrange(there(), "a b -> b a").get().tolist() == X.T.tolist()
+    assert einops.rearrange(X, "a b -> b a").shape == (3, 2)
 
 
 def test_minilm_recognises_its_arrays_as_cupys():
@@ -306,6 +338,7 @@ def test_cupy_has_every_function_with_these_arguments(real):
                 assert misfit(signature(type(function).reduceat), parameters(real[f"{name}.reduceat"])) is None
         elif inspect.isfunction(function):
             assert (why := misfit(signature(function), parameters(real[name]))) is None, f"{name}: {why}"
+    assert TYPES.keys() <= real.keys()
     assert parameters(real["RawModule.get_function"]) == [("name", EITHER_WAY)]
     assert misfit([("code", BY_NAME), ("options", BY_NAME)], parameters(real["RawModule"])) is None
 

@@ -169,7 +169,7 @@ def test_tokens_and_masks_may_be_on_the_gpu_already(rng):
 def test_tokens_outside_the_vocabulary_raise_before_they_are_moved(rng):
     """A GPU would read another row without an error."""
     model = on_gpu(small_transformer(rng))
-    with pytest.raises(IndexError, match="token 7 is not in the vocabulary of 7"):
+    with pytest.raises(IndexError, match="tokens holds 7, which is not in the vocabulary of 7"):
         model([[1, 7]])
     with pytest.raises(IndexError, match="indices from -1"):
         generate(model, [[-1]], 2, np.random.default_rng(0), eos=0)

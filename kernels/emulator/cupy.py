@@ -9,8 +9,11 @@ is stable, and add.reduceat takes differences of a running sum. Memory of empty(
 (running.poison), so that reading it shows.
 """
 
+import contextlib
+import importlib.machinery
 import sys
 import types
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -18,6 +21,10 @@ from minilm.kernels.emulator.arrays import _given, _to, backing, ndarray
 from minilm.kernels.emulator.running import poison
 
 FUNCTIONS = {"finfo": np.finfo, "inf": np.inf}
+# Other libraries look at these to tell whether an array is CuPy's, or whether CuPy is installed.
+TYPES = {"ndarray": ndarray, "generic": np.generic, "dtype": np.dtype,
+         **{name: getattr(np, name) for name in ("bool_", "float16", "float32", "float64", "complex64", "complex128",
+                                                 *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)))}}
 
 
 def _function(function):
@@ -224,19 +231,27 @@ class _CuPy(types.ModuleType):
 
 
 cupy = _CuPy("cupy", __doc__)
-vars(cupy).update(FUNCTIONS)
+cupy.__spec__ = importlib.machinery.ModuleSpec("cupy", None)        # importlib.util.find_spec raises without one
+vars(cupy).update(FUNCTIONS, **TYPES, __version__="14.0.0")
 
 
-class as_cupy:
-    """Let `import cupy` find the mock; at the end of a `with` block, restore the module that was there before."""
+@contextlib.contextmanager
+def as_cupy() -> Iterator[types.ModuleType]:
+    """In the `with` block `import cupy` finds the mock. At its end the modules that were there before are there again.
 
-    def __init__(self):
-        self.before = {name: sys.modules[name] for name in ("cupy",) if name in sys.modules}
-        sys.modules["cupy"] = cupy
+    Other libraries work as before: they find cupy.ndarray, and none of their arrays is one.
+    """
+    before = _modules_of_cupy()
+    for name in before:
+        del sys.modules[name]
+    sys.modules["cupy"] = cupy
+    try:
+        yield cupy
+    finally:
+        for name in _modules_of_cupy():
+            del sys.modules[name]
+        sys.modules.update(before)
 
-    def __enter__(self):
-        return cupy
 
-    def __exit__(self, *error):
-        del sys.modules["cupy"]
-        sys.modules.update(self.before)
+def _modules_of_cupy():
+    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "cupy"}

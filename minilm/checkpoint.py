@@ -71,6 +71,7 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     damaged, not safetensors, not a checkpoint of minilm, of a newer version, contents that fail the checksum.
     """
     safetensors = _import_safetensors()
+    path = os.fspath(path)          # raises TypeError for an integer, which would name an open file
     try:
         _check_first_bytes(path)
         with safetensors.safe_open(path, framework="np") as file:
@@ -172,7 +173,7 @@ def _damaged(path, fault):
 
 def _check_first_bytes(path):
     """A safetensors file starts with the length of the header (8 bytes, little-endian) and the header's '{'."""
-    with open(os.fspath(path), "rb") as file:       # an integer would name an open file
+    with open(path, "rb") as file:
         head = file.read(9)
     if not head:
         raise _damaged(path, "an empty file")

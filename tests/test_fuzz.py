@@ -7,25 +7,38 @@ FUZZ_SEED=n python -m pytest -m slow tests/test_fuzz.py searches other inputs.
 """
 import contextlib
 import functools
+import io
 import json
 import os
+import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fuzzing
+import golden_files
+from common import experiment, markdown, page
 from helpers import peak_memory, small_transformer
-from minilm import checkpoint
+from minilm import checkpoint, data
 from minilm.checkpoint import CheckpointError
 from minilm.model import RewardModel
 from minilm.model_file import load_model, save_model
-from minilm.tokenizer import Tokenizer
+from minilm.tokenizer import Tokenizer, split
+from minilm.world import annotators, tasks
+from support import tables, terminal
+from support.results import read_results
+from support.run_folder import RunFolder, UsageError
 
 pytest.importorskip("fcntl", reason="the limits of a process need a POSIX system")
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
+HERE = Path(__file__).resolve().parent
+GOLDEN = HERE / "golden"
+SCRATCH = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+SETTINGS = {"version": 2, "text": "ab12", "scale": 0.1, "size": "small", "seed": 0, "workers": 2, "device": "cpu"}
 LONG, SHORT = 20_000, 300
 SEED = int(os.environ.get("FUZZ_SEED", 0))
 TOKENIZER = Tokenizer.train("a cat and a cat, the cats sat", 275)
@@ -50,7 +63,13 @@ def files():
     metadata = {"step": 7, "loss": 0.1, "rng": rng.bit_generator.state, "history": [{"step": 1, "loss": 2.5}]}
     return {"checkpoint": written(lambda path: checkpoint.save(path, arrays, metadata)),
             "transformer": written(lambda path: save_model(path, model, TOKENIZER, run={"scale": 0.1})),
-            "reward model": written(lambda path: save_model(path, reward_model, TOKENIZER))}
+            "reward model": written(lambda path: save_model(path, reward_model, TOKENIZER)),
+            "results": json.loads((HERE / "corpus" / "results.json").read_text("utf-8")),
+            "experiment": json.loads((HERE / "corpus" / "experiment.json").read_text("utf-8")),
+            "golden index": json.loads((GOLDEN / golden_files.INDEX).read_text("utf-8")),
+            "text": (HERE / "README.md").read_bytes()[:3000], "answers": [
+                "What is 2 + 3?", "Sure! The answer is 5. I hope this helps!", "First 47 + 30 = 77 , then 77 + 5 = 82.",
+                "Well, um, I think the answer is caf\u00e9 \u03c0\u2217 \U0001f600\r\n", ""]}
 
 
 @functools.cache
@@ -63,14 +82,26 @@ def loaded(name):
 @contextlib.contextmanager
 def file_of(content):
     """A path whose file has this content; each process has one path, in memory where there is a place for it."""
-    folder = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
-    path = os.path.join(folder, f"minilm-fuzz-{os.getpid()}")
+    path = os.path.join(SCRATCH, f"minilm-fuzz-{os.getpid()}")
     with open(path, "wb") as file:
         file.write(content)
     try:
         yield path
     finally:
         os.unlink(path)
+
+
+@contextlib.contextmanager
+def folder_of(name, content):
+    """A folder with one file; each process has one folder."""
+    folder = os.path.join(SCRATCH, f"minilm-fuzz-{os.getpid()}-folder")
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, name), "wb") as file:
+        file.write(content)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def signed(arrays, metadata):
@@ -149,6 +180,51 @@ def a_tokenizer(rng):
     return fuzzing.damaged_json(saved, rng).decode("utf-8", rng.choice(("replace", "surrogateescape")))
 
 
+def a_run(rng):
+    return fuzzing.damaged_json({"format": "minilm run", "settings": SETTINGS}, rng)
+
+
+def some_results(rng):
+    return fuzzing.damaged_json(files()["results"], rng)
+
+
+def an_experiment(rng):
+    return fuzzing.damaged_json(files()["experiment"], rng)
+
+
+def a_golden_index(rng):
+    return fuzzing.damaged_json(files()["golden index"], rng)
+
+
+def a_golden_case(rng):
+    """(its entry in the index, the bytes of its file): one of the two is damaged, or the header of an array."""
+    name = rng.choice(("dpo_loss", "sft_loss", "adamw"))
+    entry = files()["golden index"]["cases"][name]
+    content = (GOLDEN / entry["file"]).read_bytes()
+    kind = rng.randrange(4)
+    if kind == 0:
+        return {**entry, "inputs": {key: rng.choice((text, text.replace("4", "10000000000"), "float64[]"))
+                                    for key, text in entry["inputs"].items()}}, content
+    if kind == 1:
+        return entry, fuzzing.damaged_bytes(content, rng)
+    rewritten = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(rewritten, "w", zipfile.ZIP_DEFLATED) as new:
+        damaged = rng.choice(old.namelist())
+        for member in old.namelist():
+            array = old.read(member)
+            new.writestr(member, fuzzing.damaged_bytes(array, rng) if member == damaged else array)
+    return entry, rewritten.getvalue()
+
+
+def a_text_file(rng):
+    return fuzzing.damaged_bytes(files()["text"], rng)
+
+
+def a_text(rng):
+    return fuzzing.damaged_bytes(rng.choice(files()["answers"]).encode(), rng).decode(
+        "utf-8", rng.choice(("replace", "surrogateescape")))
+
+
 # Loaders: what they return can be used.
 
 def read_checkpoint(content):
@@ -174,9 +250,65 @@ def read_tokenizer(text):
     assert Tokenizer.from_json(tokenizer.to_json()).tokens == tokenizer.tokens
 
 
+def read_run(content):
+    """As assistant.py --resume reads run.json."""
+    with folder_of("run.json", content) as folder:
+        assert isinstance(RunFolder.recorded(folder), dict)
+        with RunFolder(folder, True, SETTINGS) as run:
+            assert run.resumed
+
+
+def read_results_json(content):
+    with folder_of("results.json", content) as folder:
+        results = read_results(Path(folder) / "results.json")
+    assert tables.summary(results).encode() and tables.across_seeds([results, results]).encode()
+
+
+def read_experiment(content):
+    with folder_of("sampling.json", content) as folder:
+        result = experiment.read(Path(folder) / "sampling.json")
+    stages, done, pictures = {"Stage": ["sampling"]}, {"sampling": result}, {"sampling": (bytes(24), bytes(24))}
+    assert page.html(stages, done, pictures, "default") and markdown.readme(stages, "default", done)
+
+
+def read_golden_index(content):
+    with folder_of(golden_files.INDEX, content) as folder:
+        index = golden_files.read_index(folder)
+    assert all(isinstance(entry["inputs"], dict) for entry in index["cases"].values())
+
+
+def read_golden_case(contents):
+    entry, content = contents
+    with folder_of("case.npz", content) as folder:
+        arrays = golden_files.read_case(folder, {**entry, "file": "case.npz"})
+    assert arrays.keys() == entry["inputs"].keys() | entry["results"].keys()
+
+
+def read_text_file(content):
+    with file_of(content) as path:
+        text = data.read_text(path)
+    assert text.strip() and "\0" not in text and TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+def speak(text):
+    """Every function that takes the text of a user or of a model."""
+    question = tasks.draw_questions(np.random.default_rng(0), 1)[0]
+    prompt, response = data.encode_dialogue(TOKENIZER, text, text)
+    assert data.decode_response(TOKENIZER, response).strip() == text.strip()
+    assert prompt == data.encode_prompt(TOKENIZER, text) and response == data.encode_response(TOKENIZER, text)
+    assert np.isfinite(annotators.gold_reward(question, text)) and annotators.is_right(question, text) in (True, False)
+    assert "\n" not in terminal.one_line(text) and "".join(split(text)) == text
+    assert Tokenizer.train(text, 270).vocab_size <= 270
+
+
 LOADERS = {"checkpoint.load": (read_checkpoint, a_checkpoint, CheckpointError),
            "load_model": (read_model, a_model_file, CheckpointError),
-           "Tokenizer.from_json": (read_tokenizer, a_tokenizer, ValueError)}
+           "Tokenizer.from_json": (read_tokenizer, a_tokenizer, ValueError),
+           "run.json": (read_run, a_run, UsageError), "results.json": (read_results_json, some_results, UsageError),
+           "an experiment's results": (read_experiment, an_experiment, UsageError),
+           "the golden index": (read_golden_index, a_golden_index, UsageError),
+           "a golden case": (read_golden_case, a_golden_case, UsageError),
+           "data.read_text": (read_text_file, a_text_file, ValueError), "text": (speak, a_text, ValueError)}
 
 
 def assert_no_fault(loader, count):
@@ -257,6 +389,68 @@ FOUND = {
         final_norm=np.ones(4, np.int64))), "final_norm is int64"),
     "a weight that is NaN": ("load_model", lambda: model_with(lambda arrays: arrays["embedding"].put(5, np.nan)),
                              r"embedding, entry \(1, 1\), is nan"),
+}
+
+
+def with_entry(name, path, value):
+    """The bytes of a real file of JSON with another value at the place `path`."""
+    tree = json.loads(json.dumps(files()[name]))
+    node = tree
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return json.dumps(tree).encode()
+
+
+def zipped(**members):
+    """A case of the golden vectors as a file whose arrays are these bytes, and its entry in an index."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return file.getvalue()
+
+
+def header_of(shape):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+RUN = {"format": "minilm run", "settings": SETTINGS}
+FOUND |= {
+    "settings of a run as a list": ("run.json", lambda: json.dumps({**RUN, "settings": [["seed", 0]]}).encode(),
+                                    "not a file of minilm"),
+    "a run nested 100,000 deep": ("run.json", lambda: b"[" * 100_000, "not a file of minilm"),
+    "a setting of a run with a newline": ("run.json", lambda: json.dumps(
+        {**RUN, "settings": {**SETTINGS, "seed\n": 0}}).encode(), "other settings"),
+    "results in UTF-16": ("results.json", lambda: json.dumps(files()["results"]).encode("utf-16"), "no UTF-8 text"),
+    "a reward that is NaN": ("results.json", lambda: with_entry("results", ["rows", 0, "gold_reward"], float("nan")),
+                             r"'rows\[0\].gold_reward' is nan"),
+    "a KL of 10^400": ("results.json", lambda: with_entry("results", ["rows", 1, "kl_sequence"], 10 ** 400),
+                       r"'rows\[1\].kl_sequence' is 1000"),
+    "a stage that does not exist": ("results.json", lambda: with_entry("results", ["rows", 0, "stage"], "grpo"),
+                                    "its rows are of the stages grpo, sft"),
+    "no step of pretraining": ("results.json", lambda: with_entry("results", ["history", "base"], []),
+                               "'history.base' is"),
+    "a turning point after the last step": ("results.json", lambda: with_entry(
+        "results", ["turning_point", "step"], 99), "the turning point is step 99"),
+    "an answer of three parts": ("results.json", lambda: with_entry("results", ["examples", 0, "sft"], ["a", True, 1]),
+                                 "the answer of sft"),
+    "a question that is no text": ("results.json", lambda: with_entry("results", ["examples", 0, "question"], "\ud800"),
+                                   r"question' is '\\ud800'"),
+    "an unknown outcome": ("an experiment's results", lambda: with_entry("experiment", ["outcome"], "proved"),
+                           "the outcome is 'proved'"),
+    "an interval with one end": ("an experiment's results", lambda: with_entry(
+        "experiment", ["comparisons", 0, "interval"], [0.0]), "an interval has two ends"),
+    "lines of different lengths": ("an experiment's results", lambda: with_entry("experiment", ["table", 0], ["n"]),
+                                   "different lengths"),
+    "a file outside the folder": ("the golden index", lambda: with_entry(
+        "golden index", ["cases", "sft_loss", "file"], "../../secret.npz"), "no name of a file in this folder"),
+    "an array of 10^10 numbers": ("a golden case", lambda: (
+        {"inputs": {"x": "float64[10000000000]"}, "results": {}}, zipped(x=header_of((10 ** 10,)))), "not the bytes"),
+    "an array of objects": ("a golden case", lambda: (
+        {"inputs": {"x": "object[2]"}, "results": {}}, zipped(x=header_of((2,)))), "damaged, or not as its index"),
 }
 
 

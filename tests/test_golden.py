@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import golden
+import golden_files
 from helpers import assert_close
 from minilm import objectives
 from minilm.gradcheck import relative_error
@@ -36,8 +37,7 @@ DIFFERENTIATED = [name for name, entry in INDEX["cases"].items() if any(key[0] =
 def load(name, folder=COMMITTED):
     """A case as a user of the files loads it: inputs, results, options."""
     entry = INDEX["cases"][name]
-    with np.load(folder / entry["file"]) as file:
-        arrays = {key: file[key] for key in file.files}
+    arrays = golden_files.read_case(folder, entry)
     return ({key: arrays[key] for key in entry["inputs"]}, {key: arrays[key] for key in entry["results"]},
             entry.get("options", {}))
 

@@ -28,8 +28,8 @@ LEVELS = """
 # The files of the mathematics. All but exact, which trains models too, stand without the fast path.
 READER = ("plain", "tensor", "ops", "gradcheck", "objectives", "exact")
 # Folders of scripts that scripts import from, and the helpers that lie beside the benchmarks.
-SHARED_BY_SCRIPTS = {"support", "common", "worlds", "golden_inputs", "gpu_measuring", "hf_llama", "library_process",
-                     "measuring", "mutants_table", "torch_llama", "trl_trainers"}
+SHARED_BY_SCRIPTS = {"support", "common", "worlds", "golden_files", "golden_inputs", "gpu_measuring", "hf_llama",
+                     "library_process", "measuring", "mutants_table", "torch_llama", "trl_trainers"}
 FUNCTION_LINES = 40             # without its docstring
 TUPLE_ASSIGNMENTS = 0.05
 

@@ -42,6 +42,7 @@ from minilm.optim import AdamW
 from minilm.tensor import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
+from golden_files import FORMAT, INDEX, read_index  # noqa: E402
 from golden_inputs import (  # noqa: E402
     activations,
     comparisons,
@@ -56,8 +57,6 @@ from golden_inputs import (  # noqa: E402
 from support.command_line import Parser, whole  # noqa: E402
 from support.run_folder import UsageError, main_guard  # noqa: E402
 
-FORMAT = {"format": "minilm golden vectors", "version": 1}
-INDEX = "index.json"
 CONVENTIONS = dict(line.split(": ", 1) for line in __doc__.split("\n\n")[3].replace("\n    ", " ").splitlines())
 TOLERANCE = {"error": "max|yours - ours| / max(max|ours|, 1e-3), of each array", "float64": 1e-10, "float32": 1e-4}
 SIZES = {"small": types.SimpleNamespace(B=4, T=6, P=2, K=3, V=9, D=6, H=4, head=4, F=5),
@@ -271,8 +270,8 @@ def main():
     header = {**FORMAT, "seed": asked.seed, "size": asked.size}
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        same = header.items() <= json.loads((folder / INDEX).read_text("utf-8")).items()
-    except (OSError, ValueError, AttributeError, RecursionError):
+        same = header.items() <= read_index(folder).items()
+    except UsageError:
         same = not any(folder.iterdir())
     if not same:
         raise UsageError(f"{folder} is not empty, and no golden set of this seed and size. Choose another --out.")

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from minilm.checkpoint import one_line
 from support.run_folder import UsageError
 
 MOST_WORKERS = 64
@@ -104,7 +105,7 @@ def read_text(path: str | Path, hint: str) -> str:
         cause = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise UsageError(f"{path}: {cause}. {hint}") from error
     except ValueError as error:
-        raise UsageError(f"{path} is no UTF-8 text ({error}). {hint}") from error
+        raise UsageError(f"{path} is no UTF-8 text ({one_line(error)}). {hint}") from error
 
 
 def read_json(path: str | Path, hint: str) -> dict:
@@ -112,7 +113,7 @@ def read_json(path: str | Path, hint: str) -> dict:
     try:
         content = json.loads(read_text(path, hint))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON, or damaged ({error}). {hint}") from error
+        raise UsageError(f"{path} is no JSON, or damaged ({one_line(error)}). {hint}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a JSON {type(content).__name__}, not an object {{...}}. {hint}")
     return content
@@ -126,5 +127,5 @@ def relying_on(path: str | Path, hint: str):
             warnings.simplefilter("ignore")             # the error says more
             yield
     except DAMAGE as error:
-        raise UsageError(f"{path} is damaged, or of another version ({type(error).__name__}: {error}). "
+        raise UsageError(f"{path} is damaged, or of another version ({type(error).__name__}: {one_line(error)}). "
                          f"{hint}") from error

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
-from support.command_line import Parser, read_json, relying_on  # noqa: E402
+from support.command_line import Parser, relying_on  # noqa: E402
+from support.results import ADVICE, read_results  # noqa: E402
 from support.run_folder import UsageError, main_guard, require  # noqa: E402
 from support.tables import NAMES, across_seeds, summary  # noqa: E402
 
@@ -217,19 +218,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("folders", metavar="FOLDER", nargs="+", help="of a finished run of scripts/assistant.py")
     folders = [Path(folder) for folder in parser.parse_args(arguments).folders]
-    hint = "Give folders of finished runs of scripts/assistant.py."
-    runs = {folder / "results.json": read_json(folder / "results.json", hint) for folder in folders}
-    for path, run in runs.items():
-        if "trial" not in run:
-            raise UsageError(f"{path} is damaged, or of an older version of scripts/assistant.py. Run it again.")
-        with relying_on(path, hint):
-            across_seeds([run])
+    runs = {folder / "results.json": read_results(folder / "results.json") for folder in folders}
     if len(folders) > 1:
         print(across_seeds(list(runs.values())))
         return
     require("matplotlib")
     for path, run in runs.items():
-        with relying_on(path, hint):
+        with relying_on(path, ADVICE):
             text = summary(run)
             training_curves(run, path.parent / "training_curves.png")
             reward_against_kl(run, path.parent / "reward_against_kl.png")

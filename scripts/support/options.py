@@ -28,7 +28,8 @@ def parse(description: str, sizes: Iterable[str], tokens_of_a_step: int) -> argp
         raise UsageError(f"--seed {options.seed} must not be negative")
     if options.workers is None:
         recorded = RunFolder.recorded(options.out).get("workers") if options.resume else None
-        options.workers = recorded or (workers_for(tokens_of_a_step) if options.device == "cpu" else 1)
+        fitting = workers_for(tokens_of_a_step) if options.device == "cpu" else 1
+        options.workers = recorded if type(recorded) is int else fitting    # a damaged run.json may hold anything
     if not 1 <= options.workers <= MOST_WORKERS:
         raise UsageError(f"--workers {options.workers} must be from 1 to {MOST_WORKERS}; this machine has "
                          f"{os.cpu_count()} cores")

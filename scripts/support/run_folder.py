@@ -164,11 +164,12 @@ class RunFolder:
     def _check_settings(self, started):
         def show(settings, name):
             return json.dumps(settings[name], sort_keys=True) if name in settings else "absent"
-        differences = [f"{name} was {show(started, name)} and is now {show(self.fingerprint, name)}"
+        differences = [f"{name:.80} was {show(started, name):.80} and is now {show(self.fingerprint, name):.80}"
                        for name in sorted(started.keys() | self.fingerprint.keys())
                        if show(started, name) != show(self.fingerprint, name)]
         if differences:
-            raise UsageError(f"{self.folder} holds a run with other settings: {', '.join(differences)}. "
+            shown = " ".join(", ".join(differences).split())      # names of a damaged file may hold newlines
+            raise UsageError(f"{self.folder} holds a run with other settings: {shown}. "
                              "Resume it with the settings that it was started with, or choose another --out.")
 
     def _read_run(self):
@@ -176,9 +177,9 @@ class RunFolder:
         path = self.path(RUN)
         try:
             content = json.loads(path.read_text("utf-8"))
-            if content["format"] != FORMAT:
+            if content["format"] != FORMAT or not isinstance(content["settings"], dict):
                 raise ValueError("another format")
-            return dict(content["settings"])
+            return content["settings"]
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, RecursionError) as error:

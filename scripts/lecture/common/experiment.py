@@ -72,12 +72,10 @@ from minilm.fast import workers
 from minilm.model import Config, Transformer
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from support.command_line import MOST_WORKERS, Parser, read_json, relying_on, whole  # noqa: E402
-from support.run_folder import UsageError, main_guard, require  # noqa: E402
+from common.written import RUN_FIRST, SECTIONS, TRIAL, read  # noqa: E402
+from support.command_line import MOST_WORKERS, Parser, relying_on, whole  # noqa: E402
+from support.run_folder import main_guard, require  # noqa: E402
 
-RUN_FIRST = "Run it first, without --redraw."
-TRIAL = "a trial"                       # the outcome of every experiment at --quick
-SECTIONS = ("Claim", "Test", "Rule", "Limits", "Source")
 # Legible on white and on black.
 COLOURS = ("#2f7ed8", "#d9792b", "#3f9b5f", "#b65fc0", "#c94f4f", "#8a8a8a")
 STYLES = {"": {"text": "#1d1d1f", "faint": "#b4b4b8", "ground": "#ffffff"},
@@ -304,14 +302,6 @@ def _measured(experiment, measure, seeds, settings, processes):
             "seconds": round(time.monotonic() - experiment.began, 1), "workers": processes,
             "dtype": experiment.dtype.name, "date": datetime.date.today().isoformat(), "machine": _machine(),
             "by_seed": measured}
-
-
-def read(path: str | Path) -> dict:
-    """What an experiment wrote. Raises UsageError if it cannot be read, or is not of that experiment."""
-    result = read_json(path, RUN_FIRST)
-    if result.get("experiment", Path(path).stem) != Path(path).stem or "size" not in result:
-        raise UsageError(f"{path} holds no results of the experiment {Path(path).stem}. {RUN_FIRST}")
-    return result
 
 
 def _write(path, data):

@@ -1,0 +1,44 @@
+"""The file that an experiment wrote, checked when it is read: the page and the tables show any file that passes.
+
+Tests: tests/test_fuzz.py.
+"""
+
+import reprlib
+from pathlib import Path
+
+from common.intervals import OUTCOMES
+from support.json_files import fault, read_shaped
+from support.run_folder import UsageError
+
+RUN_FIRST = "Run it first, without --redraw."
+TRIAL = "a trial"                       # the outcome of every experiment at --quick
+SECTIONS = ("Claim", "Test", "Rule", "Limits", "Source")
+SEVERAL = ([{"name": str, "mean": (float, None), "interval": [(float, None)], "asked": str, "outcome": str}], [])
+SHAPE = {**dict.fromkeys((*SECTIONS, "title", "outcome", "words", "date", "machine", "size"), str),
+         "settings": {str: object}, "by_seed": ([object], []), "seeds": [int], "seconds": float, "workers": int,
+         "table": [[(str, float, None)]], "comparisons": SEVERAL, "conditions": SEVERAL}
+
+
+def read(path: str | Path) -> dict:
+    """What an experiment wrote. Raises UsageError if it cannot be read, or is not of that experiment."""
+    result = read_shaped(path, SHAPE, RUN_FIRST)
+    if found := _fault(result, Path(path).stem):
+        raise UsageError(f"{path}: damaged, or of another version: {found}. {RUN_FIRST}")
+    return result
+
+
+def _fault(result, name):
+    """What does not fit together among values that each have their type, or None."""
+    if result.get("experiment", name) != name:
+        return f"it holds results of the experiment {reprlib.repr(result['experiment'])}"
+    if found := fault(result.get("findings", []), SEVERAL, "findings"):
+        return found
+    compared = [c for kind in ("comparisons", "conditions", "findings") for c in result.get(kind, [])]
+    if any(len(c["interval"]) != 2 for c in compared):
+        return "an interval has two ends"
+    for outcome in [result["outcome"], *(c["outcome"] for c in compared)]:
+        if outcome not in (*OUTCOMES, TRIAL):
+            return f"the outcome is {reprlib.repr(outcome)}"
+    if len({len(line) for line in result["table"]}) > 1:
+        return "the lines of its table have different lengths"
+    return None

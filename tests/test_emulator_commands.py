@@ -67,7 +67,7 @@ def test_help_lists_the_modules_and_their_sizes(capsys):
     (["attention", "--T", "abc"], "--T abc: expected a whole number"),
     (["attention", "--T", "-1"], "--T -1: expected a number of at least 0"),
     (["attention", "--T", "1000000000"], "--T 1000000000: expected a number of at most"),
-    (["attention", "--G", "0"], "attention --G 0: integer modulo by zero"),
+    (["attention", "--G", "0"], "attention --G 0: (integer modulo|division) by zero"),
     (["log_probs", "--V", "0"], "log_probs --V 0"),
     (["attention", "--seed", "-1"], "--seed: '-1' must be a whole number of at least 0"), (["--nosuch"], "required"),
     (["attention", "--K", "24"], "head width 24; this kernel supports 16, 32, 64, 128"),

@@ -44,7 +44,7 @@ def train_reward_model(state: TrainState, prompts: Sequence, chosen: Sequence, r
 
         batches = [drawn[s] for s in shards(batch_size, microbatches or state.workers)]
         rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
-        metrics, rewards = train_step(state, loss, batches, rate, "reward model",
-                                      drawn=[drawn, *(side[i] for side in (prompts, chosen, rejected) for i in drawn.tolist())])
+        metrics, rewards = train_step(state, loss, batches, rate, "reward model", drawn=[
+            drawn, *(side[i] for side in (prompts, chosen, rejected) for i in drawn.tolist())])
         return {**metrics, **reward_metrics(*map(concatenate, zip(*rewards)))}
     return repeat(step, state, steps)

@@ -90,7 +90,7 @@ def wrongly_masked(training, reference, reward, prompts, steps, counts):
             return policy_gradient_loss(policy.log_probs(batch.tokens), A, counted), None
 
         rate = warmup_cosine(training.step, steps, RATE, warmup=min(5, steps // 10 + 1), floor=0.3)
-        metrics, _ = train_step(training, loss, [None], rate, "wrongly masked rlhf")
+        metrics, _ = train_step(training, loss, [None], rate, "wrongly masked rlhf", drawn=[batch.tokens])
         yield {**metrics, **policy_gradient_metrics(rewards, kl, counted),
                "entropy": samples.entropies[samples.mask > 0].mean()}
 

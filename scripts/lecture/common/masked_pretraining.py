@@ -52,5 +52,5 @@ def masked_pretraining(training: TrainState, draw: Callable, steps: int, batch_s
 
         parts = shards(len(tokens), microbatches or training.workers)
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(50, steps // 10 + 1))
-        metrics, _ = train_step(training, loss, parts, rate, "masked pretraining")
+        metrics, _ = train_step(training, loss, parts, rate, "masked pretraining", drawn=[tokens, hidden])
         yield {**metrics, "trained_tokens": total}

@@ -273,11 +273,12 @@ def test_labels_of_the_figures_fit_into_their_figure_and_their_axes(drawn):
 
 
 def test_the_labels_of_the_betas_do_not_overlap_and_the_square_root_axis_is_named(drawn):
+    from matplotlib.text import Text
     figure = drawn["reward_against_kl"]
     figure.draw_without_rendering()
     axis = figure.axes[0]
     assert "square-root axis" in axis.get_xlabel() and "square-root" not in figure.axes[1].get_xlabel()
-    from matplotlib.text import Text        # the box of the words; an annotation's own box includes its line to the point
+    # The boxes of the words: that of an annotation would include its line to the point.
     boxes = [Text.get_window_extent(text) for text in axis.texts if text.get_text().startswith("β=")]
     assert len(boxes) == 3      # two runs of RLHF and one of DPO
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

@@ -33,7 +33,7 @@ class AdamW:
 
     The parameters move into one flat array, which owns them (fast/flat_parameters.py): make one optimiser for a model,
     after the model is on its device, and afterwards write p.assign(x) instead of p.data = x. Otherwise the next
-    zero_grad, clip or step raises RuntimeError with the name of the parameter.
+    zero_grad, clip, step or state raises RuntimeError with the name of the parameter.
     group: worker processes that share the update. Raises TypeError for parameters of several dtypes, ValueError for
     parameters that share memory, and for a setting out of range: here, and in step if it was changed since.
     """
@@ -156,6 +156,7 @@ class AdamW:
 
     def state(self) -> dict[str, np.ndarray]:
         """Arrays to save: moments m and v, and the number of updates of each parameter, `steps`. See load_state."""
+        self.flat.check_owned()
         return {"m": self.m, "v": self.v, "steps": self.updates}
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:

@@ -435,7 +435,7 @@ def test_an_optimiser_that_is_made_after_backward_uses_its_gradients(again, rng)
 # Parameters that have left their optimiser.
 
 USES = {"zero_grad": lambda optimizer: optimizer.zero_grad(), "clip": lambda optimizer: optimizer.clip(1.0),
-        "step": lambda optimizer: optimizer.step()}
+        "step": lambda optimizer: optimizer.step(), "state": lambda optimizer: optimizer.state()}
 
 
 @pytest.mark.parametrize("use", USES)

@@ -540,6 +540,15 @@ def test_a_change_of_one_parameter_is_noticed_with_its_name_also_if_it_is_frozen
         loss.backward()
 
 
+@pytest.mark.parametrize("used", ["first", "second", "third"])
+def test_every_parameter_that_is_marked_is_noticed_under_its_own_name(used, rng):
+    parameters = {name: normal(rng, 3) for name in ("first", "second", "third")}
+    loss = ops.tanh(parameters[used]).sum()
+    mark_changed(parameters, "my_update")
+    with pytest.raises(RuntimeError, match=f"parameter '{used}', .* by my_update after tanh"):
+        loss.backward()
+
+
 def test_a_changed_parameter_raises_before_any_gradient_is_added(rng):
     x, w = normal(rng, 3), normal(rng, 3)
     loss = (x * w + ops.tanh(x)).sum()
@@ -564,6 +573,12 @@ def test_a_constant_that_changed_in_place_raises(rng):
     constant.assign(np.zeros(3))
     with pytest.raises(RuntimeError, match=r"a Tensor of shape \(3,\) was changed in place by assign after multiply"):
         loss.backward()
+
+
+def test_a_checkpoint_of_the_identity_has_the_gradient_1(rng):
+    x = normal(rng, 3)
+    activation_checkpoint(lambda x: x, x * 2.0).backward(np.ones(3))
+    assert np.array_equal(x.grad, np.full(3, 2.0))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

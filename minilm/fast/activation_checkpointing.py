@@ -30,7 +30,8 @@ def activation_checkpoint(function: Callable[..., Tensor], *inputs: Tensor) -> T
         leaves = [Tensor(array, requires_grad=True) for array in arrays]
         with recording(True):                   # backward itself may have been called under no_grad
             again = function(*leaves)
-            for n in history(again.node):       # as if recorded in the forward pass: no leaf may have changed since
+            # As if they were recorded in the forward pass: no leaf may have changed since. An identity has no node.
+            for n in history(again.node) if again.node else ():
                 n.since = node.since
             again.backward(dy)
         return tuple(array_module(a).zeros_like(a) if leaf.grad is None else leaf.grad

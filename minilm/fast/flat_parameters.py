@@ -100,6 +100,11 @@ class FlatParameters:
         block = self.size if is_cupy(self.data) else BLOCK
         return [slice(i, min(i + block, stop)) for i in range(start, stop, block)]
 
+    def check_owned(self) -> None:
+        """Raises RuntimeError if a parameter has another array than the view of it here, with its name."""
+        for owned in self._owned:
+            self._check_owned(*owned)
+
     def zero_grad(self) -> None:
         """Drop the gradients. The next backward writes over them, unless somebody has kept one, or a view of one: then
         it writes to new memory (with several workers the memory is shared and stays: copy a gradient to keep it)."""

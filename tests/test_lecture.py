@@ -605,6 +605,22 @@ def test_the_readme_has_the_claims_and_the_rules_in_markdown_with_links(run, cap
     assert (run.scripts / "README.md").read_text() == out and (run.figures / "two.png").exists()
 
 
+def test_the_measured_cell_ends_with_the_comparison_on_which_the_outcome_depends():
+    comparison = {"name": "far", "mean": 2.0, "interval": [1.9, 2.1], "asked": "above 0", "outcome": "shown",
+                  "by_seed": [1.9, 2.0, 2.1]}
+    near = {**comparison, "name": "near", "mean": 0.25, "interval": [0.05, 0.45], "asked": "above 0"}
+    open_ = {**comparison, "name": "open", "mean": 0.06, "interval": [-0.123, 0.456], "outcome": "undecided",
+             "asked": "above -0.1 and below 0.1"}
+    endless = {**open_, "name": "endless", "mean": None, "interval": [None, 1.0]}
+    assert markdown.decided_by({"comparisons": [comparison, near]}).startswith("Decided by: near, 0.25 [0.05, 0.45]")
+    assert markdown.decided_by({"comparisons": [near, open_, comparison]}) == (
+        "Decided by: open, 0.06 [-0.123, 0.456] over 3 seeds, asked above -0.1 and below 0.1.")
+    assert markdown.decided_by({"comparisons": [near, {**open_, "outcome": "not shown"}, open_]}).startswith(
+        "Decided by: open")
+    assert "endless, none [none, 1] over 3 seeds" in markdown.decided_by({"comparisons": [near, endless]})
+    assert markdown.decided_by({}) == ""
+
+
 def test_the_readmes_figures_are_small_and_from_a_palette(run, drawing, capsys, monkeypatch):
     monkeypatch.setattr(lecture, "FIGURE_BYTES", 1000)
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)

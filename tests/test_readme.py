@@ -52,6 +52,14 @@ def test_the_front_page_links_to_the_others():
         assert f"({folder}" in front or page.parent == ROOT or "mutants" in folder, page
 
 
+def test_the_front_page_counts_the_outcomes_as_the_page_of_the_lecture_does():
+    front = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    lecture = (ROOT / "scripts" / "lecture" / "README.md").read_text("utf-8")
+    outcomes, = re.findall(r"claims tested: (\d.*)\.$", lecture, re.MULTILINE)
+    seeds, = re.findall(r", (\d+ to \d+ seeds) per experiment", lecture)
+    assert f"claims: {outcomes}, by 95% intervals over {seeds}." in front
+
+
 def test_the_front_page_has_at_most_200_lines_and_starts_with_a_figure():
     lines = (ROOT / "README.md").read_text("utf-8").splitlines()
     assert len(lines) <= 200

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from common import glossary
 from common.experiment import TRIAL
+from common.intervals import as_number
 from common.text import first_sentence
 
 HEADER = """# The lecture, claim by claim
@@ -17,6 +18,7 @@ minilm follows the lecture "Prompting, Instruction Finetuning, and RLHF" of Stan
 DPO). Each of its {claims} claims is one experiment in this folder. Words of the table:
 
 """
+WORST_FIRST = ("not shown", "undecided", "shown")
 READING = """
 ## How to read it
 
@@ -61,10 +63,30 @@ def table(stages: dict, done: dict) -> str:
         for name in names:
             result = done[name]
             cells = map(as_cell, (result["Claim"], first_sentence(result["Rule"]), result["outcome"],
-                                  first_sentence(result["words"])))
+                                  f"{first_sentence(result['words'])} {decided_by(result)}"))
             lines.append(f"| {' | '.join(cells)} | [{name}.py]({name}.py), [figure](figures/{name}.png) |")
         lines += [""] * bool(names)
     return "\n".join(lines)
+
+
+def decided_by(result: dict) -> str:
+    """The comparison on which the outcome depends most, as a sentence: its mean, interval, margin and seeds.
+
+    Of the comparisons with the worst outcome it is the one whose interval is nearest to its margin.
+    """
+    def order(comparison):
+        low, high = comparison["interval"]
+        margins = [float(number) for number in re.findall(r"-?[0-9.]+", comparison["asked"])]
+        if comparison["mean"] is None or None in (low, high):
+            return WORST_FIRST.index(comparison["outcome"]), 0
+        gap = min(abs(comparison["mean"] - margin) for margin in margins)
+        return WORST_FIRST.index(comparison["outcome"]), gap / max(high - low, 1e-9)
+    if not result.get("comparisons"):
+        return ""
+    c = min(result["comparisons"], key=order)
+    interval = ", ".join(map(as_number, c["interval"]))
+    return (f"Decided by: {c['name']}, {as_number(c['mean'])} [{interval}] over {len(c['by_seed'])} seeds, "
+            f"asked {c['asked']}.")
 
 
 def words() -> str:

@@ -18,6 +18,7 @@ from minilm import evaluate, layers, ops
 from minilm.backend import array_module, is_cupy, to_device, to_numpy
 from minilm.checkpoint import load_into
 from minilm.data import make_batch
+from minilm.diverged import Diverged
 from minilm.fast.flat_parameters import shares_parameters
 from minilm.generate import generate
 from minilm.gradcheck import GradientError, gradcheck
@@ -171,9 +172,9 @@ def test_tokens_outside_the_vocabulary_raise_before_they_are_moved(rng):
     model = on_gpu(small_transformer(rng))
     with pytest.raises(IndexError, match="tokens holds 7, which is not in the vocabulary of 7"):
         model([[1, 7]])
-    with pytest.raises(IndexError, match="indices from -1"):
+    with pytest.raises(IndexError, match="generate: prompt 0 holds -1, which is not in the vocabulary of 7"):
         generate(model, [[-1]], 2, np.random.default_rng(0), eos=0)
-    with pytest.raises(IndexError, match="targets from 1 to 9"):
+    with pytest.raises(IndexError, match="targets holds 9, which is not in the vocabulary of 7"):
         model.response_log_probs(pack([[1]], [[1, 9]]))
 
 
@@ -301,6 +302,20 @@ def test_the_same_tokens_are_drawn_with_the_same_log_probs(config, settings, rng
     assert settings == {"temperature": 0} or len({*here.mask.sum(axis=1)}) > 3
     assert_close(there.log_probs, here.log_probs)
     assert_close(there.entropies, here.entropies)
+
+
+def test_several_end_tokens_and_prompts_and_uniforms_of_the_gpu_give_numpys_tokens(cupy, rng):
+    model, prompts, uniforms = small_transformer(rng), np.array([[1, 2], [3, 4], [1, 2]]), rng.random((3, 8))
+    here = generate(model, prompts, 8, uniforms, eos=[0, 3])
+    there = generate(on_gpu(model), cupy.asarray(prompts), 8, cupy.asarray(uniforms), eos=[0, 3])
+    assert there.responses() == here.responses()
+
+
+def test_logits_that_are_no_numbers_end_generation_with_step_row_and_tensor(rng):
+    model = on_gpu(small_transformer(rng))
+    model.parameters()["final_norm"].data[:] = np.nan
+    with pytest.raises(Diverged, match="generate, step 1, row 0: .* the parameter final_norm, "):
+        generate(model, PROMPTS, 3, rng, eos=0)
 
 
 # Objectives: log-probs on the GPU, everything else on the CPU.

@@ -36,8 +36,9 @@ def rms_norm(x, weight, eps: float = 1e-6, kernel: bool = True):
     The second term of dx comes from dr/dx = -r^3 x / D. Raises ValueError for another weight, and for eps below 0.
     Zhang and Sennrich 2019, arXiv:1910.07467.
     """
-    if weight.shape != x.shape[-1:] or not 0 <= eps < float("inf"):
-        raise ValueError(f"expected x (..,D), weight (D,), eps at least 0; got {x.shape}, {weight.shape}, {eps}")
+    shape = getattr(weight, "shape", ())
+    if shape != x.shape[-1:] or not 0 <= eps < float("inf"):
+        raise ValueError(f"expected x (..,D), weight (D,), eps at least 0; got {x.shape}, {shape}, {eps}")
     if kernel and is_cupy(x):
         from minilm.kernels import layers as on_gpu
         return on_gpu.rms_norm(x, weight, eps)

@@ -6,7 +6,8 @@ them: AdamW.step, checkpoint.load_into, TrainState.restore, Tensor.assign. A mar
 (tensor.Node) take their numbers from one counter, and a parameter has changed since a call if its mark is the later
 of the two. It costs one comparison for each use of a parameter.
 A write that no function marks, such as p.data[...] = x, is not noticed (PyTorch does not notice it either). Use
-p.assign(x), or mark_changed.
+p.assign(x), or mark_changed. Arrays beside Tensors (tokens, masks, advantages) need no mark, because a recorded call
+copies them; on a GPU it copies integers and masks alone.
 Tests: tests/test_tensor.py, tests/test_optim.py.
 """
 

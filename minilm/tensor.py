@@ -292,9 +292,9 @@ def primitive(function: Callable) -> Callable:
             bound.apply_defaults()                              # and defaults fill the gaps between them
             inputs, options = bound.args, bound.kwargs
         recorded = grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-        as_array = _kept if recorded else _array
+        as_array, kept = (_kept, _kept_option) if recorded else (_array, _array)
         arrays = [as_array(x) for x in inputs]                              # (1) Tensors to arrays
-        options = {key: o if isinstance(o, (tuple, list)) else as_array(o) for key, o in options.items()}
+        options = {key: kept(option) for key, option in options.items()}
         try:
             array_module(*(x.data for x in inputs if isinstance(x, Tensor)))
             output, vjp = _checked(function(*arrays, **options))            # (2) the call
@@ -345,14 +345,20 @@ def _array(x):
 
 
 def _kept(x):
-    """_array of an argument that a vjp may keep. Integers and masks are copied, also those in an index: they are small,
-    and the caller may write other tokens to their memory before backward. Floats beside Tensors are not copied."""
+    """_array of an argument that a vjp may keep. Arrays beside Tensors are copied, also those in an index: they are
+    small, and the caller may overwrite a buffer before backward. On a GPU a copy costs a launch: integers and masks."""
     kind = type(x)
     if kind is Tensor:
         return x.data
     if kind is np.ndarray or hasattr(x, "dtype") and is_cupy(x):
-        return x.copy() if x.dtype.kind in "iub" else x
+        return x.copy() if x.dtype.kind in ("iubf" if kind is np.ndarray else "iub") else x
     return kind(map(_kept, x)) if kind in (list, tuple) else _array(x)
+
+
+def _kept_option(x):
+    """The same of an argument by name, among which only integers and masks are copied: another may be an output."""
+    is_float = isinstance(x, np.ndarray) and x.dtype.kind == "f"
+    return x if is_float or isinstance(x, (list, tuple)) else _kept(x)
 
 
 def _call(name, arrays):

@@ -16,6 +16,10 @@ from minilm.fast.activation_checkpointing import activation_checkpoint
 from minilm.gradcheck import gradcheck
 from minilm.in_place import mark_changed
 from minilm.model import RewardModel
+from minilm.objectives import kl
+from minilm.objectives.dpo import dpo_loss
+from minilm.objectives.policy_gradient import policy_gradient_loss, ppo_clip_loss
+from minilm.objectives.sft import sft_loss
 from minilm.optim import AdamW
 from minilm.packing import pack, scatter
 from minilm.tensor import arrays_only, grad_enabled, watching
@@ -640,6 +644,38 @@ def test_indices_and_masks_may_be_overwritten_before_backward(name, rng):
         y.backward(np.random.default_rng(8).normal(size=y.shape))
         gradients.append(x.grad)
     assert np.array_equal(*gradients)
+
+
+# Each: a loss of log-probs (4,6), or their row sums, and of arrays, which are overwritten after the forward pass.
+OBJECTIVES = {
+    "policy_gradient_loss": (policy_gradient_loss, [np.array([1.0, -2.0, 0.5, 3.0]), np.eye(4, 6)]),
+    "policy_gradient_loss, by token": (policy_gradient_loss, [np.arange(24.0).reshape(4, 6), np.eye(4, 6, dtype=bool)]),
+    "ppo_clip_loss": (ppo_clip_loss, [-np.ones((4, 6)), np.array([1.0, -2.0, 0.5, 3.0]), np.ones((4, 6))]),
+    "sft_loss": (sft_loss, [np.eye(4, 6)]),
+    "k2": (lambda x, ref: kl.k2(x, ref).sum(), [-np.arange(24.0).reshape(4, 6) / 9]),
+    "k3": (lambda x, ref: kl.k3(x, ref).sum(), [-np.arange(24.0).reshape(4, 6) / 9]),
+    "dpo_loss": (lambda x, *ref: dpo_loss(ops.sum(x, axis=1), ops.sum(x * x, axis=1), *ref),
+                 [-np.ones(4), -np.arange(4.0)]),
+    "multiply": (lambda x, a: (x * a).sum(), [np.arange(6.0)]),
+    "divide": (lambda x, a: (a / x).sum(), [np.arange(6.0)]),
+    "matmul": (lambda x, a: (x @ a).sum(), [np.arange(12.0).reshape(6, 2)]),
+    "rope": (lambda x, cos, sin: layers.rope(x.reshape(1, 1, 4, 6), cos, sin).sum(),
+             [np.ones((4, 3)), np.arange(12.0).reshape(4, 3)]),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_arrays_beside_log_probs_may_be_overwritten_before_backward(name, rng):
+    function, arrays = OBJECTIVES[name]
+    gradients = []
+    for overwritten in (False, True):
+        x, given = normal(np.random.default_rng(7), 4, 6), [a.copy() for a in arrays]
+        loss = function(x, *given)
+        for a in given if overwritten else ():
+            a[...] = a[::-1] if a.dtype == bool else rng.normal(size=a.shape)
+        loss.backward()
+        gradients.append(x.grad)
+    assert np.array_equal(*gradients) and gradients[0].any()
 
 
 def test_arguments_of_a_readers_own_primitive_are_copied_too(rng):

@@ -114,8 +114,9 @@ def scatter(values, mask):
     """
     xp = array_module(values)
     mask = checks.mask("scatter", mask)
-    if getattr(values, "shape", ()) != (mask.sum(),):
-        raise ValueError(f"scatter: values {getattr(values, 'shape', ())} for {mask.sum()} places of the mask; pass one for each")
+    shape = getattr(values, "shape", ())
+    if shape != (mask.sum(),):
+        raise ValueError(f"scatter: values {shape} for {mask.sum()} places of the mask; pass one for each")
     mask = xp.asarray(mask)
     out = xp.zeros(mask.shape, values.dtype)
     out[mask] = values

@@ -2,7 +2,7 @@
 
 A data set is checked once, whole, when the stage is called; then no step needs to look again. Errors name the example
 by its place in the data set, and say how many more are bad.
-Tests: tests/test_stage_inputs.py.
+Tests: tests/test_inputs.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 train_dpo takes log pi_ref(y|x) as arrays, computed once. An array that belongs to other pairs, or to pairs in another
 order, has the right shape and the wrong numbers, and the loss falls all the same. So reference_log_probs keeps digests
 beside the values, and train_dpo compares them with the digests of its pairs.
-Tests: tests/test_reference_log_probs.py.
+Tests: tests/test_reference.py.
 """
 
 from __future__ import annotations

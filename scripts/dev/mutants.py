@@ -48,7 +48,8 @@ ALSO = {"tensor": ("test_ops",), "numpy_functions": ("test_tensor",), "data": ("
         "packed_attention": ("test_packing", "test_model"),
         "cached_decoding": ("test_generate", "test_plain"), "flat_parameters": ("test_optim", "test_stages"),
         "deferred": ("test_tensor", "test_layers"), "activation_checkpointing": ("test_tensor", "test_model"),
-        "workers": ("test_platforms",), "train_state": ("test_platforms",)}
+        "workers": ("test_platforms",), "train_state": ("test_platforms", "test_agreement", "test_inputs"),
+        "dpo": ("test_inputs",), "rlhf": ("test_inputs",)}
 # The slowest tests run last: of kernels, of the assistant, of benchmarks.
 LATE = ("test_device", "kernel", "emulator", "test_cupy_double", "test_exact_optimum", "test_assistant", "test_bench")
 # The plugins that pytest loads; all installed ones would be imported hundreds of times.

@@ -1,4 +1,4 @@
-"""minilm.stages.inputs: a stage that cannot train on its arguments raises when it is called, before any worker starts."""
+"""minilm.stages.inputs: a stage raises for arguments that it cannot train on when it is called, before workers start."""
 import functools
 import inspect
 import os
@@ -521,7 +521,8 @@ def test_the_result_of_a_loss_is_checked_before_anything_uses_it(given, message,
 
 def test_a_loss_that_overwrites_its_arrays_changes_neither_metrics_nor_data():
     def spoiling(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
-        value = dpo.dpo_loss(policy_chosen, policy_rejected, reference_chosen.copy(), reference_rejected.copy(), beta=beta)
+        references = reference_chosen.copy(), reference_rejected.copy()
+        value = dpo.dpo_loss(policy_chosen, policy_rejected, *references, beta=beta)
         reference_chosen *= 0
         reference_rejected *= 0
         return value

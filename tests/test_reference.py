@@ -52,8 +52,8 @@ def test_log_probs_of_pairs_in_another_order_are_refused_with_the_first_wrong_en
     list(dpo(prompts, responses, responses, *references))
     wrong = np.flatnonzero(order != np.arange(count))
     if len(wrong):
-        with pytest.raises(ValueError, match=rf"^train_dpo: reference_rejected, entry {wrong[0]}, .*it was computed for "
-                                             rf"another prompt or response \({len(wrong)} entries are wrong\)"):
+        with pytest.raises(ValueError, match=rf"^train_dpo: reference_rejected, entry {wrong[0]}, .*it was computed "
+                                             rf"for another prompt or response \({len(wrong)} entries are wrong\)"):
             dpo(prompts, responses, responses, references[0], references[1][order])
 
 
@@ -61,7 +61,7 @@ def test_log_probs_of_pairs_in_another_order_are_refused_with_the_first_wrong_en
     {"reference_chosen": WORSE, "reference_rejected": CHOSEN}, {"chosen": REJECTED, "rejected": RESPONSES},
     {"reference_rejected": CHOSEN}, {"prompts": PROMPTS[::-1]}, {"chosen": [[*r[:-1], 3] for r in RESPONSES]},
     {"chosen": [r + [3] for r in RESPONSES]}, {"prompts": [p[:-1] + [8] for p in PROMPTS]},
-], ids=["swapped", "swapped pairs", "one side twice", "reversed prompts", "another token", "longer", "another prompt"])
+], ids=["swapped", "swapped pairs", "one side twice", "reversed prompts", "another token", "longer", "other prompts"])
 def test_log_probs_of_other_dialogues_are_refused(change):
     with pytest.raises(ValueError, match=r"^train_dpo: reference_\w+, entry \d, .*it was computed for another prompt or"):
         dpo(**change)
@@ -89,7 +89,8 @@ def test_lists_arrays_and_tuples_of_the_same_tokens_are_the_same_dialogues():
 
 
 @pytest.mark.parametrize("values, message", [
-    (plain(CHOSEN)[:-1], r"holds float32 of shape \(6,\)"), (plain(CHOSEN)[:, None], r"holds float32 of shape \(7, 1\)"),
+    (plain(CHOSEN)[:-1], r"holds float32 of shape \(6,\)"),
+    (plain(CHOSEN)[:, None], r"holds float32 of shape \(7, 1\)"),
     (CHOSEN[:-1], r"holds float32 of shape \(6,\)"), (np.full(7, np.nan, np.float32), "entry 0, is nan"),
     (plain([-1, -1, -np.inf, -1, -1, -1, -1]), "entry 2, is -inf"), (-5.0, r"holds float64 of shape \(\)"),
     (plain([-1, -1, 0.5, 2, -1, -1, -1]), r"entry 2, is 0.5: a log-prob is at most 0 \(2 entries are wrong\)"),

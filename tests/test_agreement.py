@@ -1,6 +1,7 @@
 """minilm.stages.agreement: a state that the caller changes in worker 0 alone is named; shared memory is not."""
 import inspect
 import re
+import time
 
 import numpy as np
 import pytest
@@ -208,7 +209,11 @@ def test_a_reference_in_memory_that_workers_share_may_be_changed_in_the_loop():
         reference = transformer(np.float64)
         TrainState(reference, np.random.default_rng(0), workers=workers)
         training = make_training("RLHF", workers, np.float64)
-        metrics.append(run(rlhf(training, reference), lambda: reference.parameters()["embedding"].data.__imul__(0.9)))
+
+        def change():
+            time.sleep(0.05)                    # the other worker has listed its facts
+            reference.parameters()["embedding"].data[...] *= 0.9
+        metrics.append(run(rlhf(training, reference), change))
         trainings.append(training)
     assert_same_training(trainings, metrics)
 

@@ -1,4 +1,4 @@
-"""minilm.stages.inputs: a stage raises for arguments that it cannot train on when it is called, before workers start."""
+"""minilm.stages.inputs: a stage raises for arguments that it cannot train on, when it is called and before a fork."""
 import functools
 import inspect
 import os

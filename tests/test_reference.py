@@ -61,17 +61,18 @@ def test_log_probs_of_pairs_in_another_order_are_refused_with_the_first_wrong_en
     {"reference_chosen": WORSE, "reference_rejected": CHOSEN}, {"chosen": REJECTED, "rejected": RESPONSES},
     {"reference_rejected": CHOSEN}, {"prompts": PROMPTS[::-1]}, {"chosen": [[*r[:-1], 3] for r in RESPONSES]},
     {"chosen": [r + [3] for r in RESPONSES]}, {"prompts": [p[:-1] + [8] for p in PROMPTS]},
-], ids=["swapped", "swapped pairs", "one side twice", "reversed prompts", "another token", "longer", "other prompts"])
+], ids=["swapped", "swapped pairs", "one side twice", "reversed prompts", "other tokens", "longer", "prompts"])
 def test_log_probs_of_other_dialogues_are_refused(change):
     with pytest.raises(ValueError, match=r"^train_dpo: reference_\w+, entry \d, .*it was computed for another prompt or"):
         dpo(**change)
 
 
 def test_a_token_that_moves_from_the_prompt_to_the_response_is_noticed():
-    prompts = [p + r[:1] for p, r in zip(PROMPTS, RESPONSES)]
-    responses = [r[1:] or [2] for r in RESPONSES]
-    with pytest.raises(ValueError, match="it was computed for another prompt or response"):
-        dpo(prompts, responses, REJECTED)
+    longer = [i for i, r in enumerate(RESPONSES) if len(r) > 1]
+    prompts = [PROMPTS[i] + RESPONSES[i][:1] for i in longer]
+    responses = [RESPONSES[i][1:] for i in longer]
+    with pytest.raises(ValueError, match=rf"entry 0, .*another prompt or response \({len(longer)} entries are wrong"):
+        dpo(prompts, responses, responses, CHOSEN[longer], CHOSEN[longer])
 
 
 def test_log_probs_of_two_models_are_refused():

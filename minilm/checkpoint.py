@@ -82,7 +82,8 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}. "
                               "Check that it is a file, and that you may read it.") from error
-    except (safetensors.SafetensorError, TypeError, UnicodeError) as error:   # TypeError: a dtype that NumPy lacks
+    except (safetensors.SafetensorError, TypeError, ValueError, AttributeError) as error:
+        # Of NumPy, for a dtype that it lacks or a shape that no array has; and UnicodeError.
         raise _damaged(path, f"cut short or damaged ({one_line(error)})") from error
     if _digest(arrays, metadata) != sha256:
         raise _damaged(path, "damaged: its contents do not match their checksum")

@@ -50,6 +50,7 @@ import numpy as np
 from minilm import data, evaluate
 from minilm.checkpoint import write_text
 from minilm.fast.malloc import keep_freed_memory
+from minilm.fast.workers import WorkerFailed
 from minilm.model import Config, RewardModel, Transformer
 from minilm.stages.dpo import reference_log_probs, train_dpo
 from minilm.stages.pretraining import pretrain
@@ -254,6 +255,9 @@ def announce(options: argparse.Namespace, run: RunFolder) -> None:
     if options.resume:
         print(f"{'resuming the run in' if run.resumed else '--resume: a new run starts, because there is none in'} "
               f"{options.out}")
+    if run.resumed:
+        print(paragraph("Finished models are loaded, and a model in training continues at its last checkpoint. Answers "
+                        "for the comparisons and the evaluation are sampled again, with the same random numbers."))
     if options.scale < TRIAL_BELOW:
         print(trial_note(options.scale))
 
@@ -267,6 +271,10 @@ def report(results: dict, run: RunFolder, out: str) -> None:
     print(f"\nTalk to the models:\n    python scripts/chat.py {shlex.quote(out)}\n")
     print(paragraph(f"Written to {out}: results.json, training_curves.png, reward_against_kl.png, comparisons.json "
                     "and a model file for each stage."))
+
+
+def how_to_continue(out: str) -> str:
+    return f"everything saved so far is in {out}. Continue with:\n    {command_to_resume()}"
 
 
 def main() -> int:
@@ -287,13 +295,20 @@ def main() -> int:
             results = run_stages(Job(options, run, stop, MAX_NEW_TOKENS), text, text_source)
             report(results, run, options.out)
         except (Stopped, KeyboardInterrupt):
-            print(f"stopped; everything saved so far is in {options.out}. Continue with:\n    {command_to_resume()}")
+            print(f"stopped; {how_to_continue(options.out)}")
             return 130
         except Diverged as error:
             raise UsageError(f"{error}. The last good checkpoint is kept in {options.out}. Start again with another "
                              "--seed, or with a lower learning rate in scripts/assistant.py.") from error
+        except Exception as error:
+            if isinstance(error, WorkerFailed) and stop.arrives():      # the same signal has ended a worker
+                print(f"stopped; {how_to_continue(options.out)}")
+                return 130
+            if isinstance(error.__cause__ or error, (OSError, MemoryError, WorkerFailed)):
+                print(how_to_continue(options.out), flush=True)
+            raise
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    sys.exit(main_guard(main, WorkerFailed))

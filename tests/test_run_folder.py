@@ -393,6 +393,20 @@ def test_an_error_of_the_operating_system_is_one_line_and_status_2(capsys):
     assert capsys.readouterr() == ("", "error: figure.png: No space left on device. Check that disk and folder.\n")
 
 
+def test_a_process_that_cannot_be_forked_is_said_to_lack_memory(capsys):
+    def main():
+        raise OSError(12, "Cannot allocate memory")
+    assert run_folder.main_guard(main) == 2
+    assert capsys.readouterr() == ("", "error: not enough memory. Ask for less.\n")
+
+
+def test_a_stop_that_arrives_within_a_moment_is_waited_for():
+    with StopRequest() as stop:
+        assert not stop.arrives()
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert stop.arrives() and stop.requested
+
+
 @pytest.mark.parametrize("typed, again", [
     (["python", "job.py", "--out", "it's mine"], """python job.py --out 'it'"'"'s mine' --resume"""),
     (["python", "job.py", "--resume", "--out", "a b"], "python job.py --resume --out 'a b'")])

@@ -35,7 +35,7 @@ def _fault(results):
     """What does not fit together among values that each have their type, or None."""
     stages = [row["stage"] for row in results["rows"]]
     if sorted(stages) != sorted(NAMES):
-        return f"its rows are of the stages {', '.join(stages)}, not {', '.join(NAMES)}"
+        return f"its rows are of the stages {reprlib.repr(stages)}, not {', '.join(NAMES)}"
     beta = results["main_beta"]
     unpenalised = f"rlhf-beta-{min(row['beta'] for row in results['frontier']['rlhf'])}"
     for value, shape, place in (

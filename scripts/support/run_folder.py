@@ -19,6 +19,7 @@
 RunFolder needs a POSIX system (flock). Checked in tests/test_run_folder.py.
 """
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -26,6 +27,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -219,6 +221,13 @@ class StopRequest:
         while self._previous:
             signal.signal(*self._previous.popitem())
 
+    def arrives(self) -> bool:
+        """Whether a stop is requested now or within a moment. A signal to all processes of a run may reach its workers
+        before it reaches this one."""
+        if not self.requested:
+            time.sleep(0.2)
+        return self.requested
+
     def _handle(self, number, frame):
         if self.requested:
             raise KeyboardInterrupt
@@ -264,6 +273,9 @@ def main_guard(main: Callable[[], int | None], *user_errors: type[Exception]) ->
     except OSError as error:
         if error.strerror is None:              # not of the operating system: an image that is damaged, for example
             print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+            return 2
+        if error.errno == errno.ENOMEM:         # a process that cannot be forked
+            print("error: not enough memory. Ask for less.", file=sys.stderr)
             return 2
         print(f"error: {error.filename or 'the output'}: {error.strerror}. Check that disk and folder.",
               file=sys.stderr)

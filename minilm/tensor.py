@@ -292,9 +292,8 @@ def primitive(function: Callable) -> Callable:
             bound.apply_defaults()                              # and defaults fill the gaps between them
             inputs, options = bound.args, bound.kwargs
         recorded = grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-        as_array, kept = (_kept, _kept_option) if recorded else (_array, _array)
-        arrays = [as_array(x) for x in inputs]                              # (1) Tensors to arrays
-        options = {key: kept(option) for key, option in options.items()}
+        arrays = [_kept(x) if recorded else _array(x) for x in inputs]      # (1) Tensors to arrays
+        options = {k: _kept(x, "iub") if recorded and type(x) is not list else _array(x) for k, x in options.items()}
         try:
             array_module(*(x.data for x in inputs if isinstance(x, Tensor)))
             output, vjp = _checked(function(*arrays, **options))            # (2) the call
@@ -344,21 +343,16 @@ def _array(x):
     return x.item() if isinstance(x, np.generic) else x
 
 
-def _kept(x):
+def _kept(x, copied="iubf"):
     """_array of an argument that a vjp may keep. Arrays beside Tensors are copied, also those in an index: they are
-    small, and the caller may overwrite a buffer before backward. On a GPU a copy costs a launch: integers and masks."""
+    small, and the caller may overwrite a buffer before backward. On a GPU, where a copy costs a launch, and of the
+    arguments by name, which may be outputs, only integers and masks are copied."""
     kind = type(x)
     if kind is Tensor:
         return x.data
     if kind is np.ndarray or hasattr(x, "dtype") and is_cupy(x):
-        return x.copy() if x.dtype.kind in ("iubf" if kind is np.ndarray else "iub") else x
+        return x.copy() if x.dtype.kind in (copied if kind is np.ndarray else "iub") else x
     return kind(map(_kept, x)) if kind in (list, tuple) else _array(x)
-
-
-def _kept_option(x):
-    """The same of an argument by name, among which only integers and masks are copied: another may be an output."""
-    is_float = isinstance(x, np.ndarray) and x.dtype.kind == "f"
-    return x if is_float or isinstance(x, (list, tuple)) else _kept(x)
 
 
 def _call(name, arrays):

@@ -11,12 +11,21 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from common.attention_maps import induction_scores
+from common.early_stopping import keep_best
+from common.frontier import frontier
+from common.intervals import Comparison, outcome
+from common.linear import bradley_terry, least_squares
 from minilm import Tensor, evaluate, layers, ops, optim, packing
 from minilm.exact import enumerable, expectations, gradients
 from minilm.exact.enumerable import EnumerableWorld
 from minilm.model import Config, RewardModel, Transformer
 from minilm.objectives import dpo, kl, policy_gradient, reward, sft
 from minilm.optim import AdamW
+from worlds import instructions, mappings, rules
+from worlds.markov import MarkovSource
+from worlds.ngrams import NGram
+from worlds.replies import ReplyWorld
 
 MODULES = (sft, reward, kl, policy_gradient, dpo, evaluate, packing, enumerable, expectations, gradients, layers, optim)
 # Arrays without arguments that can be misread: NumPy's rules hold, or the caller is the fast path.
@@ -235,7 +244,7 @@ def other_shapes(a):
     """Arrays of other shapes, most of which NumPy would broadcast: one axis more or less, an axis of another length."""
     yield a[..., None]
     if a.ndim:
-        yield a[0]
+        yield np.asarray(a[0])
     for axis in range(a.ndim):
         yield a.take([], axis)
         yield np.concatenate([a, a.take([0], axis)], axis)
@@ -410,3 +419,40 @@ def test_a_tensor_of_one_number_is_true_or_false_and_one_of_several_is_neither()
     assert Tensor(0.5) and Tensor([[0.5]]) and not Tensor(0.0)
     with pytest.raises(ValueError, match="ambiguous"):
         bool(Tensor([1.0, 2.0]))
+
+
+# The worlds and the measures of the lecture.
+
+REPLIES = ReplyWorld(1)
+UNIFORM = np.full(REPLIES.shape, -math.log(REPLIES.shape[1]))
+ONE_REPLY = np.where(np.arange(REPLIES.shape[1]) == 3, 0.0, -1e3) + 0 * UNIFORM
+SHOWN = [Comparison("gain", [1.0, 1.1, 1.2], above=0)]
+WORD = np.zeros((1, 3), int)
+
+
+@pytest.mark.parametrize("use, name", [
+    (lambda: frontier([0, 1, 2], [0, 1]), "rewards"), (lambda: frontier([0, math.nan], [0, 1]), "divergences"),
+    (lambda: least_squares(np.ones((2, 3)), np.ones((2, 1))), "ratings"),
+    (lambda: least_squares(np.ones((2, 3)), np.ones(2), 0), "ridge"),
+    (lambda: bradley_terry(np.ones((2, 3)), -1.0), "ridge"),
+    (lambda: bradley_terry(np.ones((2, 3)), 1.0, 0), "iterations"),
+    (lambda: keep_best([], MODEL, lambda: 0.0, 0), "every"), (lambda: outcome(SHOWN, at_least=0), "at_least"),
+    (lambda: outcome(SHOWN, at_least=2), "at_least"), (lambda: Comparison("gain", [1.0], above=math.nan), "above"),
+    (lambda: induction_scores(np.ones((1, 1, 1, 3, 3)), np.ones((1, 3)), np.full((1, 3), 0.5)), "queries"),
+    (lambda: MarkovSource(rng, 3, 2.0), "order"), (lambda: MarkovSource(rng, 3, 1, 0.0), "concentration"),
+    (lambda: MarkovSource(rng, 3, 1).log_probs(np.array([[0, 1, -1]])), "tokens"),
+    (lambda: NGram(np.array([0, 1, 3]), 3), "stream"), (lambda: NGram(np.array([0, 1, -1]), 3), "stream"),
+    (lambda: NGram(np.array([0, 1, 2]), 3).log_probs(np.array([0, 3])), "stream"),
+    (lambda: mappings.draw(rng, 2, in_use=9), "in_use"), (lambda: rules.labels(WORD, -1), "rule"),
+    (lambda: instructions.carry_out([(6, 0)], WORD), "first operation"),
+    (lambda: instructions.carry_out([(0, 1)], WORD), "second operation"),
+    (lambda: REPLIES.demonstrations(rng, 1, right=1.5), "right"),
+    (lambda: REPLIES.demonstration_distribution(-0.5), "right"), (lambda: REPLIES.draw(UNIFORM, rng, [-1]), "prompts"),
+    (lambda: REPLIES.draw(UNIFORM[:, :3], rng, [0]), "log_pi"),
+    (lambda: REPLIES.draw(UNIFORM * math.nan, rng, [0]), "log_pi"),
+    (lambda: REPLIES.comparisons(UNIFORM, UNIFORM[0], rng, 2), "utility"),
+    (lambda: REPLIES.comparisons(UNIFORM, UNIFORM, rng, 2, flip_rate=2), "flip_rate"),
+    (lambda: REPLIES.comparisons(ONE_REPLY, UNIFORM, rng, 2), "one reply alone")])
+def test_what_cannot_be_meant_in_a_world_or_a_measure_of_the_lecture_is_refused_by_name(use, name):
+    with pytest.raises((ValueError, TypeError, IndexError), match=name):
+        use()

@@ -100,5 +100,5 @@ def test_texts_shorter_than_a_context_have_the_requested_length():
 
 def test_a_source_of_one_token_or_of_order_zero_raises():
     for vocab_size, order in ((1, 1), (3, 0)):
-        with pytest.raises(ValueError, match="at least 2 and 1"):
+        with pytest.raises(ValueError, match="it must be at least"):
             source(vocab_size, order)

@@ -7,6 +7,7 @@ Tests: tests/test_attention_maps.py.
 
 import numpy as np
 
+from minilm import checks
 from minilm.backend import array_module, to_numpy
 from minilm.model import Transformer, hidden_states
 from minilm.tensor import Tensor, no_grad
@@ -50,7 +51,8 @@ def induction_scores(weights: np.ndarray, tokens: np.ndarray, queries: np.ndarra
     after_copy = np.zeros((*tokens.shape, T), bool)                              # (B, query, key)
     after_copy[:, :, 1:] = tokens[:, :, None] == tokens[:, None, :-1]
     after_copy &= np.tri(T, dtype=bool)
-    used = after_copy.any(axis=2) & (True if queries is None else np.asarray(queries, bool))
+    chosen = True if queries is None else checks.mask("induction_scores", queries, tokens.shape, "queries")
+    used = after_copy.any(axis=2) & chosen
     if not used.any():
         raise ValueError("no query token has occurred before in its sequence; give queries with earlier copies")
     return (weights * after_copy).sum(axis=-1)[:, :, used].mean(axis=-1)

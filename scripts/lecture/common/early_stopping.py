@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from minilm import checks
 from minilm.model import RewardModel, Transformer
 
 
@@ -18,6 +19,7 @@ def keep_best(stage: Iterable[dict], model: Transformer | RewardModel, held_out_
     held_out_loss  is called every `every` steps and after the last one
     Returns the lowest loss and its step (0 for a stage without steps, which changes nothing).
     """
+    checks.integer("keep_best", "every", every, at_least=1)
     lowest = np.inf
     best_step = 0
     step = 0

@@ -9,6 +9,8 @@ Tests: tests/test_frontier.py.
 
 import numpy as np
 
+from minilm import checks
+
 
 def frontier(divergences: np.ndarray, rewards: np.ndarray) -> np.ndarray:
     """The corners (M,2) of the upper concave hull of points (N,), in order of increasing divergence and reward.
@@ -16,7 +18,8 @@ def frontier(divergences: np.ndarray, rewards: np.ndarray) -> np.ndarray:
     Include the point of the reference (0, its reward). The reward at divergence k is np.interp(k, *frontier(...).T).
     It is constant beyond the last corner, because a policy need not use the whole KL that is allowed.
     """
-    points = zip(np.asarray(divergences, float).tolist(), np.asarray(rewards, float).tolist())
+    divergences, rewards = checks.numbers("frontier", "N", divergences=divergences, rewards=rewards)
+    points = zip(divergences.astype(float).tolist(), rewards.astype(float).tolist())
     corners = []
     for k, r in sorted(points):
         if corners and r <= corners[-1][1]:

@@ -28,6 +28,8 @@ import math
 
 import numpy as np
 
+from minilm import checks
+
 OUTCOMES = ("shown", "not shown", "undecided")
 LEVEL = 0.95
 
@@ -88,6 +90,9 @@ class Comparison:
         self.effects = [float(effect) for effect in self.effects]
         if self.above is None and self.below is None:
             raise ValueError(f"comparison {self.name!r} has no margin: give above, below, or both")
+        for name in ("above", "below"):
+            if getattr(self, name) is not None:
+                checks.number(f"comparison {self.name!r}", name, getattr(self, name))
         if any(map(math.isnan, self.effects)):
             raise ValueError(f"comparison {self.name!r} has effects that are not numbers: {self.effects}")
 
@@ -124,6 +129,8 @@ def outcome(comparisons: list[Comparison], conditions: list[Comparison] = (),
     if any(condition.outcome() != "shown" for condition in conditions):
         return "undecided"
     n = len(comparisons)
+    if at_least is not None:
+        checks.integer("outcome", "at_least", at_least, at_least=1, below=n + 1)
     corrected = [comparison.outcome(1 - (1 - LEVEL) / n) for comparison in comparisons]
     if at_least is not None and at_least < n:
         if corrected.count("shown") >= at_least:

@@ -10,6 +10,7 @@ Tests: tests/test_linear.py.
 
 import numpy as np
 
+from minilm import checks
 from minilm.exact.enumerable import EnumerableWorld
 from minilm.ops import stable_sigmoid
 
@@ -34,6 +35,8 @@ def bradley_terry(differences: np.ndarray, ridge: float = 1.0, iterations: int =
     differences d (B,F): x of the chosen response minus x of the rejected one. Newton's method without a line search:
     the loss is convex, and the ridge keeps the steps short enough.
     """
+    checks.number("bradley_terry", "ridge", ridge, above=0)
+    checks.integer("bradley_terry", "iterations", iterations, at_least=1)
     w = np.zeros(differences.shape[1])
     for _ in range(iterations):
         wrong = stable_sigmoid(-differences @ w)
@@ -44,4 +47,6 @@ def bradley_terry(differences: np.ndarray, ridge: float = 1.0, iterations: int =
 
 def least_squares(x: np.ndarray, ratings: np.ndarray, ridge: float = 1.0) -> np.ndarray:
     """w (F,) that minimises  |x w - ratings|^2 / 2 + ridge |w|^2 / 2:  x (B,F), ratings (B,)."""
+    checks.number("least_squares", "ridge", ridge, above=0)
+    checks.same_shape("least_squares", axes="B", ratings=ratings, rows_of_x=x[:, 0])
     return np.linalg.solve(x.T @ x + ridge * np.eye(x.shape[1]), x.T @ ratings)

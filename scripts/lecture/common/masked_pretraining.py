@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from minilm import checks
 from minilm.layers import token_log_probs
 from minilm.model import Transformer
 from minilm.objectives.sft import sft_loss
@@ -38,9 +39,12 @@ def masked_pretraining(training: TrainState, draw: Callable, steps: int, batch_s
     """
     if training.model.config.causal:
         raise ValueError("masked pretraining needs a bidirectional model, this one is causal; use Config(causal=False)")
+    checks.number("masked_pretraining", "share", share, at_least=0, at_most=1)
+    checks.integer("masked_pretraining", "batch_size", batch_size, at_least=1)
+    checks.number("masked_pretraining", "learning_rate", learning_rate, at_least=0)
     while training.step < steps:
         tokens, mask = draw(training.rng, batch_size)
-        hidden = mask.astype(bool) & (training.rng.random(tokens.shape) < share)
+        hidden = checks.mask("masked_pretraining", mask, tokens.shape) & (training.rng.random(tokens.shape) < share)
         total = float(hidden.sum())
         if not total:
             raise ValueError(f"no token was hidden in this step (share {share}, batch_size {batch_size}): "

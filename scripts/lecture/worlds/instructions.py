@@ -10,6 +10,8 @@ Tests: tests/test_instructions.py.
 
 import numpy as np
 
+from minilm import checks
+
 LETTERS, WORD = 10, 3           # a-j in words of three; upper-case letters are the tokens LETTERS to 2 LETTERS - 1
 PLACES = {"keep": [0, 1, 2], "reverse": [2, 1, 0], "left": [1, 2, 0], "right": [2, 0, 1], "first": [0, 0, 0],
           "swap": [1, 0, 2]}
@@ -41,8 +43,11 @@ def text(tokens: np.ndarray) -> str:
 def carry_out(tasks: list[Task], words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Apply the tasks (B,2) to words (B,WORD): the words after the first operation, and after both, (B,WORD) each."""
     tasks = np.asarray(tasks)
-    moved = np.take_along_axis(words, _ORDER[tasks[:, 0]], axis=1)
-    shift, upper = _SHIFT[tasks[:, 1] - len(PLACES)].T[..., None]
+    places = checks.indices("carry_out", "the first operation of a task", tasks[:, 0], len(PLACES))
+    maps = checks.indices("carry_out", "the second operation of a task, from its first,", tasks[:, 1] - len(PLACES),
+                          len(MAPS))
+    moved = np.take_along_axis(words, _ORDER[places], axis=1)
+    shift, upper = _SHIFT[maps].T[..., None]
     return moved, (moved + shift) % LETTERS + LETTERS * upper
 
 

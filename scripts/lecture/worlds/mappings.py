@@ -10,6 +10,7 @@ Tests: tests/test_mappings.py.
 
 import numpy as np
 
+from minilm import checks
 from minilm.model import Transformer
 from minilm.tensor import no_grad
 
@@ -40,6 +41,7 @@ def document(symbols: np.ndarray, mapping: np.ndarray) -> tuple[np.ndarray, np.n
 def draw(rng: np.random.Generator, count: int, pairs: int = PAIRS, in_use: int = SYMBOLS, held_out: bool = False
          ) -> tuple[np.ndarray, np.ndarray]:
     """Documents of random pairs, each with its own choice of `in_use` symbols: tokens, mask (count, 2 pairs)."""
+    checks.integer("mappings.draw", "in_use", in_use, at_least=1, below=SYMBOLS + 1)
     own = rng.permuted(np.tile(np.arange(SYMBOLS), (count, 1)), axis=1)[:, :in_use]
     symbols = np.take_along_axis(own, rng.integers(in_use, size=(count, pairs)), axis=1)
     return document(symbols, bijections(rng, count, held_out))

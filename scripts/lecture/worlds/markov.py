@@ -11,6 +11,8 @@ Tests: tests/test_markov.py.
 
 import numpy as np
 
+from minilm import checks
+
 
 class MarkovSource:
     """transitions (V^order,V): p(x | c), each row drawn from a symmetric Dirichlet distribution.
@@ -20,8 +22,9 @@ class MarkovSource:
     """
 
     def __init__(self, rng: np.random.Generator, vocab_size: int, order: int = 2, concentration: float = 0.3):
-        if vocab_size < 2 or order < 1:
-            raise ValueError(f"a source of {vocab_size} tokens and order {order}; expected at least 2 and 1")
+        checks.integer("MarkovSource", "vocab_size", vocab_size, at_least=2)
+        checks.integer("MarkovSource", "order", order, at_least=1)
+        checks.number("MarkovSource", "concentration", concentration, above=0)
         self.vocab_size = vocab_size
         self.order = order
         # The added 1e-4 keeps every token possible, and so every context reachable.
@@ -59,6 +62,7 @@ class MarkovSource:
 
     def log_probs(self, tokens: np.ndarray) -> np.ndarray:
         """log p of every token that has a whole context before it: (B,T) -> (B,T-order)."""
+        tokens = checks.token_ids("MarkovSource.log_probs", "tokens", tokens, self.vocab_size)
         T = tokens.shape[1]
         context = 0
         for i in range(self.order):

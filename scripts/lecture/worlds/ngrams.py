@@ -12,11 +12,14 @@ Tests: tests/test_ngrams.py.
 
 import numpy as np
 
+from minilm import checks
+
 
 class NGram:
     """A model fitted to a stream of tokens (N,). order 1 is a unigram model, which uses no context.
 
-    Raises ValueError for an order below 1, a stream shorter than the order, or V^order that overflows an int64.
+    Raises ValueError for an order below 1, a stream shorter than the order, or V^order that overflows an int64, and
+    IndexError for a token outside the vocabulary.
     """
 
     def __init__(self, stream: np.ndarray, vocab_size: int, order: int = 3):
@@ -41,7 +44,7 @@ class NGram:
 
     def _codes(self, tokens, n):
         """The n tokens that end at each position from n-1 on, encoded as one integer."""
-        tokens = np.asarray(tokens, np.int64)
+        tokens = checks.token_ids("NGram", "the stream", tokens, self.vocab_size).astype(np.int64)
         length = len(tokens) - n + 1
         return sum(tokens[i:i + length] * self.vocab_size ** (n - 1 - i) for i in range(n))
 

@@ -114,6 +114,7 @@ class ReplyWorld(EnumerableWorld):
 
     def demonstrations(self, rng: np.random.Generator, count: int, right: float = RIGHT) -> tuple[Tokens, Tokens]:
         """`count` replies of the demonstrators to random questions: prompts and responses."""
+        checks.number("demonstrations", "right", right, at_least=0, at_most=1)
         prompts = []
         responses = []
         while len(responses) < count:
@@ -130,6 +131,7 @@ class ReplyWorld(EnumerableWorld):
 
     def demonstration_distribution(self, right: float = RIGHT) -> np.ndarray:
         """The probability (P,Y) of each reply under demonstrations()."""
+        checks.number("demonstration_distribution", "right", right, at_least=0, at_most=1)
         pi = np.zeros(self.shape)
         answers = np.array(self.prompts)[:, -1]
         p = np.arange(len(self.prompts))
@@ -144,7 +146,8 @@ class ReplyWorld(EnumerableWorld):
 
     def draw(self, log_pi: np.ndarray, rng: np.random.Generator, prompts: np.ndarray) -> np.ndarray:
         """One reply y ~ pi(.|x) for each of the prompts, given by index (B,): y (B,). log_pi is (P,Y)."""
-        prompts = np.asarray(prompts)
+        prompts = checks.indices("draw", "prompts", prompts, len(self.prompts))
+        self.check_tables("draw", log_pi=log_pi)
         uniforms = rng.random(len(prompts))
         y = np.empty(len(prompts), int)
         for p in np.unique(prompts):
@@ -163,6 +166,10 @@ class ReplyWorld(EnumerableWorld):
         all. Returns the indices p, chosen, rejected, (count,) each; tokens_of turns them into tokens.
         """
         pool = np.arange(len(self.prompts)) if prompts is None else np.asarray(prompts)
+        checks.number("comparisons", "flip_rate", flip_rate, at_least=0, at_most=1)
+        self.check_tables("comparisons", log_pi=log_pi, utility=utility)
+        if (np.exp(log_pi[pool]).max(axis=1) > 1 - 1e-9).any():
+            raise ValueError("comparisons: a policy that gives one reply alone has no two different replies to compare")
         p = pool[rng.integers(len(pool), size=count)]
         first = self.draw(log_pi, rng, p)
         second = self.draw(log_pi, rng, p)
@@ -171,6 +178,12 @@ class ReplyWorld(EnumerableWorld):
         first_preferred = rng.random(count) < stable_sigmoid(utility[p, first] - utility[p, second])
         first_preferred ^= rng.random(count) < flip_rate
         return p, np.where(first_preferred, first, second), np.where(first_preferred, second, first)
+
+    def check_tables(self, function: str, **tables: np.ndarray) -> None:
+        """Raises ValueError for a table of another shape than (P,Y), or with NaN in it."""
+        for name, table in tables.items():
+            if table.shape != self.shape or np.isnan(table).any():
+                raise ValueError(f"{function}: {name} {table.shape} must be {self.shape}, without NaN")
 
     def tokens_of(self, p: np.ndarray, *replies: np.ndarray) -> tuple[Tokens, ...]:
         """Indices to token lists: the prompts p (B,), and each array of replies (B,), in this order."""

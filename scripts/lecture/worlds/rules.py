@@ -14,6 +14,8 @@ import itertools
 
 import numpy as np
 
+from minilm import checks
+
 LETTERS, WORD, LABELS = 12, 3, 4        # letters of an alphabet; positions of a word, each with its own alphabet
 ARROW = LETTERS * WORD                  # the tokens below it are letters
 LABEL = ARROW + 1                       # labels are tokens LABEL .. MASK - 1
@@ -30,7 +32,7 @@ def all_words(held_out: bool) -> np.ndarray:
 
 def labels(words: np.ndarray, rule) -> np.ndarray:
     """0 .. LABELS - 1 for words (...,WORD); rule: an integer, or an array that broadcasts to (...)."""
-    rule = np.broadcast_to(rule, words.shape[:-1])
+    rule = np.broadcast_to(checks.indices("labels", "rule", rule, WORD), words.shape[:-1])
     return np.take_along_axis(words, rule[..., None], axis=-1)[..., 0] * LABELS // LETTERS
 
 

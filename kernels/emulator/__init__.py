@@ -6,8 +6,9 @@
         launches[-1].traffic                # bytes that each argument was read and written, exactly
 
 The checkers find: accesses outside of an array, misaligned accesses, writes to const, reads of memory that nothing has
-written, data races, barriers that not all threads reach, wrong masks of warp operations, undefined behaviour. Races are
-found by happens-before, so also where every schedule gives the right numbers.
+written, data races, barriers that not all threads reach, wrong masks of warp operations, undefined behaviour, endless
+loops. Races are found by happens-before, so also where every schedule gives the right numbers. An endless loop is found
+without the checkers too, by the time that a block takes: fast(seconds=60).
 
 From the command line (--help lists the modules and their sizes):
 
@@ -39,7 +40,7 @@ The emulator is no GPU. It says nothing about speed, occupancy or coalescing. It
 a device in the last bits; multiplications and additions are fused only where the source has fma.
 
 Reading order: device.h (the interface of a kernel), scheduler.cpp (threads and barriers), races.h and memory.cpp (the
-checkers), build.py, module.py, running.py, fault.py, programs.py.
+checkers), endless.cpp, build.py, module.py, running.py, fault.py, programs.py.
 """
 
 from minilm.kernels.emulator.build import CompileError, available

@@ -29,6 +29,7 @@ from pathlib import Path
 from minilm.kernels import emulator
 from minilm.kernels.emulator import programs
 from minilm.kernels.emulator.fault import explained
+from minilm.kernels.emulator.running import STEPS
 
 HERE = Path(__file__).resolve().parent
 
@@ -72,7 +73,7 @@ def _main(arguments):
     elif given.inferior:
         program.run(emulator.debug())
     else:
-        program.report()
+        program.report(given.steps)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,11 +81,15 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')}; --help lists the options")
 
 
-def _whole(text):
+def _whole(text, at_least=0):
     """The value of --seed or --shared."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 0")
+    if not text.isdecimal() or not at_least <= int(text) < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {at_least}")
     return int(text)
+
+
+def _positive(text):
+    return _whole(text, at_least=1)
 
 
 def _parser():
@@ -95,6 +100,8 @@ def _parser():
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("module", metavar="MODULE|FILE.cu")
     parser.add_argument("--seed", type=_whole, default=0, help="of the random numbers (default: 0)")
+    parser.add_argument("--steps", type=_positive, default=STEPS, metavar="N",
+                        help="of a thread in a block: one that takes more is in an endless loop (default: %(default)s)")
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of a fault or an error")
     parser.add_argument("--debug", action="store_true", help="stop in gdb at the first line of the first kernel")
     parser.add_argument("--do", action="append", default=[], metavar="COMMAND",

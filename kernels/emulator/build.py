@@ -18,7 +18,7 @@ from pathlib import Path
 from minilm.kernels.emulator.unsupported import hints
 
 HERE = Path(__file__).resolve().parent
-RUNTIME = "scheduler.cpp", "memory.cpp", "undefined.cpp"
+RUNTIME = "scheduler.cpp", "memory.cpp", "undefined.cpp", "endless.cpp"
 RUNTIME_HEADERS = "bridge.h", "runtime.h", "races.h"
 KERNEL_HEADERS = "bridge.h", "device.h"
 
@@ -34,10 +34,11 @@ FLAGS = ("-std=c++17", "-nostdinc", "-nostdinc++", "-fPIC", "-fno-builtin", "-fn
 # Checked builds do not merge or move loads and stores, because they are counted as they stand in the source.
 MODES = {
     "fast": ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-funroll-loops", "-fno-partial-inlining",
-             "-fno-crossjumping", "-fno-tree-tail-merge"),
+             "-fno-crossjumping", "-fno-tree-tail-merge", "-fno-finite-loops"),
     "checked": ("-O1", "-fsanitize=thread,bounds,object-size,alignment,null,shift,signed-integer-overflow,"
-                "integer-divide-by-zero,float-cast-overflow", "-fno-tree-fre", "-fno-tree-pre", "-fno-tree-loop-im",
-                "-fno-tree-dominator-opts", "-fno-tree-sra", "-fno-gcse", "-fno-tree-dse"),
+                "integer-divide-by-zero,float-cast-overflow", "-fsanitize-coverage=trace-pc", "-fno-tree-fre",
+                "-fno-tree-pre", "-fno-tree-loop-im", "-fno-tree-dominator-opts", "-fno-tree-sra",
+                "-fno-gcse", "-fno-tree-dse"),
     "debug": ("-O0", "-ggdb3", "-gdwarf-4"),
 }
 RUNTIME_FLAGS = ("-std=c++17", "-O2", "-g", "-fPIC", "-fno-gnu-unique", "-fno-exceptions", "-march=native", "-w")
@@ -155,7 +156,7 @@ def _compile(code, definitions, mode, runtime, folder):
     exports = "".join(_export(*found) for found in KERNEL.findall(expanded))
     source.write_text(f'{text}\n#line 1 "exports"\n{exports}', "utf-8")
     _gxx(*FLAGS, *MODES[mode], *include, "-c", source, "-o", folder / "kernel.o", code=code)
-    _gxx("-shared", "-Wl,-Bsymbolic", folder / "kernel.o", runtime, "-o", folder / "kernel.so")
+    _gxx("-shared", "-Wl,-Bsymbolic", folder / "kernel.o", runtime, "-o", folder / "kernel.so", "-lrt")
     return folder / "kernel.so"
 
 

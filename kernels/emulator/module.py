@@ -46,7 +46,8 @@ class _Buffer(ctypes.Structure):
 class _Launch(ctypes.Structure):
     _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("dynamic", ctypes.c_size_t),
                 ("shared_limit", ctypes.c_size_t), ("checked", ctypes.c_int), ("order", ctypes.c_int),
-                ("seed", ctypes.c_uint), ("stacks", ctypes.c_void_p), ("buffer_count", ctypes.c_size_t),
+                ("seed", ctypes.c_uint), ("most_steps", ctypes.c_ulonglong), ("most_seconds", ctypes.c_double),
+                ("stacks", ctypes.c_void_p), ("buffer_count", ctypes.c_size_t),
                 ("buffers", ctypes.POINTER(_Buffer)), ("shared_read", ctypes.c_size_t),
                 ("shared_written", ctypes.c_size_t), ("message", ctypes.c_char * 512),
                 ("fault_block", ctypes.c_uint * 3), ("fault_thread", ctypes.c_uint * 3),
@@ -223,6 +224,7 @@ class Compiled:
         random = setting.schedule not in ORDERS
         state = _Launch(grid=grid, block=block, dynamic=shared_mem, shared_limit=shared_limit, checked=is_checked,
                         order=2 if random else ORDERS[setting.schedule], seed=setting.schedule if random else 0,
+                        most_steps=setting.steps, most_seconds=setting.seconds if setting.mode == "fast" else 0,
                         stacks=_stacks(), buffer_count=len(arrays), buffers=buffers)
         if self.run(ctypes.byref(state), pointers):
             raise self._fault(state)
@@ -237,7 +239,8 @@ class Compiled:
         where = self._lines([place for place in state.places if place])
         other = self._lines([state.other_place] if state.other_place else [])
         what = state.message.decode(errors="replace").replace("@", f"at {other}" if other else "at an unknown line")
-        return Fault(what, self.name, where, tuple(state.fault_block), tuple(state.fault_thread), other, self.code)
+        return Fault(what, self.name, where or other, tuple(state.fault_block), tuple(state.fault_thread), other,
+                     self.code)
 
     def _lines(self, places):
         """The innermost line of the source and the line of the kernel that called it, from addr2line; or None."""

@@ -40,9 +40,9 @@ class Program:
 
     folder = KERNELS            # of the source, for gdb
 
-    def report(self):
+    def report(self, steps):
         """Run it under the checkers, then in other orders and in the fast build. Raises Fault."""
-        results, launches = self.run(emulator.checked())
+        results, launches = self.run(emulator.checked(steps=steps))
         for launch in launches:
             print(f"{launch.kernel}: grid {launch.grid}, block {launch.block}, "
                   f"{launch.shared:,} bytes of dynamic shared memory")
@@ -52,8 +52,8 @@ class Program:
         self.show(results)
         print(f"{_count(len(launches), 'launch', 'launches')}, {_count(len(results), 'result', 'results')}: "
               "no checker found a fault")
-        for words, mode in (("threads and blocks in reversed order", emulator.checked("reversed")),
-                            ("in random order", emulator.checked(1)), ("the fast build", emulator.fast())):
+        for words, mode in (("threads and blocks in reversed order", emulator.checked("reversed", steps)),
+                            ("in random order", emulator.checked(1, steps)), ("the fast build", emulator.fast())):
             others = self.run(mode)[0]
             same = all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(results, others))
             print(f"{words}: {'the same results, bit for bit' if same else 'NOT the same results'}")

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minilm import checks
+
 ORDERS = {"forward": 0, "reversed": 1}
 
 
@@ -21,10 +23,16 @@ class Launch(NamedTuple):
     shared_traffic: tuple
 
 
+STEPS = 50_000_000          # of a thread in a block; some seconds under the checkers
+SECONDS = 60.0              # of processor time of a block
+
+
 class Setting(NamedTuple):
     mode: str = "fast"
     schedule: object = "forward"
     launches: list = None
+    steps: int = STEPS
+    seconds: float = SECONDS
 
 
 setting_of_now = contextvars.ContextVar("emulator", default=Setting())       # noqa: B039, a Setting never changes
@@ -53,16 +61,18 @@ def _running(**setting):
         setting_of_now.reset(token)
 
 
-def checked(schedule: str | int = "forward") -> AbstractContextManager[list[Launch]]:
+def checked(schedule: str | int = "forward", steps: int = STEPS) -> AbstractContextManager[list[Launch]]:
     """In the `with` block every launch runs under all checkers, in that order of threads and blocks. Gives the list
-    of Launch records."""
-    return _running(mode="checked", schedule=schedule, launches=[])
+    of Launch records. steps: a thread that takes more of them in a block is in an endless loop (endless.cpp)."""
+    return _running(mode="checked", schedule=schedule, launches=[],
+                    steps=checks.integer("checked", "steps", steps, at_least=1))
 
 
-def fast(schedule: str | int = "forward") -> AbstractContextManager[list[Launch]]:
+def fast(schedule: str | int = "forward", seconds: float = SECONDS) -> AbstractContextManager[list[Launch]]:
     """In the `with` block every launch runs fast and unchecked, as by default, but in that order. Gives the list of
-    Launch records."""
-    return _running(mode="fast", schedule=schedule, launches=[])
+    Launch records. seconds: of processor time; a block that takes more is in an endless loop."""
+    return _running(mode="fast", schedule=schedule, launches=[],
+                    seconds=checks.number("fast", "seconds", seconds, above=0))
 
 
 def debug() -> AbstractContextManager[list[Launch]]:

@@ -1,5 +1,5 @@
 // Declarations that the parts of the runtime share: scheduler.cpp runs the threads, memory.cpp (with races.h) checks
-// their accesses to memory, undefined.cpp reports undefined behaviour.
+// their accesses to memory, undefined.cpp reports undefined behaviour, endless.cpp endless loops.
 #pragma once
 #include "bridge.h"
 #include <cstdint>
@@ -24,6 +24,7 @@ struct Thread {
     const void* place;
     const void* calls[DEEPEST];     // return addresses of its active functions (checked builds)
     int depth;
+    uint64_t steps;                 // see endless.cpp (checked builds)
 };
 
 extern Launch* launch;              // the running one
@@ -43,6 +44,9 @@ const char* library();              // the first byte of this library in memory;
 void begin_memory();                // allocates shared memory and the records of the checkers
 void begin_block_memory();
 void end_memory();
+void begin_watch();                 // for endless loops
+void begin_block_watch();
+void end_watch();
 void join_clocks(int warp, unsigned mask);      // after a warp barrier of the lanes in mask
 
 }

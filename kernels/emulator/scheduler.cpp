@@ -271,6 +271,7 @@ int run(Launch* next, void (*function)(void**), void** arguments) {
     put_in_order(blocks, gridDim.x * gridDim.y * gridDim.z);
 
     begin_memory();
+    begin_watch();
     for (int block : blocks) {
         block_number = block;
         blockIdx = unflatten(block, launch->grid);
@@ -283,11 +284,13 @@ int run(Launch* next, void (*function)(void**), void** arguments) {
         epoch = barrier.arrived = exited = 0;
         turn = -1;
         begin_block_memory();
+        begin_block_watch();
         current = &host;
         run_others();
         current = nullptr;
         if (launch->message[0]) break;
     }
+    end_watch();
     end_memory();
     return launch->message[0] != 0;
 }

@@ -70,6 +70,16 @@ def test_prompts_with_equal_rewards_are_counted_however_large_the_rewards():
     assert metrics["frac_reward_zero_std"] == 0.5
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_ppo_refuses_an_old_log_prob_that_is_not_finite_within_the_mask(wrong):
+    old, mask = np.full((2, 3), -1.0), np.ones((2, 3))
+    old[1, 2] = wrong
+    with pytest.raises(ValueError, match=r"old_log_probs, token \(1, 2\), is"):
+        ppo_clip_loss(Tensor(np.full((2, 3), -1.0)), old, np.ones(2), mask)
+    mask[1, 2] = 0
+    assert np.isfinite(ppo_clip_loss(Tensor(np.full((2, 3), -1.0)), old, np.ones(2), mask).item())
+
+
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 def test_reward_to_go_refuses_a_kl_that_is_not_finite_within_the_mask(wrong):
     kl, mask = np.zeros((2, 2, 3)), np.ones((2, 2, 3))

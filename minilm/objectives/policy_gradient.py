@@ -150,7 +150,8 @@ def ppo_clip_loss(log_probs: Tensor, old_log_probs: np.ndarray, advantages: np.n
     ratio of 1 it is the gradient of policy_gradient_loss.
 
     log_probs, old_log_probs, mask  (N,T), as in policy_gradient_loss; log-probs may be NaN outside the mask
-    Raises ValueError for other shapes, another mask or level, epsilon outside (0, 1), and for N = 0.
+    Raises ValueError for other shapes, another mask or level, old_log_probs that are not finite within the mask,
+    epsilon outside (0, 1), and for N = 0.
     Schulman et al. 2017, arXiv:1707.06347, (7).
     """
     checks.same_shape("ppo_clip_loss", log_probs=log_probs, old_log_probs=old_log_probs)
@@ -159,6 +160,8 @@ def ppo_clip_loss(log_probs: Tensor, old_log_probs: np.ndarray, advantages: np.n
     xp = array_module(log_probs)
     N = len(log_probs)
     A, selected = _weights_and_mask("ppo_clip_loss", log_probs, advantages, mask)
+    # A token that pi_old gave probability 0 was not drawn. Its ratio would be infinite, and the clip would hide it.
+    checks.finite("ppo_clip_loss", "old_log_probs", xp.where(selected, xp.asarray(old_log_probs), 0), "token")
     log_ratio = xp.where(selected, log_probs - xp.asarray(old_log_probs), 0)            # (N,T)
     if level == "sequence":
         checks.same_shape("ppo_clip_loss", axes="N", hint="level 'sequence' has one ratio for a response, and one "

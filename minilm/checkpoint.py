@@ -22,6 +22,7 @@ import numpy as np
 
 from minilm.backend import array_module
 from minilm.in_place import mark_changed
+from minilm.tokenizer import distinct
 
 KEY = "minilm"
 FORMAT = "minilm checkpoint"
@@ -56,7 +57,10 @@ def save(path: Path, arrays: dict, metadata: dict) -> None:
     """
     safetensors = _import_safetensors()
     arrays = {name: _as_stored(name, array) for name, array in arrays.items()}
-    metadata = json.loads(json.dumps(metadata), object_pairs_hook=_distinct)
+    try:
+        metadata = json.loads(json.dumps(metadata), object_pairs_hook=distinct)
+    except ValueError as error:
+        raise ValueError(f"metadata: {error}: JSON makes strings of all keys") from None
     header = json.dumps({"format": FORMAT, "version": VERSION,
                          "sha256": _digest(arrays, metadata), "metadata": metadata})
     if len(header) > HEADER_LIMIT // 4:     # it is escaped once more, and the names of the arrays follow
@@ -149,15 +153,6 @@ def _as_stored(name, array):
     return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
 
 
-def _distinct(pairs):
-    """A JSON object whose keys differ, as a dictionary."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"metadata has the key {max(names, key=names.count)!r} twice: JSON makes strings of all keys")
-    return fields
-
-
 def _digest(arrays, metadata):
     """The sha256 of the metadata and of the name, dtype, shape and bytes of every array."""
     sha256 = hashlib.sha256(json.dumps(metadata).encode())
@@ -189,7 +184,7 @@ def _parse_header(path, header):
     if header is None:
         raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of minilm. Check the path.")
     try:
-        fields = json.loads(header)
+        fields = json.loads(header, object_pairs_hook=distinct)
         if fields["version"] > VERSION:
             raise CheckpointError(f"{path}: written by a newer minilm (version {fields['version']} of the "
                                   f"format; this one reads {VERSION}). Update minilm.")

@@ -44,6 +44,15 @@ WORD = re.compile(r"""
 """, re.VERBOSE)
 
 
+def distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The object_pairs_hook of json.loads for files: ValueError for a key that comes twice (json takes the last)."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        (key, _), = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"it has the key {reprlib.repr(key)} twice")
+    return fields
+
+
 def utf8(text: str) -> bytes:
     """The UTF-8 bytes of a string. Raises ValueError for a lone surrogate, which has no bytes, TypeError for no str."""
     if not isinstance(text, str):
@@ -263,7 +272,7 @@ class Tokenizer:
     def from_json(cls, text: str) -> "Tokenizer":
         """The tokenizer that to_json wrote. Raises ValueError, with the fault, for any other text."""
         try:
-            saved = json.loads(text)
+            saved = json.loads(text, object_pairs_hook=distinct)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"a saved tokenizer is JSON, and this is not: {error}") from None
         found = saved.get("format") if isinstance(saved, dict) else None

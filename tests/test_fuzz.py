@@ -432,6 +432,12 @@ def header_of(shape):
 
 RUN = {"format": "minilm run", "settings": SETTINGS}
 FOUND |= {
+    "merges that come twice": ("Tokenizer.from_json", lambda: TOKENIZER.to_json()[:-1] + ', "merges": []}',
+                               "has the key 'merges' twice"),
+    "a seed that comes twice": ("run.json", lambda: json.dumps(RUN).replace(
+        '"seed": 0', '"seed": 1, "seed": 0').encode(), "not a file of minilm"),
+    "rows that come twice": ("results.json", lambda: json.dumps(files()["results"]).encode()[:-1] + b', "rows": []}',
+                             "has the key 'rows' twice"),
     "settings of a run as a list": ("run.json", lambda: json.dumps({**RUN, "settings": [["seed", 0]]}).encode(),
                                     "not a file of minilm"),
     "a run nested 100,000 deep": ("run.json", lambda: b"[" * 100_000, "not a file of minilm"),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from minilm.checkpoint import one_line
+from minilm.tokenizer import distinct
 from support.run_folder import UsageError
 
 MOST_WORKERS = 64
@@ -111,7 +112,7 @@ def read_text(path: str | Path, hint: str) -> str:
 def read_json(path: str | Path, hint: str) -> dict:
     """A dictionary from a JSON file. Raises UsageError with the cause and the hint."""
     try:
-        content = json.loads(read_text(path, hint))
+        content = json.loads(read_text(path, hint), object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no JSON, or damaged ({one_line(error)}). {hint}") from error
     if not isinstance(content, dict):

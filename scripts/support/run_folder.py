@@ -32,6 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minilm import checkpoint
+from minilm.tokenizer import distinct
 
 try:
     import fcntl
@@ -178,7 +179,7 @@ class RunFolder:
         """The settings in run.json, or None if there is no such file."""
         path = self.path(RUN)
         try:
-            content = json.loads(path.read_text("utf-8"))
+            content = json.loads(path.read_text("utf-8"), object_pairs_hook=distinct)
             if content["format"] != FORMAT or not isinstance(content["settings"], dict):
                 raise ValueError("another format")
             return content["settings"]

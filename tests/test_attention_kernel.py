@@ -346,6 +346,10 @@ MUTANTS = [
      "own ? max(0, j0 - s.diagonal + 1) : 0", "numbers"),
     ("keys of a prefix are hidden like a segment's own", "const bool own = users[2 * user + 1];",
      "const bool own = true;", "numbers"),
+    ("the first tile of keys alone", "j0 < keys; j0 += COLS", "j0 < keys; j0 = keys", "numbers"),
+    ("the first tile of queries alone", "i0 < s.queries; i0 += ROWS", "i0 < s.queries; i0 = s.queries", "numbers"),
+    ("a thread loads one number alone", "i < MOST * HEAD; i += THREADS", "i < MOST * HEAD; i = MOST * HEAD", "checker"),
+    ("D of the first numbers of a head", "d < HEAD; d += 8", "d < HEAD; d = HEAD", "numbers"),
     ("D reaches one row too far", "if (row < queries && tx == 0) delta", "if (tx == 0) delta", "checker"),
 ]
 

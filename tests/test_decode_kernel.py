@@ -131,6 +131,11 @@ MUTANTS = [
      "numbers"),
     ("the query is not scaled", "d < HEAD ? scale * q[", "d < HEAD ? q[", "numbers"),
     ("the division is left out", "sum == 0 ? real(0) : total / sum", "total", "numbers"),
+    ("a warp takes one key alone", "j < stop; j += WARPS", "j < stop; j = stop", "numbers"),
+    ("the sums of a head as wide as a block are not written", "d < HEAD + 2; d += THREADS",
+     "d < HEAD + 2; d = HEAD + 2", "checker"),
+    ("the first warp's sum alone", "w < WARPS; ++w) total", "w < 1; ++w) total", "numbers"),
+    ("the first split alone", "s < splits; ++s) {", "s < 1; ++s) {", "numbers"),
     ("one warp does not write its part", "if (lane + 32 * i < HEAD) of_warps",
      "if (warp && lane + 32 * i < HEAD) of_warps", "checker"),
 ]
@@ -140,10 +145,11 @@ MUTANTS = [
 @kernel_mutants.each(MUTANTS)
 def test_a_bug_is_found_by_a_checker_or_by_the_numbers(mutant, emulated, rng, monkeypatch):
     kernel_mutants.plant(monkeypatch, module, mutant)
-    arrays = inputs(rng, 2, 4, 2, 16, 150)
 
     def check():
-        result = run(emulated, *arrays, 140, [0, 30])
-        assert np.abs(np.nan_to_num(result - plain(*arrays, 140, [0, 30]), nan=np.inf)).max() <= 1e-8
+        for K in (16, 128):                             # narrower and wider than a block's sums
+            arrays = inputs(rng, 2, 4, 2, K, 150)
+            result = run(emulated, *arrays, 140, [0, 30])
+            assert np.abs(np.nan_to_num(result - plain(*arrays, 140, [0, 30]), nan=np.inf)).max() <= 1e-8
         return True
     assert kernel_mutants.detected_by(check, module) == mutant[-1]

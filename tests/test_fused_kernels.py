@@ -256,6 +256,19 @@ def test_squared_norm_equals_the_dot_product(P, dtype, aligned, blocks, rng, xp)
     assert abs(float(found.get()) - exact) <= (1e-12 if dtype is np.float64 else 1e-6) * exact
 
 
+@DTYPES
+def test_the_norm_of_an_array_with_more_blocks_than_a_block_has_threads(dtype, rng, xp):
+    """Above 262,144 numbers the sums of the blocks are more than the threads that add them up."""
+    P = fused.PER_BLOCK * (2 * fused.BLOCK + 5) + 3
+    g = rng.normal(size=P).astype(dtype)
+    exact = g.astype(np.float64) @ g.astype(np.float64)
+    tolerance = 1e-12 if dtype is np.float64 else 1e-6
+    assert float(fused.squared_norm(xp.asarray(g)).get()) == pytest.approx(exact, rel=tolerance)
+    p, m, v = (xp.zeros(P, dtype) for _ in range(3))
+    squares = fused.adamw_step(p, xp.asarray(g), m, v, P, 0.1, (0.9, 0.95), 1e-8, 0.0, 1)
+    assert float(squares.get()) == pytest.approx(0.01 * P, rel=1e-5)             # the first step is 0.1 everywhere
+
+
 # Checkers, schedules, bytes.
 
 def everything(xp, seed=0, dtype="float32", **sizes):
@@ -381,6 +394,18 @@ MUTANTS = [
     (FLAT, "store<N>(p + i, pi)", "store<N>(const_cast<real*>(g) + i, pi)", "const"),
     (FLAT, "partial[blockIdx.x] = sum", "partial[0] = sum", "race"),
     (FLAT, "if (i + e < decayed)", "if (i < decayed)", "numbers"),
+    # Loops that go round once, or for ever.
+    (ROWS, "first < rows; first += step", "first < rows; first = rows", "numbers"),
+    (ROWS, "j < width; j += blockDim.x * blockDim.y", "j < width; j = width", "uninitialised"),
+    (ROWS, "row < rows; row += 8", "row < rows; row = rows", "numbers"),
+    (ROWS, "warp < warps; ++warp", "warp < 1; ++warp", "numbers"),
+    (ROWS, "y < blockDim.y; ++y", "y < 1; ++y", "numbers"),
+    (SILU, "j < width; j += step", "j < width; j = width", "numbers"),
+    (ROTARY, "head < count; ++head", "head < 1; ++head", "numbers"),
+    (ROTARY, "i < tokens * each; i += threads", "i < tokens * each; i = tokens * each", "numbers"),
+    (FLAT, "i < vectors; i += threads", "i < vectors; i = vectors", "numbers"),
+    (FLAT, "i < n; i += blockDim.x", "i < n; i = n", "numbers"),
+    (FLAT, "i < n; i += blockDim.x", "i < n; i = blockDim.x", "endless loop"),
 ]
 
 
@@ -398,16 +423,27 @@ def text_of(section, old, new):
 
 def use(monkeypatch, text):
     monkeypatch.setattr(fused, "_kernel", lambda xp, name, dtype: launch.function(xp, "fused", name, dtype, text=text))
-    monkeypatch.setattr(fused, "ROW_BLOCKS", 2)
-    monkeypatch.setattr(fused, "FLAT_BLOCKS", 2)
+    monkeypatch.setattr(launch, "MOST_BLOCKS", (2 ** 31 - 1, 2, 2))
 
 
-def of_section(section, xp, rng):
-    """(result, expected result) of the kernels of a section, under the checkers, in double precision."""
+def of_section(section, xp, rng, monkeypatch):
+    """(result, expected result) of the kernels of a section, under the checkers, in double precision.
+
+    With two blocks each thread goes round the loops of its kernel; with many of one warp, the loops over their sums.
+    """
+    for blocks, threads, each in ((2, 256, 1024), (1024, 32, 64)):
+        monkeypatch.setattr(fused, "ROW_BLOCKS", blocks)
+        monkeypatch.setattr(fused, "FLAT_BLOCKS", blocks)
+        monkeypatch.setattr(fused, "BLOCK", threads)
+        monkeypatch.setattr(fused, "PER_BLOCK", each)
+        yield from at_these_blocks(section, xp, rng)
+
+
+def at_these_blocks(section, xp, rng):
     names = {ROWS: ["rms_norm"], SILU: ["swiglu"], ROTARY: [name for name in CASES if "rope" in name]}
-    with emulator.checked():
+    with emulator.checked(steps=1_000_000):
         for name in names.get(section, []):
-            for n, m, aligned in ((13, 300, True), (13, 6, True), (13, 6, False)):
+            for n, m, aligned in ((13, 300, True), (13, 6, True), (13, 6, False), (100, 7, True)):
                 _, actual, expected = both(CASES[name], rng, n, m, np.float64, xp, aligned)
                 yield from zip(actual, expected)
         if section == FLAT:
@@ -428,7 +464,7 @@ def caught_by(section, text, xp, monkeypatch):
     """The message of the checker that found the bug, "numbers" if a result is wrong, None if nothing was found."""
     use(monkeypatch, text)
     try:
-        for actual, expected in of_section(section, xp, np.random.default_rng(0)):
+        for actual, expected in of_section(section, xp, np.random.default_rng(0), monkeypatch):
             with contextlib.suppress(AssertionError):
                 assert_close(actual, expected)
                 continue

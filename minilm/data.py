@@ -121,7 +121,7 @@ def make_batch(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad
                context: int | None = None) -> Batch:
     """Token lists as a Batch, padded on the right to the longest dialogue.
 
-    Raises ValueError as check_dialogues does.
+    Raises ValueError as check_dialogues does, TypeError for tokens that are no integers, IndexError for negative ones.
     """
     check_dialogues(prompts, responses, context)
     T = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses))
@@ -131,7 +131,7 @@ def make_batch(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
         start = len(prompt)
         end = start + len(response)
-        tokens[i, :end] = [*prompt, *response]
+        tokens[i, :end] = checks.indices("make_batch", f"dialogue {i}", [*prompt, *response], 2 ** 63)
         mask[i, start:end] = 1
         real[i, :end] = 1
     return Batch(tokens, mask, real)

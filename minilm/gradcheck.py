@@ -54,8 +54,8 @@ def gradcheck(function: Callable[..., Tensor], *tensors: Tensor, tolerance: floa
         raise ValueError("gradcheck: no Tensor has requires_grad=True, so there is nothing to check; "
                          "make the inputs with Tensor(array, requires_grad=True)")
     if any(t.dtype != np.float64 for t in checked):
-        raise TypeError("gradcheck needs float64, because differences of float32 are rounding noise. Convert the inputs "
-                        "with .astype(np.float64)")
+        raise TypeError("gradcheck needs float64, because differences of float32 are rounding noise; convert the "
+                        "inputs with .astype(np.float64)")
     if directions is not None:
         checks.integer("gradcheck", "directions", directions, at_least=1)
 

@@ -67,7 +67,8 @@ def pack(prompts: Sequence[Tokens], responses: Sequence[Tokens], context: int | 
          last: bool = False) -> Pack:
     """Token lists to a Pack. Equal prompts are stored once. last: keep the last token of each response.
 
-    Raises ValueError as data.check_dialogues does.
+    Raises ValueError as data.check_dialogues does, TypeError for tokens that are no integers, IndexError for negative
+    ones.
     """
     check_dialogues(prompts, responses, context)
     tokens, positions, segments, rows, last_rows = [], [], [], [], []
@@ -88,6 +89,8 @@ def pack(prompts: Sequence[Tokens], responses: Sequence[Tokens], context: int | 
             positions += range(P, P + fed)
         rows += [prefix.stop - 1, *range(start, start + R - 1)]
         last_rows.append(len(tokens) - 1)
+    checks.indices("pack", "the prompts", tokens, 2 ** 63)
+    checks.indices("pack", "the responses", np.concatenate(responses), 2 ** 63)
     lengths = np.array([len(response) for response in responses])
     mask = np.arange(lengths.max()) < lengths[:, None]
     return Pack(np.array(tokens), np.array(positions), segments, np.array(rows), np.concatenate(responses),

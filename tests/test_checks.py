@@ -86,6 +86,41 @@ def test_arrays_of_one_shape_have_that_shape_and_nothing_is_broadcast():
             checks.same_shape("f", policy=Tensor(np.ones((2, 3))), reference=np.zeros(other))
 
 
+def test_arrays_have_the_axes_that_are_asked_for_and_none_is_empty():
+    assert checks.same_shape("f", axes="PK", rewards=np.ones((2, 3)), kl=np.ones((2, 3)), entropies=None) == (2, 3)
+    for shape in ((3,), (1, 2, 3), (), (0, 3), (2, 0)):
+        with pytest.raises(ValueError, match=r"f: rewards .*they must have one shape \(P,K\).*; reshape them"):
+            checks.same_shape("f", axes="PK", hint="reshape them", rewards=np.ones(shape), kl=np.ones(shape))
+    with pytest.raises(ValueError, match=r"one shape \(B,\), without an axis of length 0"):
+        checks.same_shape("f", axes="B", rewards=[])
+
+
+def test_numbers_are_arrays_of_one_shape_and_finite():
+    a, b = checks.numbers("f", "B", a=[1.0, 2.0], b=np.array([3, 4]))
+    assert a.tolist() == [1, 2] and b.tolist() == [3, 4]
+    with pytest.raises(ValueError, match="f: b, entry 1, is inf"):
+        checks.numbers("f", "B", a=[1.0, 2.0], b=[1.0, np.inf])
+    with pytest.raises(ValueError, match="they must have one shape"):
+        checks.numbers("f", "B", a=[1.0, 2.0], b=[[1.0], [2.0]])
+
+
+@pytest.mark.parametrize("wrong", [0.5, -1.0, np.nan, np.inf])
+def test_a_number_below_the_smallest_that_is_allowed_is_named_with_its_place(wrong):
+    assert checks.finite("f", "lengths", [1, 2], "pair", at_least=1).tolist() == [1, 2]
+    with pytest.raises(ValueError, match=f"f: lengths, pair 1, is {wrong:g}[.0]*; it must be finite and at least 1"):
+        checks.finite("f", "lengths", [1.0, wrong], "pair", at_least=1)
+
+
+def test_an_index_is_an_integer_from_0_and_below_the_count():
+    assert checks.indices("f", "targets", np.array([[0, 4]]), 5).tolist() == [[0, 4]]
+    for wrong in (-1, 5, -100):
+        with pytest.raises(IndexError, match=f"f: targets holds {wrong}; it must hold integers from 0 to 4"):
+            checks.indices("f", "targets", [0, wrong], 5)
+    for wrong in ([0.0, 1.0], [True, False], ["1"]):
+        with pytest.raises(TypeError, match="f: targets holds .*; it must hold integers"):
+            checks.indices("f", "targets", wrong, 5)
+
+
 def test_the_first_number_that_is_not_finite_is_named_with_its_place():
     assert checks.finite("f", "rewards", [1.0, 2.0]).tolist() == [1, 2]
     with pytest.raises(ValueError, match="train_rlhf: rewards, sample 1, is nan; it must be finite"):

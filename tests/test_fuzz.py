@@ -462,6 +462,8 @@ FOUND |= {
                            "the outcome is 'proved'"),
     "an interval with one end": ("an experiment's results", lambda: with_entry(
         "experiment", ["comparisons", 0, "interval"], [0.0]), "an interval has two ends"),
+    "a comparison without a margin": ("an experiment's results", lambda: with_entry(
+        "experiment", ["comparisons", 0, "asked"], "above"), "a comparison asked 'above'"),
     "lines of different lengths": ("an experiment's results", lambda: with_entry("experiment", ["table", 0], ["n"]),
                                    "different lengths"),
     "a file outside the folder": ("the golden index", lambda: with_entry(

@@ -3,6 +3,7 @@
 Tests: tests/test_fuzz.py.
 """
 
+import re
 import reprlib
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from support.run_folder import UsageError
 RUN_FIRST = "Run it first, without --redraw."
 TRIAL = "a trial"                       # the outcome of every experiment at --quick
 SECTIONS = ("Claim", "Test", "Rule", "Limits", "Source")
-SEVERAL = ([{"name": str, "mean": (float, None), "interval": [(float, None)], "asked": str, "outcome": str}], [])
+SEVERAL = ([{"name": str, "mean": (float, None), "interval": [(float, None)], "asked": str, "outcome": str,
+             "by_seed": ([(float, None)], [])}], [])
+MARGIN = re.compile(r"(above|below) -?[0-9]+(\.[0-9]+)?( and below -?[0-9]+(\.[0-9]+)?)?")
 SHAPE = {**dict.fromkeys((*SECTIONS, "title", "outcome", "words", "date", "machine", "size"), str),
          "settings": {str: object}, "by_seed": ([object], []), "seeds": [int], "seconds": float, "workers": int,
          "table": [[(str, float, None)]], "comparisons": SEVERAL, "conditions": SEVERAL}
@@ -36,9 +39,11 @@ def _fault(result, name):
     compared = [c for kind in ("comparisons", "conditions", "findings") for c in result.get(kind, [])]
     if any(len(c["interval"]) != 2 for c in compared):
         return "an interval has two ends"
-    for outcome in [result["outcome"], *(c["outcome"] for c in compared)]:
-        if outcome not in (*OUTCOMES, TRIAL):
-            return f"the outcome is {reprlib.repr(outcome)}"
+    for comparison in compared:
+        if comparison["outcome"] not in OUTCOMES or not MARGIN.fullmatch(comparison["asked"]):
+            return f"a comparison asked {reprlib.repr(comparison['asked'])} is {reprlib.repr(comparison['outcome'])}"
+    if result["outcome"] not in (*OUTCOMES, TRIAL):
+        return f"the outcome is {reprlib.repr(result['outcome'])}"
     if len({len(line) for line in result["table"]}) > 1:
         return "the lines of its table have different lengths"
     return None

@@ -119,9 +119,10 @@ def search(read, make, errors, count, seed=0):
 
 
 def _restrict():
-    with open("/proc/self/statm") as file:
-        mapped = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
+    if os.path.exists("/proc/self/statm"):      # Linux: elsewhere the memory of a process cannot be limited so
+        with open("/proc/self/statm") as file:
+            mapped = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
     signal.signal(signal.SIGALRM, _too_slow)
 
 

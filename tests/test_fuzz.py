@@ -18,6 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("resource", reason="the limits of a process need a POSIX system")
+safetensors_numpy = pytest.importorskip("safetensors.numpy")
+
 import fuzzing
 import golden_files
 from common import experiment, markdown, page
@@ -31,9 +34,6 @@ from minilm.world import annotators, tasks
 from support import tables, terminal
 from support.results import read_results
 from support.run_folder import RunFolder, UsageError
-
-pytest.importorskip("fcntl", reason="the limits of a process need a POSIX system")
-safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / "golden"

@@ -1,11 +1,12 @@
-"""How a language model becomes an assistant, in one file.
+"""How a language model becomes an assistant: the definitions, in one file.
 
-This file defines the model, the losses, sampling and AdamW. Everything else in minilm computes the same numbers,
+This file defines the model, the losses, sampling, AdamW and one step of training. The training loops are in toy.py, the
+initial values in model.py. Everything else in minilm computes the same numbers,
 faster, and the tests compare it with this file (tests/test_plain.py). It uses only the elementary operations of
 ops.py; tensor.py computes their gradients, and checks.py refuses arrays that do not belong together. Derivations,
 gradients by hand and papers: objectives/ and layers.py.
 
-    python -m minilm.plain          runs toy.py: from random weights to an assistant, on a toy task
+    python -m minilm.plain [seed]   runs toy.py: from random weights to an assistant, on a toy task; [seed] is a number
 
 Symbols: B sequences or pairs, T columns of an array of tokens, V vocabulary, D width, H query heads, G key/value
 heads (grouped-query attention), dh head width, F feed-forward width; P prompts, K samples of each prompt,
@@ -189,7 +190,7 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
 
     kl is a one-sample estimate of KL(pi || pi_ref), called k1 in objectives/kl.py; it may be negative. R depends on
     pi, but E[grad kl] = 0, so A is treated as a constant (detached, stop-gradient).
-    "group" is another form, A = (R - mean R) / (standard deviation + 1e-4). All but "none" need K >= 2.
+    "group" is (R - mean R) / (standard deviation + 1e-4), not of the form R - b. All but "none" need K >= 2.
     """
     checks.same_shape("advantages", axes="PK", rewards=rewards, kl=kl)
     R = rewards - beta * kl                                                 # (P,K)
@@ -286,8 +287,8 @@ def adamw(parameters: Parameters, state: dict, learning_rate: float = 1e-3, beta
           weight_decay: float = 0.01) -> None:
     """One step of AdamW with the gradients that backward() has left in the parameters.
 
-    state: an empty dict at the first step. For each parameter it keeps the number t of its updates, and running means
-    m of g and v of g^2. A parameter without a gradient is frozen: it is skipped.
+    state: an empty dict at the first step. For each parameter it keeps the number t of its updates, and running means,
+    m of the gradient g and v of g^2. A parameter without a gradient is frozen: it is skipped.
     """
     b1, b2 = betas
     for name, p in parameters.items():

@@ -257,6 +257,9 @@ def lecture(seed: int = 0, scale: float = 1.0) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        print(__doc__.strip())
+        sys.exit()
     if not all(word.isdecimal() for word in sys.argv[1:]) or len(sys.argv) > 2:
         print(f"error: {' '.join(sys.argv[1:])}: expected one seed, a whole number", file=sys.stderr)
         sys.exit(2)

@@ -57,7 +57,7 @@ def test_the_front_page_counts_the_outcomes_as_the_page_of_the_lecture_does():
     lecture = (ROOT / "scripts" / "lecture" / "README.md").read_text("utf-8")
     outcomes, = re.findall(r"claims tested: (\d.*)\.$", lecture, re.MULTILINE)
     seeds, = re.findall(r", (\d+ to \d+ seeds) per experiment", lecture)
-    assert f"claims: {outcomes}, by 95% intervals over {seeds}." in front
+    assert f"claims: {outcomes}, over {seeds} (shown: " in front
 
 
 def test_the_front_page_has_at_most_200_lines_and_starts_with_a_figure():

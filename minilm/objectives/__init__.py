@@ -10,7 +10,7 @@ function every Tensor is already its array. vjp maps the gradient of the output 
 first arguments; the references and masks after them get none. A function without @primitive works on the
 Tensors themselves. xp is NumPy, or CuPy for arrays on a GPU (backend.py): read it as np. stable_sigmoid and
 stable_softplus are the sigmoid and log(1 + exp), without overflow (ops.py). The functions of checks.py raise an error
-for a wrong argument; otherwise they return it, a mask as booleans (same_shape: the shape).
+for a wrong argument; otherwise they return the argument (a mask as booleans). same_shape returns the shape.
 
 Symbols in every file:
 
@@ -31,9 +31,9 @@ Symbols in every file:
     B             sequences or pairs in a batch
     P, K, N       prompts, samples for each prompt, N = P K samples in all: a row is one sampled response
 
-A complete response ends with an EOS token, which is one of its tokens, or at the limit of its length. No
-complete response is the beginning of another one. So the probabilities pi(y|x) of all complete responses add
-up to 1, and sum_y grad pi(y|x) = grad 1 = 0. The proofs use this.
+A complete response ends with an EOS token, which is one of its tokens, or at the limit of its length. So generation
+always ends, with exactly one complete response: their probabilities pi(y|x) add up to 1, and
+sum_y grad pi(y|x) = grad 1 = 0. The proofs use this.
 
 How to add an objective: .github/CONTRIBUTING.md. Whether the expected gradient of an estimator is the
 gradient that you mean: minilm.exact.gradients.compare_with_exact_gradient.

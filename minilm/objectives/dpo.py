@@ -20,7 +20,8 @@ Z(x) does not depend on pi, and a KL divergence is at least 0, and 0 only at pi 
 
 2. Every policy pi is optimal for some reward: r(x,y) = beta log(pi(y|x) / pi_ref(y|x)) + c(x), with any c(x).
 With this reward, pi_ref exp(r/beta) = exp(c/beta) pi, so pi* = pi. beta log(pi/pi_ref) is the implied reward of
-pi. So a reward can be learned by learning the policy; c(x) cancels in the difference of two rewards of one prompt.
+pi. Adding c(x) to r does not change pi*. So a reward can be learned by learning the policy; c(x) cancels in the
+difference of two rewards of one prompt.
 
 3. The Bradley-Terry loss (reward.py) learns a reward from comparisons, and uses only this difference. Substitute
 the implied rewards:
@@ -40,19 +41,20 @@ preferred to y_w.
 4. RLHF and DPO have the same optimum under three conditions: preferences follow the Bradley-Terry model with
 the reward r; comparisons are unlimited, and for each prompt the graph of compared pairs is connected (a chain of
 compared pairs leads from any response to any other); pi is unrestricted. Let y be preferred to y' with
-probability q = sigmoid(r(x,y) - r(x,y')), and let d be delta with y as y_w and y' as y_l. The expected loss is a
+probability q = sigmoid(r(x,y) - r(x,y')), and let D be delta with y as y_w and y' as y_l. The expected loss is a
 sum over the compared pairs, with positive weights, of the terms
 
-    -q log sigmoid(beta d) - (1 - q) log sigmoid(-beta d)
+    -q log sigmoid(beta D) - (1 - q) log sigmoid(-beta D)
 
-A term is the cross-entropy of q and sigmoid(beta d). It is smallest only at sigmoid(beta d) = q, so at
-beta d = r(x,y) - r(x,y'). pi* makes every term minimal at once, because beta log(pi*/pi_ref) = r - beta log Z(x)
+A term is the cross-entropy of q and sigmoid(beta D). It is smallest only at sigmoid(beta D) = q, so at
+beta D = r(x,y) - r(x,y'). pi* makes every term minimal at once, because beta log(pi*/pi_ref) = r - beta log Z(x)
 (step 1). So no policy has a smaller sum, and a minimum must make every term minimal: beta log(pi/pi_ref) - r is
 equal for the two responses of a compared pair, so along every chain, so for all y, and pi is pi* by step 2.
 
 With flipped labels or finite data, DPO in general does not reach the pi* of the true r. It still has the same
 optimum as RLHF with a reward model fitted to the same comparisons, if reward model and policy are unrestricted,
-the graph of compared pairs is connected, and the comparisons have a finite best fit (steps 2 and 3). In practice
+the graph of compared pairs is connected, and the best-fitting rewards are finite (they are not if, for example, one
+response wins all its comparisons). This follows from steps 2 and 3. In practice
 RLHF and DPO then differ by the limits of the two models, by training that stops early, and because RLHF samples
 from pi, while DPO sees only the compared responses.
 
@@ -62,7 +64,7 @@ g_l be grad log pi(y_w|x) and grad log pi(y_l|x), and <g, h> = sum_i g_i h_i the
     grad L  = -beta sigmoid(-beta delta) (g_w - g_l)
     d theta = -learning_rate grad L = eta (g_w - g_l),       eta = learning_rate beta sigmoid(-beta delta)
 
-is a step of gradient descent on one pair (the paper has grad L in section 4). To first order in the learning
+is a step of gradient descent on one pair (grad L: Rafailov et al., section 4). To first order in the learning
 rate, a log-prob changes by the inner product of its gradient with d theta:
 
     log pi(y_w|x):  eta ( <g_w, g_w> - <g_w, g_l> )
@@ -143,10 +145,12 @@ def ipo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
 
     It gives delta a finite target. With DPO, delta grows without bound where y_w always wins.
     Derivation. Let mu be the distribution from which both responses y and y' were drawn, h = log(pi/pi_ref),
-    and q the probability that y is preferred to y'. With y as y_w, delta is d = h(y) - h(y'). The expected loss,
-        q (d - 1/(2 beta))^2 + (1 - q) (d + 1/(2 beta))^2 = (d - (2q - 1)/(2 beta))^2 + constant,
-    has the least-squares solution h(y) = E_{y' ~ mu}[(2q - 1)/(2 beta)] + constant = w(y)/beta + constant, with
-    the win rate w(y) = E_{y' ~ mu}[q]. So the optimum is pi_ref exp(w/beta) / Z: pi* with w in place of the
+    and q the probability that y is preferred to y'. With y as y_w, delta is D = h(y) - h(y'). The expected loss is
+        q (D - 1/(2 beta))^2 + (1 - q) (D + 1/(2 beta))^2 = (D - (2q - 1)/(2 beta))^2 + constant,
+    averaged over y and y'. Exchanging y and y' changes the signs of D and of 2q - 1, so the square stays the same, and
+    the derivative of the average in h(y) is 4 mu(y) E_{y' ~ mu}[D - (2q - 1)/(2 beta)]. It is 0 for every y if
+        h(y) = E_{y' ~ mu}[(2q - 1)/(2 beta)] + constant = p(y)/beta + constant,
+    with the win rate p(y) = E_{y' ~ mu}[q]. So the optimum is pi_ref exp(p/beta) / Z: pi* with p in place of the
     reward (tests/test_exact_optimum.py).
     It starts at 1/(4 beta^2). Log-probs are summed, as in the paper; TRL averages them over tokens.
     Gradient of one pair in delta: 2 (delta - 1/(2 beta)).

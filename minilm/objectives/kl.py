@@ -48,8 +48,8 @@ Other uses:
     expected gradient is E[k3 grad log pi] + E[grad k3] = (b) + (c) - (a) + (a) - (c) = grad KL(pi || pi_ref).
 
 All of this holds for whole responses. Per token, k1, k2, k3 are computed from log pi(y_t) and log pi_ref(y_t),
-and summed over the tokens of a response. With KL_t(y_<t) the divergence of the two
-distributions of the next token after y_<t, the chain rule of the KL divergence and its gradient are
+and summed over the tokens of a response. With KL_t(y_<t) = KL( pi(.|x,y_<t) || pi_ref(.|x,y_<t) ), the
+divergence of the two distributions of the next token, the chain rule of the KL divergence and its gradient are
 
     KL(pi || pi_ref)      = E_{y ~ pi}[ sum_t KL_t(y_<t) ]
     grad KL(pi || pi_ref) = E_{y ~ pi}[ sum_t grad KL_t(y_<t) ]
@@ -76,7 +76,7 @@ from minilm.tensor import Tensor, primitive
 def k1(policy: Tensor | np.ndarray, reference: np.ndarray) -> Tensor:
     """log pi(y|x) - log pi_ref(y|x): log-probs of N whole responses, each (N,), to (N,), in nats.
 
-    k1, k2 and k3 take log-probs of tokens too. They raise ValueError for two shapes.
+    k1, k2 and k3 take log-probs of tokens too. They raise ValueError for arguments of different shapes.
     """
     checks.same_shape("k1", policy=policy, reference=reference)
     return ops.subtract(policy, reference)

@@ -31,8 +31,8 @@ over the prompts, its expectation over the draws depends on the baseline (`advan
                      depend on y: the expectation is -grad J for all values of the others
     mean             -(1 - 1/K) grad J, because R_k - mean = (1 - 1/K) (R_k - mean of the others), where R_k is
                      the R of response k to the prompt
-    group            biased. The gradient of each prompt has a factor of its own, and with more than two values of
-                     R in general another direction too
+    group            biased. The expected gradient of each prompt is scaled by a different positive factor; if R
+                     takes more than two values, its direction generally changes too
 
 The value of L does not measure progress; the mean of R does, because it estimates J. (The mean of r does not:
 it can rise while J falls, if the KL grows.) log pi(y|x) is the sum over tokens. A mean over tokens would weigh a
@@ -61,7 +61,7 @@ def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.nda
                 NaN outside the mask
     advantages  A, (N,), or one for each token (N,T) from reward_to_go; no gradient goes through it
     mask        (N,T), 1 on response tokens, 0 elsewhere
-    Raises ValueError for other shapes, another mask, and for N = 0.
+    Raises ValueError for other shapes, for a mask with values other than 0 and 1, and for N = 0.
     """
     xp = array_module(log_probs)
     N = len(log_probs)
@@ -102,7 +102,7 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
 
 def reward_to_go(rewards: np.ndarray, token_kl: np.ndarray, mask: np.ndarray, beta: float,
                  baseline: str = "leave_one_out") -> np.ndarray:
-    """Advantages of tokens, with the same expected gradient and usually less variance: a float64 array (P,K,T).
+    """Advantages of tokens, with the same expected gradient as `advantages`: a float64 array (P,K,T).
 
         A_t = r(x,y) - beta sum_{s >= t} k1_s - b,          k1_s = log pi(y_s) - log pi_ref(y_s)
 
@@ -150,8 +150,8 @@ def ppo_clip_loss(log_probs: Tensor, old_log_probs: np.ndarray, advantages: np.n
     ratio of 1 it is the gradient of policy_gradient_loss.
 
     log_probs, old_log_probs, mask  (N,T), as in policy_gradient_loss; log-probs may be NaN outside the mask
-    Raises ValueError for other shapes, another mask or level, old_log_probs that are not finite within the mask,
-    epsilon outside (0, 1), and for N = 0.
+    Raises ValueError for other shapes or levels, a mask with values other than 0 and 1, old_log_probs that are not
+    finite within the mask, epsilon outside (0, 1), and for N = 0.
     Schulman et al. 2017, arXiv:1707.06347, (7).
     """
     checks.same_shape("ppo_clip_loss", log_probs=log_probs, old_log_probs=old_log_probs)

@@ -49,7 +49,8 @@ ALSO = {"tensor": ("test_ops",), "numpy_functions": ("test_tensor",), "data": ("
         "cached_decoding": ("test_generate", "test_plain"), "flat_parameters": ("test_optim", "test_stages"),
         "deferred": ("test_tensor", "test_layers"), "activation_checkpointing": ("test_tensor", "test_model"),
         "workers": ("test_platforms",), "train_state": ("test_platforms", "test_agreement", "test_inputs"),
-        "dpo": ("test_inputs",), "rlhf": ("test_inputs",)}
+        "dpo": ("test_inputs",), "rlhf": ("test_inputs",), "command_line": ("test_commands",),
+        "launch": ("test_launch_limits",)}
 # The slowest tests run last: of kernels, of the assistant, of benchmarks.
 LATE = ("test_device", "kernel", "emulator", "test_cupy_double", "test_exact_optimum", "test_assistant", "test_bench")
 # The plugins that pytest loads; all installed ones would be imported hundreds of times.

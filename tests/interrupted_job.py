@@ -5,6 +5,7 @@ tests/test_interrupted.py.
 """
 import contextlib
 import errno
+import io
 import os
 import resource
 import shlex
@@ -23,6 +24,9 @@ from matplotlib import pyplot
 import assistant
 from minilm.fast import workers
 from support import figures, job, terminal
+
+pyplot.figure().savefig(io.BytesIO())       # loads the fonts, once and not in every child
+pyplot.close()
 
 SCRIPT = str(Path(assistant.__file__))
 SECONDS = 120           # a run that takes longer hangs

@@ -121,7 +121,7 @@ CALLS = {f"{call.of.__module__.rpartition('.')[2]}.{call.of.__name__}": call for
          "baseline": (*BASELINES, "group")}, rewards=normal(size=(P, K)), token_kl=normal(size=(P, K, T)),
          mask=mask(P, K, T), beta=0.1),
     Call(policy_gradient.ppo_clip_loss, "log_probs old_log_probs advantages mask", "mask",
-         settings={"epsilon": (*ABOVE_0, 1.0), "level": ("tokens", None)}, log_probs=normal(size=(N, T)),
+         settings={"epsilon": ABOVE_0, "level": ("tokens", None)}, log_probs=normal(size=(N, T)),
          old_log_probs=normal(size=(N, T)), advantages=normal(size=N), mask=mask(N, T)),
     Call(policy_gradient.policy_gradient_metrics, "rewards kl mask entropies", "mask", "rewards kl", **SAMPLES,
          mask=mask(N, T), entropies=np.ones((N, T))),

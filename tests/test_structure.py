@@ -176,9 +176,9 @@ def test_the_mathematics_stays_under_1200_lines_of_code():
     assert sum(map(lines_of_code, of(*READER))) < 1200
 
 
-def test_minilm_without_its_world_and_plain_stays_under_3700_lines_of_code():
+def test_minilm_without_its_world_and_plain_stays_under_4000_lines_of_code():
     apart = ("world", "plain", "toy", "kernels")
-    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 3700
+    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 4000
 
 
 def test_plain_stays_under_210_lines_of_code():

@@ -151,11 +151,11 @@ def ppo_clip_loss(log_probs: Tensor, old_log_probs: np.ndarray, advantages: np.n
 
     log_probs, old_log_probs, mask  (N,T), as in policy_gradient_loss; log-probs may be NaN outside the mask
     Raises ValueError for other shapes or levels, a mask with values other than 0 and 1, old_log_probs that are not
-    finite within the mask, epsilon outside (0, 1), and for N = 0.
+    finite within the mask, epsilon not above 0 and finite, and for N = 0.
     Schulman et al. 2017, arXiv:1707.06347, (7).
     """
     checks.same_shape("ppo_clip_loss", log_probs=log_probs, old_log_probs=old_log_probs)
-    checks.number("ppo_clip_loss", "epsilon", epsilon, above=0, below=1)
+    checks.number("ppo_clip_loss", "epsilon", epsilon, above=0)
     checks.choice("ppo_clip_loss", "level", level, ("token", "sequence"))
     xp = array_module(log_probs)
     N = len(log_probs)

@@ -65,6 +65,8 @@ def run(folder, options, accident=None, moment=0, group=False, save_every=-1.0):
     """
     folder.mkdir(exist_ok=True)
     (folder / "tmp").mkdir(exist_ok=True)
+    for name in ("stdout", "stderr"):
+        (folder / name).write_text("")      # a process may end before it opens them
     began = time.monotonic()
     process = os.fork()
     if process == 0:

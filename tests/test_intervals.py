@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts" / "lecture"))
 from common import intervals  # noqa: E402
-from common.intervals import Comparison, confidence_interval, outcome, t_probability, t_quantile  # noqa: E402
+from common.intervals import Comparison, confidence_interval, decider, outcome, t_probability, t_quantile  # noqa: E402
 
 # Quantiles of Student's t as any printed table has them (Fisher and Yates 1938, table III): degrees, 0.975, 0.995.
 PRINTED = [(1, 12.706, 63.657), (2, 4.303, 9.925), (3, 3.182, 5.841), (4, 2.776, 4.604), (5, 2.571, 4.032),
@@ -159,3 +160,26 @@ def test_the_smallest_step_is_positive_exactly_where_a_sequence_rises_throughout
 def test_numbers_have_three_significant_digits_and_no_exponent():
     assert [intervals.as_number(x) for x in (0.0, -0.07345, 1.0, 0.00001234, 12.0, None)] == [
         "0", "-0.0735", "1", "0.0000123", "12", "none"]
+
+
+# The comparison that determines the outcome.
+
+EFFECTS = st.lists(st.floats(-3, 3).map(lambda x: round(x, 2)), min_size=2, max_size=5)
+COMPARISONS = st.lists(EFFECTS.map(lambda effects: Comparison("c", effects, above=0.5)), min_size=1, max_size=5)
+
+
+@given(COMPARISONS, st.integers(1, 5))
+def test_the_decider_alone_has_the_outcome_of_the_rule_at_its_level(comparisons, at_least):
+    """With as many seeds in each comparison, as in every experiment."""
+    seeds = min(len(c.effects) for c in comparisons)
+    comparisons = [Comparison("c", c.effects[:seeds], above=0.5) for c in comparisons]
+    for k in (None, min(at_least, len(comparisons))):
+        found, level = decider(comparisons, at_least=k)
+        assert found.outcome(level) == outcome(comparisons, at_least=k)
+
+
+def test_a_condition_that_is_not_met_is_the_decider():
+    rule = [Comparison("rule", [1.0, 1.1], above=0)]
+    learned = Comparison("learned", [0.1, 0.2], above=0.9)
+    assert decider(rule, [learned]) == (learned, 0.95)
+    assert decider(rule) == (rule[0], 0.95)

@@ -226,7 +226,7 @@ def test_a_report_says_the_rule_and_stays_within_its_columns():
     comparison = experiment.Comparison("lead (gold reward)", [1.0, 1.1, 1.2], above=0.5).summary()
     text = plain_text.report(RESULT | {"experiment": "tiny", "comparisons": [comparison], "words": "word " * 60})
     assert "tiny: shown\n  rule      It ends above 3.\n  measured  word" in text
-    assert "compared  lead (gold reward): 1.1 (95% interval 0.852 to 1.35); asked: above 0.5" in text
+    assert "compared  lead (gold reward): 1.1 (95% interval 0.852 to 1.35); required: above 0.5" in text
     assert max(map(len, text.splitlines())) <= plain_text.COLUMNS
 
 
@@ -606,18 +606,25 @@ def test_the_readme_has_the_claims_and_the_rules_in_markdown_with_links(run, cap
 
 
 def test_the_measured_cell_ends_with_the_comparison_on_which_the_outcome_depends():
-    comparison = {"name": "far", "mean": 2.0, "interval": [1.9, 2.1], "asked": "above 0", "outcome": "shown",
-                  "by_seed": [1.9, 2.0, 2.1]}
-    near = {**comparison, "name": "near", "mean": 0.25, "interval": [0.05, 0.45], "asked": "above 0"}
-    open_ = {**comparison, "name": "open", "mean": 0.06, "interval": [-0.123, 0.456], "outcome": "undecided",
-             "asked": "above -0.1 and below 0.1"}
-    endless = {**open_, "name": "endless", "mean": None, "interval": [None, 1.0]}
-    assert markdown.decided_by({"comparisons": [comparison, near]}).startswith("Decided by: near, 0.25 [0.05, 0.45]")
-    assert markdown.decided_by({"comparisons": [near, open_, comparison]}) == (
-        "Decided by: open, 0.06 [-0.123, 0.456] over 3 seeds, asked above -0.1 and below 0.1.")
-    assert markdown.decided_by({"comparisons": [near, {**open_, "outcome": "not shown"}, open_]}).startswith(
-        "Decided by: open")
-    assert "endless, none [none, 1] over 3 seeds" in markdown.decided_by({"comparisons": [near, endless]})
+    def written(*comparisons, **others):
+        return {"comparisons": [experiment.Comparison(*c, **m).summary() for *c, m in comparisons], **others}
+
+    far = "far", [1.9, 2.0, 2.1], {"above": 0}
+    near = "near", [0.2, 0.25, 0.3], {"above": 0}
+    open_ = "open", [-0.1, 0.06, 0.22], {"above": -0.1, "below": 0.1}
+    bad = "bad", [-2.0, -2.1, -2.2], {"above": 0}
+    worse = "worse", [-2.1, -2.1, -2.11], {"above": 0}
+    assert markdown.decided_by(written(far, near)) == (
+        "Decided by: near: 0.25 [0.126, 0.374] over 3 seeds; required: above 0.")
+    assert markdown.decided_by(written(near, open_, far)) == (
+        "Decided by: open: 0.06 [-0.337, 0.457] over 3 seeds; required: above -0.1 and below 0.1.")
+    assert markdown.decided_by(written(bad, worse)) == (
+        "Decided by: worse: -2.1 [-2.12, -2.08] (97.5% interval) over 3 seeds; required: above 0.")
+    assert markdown.decided_by(written(far, near, bad, at_least=2)) == (
+        "Decided by: near: 0.25 [0.0292, 0.471] (98.3% interval) over 3 seeds; required: above 0.")
+    endless = {**written(near)["comparisons"][0], "mean": None, "interval": [None, None], "by_seed": [None, 1.0]}
+    assert markdown.decided_by({"comparisons": [endless]}) == (
+        "Decided by: near: inf no interval over 2 seeds; required: above 0.")
     assert markdown.decided_by({}) == ""
 
 

@@ -10,8 +10,8 @@ of the label of the query, 1,000 documents per point. Bound: the labels that can
 tokens, or else a guess among the labels not shown there; chance is 1/8.
 
 Rule. With 32 demonstrations offered, accuracy is at the bound (the best possible from the tokens in the
-context; at most 0.1 below it), and it rises as the context grows from 5 tokens to 9 to 17. It may be at
-most 0.02 above the bound, which is two standard errors of 4,000 documents. The seeds that learned to copy
+context; at most 0.1 below it, and at most 0.02 above it, by sampling error), and it rises as the context
+grows from 5 tokens to 9 to 17. 0.02 is two standard errors of 4,000 documents. The seeds that learned to copy
 count: accuracy above 0.9 with 8 demonstrations in 17 tokens. If fewer than two seeds did, the outcome is
 undecided.
 

@@ -144,9 +144,9 @@ def conclude(seeds, size):
                 table.append([who, name, *costs, *map(mean_range, values.values())])
     sampled = [s["human, comparisons, gold"][-1] for s in seeds]
     sampled_alone = [at_equal_cost(s, size, "human", 4) for s in seeds]
-    words = (f"If a demonstration costs four comparisons, demonstrations alone have gold reward "
-             f"{mean(alone[4])} and comparisons {mean(with_comparisons)} at equal cost, each with its better "
-             f"decoding. Sampled at temperature 1, comparisons lead by "
+    words = (f"At equal cost, each with its better decoding, comparisons have gold reward {mean(with_comparisons)}; "
+             f"demonstrations alone have {mean(alone[1])} if one costs as much as one comparison, and {mean(alone[4])} "
+             "if it costs as much as four. At that price and sampled at temperature 1, comparisons lead by "
              f"{np.mean(sampled) - np.mean(sampled_alone):.2f}.")
     return Conclusion(comparisons, words, numbers, table)
 

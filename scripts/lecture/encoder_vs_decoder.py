@@ -152,9 +152,9 @@ def rule(seeds):
     prompted = [s["prompted"][SHOTS] for s in seeds]
     small = [i for i, n in enumerate(LABELLED) if n <= SHOTS]
     comparisons = [
-        Comparison(f"encoder, {LABELLED[-1]:,} labels, less decoder, {SHOTS} demonstrations (accuracy)",
+        Comparison(f"encoder, {LABELLED[-1]:,} labels, minus decoder, {SHOTS} demonstrations (accuracy)",
                    [s["encoder"][-1] - p for s, p in zip(seeds, prompted)], above=-0.05, below=0.05),
-        Comparison(f"decoder, {SHOTS} demonstrations, less encoder, at most {SHOTS} labels (accuracy)",
+        Comparison(f"decoder, {SHOTS} demonstrations, minus encoder, at most {SHOTS} labels (accuracy)",
                    [p - max(s["encoder"][i] for i in small) for s, p in zip(seeds, prompted)], above=0)]
     condition = Comparison(f"accuracy that {SHOTS} demonstrations bring the decoder",
                            [p - s["prompted"][0] for s, p in zip(seeds, prompted)], above=0.1)

@@ -14,8 +14,8 @@ The policies end at different KL, so the gain is also given as a share of the ga
 model is also read at the KL of DPO.
 
 Rule. With 300 comparisons, which show at most 600 of the 21,087 outputs, both the best policy for the reward model and
-DPO gain more than half of the gold reward that pi* gains over the reference. Effects of a seed: the two shares; margin
-0.5.
+DPO gain more than half of the gold reward that pi* of the gold reward gains over the reference. Effects of a seed: the
+two shares; margin 0.5.
 
 Limits. Whether 300 is little depends on how much there is to learn: here the correct answer, courtesy and brevity for
 27 questions of one kind. A large part of the gain is sharpening: the reference at a temperature near 0.25 has about two
@@ -137,7 +137,8 @@ def conclude(seeds, size):
         return np.array([s[name][i] for s in seeds])
 
     share = {method: values(f"{method}: share") for method in METHODS}
-    rule = [Comparison(f"share of the gain of pi*, {method}, {LITTLE} comparisons", share[method], above=ENOUGH)
+    rule = [Comparison(f"share of the gain of pi* of the gold reward, {method}, {LITTLE} "
+                       f"comparisons", share[method], above=ENOUGH)
             for method in METHODS]
     findings = [Comparison(f"share of the gain of pi*, {method} minus the reference at a lower temperature (no "
                            f"comparisons), {n:,} comparisons", values(f"{method}: share", i) - lower["share"], above=0)
@@ -158,7 +159,8 @@ def conclude(seeds, size):
     table.append(["gold known: pi*", *(mean_range([s[name] for s in seeds]) for name in ("best", "best's KL")),
                   *[""] * (2 * len(KINDS) - 1)])
     words = (f"With {LITTLE} comparisons the best policy for the reward model gains "
-             f"{mean(share['reward model'])} of the gain of pi*, and DPO {mean(share['DPO'])}. The reference at a "
+             f"{mean(share['reward model'])} of the gain of pi* of the gold reward, and DPO {mean(share['DPO'])}. "
+             f"The reference at a "
              f"lower temperature gains {mean(lower['share'])} without any comparison.")
     return Conclusion(rule, words, numbers, table, findings=findings)
 

@@ -15,9 +15,9 @@ This shows whether pooling acts like a mean or like a majority vote. All of this
 utilities are four times as large.
 
 Rule. Each group gains more from DPO on its own comparisons than from DPO on the comparisons of the other group, and at
-no share of the minority does the Bradley-Terry reward of pooled comparisons give both groups a gain of 0.9. Effects of
-a seed: the two differences, margin 0; the largest gain of the group with the smaller gain, over the shares, which must
-be below 0.9.
+no share of the minority does the Bradley-Terry reward of pooled comparisons give both groups a gain of 0.9, on the
+scale from 0 (the SFT model) to 1 (pi* of the group's own utility). Effects of a seed: the two differences, margin 0;
+the largest gain of the group with the smaller gain, over the shares, which must be below 0.9.
 
 Limits. The groups are constructed, and they differ in style only. They share the wish for a correct answer, so no gain
 falls to 0. Every person here is certain and consistent; the only imperfection is that people differ. The gain of a
@@ -164,7 +164,8 @@ def conclude(seeds, size):
                  Comparison(f"gain of a minority of 0.3 with utilities {strong} times as large, mean utility minus "
                             "pooled comparisons",
                             exact[POLICIES[1], strong][:, third, 1] - exact[POLICIES[0], strong][:, third, 1], above=0)]
-    words = (f"The majority gains {mean(own[0])} from DPO on its own comparisons and {mean(other[0])} from those of "
+    words = (f"On the scale from 0 (SFT model) to 1 (the group's own pi*), the majority gains {mean(own[0])} from "
+             f"DPO on its own comparisons and {mean(other[0])} from those of "
              f"the minority; the minority gains {mean(own[1])} and {mean(other[1])}. With pooled comparisons the group "
              f"that gains less gains at most {mean(both)}.")
     numbers = _numbers(seeds, size, dpo, free, exact, distance, both)

@@ -12,11 +12,11 @@ four tasks of scripts/assistant.py without pretraining; 300 comparisons by its a
 beta 0 and beta 0.3, 64 replies per step: proxy and gold reward of the samples. The gold reward is used for measuring
 only.
 
-Rule. At the smallest beta the gold reward of pi* is below its maximum over beta, although its proxy reward is highest
-there; in training with short replies, beta 0.3 has more gold reward than beta 0 over the last fifth of the steps; and
-the same holds in training in English. These are parts (1), (2) and (3) of the test. Effects of a seed: the three
-differences of gold reward; margin 0. Condition: the proxy
-reward of pi* is highest at the smallest beta on every seed.
+Rule. At the smallest beta the gold reward of pi* of the proxy reward is below its maximum over beta, although its proxy
+reward is highest there; in training with short replies, beta 0.3 has more gold reward than beta 0 over the last fifth
+of the steps; and the same holds in training in English. These are parts (1), (2) and (3) of the test. Effects of a
+seed: the three differences of gold reward; margin 0. Condition: the proxy reward of pi* is highest at the smallest beta
+on every seed.
 
 Limits. The reward model has few comparisons, so that the effect appears in small models and minutes; with more
 comparisons it appears at a larger KL. The KL of the maximum differs between seeds, and on a few seeds the gold reward
@@ -190,7 +190,8 @@ def conclude(seeds, size):
     fall = np.array([peak[2] - path[-1, 2] for peak, path in zip(peaks, paths)])
     rise = [path[-1, 1] - path[:-1, 1].max() for path in paths]
     condition = Comparison("proxy reward of pi* at the smallest beta, minus the highest at other beta", rise, above=0)
-    rule = [Comparison("gold reward of pi*, its maximum over beta minus that at the smallest beta", fall, above=0),
+    rule = [Comparison("gold reward of pi* of the proxy reward, its maximum over beta minus that at the smallest "
+                       "beta", fall, above=0),
             Comparison("gold reward at the end, beta 0.3 minus beta 0, short replies", gained(seeds, "short"), above=0),
             Comparison("gold reward at the end, beta 0.3 minus beta 0, English", gained(seeds, "english"), above=0)]
     findings = [Comparison(f"KL at the end, beta 0 minus beta 0.3, {world} (nats)", -gained(seeds, name, 0), above=0)
@@ -212,7 +213,8 @@ def conclude(seeds, size):
         numbers |= {f"{world}, {policy}: {name}": spread(column) for name, column in zip(QUANTITIES, columns)}
     table.append(["english", "an answer of the worst run, beta 0", shortened(worst["english"]["answers"][WITHOUT][0]),
                   "", ""])
-    words = (f"As beta falls, the gold reward of pi* rises to {mean([p[2] for p in peaks])} and then falls to "
+    words = (f"As beta falls, the gold reward of pi* of the proxy reward rises to {mean([p[2] for p in peaks])} and "
+             f"then falls to "
              f"{mean([path[-1, 2] for path in paths])}, while its proxy reward rises. In training, beta 0.3 ends above "
              f"beta 0 in gold reward by {mean(gained(seeds, 'short'))} (short replies) and "
              f"{mean(gained(seeds, 'english'))} (English).")

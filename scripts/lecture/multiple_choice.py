@@ -15,8 +15,8 @@ possible for stated facts, and for countries by the rule; questions with the cit
 the rule was learned.
 
 Rule. Scored by log-likelihood, questions whose text was in the corpus 64 times or more are answered better,
-by at least 0.3, than questions that were there once; and countries that follow but were never stated are
-answered worse, by at least 0.2, than countries that were stated.
+by at least 0.3, than questions that were there once; and countries that follow from the city but were never
+stated are answered worse, by at least 0.2, than countries that were stated.
 
 Limits. Facts are random, so only memory can answer the plain ones: that they are memorised is built in; the
 number of exposures and wordings that it takes is measured. One rule of inference and a small transformer,
@@ -163,9 +163,9 @@ def conclude(seeds, size):
     times = range(len(EXPOSURES))
     once = of(text, 0)
     stated, inferred, _ = (of("countries", i) for i in range(3))
-    comparisons = [Comparison("questions stated 64 or 256 times, less those stated once (accuracy)",
+    comparisons = [Comparison("questions stated 64 or 256 times, minus those stated once (accuracy)",
                               often(text) - once, above=0.3),
-                   Comparison("countries stated, less those that only follow (accuracy)",
+                   Comparison("countries stated, minus those that only follow from the city (accuracy)",
                               np.subtract(stated, inferred), above=0.2)]
     letters = [[s["by letter"][i] for s in seeds] for i in times]
     examined, drilled, blind = ([np.ravel(s[name])[0] for s in seeds]
@@ -184,7 +184,8 @@ def conclude(seeds, size):
     table += [[f"country {name}", *[""] * 3, mean_range(of("countries", i)), ""]
               for i, name in enumerate(INFERENCE)]
     words = (f"Questions whose text was in the corpus once are answered with accuracy {mean(once)} (chance "
-             f"0.25), 64 or 256 times with {mean(often(text))}. Countries that follow but were never stated: "
+             f"0.25), 64 or 256 times with {mean(often(text))}. Countries that follow from the city but were never "
+             f"stated: "
              f"{mean(inferred)}.")
     return Conclusion(comparisons, words, numbers, table)
 

@@ -13,10 +13,11 @@ level per person, the best use of ratings. Measured: the share of new pairs of d
 as the gold reward does (gold itself: 1, chance: 0.5). Every method uses the better of two ridge penalties. The result
 of a seed is the mean over several groups of people.
 
-Rule. With equal errors, offsets spread by 2 grades, and 1 or 2 answers per person, a reward fitted to comparisons
-orders more pairs as gold does than a reward fitted to the ratings in any of three ways: raw, standardised, or with a
-fitted level per person. Effects of a seed: the six differences; margin 0. With one answer per person the three ways are
-the same fit. The reliability of single labels, other numbers of answers and the small errors are findings.
+Rule. With equal errors, personal offsets with a standard deviation of 2 grades, and 1 or 2 answers per person, a reward
+fitted to comparisons orders more pairs as gold does than a reward fitted to the ratings in any of three ways: raw,
+standardised, or with a fitted level per person. Effects of a seed: the six differences; margin 0. With one answer per
+person the three ways are the same fit. The reliability of single labels, other numbers of answers and the small errors
+are findings.
 
 Limits. It is an assumption that a comparison is as hard as two ratings, or harder; only people can tell. The middle of
 the scale is the utility 0, and most replies here have more, so many ratings are 7, the more the offsets spread. The
@@ -197,7 +198,8 @@ def conclude(seeds, size):
                 cells = (mean_range(found[kind][:, w, i, j], 3) for w in range(len(METHODS)))
                 table.append([kind, f"{offsets:g}", f"{answers}", *cells])
     two = found["equal errors"][:, :, ANSWERS.index(2), claimed]
-    words = (f"With equal errors, offsets spread by {CLAIMED:g} grades and 2 answers per person, comparisons order "
+    words = (f"With equal errors, offsets with a standard deviation of {CLAIMED:g} grades and 2 answers per person, "
+             f"comparisons order "
              f"{mean(two[:, 0], 3)} of the pairs as gold does, raw ratings {mean(two[:, 1], 3)}, and ratings with a "
              f"fitted level per person {mean(two[:, 3], 3)}.")
     return Conclusion(rule, words, numbers, table, findings=findings)

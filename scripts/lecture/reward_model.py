@@ -12,8 +12,9 @@ first reply: a reliability diagram and the expected calibration error over ten b
 share of a person's own choices that agree with gold, and a Bradley-Terry model linear in token counts, alone or
 together with each word of the question.
 
-Rule. A reward model trained on 1,000 comparisons (they show people fewer than a tenth of the outputs) orders pairs of
-replies to questions that were never compared more often as the gold reward does than a single choice of a person.
+Rule. On questions without comparisons, a reward model trained on 1,000 comparisons agrees with the gold reward about a
+pair of replies more often than a single choice by a person does. The comparisons show people fewer than a tenth of the
+outputs.
 Effect of a seed: its accuracy minus that of a person; margin 0.
 
 Limits. The rule uses the questions never compared, because most replies that the model samples for a compared question

@@ -1,7 +1,8 @@
 """RLHF and DPO compared: the same pairs, the same reference
 
-Claim. RLHF and DPO aim at the same policy pi*, so from the same comparisons and the same reference they reach the same
-gold reward at the same KL; and DPO costs less, because it needs no reward model and no samples.
+Claim. RLHF and DPO aim at the same policy, pi* of the reward that the preferences follow, so from the same comparisons
+and the same reference they reach the same gold reward at the same KL; and DPO costs less, because it needs no reward
+model and no samples.
 
 Test. A transformer of 25,632 parameters is finetuned on 4,000 demonstrations (the SFT model, which is the reference);
 2,000 pairs of its replies to 9 questions are compared by the Bradley-Terry model of the gold reward. RLHF: a reward
@@ -14,8 +15,8 @@ which needs no labels. Learning rates and numbers of steps were chosen on anothe
 Costs: reply tokens through a model (a backward pass counts as two forward passes), samples, peak memory of a step, CPU
 seconds.
 
-Rule. At a KL of 1 nat, the gold rewards of RLHF and DPO differ by less than 0.1, and one policy costs DPO fewer tokens
-than RLHF. Effects of a seed: the difference, margins -0.1 and 0.1; the ratio of tokens, margin 1.
+Rule. At a KL of 1 nat, the gold rewards of RLHF and DPO differ by less than 0.1, and training one policy takes fewer
+tokens with DPO than with RLHF. Effects of a seed: the difference, margins -0.1 and 0.1; the ratio of tokens, margin 1.
 
 Limits. Both methods select their best points among the same number of beta by the gold reward, which nobody knows in
 practice. One model size, one number of pairs and one optimiser were used. The questions and replies are few, so RL
@@ -224,8 +225,9 @@ def conclude(seeds, size):
     numbers |= {f"CPU seconds of one policy, {method}": spread(seconds[method]) for method in METHODS}
     numbers |= {f"peak MiB, {method}": spread(memory[method]) for method in METHODS}
     words = (f"At {DECIDES:g} nat of KL the gold reward is {mean(at(seeds, 'RLHF', DECIDES))} for RLHF and "
-             f"{mean(at(seeds, 'DPO', DECIDES))} for DPO; the best possible is {mean(at(seeds, 'pi*', DECIDES))}. One "
-             f"policy costs DPO {mean(ratio)} times as many tokens as RLHF.")
+             f"{mean(at(seeds, 'DPO', DECIDES))} for DPO; the best possible, pi* of the gold reward, has "
+             f"{mean(at(seeds, 'pi*', DECIDES))}. Training "
+             f"one policy takes {mean(ratio)} times as many tokens with DPO as with RLHF.")
     return Conclusion(rule, words, numbers, table, findings=findings)
 
 

@@ -140,12 +140,13 @@ def conclude(seeds, size):
     difference = [b["gold"] - a["gold"] for a, b in zip(plain, moved)]
     condition = Comparison("share of seeds with a pair of equal loss", gaps < TOLERANCE, above=0.99)
     comparisons = [
-        Comparison("equal loss: harmless less careless (gold reward)", better, above=0.2),
-        Comparison("equal loss: how often people prefer the harmless one", [s["preferred"] for s in seeds],
-                   above=0.55),
-        Comparison("equal preference: all harmless less unaltered (gold reward)", difference,
+        Comparison("equal loss: harmless alterations minus careless ones (gold reward)", better, above=0.2),
+        Comparison("equal loss: how often people prefer the model with harmless alterations",
+                   [s["preferred"] for s in seeds], above=0.55),
+        Comparison("all demonstrations with harmless alterations, minus unaltered (gold reward)", difference,
                    above=-0.1, below=0.1),
-        Comparison("equal preference: all harmless less unaltered (loss, nats per reply)", worse, above=0.1)]
+        Comparison("all demonstrations with harmless alterations, minus unaltered (loss, nats per reply)", worse,
+                   above=0.1)]
     models = {"equal likelihood: careless answers": [s[wrong] for s in seeds],
               "equal likelihood: harmless order": [s[polite] for s in seeds],
               "equal preference: as demonstrated": plain, "equal preference: all in the other order": moved}

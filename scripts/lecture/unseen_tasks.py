@@ -15,7 +15,7 @@ finetuned on 711 demonstrations of it, as many as each of the 27 tasks had, with
 best possible is 1.
 
 Rule. Accuracy on nine held-out tasks rises from 2 training tasks to 8 to 16 to 27, and with 27 it is above
-the base and above the best single operation or training task.
+the base and above the rival that carries out the best single operation or training task.
 
 Limits. A held-out task is a new pair of known operations, each named by a token of its own: composition,
 and no more distant generalisation. FLAN held out whole kinds of tasks, in natural language, with models a
@@ -122,7 +122,7 @@ def conclude(seeds, size):
                    for i, (n, m) in enumerate(zip(TRAINED, TRAINED[1:]))]
     comparisons += [Comparison("lead over the base, 27 training tasks (accuracy)",
                                [d[-1] - s["base"] for s, d in zip(seeds, direct)], above=0),
-                    Comparison("lead over the best operation or training task, 27 training tasks (accuracy)",
+                    Comparison("lead over the best single operation or training task, 27 training tasks (accuracy)",
                                [d[-1] - s["oracle"][-1] for s, d in zip(seeds, direct)], above=0)]
     columns = {"operations covered": "coverage", "held-out tasks": "answer at once",
                "held-out tasks, first operation written out": "first operation written out",

@@ -104,6 +104,7 @@ class Conclusion:
         """Plain values for JSON."""
         rules = {"comparisons": self.comparisons, "conditions": self.conditions, "findings": self.findings}
         return {"outcome": self.outcome, "words": self.words, "numbers": self.numbers, "table": self.table,
+                "at_least": self.at_least,
                 **{name: [c.summary() for c in comparisons] for name, comparisons in rules.items()}}
 
 

@@ -11,7 +11,9 @@ TERMS = {
         "The preference of the people of the invented world, as a number per response. It is known exactly, "
         "because the world is constructed; in reality nobody knows it.",
     "proxy reward":
-        "The prediction of a reward model that was fitted to comparisons. Training sees only this reward.",
+        "The prediction of a reward model that was fitted to comparisons. No training stage sees the gold reward; "
+        "RLHF sees "
+        "the proxy reward, DPO the comparisons.",
     "comparison": "Two responses to one prompt, and which of them a person prefers.",
     "Bradley-Terry":
         "A person prefers the first response with probability σ(r₁ − r₂), with σ(z) = 1 / (1 + e⁻ᶻ).",
@@ -20,7 +22,7 @@ TERMS = {
         "from π: how far the policy has moved from the reference. A nat is 1.44 bits.",
     "β": "The price of one nat of KL in units of reward.",
     "π*":
-        "The policy with the largest expected reward less β KL. It has a closed form, given above, and is "
+        "The policy with the largest expected reward minus β KL. It has a closed form, given above, and is "
         "computed exactly here.",
     "at a lower temperature":
         "The reference with its logits divided by a temperature below 1. It moves away from the reference "
@@ -43,12 +45,32 @@ WORDS = {
     "direct, worked, with dots":
         "Three kinds of examples of a sum: the answer alone; its steps, then the answer; dots in place of the "
         "steps, then the answer.",
+    "best single operation or training task":
+        "A rival in unseen_tasks that needs no model: for each held-out task, the answers of one operation alone, or "
+        "of "
+        "a training task that shares an operation, whichever are right most often.",
+    "the country follows from the city":
+        "In multiple_choice every city lies in one country. Some countries are never stated, but can be inferred.",
+    "harmless, careless":
+        "Alterations of demonstrations in uniform_penalty. Harmless: the sentences before the answer stand after it "
+        "and "
+        "the other way round, at no loss of reward. Careless: another answer.",
+    "gain of a group":
+        "In imperfect_preference: expected utility on a scale from 0 (the SFT model) to 1 (pi* of the group's own "
+        "utility).",
+    "equal errors, spread of the offsets":
+        "In pairwise people rate from 1 to 7 and add a personal offset to all ratings; its standard deviation is the "
+        "spread, in grades. Equal errors: the difference of two ratings has as much noise as a choice.",
     "demonstrations alone of the same cost":
         "The price of a demonstration is an assumption of demo_cost: one comparison, or four comparisons.",
 }
 IN_THE_TABLE = {
     "gold reward": TERMS["gold reward"], "proxy reward": TERMS["proxy reward"],
-    "pi*": "The policy with the largest expected reward minus beta KL. Its objective is J*. It is computed exactly.",
+    "pi*, J, J*":
+        "J is the expected reward minus beta KL; the row says which reward, gold or proxy. pi* is the policy with the "
+        "largest J, and J* is its J. Both are computed exactly. Where a share of J* is measured, rewards are shifted "
+        "so "
+        "that the SFT model has J = 0.",
     "KL": "How far a policy has moved from the SFT model, in nats: E[log pi(y|x) - log pi_ref(y|x)], y from pi.",
     **WORDS,
 }

@@ -141,6 +141,37 @@ def outcome(comparisons: list[Comparison], conditions: list[Comparison] = (),
     return "not shown" if "not shown" in corrected else "undecided"
 
 
+def decider(comparisons: list[Comparison], conditions: list[Comparison] = (),
+            at_least: int | None = None) -> tuple[Comparison, float]:
+    """(comparison, level): the comparison that determines `outcome`, and the level of its interval.
+
+    A condition that is not met determines the outcome. Otherwise comparisons are ordered by the distance of the mean
+    from the nearest margin, in half-widths of the interval: above 1 is shown, at most -1 is not shown. If k of them
+    must hold, the k-th largest determines the outcome: the smallest if all must hold.
+    """
+    for condition in conditions:
+        if condition.outcome() != "shown":
+            return condition, LEVEL
+    n = len(comparisons)
+    needed = n if at_least is None else at_least
+    corrected = 1 - (1 - LEVEL) / n
+    level = corrected if needed < n or outcome(comparisons) == "not shown" else LEVEL
+    found = sorted(comparisons, key=lambda comparison: _half_widths(comparison, level))[n - needed]
+    return found, corrected if found.outcome() == "not shown" else level
+
+
+def _half_widths(comparison, level):
+    """The distance of the mean from the nearest margin in half-widths; below 0 outside; 0 without an interval."""
+    low, high = confidence_interval(comparison.effects, level)
+    if not math.isfinite(high - low):
+        return 0.0
+    sides = [(low + high) / 2 - comparison.above] if comparison.above is not None else []
+    sides += [comparison.below - (low + high) / 2] if comparison.below is not None else []
+    if low == high:
+        return math.inf if min(sides) > 0 else -math.inf
+    return min(sides) / ((high - low) / 2)
+
+
 def smallest_step(values: list[float]) -> float:
     """The smallest difference between neighbours: above 0 if and only if the sequence rises at every step."""
     return float(np.diff(values).min())

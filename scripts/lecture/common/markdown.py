@@ -3,13 +3,14 @@ outcomes under other roundings. Links are relative to scripts/lecture. Tests: te
 """
 
 import collections
+import math
 import re
 import textwrap
 from collections.abc import Iterable
 
 from common import glossary
 from common.experiment import TRIAL
-from common.intervals import as_number
+from common.intervals import LEVEL, Comparison, as_number, confidence_interval, decider
 from common.text import first_sentence
 
 HEADER = """# The lecture, claim by claim
@@ -18,7 +19,6 @@ minilm follows the lecture "Prompting, Instruction Finetuning, and RLHF" of Stan
 DPO). Each of its {claims} claims is one experiment in this folder. Words of the table:
 
 """
-WORST_FIRST = ("not shown", "undecided", "shown")
 READING = """
 ## How to read it
 
@@ -26,11 +26,15 @@ The lecture's claim is a sentence about large models. The rule is the sentence t
 models with 7,000 to 181,000 parameters in small invented worlds. The outcome is about the rule. "Not
 shown" means that the rule fails in this experiment; the lecture's claim can still be true.
 
-- **shown**: the 95% confidence interval over the seeds lies beyond the margin, for every comparison of
-  the rule.
-- **not shown**: for some comparison the interval lies on the other side of the margin (corrected for the
-  number of comparisons).
+- **shown**: the 95% confidence interval over the seeds lies within the required range, for every comparison
+  of the rule. In rl_is_hard, three of five comparisons must hold, each with its 99% interval.
+- **not shown**: the interval of some comparison lies outside the required range. It is wider than 95%: with
+  n comparisons, its level is 1 - 0.05/n.
 - **undecided**: neither, or the model did not learn the task that the rule is about.
+- **Decided by**: the comparison that determines the outcome: its mean over the seeds, [its interval], and the
+  range that the rule requires. The interval has the level that determined the outcome: 95% if nothing is said.
+  Of the comparisons of a rule it is the one that lies least within its range, or furthest outside, in units of
+  the interval; in rl_is_hard, the third best.
 
 If the effects of the seeds are independent and normal, a false "shown" has a probability of at most 2.5%
 per experiment, and a false "not shown" of at most 5%. So one wrong outcome in {claims} would be no
@@ -70,23 +74,24 @@ def table(stages: dict, done: dict) -> str:
 
 
 def decided_by(result: dict) -> str:
-    """The comparison on which the outcome depends most, as a sentence: its mean, interval, margin and seeds.
-
-    Of the comparisons with the worst outcome it is the one whose interval is nearest to its margin.
-    """
-    def order(comparison):
-        low, high = comparison["interval"]
-        margins = [float(number) for number in re.findall(r"-?[0-9.]+", comparison["asked"])]
-        if comparison["mean"] is None or None in (low, high):
-            return WORST_FIRST.index(comparison["outcome"]), 0
-        gap = min(abs(comparison["mean"] - margin) for margin in margins)
-        return WORST_FIRST.index(comparison["outcome"]), gap / max(high - low, 1e-9)
+    """The comparison that determines the outcome (intervals.decider), as a sentence: mean, interval, seeds, range."""
     if not result.get("comparisons"):
         return ""
-    c = min(result["comparisons"], key=order)
-    interval = ", ".join(map(as_number, c["interval"]))
-    return (f"Decided by: {c['name']}, {as_number(c['mean'])} [{interval}] over {len(c['by_seed'])} seeds, "
-            f"asked {c['asked']}.")
+    rule, conditions = ([_comparison(c) for c in result.get(kind, [])] for kind in ("comparisons", "conditions"))
+    found, level = decider(rule, conditions, result.get("at_least"))
+    low, high = confidence_interval(found.effects, level)
+    interval = f"[{as_number(low)}, {as_number(high)}]" if math.isfinite(high - low) else "no interval"
+    mean = as_number(sum(found.effects) / len(found.effects)) if found.effects else "none"
+    label = "" if level == LEVEL else f" ({100 * level:.3g}% interval)"
+    return (f"Decided by: {found.name}: {mean} {interval}{label} over {len(found.effects)} seeds; "
+            f"required: {found.asked()}.")
+
+
+def _comparison(written):
+    """The comparison that an experiment wrote; an effect that is not finite is written as None."""
+    margins = {word: float(number) for word, number in re.findall(r"(above|below) (-?[0-9.]+)", written["asked"])}
+    effects = [math.inf if effect is None else effect for effect in written["by_seed"]]
+    return Comparison(written["name"], effects, **margins)
 
 
 def words() -> str:

@@ -91,8 +91,8 @@ summary { cursor: pointer; font-weight: 600 } dl { margin: .25rem 0 .5rem }
 """
 # The page may load its own pictures and its own style, and nothing else.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-MEANINGS = {"shown": "the 95% interval of every comparison of the rule lies beyond its margin",
-            "not shown": "the interval of some comparison lies on the other side of its margin: the rule "
+MEANINGS = {"shown": "the intervals of the comparisons of the rule lie beyond their margins",
+            "not shown": "the interval of some comparison lies on the wrong side of its margin: the rule "
                          "fails here, which says little about large models",
             "undecided": "neither, or the model did not learn the task that the rule is about"}
 
@@ -228,7 +228,7 @@ def _data(png):
 
 def _rules(result):
     """The comparisons of the rule, its conditions, and the findings beside it."""
-    table = [["the rule compares", "mean over seeds", "95% interval", "asked", "outcome"]]
+    table = [["the rule compares", "mean over seeds", "95% interval", "required", "outcome"]]
     kinds = {"conditions": "condition: ", "comparisons": "", "findings": "beside the rule: "}
     for kind, prefix in kinds.items():
         for comparison in result.get(kind, []):

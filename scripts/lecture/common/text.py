@@ -32,10 +32,10 @@ def report(result: dict) -> str:
 
 
 def compared_as_text(comparison: dict) -> str:
-    """lead of DPO (gold reward): 0.08 [0.05, 0.11], asked: above 0"""
+    """lead of DPO (gold reward): 0.08 [0.05, 0.11], required: above 0"""
     low, high = comparison["interval"]
     interval = "no interval" if low is None else f"95% interval {as_number(low)} to {as_number(high)}"
-    return f"{comparison['name']}: {as_number(comparison['mean'])} ({interval}); asked: {comparison['asked']}"
+    return f"{comparison['name']}: {as_number(comparison['mean'])} ({interval}); required: {comparison['asked']}"
 
 
 def as_text(table: list[list], columns: int = COLUMNS) -> str:

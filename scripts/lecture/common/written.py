@@ -37,6 +37,9 @@ def _fault(result, name):
     if found := fault(result.get("findings", []), SEVERAL, "findings"):
         return found
     compared = [c for kind in ("comparisons", "conditions", "findings") for c in result.get(kind, [])]
+    at_least = result.get("at_least")
+    if at_least is not None and (type(at_least) is not int or not 1 <= at_least <= len(result["comparisons"])):
+        return f"at_least is {reprlib.repr(at_least)}, of {len(result['comparisons'])} comparisons"
     if any(len(c["interval"]) != 2 for c in compared):
         return "an interval has two ends"
     for comparison in compared:

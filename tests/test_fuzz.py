@@ -464,6 +464,8 @@ FOUND |= {
         "experiment", ["comparisons", 0, "interval"], [0.0]), "an interval has two ends"),
     "a comparison without a margin": ("an experiment's results", lambda: with_entry(
         "experiment", ["comparisons", 0, "asked"], "above"), "a comparison asked 'above'"),
+    "a rule of which none must hold": ("an experiment's results", lambda: with_entry("experiment", ["at_least"], 0),
+                                       "at_least is 0"),
     "lines of different lengths": ("an experiment's results", lambda: with_entry("experiment", ["table", 0], ["n"]),
                                    "different lengths"),
     "a file outside the folder": ("the golden index", lambda: with_entry(

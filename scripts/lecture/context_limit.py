@@ -11,9 +11,9 @@ tokens, or else a guess among the labels not shown there; chance is 1/8.
 
 Rule. With 32 demonstrations offered, accuracy is at the bound (the best possible from the tokens in the
 context; at most 0.1 below it, and at most 0.02 above it, by sampling error), and it rises as the context
-grows from 5 tokens to 9 to 17. 0.02 is two standard errors of 4,000 documents. The seeds that learned to copy
-count: accuracy above 0.9 with 8 demonstrations in 17 tokens. If fewer than two seeds did, the outcome is
-undecided.
+grows from 5 tokens to 9 to 17. Two standard errors of 8,000 documents (8 seeds) are at most 0.012. The
+seeds that learned to copy count: accuracy above 0.9 with 8 demonstrations in 17 tokens. If fewer than two
+seeds did, the outcome is undecided.
 
 Limits. Attention cannot read tokens that it is not given, which is no discovery, and the last 8 of 32
 demonstrations are as good as 8 because of how they are drawn. The measurement is that the model uses nearly

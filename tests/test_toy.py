@@ -94,3 +94,11 @@ def test_the_command_prints_all_stages():
     assert [line for line in done.stdout.splitlines() if not line.startswith(" ")] == [
         "1. Pretraining", "2. Supervised finetuning", "3. Reward model", "4. RLHF", "5. DPO",
         "Change from the SFT model"]
+
+
+@pytest.mark.parametrize("word, status, start", [("--help", 0, "The whole lecture"),
+                                                 ("-1", 2, "error: -1: expected one seed")])
+def test_the_command_says_its_usage_and_refuses_another_word(word, status, start):
+    done = subprocess.run([sys.executable, "-m", "minilm.plain", word], capture_output=True, text=True)
+    assert done.returncode == status and (done.stdout + done.stderr).startswith(start)
+    assert ("python -m minilm.plain 1" in done.stdout) == (status == 0)

@@ -54,9 +54,9 @@ equal for the two responses of a compared pair, so along every chain, so for all
 With flipped labels or finite data, DPO in general does not reach the pi* of the true r. It still has the same
 optimum as RLHF with a reward model fitted to the same comparisons, if reward model and policy are unrestricted,
 the graph of compared pairs is connected, and the best-fitting rewards are finite (they are not if, for example, one
-response wins all its comparisons). This follows from steps 2 and 3. In practice
-RLHF and DPO then differ by the limits of the two models, by training that stops early, and because RLHF samples
-from pi, while DPO sees only the compared responses.
+response wins all its comparisons). This follows from steps 2 and 3. In practice RLHF and DPO then differ by the limits
+of the two models, by training that stops early, and because RLHF samples from pi, while DPO sees only the compared
+responses.
 
 5. Both log-probs can fall while the loss falls, because the loss depends only on their difference. Let g_w and
 g_l be grad log pi(y_w|x) and grad log pi(y_l|x), and <g, h> = sum_i g_i h_i their inner product. Then

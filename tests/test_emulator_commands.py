@@ -73,7 +73,7 @@ def test_help_lists_the_modules_and_their_sizes(capsys):
     (["attention", "--K", "24"], "head width 24; this kernel supports 16, 32, 64, 128"),
     (["attention", "--dtype", "half"], "float32 or float64, not in float16"),
     (["attention", "--block", "32"], "--block is for a .cu file"),
-    (["kernels/attention.cu"], "is a module of minilm.kernels; give its name: attention"),
+    ([str(programs.KERNELS / "attention.cu")], "is a module of minilm.kernels; give its name: attention"),
     (["nothing.cu"], "there is no file nothing.cu")])
 def test_a_mistake_in_the_command_is_one_line_with_the_nearest_name(capsys, arguments, message):
     assert re.search(message.replace("?", r"\?"), mistake(capsys, *arguments))

@@ -134,7 +134,7 @@ def _program(given, sizes):
     own = {name: getattr(given, name) for name in ("kernel", "grid", "block", "shared", "define")}
     if given.module.endswith(".cu"):
         path = Path(given.module)
-        if path.stem in programs.modules() and (not path.is_file() or path.resolve().parent == programs.KERNELS.resolve()):
+        if path.stem in programs.modules() and (not path.is_file() or path.resolve().parent == programs.KERNELS):
             raise LookupError(f"{path} is a module of minilm.kernels; give its name: {path.stem}")
         return programs.OwnKernel(path, sizes, given.seed, **own)
     if chosen := [name for name, value in own.items() if value]:

@@ -21,8 +21,8 @@ import secrets
 import numpy as np
 
 from minilm.backend import array_module
+from minilm.checks import distinct
 from minilm.in_place import mark_changed
-from minilm.tokenizer import distinct
 
 KEY = "minilm"
 FORMAT = "minilm checkpoint"

@@ -1,4 +1,4 @@
-"""Checks of what a caller gives: settings, masks, shapes, token ids, numbers. One function for each kind.
+"""Checks of a caller's arguments: settings, masks, shapes, token ids, numbers. One function for each kind.
 
 Each returns the value in the form that is used afterwards, or raises an error that names the function, the argument and
 its value, and says what is expected. Code that follows a check relies on it.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import reprlib
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -244,6 +245,15 @@ def end_tokens(function: str, eos: Any, vocab_size: int) -> np.ndarray:
     for token in eos if several else () if eos is None else (eos,):
         ends[integer(function, "eos", token, at_least=0, below=vocab_size)] = True
     return ends
+
+
+def distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The object_pairs_hook of json.loads for files: ValueError for a key that comes twice (json takes the last)."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        (key, _), = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"it has the key {reprlib.repr(key)} twice")
+    return fields
 
 
 def shown(value: Any) -> str:

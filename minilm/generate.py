@@ -180,7 +180,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     checks.sampling("generate", temperature, top_k, top_p)
     ends = checks.end_tokens("generate", eos, model.config.vocab_size)
     prompts = _token_arrays(prompts, model.config.vocab_size)
-    _check_room(model, prompts, max_new_tokens, workers)
+    _check_settings(model, prompts, max_new_tokens, workers)
     B = len(prompts)
     uniforms = checks.uniforms("generate", to_numpy(rng) if is_cupy(rng) else rng, (B, max_new_tokens))
 
@@ -208,7 +208,7 @@ def _token_arrays(prompts, vocab_size):
     return [array.astype(np.int64, copy=False) for array in arrays]
 
 
-def _check_room(model, prompts, max_new_tokens, workers):
+def _check_settings(model, prompts, max_new_tokens, workers):
     checks.integer("generate", "max_new_tokens", max_new_tokens, at_least=0)
     checks.integer("generate", "workers", workers, at_least=1)
     if not model.config.causal:

@@ -89,11 +89,11 @@ def pack(prompts: Sequence[Tokens], responses: Sequence[Tokens], context: int | 
             positions += range(P, P + fed)
         rows += [prefix.stop - 1, *range(start, start + R - 1)]
         last_rows.append(len(tokens) - 1)
-    checks.indices("pack", "the prompts", tokens, 2 ** 63)
-    checks.indices("pack", "the responses", np.concatenate(responses), 2 ** 63)
+    tokens = checks.indices("pack", "the prompts", tokens, 2 ** 63)
+    targets = checks.indices("pack", "the responses", np.concatenate(responses), 2 ** 63)
     lengths = np.array([len(response) for response in responses])
     mask = np.arange(lengths.max()) < lengths[:, None]
-    return Pack(np.array(tokens), np.array(positions), segments, np.array(rows), np.concatenate(responses),
+    return Pack(tokens, np.array(positions), segments, np.array(rows), targets,
                 np.array(last_rows) if last else None, mask)
 
 
@@ -106,7 +106,7 @@ def packs(prompts: Sequence[Tokens], responses: Sequence[Tokens], batch_size: in
     checks.integer("packs", "batch_size", batch_size, at_least=1)
     check_dialogues(prompts, responses, context=context)       # all of them: an error has the place among all
     for i in range(0, len(prompts), batch_size):
-        yield pack(prompts[i:i + batch_size], responses[i:i + batch_size], context, last)
+        yield pack(prompts[i:i + batch_size], responses[i:i + batch_size], last=last)
 
 
 @primitive

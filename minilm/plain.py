@@ -1,10 +1,10 @@
 """How a language model becomes an assistant: the definitions, in one file.
 
-This file defines the model, the losses, sampling, AdamW and one step of training. The training loops are in toy.py, the
-initial values in model.py. Everything else in minilm computes the same numbers,
-faster, and the tests compare it with this file (tests/test_plain.py). It uses only the elementary operations of
-ops.py; tensor.py computes their gradients, and checks.py refuses arrays that do not belong together. Derivations,
-gradients by hand and papers: objectives/ and layers.py.
+This file defines the model, the losses, sampling, AdamW and one step of training. The training loops are in
+toy.py, the initial values in model.py. Everything else in minilm computes the same numbers, faster, and the tests
+compare it with this file (tests/test_plain.py). It uses only the elementary operations of ops.py; tensor.py computes
+their gradients, and checks.py refuses arrays that do not belong together. Derivations, gradients by hand and papers:
+objectives/ and layers.py.
 
     python -m minilm.plain [seed]   runs toy.py: from random weights to an assistant, on a toy task; [seed] is a number
 

@@ -183,7 +183,7 @@ class Node:
 
     inputs     for each argument: the Node that computed it, or the leaf itself, or None if it needs no gradient
     leaves     every Tensor among the arguments that no Node computed: none may change before backward (in_place.py)
-    since      the number from which on it may not change: that of the call
+    since      the number of the call: a leaf that was marked later has changed
     vjp        keeps the arrays that the gradient needs, and no others
     arguments  the names of the primitive's parameters, for errors
     """

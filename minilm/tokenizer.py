@@ -22,6 +22,8 @@ from heapq import heapify, heappop, heappush
 from itertools import islice, pairwise
 from operator import index
 
+from minilm.checks import distinct
+
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 # The ids depend on `split` too: if WORD changes, this version must change.
 FORMAT = "minilm-tokenizer-1"
@@ -42,15 +44,6 @@ WORD = re.compile(r"""
     | [^\S\r\n]+ (?!\S)        # blanks, without the last one, which belongs to the next word
     | [^\S\r\n]                # a blank that belongs to no word, such as a tab before a letter
 """, re.VERBOSE)
-
-
-def distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """The object_pairs_hook of json.loads for files: ValueError for a key that comes twice (json takes the last)."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        (key, _), = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"it has the key {reprlib.repr(key)} twice")
-    return fields
 
 
 def utf8(text: str) -> bytes:

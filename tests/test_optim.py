@@ -130,6 +130,14 @@ def test_clipping_scales_the_norm_over_all_parameters_and_returns_the_norm_befor
         assert_close(p.grad, before[name] * min(1, max_norm / norm), 1e-14)
 
 
+def continued(tensors, saved):
+    """Copies of these parameters, and an optimiser of them that continues from a saved state."""
+    copies = {name: Tensor(p.data.copy(), requires_grad=True) for name, p in tensors.items()}
+    optimizer = AdamW(copies)
+    optimizer.load_state(saved)
+    return copies, optimizer
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_an_optimiser_with_loaded_state_continues_bit_for_bit(block, dtype):
     def steps(tensors, optimizer, rng):
@@ -141,9 +149,7 @@ def test_an_optimiser_with_loaded_state_continues_bit_for_bit(block, dtype):
     optimizer = AdamW(first)
     steps(first, optimizer, np.random.default_rng(1))
     saved = {name: array.copy() for name, array in optimizer.state().items()}
-    second = {name: Tensor(p.data.copy(), requires_grad=True) for name, p in first.items()}
-    resumed = AdamW(second)
-    resumed.load_state(saved)
+    second, resumed = continued(first, saved)
     for tensors, each in ((first, optimizer), (second, resumed)):
         steps(tensors, each, np.random.default_rng(2))
     assert np.array_equal(optimizer.data, resumed.data) and not np.array_equal(optimizer.m, saved["m"])
@@ -357,9 +363,7 @@ def test_a_run_with_frozen_parameters_continues_from_its_state_bit_for_bit(rng):
     optimizer.step(0.1)                                             # everything is trained
     steps(first, optimizer, np.random.default_rng(1))
     saved = {name: array.copy() for name, array in optimizer.state().items()}
-    second = {name: Tensor(p.data.copy(), requires_grad=True) for name, p in first.items()}
-    resumed = AdamW(second)
-    resumed.load_state(saved)
+    second, resumed = continued(first, saved)
     for tensors, each in ((first, optimizer), (second, resumed)):
         steps(tensors, each, np.random.default_rng(2))
         tensors["cube"].requires_grad = True

@@ -15,16 +15,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # The whole import picture. A node imports only from lines above its own, and stands in the first line where it can.
 # The README's diagram is this table (scripts/dev/readme.py).
 LEVELS = """
-    backend  fast.malloc  fast.workers  in_place  modes  numpy_functions  tokenizer
-    checkpoint  checks  fast.deferred  fast.tiled_attention  tensor
-    data  diverged  fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  kernels  ops
-    gradcheck  layers  objectives  optim  packing  plain  world
-    evaluate  exact  fast.packed_attention
+    backend  fast.malloc  fast.workers  in_place  modes  numpy_functions
+    checks  fast.deferred  fast.tiled_attention  tensor
+    checkpoint  diverged  fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  kernels  ops  tokenizer
+    data  gradcheck  layers  objectives  optim  plain  world
+    exact  packing
+    evaluate  fast.packed_attention
     model
     fast.cached_decoding  model_file  toy
     generate
     stages
-"""
+"""  # noqa: E501 (one line is one level)
 # The files of the mathematics. All but exact, which trains models too, stand without the fast path.
 READER = ("plain", "tensor", "ops", "gradcheck", "objectives", "exact")
 # Folders of scripts that scripts import from, and the helpers that lie beside the benchmarks.

@@ -1,4 +1,4 @@
-"""The checks of what a stage is given: settings, models, data sets, and the results of a user's functions.
+"""Checks of a stage's arguments: settings, models, data sets; and of the results of a user's functions.
 
 A data set is checked once, whole, when the stage is called; then no step needs to look again. Errors name the example
 by its place in the data set, and say how many more are bad.

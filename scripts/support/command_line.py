@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from minilm.checkpoint import one_line
-from minilm.tokenizer import distinct
+from minilm.checks import distinct
 from support.run_folder import UsageError
 
 MOST_WORKERS = 64

@@ -32,7 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minilm import checkpoint
-from minilm.tokenizer import distinct
+from minilm.checks import distinct
 
 try:
     import fcntl

@@ -48,8 +48,8 @@ class ReferenceLogProbs(np.ndarray):
 def checked_log_probs(function: str, prompts: Sequence, **sides: tuple[Sequence, Any]) -> list[np.ndarray]:
     """The reference log-probs of each side, name=(responses, log-probs), as plain arrays (N,).
 
-    Raises ValueError if the number of values differs from the number of dialogues, for NaN, infinity and values above 0, and, where
-    the origin is known, for other dialogues, and for two models.
+    Raises ValueError if the number of values differs from the number of dialogues, for NaN, infinity and values above
+    0, and, where the origin is known, for other dialogues, and for two models.
     """
     arrays = []
     for name, (responses, values) in sides.items():

@@ -86,12 +86,14 @@ class Copies:
                 shutil.copytree(path, first / path.name, ignore=shutil.ignore_patterns("__pycache__"))
             elif path.is_file():
                 shutil.copy2(path, first)
+        if (first / "kernels").is_dir():        # otherwise minilm.kernels is that of the installed project, without bugs
+            (first / "minilm" / "kernels").symlink_to(Path("..", "kernels"))
         # Bytecode with a hash of its source saves time, and is not used for a file with a bug.
         subprocess.run([sys.executable, "-m", "compileall", "-qq", "--invalidation-mode", "checked-hash", first])
         for i in range(count):
             copy = first.with_name(str(i))
             if i:
-                shutil.copytree(first, copy)
+                shutil.copytree(first, copy, symlinks=True)
             self._check_that_it_is_imported(copy)
             self._free.put(copy)
         stems = {path.stem for path in first.glob("tests/test_*.py")} - {"test_mutants"}
@@ -153,11 +155,14 @@ class Copies:
         return Outcome("error", errors[0] if errors else f"pytest ended with status {process.returncode}", seconds)
 
     def _check_that_it_is_imported(self, copy):
-        """Raises UsageError if another, installed minilm is imported in the copy."""
-        where = subprocess.run([sys.executable, "-c", "import minilm; print(minilm.__file__)"], cwd=copy, text=True,
-                               env=self._environment(copy), stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
-        if Path(where.strip()).parent != copy / "minilm":
-            raise UsageError(f"the copy of minilm in {copy} is not the one that is imported there: {where.strip()}")
+        """Raises UsageError if another, installed minilm, or minilm.kernels, is imported in the copy."""
+        for name in ("minilm", *["minilm.kernels"] * (copy / "kernels").is_dir()):
+            command = [sys.executable, "-c", f"import {name}; print({name}.__file__)"]
+            where = subprocess.run(command, cwd=copy, text=True, env=self._environment(copy), stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT).stdout
+            if Path(where.strip()).parent != copy / name.replace(".", os.sep):
+                raise UsageError(f"the copy of {name} in {copy} is not the one that is imported there: "
+                                 f"{where.strip()}")
 
     @staticmethod
     def _environment(copy, words=""):

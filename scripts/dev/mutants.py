@@ -86,7 +86,7 @@ class Copies:
                 shutil.copytree(path, first / path.name, ignore=shutil.ignore_patterns("__pycache__"))
             elif path.is_file():
                 shutil.copy2(path, first)
-        if (first / "kernels").is_dir():        # otherwise minilm.kernels is that of the installed project, without bugs
+        if (first / "kernels").is_dir():        # otherwise the installed one is imported, without bugs
             (first / "minilm" / "kernels").symlink_to(Path("..", "kernels"))
         # Bytecode with a hash of its source saves time, and is not used for a file with a bug.
         subprocess.run([sys.executable, "-m", "compileall", "-qq", "--invalidation-mode", "checked-hash", first])

@@ -64,7 +64,7 @@ from support import figures
 from support.evaluation import Evaluation
 from support.job import Job, Stopped
 from support.options import TRIAL_BELOW, parse
-from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
+from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, out_of_memory, require
 from support.tables import summary
 from support.terminal import paragraph, progress, trial_note
 
@@ -304,7 +304,8 @@ def main() -> int:
             if isinstance(error, WorkerFailed) and stop.arrives():      # the same signal has ended a worker
                 print(f"stopped; {how_to_continue(options.out)}")
                 return 130
-            if isinstance(error.__cause__ or error, (OSError, MemoryError, WorkerFailed)):
+            cause = error.__cause__ or error
+            if isinstance(cause, (OSError, WorkerFailed)) or out_of_memory(cause):
                 print(how_to_continue(options.out), flush=True)
             raise
     return 0

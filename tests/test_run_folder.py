@@ -400,6 +400,22 @@ def test_a_process_that_cannot_be_forked_is_said_to_lack_memory(capsys):
     assert capsys.readouterr() == ("", "error: not enough memory. Ask for less.\n")
 
 
+@pytest.mark.parametrize("words", ["error return without exception set",
+                                   "<built-in function score> returned NULL without setting an exception"])
+def test_memory_that_ends_in_c_code_is_one_line(words, capsys):
+    def main():
+        raise SystemError(words)
+    assert run_folder.main_guard(main) == 2
+    assert capsys.readouterr() == ("", "error: not enough memory. Ask for less.\n")
+
+
+def test_another_fault_of_c_code_keeps_its_traceback():
+    def main():
+        raise SystemError("bad argument to internal function")
+    with pytest.raises(SystemError, match="bad argument"):
+        run_folder.main_guard(main)
+
+
 def test_a_stop_that_arrives_within_a_moment_is_waited_for():
     with StopRequest() as stop:
         assert not stop.arrives()

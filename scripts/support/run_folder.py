@@ -258,7 +258,7 @@ def main_guard(main: Callable[[], int | None], *user_errors: type[Exception]) ->
     """Runs main() and returns the exit status.
 
     main's result (None is 0); 2 after one line `error: ...` on stderr, for UsageError, CheckpointError, the given
-    exception classes, OSError (a full disk, for example) and MemoryError; 130 for Ctrl-C; 141 if the reader of the
+    exception classes, OSError (a full disk, for example) and out_of_memory; 130 for Ctrl-C; 141 if the reader of the
     output has closed it (`| head -1`). Any other exception is a bug and keeps its traceback.
     """
     try:
@@ -283,12 +283,22 @@ def main_guard(main: Callable[[], int | None], *user_errors: type[Exception]) ->
         if error.filename is None:
             _discard_output()
         return 2
-    except MemoryError as error:
-        print("error: not enough memory.", *str(error).splitlines(), "Ask for less.", file=sys.stderr)
+    except (MemoryError, SystemError) as error:
+        if not out_of_memory(error):
+            raise
+        words = str(error).splitlines() if isinstance(error, MemoryError) else []
+        print("error: not enough memory.", *words, "Ask for less.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory has ended: MemoryError, or CPython's SystemError if C code could not allocate an exception."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, SystemError) and ("without exception set" in str(error)
+                                            or "without setting an exception" in str(error)))
 
 
 def _discard_output():

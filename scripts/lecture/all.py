@@ -72,7 +72,7 @@ def main():
                 folder = run.folder / "rounding" / rounding
                 status = run_all(names, arguments.size, folder, arguments.workers, stop, rounding)
         if roundings:
-            compare_roundings(run.folder, arguments.size, roundings)
+            compare_roundings(run.folder, arguments.size)
         return status
 
 
@@ -236,7 +236,8 @@ def share_left(todo, done, size):
 
 
 def write_table(folder):
-    print(markdown.readme(STAGES, *recorded(folder)), end="")
+    size, done = recorded(folder)
+    print(markdown.readme(STAGES, size, under_roundings(folder, size, done)), end="")
     return 0
 
 
@@ -283,13 +284,17 @@ def publish(folder, size, done):
     checkpoint.write_text(folder / "index.html", page.html(STAGES, done, pictures, size))
 
 
-def compare_roundings(folder, size, roundings):
+def compare_roundings(folder, size):
     """rounding.md, and the same on the terminal: the outcome of every experiment under every rounding."""
-    by_rounding = {"as run": results(folder, size)}
-    by_rounding |= {name: results(folder / "rounding" / name, size) for name in roundings}
-    text = markdown.roundings(EXPERIMENTS, by_rounding)
+    text = markdown.roundings(EXPERIMENTS, under_roundings(folder, size, results(folder, size)))
     checkpoint.write_text(folder / "rounding.md", text)
     print(f"\n{text}\n{folder / 'rounding.md'}")
+
+
+def under_roundings(folder, size, done):
+    """{rounding: {name: what the experiment wrote}}, done as it was run, and the roundings that have results."""
+    again = {name: results(Path(folder) / "rounding" / name, size) for name in ROUNDINGS}
+    return {"as run": done} | {name: found for name, found in again.items() if found}
 
 
 def write_readme(folder):
@@ -309,7 +314,7 @@ def write_readme(folder):
             large.append(f"{name}.png")
         else:
             (figures / f"{name}.png").write_bytes(small)
-    checkpoint.write_text(HERE / "README.md", markdown.readme(STAGES, size, done))
+    checkpoint.write_text(HERE / "README.md", markdown.readme(STAGES, size, under_roundings(folder, size, done)))
     print(f"{HERE / 'README.md'}, {figures}: {len(done) - len(large)} figures")
     if large:
         raise UsageError(f"even reduced these have more than {FIGURE_BYTES} bytes: {', '.join(large)}; "

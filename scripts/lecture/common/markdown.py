@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Iterable
 
 from common import glossary
-from common.experiment import TRIAL
 from common.intervals import LEVEL, Comparison, as_number, confidence_interval, decider
 from common.text import first_sentence
 
@@ -53,6 +52,10 @@ RUNNING = """
 compares the outcomes: with models in float64; with another matrix kernel of OpenBLAS (OPENBLAS_CORETYPE);
 and with another number of worker processes, which must change nothing. How to write an experiment:
 [experiment.py](common/experiment.py).
+"""
+ROUNDINGS = """
+## Under other roundings
+
 """
 
 
@@ -100,11 +103,14 @@ def words() -> str:
                    for term, text in glossary.IN_THE_TABLE.items())
 
 
-def readme(stages: dict, size: str, done: dict) -> str:
-    """The text of scripts/lecture/README.md."""
+def readme(stages: dict, size: str, by_rounding: dict) -> str:
+    """The text of scripts/lecture/README.md, from {rounding: {name: what it wrote}}; the first is the run as it is."""
+    done = next(iter(by_rounding.values()))
     claims = sum(map(len, stages.values()))
     parts = [HEADER.format(claims=claims), words(), "\n", table(stages, done), summary(claims, size, done), "\n",
              READING.format(claims=claims), RUNNING]
+    if len(by_rounding) > 1:
+        parts += [ROUNDINGS, textwrap.indent(agreement(by_rounding), "- ")]
     return re.sub(r"\n{3,}", "\n\n", "".join(parts))
 
 
@@ -125,23 +131,34 @@ def summary(claims: int, size: str, done: dict) -> str:
 
 def roundings(names: Iterable[str], by_rounding: dict) -> str:
     """The outcomes of the experiments, from {rounding: {name: what it wrote}}, and whether they agree."""
-    columns = list(by_rounding)
-    lines = [f"| experiment | {' | '.join(columns)} | |", "|---" * (len(columns) + 2) + "|"]
-    differ = []
+    outcomes = {rounding: _outcomes(done) for rounding, done in by_rounding.items()}
+    lines = [f"| experiment | {' | '.join(outcomes)} | |", "|---" * (len(outcomes) + 2) + "|"]
     for name in names:
-        outcomes = [by_rounding[column].get(name, {}).get("outcome", "not run") for column in columns]
-        if set(outcomes) == {"not run"}:
-            continue
-        if len(set(outcomes) - {"not run"}) > 1:
-            differ.append(name)
-        same = "**differs**" if name in differ else "the same"
-        lines.append(f"| {name} | {' | '.join(outcomes)} | {same} |")
-    agreement = "No outcome depends on rounding."
-    if differ:
-        agreement = f"The outcomes of {', '.join(differ)} depend on rounding."
-    elif any(f"| {TRIAL} |" in line for line in lines):
-        agreement = "Trials have no outcomes to compare."
-    return "\n".join([*lines, "", agreement]) + "\n"
+        row = [found.get(name, "not run") for found in outcomes.values()]
+        run = [outcome for outcome in row if outcome != "not run"]
+        if run:
+            same = "the same" if len(set(run)) == 1 else "**differs**"
+            lines.append(f"| {name} | {' | '.join(row)} | {same if len(run) > 1 else ''} |")
+    return "\n".join([*lines, "", agreement(by_rounding)])
+
+
+def agreement(by_rounding: dict) -> str:
+    """A sentence for every rounding after the first: how many outcomes are those of the first, and how many numbers."""
+    first, *others = by_rounding.values()
+    sentences = []
+    for rounding, done in zip(list(by_rounding)[1:], others):
+        both = [name for name in first if name in done]
+        then, now = _outcomes(first), _outcomes(done)
+        differ = [f"{name} ({now[name]} instead of {then[name]})" for name in both if now[name] != then[name]]
+        which = f" (not of {', '.join(differ)})" if differ else ""
+        equal = sum(first[name]["by_seed"] == done[name]["by_seed"] for name in both)
+        sentences.append(f"{rounding}: the outcomes of {len(both) - len(differ)} of {len(both)} experiments are the "
+                         f"same{which}; of {equal}, every number is.\n")
+    return "".join(sentences)
+
+
+def _outcomes(done):
+    return {name: result["outcome"] for name, result in done.items()}
 
 
 def as_cell(text: str) -> str:

@@ -419,7 +419,7 @@ def test_every_experiment_runs_again_under_the_roundings_asked_for_and_the_outco
         ("two", "4"), ("one", "1"), ("two", "1")]
     text = (run.folder / "rounding.md").read_text()
     assert text in out
-    assert "float64: the outcomes of 1 of 2 experiments are the same (not of two (undecided instead of shown)); " in text
+    assert "float64: the outcomes of 1 of 2 experiments are the same (not of two (undecided instead of shown))" in text
     assert "workers: the outcomes of 2 of 2 experiments are the same; of 2, every number is." in text
     assert "| one | shown | shown | shown | shown | the same |" in text
     assert "| two | shown | undecided | undecided | shown | **differs** |" in text and "three" not in text

@@ -1,5 +1,7 @@
 """The benchmarks: reports equal the measurements, and a library with wrong results is not timed."""
 
+import argparse
+import shutil
 import subprocess
 import sys
 import types
@@ -97,6 +99,28 @@ def test_a_training_step_equals_pytorchs_and_is_timed(tmp_path):
     assert ratios[0] == ",".join(measuring.HEADER) and ratios[1].startswith("training step,XS,torch,")
     assert float(ratios[1].split(",")[3]) > 0
     assert "autograd: not installed" in run.stdout or ratios[2].startswith("training step,XS,autograd,")
+
+
+def test_two_versions_that_compute_the_same_are_timed(tmp_path):
+    other = tmp_path / "other"
+    for name in ("minilm", "scripts"):
+        shutil.copytree(SCRIPTS.parent / name, other / name, ignore=shutil.ignore_patterns("kernels", "__pycache__"))
+    command = [sys.executable, SCRIPTS / "bench" / "train.py", "--other", other, "--sizes", "XS", "--rounds", "1"]
+    run = subprocess.run([*command, "--csv", tmp_path / "ratios.csv"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (line,) = (tmp_path / "ratios.csv").read_text().splitlines()[1:]
+    assert line.startswith("training step,XS,other,") and float(line.split(",")[3]) > 0
+    sft = other / "minilm" / "objectives" / "sft.py"
+    sft.write_text(sft.read_text().replace("return loss, vjp", "return 2 * loss, vjp"))
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2 and "minilm and other do not compute the same: loss differs" in run.stderr
+
+
+@pytest.mark.parametrize("given, message", [(SCRIPTS.parent, "is this checkout"), (SCRIPTS, "is no checkout")])
+def test_the_other_version_is_another_checkout(given, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "bench" / "train.py")])
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        measuring.checkout(str(given))
 
 
 def test_works_are_options_like_sizes_and_some_sizes_run_only_if_named(monkeypatch):

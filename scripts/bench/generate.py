@@ -170,7 +170,7 @@ def write(folder, size):
 
 
 def main():
-    asked = measuring.arguments(__doc__.partition("\n")[0], SIZES, PEERS)
+    asked = measuring.arguments(__doc__.partition("\n")[0], SIZES, PEERS, versions=True)
     peers = measuring.present(asked.peers, PEERS)
     print(measuring.machine("torch", "transformers"))
     rows = []

@@ -87,12 +87,15 @@ def answer(**message):
 
 
 class Worker:
-    """A process that serves one library, started with `--worker`. results: the arrays of its check()."""
+    """A process that serves one library, started with `--worker`. results: the arrays of its check().
 
-    def __init__(self, name, spec, environment):
+    script, library: the script that serves it and the name there, if they are not this script and name.
+    """
+
+    def __init__(self, name, spec, environment, script=None, library=None):
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, sys.argv[0], "--worker", name, json.dumps(spec)], text=True,
+            [sys.executable, script or sys.argv[0], "--worker", library or name, json.dumps(spec)], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **environment})
         message = self._read()
         self.base = message["base"]

@@ -12,6 +12,7 @@ memory of forked processes.
 The same script, started with `--worker`, does the work of one library (library_process.py).
 """
 
+import argparse
 import csv
 import functools
 import importlib.metadata
@@ -160,7 +161,7 @@ def compare(work, size, spec, names, environments, tolerance, rounds, turn=TURN)
     workers = []
     try:
         for name in names:
-            workers.append(Worker(name, spec, environments.get(name, {})))
+            workers.append(started(name, spec, environments))
             check_results(workers[0], workers[-1], tolerance)
         medians, undisturbed = take_turns(workers, rounds, turn)
     finally:
@@ -175,6 +176,14 @@ def compare(work, size, spec, names, environments, tolerance, rounds, turn=TURN)
                      "ours_ms": 1e3 * np.median(kept[:, 0]), "theirs_ms": 1e3 * np.median(kept[:, j]),
                      "ours_mb": workers[0].memory / 2**20, "theirs_mb": worker.memory / 2**20})
     return rows
+
+
+def started(name, spec, environments):
+    """The process of a library, or that of another version of minilm, if the name is the Path of its checkout."""
+    if not isinstance(name, Path):
+        return Worker(name, spec, environments.get(name, {}))
+    script = name / "scripts" / "bench" / Path(sys.argv[0]).name
+    return Worker(name.name, spec, {**environments["minilm"], "PYTHONPATH": str(name)}, script, "minilm")
 
 
 def check_results(ours, theirs, tolerance):
@@ -209,7 +218,7 @@ def installed(package):
 
 def present(names, packages):
     """The peers whose package is installed. Prints the names of the others."""
-    absent = [name for name in names if not installed(packages[name])]
+    absent = [name for name in names if name in packages and not installed(packages[name])]
     for name in absent:
         print(f"{name}: not installed, skipped (pip install -e '.[bench]')")
     return [name for name in names if name not in absent]
@@ -267,17 +276,34 @@ def finish(asked, rows, title):
         draw(asked.figure, rows, title)
 
 
-def arguments(description, sizes, peers, works=(), unasked=()):
-    """The options of a benchmark. unasked: sizes that run only if they are named."""
+def arguments(description, sizes, peers, works=(), unasked=(), versions=False):
+    """The options of a benchmark. unasked: sizes that run only if named; versions: whether it takes --other."""
     parser = Parser(description)
     usual = [size for size in sizes if size not in unasked]
     for kind, known, default in (("work", works, works), ("size", sizes, usual), ("peer", peers, peers)):
         if known:
             parser.add_argument(f"--{kind}s", type=names(kind, known), default=",".join(default),
                                 help="with commas (default: %(default)s)")
+    if versions:
+        parser.add_argument("--other", type=checkout, metavar="CHECKOUT",
+                            help="compare with the version of minilm in this folder, instead of the peers")
     parser.add_argument("--rounds", type=whole(1, MOST_ROUNDS), default=9, help="of turns (default: %(default)s)")
     output_options(parser, "the ratios")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if versions and asked.other:
+        asked.peers = [asked.other]
+    return asked
+
+
+def checkout(text):
+    """The `type` of an option: the folder of another checkout of minilm, with this script in it."""
+    folder = Path(text).resolve()
+    script = folder / "scripts" / "bench" / Path(sys.argv[0]).name
+    if not script.is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is no checkout of minilm: there is no {script}")
+    if script.samefile(sys.argv[0]):
+        raise argparse.ArgumentTypeError(f"{text!r} is this checkout; make another: git worktree add ../before COMMIT")
+    return folder
 
 
 def output_options(parser, what):

@@ -197,8 +197,8 @@ def write(path, size):
 
 
 def main():
-    asked = measuring.arguments(__doc__.partition("\n")[0], SIZES, PEERS, WORKS, unasked=["tiny"])
-    if not measuring.installed("trl"):
+    asked = measuring.arguments(__doc__.partition("\n")[0], SIZES, PEERS, WORKS, unasked=["tiny"], versions=True)
+    if not asked.other and not measuring.installed("trl"):
         raise UsageError("TRL is not installed: pip install trl==1.16.0")
     print(measuring.machine("torch", "transformers", "trl"))
     rows = []

@@ -167,7 +167,7 @@ def write(path, size):
 
 
 def main():
-    asked = measuring.arguments(__doc__.partition("\n")[0], measuring.SIZES, PEERS)
+    asked = measuring.arguments(__doc__.partition("\n")[0], measuring.SIZES, PEERS, versions=True)
     peers = measuring.present(asked.peers, PEERS)
     print(measuring.machine("torch", "autograd"))
     rows = []

@@ -21,7 +21,7 @@ def save_model(path: Path, model: Transformer | RewardModel, tokenizer: Tokenize
     """
     if taken := [name for name in RESERVED if name in metadata]:
         raise ValueError(f"save_model: metadata has '{taken[0]}', which save_model writes itself; give it another name")
-    body = getattr(model, "transformer", model)
+    body = model.transformer if isinstance(model, RewardModel) else model
     if tokenizer.vocab_size != body.config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model {body.config.vocab_size}; "
                          "save the model with the tokenizer that it was trained with")

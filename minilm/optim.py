@@ -6,6 +6,7 @@ Tests: tests/test_optim.py, tests/test_plain.py.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class AdamW:
         self.flat = FlatParameters(parameters, self.group)
         self.data = self.flat.data
         self.updates = np.zeros(len(parameters), np.int64)      # of each parameter, in the order of the flat arrays
-        self._trained = None            # of the last step, see _runs
+        self._trained: Any = None       # of the last step, see _runs
         self.m = self.flat.zeros()
         self.v = self.flat.zeros()
 

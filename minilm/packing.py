@@ -71,8 +71,12 @@ def pack(prompts: Sequence[Tokens], responses: Sequence[Tokens], context: int | 
     ones.
     """
     check_dialogues(prompts, responses, context)
-    tokens, positions, segments, rows, last_rows = [], [], [], [], []
-    segment_of = {}                                         # prompt -> its Segment
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments = []
+    rows = []
+    last_rows = []
+    segment_of: dict[tuple[int, ...], Segment] = {}         # prompt -> its Segment
     for prompt, response in zip(prompts, responses):
         P, R = len(prompt), len(response)
         prefix = segment_of.get(tuple(prompt))
@@ -89,11 +93,11 @@ def pack(prompts: Sequence[Tokens], responses: Sequence[Tokens], context: int | 
             positions += range(P, P + fed)
         rows += [prefix.stop - 1, *range(start, start + R - 1)]
         last_rows.append(len(tokens) - 1)
-    tokens = checks.indices("pack", "the prompts", tokens, 2 ** 63)
+    inputs = checks.indices("pack", "the prompts", tokens, 2 ** 63)
     targets = checks.indices("pack", "the responses", np.concatenate(responses), 2 ** 63)
     lengths = np.array([len(response) for response in responses])
     mask = np.arange(lengths.max()) < lengths[:, None]
-    return Pack(tokens, np.array(positions), segments, np.array(rows), targets,
+    return Pack(inputs, np.array(positions), segments, np.array(rows), targets,
                 np.array(last_rows) if last else None, mask)
 
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ from minilm.numpy_functions import NumpyFunctions
 
 __all__ = ["Node", "Tensor", "arrays_only", "grad_enabled", "history", "no_grad", "primitive", "recording", "watching"]
 
-operations = None                  # the module ops, with the functions behind the operators; ops.py sets it
+operations: Any = None             # the module ops, with the functions behind the operators; ops.py sets it
 
 
 def _operator(name, reflected=False):
@@ -76,11 +77,11 @@ class Tensor:
         if data.dtype not in (np.float32, np.float64):
             raise TypeError(f"a Tensor holds float32 or float64, not {data.dtype}: convert with .astype(np.float32)")
         self.data = data
-        self.grad = None
+        self.grad: Any = None
         self.requires_grad = requires_grad
-        self.grad_buffer = None
+        self.grad_buffer: Any = None
         self.changed = NEVER
-        self.node = None
+        self.node: Node | None = None
 
     # Operators. The functions of ops.py of these names, with their gradients.
 
@@ -303,9 +304,8 @@ def primitive(function: Callable) -> Callable:
             raise kind(f"{_call(name, arrays)}: {str(error).removeprefix(name + ': ')}") from error
         if thread.watch is not None:
             thread.watch(name, output)
-        result = Tensor(output)                                             # (3) array to Tensor
+        result = Tensor(output, requires_grad=recorded)                     # (3) array to Tensor
         if recorded:
-            result.requires_grad = True
             result.node = Node(name, inputs, vjp, output, arguments)        # (4) the record of the call
         return result
 

@@ -111,7 +111,7 @@ def learn_merges(word_counts: Mapping[str, int]) -> Iterator[tuple[tuple[int, in
     """
     row = Row(i for word in word_counts for i in (*utf8(word), SEPARATOR))
     frequency = [count for word, count in word_counts.items() for _ in range(len(utf8(word)) + 1)]
-    counts = Counter()
+    counts: Counter[tuple[int, int]] = Counter()
     positions = defaultdict(set)   # pair -> where it is, or was before
 
     def count(i, sign):
@@ -156,7 +156,7 @@ class Tokenizer:
 
     def __init__(self, merges: Iterable[tuple[int, int]] = (), specials: Iterable[str] = SPECIALS):
         self.tokens = [bytes([i]) for i in range(256)]
-        self.merges = {}
+        self.merges: dict[tuple[int, int], int] = {}
         size = 256
         for new_id, pair in enumerate(merges, start=256):
             if not isinstance(pair, (tuple, list)) or [type(part) for part in pair] != [int, int]:
@@ -182,7 +182,7 @@ class Tokenizer:
         self.pad, self.bos, self.eos = (self.specials[name] for name in SPECIALS)
         self.vocab_size = len(self.tokens) + len(self.specials)
         self._special_bytes = [utf8(name) for name in names]
-        self._ids_of_word = {}   # filled by encode, because words repeat in a text
+        self._ids_of_word: dict[str, list[int]] = {}    # filled by encode, because words repeat in a text
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int, specials: Sequence[str] = SPECIALS) -> "Tokenizer":
@@ -197,7 +197,7 @@ class Tokenizer:
         max_merges = vocab_size - 256 - len(specials)
         if max_merges < 0:
             raise ValueError(f"vocab_size {vocab_size} is less than 256 bytes and {len(specials)} special tokens")
-        word_counts = Counter()
+        word_counts: Counter[str] = Counter()
         for text in [texts] if isinstance(texts, str) else texts:
             word_counts.update(split(text))
         merges = [pair for pair, _ in islice(learn_merges(word_counts), max_merges)]
@@ -209,7 +209,7 @@ class Tokenizer:
         There is no special token among them: no <bos> at the start, and the text "<eos>" is five characters. The
         caller adds special tokens where they belong (data.py).
         """
-        ids = []
+        ids: list[int] = []
         for word in split(text):
             known = self._ids_of_word.get(word)
             if known is None:

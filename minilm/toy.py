@@ -58,8 +58,8 @@ def text(n: int, share_reversed: float, rng: np.random.Generator) -> np.ndarray:
 def gold_reward(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """2 points for the right letters, 1 for capitals; no training step reads it. (n,7) -> points, right, capitals"""
     reply = lines[:, 4:]                                                                # (n,3)
-    right = ((reply < EQUALS) & (reply % 8 == lines[:, 2::-1])).all(axis=1)             # (n)
-    capitals = ((reply < EQUALS) & (reply >= 8)).all(axis=1)                            # (n)
+    right = np.all((reply < EQUALS) & (reply % 8 == lines[:, 2::-1]), axis=1)           # (n)
+    capitals = np.all((reply < EQUALS) & (reply >= 8), axis=1)                          # (n)
     return 2.0 * right + capitals, right, capitals
 
 
@@ -92,7 +92,7 @@ def compare(policy: Parameters, n: int, rng: np.random.Generator) -> tuple[np.nd
 def train(title: str, parameters: Parameters, batch: Callable, steps: int, learning_rate: float) -> None:
     """Each call of batch() draws a batch and returns numbers by name; "loss" is a Tensor."""
     print(title)
-    state = {}
+    state: dict = {}
     history = []
     for step in range(steps):
         numbers = batch()

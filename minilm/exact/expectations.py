@@ -46,7 +46,7 @@ def comparisons(log_mu: np.ndarray, rewards: np.ndarray, flip_rate: float = 0.0)
 
 
 def gradient_over_comparisons(loss: Callable[..., Tensor], probabilities: np.ndarray, values: np.ndarray,
-                              *others: np.ndarray) -> np.ndarray:
+                              *others) -> np.ndarray:
     """d/dvalues (P,Y) of the sum over prompts of E[ loss(chosen, rejected, ...) ].
 
     loss           a mean over pairs: dpo_loss(chosen, rejected, reference_chosen, reference_rejected) for

@@ -80,7 +80,7 @@ def redraw_weights(model: Any, rng: np.random.Generator, scale: float = 0.7) -> 
     return model
 
 
-def parameter_gradients(model, output: Tensor, cotangent: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def parameter_gradients(model, output: Tensor, cotangent: np.ndarray | None = None) -> dict[str, np.ndarray | None]:
     """The gradient of every parameter by name, from output.backward(cotangent); earlier gradients are cleared.
 
     A parameter that does not reach the output has the gradient None.
@@ -92,7 +92,7 @@ def parameter_gradients(model, output: Tensor, cotangent: np.ndarray | None = No
     return {name: None if p.grad is None else p.grad.copy() for name, p in model.parameters().items()}
 
 
-def compare_gradients(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> GradientComparison:
+def compare_gradients(actual: dict[str, Any], expected: dict[str, Any]) -> GradientComparison:
     """Two gradients by parameter name, as parameter_gradients returns them.
 
     To compare one parameter, pass dicts with its name alone. Raises ValueError for a parameter that has no

@@ -77,7 +77,7 @@ def forward_cached(model: Transformer, tokens, first, cache: Cache) -> np.ndarra
     return hidden.reshape(*tokens.shape, -1)[:, -1]
 
 
-def attend_to_cache(c: Config, parameters, T: int, first, cache: Cache) -> Callable:
+def attend_to_cache(c, parameters, T: int, first, cache: Cache) -> Callable:
     """attend(layer, qkv) for model.hidden_states: T new tokens of each row attend to the cache and to each other.
 
     qkv (B T,(H+2G)K) -> (B T,H K); the new keys and values are appended to the cache.

@@ -60,7 +60,8 @@ class FlatParameters:
         # Of each rank: which parameters have a gradient. Of rank 0: which require one.
         self._has_gradient = group.zeros(group.size * len(names), np.int64).reshape(group.size, -1)
         self._requires_grad = group.zeros(len(names), np.int64)
-        self._collected = self._trained = None
+        self._collected: list[tuple[bool, bool]] | None = None
+        self._trained: np.ndarray | None = None
         self._new_gradient()
 
     def _new_gradient(self):

@@ -72,7 +72,8 @@ def rectangle_segments(B: int, T: int) -> list[Segment]:
 
 def group_segments(segments: list[Segment]) -> list[list[Segment]]:
     """The segments in groups of similar sizes, each group for one call of attention."""
-    groups, longest = [], 0
+    groups: list[list[Segment]] = []
+    longest = 0
     for segment in sorted(segments, key=lambda s: (s.keys, s.queries), reverse=True):
         if groups:
             group = groups[-1]
@@ -109,10 +110,10 @@ def packed_attention(qkv, amount, rotation, heads: int, kv_heads: int, groups, p
         k, v = (_aligned(flat, group, with_prefix=True) for flat in (q_and_k[H:], values))
         out = _aligned(o.swapaxes(0, 1), group, with_prefix=False) if _side_by_side(group) else None
         mask = _real_keys(group, k.shape[2])
-        mixed, vjp = tiled_attention(q, k, v, causal=True, key_mask=mask, scale=1, out=out)
+        mixed, group_vjp = tiled_attention(q, k, v, causal=True, key_mask=mask, scale=1, out=out)
         if out is None:
             _put_back(o.swapaxes(0, 1), mixed, group)
-        vjps.append(vjp)
+        vjps.append(group_vjp)
 
     def vjp(dy):
         dq = xp.empty((H, N, K), dtype)

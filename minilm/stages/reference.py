@@ -25,8 +25,8 @@ class ReferenceLogProbs(np.ndarray):
     An index or a slice keeps them. After other operations both are None: the result is an array like any other.
     """
 
-    dialogues = None
-    model = None
+    dialogues: np.ndarray | None = None
+    model: tuple[float, ...] | None = None
 
     @classmethod
     def of(cls, values: np.ndarray, reference: Any, prompts: Sequence, responses: Sequence) -> ReferenceLogProbs:

@@ -21,7 +21,7 @@ import secrets
 import numpy as np
 
 from minilm.backend import array_module
-from minilm.checks import distinct
+from minilm.checks import distinct, ordinary_file
 from minilm.in_place import mark_changed
 
 KEY = "minilm"
@@ -169,7 +169,7 @@ def _damaged(path, fault):
 
 def _check_first_bytes(path):
     """A safetensors file starts with the length of the header (8 bytes, little-endian) and the header's '{'."""
-    with open(path, "rb") as file:
+    with open(ordinary_file(path), "rb") as file:
         head = file.read(9)
     if not head:
         raise _damaged(path, "an empty file")

@@ -7,8 +7,11 @@ Tests: tests/test_checks.py.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import reprlib
+import stat
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -67,11 +70,10 @@ def mask(function: str, values: Any, shape: tuple[int, ...] | None = None, name:
          hint: str = "") -> np.ndarray:
     """A mask of zeros and ones (integers, floats or bool) as a bool array on its device.
 
-    shape: the shape that it must have, if given. Raises ValueError for other values (labels such as -100, weights, NaN)
-    and for another shape: a mask selects, it does not weigh.
+    shape: the shape that it must have, if given. Raises TypeError for what holds no numbers, ValueError for other
+    values (labels such as -100, weights, NaN) and for another shape: a mask selects, it does not weigh.
     """
-    xp = array_module(values)
-    values = xp.asarray(values)
+    values = _array(function, name, values, "biuf", "0 and 1 alone (or False and True)")
     if shape is not None and values.shape != tuple(shape):
         raise ValueError(f"{function}: {name} has shape {values.shape}; it must be {tuple(shape)}"
                          f"{'; ' * bool(hint)}{hint}")
@@ -105,12 +107,13 @@ def same_shape(function: str, *, axes: str = "", hint: str = "", **arrays: Any) 
 
 
 def finite(function: str, name: str, values: Any, entry: str = "entry", at_least: float | None = None) -> np.ndarray:
-    """An array without NaN and infinity. Raises ValueError with the place and value of the first one.
+    """An array without NaN and infinity. Raises ValueError with the place and value of the first one, and TypeError for
+    what holds no real numbers.
 
     at_least: the smallest value that is allowed.
     """
+    values = _array(function, name, values, "biuf", "numbers")
     xp = array_module(values)
-    values = xp.asarray(values)
     right = xp.isfinite(values) if at_least is None else (values >= at_least) & (values < math.inf)
     if not right.all():
         place = tuple(int(i) for i in np.argwhere(~to_numpy(right))[0])
@@ -122,6 +125,7 @@ def finite(function: str, name: str, values: Any, entry: str = "entry", at_least
 
 def numbers(function: str, axes: str = "", *, hint: str = "", **arrays: Any) -> list[np.ndarray]:
     """Arrays of one shape without NaN and infinity, as NumPy arrays. Raises as same_shape and finite do."""
+    arrays = {name: _array(function, name, values, "biuf", "numbers") for name, values in arrays.items()}
     same_shape(function, axes=axes, hint=hint, **arrays)
     return [finite(function, name, to_numpy(values)) for name, values in arrays.items()]
 
@@ -139,15 +143,22 @@ def token_ids(function: str, name: str, values: Any, vocab_size: int) -> np.ndar
 
 
 def _integers_below(function, name, values, count, otherwise):
-    try:
-        values = array_module(values).asarray(values)
-    except ValueError:
-        raise TypeError(f"{function}: {name} holds lists of unequal lengths; it must hold integers") from None
-    if values.size and values.dtype.kind not in "iu":
-        raise TypeError(f"{function}: {name} holds {values.dtype}; it must hold integers")
+    values = _array(function, name, values, "iu", "integers")
     if values.size and not 0 <= (lowest := int(values.min())) <= (highest := int(values.max())) < count:
         raise IndexError(f"{function}: {name} holds {lowest if lowest < 0 else highest}{otherwise}")
     return values
+
+
+def _array(function, name, values, kinds, wanted):
+    """The values as an array whose dtype is of these kinds. Raises TypeError for a Tensor, None, text, ragged lists."""
+    try:
+        array = array_module(values).asarray(values)
+    except ValueError:
+        raise TypeError(f"{function}: {name} holds lists of unequal lengths; it must hold {wanted}") from None
+    if array.dtype.kind not in kinds and array.size:
+        held = f"is {shown(values)}" if array.dtype == object else f"holds {array.dtype}"
+        raise TypeError(f"{function}: {name} {held}; it must hold {wanted}")
+    return array if array.dtype.kind in kinds else array.astype("int64")        # an empty list has floats
 
 
 TEMPERATURES = (1e-3, 1e6)
@@ -211,10 +222,13 @@ def uniforms(function: str, rng: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def rows(function: str, name: str, values: Any) -> np.ndarray:
-    """An array (B,V) of floats, one distribution or its logits in each row. Raises TypeError for anything else."""
+    """An array (B,V) of float32 or float64, one distribution or its logits in each row. Raises TypeError for anything
+    else: half precision has no number for the highest temperature."""
     is_array = isinstance(values, np.ndarray) or is_cupy(values)
-    if not is_array or values.dtype.kind != "f" or values.ndim != 2 or values.shape[1] == 0:
-        raise TypeError(f"{function}: {name} is {shown(values)}; it must be an array (B,V) of floats, V at least 1")
+    if not is_array or values.dtype.name not in ("float32", "float64") or values.ndim != 2 or values.shape[1] == 0:
+        of = f" of {values.dtype}" if is_array else ""
+        raise TypeError(f"{function}: {name} is {shown(values)}{of}; it must be an array (B,V) of floats, V at least 1 "
+                        "(float32 or float64)")
     return values
 
 
@@ -254,6 +268,14 @@ def distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
         (key, _), = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"it has the key {reprlib.repr(key)} twice")
     return fields
+
+
+def ordinary_file(path: str | os.PathLike) -> str | os.PathLike:
+    """The path. Raises OSError for a pipe, a socket or a device: reading one may never end. A folder raises later."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "a pipe, a socket or a device, and no file", os.fspath(path))
+    return path
 
 
 def shown(value: Any) -> str:

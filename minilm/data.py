@@ -170,7 +170,7 @@ def windows(stream: np.ndarray, rng: np.random.Generator, count: int, length: in
 def read_text(path: str | os.PathLike) -> str:
     """The text of a UTF-8 file. Raises ValueError if the file is missing, empty, or not text."""
     try:
-        with open(os.fspath(path), "rb") as file:       # an integer would name an open file
+        with open(checks.ordinary_file(os.fspath(path)), "rb") as file:     # an integer would name an open file
             raw = file.read()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give the path of a text file") from error

@@ -18,8 +18,8 @@ def mean_and_error(values: np.ndarray | list[float]) -> tuple[float, float]:
 
     Raises ValueError for other shapes than (N,), for none, and for numbers that are not finite.
     """
-    checks.same_shape("mean_and_error", axes="N", values=values)
-    values = checks.finite("mean_and_error", "values", np.asarray(values, float))
+    values, = checks.numbers("mean_and_error", "N", values=values)
+    values = values.astype(float)
     if len(values) < 2:
         return float(values.mean()), float("nan")
     return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -21,6 +22,8 @@ from minilm.model import Transformer
 
 # Compact the batch when at most this fraction of its rows is unfinished. Compaction copies the cache.
 UNFINISHED = 0.75
+# Of a sum c: for a smaller one u c may round to c although u < 1, because numbers just below it have fewer bits.
+SMALLEST = 2 * sys.float_info.min
 # With fewer rows, a product takes hardly less time than with twice as many.
 ROWS_PER_WORKER = 4
 
@@ -66,14 +69,14 @@ def categorical(p, uniforms) -> np.ndarray:
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.  p (B,V), u (B,) -> (B,)
 
     Raises TypeError for other arrays, ValueError for uniform numbers outside [0,1), and for a row with a probability
-    below 0 or NaN, or with a sum that is 0 or infinite.
+    below 0 or NaN, or with a sum that is 0, infinite, or so small that its multiples are not exact.
     """
     total = checks.rows("categorical", "p", p).sum(axis=-1)
-    right = (p >= 0).all(axis=-1) & (total > 0) & (total < math.inf)
+    right = (p >= 0).all(axis=-1) & (total.astype("float64") >= SMALLEST) & (total < math.inf)
     if not right.all():
         row = int(right.argmin())
         raise ValueError(f"categorical: row {row} holds {p[row].min()} and sums to {total[row]}; probabilities are at "
-                         "least 0, and their sum is above 0 and finite")
+                         f"least 0, and their sum is finite and at least {SMALLEST}")
     return _inverse_cdf(p, checks.uniforms("categorical", uniforms, total.shape))
 
 

@@ -35,6 +35,8 @@ from minilm.model import Transformer
 from minilm.model_file import load_model
 from minilm.tokenizer import Tokenizer
 from minilm.world import tasks
+from support.command_line import Parser, whole
+from support.json_files import fault
 from support.options import TRIAL_BELOW
 from support.run_folder import UsageError, main_guard
 from support.terminal import labelled, one_line, trial_note
@@ -42,6 +44,7 @@ from support.terminal import labelled, one_line, trial_note
 FOLDER = os.path.join("runs", "assistant")
 STAGES = ("base", "sft", "rlhf-beta-0.3", "dpo-beta-0.3")      # the models of a folder, in this order
 MAX_ANSWERS = 100
+MAX_TOKENS = 100_000        # of an answer: each needs a random number
 
 
 @dataclasses.dataclass
@@ -90,7 +93,8 @@ def load_speakers(files: list[str]) -> list[Speaker]:
         if isinstance(model, Transformer) and model.config.causal:
             name = stem if stems.count(stem) == 1 else file
             run = metadata.get("run")       # the settings of assistant.py; another program may write something else
-            speakers.append(Speaker(name, model, tokenizer, run.get("scale", 1.0) if isinstance(run, dict) else 1.0))
+            scale = run.get("scale") if isinstance(run, dict) else None
+            speakers.append(Speaker(name, model, tokenizer, 1.0 if fault(scale, float) else scale))
         elif len(files) == 1:
             raise UsageError(f"{file} gives numbers, not text (it is a {type(model).__name__}). Choose a model that "
                              "writes answers, for example base, sft, rlhf-beta-0.3 or dpo-beta-0.3.")
@@ -138,29 +142,21 @@ def converse(speakers: list[Speaker], options: argparse.Namespace) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     description=__doc__, epilog=tasks.guide() + "\n")
-
-    def usage_error(message):
-        raise UsageError(f"{message}; --help lists the options")
-    parser.error = usage_error
+    parser = Parser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=tasks.guide() + "\n")
     parser.add_argument("models", metavar="MODEL", nargs="*", default=[FOLDER],
                         help=f"model files, or folders of assistant.py (default: {FOLDER})")
     parser.add_argument("--temperature", metavar="T", type=float, default=1.0,
                         help="0 gives the most likely answer; 1 samples from the model (default: %(default)s)")
-    parser.add_argument("--answers", metavar="N", type=int, default=1, help="of each model (default: %(default)s)")
-    parser.add_argument("--max-tokens", metavar="N", type=int, default=40, help="of an answer (default: %(default)s)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the random numbers (default: %(default)s)")
+    parser.add_argument("--answers", metavar="N", type=whole(1, MAX_ANSWERS), default=1,
+                        help="of each model (default: %(default)s)")
+    parser.add_argument("--max-tokens", metavar="N", type=whole(1, MAX_TOKENS), default=40,
+                        help="of an answer (default: %(default)s)")
+    parser.add_argument("--seed", metavar="N", type=whole(0), default=0,
+                        help="of the random numbers (default: %(default)s)")
     options = parser.parse_args()
     lowest, highest = TEMPERATURES
     if options.temperature != 0 and not lowest <= options.temperature <= highest:
         raise UsageError(f"--temperature {options.temperature} must be 0 or from {lowest:g} to {highest:g}")
-    if not 1 <= options.answers <= MAX_ANSWERS:
-        raise UsageError(f"--answers {options.answers} must be from 1 to {MAX_ANSWERS}")
-    if options.max_tokens < 1:
-        raise UsageError(f"--max-tokens {options.max_tokens} must be at least 1")
-    if options.seed < 0:
-        raise UsageError(f"--seed {options.seed} must be at least 0")
     return options
 
 

@@ -110,6 +110,25 @@ def test_a_reward_model_among_several_files_is_left_out_with_a_note(folder, monk
     assert "base" in printed and "sft" in printed and "reward_model" not in printed
 
 
+@pytest.mark.parametrize("run", [None, 3, [], {}, {"scale": "0.1"}, {"scale": None}, {"scale": float("nan")}], ids=str)
+def test_settings_of_another_program_in_a_model_file_are_no_fault(tmp_path, run):
+    save_model(tmp_path / "m", transformer(0), TOKENIZER, run=run)
+    assert [speaker.scale for speaker in chat.load_speakers([str(tmp_path / "m")] * 2)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("descriptor", [0, 1, 2])
+def test_a_stream_that_is_closed_is_no_fault(folder, descriptor):
+    done = subprocess.run([sys.executable, SCRIPT, folder, "--max-tokens", "4"], input="Hi?\n", capture_output=True,
+                          text=True, preexec_fn=lambda: os.close(descriptor))
+    assert (done.returncode, done.stderr) == (0, "") and ("> Hi?" in done.stdout) == (descriptor == 2)
+
+
+def test_a_pipe_in_place_of_a_model_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="cannot be read: a pipe, a socket or a device, and no file. Check that"):
+        chat.load_speakers([str(tmp_path / "m.safetensors")])
+
+
 def test_a_path_without_a_model_says_how_to_train_one(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "none.safetensors", tmp_path / "none", tmp_path / "empty"):
@@ -147,11 +166,12 @@ def test_a_model_that_overflows_answers_with_an_error_in_words(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("option", ["--temperature -1", "--temperature nan", "--temperature 1e-9", "--temperature hot",
-                                    "--answers 0", "--answers 1000", "--max-tokens 0", "--seed -1", "--unknown"])
+                                    "--answers 0", "--answers 1000", "--max-tokens 0", "--max-tokens 1" + 30 * "0",
+                                    "--max-tokens 1000000", "--seed " + 5000 * "9", "--seed -1", "--unknown"])
 def test_a_bad_option_is_named_in_one_line(folder, monkeypatch, capsys, option):
     status, printed, errors = talk(monkeypatch, capsys, ["Hi?"], folder, *option.split())
     assert (status, printed) == (2, "") and errors.startswith("error: ") and errors.count("\n") == 1
-    assert option.split()[0] in errors
+    assert option.split()[0] in errors and len(errors) < 200
 
 
 def test_help_shows_the_options_and_the_questions(monkeypatch, capsys):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, strategies as st
 
-from minilm import Tensor, checks
+from minilm import Tensor, checks, ops
 
 
 @given(value=st.floats(0, 1e9, exclude_min=True))
@@ -111,6 +111,20 @@ def test_a_number_below_the_smallest_that_is_allowed_is_named_with_its_place(wro
         checks.finite("f", "lengths", [1.0, wrong], "pair", at_least=1)
 
 
+@pytest.mark.parametrize("wrong", [None, [None, 1], "01", ["1", "0"], [[1], [1, 0]], [1j, 0], [object()], {1: 0}, b"1",
+                                   Tensor(np.ones(2)), np.zeros(2, "M8[s]"), [10 ** 400]], ids=lambda w: str(w)[:9])
+def test_what_holds_no_numbers_is_named_and_asked_for_numbers(wrong):
+    for check in (lambda: checks.mask("f", wrong, name="x"), lambda: checks.finite("f", "x", wrong),
+                  lambda: checks.numbers("f", "N", x=wrong, y=wrong), lambda: checks.indices("f", "x", wrong, 3)):
+        with pytest.raises(TypeError, match="^f: x (is|holds) .*; it must hold (numbers|integers|0 and 1 alone)"):
+            check()
+
+
+def test_an_empty_list_is_an_array_of_integers_where_indices_are_asked_for():
+    table = Tensor(np.ones((3, 2)))
+    assert checks.indices("f", "x", [], 3).dtype == np.int64 and ops.embed(table, []).shape == (0, 2)
+
+
 def test_an_index_is_an_integer_from_0_and_below_the_count():
     assert checks.indices("f", "targets", np.array([[0, 4]]), 5).tolist() == [[0, 4]]
     for wrong in (-1, 5, -100):
@@ -205,7 +219,8 @@ def test_end_tokens_are_marked_in_a_table_of_the_vocabulary(ids):
 
 
 @pytest.mark.parametrize("logits", [np.zeros(3), np.zeros((2, 3, 4)), np.zeros((2, 3), int), [[0.0, 1.0]],
-                                    Tensor(np.zeros((2, 3))), np.zeros((2, 0))], ids=lambda x: type(x).__name__)
+                                    Tensor(np.zeros((2, 3))), np.zeros((2, 0)), np.zeros((2, 3), np.float16),
+                                    np.zeros((2, 3), np.longdouble)], ids=lambda x: type(x).__name__)
 def test_logits_are_an_array_of_floats_with_a_row_for_each_draw(logits):
     with pytest.raises(TypeError, match=r"f: logits is .*; it must be an array \(B,V\) of floats, V at least 1"):
         checks.draws("f", logits, np.zeros(2), 1)

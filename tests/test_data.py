@@ -1,4 +1,5 @@
 """minilm/data.py: dialogues, batches, streams and text files, token by token."""
+import os
 import re
 
 import numpy as np
@@ -222,3 +223,10 @@ def test_a_missing_file_and_a_folder_are_errors_with_the_reason(tmp_path):
         data.read_text(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="cannot be read .Is a directory"):
         data.read_text(tmp_path)
+
+
+def test_a_pipe_and_a_device_are_refused_and_not_read_to_an_end_that_may_never_come(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match="cannot be read .a pipe, a socket or a device, and no file"):
+            data.read_text(path)

@@ -111,6 +111,7 @@ def test_grid_block_content_and_constants_can_be_chosen(tmp_path, capsys):
     (["--x", "300"], "kernel vecsum(x, out, n) also needs --n VALUE"),
     (["--x", "300", "--n", "3.5"], "--n 3.5: expected a whole number"),
     (["--x", "300", "--n", "9999999999"], "9999999999 out of bounds for int32"),
+    (["--x", "300", "--n", "9999999999"], "--n: "), (["--x", "9" * 5000, "--n", "3"], "9999: expected a whole number"),
     (["--x", "three", "--n", "3"], "--x three: expected a whole number"),
     (["--x", "ranges:3", "--n", "3"], "the content of an array is one of random, zeros, ones, arange, empty"),
     (["--oot", "3", "--n", "3"], "kernel vecsum has no argument oot; it has x, out, n. Did you mean out?"),
@@ -130,6 +131,30 @@ def test_a_file_that_is_no_text_is_one_line_of_error(capsys, tmp_path):
     (tmp_path / "folder.cu").mkdir()
     assert "binary.cu is no UTF-8 text" in mistake(capsys, tmp_path / "binary.cu")
     assert "Is a directory" in mistake(capsys, tmp_path / "folder.cu")
+
+
+def test_a_pipe_a_device_and_a_loop_of_links_are_one_line_of_error(capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe.cu")
+    (tmp_path / "loop.cu").symlink_to(tmp_path / "loop.cu")
+    (tmp_path / "zero.cu").symlink_to("/dev/zero")
+    assert "a pipe, a socket or a device, and no file" in mistake(capsys, tmp_path / "pipe.cu")
+    assert "a pipe, a socket or a device, and no file" in mistake(capsys, tmp_path / "zero.cu")
+    assert "symbolic links" in mistake(capsys, tmp_path / "loop.cu")
+
+
+def test_arrays_without_elements_are_shown(capsys, tmp_path):
+    (tmp_path / "none.cu").write_text('extern "C" __global__ void none(const double* x, float* y, bool* z) {}\n')
+    text = printed(capsys, tmp_path / "none.cu", "--x", "0", "--y", "0", "--z", "0")
+    assert "y = \nz = \n" in text and "no checker found a fault" in text
+
+
+def test_arrays_too_large_for_the_records_of_the_checkers_are_one_line_of_error():
+    resource = pytest.importorskip("resource")
+    def little_memory():
+        resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    done = subprocess.run([sys.executable, "-m", "minilm.kernels.emulator", *VECSUM[:1], "--x", "zeros:67000000", "--n",
+                           "1", "--out", "1", "--grid", "1"], capture_output=True, text=True, preexec_fn=little_memory)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
 
 
 def test_a_file_with_several_kernels_or_none_needs_a_choice(capsys, tmp_path):

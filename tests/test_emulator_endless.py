@@ -86,6 +86,42 @@ def test_a_loop_that_ends_is_no_fault_and_each_block_has_a_limit_of_its_own(emul
             launch(emulated, name, 1)
 
 
+WITHOUT_STEPS = """
+#define KERNEL(name) extern "C" __global__ void name(float* y, int n, int step)
+KERNEL(a_goto_to_itself) { if (threadIdx.x != 5) return; again: goto again; }
+KERNEL(an_empty_for) { for (;;); }
+"""
+
+
+@pytest.mark.parametrize("name", ["a_goto_to_itself", "an_empty_for"])
+def test_a_checked_loop_without_instructions_is_named_by_the_clock(emulated, name):
+    function = emulated.RawModule(code=WITHOUT_STEPS).get_function(name)
+    with emulator.fast(seconds=0.2), emulator.checked(), pytest.raises(Fault, match="endless loop") as found:
+        function((1,), (64,), (emulated.zeros(64, np.float32), np.int32(1), np.int32(0)))
+    assert re.match(r"kernel.cu:[34]\b", found.value.where) and found.value.thread[0] < 64, found.value
+    with emulator.fast(seconds=0.1), emulator.checked():            # a loop with steps may take longer
+        launch(emulated, "that_writes", 1, 100_000)
+
+
+RECURSION = """
+__device__ int depth(int n, int end) { return n == end ? 0 : depth(n + 1, end) + 1; }
+__device__ int large(int n) { volatile int a[100000]; a[n] = n; return a[n]; }
+extern "C" __global__ void recursive(int* y, int end) { y[threadIdx.x] = depth(0, end); }
+extern "C" __global__ void with_a_large_array(int* y, int n) { if (threadIdx.x == 40) y[threadIdx.x] = large(n); }
+"""
+
+
+@pytest.mark.parametrize("name, last", [("recursive", -1), ("with_a_large_array", 3)])
+def test_a_stack_that_overflows_is_a_fault_with_its_thread_and_its_line(emulated, name, last):
+    function = emulated.RawModule(code=RECURSION).get_function(name)
+    with emulator.checked(), pytest.raises(Fault, match="stack overflow: .* of a thread's stack are used up") as found:
+        function((1,), (64,), (emulated.zeros(64, np.int32), np.int32(last)))
+    assert re.match(r"kernel.cu:[2345]\b", found.value.where), found.value
+    y = emulated.zeros(64, np.int32)
+    emulated.RawModule(code=RECURSION).get_function("recursive")((1,), (64,), (y, np.int32(100)))
+    assert (y.get() == 100).all()
+
+
 def test_by_default_both_builds_have_a_limit():
     from minilm.kernels.emulator.running import Setting
     assert 0 < Setting().steps < 1e9 and 0 < Setting().seconds <= 60

@@ -1,5 +1,6 @@
 """minilm.generate: the tokens drawn, their probabilities, and the log-probs returned with them."""
 import re
+import sys
 from unittest import mock
 
 import numpy as np
@@ -429,8 +430,22 @@ def test_sample_and_categorical_refuse_a_row_without_a_distribution(bad, tempera
             categorical(np.array([[0.5, 0.5], p]), np.zeros(2))
 
 
+@given(smallest=st.integers(-1074, -1000), dtype=st.sampled_from([np.float32, np.float64]),
+       u=st.sampled_from([0.5, 0.75, 1 - 2 ** -53]))
+@example(smallest=-1074, dtype=np.float64, u=0.75)
+@example(smallest=-1022, dtype=np.float64, u=1 - 2 ** -53)
+def test_a_token_of_probability_0_is_not_drawn_however_small_the_sum_is(smallest, dtype, u):
+    p = np.array([[0.0, 2.0 ** (smallest if dtype == np.float64 else smallest // 8)]], dtype)
+    if p.sum(dtype=float) < 2 * sys.float_info.min:
+        with pytest.raises(ValueError, match="categorical: row 0 holds 0.0 and sums to .*; probabilities are at least"):
+            categorical(p, np.array([u]))
+    else:
+        assert categorical(p, np.array([u])) == [1]
+
+
 @pytest.mark.parametrize("array", [np.zeros(4), np.zeros((1, 4), int), [[0.0, 1.0]], np.zeros((1, 0)),
-                                   Tensor(np.zeros((1, 4)))], ids=lambda array: type(array).__name__)
+                                   np.zeros((1, 4), np.float16), Tensor(np.zeros((1, 4)))],
+                         ids=lambda array: type(array).__name__)
 def test_one_row_for_each_draw_is_asked_for_in_words(array):
     for name, draw in {"distribution": lambda: distribution(array), "sample": lambda: sample(array, np.zeros(1)),
                        "categorical": lambda: categorical(array, np.zeros(1)),

@@ -367,6 +367,26 @@ def test_a_usage_error_is_one_line_and_status_2(capsys, error):
     assert capsys.readouterr() == ("", "error: no such size\n")
 
 
+def test_a_stream_that_was_closed_is_the_null_device_and_its_number_is_given_to_no_file(tmp_path):
+    code = f"""if True:
+        import os, sys
+        sys.path.insert(0, {str(Path(run_folder.__file__).parents[1])!r})
+        from support.run_folder import RunFolder, main_guard
+        def main():
+            with RunFolder(sys.argv[1], False, {{}}) as run:
+                assert run._lock > 2 and all(map(bool, (sys.stdin, sys.stdout, sys.stderr)))
+                print("to nobody")
+                os.write(2, b"to nobody")
+                run.finish({{"read": sys.stdin.read()}})
+        sys.exit(main_guard(main))"""
+    for i in range(4):
+        closed = range(3) if i == 3 else [i]
+        subprocess.run([sys.executable, "-c", code, tmp_path / str(i)], stdin=subprocess.DEVNULL, check=True,
+                       preexec_fn=lambda: [os.close(number) for number in closed])
+        assert (tmp_path / str(i) / ".lock").read_bytes() == b""
+        assert json.loads((tmp_path / str(i) / "results.json").read_text()) == {"read": ""}
+
+
 def test_a_bug_keeps_its_traceback():
     def main():
         raise FileFormatError    # not among the listed

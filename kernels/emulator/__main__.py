@@ -22,6 +22,7 @@ in the command is one line, and the exit status 2.
 
 import argparse
 import os
+import reprlib
 import shutil
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         _main(arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)                           # not sys.stdout.flush(): it may have been closed
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -83,8 +84,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _whole(text, at_least=0):
     """The value of --seed or --shared."""
-    if not text.isdecimal() or not at_least <= int(text) < 2 ** 63:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {at_least}")
+    if not text.isdecimal() or len(text) > 18 or int(text) < at_least:
+        raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} must be a whole number of at least {at_least} with at "
+                                         "most 18 digits")
     return int(text)
 
 

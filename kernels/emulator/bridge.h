@@ -39,7 +39,7 @@ struct Launch {
     int checked, order;             // order of threads and blocks: 0 forward, 1 reversed, 2 random
     unsigned seed;
     unsigned long long most_steps;  // of a thread in a block, if checked
-    double most_seconds;            // of a block, if not; 0: no limit
+    double most_seconds;            // of a block, if not; without a step, if checked; 0: no limit
     char* stacks;                   // memory of 1024 stacks
     size_t buffer_count;
     Buffer* buffers;

@@ -2,8 +2,10 @@
 //
 // g++ -fsanitize-coverage=trace-pc puts a call at the beginning of every run of instructions without a branch: a step. If
 // a thread takes more steps in a block than the launch allows, or all threads together take more than ten times as many,
-// a thread is watched for some more steps; the place to which it comes most often is in the innermost loop. A fast kernel has no such calls. A timer interrupts it, and a block that has taken
-// more processor time than the launch allows is at fault where it was interrupted.
+// a thread is watched for some more steps; the place to which it comes most often is in the innermost loop.
+// A fast kernel has no such calls, and g++ leaves them out of an empty loop. A timer interrupts both. A fast block that
+// has taken more processor time than the launch allows is at fault where it was interrupted; a checked one if it has
+// taken no step for that time.
 #include "runtime.h"
 #include <csignal>
 #include <cstring>
@@ -23,6 +25,7 @@ struct Place { const void* at; uint64_t times; };
 static Place places[PLACES];                    // of the watched thread; a table of hashes
 static const Thread* watched;
 static uint64_t seen, block_steps;              // steps of the watched thread while it was watched, and of the block
+static uint64_t steps_at_tick;                  // of the block, at the last tick of the timer
 
 static Place& place_of(const void* at) {
     size_t i = (size_t)at * 0x9e3779b97f4a7c15 >> 52;
@@ -63,8 +66,13 @@ static int signal_number() { return SIGRTMAX - 7; }
 
 static void tick(int, siginfo_t*, void* context) {
     size_t depth = (char*)__builtin_frame_address(0) - (current ? current->stack : nullptr);
+    if (block_steps != steps_at_tick) ticks = 0;
+    steps_at_tick = block_steps;
     if (!current || depth >= STACK_BYTES || ++ticks < TICKS) return;      // on another stack: between two threads
     const void* at = (char*)((ucontext_t*)context)->uc_mcontext.gregs[REG_RIP] + 1;     // + 1: as a return address
+    if (launch->checked)
+        fault(at, nullptr, "endless loop: the thread has taken %g s of processor time here, without a step",
+              ticks * launch->most_seconds / TICKS);
     fault(at, current->place, "endless loop: the block has run for %g s, and the thread is here; the limit is %g s. "
           "emulator.checked() counts how often it comes round", ticks * launch->most_seconds / TICKS,
           launch->most_seconds);
@@ -73,7 +81,7 @@ static void tick(int, siginfo_t*, void* context) {
 void begin_watch() {
     watched = nullptr;
     has_timer = false;
-    if (launch->checked || launch->most_seconds <= 0) return;
+    if (launch->most_seconds <= 0) return;
     sigevent event = {};
     event.sigev_notify = SIGEV_THREAD_ID;
     event.sigev_signo = signal_number();
@@ -91,12 +99,12 @@ void begin_watch() {
 
 void begin_block_watch() {
     ticks = 0;
-    block_steps = 0;
+    block_steps = steps_at_tick = 0;
     watched = nullptr;
 }
 
 void end_watch() {
-    if (launch->checked || launch->most_seconds <= 0) return;
+    if (launch->most_seconds <= 0) return;
     if (has_timer) timer_delete(timer);
     sigaction(signal_number(), &action_before, nullptr);
 }

@@ -51,17 +51,18 @@ static void fill_uninitialised(void* memory, size_t bytes) {
 
 static char* allocate(size_t bytes) { return (char*)aligned_alloc(256, (bytes / 256 + 1) * 256); }
 
-void begin_memory() {
+bool begin_memory() {
     region_count = 0;
     static_bytes = 0;
     memset(recent, 0, sizeof recent);
     dynamic_memory = allocate(launch->dynamic_bytes);
     add_region({dynamic_memory, launch->dynamic_bytes, 0, true, true, "dynamic shared memory"});
-    if (!launch->checked) return;
-    for (size_t i = 0; i < launch->buffer_count; ++i) {
+    for (size_t i = 0; launch->checked && i < launch->buffer_count; ++i) {
         Buffer& buffer = launch->buffers[i];
-        add_region({buffer.address, buffer.bytes, buffer.element, false, buffer.writable != 0, buffer.name, &buffer});
+        if (!add_region({buffer.address, buffer.bytes, buffer.element, false, buffer.writable != 0, buffer.name,
+                         &buffer}).cells) return false;
     }
+    return true;
 }
 
 void begin_block_memory() {
@@ -264,6 +265,10 @@ void __tsan_func_entry(const void* caller) {
     if (!current) return;
     if (current->depth < emulator::DEEPEST) current->calls[current->depth] = caller;
     ++current->depth;
+    size_t left = (char*)__builtin_frame_address(0) - current->stack;
+    if (left < emulator::STACK_SPARE || left > emulator::STACK_BYTES)
+        emulator::fault(caller, nullptr, "stack overflow: %d calls are active, and the %zu bytes of a thread's stack are "
+                        "used up. Does the recursion end?", current->depth, emulator::STACK_BYTES);
 }
 void __tsan_func_exit() { if (current) --current->depth; }
 }

@@ -224,9 +224,13 @@ class Compiled:
         random = setting.schedule not in ORDERS
         state = _Launch(grid=grid, block=block, dynamic=shared_mem, shared_limit=shared_limit, checked=is_checked,
                         order=2 if random else ORDERS[setting.schedule], seed=setting.schedule if random else 0,
-                        most_steps=setting.steps, most_seconds=setting.seconds if setting.mode == "fast" else 0,
+                        most_steps=setting.steps, most_seconds=0 if setting.mode == "debug" else setting.seconds,
                         stacks=_stacks(), buffer_count=len(arrays), buffers=buffers)
-        if self.run(ctypes.byref(state), pointers):
+        status = self.run(ctypes.byref(state), pointers)
+        if status == 2:
+            raise MemoryError(f"{self.name}: the checkers need memory for every number of its arrays, and there is not "
+                              "enough; make them smaller")
+        if status:
             raise self._fault(state)
         for i, array in at.items():
             if array is not arrays[i] and self.parameters[i].writable:

@@ -6,11 +6,13 @@ import importlib
 import inspect
 import math
 import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from minilm import checks
 from minilm.kernels import emulator
 from minilm.kernels.emulator import build
 from minilm.kernels.emulator.module import SHARED_UNASKED
@@ -111,7 +113,8 @@ def _number(name, text, kind):
     try:
         value = kind(text)
     except ValueError:
-        raise ValueError(f"{name} {text}: expected {'a whole number' if kind is int else 'a number'}") from None
+        raise ValueError(f"{name} {reprlib.repr(text)[1:-1]}: expected "
+                         f"{'a whole number' if kind is int else 'a number'}") from None
     if kind is int and value < 0:
         raise ValueError(f"{name} {text}: expected a number of at least 0")
     if kind is int and value > MOST:
@@ -129,13 +132,13 @@ class OwnKernel(Program):
         self.sizes = sizes
         self.seed = seed
         self.shared = shared or 0
-        self.folder = path.resolve().parent
         try:
-            text = path.read_text("utf-8")
+            text = checks.ordinary_file(path).read_text("utf-8")
         except FileNotFoundError:
             raise LookupError(f"there is no file {path}") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is no UTF-8 text: {error}") from None
+        self.folder = path.resolve().parent         # raises for a loop of links, which cannot be read either
         if wrong := [definition for definition in define if not DEFINITION.fullmatch(definition)]:
             raise ValueError(f"--define {wrong[0]}: expected NAME=VALUE, as in --define REAL=double")
         self.code = f'#line 1 "{path.name}"\n{text}'
@@ -203,6 +206,8 @@ def _argument(xp, rng, parameter, text):
             return dtype.type(int(text, 0) if whole else float(text))
         except ValueError:
             raise ValueError(f"{name} {text}: expected {'a whole number' if whole else 'a number'}") from None
+        except OverflowError as error:
+            raise ValueError(f"{name}: {error}") from None
     fill, colon, count = text.rpartition(":")
     fill = fill if colon else "empty" if parameter.writable else "random"
     if fill not in FILLS:

@@ -116,4 +116,4 @@ def never_written(array: np.ndarray) -> np.ndarray:
     """For each element of a contiguous NumPy array (n,), whether it still holds the mark of poison()."""
     if array.dtype.itemsize < 4:
         return np.zeros(array.shape, bool)
-    return (array.view(np.uint32).reshape(array.size, -1) == MARK).all(axis=1)
+    return (array.view(np.uint32).reshape(array.size, array.itemsize // 4) == MARK).all(axis=1)

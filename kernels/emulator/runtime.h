@@ -7,6 +7,7 @@
 namespace emulator {
 
 constexpr size_t STACK_BYTES = 256 << 10;
+constexpr size_t STACK_SPARE = 32 << 10;        // for the functions of the checkers
 constexpr int MOST_THREADS = 1024, LANES = 32, DEEPEST = 12;
 constexpr uint32_t UNINITIALISED = 0x7ffa5a5a;     // a NaN as a float, twice as a double; no computation gives it
 
@@ -41,7 +42,7 @@ extern uint64_t epoch;              // how many block barriers this block has pa
 uint3 unflatten(uint32_t number, const unsigned* extent);
 const char* library();              // the first byte of this library in memory; places are offsets from it
 
-void begin_memory();                // allocates shared memory and the records of the checkers
+bool begin_memory();                // allocates shared memory and the records of the checkers; false: not enough
 void begin_block_memory();
 void end_memory();
 void begin_watch();                 // for endless loops

@@ -270,7 +270,10 @@ int run(Launch* next, void (*function)(void**), void** arguments) {
     random_state = launch->seed;
     put_in_order(blocks, gridDim.x * gridDim.y * gridDim.z);
 
-    begin_memory();
+    if (!begin_memory()) {
+        end_memory();
+        return 2;
+    }
     begin_watch();
     for (int block : blocks) {
         block_number = block;

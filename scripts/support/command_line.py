@@ -9,12 +9,13 @@ import csv
 import json
 import math
 import os
+import reprlib
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from minilm.checkpoint import one_line
-from minilm.checks import distinct
+from minilm.checks import distinct, ordinary_file
 from support.run_folder import UsageError
 
 MOST_WORKERS = 64
@@ -61,7 +62,7 @@ def _in_range(kind, words, at_least, at_most):
         except ValueError:
             value = math.nan
         if not at_least <= value <= at_most:
-            raise argparse.ArgumentTypeError(f"{text!r} must be {words} {limits}")
+            raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} must be {words} {limits}")
         return value
     return read
 
@@ -101,7 +102,7 @@ def output_file(text: str) -> Path:
 def read_text(path: str | Path, hint: str) -> str:
     """A UTF-8 text file. Raises UsageError with the cause and the hint, a sentence that says what to do."""
     try:
-        return Path(path).read_text("utf-8")
+        return Path(ordinary_file(path)).read_text("utf-8")
     except OSError as error:
         cause = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise UsageError(f"{path}: {cause}. {hint}") from error

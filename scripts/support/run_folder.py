@@ -32,7 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minilm import checkpoint
-from minilm.checks import distinct
+from minilm.checks import distinct, ordinary_file
 
 try:
     import fcntl
@@ -179,7 +179,7 @@ class RunFolder:
         """The settings in run.json, or None if there is no such file."""
         path = self.path(RUN)
         try:
-            content = json.loads(path.read_text("utf-8"), object_pairs_hook=distinct)
+            content = json.loads(ordinary_file(path).read_text("utf-8"), object_pairs_hook=distinct)
             if content["format"] != FORMAT or not isinstance(content["settings"], dict):
                 raise ValueError("another format")
             return content["settings"]
@@ -261,6 +261,7 @@ def main_guard(main: Callable[[], int | None], *user_errors: type[Exception]) ->
     exception classes, OSError (a full disk, for example) and out_of_memory; 130 for Ctrl-C; 141 if the reader of the
     output has closed it (`| head -1`). Any other exception is a bug and keeps its traceback.
     """
+    _open_closed_streams()
     try:
         status = main() or 0
         sys.stdout.flush()    # here a failure can still be reported
@@ -299,6 +300,13 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, SystemError) and ("without exception set" in str(error)
                                             or "without setting an exception" in str(error)))
+
+
+def _open_closed_streams():
+    """The null device for a stream that was closed (`>&-`). Otherwise the next file that is opened gets its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))      # noqa: SIM115  (until the process ends)
 
 
 def _discard_output():

@@ -55,4 +55,3 @@ def lines():
 def test_a_word_that_readers_stumbled_over_does_not_come_back(pattern):
     found = [f"{where}: {line.strip()[:120]}" for where, line in lines() if re.search(pattern, line, re.IGNORECASE)]
     assert not found, f"write '{INSTEAD[pattern]}' instead:\n" + "\n".join(found)
-

@@ -270,7 +270,7 @@ def read_experiment(content):
     with folder_of("sampling.json", content) as folder:
         result = experiment.read(Path(folder) / "sampling.json")
     stages, done, pictures = {"Stage": ["sampling"]}, {"sampling": result}, {"sampling": (bytes(24), bytes(24))}
-    assert page.html(stages, done, pictures, "default") and markdown.readme(stages, "default", done)
+    assert page.html(stages, done, pictures, "default") and markdown.readme(stages, "default", {"as run": done})
 
 
 def read_golden_index(content):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 
 import numpy as np
 import pytest
@@ -186,6 +187,29 @@ def test_a_killed_worker_raises_worker_failed_at_the_next_all_gather(no_process_
                 os.kill(os.getpid(), signal.SIGKILL)
             group.all_gather(None)
     no_process_is_left()
+
+
+@pytest.mark.parametrize("owner, name", [(os, "closerange"), (traceback, "format_exception")])
+def test_a_worker_whose_start_or_end_fails_ends_and_never_runs_the_rest_of_the_program(
+        owner, name, monkeypatch, no_process_is_left):
+    def fail(*_):
+        raise MemoryError
+    here = os.getpid()
+    group = ProcessGroup(2)
+    escaped = group.zeros(1, np.int64)
+    monkeypatch.setattr(owner, name, fail)
+    try:
+        with pytest.raises(WorkerFailed, match="a worker process has ended"):
+            with group:
+                if group.rank:
+                    raise ValueError("which format_exception would have told")
+                group.all_gather(None)
+    finally:
+        if os.getpid() != here:
+            escaped[0] = 1
+            os._exit(3)
+    no_process_is_left()
+    assert escaped[0] == 0
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])

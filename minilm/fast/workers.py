@@ -74,32 +74,34 @@ class ProcessGroup:
                 self.__exit__(None, None, None)     # ends the processes forked before
                 raise
             if process == 0:
-                for line in (*self._lines, ours):
-                    line.close()
-                self._enter_worker(rank, theirs)
+                self._enter_worker(rank, theirs, (*self._lines, ours))
                 break
             theirs.close()
             self._lines.append(ours)
             self._helpers.append(process)
         return self
 
-    def _enter_worker(self, rank, line):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)        # rank 0 handles Ctrl-C, and ends the others
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # A worker process must keep no file open, and no lock on it, after rank 0 has ended.
-        os.closerange(3, line.fileno())
-        os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
-        self.rank, self._lines, self._helpers = rank, [line], []
+    def _enter_worker(self, rank, line, lines_of_rank_0):
+        try:
+            for other in lines_of_rank_0:
+                other.close()
+            signal.signal(signal.SIGINT, signal.SIG_IGN)        # rank 0 handles Ctrl-C, and ends the others
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            # A worker process must keep no file open, and no lock on it, after rank 0 has ended.
+            os.closerange(3, line.fileno())
+            os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+            self.rank, self._lines, self._helpers = rank, [line], []
+        except BaseException:
+            os._exit(1)         # otherwise two processes run the caller's program from here on
 
     def __exit__(self, kind, error, trace):
         if self.rank:
-            if error is not None and kind is not _Over:
-                text = "".join(traceback.format_exception(kind, error, trace))
-                try:
+            try:
+                if error is not None and kind is not _Over:
+                    text = "".join(traceback.format_exception(kind, error, trace))
                     self._lines[0].send_bytes(_encode(("failed", text)))
-                except OSError:
-                    pass
-            os._exit(0)
+            finally:
+                os._exit(0)     # whatever fails, a worker process ends here
         for line in self._lines:
             line.close()
         for process in self._helpers:

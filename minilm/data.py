@@ -84,16 +84,28 @@ def encode_dialogue(tokenizer: Tokenizer, question: str, response: str) -> tuple
 
 def check_dialogues(prompts: Sequence, responses: Sequence, context: int | None = None) -> None:
     """Raises ValueError for unequal numbers of prompts and responses, none at all, an empty prompt or response,
-    or a dialogue longer than `context`."""
+    or a dialogue longer than `context`; TypeError for prompts and responses that are no lists of tokens."""
+    for name, side in ("prompts", prompts), ("responses", responses):
+        if isinstance(side, (str, bytes)) or not hasattr(side, "__len__"):
+            raise TypeError(f"{name} is {checks.shown(side)}; it must be a list of token lists")
     if len(prompts) != len(responses) or len(prompts) == 0:
         raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: expected as many, at least one")
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        if wrong := [tokens for tokens in (prompt, response) if not _is_token_list(tokens)]:
+            raise TypeError(f"dialogue {i} has {checks.shown(wrong[0])}; prompt and response must each be a list of "
+                            "tokens, or an array (T,)")
         if len(prompt) == 0 or len(response) == 0:
             raise ValueError(f"dialogue {i} has a prompt of {len(prompt)} and a response of {len(response)} tokens; "
                              "both need at least one")
         if context is not None and len(prompt) + len(response) > context:
             raise ValueError(f"dialogue {i} has {len(prompt)} + {len(response)} tokens and the context is {context}; "
                              "shorten it, or use a model with a longer context")
+
+
+def _is_token_list(tokens):
+    """Whether it is a sequence with one axis. Its entries are checked where they become an array."""
+    return (hasattr(tokens, "__getitem__") and not isinstance(tokens, (str, dict)) and getattr(tokens, "ndim", 1) == 1
+            and not (len(tokens) and hasattr(tokens[0], "__len__")))
 
 
 @dataclasses.dataclass

@@ -44,9 +44,10 @@ def gradcheck(function: Callable[..., Tensor], *tensors: Tensor, tolerance: floa
 
     An output that is not a scalar is multiplied by a random cotangent and summed.
     Returns the largest relative error. Raises GradientError with the worst element and both values,
-    TypeError if a Tensor is not float64, ValueError if no Tensor requires a gradient, and for settings out of range.
+    TypeError if a Tensor is not float64 or the function gives no Tensor, ValueError if no Tensor requires
+    a gradient, and for settings out of range.
     """
-    rng = np.random.default_rng(0) if rng is None else rng
+    rng = np.random.default_rng(0) if rng is None else checks.generator("gradcheck", rng)
     checks.number("gradcheck", "tolerance", tolerance, above=0)
     checks.number("gradcheck", "step", step, above=0)
     checked = list(dict.fromkeys(t for t in tensors if isinstance(t, Tensor) and t.requires_grad))
@@ -56,8 +57,7 @@ def gradcheck(function: Callable[..., Tensor], *tensors: Tensor, tolerance: floa
     if any(t.dtype != np.float64 for t in checked):
         raise TypeError("gradcheck needs float64, because differences of float32 are rounding noise; convert the "
                         "inputs with .astype(np.float64)")
-    if directions is not None:
-        checks.integer("gradcheck", "directions", directions, at_least=1)
+    checks.integer("gradcheck", "directions", 1 if directions is None else directions, at_least=1)
 
     kept = [(t.data, t.grad, t.grad_buffer) for t in checked]
     try:
@@ -71,6 +71,8 @@ def gradcheck(function: Callable[..., Tensor], *tensors: Tensor, tolerance: floa
 
 def _check(function, tensors, checked, tolerance, step, directions, rng):
     output = function(*tensors)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"gradcheck: function gave {checks.shown(output)}; it must give a Tensor")
     cotangent = rng.normal(size=output.shape) if output.size > 1 else np.ones(output.shape)
     cotangent = array_module(output.data).asarray(cotangent)
 
@@ -79,8 +81,7 @@ def _check(function, tensors, checked, tolerance, step, directions, rng):
 
     ops.sum(output * cotangent).backward()
     analytic = [None if t.grad is None else to_numpy(t.grad) for t in checked]
-    missing = [i for i, a in enumerate(analytic) if a is None]
-    if missing:
+    if missing := [i for i, a in enumerate(analytic) if a is None]:
         raise GradientError(f"gradcheck: no gradient reached Tensor {missing[0]} (shape {checked[missing[0]].shape}): "
                             "the output does not depend on it, or a vjp returned no gradient for it")
     if directions is None:
@@ -117,7 +118,7 @@ def _every_element(which, tensor, analytic, value, step, tolerance):
 
 def _one_direction(which, tensors, analytic, value, step, tolerance, rng):
     arrows = [rng.normal(size=t.shape) for t in tensors]
-    length = np.sqrt(sum((a * a).sum() for a in arrows))
+    length = np.sqrt(sum((a * a).sum() for a in arrows)) or 1.0             # 0 for arrays without elements
     before = [t.data for t in tensors]
     values = []
     for sign in (1, -1):
@@ -129,9 +130,9 @@ def _one_direction(which, tensors, analytic, value, step, tolerance, rng):
     numeric = (values[0] - values[1]) / (2 * step)
     exact = sum((g * a).sum() for g, a in zip(analytic, arrows)) / length
     # A direction nearly orthogonal to the gradient has almost no derivative: compare the error with a typical one.
-    size = sum(t.size for t in tensors)
+    size = max(1, sum(t.size for t in tensors))
     typical = np.sqrt(sum((g * g).sum() for g in analytic) / size)
-    error = abs(exact - numeric) / max(abs(numeric), typical, FLOOR)
+    error = float(abs(exact - numeric) / max(abs(numeric), typical, FLOOR))
     if not error <= tolerance:
         raise GradientError(f"direction {which}: relative error {error:.2e} (tolerance {tolerance:.0e}): "
                             f"backward {exact:.10g}, differences {numeric:.10g}")

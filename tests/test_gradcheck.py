@@ -190,14 +190,14 @@ def test_a_nan_fails_the_check(directions, rng):
 
 def test_a_direction_orthogonal_to_the_gradient_is_compared_with_a_typical_derivative():
     """Its derivative and its error are both tiny next to the gradient, so the check passes."""
-    class Across:
+    class Across(np.random.Generator):
         directions = iter([np.array([1.0, 1.0]), np.array([1.0, -1.0 + 1e-7])])
 
         def normal(self, size):
             return next(self.directions)
 
     x = Tensor([1.234, 2.345], requires_grad=True)
-    gradcheck(lambda x: x * 1e4, x, directions=1, rng=Across())
+    gradcheck(lambda x: x * 1e4, x, directions=1, rng=Across(np.random.PCG64(0)))
 
 
 @given(rng=rngs)
@@ -219,6 +219,8 @@ SHARED = {
     "W and its transpose": (lambda a, b: a @ b, [W, W.T]),
     "overlapping parts": (lambda a, b: a * ops.tanh(b), [W[:2], W[1:]]),
     "a row and all rows": (lambda a, b: a * b, [W[0], W]),
+    "in Fortran's order": (lambda a: ops.tanh(a) * a, [np.asfortranarray(W)]),
+    "backwards": (lambda a: ops.tanh(a) * a, [W[::-1, ::-2]]),
     "read-only": (lambda a: a * a, [np.broadcast_to(2.0, (3,))]),
     "read-only and shared": (lambda a, b: a / b, [np.broadcast_to(2.0, (2, 3)), np.broadcast_to(2.0, (3,))]),
 }
@@ -243,6 +245,14 @@ def test_a_tensor_that_is_given_twice_is_checked_once_and_keeps_its_array(direct
     assert x.data is array and np.array_equal(array, before)
 
 
+@pytest.mark.parametrize("directions", [None, 2], ids=["every element", "directions"])
+def test_arrays_without_elements_have_no_error(directions, rng):
+    empty = Tensor(np.zeros((0, 3)), requires_grad=True)
+    assert gradcheck(lambda x: ops.sum(x * x), empty, directions=directions) == 0
+    assert gradcheck(lambda x: x[:0], normal(rng, 2, 3), directions=directions) == 0
+    assert 0 < gradcheck(lambda x, y: ops.sum(x * x) + ops.tanh(y), empty, normal(rng, 2), directions=directions) < 1e-8
+
+
 def test_a_constant_that_shares_memory_with_a_checked_tensor_stays_constant():
     gradcheck(lambda a, b: a * b, Tensor(W, requires_grad=True), Tensor(W))
 
@@ -252,6 +262,14 @@ def test_a_constant_that_shares_memory_with_a_checked_tensor_stays_constant():
 def test_float32_raises(rng):
     with pytest.raises(TypeError, match="needs float64"):
         gradcheck(ops.tanh, normal(rng, 2, dtype=np.float32))
+
+
+@pytest.mark.parametrize("result", [3.0, None, np.ones(2), [Tensor([1.0])]], ids=lambda result: type(result).__name__)
+def test_a_function_that_gives_no_tensor_and_a_seed_for_a_generator_are_named(result, rng):
+    with pytest.raises(TypeError, match="gradcheck: function gave .*; it must give a Tensor"):
+        gradcheck(lambda x: result, normal(rng, 2))
+    with pytest.raises(TypeError, match="gradcheck: rng is 0 .int.; it must be a numpy Generator"):
+        gradcheck(ops.tanh, normal(rng, 2), rng=0)
 
 
 def test_nothing_to_check_raises():

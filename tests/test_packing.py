@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given, strategies as st
 
 from helpers import assert_close, assert_same_gradients, parameter_gradients, rngs, small_transformer
-from minilm import layers, no_grad
+from minilm import Tensor, layers, no_grad
+from minilm.data import make_batch
 from minilm.fast import packed_attention
 from minilm.fast.packed_attention import group_segments
 from minilm.gradcheck import gradcheck
@@ -129,6 +130,22 @@ def test_packs_hold_all_dialogues_in_order():
 def test_dialogues_that_cannot_be_packed_raise(prompts, responses, context, message):
     with pytest.raises(ValueError, match=message):
         pack(prompts, responses, context)
+
+
+@pytest.mark.parametrize("wrong", [[[1, 2]], np.array([[1, 2]]), {1, 2}, {1: 2}, "ab", ["ab"], 3, None, np.array(3),
+                                   Tensor([1.0, 2.0]), [1.5], [None]], ids=lambda wrong: str(wrong)[:16])
+def test_what_is_no_list_of_tokens_is_named_and_not_packed(wrong):
+    for prompts, responses in (([[1], wrong], [[2], [3]]), ([[1], [2]], [[3], wrong])):
+        for make in (pack, lambda x, y: make_batch(x, y, 0)):
+            with pytest.raises(TypeError, match="it must (hold integers|be a list)|must each be a list of tokens"):
+                make(prompts, responses)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "ab", iter([[1]])], ids=str)
+def test_what_is_no_list_of_prompts_is_named(wrong):
+    for prompts, responses, name in ((wrong, [[1]], "prompts"), ([[1]], wrong, "responses")):
+        with pytest.raises(TypeError, match=f"{name} is .*; it must be a list of token lists"):
+            pack(prompts, responses)
 
 
 def test_too_long_dialogues_unknown_tokens_and_temperature_0_raise():

@@ -74,6 +74,14 @@ def test_equal_rewards_have_no_advantage_however_large(baseline, value, K):
         assert (reward_to_go(rewards, np.zeros((2, K, 3)), np.ones((2, K, 3)), 0.1, baseline) == 0).all()
 
 
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "group"])
+@given(value=st.floats(-1e15, 1e15), beta=st.floats(0, 10), K=st.integers(2, 7))
+@example(value=1.1e12 + 0.3, beta=0.3, K=7)
+@example(value=0.7, beta=0.3, K=3)
+def test_equal_rewards_and_an_equal_kl_have_no_advantage_however_large_the_kl(baseline, value, beta, K):
+    assert (advantages(np.full((2, K), 0.1), np.full((2, K), value), beta, baseline) == 0).all()
+
+
 def test_prompts_with_equal_rewards_are_counted_however_large_the_rewards():
     rewards = np.array([[1e12 + 0.3] * 3, [0.1, 0.2, 0.3]])
     metrics = policy_gradient_metrics(rewards, np.zeros((2, 3)), np.ones((6, 4)))

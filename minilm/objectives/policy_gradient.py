@@ -94,7 +94,7 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
                                  rewards=rewards, kl=kl)
     checks.number("advantages", "beta", beta, at_least=0)
     checks.choice("advantages", "baseline", baseline, ("none", "mean", "leave_one_out", "group"))
-    R = _shifted("advantages", rewards, baseline) - beta * kl.astype(np.float64)
+    R = _shifted("advantages", rewards, baseline) - beta * _shifted("advantages", kl, baseline)
     if baseline == "group":
         return (R - R.mean(axis=1, keepdims=True)) / (R.std(axis=1, ddof=1, keepdims=True) + 1e-4)
     return R - _baseline(R, baseline)
@@ -206,8 +206,8 @@ def policy_gradient_metrics(rewards: np.ndarray, kl: np.ndarray, mask: np.ndarra
 
 
 def _shifted(function, rewards, baseline):
-    """rewards (P,K) as float64. With a baseline, minus the reward of the prompt's first sample: A does not change, and
-    is exactly 0 for equal rewards, however large."""
+    """Rewards or KLs (P,K) as float64. With a baseline, minus those of the prompt's first sample: A does not change, and
+    is exactly 0 if all are equal, however large."""
     # float64: differences between the samples of a prompt may be small next to the rewards themselves.
     rewards = checks.finite(function, "rewards", np.asarray(rewards, np.float64), "sample")
     if baseline == "none":

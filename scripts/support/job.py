@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from minilm import data
+from minilm import checks, data
 from minilm.checkpoint import CheckpointError, load, load_into
 from minilm.fast import workers
 from minilm.generate import generate
@@ -16,6 +16,8 @@ from minilm.model_file import save_model
 from minilm.stages.train_state import TrainState
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, tasks
+from support.json_files import fault
+from support.results import shape_of_history
 from support.run_folder import RunFolder, StopRequest
 from support.terminal import progress
 
@@ -85,13 +87,24 @@ class Job:
     def _load_trained(self, name, model):
         path = self.run.path(f"{name}.safetensors")
         arrays, metadata = load(path)
-        if not isinstance(metadata, dict) or metadata.get("run") != self.run.fingerprint:
-            raise _other_run(path)
+        try:
+            self._check(name, metadata)
+            for tensor, array in arrays.items():
+                checks.finite("load", tensor, array)
+        except (TypeError, ValueError) as error:
+            raise _other_run(path) from error
         load_into(model.parameters(), arrays, path)
         self.history[name] = metadata["history"]
         self.seconds[name] = metadata["seconds"]
         self.run.drop_state(f"{name}-state")
         return model
+
+    def _check(self, name, metadata):
+        """Raises ValueError if the metadata of a model or a checkpoint are of another run, or cannot be continued."""
+        if metadata.get("run") != self.run.fingerprint:
+            raise ValueError("another run")
+        if found := fault(metadata, {"history": shape_of_history(name), "seconds": float}):
+            raise ValueError(found)
 
     def _restore(self, name, training):
         """Restores the checkpoint of a stopped training, if there is one: (history, seconds) until then."""
@@ -100,11 +113,10 @@ class Job:
             return [], 0.0
         arrays, metadata = saved
         try:
-            if metadata["run"] != self.run.fingerprint:
-                raise ValueError("another run")
+            self._check(name, metadata)
             training.restore(arrays, metadata)
             return metadata["history"], metadata["seconds"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise _other_run(self.run.path(f"{name}-state.safetensors")) from error
 
     def _save_state(self, name, training, history, seconds):
@@ -144,5 +156,5 @@ class Job:
 
 
 def _other_run(path):
-    return CheckpointError(f"{path}: of another run or another architecture. Delete this file; --resume then trains "
-                           "that stage again.")
+    return CheckpointError(f"{path}: damaged, or of another run or another architecture. Delete this file; --resume then "
+                           "trains that stage again.")

@@ -12,15 +12,21 @@ ROW = {"stage": str, **{name: float for column in COLUMNS for name in (column, f
 POLICIES = [{**ROW, "beta": float}]
 RLHF_STEPS = [{"step": int, "reward": float, "kl_sequence": float, "gold_reward": float, "gold_reward_se": float}]
 LOSSES = [{"step": int, "loss": float}]
+ACCURACIES = [{"step": int, "accuracy": float}]
 SHAPE = {
     "rows": [ROW], "frontier": {"rlhf": POLICIES, "dpo": POLICIES},
     "examples": ([{"question": str, "answer": str}], []), "main_beta": float,
-    "history": {"base": LOSSES, "sft": LOSSES, "reward_model": [{"step": int, "accuracy": float}]},
+    "history": {"base": LOSSES, "sft": LOSSES, "reward_model": ACCURACIES},
     "turning_point": {"step": int, "turned_down": bool,
                       **dict.fromkeys(("kl_sequence", "gold_reward", "last_gold_reward"), float)},
     **dict.fromkeys(("held_out_questions", "distinct_questions", "seed", "workers", "parameters"), int),
     **dict.fromkeys(("reward_model_accuracy", "reward_model_accuracy_se", "base_completion_accuracy",
                      "base_completion_accuracy_se", "scale"), float), "seconds": {str: float}, "trial": bool}
+
+
+def shape_of_history(model: str) -> list:
+    """The shape of the metrics of one model's training, as json_files.fault takes it."""
+    return RLHF_STEPS if model.startswith("rlhf") else ACCURACIES if model == "reward_model" else LOSSES
 
 
 def read_results(path: Path) -> dict:

@@ -285,7 +285,8 @@ EXAMPLES = {         # a bad example, and the error
     "outside the vocabulary": ([1, VOCABULARY], f"holds {VOCABULARY}, which is not in the vocabulary"),
     "negative": ([1, -1], "holds -1, which is not in the vocabulary"), "floats": ([1.0, 2.0], "holds float64"),
     "halves": ([1, 2.5], "holds float64"), "text": ("1 2", "holds <U3"), "words": (["a", "b"], "holds <U1"),
-    "None": (None, "holds object"), "None in it": ([1, None], "holds object"), "a number": (3, "it must be a list"),
+    "None": (None, r"is None \(NoneType\); it must hold integers"),
+    "None in it": ([1, None], r"is \[1, None\] \(list\); it must hold integers"), "a number": (3, "it must be a list"),
     "bools": ([True, False], "holds bool"), "two axes": ([[1, 2], [3, 4]], "it must be a list"),
     "ragged": ([[1], [2, 3]], ""), "an empty array": (np.zeros(0, int), "it must be a list"),
     "huge": ([1, 2 ** 70], ""), "minus 100": ([3, -100], "holds -100"),
@@ -365,7 +366,7 @@ def test_any_number_of_bad_examples_is_counted_and_the_first_is_named(rng, count
 
 
 @pytest.mark.parametrize("stream, message", [
-    (STREAM[:6], "the text has 6 tokens"), (STREAM[:0], "the text has 0 tokens"), ([], "stream is float64"),
+    (STREAM[:6], "the text has 6 tokens"), (STREAM[:0], "the text has 0 tokens"), ([], "the text has 0 tokens"),
     (STREAM * 1.0, "pretrain: stream holds float64"),
     (STREAM - 3, "pretrain: stream holds -3"), (STREAM + 3, "pretrain: stream holds 11"),
     (STREAM.reshape(6, 10), r"pretrain: stream has shape \(6, 10\)"), ("a text", "pretrain: stream holds <U6"),

@@ -1,24 +1,31 @@
 """How a language model becomes an assistant: the definitions, in one file.
 
 This file defines the model, the losses, sampling, AdamW and one step of training. The training loops are in
-toy.py, the initial values in model.py. Everything else in minilm computes the same numbers, faster, and the tests
-compare it with this file (tests/test_plain.py). It uses only the elementary operations of ops.py; tensor.py computes
-their gradients, and checks.py refuses arrays that do not belong together. Derivations, gradients by hand and papers:
-objectives/ and layers.py.
+toy.py, the initial values in model.py. layers.py, model.py, generate.py, optim.py and objectives/ compute the same
+numbers faster; tests/test_plain.py compares them with this file. Variants (IPO, PPO, ...) are only in objectives/.
+The functions below are made of the elementary operations of ops.py, whose gradients tensor.py computes. checks.py
+raises an error for arrays that do not belong together. Complete derivations, gradients by hand and papers:
+objectives/ (begin with objectives/__init__.py) and layers.py.
 
     python -m minilm.plain [seed]   runs toy.py: from random weights to an assistant, on a toy task; [seed] is a number
 
 Symbols: B sequences or pairs, T columns of an array of tokens, V vocabulary, D width, H query heads, G key/value
 heads (grouped-query attention), dh head width, F feed-forward width; P prompts, K samples of each prompt,
-N = P K sampled responses; x prompt, y response with its EOS; y_w chosen, y_l rejected; R the reward minus the KL
-penalty. T tokens have T-1 log-probs, because the first token is not predicted.
+N = P K sampled responses; x prompt, y response with its EOS; y_w chosen, y_l rejected; pi policy, pi_ref reference
+(the SFT model); r reward, beta weight of the KL penalty, R reward minus the KL penalty. E is the mean over y drawn from
+pi(y|x), grad the gradient in the parameters of pi. T tokens have T-1 log-probs, because the first token is not
+predicted. (In README.md and objectives/ T is one less: there it counts the predicted tokens.)
 A comment gives the shape of the result where the shape changes. The mask of the transformer and of `reward`
 is 1 on real tokens and 0 on padding. The mask of a loss (B,T-1) goes with the log-probs: entry t is about token
 t + 1, so it is the mask of tokens[:, 1:]. It is 1 on the tokens to be scored: those of y, or all in pretraining.
 An argument called log_probs or advantages holds the result of the function of that name.
-`config` is a model.Config. This file reads its fields vocab_size V, layers, heads H, kv_heads G, head_width dh, causal
-(no token reads a later one), tied (the unembedding is the embedding), key_smear (whether to apply `smear`),
-rope_base and rope_pairing (base and pairs of `rope`), norm_eps (eps of `rms_norm`).
+`config` is a model.Config. This file reads its fields
+
+    vocab_size V, layers, heads H, kv_heads G, head_width dh
+    causal       no token reads a later one             rope_base       `base` of rope_tables
+    tied         the unembedding is the embedding       rope_pairing    `pairing` of rope
+    key_smear    whether to apply smear                 norm_eps        `eps` of rms_norm
+
 `parameters` is a dict of Tensors; model.py makes their initial values:
 
     embedding (V,D)      unembedding (V,D), unless tied      final_norm (D)      reward_head (D,1), reward model only
@@ -53,7 +60,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def rope_tables(positions: np.ndarray, head_width: int, base: float = 10000.0,
                 dtype="float32") -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of the angle of pair i at each position: angle = position * base^(-2i/dh). (T) -> (T,dh/2) twice"""
+    """cos and sin of the angle of pair i at each position: angle = position * base^(-2i/dh). (T) -> (T,dh/2) each"""
     frequencies = base ** (-np.arange(0, head_width, 2) / head_width)       # (dh/2)
     angles = positions[..., None] * frequencies                             # (T,dh/2)
     return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
@@ -77,7 +84,10 @@ def rope(x: Tensor, cos: np.ndarray, sin: np.ndarray, pairing: str = "half") -> 
 
 
 def smear(k: Tensor, amount: Tensor) -> Tensor:
-    """Key smearing, an option that Llama does not have: (1 - a) k_t + a k_{t-1}, a = sigmoid(amount), k_{-1} = 0."""
+    """Key smearing mixes each key with the previous one: (1 - a) k_t + a k_{t-1}, a = sigmoid(amount), k_{-1} = 0.
+
+    It is optional, and helps small models to copy. k (B,G,T,dh), amount (G,dh) -> (B,G,T,dh)
+    """
     a = ops.sigmoid(amount)[:, None]                                        # (G,1,dh)
     # The first key has no previous one: 0.0 * k[:, :, :1] is the zeros k_{-1}.
     previous = ops.concatenate([0.0 * k[:, :, :1], k[:, :, :-1]], axis=2)   # (B,G,T,dh)
@@ -112,6 +122,7 @@ def self_attention(x: Tensor, parameters: Parameters, block: str, config, mask: 
     k = qkv[:, H:H + G]                                                     # (B,G,T,dh)
     v = qkv[:, H + G:]                                                      # (B,G,T,dh)
     if config.key_smear:
+        # Keys of padding become 0. So the first real token has k_{-1} = 0 after padding on the left, too.
         k = smear(ops.where(mask[:, None, :, None], k, 0.0), parameters[block + "key_smear"])
     cos, sin = rope_tables(np.arange(T), config.head_width, config.rope_base, x.dtype)
     q = rope(q, cos, sin, config.rope_pairing)
@@ -150,6 +161,7 @@ def log_probs(parameters: Parameters, tokens: np.ndarray, config, temperature: f
 
 def sequence_log_probs(log_probs: Tensor, mask: np.ndarray) -> Tensor:
     """log pi(y|x): the sum over the tokens of y, where mask is 1. (B,T-1), (B,T-1) -> (B)"""
+    mask = checks.mask("sequence_log_probs", mask, log_probs.shape)
     return ops.sum(ops.where(mask, log_probs, 0.0), axis=-1)
 
 
@@ -169,28 +181,30 @@ def sft_loss(log_probs: Tensor, mask: np.ndarray, total: float | None = None) ->
 
     log_probs and mask: (B,T-1). total: the number to divide by, if not the sum of this mask (gradient accumulation).
     """
-    total = np.sum(np.broadcast_to(mask, log_probs.shape)) if total is None else total
-    return -ops.sum(sequence_log_probs(log_probs, mask)) / total
+    loss = -ops.sum(sequence_log_probs(log_probs, mask))
+    return loss / checks.number("sft_loss", "total", np.sum(mask) if total is None else total, above=0)
 
 
 def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin=0.0, centering: float = 0.0) -> Tensor:
-    """Reward model (Bradley-Terry): the mean of -log sigmoid(r_w - r_l - margin) + centering (r_w + r_l)^2.
+    """Reward model (Bradley-Terry): the mean of -log sigmoid(z) + centering (r_w + r_l)^2, z = r_w - r_l - margin.
 
-    r_w = r(x, y_w) and r_l = r(x, y_l), (B) each. margin: by how much r_w should exceed r_l. The term with
-    centering keeps the rewards near 0, because comparisons determine them only up to a constant for each prompt.
+    r_w = r(x, y_w) and r_l = r(x, y_l), (B) each. margin: by how much r_w should exceed r_l, a number or (B). The term
+    with centering keeps the rewards near 0, because comparisons determine them only up to a constant for each prompt.
+    sigmoid' = sigmoid (1 - sigmoid), so d/dz[-log sigmoid(z)] = -(1 - sigmoid(z)) = -sigmoid(-z). Without centering,
+    the derivative of one pair's loss is therefore -sigmoid(-z) in r_w and +sigmoid(-z) in r_l.
     """
-    checks.same_shape("reward_loss", chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
-    difference = chosen_rewards - rejected_rewards - margin
-    total = chosen_rewards + rejected_rewards
-    return ops.mean(-ops.log_sigmoid(difference)) + centering * ops.mean(total * total)
+    z = chosen_rewards - rejected_rewards - margin
+    checks.same_shape("reward_loss", axes="B", chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, z=z)
+    return ops.mean(-ops.log_sigmoid(z)) + centering * ops.mean((chosen_rewards + rejected_rewards) ** 2)
 
 
 def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str = "leave_one_out") -> np.ndarray:
     """A = R - b with R = r - beta kl, kl = log pi(y|x) - log pi_ref(y|x), and the baseline b. (P,K) -> (P,K)
 
-    kl is a one-sample estimate of KL(pi || pi_ref), called k1 in objectives/kl.py; it may be negative. R depends on
-    pi, but E[grad kl] = 0, so A is treated as a constant (detached, stop-gradient).
-    "group" is (R - mean R) / (standard deviation + 1e-4), not of the form R - b. All but "none" need K >= 2.
+    kl is a one-sample estimate of KL(pi || pi_ref), called k1 in objectives/kl.py; it may be negative.
+    b is 0 ("none"), the mean R of all K samples of the prompt ("mean"), or of the K - 1 others ("leave_one_out", as in
+    RLOO). "group", as in GRPO, is (R - mean R) / (standard deviation + 1e-4), not of the form R - b.
+    All but "none" need K >= 2.
     """
     checks.same_shape("advantages", axes="PK", rewards=rewards, kl=kl)
     R = rewards - beta * kl                                                 # (P,K)
@@ -199,39 +213,55 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
         return R
     if K < 2:
         raise ValueError(f"baseline {baseline!r} compares the samples of a prompt; it needs K >= 2, got K = {K}")
-    R = R - R[:, :1]                                                        # equal R, however large, are exactly 0 now
+    # A stays the same when one number is subtracted from all R of a prompt. Equal R, however large, are now exactly 0;
+    # their mean would have been rounded.
+    R = R - R[:, :1]                                                        # (P,K)
     mean = R.mean(axis=1, keepdims=True)                                    # (P,1)
-    if baseline == "mean":                                                  # of all K samples of the prompt
+    if baseline == "mean":
         return R - mean
-    if baseline == "leave_one_out":                                         # the mean of the K - 1 other samples
+    if baseline == "leave_one_out":
         return R - (K * mean - R) / (K - 1)
-    if baseline == "group":                                                 # in units of the standard deviation
+    if baseline == "group":
         return (R - mean) / (R.std(axis=1, ddof=1, keepdims=True) + 1e-4)
     raise ValueError(f"baseline is {baseline!r}; it must be 'none', 'mean', 'leave_one_out' or 'group'")
 
 
 def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.ndarray) -> Tensor:
-    """RLHF: the mean of -A log pi(y|x) over N responses y sampled from pi. A is treated as a constant.
+    """RLHF: the mean of -A log pi(y|x) over N responses y drawn from pi. A is a constant (detached, stop-gradient).
 
     log_probs and mask: (N,T-1). advantages: A as a flat array (N), which is A.reshape(-1), or (N,T-1), one for
-    each token. If b does not depend on y (none, leave_one_out), the expected gradient of this loss is
-    grad( -E[r] + beta KL(pi || pi_ref) ).
+    each token (objectives.policy_gradient.reward_to_go). Why A is a constant: RLHF maximises, for each prompt,
+
+        J = E[R] = E[r] - beta KL(pi || pi_ref) = sum_y pi R                pi is short for pi(y|x)
+        grad J = sum_y R grad pi + sum_y pi grad R
+               = E[R grad log pi] + E[grad R]                               because grad pi = pi grad log pi
+        E[grad R] = -beta E[grad kl] = -beta sum_y pi grad log pi = -beta sum_y grad pi = -beta grad 1 = 0
+
+    So R needs no gradient. In the same way E[b grad log pi] = 0 if b does not depend on y (none, leave_one_out). Then
+    grad J = E[A grad log pi], and the expected gradient of this loss is -grad J.
     """
-    if advantages.ndim == 1:
-        advantages = advantages[:, None]                                    # (N,1)
-    return -ops.sum(ops.where(mask, log_probs, 0.0) * advantages) / len(log_probs)
+    A = advantages if advantages.ndim == 2 else np.tile(advantages[:, None], log_probs.shape[1])        # (N,T-1)
+    checks.same_shape("policy_gradient_loss", log_probs=log_probs, advantages=A)
+    return -ops.mean(sequence_log_probs(A * log_probs, mask))
 
 
 def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: np.ndarray,
              reference_rejected: np.ndarray, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
-    """DPO: reward_loss with the reward r(x, y) = beta log(pi(y|x) / pi_ref(y|x)): the policy is the reward model.
+    """DPO: reward_loss, with a reward that is computed from the policy: r(x, y) = beta log(pi(y|x) / pi_ref(y|x)).
 
-    The exact reward has one more term, beta log Z(x). It is the same for y_w and y_l and cancels (objectives/dpo.py).
+    The policy is the reward model. A reward r determines the policy pi* that maximises J (policy_gradient_loss), and
+    pi* determines r up to a constant for each prompt:
+
+        pi*(y|x) = pi_ref(y|x) exp(r(x,y) / beta) / Z(x),      Z(x) = sum_y pi_ref(y|x) exp(r(x,y) / beta)
+        J = beta log Z(x) - beta KL(pi || pi*)                                      so J is largest at pi = pi*
+        r(x,y) = beta log(pi*(y|x) / pi_ref(y|x)) + beta log Z(x)                   Z(x) cancels in r_w - r_l
+
     The first four arguments are log pi(y|x) of the policy and of the reference for y_w and y_l, (B) each.
     label_smoothing eps: the target probability of y_w is 1 - eps in place of 1. It smooths the target, and does
-    not undo flipped labels (objectives.dpo.robust_dpo_loss does).
+    not undo flipped labels (objectives.dpo.robust_dpo_loss does). For eps = 0, the derivative of one pair's loss is
+    -beta sigmoid(-z) in log pi(y_w|x) and +beta sigmoid(-z) in log pi(y_l|x), z = beta delta = r_w - r_l.
     """
-    checks.same_shape("dpo_loss", policy_chosen=policy_chosen, policy_rejected=policy_rejected,
+    checks.same_shape("dpo_loss", axes="B", policy_chosen=policy_chosen, policy_rejected=policy_rejected,
                       reference_chosen=reference_chosen, reference_rejected=reference_rejected)
     delta = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
     as_labelled = ops.mean(-ops.log_sigmoid(beta * delta))
@@ -247,7 +277,8 @@ def sample(logits: np.ndarray, uniforms: np.ndarray, temperature: float = 1.0) -
     if temperature == 0:
         return logits.argmax(axis=-1)
     cumulative = ops.softmax(logits / temperature).data.cumsum(axis=-1)     # (N,V)
-    # u is multiplied by the total, which rounding makes only almost 1, so that some entry is always above it.
+    # By rounding, the last cumulative probability can be a little below 1. So u is multiplied by it: some entry is
+    # always above the product.
     return (cumulative > uniforms[:, None] * cumulative[:, -1:]).argmax(axis=-1)
 
 
@@ -287,8 +318,8 @@ def adamw(parameters: Parameters, state: dict, learning_rate: float = 1e-3, beta
           weight_decay: float = 0.01) -> None:
     """One step of AdamW with the gradients that backward() has left in the parameters.
 
-    state: an empty dict at the first step. For each parameter it keeps the number t of its updates, and running means,
-    m of the gradient g and v of g^2. A parameter without a gradient is frozen: it is skipped.
+    state: an empty dict at the first step. For each parameter it keeps t, the number of updates; m, the running mean
+    of the gradient g; and v, the running mean of g^2. A parameter without a gradient is frozen: it is skipped.
     """
     b1, b2 = betas
     for name, p in parameters.items():
@@ -299,7 +330,7 @@ def adamw(parameters: Parameters, state: dict, learning_rate: float = 1e-3, beta
         m = b1 * m + (1 - b1) * p.grad
         v = b2 * v + (1 - b2) * p.grad ** 2
         state[name] = (t, m, v)
-        # m and v start at 0, so that they are too small at first; 1 - b^t corrects that.
+        # m and v start at 0, so they are too small at first; 1 - b^t corrects this.
         direction = (m / (1 - b1 ** t)) / (np.sqrt(v / (1 - b2 ** t)) + eps)
         decay = weight_decay * p.data if p.ndim >= 2 else 0.0                           # matrices only
         p.data = p.data - learning_rate * (direction + decay)
@@ -317,6 +348,7 @@ def train_step(loss: Tensor, parameters: Parameters, state: dict, learning_rate:
 if __name__ == "__main__":
     import os
     import sys
-    # In a new process, because the number of BLAS threads is read when NumPy is imported. Small products need one.
+    # In a new process, because the number of BLAS threads is read when NumPy is imported. Small matrix products are
+    # fastest with one thread.
     environment = {"OPENBLAS_NUM_THREADS": "1", **os.environ}
     os.execve(sys.executable, [sys.executable, "-m", "minilm.toy", *sys.argv[1:]], environment)

@@ -198,8 +198,8 @@ def test_sft_loss_is_the_fast_one_with_nan_outside_the_mask(rng, total):
     assert_same(lambda x: plain.sft_loss(x, mask, total), lambda x: sft.sft_loss(x, mask, total), log_probs)
 
 
-@given(rng=rngs, margin=st.sampled_from([0.0, 0.7]), centering=st.sampled_from([0.0, 0.3]),
-       scale=st.sampled_from([1.0, 1000.0]))
+@given(rng=rngs, margin=st.sampled_from([0.0, 0.7, np.array([0.5, -1.0, 0.0, 2.0])]),
+       centering=st.sampled_from([0.0, 0.3]), scale=st.sampled_from([1.0, 1000.0]))
 def test_reward_loss_is_the_fast_one(rng, margin, centering, scale):
     chosen, rejected = normal(rng, 4, scale=scale), normal(rng, 4, scale=scale)
     assert_same(lambda *pair: plain.reward_loss(*pair, margin, centering),
@@ -213,10 +213,30 @@ def test_advantages_are_the_fast_ones(baseline, rng):
     assert_close(plain.advantages(rewards, kl, 0.3, baseline), policy_gradient.advantages(rewards, kl, 0.3, baseline))
 
 
-def test_the_mean_of_sft_is_over_the_tokens_of_a_mask_that_is_broadcast(rng):
-    log_probs = normal(rng, 3, 5)
-    mask = np.array([0, 1, 1, 0, 1])
-    assert_close(plain.sft_loss(log_probs, mask), plain.sft_loss(log_probs, np.tile(mask, (3, 1))))
+@given(shape=st.lists(st.integers(1, 4), max_size=3).map(tuple).filter(lambda shape: shape != (3, 4)))
+@example(shape=(4,))
+@example(shape=(1, 4))
+@example(shape=(3, 1))
+def test_a_mask_of_plain_has_an_entry_for_each_log_prob(shape):
+    log_probs = Tensor(np.zeros((3, 4)))
+    for use in (plain.sequence_log_probs, plain.sft_loss,
+                lambda log_probs, mask: plain.policy_gradient_loss(log_probs, np.ones(3), mask)):
+        with pytest.raises(ValueError, match=r"mask has shape .*; it must be \(3, 4\)"):
+            use(log_probs, np.ones(shape))
+
+
+@given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=2).map(tuple)
+       .filter(lambda shape: shape not in ((3,), (3, 4))))
+@example(shape=(1,))
+@example(shape=(3, 1))
+def test_advantages_are_one_for_each_response_or_one_for_each_token(shape):
+    with pytest.raises(ValueError, match="they must have one shape"):
+        plain.policy_gradient_loss(Tensor(np.zeros((3, 4))), np.ones(shape), np.ones((3, 4)))
+
+
+def test_a_mask_that_selects_no_token_has_no_mean():
+    with pytest.raises(ValueError, match="total is 0"):
+        plain.sft_loss(Tensor(np.zeros((3, 4))), np.zeros((3, 4)))
 
 
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "group"])
@@ -251,6 +271,8 @@ def test_log_probs_of_plain_refuse_a_token_that_would_count_from_the_end():
 def test_arrays_that_belong_together_are_not_broadcast_in_plain():
     a, b = np.zeros(3), np.zeros((3, 1))
     for use in (lambda: plain.dpo_loss(Tensor(a), Tensor(a), a, b), lambda: plain.reward_loss(Tensor(a), Tensor(b)),
+                lambda: plain.dpo_loss(Tensor(b), Tensor(b), b, b), lambda: plain.reward_loss(Tensor(b), Tensor(b)),
+                lambda: plain.reward_loss(Tensor(a), Tensor(a), margin=b),
                 lambda: plain.advantages(np.zeros((2, 3)), np.zeros((2, 1)), 0.1)):
         with pytest.raises(ValueError, match="they must have one shape"):
             use()

@@ -163,9 +163,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     speakers = load_speakers(model_files(options.models))
-    for stream, errors in (sys.stdin, "replace"), (sys.stdout, "backslashreplace"):
-        if hasattr(stream, "reconfigure"):      # a character that the terminal's encoding lacks ends nothing
-            stream.reconfigure(errors=errors)
+    if hasattr(sys.stdin, "reconfigure"):       # bytes that are no text end nothing
+        sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() then edits the line and remembers the lines before)

@@ -7,8 +7,10 @@ import os
 import re
 import select
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -464,6 +466,47 @@ def test_the_time_is_estimated_from_a_measurement_by_experiment(run, capsys):
     assert run("--out", again, "--rows", "three", "--resume") == 0 and run("--seconds", again) == 0
     assert lecture.expected_seconds(["three"], "default") == [1], "at least 1, so that no share is infinite"
     assert lecture.expectation(["one"], "quick").endswith("was not measured.")
+
+
+@pytest.mark.parametrize("kept", ["", "[]", '{"default": 3}', '{"default": {}}',
+                                  '{"default": {"seconds": {"one": "2"}, "workers": 1, "date": "", "machine": ""}}',
+                                  '{"default": {"seconds": {"one": NaN}, "workers": 1, "date": "", "machine": ""}}'])
+def test_damaged_times_are_one_line_of_error(run, capsys, kept):
+    (run.scripts / "seconds.json").write_text(kept)
+    assert run("--out", run.folder, "--rows", "one") == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and "seconds.json" in printed
+
+
+def test_times_of_0_seconds_give_shares(run):
+    times = {"seconds": {"one": 0, "two": -1}, "workers": 1, "date": "", "machine": ""}
+    (run.scripts / "seconds.json").write_text(json.dumps({"default": times}))
+    assert lecture.share_left(["one", "two"], 1, "default") == 1
+
+
+def huge_png():
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data
+                                           + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
+
+
+@pytest.mark.parametrize("damage", [lambda png: b"", lambda png: b"GIF", lambda png: png[:len(png) // 2],
+                                    lambda png: huge_png(), lambda png: png.replace(b"IDAT", b"\0\0\0I", 1),
+                                    lambda png: None],
+                         ids=["empty", "no picture", "cut short", "60,000 pixels wide", "no chunk's name", "a pipe"])
+def test_a_damaged_figure_is_one_line_of_error_that_names_it(run, capsys, damage):
+    assert run("--out", run.folder, "--rows", "one") == 0
+    figure = run.folder / "one.png"
+    damaged = damage(figure.read_bytes())
+    figure.unlink()
+    os.mkfifo(figure) if damaged is None else figure.write_bytes(damaged)
+    capsys.readouterr()
+    for words in (["--readme", run.folder], ["--out", run.folder, "--rows", "one", "--resume"]):
+        assert run(*words) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith("error: ") and printed.count("\n") == 1 and "one.png: " in printed, printed
+        assert "Draw it again with one.py --redraw" in printed
 
 
 # The page.

@@ -387,6 +387,18 @@ def test_a_stream_that_was_closed_is_the_null_device_and_its_number_is_given_to_
         assert json.loads((tmp_path / str(i) / "results.json").read_text()) == {"read": ""}
 
 
+def test_a_character_that_the_output_cannot_hold_is_escaped():
+    code = f"""if True:
+        import sys
+        sys.path.insert(0, {str(Path(run_folder.__file__).parents[1])!r})
+        from support.run_folder import main_guard
+        sys.exit(main_guard(lambda: print("0.5 \u00b1 0.1")))"""
+    for encoding, printed in (("ascii", b"0.5 \\xb1 0.1\n"), ("utf-8", "0.5 \u00b1 0.1\n".encode())):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60,
+                              env={**os.environ, "PYTHONIOENCODING": encoding})
+        assert (done.returncode, done.stdout, done.stderr) == (0, printed, b"")
+
+
 def test_a_bug_keeps_its_traceback():
     def main():
         raise FileFormatError    # not among the listed

@@ -206,8 +206,8 @@ def policy_gradient_metrics(rewards: np.ndarray, kl: np.ndarray, mask: np.ndarra
 
 
 def _shifted(function, rewards, baseline):
-    """Rewards or KLs (P,K) as float64. With a baseline, minus those of the prompt's first sample: A does not change, and
-    is exactly 0 if all are equal, however large."""
+    """Rewards or KLs (P,K) as float64. With a baseline, minus those of the prompt's first sample: A does not change,
+    and is exactly 0 if all are equal, however large."""
     # float64: differences between the samples of a prompt may be small next to the rewards themselves.
     rewards = checks.finite(function, "rewards", np.asarray(rewards, np.float64), "sample")
     if baseline == "none":

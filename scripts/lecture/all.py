@@ -29,8 +29,10 @@ from common import markdown, page
 from common.experiment import STYLES, read
 from common.text import first_sentence
 from minilm import checkpoint
+from minilm.checks import ordinary_file
 from minilm.fast import workers
-from support.command_line import MOST_WORKERS, Parser, read_json, relying_on, whole
+from support.command_line import MOST_WORKERS, Parser, relying_on, whole
+from support.json_files import read_shaped
 from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
 
 HERE = Path(__file__).resolve().parent
@@ -46,6 +48,7 @@ STAGES = {
 }
 EXPERIMENTS = tuple(name for names in STAGES.values() for name in names)
 FIGURE_BYTES = 60_000
+SECONDS = {str: {"seconds": {str: float}, "workers": int, "date": str, "machine": str}}     # of seconds.json, by size
 RUN_FIRST = "Give the folder of a run of this script, or run the experiments again in another --out."
 # Options and environment of an experiment under another rounding; "workers" is worked out from --workers.
 ROUNDINGS = {"float64": (["--dtype", "float64"], {}),
@@ -208,14 +211,14 @@ def run_one(name, size, folder, workers, rounding=None):
 def measured_seconds(size):
     """seconds.json of that size: {"seconds": {name: seconds}, "workers", "date", "machine"}, or empty."""
     path = HERE / "seconds.json"
-    return read_json(path, "Delete it.").get(size, {}) if path.exists() else {}
+    return read_shaped(path, SECONDS, "Delete it.").get(size, {}) if path.exists() else {}
 
 
 def expected_seconds(names, size):
     """One number per name; an experiment that was never measured is taken for an average one."""
     known = measured_seconds("default" if size == "full" else size).get("seconds", {})
     average = sum(known.values()) / len(known) if known else 1.0
-    return [known.get(name, average) for name in names]
+    return [max(1, known.get(name, average)) for name in names]
 
 
 def expectation(names, size):
@@ -246,7 +249,7 @@ def write_seconds(folder):
     if not done:
         raise UsageError(f"{folder} holds no results yet")
     path = HERE / "seconds.json"
-    kept = read_json(path, "Delete it.") if path.exists() else {}
+    kept = read_shaped(path, SECONDS, "Delete it.") if path.exists() else {}
     last = list(done.values())[-1]
     kept[size] = {name: last[name] for name in ("date", "machine", "workers")}
     kept[size]["seconds"] = {name: max(1, round(result["seconds"])) for name, result in done.items()}
@@ -277,11 +280,20 @@ def publish(folder, size, done):
     kept = ("outcome", "comparisons", "conditions", "findings", "numbers", "seeds")
     claims = {name: {"rule": first_sentence(result["Rule"]), "figure": f"{name}.png",
                      **{key: result.get(key, []) for key in kept}} for name, result in done.items()}
-    pictures = {name: [page.compact((folder / f"{name}{style}.png").read_bytes()) for style in STYLES]
-                for name in done}
+    pictures = {name: [picture(folder / f"{name}{style}.png") for style in STYLES] for name in done}
     checkpoint.write_text(folder / "claims.json", json.dumps(claims, indent=1) + "\n")
     checkpoint.write_text(folder / "claims.md", markdown.table(STAGES, done))
     checkpoint.write_text(folder / "index.html", page.html(STAGES, done, pictures, size))
+
+
+def picture(path, *how):
+    """page.compact of the figure in a file. Raises UsageError if it cannot be read."""
+    try:
+        return page.compact(ordinary_file(path).read_bytes(), *how)
+    except OSError as error:
+        cause = error.strerror or f"no picture, or damaged ({checkpoint.one_line(error)})"
+        raise UsageError(f"{path}: {cause}. Draw it again with {path.stem.removesuffix('-dark')}.py --redraw --out "
+                         f"{path.parent}") from error
 
 
 def compare_roundings(folder, size):
@@ -306,8 +318,7 @@ def write_readme(folder):
     figures.mkdir(parents=True, exist_ok=True)
     large = []
     for name in done:
-        png = (Path(folder) / f"{name}.png").read_bytes()
-        attempts = (page.compact(png, colours, scale)
+        attempts = (picture(Path(folder) / f"{name}.png", colours, scale)
                     for scale in (1, 0.75, 0.6, 0.5) for colours in (256, 64))
         small = next((p for p in attempts if len(p) < FIGURE_BYTES), None)
         if small is None:

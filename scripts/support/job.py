@@ -156,5 +156,5 @@ class Job:
 
 
 def _other_run(path):
-    return CheckpointError(f"{path}: damaged, or of another run or another architecture. Delete this file; --resume then "
-                           "trains that stage again.")
+    return CheckpointError(f"{path}: damaged, or of another run or another architecture. Delete this file; "
+                           "--resume then trains that stage again.")

@@ -261,7 +261,7 @@ def main_guard(main: Callable[[], int | None], *user_errors: type[Exception]) ->
     exception classes, OSError (a full disk, for example) and out_of_memory; 130 for Ctrl-C; 141 if the reader of the
     output has closed it (`| head -1`). Any other exception is a bug and keeps its traceback.
     """
-    _open_closed_streams()
+    _prepare_streams()
     try:
         status = main() or 0
         sys.stdout.flush()    # here a failure can still be reported
@@ -302,11 +302,14 @@ def out_of_memory(error: BaseException) -> bool:
                                             or "without setting an exception" in str(error)))
 
 
-def _open_closed_streams():
-    """The null device for a stream that was closed (`>&-`). Otherwise the next file that is opened gets its number."""
+def _prepare_streams():
+    """The null device for a stream that was closed (`>&-`): otherwise the next file that is opened gets its number. A
+    character that the encoding of the output lacks is escaped: it must not end a run."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))      # noqa: SIM115  (until the process ends)
+    if hasattr(sys.stdout, "reconfigure"):                  # a test may have put another object there
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _discard_output():

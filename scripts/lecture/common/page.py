@@ -125,9 +125,15 @@ def html(stages: dict, results: dict, pictures: dict, size: str) -> str:
 
 @functools.cache
 def compact(png: bytes, colours: int = 256, scale: float = 1) -> bytes:
-    """The same picture from a palette, and smaller if need be: a third of the bytes, of a figure of lines."""
+    """The same picture from a palette, and smaller if need be: a third of the bytes, of a figure of lines.
+
+    Raises OSError for bytes that are no picture, or one too large to be a figure.
+    """
     from PIL import Image
-    picture, file = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    try:
+        picture, file = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    except (SyntaxError, Image.DecompressionBombError) as error:        # Pillow's of some damaged files
+        raise OSError(str(error)) from error
     if scale != 1:
         picture = picture.resize([round(scale * side) for side in picture.size], Image.Resampling.BOX)
     picture.quantize(colours, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)

@@ -47,8 +47,30 @@ def to_device(x: Any, device: str) -> Any:
 
 
 def to_numpy(x: Any) -> np.ndarray:
-    """x as a NumPy array: a copy if it is on the GPU, else x itself."""
+    """x as a NumPy array of the base class: a copy if it is on the GPU, else a view of x or x itself.
+
+    Raises TypeError for a masked array: its mask would be lost without a word.
+    """
+    if type(x) is np.ndarray:
+        return x
+    if isinstance(x, np.ndarray) and hasattr(x, "mask"):
+        raise TypeError(f"a masked array of shape {x.shape}: its mask would have no effect; pass x.filled(value), or "
+                        "the entries that count, x.compressed()")
     return x.get() if is_cupy(x) else np.asarray(x)
+
+
+def plain_argument(x: Any, copy: bool = False) -> Any:
+    """An argument of arithmetic: NumPy scalars as Python numbers, and what NumPy takes for an array as one. A memmap or
+    an np.matrix, whose * is a matrix product, would bring rules of its own.
+
+    copy: copies of arrays of numbers; on a GPU, where a copy costs a launch, of integers and masks alone.
+    """
+    if isinstance(x, np.generic):       # np.float64(2) turns float32 arithmetic into float64, a Python number does not
+        return x.item()
+    if not hasattr(type(x), "__array__"):
+        return x
+    array = x if is_cupy(x) else to_numpy(x)
+    return array.copy() if copy and array.dtype.kind in ("iub" if is_cupy(x) else "iubf") else array
 
 
 def concatenate(arrays: Iterable) -> np.ndarray:

@@ -152,9 +152,11 @@ def _integers_below(function, name, values, count, otherwise):
 def _array(function, name, values, kinds, wanted):
     """The values as an array whose dtype is of these kinds. Raises TypeError for a Tensor, None, text, ragged lists."""
     try:
-        array = array_module(values).asarray(values)
+        array = values if is_cupy(values) else to_numpy(values)
     except ValueError:
         raise TypeError(f"{function}: {name} holds lists of unequal lengths; it must hold {wanted}") from None
+    except TypeError as error:
+        raise TypeError(f"{function}: {name} is {error}") from None
     if array.dtype.kind not in kinds and array.size:
         held = f"is {shown(values)}" if array.dtype == object else f"holds {array.dtype}"
         raise TypeError(f"{function}: {name} {held}; it must hold {wanted}")

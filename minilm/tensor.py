@@ -34,13 +34,15 @@ from typing import Any
 
 import numpy as np
 
-from minilm.backend import array_module, is_cupy
+from minilm.backend import array_module, is_cupy, plain_argument, to_numpy
 from minilm.in_place import NEVER, changed_since, mark_changed, order
 from minilm.modes import arrays_only, grad_enabled, no_grad, recording, thread, watching
 from minilm.numpy_functions import NumpyFunctions
 
 __all__ = ["Node", "Tensor", "arrays_only", "grad_enabled", "history", "no_grad", "primitive", "recording", "watching"]
 
+# Of a call with wrong arguments; AttributeError is that of a list or None in place of an array.
+ERRORS = (IndexError, TypeError, ValueError, AttributeError)
 operations: Any = None             # the module ops, with the functions behind the operators; ops.py sets it
 
 
@@ -71,7 +73,7 @@ class Tensor:
         if isinstance(data, Tensor):
             raise TypeError("Tensor of a Tensor: pass its .data for a copy outside the graph")
         if not is_cupy(data):
-            data = np.asarray(data)
+            data = to_numpy(data)
         if data.dtype.kind in "iub":
             data = data.astype(np.float64)
         if data.dtype not in (np.float32, np.float64):
@@ -122,9 +124,15 @@ class Tensor:
     __float__ = item
 
     def assign(self, values: np.ndarray) -> None:
-        """self.data[...] = values, in a way that backward notices: through an earlier use of self it raises."""
-        self.data[...] = array_module(self.data).asarray(values)
+        """self.data[...] = values of its shape, in a way that backward notices: through an earlier use it raises."""
+        values = array_module(self.data).asarray(values)
+        if values.shape != self.shape:
+            raise ValueError(f"assign: values {values.shape} to a Tensor {self.shape}; none is broadcast")
+        self.data[...] = values
         mark_changed({"": self}, "assign")
+
+    def __reduce__(self):               # of copy and pickle: a leaf of its own, without gradient and history
+        return Tensor, (self.data, self.requires_grad and self.node is None)
 
     def __len__(self):
         return len(self.data)
@@ -274,7 +282,7 @@ def primitive(function: Callable) -> Callable:
     from the first on: a tuple, or a single array for the first argument alone. Trailing arguments without a gradient
     may be left out. All Tensors are on one device; masks, indices and references beside them may be on the CPU, and a
     primitive moves them. The result is a Tensor (within arrays_only(), an array). Errors name the primitive and the
-    shapes of its arguments: TypeError, ValueError and IndexError keep their kinds.
+    shapes of its arguments: TypeError, ValueError, IndexError and AttributeError keep their kinds.
     The core is lines (1) to (4); the rest is modes and messages.
     """
     name = function.__name__
@@ -293,14 +301,14 @@ def primitive(function: Callable) -> Callable:
             bound.apply_defaults()                              # and defaults fill the gaps between them
             inputs, options = bound.args, bound.kwargs
         recorded = grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-        arrays = [_kept(x) if recorded else _array(x) for x in inputs]      # (1) Tensors to arrays
-        options = {k: _kept(x, "iub") if recorded and type(x) is not list else _array(x) for k, x in options.items()}
+        arrays = [_array(x, recorded) for x in inputs]                      # (1) Tensors to arrays
+        options = {k: _array(x, recorded and type(x) is not list) for k, x in options.items()}
         try:
             array_module(*(x.data for x in inputs if isinstance(x, Tensor)))
             output, vjp = _checked(function(*arrays, **options))            # (2) the call
             _check_dtypes(inputs, output)
-        except (IndexError, TypeError, ValueError) as error:
-            kind = next(k for k in (IndexError, TypeError, ValueError) if isinstance(error, k))
+        except ERRORS as error:
+            kind = next(k for k in ERRORS if isinstance(error, k))
             raise kind(f"{_call(name, arrays)}: {str(error).removeprefix(name + ': ')}") from error
         if thread.watch is not None:
             thread.watch(name, output)
@@ -336,23 +344,14 @@ def _unpacked(arguments):
     return tuple(arguments[0]) if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else arguments
 
 
-def _array(x):
+def _array(x, kept=False):
+    """An argument as its primitive gets it. kept: a vjp may keep it, so arrays beside Tensors are copied, also those in
+    an index. They are small, and the caller may overwrite a buffer before backward."""
     if isinstance(x, Tensor):
         return x.data
-    # np.float64(2) would turn float32 arithmetic into float64; the Python scalar does not.
-    return x.item() if isinstance(x, np.generic) else x
-
-
-def _kept(x, copied="iubf"):
-    """_array of an argument that a vjp may keep. Arrays beside Tensors are copied, also those in an index: they are
-    small, and the caller may overwrite a buffer before backward. On a GPU, where a copy costs a launch, and of the
-    arguments by name, which may be outputs, only integers and masks are copied."""
-    kind = type(x)
-    if kind is Tensor:
-        return x.data
-    if kind is np.ndarray or hasattr(x, "dtype") and is_cupy(x):
-        return x.copy() if x.dtype.kind in (copied if kind is np.ndarray else "iub") else x
-    return kind(map(_kept, x)) if kind in (list, tuple) else _array(x)
+    if kept and type(x) in (list, tuple):
+        return type(x)(_array(part, kept) for part in x)
+    return plain_argument(x, kept)
 
 
 def _call(name, arrays):

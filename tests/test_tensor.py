@@ -1,4 +1,6 @@
 """minilm.tensor: what primitives record, what backward adds up and frees, and the errors."""
+import copy
+import pickle
 import threading
 import weakref
 
@@ -13,6 +15,7 @@ from minilm.checkpoint import load_into
 from minilm.diverged import first_nonfinite
 from minilm.exact.gradients import parameter_gradients, redraw_weights
 from minilm.fast.activation_checkpointing import activation_checkpoint
+from minilm.fast.flat_parameters import overlap
 from minilm.gradcheck import gradcheck
 from minilm.in_place import mark_changed
 from minilm.model import RewardModel
@@ -676,6 +679,97 @@ def test_arrays_beside_log_probs_may_be_overwritten_before_backward(name, rng):
         loss.backward()
         gradients.append(x.grad)
     assert np.array_equal(*gradients) and gradients[0].any()
+
+
+class Subclass(np.ndarray):
+    """Like np.memmap: an array of another class, in the same memory."""
+
+
+@pytest.mark.parametrize("name", [*INDICES, *OBJECTIVES])
+def test_arrays_of_another_class_may_be_overwritten_before_backward_too(name, rng):
+    function, arrays = {**INDICES, **OBJECTIVES}[name]
+    gradients = []
+    for overwritten in (False, True):
+        x = normal(np.random.default_rng(7), 4, 6)
+        given = [np.array(a).view(Subclass) for a in arrays]
+        y = function(x, *given)
+        for a in given if overwritten else ():
+            a[...] = a[::-1] if a.dtype.kind == "f" else 0
+        y.backward(np.random.default_rng(8).normal(size=y.shape))
+        gradients.append(x.grad)
+    assert np.array_equal(*gradients) and gradients[0].any()
+
+
+@pytest.mark.parametrize("name", ["y", "weight"])
+def test_an_array_given_by_name_may_be_overwritten_before_backward(name, rng):
+    x, a = normal(rng, 4, 6), rng.normal(size=6)
+    kept = a.copy()
+    y = ops.multiply(x, y=a) if name == "y" else layers.rms_norm(x, weight=a)
+    a[...] = 0
+    ops.sum(y).backward()
+    twin = Tensor(x.data, requires_grad=True)
+    ops.sum(ops.multiply(twin, kept) if name == "y" else layers.rms_norm(twin, kept)).backward()
+    assert np.array_equal(x.grad, twin.grad) and x.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")      # of np.matrix
+def test_a_matrix_multiplies_like_an_array():
+    """np.matrix * is a matrix product: in a loss it would be taken for the product of the elements."""
+    x, m = Tensor(np.arange(4.0).reshape(2, 2), requires_grad=True), np.arange(1, 5.0).reshape(2, 2)
+    for product in (x * np.matrix(m), np.matrix(m) * x, ops.multiply(x, y=np.matrix(m))):
+        assert type(product.data) is np.ndarray and np.array_equal(product.data, x.data * m)
+    assert np.array_equal((x @ np.matrix(m)).data, x.data @ m)
+
+
+def test_a_masked_array_is_refused_because_its_mask_would_have_no_effect():
+    masked = np.ma.array([1.0, 999.0], mask=[False, True])
+    for use in (lambda: Tensor(masked), lambda: Tensor([1.0, 2.0]) + masked, lambda: Tensor([1.0, 2.0]) * masked,
+                lambda: ops.where(np.ma.array([1, 1], mask=[0, 1]), Tensor([1.0, 2.0]), 0.0)):
+        with pytest.raises(TypeError, match=r"a masked array of shape \(2,\): its mask would have no effect"):
+            use()
+
+
+@pytest.mark.parametrize("wrong", [[[1.0, 2.0]], None], ids=repr)
+def test_an_argument_that_is_no_array_is_named_with_its_primitive(wrong):
+    with pytest.raises((TypeError, AttributeError), match=r"^sft_loss\((\[\[1.0, 2.0\]\]|None), \(1, 2\)\): "):
+        sft_loss(wrong, np.ones((1, 2)))
+
+
+# Copies.
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_copy_of_a_model_in_training_is_a_model_of_its_own(again, rng):
+    model = small_transformer(rng)
+    optimizer = AdamW(model.parameters())
+    ops.sum(model.log_probs(TOKENS)).backward()
+    optimizer.step()
+    other = again(model)
+    for name, p in other.parameters().items():
+        assert p.grad is p.grad_buffer is p.node is None and p.requires_grad
+        assert np.array_equal(p.data, model.parameters()[name].data) and not overlap(p.data, optimizer.data)
+    ops.sum(other.log_probs(TOKENS)).backward()
+    assert all(p.grad.any() for p in other.parameters().values())
+
+
+def test_a_pickled_parameter_has_not_changed_for_the_process_that_reads_it():
+    """The calls of a new process are counted from 0: the mark of the old one would be later than all of them."""
+    p = Tensor(np.ones(3), requires_grad=True)
+    p.assign(np.zeros(3))
+    assert pickle.loads(pickle.dumps(p)).changed == Tensor(1.0).changed != p.changed
+
+
+def test_a_copy_of_a_computed_tensor_is_a_constant():
+    """Its gradient could reach copies of the leaves alone, which nobody has."""
+    x = Tensor(np.ones(3), requires_grad=True)
+    assert copy.deepcopy(x).requires_grad and not copy.deepcopy(x * 2).requires_grad
+
+
+def test_assign_broadcasts_nothing():
+    p = Tensor(np.ones((2, 3)), requires_grad=True)
+    for wrong in (0.0, np.zeros(3), np.zeros((2, 1)), np.zeros((1, 2, 3))):
+        with pytest.raises(ValueError, match=r"assign: values .* to a Tensor \(2, 3\); none is broadcast"):
+            p.assign(wrong)
+    assert (p.data == 1).all()
 
 
 def test_arguments_of_a_readers_own_primitive_are_copied_too(rng):

@@ -98,8 +98,7 @@ def compare_gradients(actual: dict[str, Any], expected: dict[str, Any]) -> Gradi
     To compare one parameter, pass dicts with its name alone. Raises ValueError for a parameter that has no
     gradient on one side, and if the expected gradient is 0.
     """
-    missing = [name for name in actual | expected if actual.get(name) is None or expected.get(name) is None]
-    if missing:
+    if missing := [name for name in actual | expected if actual.get(name) is None or expected.get(name) is None]:
         raise ValueError(f"one side has no gradient for {', '.join(missing)}: both must depend on every parameter")
     for name in expected:
         checks.same_shape("compare_gradients", **{f"actual[{name!r}]": actual[name], "expected": expected[name]})

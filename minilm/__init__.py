@@ -4,4 +4,4 @@ from minilm import ops
 from minilm.tensor import Tensor, no_grad, primitive
 
 __all__ = ["Tensor", "no_grad", "ops", "primitive"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -33,7 +33,7 @@ def save_model(path: Path, model: Transformer | RewardModel, tokenizer: Tokenize
 def load_model(path: Path, finite: bool = True) -> tuple[Transformer | RewardModel, Tokenizer, dict]:
     """(model, tokenizer, metadata) from a file of save_model.
 
-    finite: refuse weights that are NaN or infinite, because nothing that such a model computes means anything; False
+    finite: raise for weights that are NaN or infinite, because nothing that such a model computes means anything; False
     loads them, to see where a training diverged.
     Raises CheckpointError as load does, and for a file whose weights, Config and tokenizer do not fit together.
     """

@@ -4,9 +4,9 @@ Each file has the same order: the formula and its gradient with the proof, the l
 metrics, private helpers. The functions take log-probs and rewards, never a model. Numbers that need a gradient
 come as Tensors; references, masks, old log-probs and advantages are plain arrays.
 
-To read a file you need the first 20 lines of tensor.py: `@primitive` turns a function of arrays that returns
-(output, vjp) into a function of Tensors. The annotation Tensor is the type that the caller passes; inside the
-function every Tensor is already its array. vjp maps the gradient of the output to one gradient for each of the
+To read a file you need the first 13 lines of tensor.py: `@primitive` turns a function of arrays that returns
+(output, vjp) into a function of Tensors. The annotation Tensor says what the caller passes; inside the function
+the argument is an array. vjp maps the gradient of the output to one gradient for each of the
 first arguments; the references and masks after them get none. A function without @primitive works on the
 Tensors themselves. xp is NumPy, or CuPy for arrays on a GPU (backend.py): read it as np. stable_sigmoid and
 stable_softplus are the sigmoid and log(1 + exp), without overflow (ops.py). The functions of checks.py raise an error
@@ -19,7 +19,8 @@ Symbols in every file:
     pi, pi_ref    the policy, and the fixed reference; both are above 0 for every response, as a softmax is.
                   Inside a sum or an expectation over y, pi is short for pi(y|x)
     theta         the parameters of pi;  grad is the gradient in theta
-    log pi(y_t)   short for log pi(y_t | x, y_<t), an entry of `log_probs`
+    log pi(y_t)   short for log pi(y_t | x, y_<t), an entry of `log_probs`. In README.md it is log π_t, and in sft.py
+                  log pi(s_t), where t counts from the start of the prompt
     log pi(y|x)   the log-prob of the response: the sum of log pi(y_t) over the tokens of y
     r(x,y)        the reward;  beta: the weight of the KL penalty
     k1            log pi(y|x) - log pi_ref(y|x): an estimate of KL(pi || pi_ref) from one y drawn from pi
@@ -32,8 +33,8 @@ Symbols in every file:
     P, K, N       prompts, samples for each prompt, N = P K samples in all: a row is one sampled response
 
 A complete response ends with an EOS token, which is one of its tokens, or at the limit of its length. So generation
-always ends, with exactly one complete response: their probabilities pi(y|x) add up to 1, and
-sum_y grad pi(y|x) = grad 1 = 0. The proofs use this.
+always ends with exactly one complete response. The probabilities pi(y|x) of all complete responses therefore add up
+to 1, and sum_y grad pi(y|x) = grad 1 = 0. The proofs use this.
 
 How to add an objective: .github/CONTRIBUTING.md. Whether the expected gradient of an estimator is the
 gradient that you mean: minilm.exact.gradients.compare_with_exact_gradient.

@@ -1,10 +1,12 @@
 """Direct Preference Optimization (DPO): train the policy on comparisons, without a reward model.
 
-x is a prompt, y_w the preferred response (chosen), y_l the other one (rejected). log pi(y|x) is the sum
-of the log-probs of the tokens of y, its EOS included; pi_ref(y|x) > 0 for every y. RLHF (policy_gradient.py)
-maximises, for each prompt,
+Symbols, and how to read the code (@primitive, vjp, xp): objectives/__init__.py.
 
-    J(pi) = E_{y ~ pi}[ r(x,y) ] - beta KL(pi || pi_ref)
+x is a prompt, y_w the preferred response (chosen), y_l the other one (rejected). log pi(y|x) is the sum of the
+log-probs of the tokens of y, its EOS included; pi_ref(y|x) > 0 for every y. RLHF (policy_gradient.py) maximises,
+for each prompt,
+
+    J(pi) = E_{y ~ pi}[ r(x,y) ] - beta KL(pi || pi_ref)                    pi is short for pi(y|x)
 
 1. The maximiser of J, the optimal policy, has a closed form:
 
@@ -19,9 +21,9 @@ Proof. Solve for the reward,  r(x,y) = beta log(pi*(y|x) / pi_ref(y|x)) + beta l
 Z(x) does not depend on pi, and a KL divergence is at least 0, and 0 only at pi = pi*.
 
 2. Every policy pi is optimal for some reward: r(x,y) = beta log(pi(y|x) / pi_ref(y|x)) + c(x), with any c(x).
-With this reward, pi_ref exp(r/beta) = exp(c/beta) pi, so pi* = pi. beta log(pi/pi_ref) is the implied reward of
-pi. Adding c(x) to r does not change pi*. So a reward can be learned by learning the policy; c(x) cancels in the
-difference of two rewards of one prompt.
+With this reward, pi_ref exp(r/beta) = exp(c/beta) pi. The sum of this over y is Z(x) = exp(c/beta), so pi* = pi.
+A policy therefore stands for a reward, up to c(x). beta log(pi/pi_ref) is called the implied reward of pi. The
+difference of two rewards of one prompt does not contain c(x).
 
 3. The Bradley-Terry loss (reward.py) learns a reward from comparisons, and uses only this difference. Substitute
 the implied rewards:
@@ -34,22 +36,23 @@ L is the loss of one pair; dpo_loss is its mean over B pairs. Gradient:
     dL / d log pi(y_w|x) = -beta sigmoid(-beta delta)
     dL / d log pi(y_l|x) = +beta sigmoid(-beta delta)
 
-because d/dz[-log sigmoid(z)] = -sigmoid(-z), here at z = beta delta, and the derivatives of delta in the
-two log-probs are +1 and -1. sigmoid(-beta delta) is the probability, under the implied rewards, that y_l is
-preferred to y_w.
+because sigmoid' = sigmoid (1 - sigmoid) gives d/dz[-log sigmoid(z)] = -(1 - sigmoid(z)) = -sigmoid(-z). Here
+z = beta delta, and the derivatives of delta in the two log-probs are +1 and -1. sigmoid(-beta delta) is the
+probability, under the implied rewards, that y_l is preferred to y_w.
 
-4. RLHF and DPO have the same optimum under three conditions: preferences follow the Bradley-Terry model with
-the reward r; comparisons are unlimited, and for each prompt the graph of compared pairs is connected (a chain of
-compared pairs leads from any response to any other); pi is unrestricted. Let y be preferred to y' with
-probability q = sigmoid(r(x,y) - r(x,y')), and let D be delta with y as y_w and y' as y_l. The expected loss is a
+4. RLHF and DPO have the same optimum under three conditions: preferences follow the Bradley-Terry model with the
+reward r; comparisons are unlimited, and for each prompt the graph of compared pairs is connected (a chain of compared
+pairs leads from any response to any other); pi is unrestricted (it can be any distribution). Let y be preferred to y'
+with probability q = sigmoid(r(x,y) - r(x,y')), and let D be delta with y as y_w and y' as y_l. The expected loss is a
 sum over the compared pairs, with positive weights, of the terms
 
     -q log sigmoid(beta D) - (1 - q) log sigmoid(-beta D)
 
 A term is the cross-entropy of q and sigmoid(beta D). It is smallest only at sigmoid(beta D) = q, so at
 beta D = r(x,y) - r(x,y'). pi* makes every term minimal at once, because beta log(pi*/pi_ref) = r - beta log Z(x)
-(step 1). So no policy has a smaller sum, and a minimum must make every term minimal: beta log(pi/pi_ref) - r is
-equal for the two responses of a compared pair, so along every chain, so for all y, and pi is pi* by step 2.
+(step 1). No policy has a smaller sum, and a policy with the same sum makes every term minimal, too. For such a policy,
+beta log(pi/pi_ref) - r is the same for both responses of a compared pair. The chains connect all responses, so it is
+the same for all y: r = beta log(pi/pi_ref) + c(x). By step 2, pi is pi*.
 
 With flipped labels or finite data, DPO in general does not reach the pi* of the true r. It still has the same
 optimum as RLHF with a reward model fitted to the same comparisons, if reward model and policy are unrestricted,
@@ -97,9 +100,11 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
                      preferences"): the cross-entropy with the target 1 - eps,
                          mean[ -(1 - eps) log sigmoid(z) - eps log sigmoid(-z) ],     z = beta delta
                      For eps > 0 its minimum is at the finite z = log((1 - eps) / eps). It does not undo
-                     flipped labels; robust_dpo_loss does. (TRL 1.16 has this option and ignores it.)
+                     flipped labels; robust_dpo_loss does. (TRL 1.16 has this option only for other losses,
+                     such as 'robust'; with loss_type 'sigmoid', which is this loss, it has no effect.)
     Gradient of one pair in z: eps sigmoid(z) - (1 - eps) sigmoid(-z), which is -sigmoid(-z) for eps = 0.
-    Raises ValueError for other shapes, B = 0, a reference that is not finite, beta not above 0, and eps out of range.
+    Raises ValueError for shapes other than (B,), B = 0, a reference that is not finite, beta not above 0, and eps out
+    of range.
     """
     eps = checks.number("dpo_loss", "label_smoothing", label_smoothing, at_least=0, below=0.5)
     delta = _delta("dpo_loss", beta, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
@@ -152,7 +157,7 @@ def ipo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
         h(y) = E_{y' ~ mu}[(2q - 1)/(2 beta)] + constant = p(y)/beta + constant,
     with the win rate p(y) = E_{y' ~ mu}[q]. So the optimum is pi_ref exp(p/beta) / Z: pi* with p in place of the
     reward (tests/test_exact_optimum.py).
-    It starts at 1/(4 beta^2). Log-probs are summed, as in the paper; TRL averages them over tokens.
+    At pi = pi_ref the loss is 1/(4 beta^2). Log-probs are summed, as in the paper; TRL averages them over tokens.
     Gradient of one pair in delta: 2 (delta - 1/(2 beta)).
     Azar et al. 2023, arXiv:2310.12036, (17); their tau is beta. Raises ValueError like dpo_loss.
     """
@@ -170,9 +175,9 @@ def length_normalised_dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, r
                                rejected_lengths: np.ndarray, beta: float = 0.1) -> Tensor:
     """DPO on mean log-probs: each of the four log-probs in delta is divided by the length of its response.
 
-    Log-probs summed over tokens, and lengths in tokens, all (B,). The length of a response alone then
-    does not change delta. beta multiplies a mean instead of a sum, so for a gradient of the same size it
-    must be larger, by about the number of tokens.
+    Log-probs summed over tokens, and lengths in tokens, all (B,). Two responses of different length with the same mean
+    log-probs have the same delta. beta multiplies a mean instead of a sum, so for a gradient of the same size it
+    must be larger, by a factor of about the number of tokens.
     Lambert et al. 2024, arXiv:2411.15124, (6). Raises ValueError like dpo_loss, and for a length below 1: an empty
     response has no mean log-prob.
     """
@@ -200,7 +205,7 @@ def dpo_metrics(policy_chosen: np.ndarray, policy_rejected: np.ndarray, referenc
                         wrong, so it is 0 at the first step
     rewards/ties        fraction of pairs with equal implied rewards (TRL does not have it)
     logps/chosen, logps/rejected      means of log pi(y_w|x) and log pi(y_l|x)
-    Raises ValueError for other shapes, B = 0, log-probs that are not finite, and beta not above 0.
+    Raises ValueError for shapes other than (B,), B = 0, log-probs that are not finite, and beta not above 0.
     """
     checks.number("dpo_metrics", "beta", beta, above=0)
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = checks.numbers(
@@ -230,6 +235,6 @@ def _delta(function, beta, policy_chosen, policy_rejected, reference_chosen, ref
 
 
 def _mean(losses):
-    """The mean, exactly equal to the losses if they are all equal: training starts at log 2 to the last bit."""
+    """The mean. If all losses are equal, it is exactly their value, so the first loss of training is exactly log 2."""
     lowest = losses.min()
     return lowest + (losses - lowest).mean()

@@ -1,5 +1,7 @@
 """How far is the policy from the reference? Three estimators of a KL divergence, and their gradients.
 
+Symbols, and how to read the code (@primitive, vjp, xp): objectives/__init__.py.
+
 x is a prompt, y a response drawn from the policy pi. One sample gives
 
     k1 = log pi(y|x) - log pi_ref(y|x)
@@ -11,10 +13,10 @@ x is a prompt, y a response drawn from the policy pi. One sample gives
     k2      close to it if pi is near pi_ref     grad KL(pi || pi_ref)
     k3      KL(pi || pi_ref)                     grad KL(pi_ref || pi)
 
-"As a loss" means: the samples are fixed, and the estimator is differentiated. A single k1 may be
-negative; k2 and k3 never are (exp(u) >= 1 + u). With finitely many responses the variance of k3 is finite, but
-very large where pi is far below pi_ref. With infinitely many responses it is infinite if E[(pi_ref / pi)^2] or
-E[k1^2] is infinite.
+"As a loss" means: the samples are fixed, and the estimator is differentiated. A single k1 may be negative; k2 and
+k3 never are (exp(u) >= 1 + u). With finitely many responses the variance of k3 is finite, but very large if pi is
+far below pi_ref for some of them. With infinitely many responses it is infinite if E[(pi_ref / pi)^2] or E[k1^2]
+is infinite.
 
 Values. E[k1] = sum_y pi log(pi / pi_ref) is the definition of KL(pi || pi_ref). E[k3] = E[k1], because
 exp(-k1) = pi_ref / pi and E[pi_ref / pi] = sum_y pi_ref = 1.
@@ -104,7 +106,7 @@ def kl_metrics(policy: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> d
     kl_sequence  mean over responses of the summed k1, in nats per response
     kl_token     the same sum divided by the number of tokens, in nats per token (the `kl` of TRL's RLOO)
     An estimate from few samples may be negative; the divergence never is.
-    Raises ValueError for other shapes, and for a mask of other values than 0 and 1.
+    Raises ValueError for shapes other than these, and for a mask of other values than 0 and 1.
     """
     checks.same_shape("kl_metrics", axes="NT", policy=policy, reference=reference, mask=mask)
     selected = checks.mask("kl_metrics", to_numpy(mask))

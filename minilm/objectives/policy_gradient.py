@@ -1,5 +1,7 @@
 """RLHF by policy gradient: maximise the reward while the policy stays close to the reference.
 
+Symbols, and how to read the code (@primitive, vjp, xp): objectives/__init__.py.
+
 x is a prompt, y a response, r(x,y) its reward, beta the weight of the KL penalty. For each prompt:
 
     J(pi) = E_{y ~ pi}[ r(x,y) ] - beta KL(pi || pi_ref)
@@ -21,18 +23,19 @@ the tokens of a response and its EOS, 0 elsewhere:
     L = -(1/N) sum over responses of A log pi(y|x),                 A = R - b
     log pi(y|x) = sum_t m_t log pi(y_t)
 
-    dL / d log pi(y_t) = -m_t A / N,            grad L = sum (dL / d log pi(y_t)) grad log pi(y_t)
+    dL / d log pi(y_t) = -m_t A / N,            grad L = sum_{n,t} (dL / d log pi(y_t)) grad log pi(y_t)
 
-with the sum over t and over responses. grad L is an estimate. With K responses to each prompt, and J averaged
+where n runs over the responses. grad L is an estimate. With K responses to each prompt, and J averaged
 over the prompts, its expectation over the draws depends on the baseline (`advantages`):
 
     none             -grad J
-    leave_one_out    -grad J. The other samples are independent of y, so given them b is a number that does not
-                     depend on y: the expectation is -grad J for all values of the others
+    leave_one_out    -grad J. b is computed from the other samples, which are independent of y. For any fixed values
+                     of them, b is a number that does not depend on y, so the expectation is -grad J
     mean             -(1 - 1/K) grad J, because R_k - mean = (1 - 1/K) (R_k - mean of the others), where R_k is
                      the R of response k to the prompt
-    group            biased. The expected gradient of each prompt is scaled by a different positive factor; if R
-                     takes more than two values, its direction generally changes too
+    group            biased. If R takes only two values, the expected gradient of each prompt is multiplied by a
+                     positive factor, which differs between prompts. If R takes more values, the direction of each
+                     prompt's gradient generally changes too
 
 The value of L does not measure progress; the mean of R does, because it estimates J. (The mean of r does not:
 it can rise while J falls, if the KL grows.) log pi(y|x) is the sum over tokens. A mean over tokens would weigh a
@@ -61,7 +64,7 @@ def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.nda
                 NaN outside the mask
     advantages  A, (N,), or one for each token (N,T) from reward_to_go; no gradient goes through it
     mask        (N,T), 1 on response tokens, 0 elsewhere
-    Raises ValueError for other shapes, for a mask with values other than 0 and 1, and for N = 0.
+    Raises ValueError for shapes other than these, for a mask with values other than 0 and 1, and for N = 0.
     """
     xp = array_module(log_probs)
     N = len(log_probs)
@@ -87,8 +90,9 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
                                Biased: prompts with little spread weigh more, and the standard deviation is
                                computed from the same samples that it normalises. Needs K >= 2
     "group" is the advantage of GRPO (Shao et al. 2024, arXiv:2402.03300), with ddof 1 and 1e-4 as in TRL.
-    TRL's GRPO has no KL in the reward: the same as here at beta = 0.
-    Raises ValueError for other shapes or names, rewards or kl that are not finite, beta below 0, and too small a K.
+    TRL's GRPO has no KL in the reward; its advantages are the ones for beta = 0 here.
+    Raises ValueError for shapes or names other than these, rewards or kl that are not finite, beta below 0, and too
+    small a K.
     """
     rewards, kl = checks.numbers("advantages", "PK", hint="reshape N = P K samples with .reshape(P, K)",
                                  rewards=rewards, kl=kl)
@@ -150,8 +154,8 @@ def ppo_clip_loss(log_probs: Tensor, old_log_probs: np.ndarray, advantages: np.n
     ratio of 1 it is the gradient of policy_gradient_loss.
 
     log_probs, old_log_probs, mask  (N,T), as in policy_gradient_loss; log-probs may be NaN outside the mask
-    Raises ValueError for other shapes or levels, a mask with values other than 0 and 1, old_log_probs that are not
-    finite within the mask, epsilon not above 0 and finite, and for N = 0.
+    Raises ValueError for shapes or levels other than these, a mask with values other than 0 and 1, old_log_probs that
+    are not finite within the mask, epsilon not above 0 and finite, and for N = 0.
     Schulman et al. 2017, arXiv:1707.06347, (7).
     """
     checks.same_shape("ppo_clip_loss", log_probs=log_probs, old_log_probs=old_log_probs)
@@ -187,7 +191,8 @@ def policy_gradient_metrics(rewards: np.ndarray, kl: np.ndarray, mask: np.ndarra
     kl_sequence, kl_token    KL(pi || pi_ref) in nats per response, and per token (the `kl` of TRL's RLOO)
     completions/mean_length  tokens per response
     entropy                  of the next-token distributions, in nats per token, if entropies are given
-    Raises ValueError for other shapes, rewards or kl that are not finite, and for a mask of other values than 0 and 1.
+    Raises ValueError for shapes other than these, rewards or kl that are not finite, and for a mask of other values
+    than 0 and 1.
     """
     rewards, kl = checks.numbers("policy_gradient_metrics", "PK", rewards=rewards, kl=kl)
     checks.same_shape("policy_gradient_metrics", mask=mask, entropies=entropies)

@@ -1,5 +1,7 @@
 """The Bradley-Terry reward model: learn a reward from comparisons of two responses.
 
+Symbols, and how to read the code (@primitive, vjp, xp): objectives/__init__.py.
+
 x is a prompt. The model gives each response y a number r(x,y), and predicts the comparison of two responses
 y and y' from the difference of their rewards:
 
@@ -25,9 +27,9 @@ model, that y_l is preferred to y_w. The loss pushes r_w up and r_l down; the pu
 wrong, and near 0 where it is right with confidence.
 
 Comparisons determine the rewards only up to one constant for each prompt: adding it to the rewards of all
-responses to this prompt does not change r_w - r_l. The centring term selects the constant. For one given pair
-it has gradient 0 on the difference r_w - r_l, because its two derivatives are equal. In expectation over many
-pairs it also shrinks the differences a little: for two responses y, y' drawn independently for the same prompt x,
+responses to this prompt does not change r_w - r_l. The centring term selects the constant. On one pair a gradient
+step of this term does not change r_w - r_l, because its two derivatives are equal. In expectation over many pairs
+it also shrinks the differences a little: for two responses y, y' drawn independently for the same prompt x,
 with rewards r and r', and with mean and variance over y for this fixed x,
 
     E[ (r + r')^2 ] = Var[r + r'] + E[r + r']^2 = 2 Var[r] + 4 E[r]^2
@@ -57,7 +59,7 @@ def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin: float 
     chosen_rewards, rejected_rewards  r_w and r_l, (B,)
     margin     by how much r_w should exceed r_l: a number, or one for each pair (B,)
     centering  the coefficient c; 0, no centring, is the default here and in TRL
-    Raises ValueError for other shapes, B = 0, a margin that is not finite, and c below 0.
+    Raises ValueError for shapes other than these, B = 0, a margin that is not finite, and c below 0.
     """
     checks.same_shape("reward_loss", axes="B", chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
     checks.number("reward_loss", "centering", centering, at_least=0)
@@ -83,7 +85,7 @@ def reward_metrics(chosen_rewards: np.ndarray, rejected_rewards: np.ndarray) -> 
     ties      fraction of pairs with r_w = r_l (TRL does not have it)
     margin    mean of the reward difference r_w - r_l (TRL's name; it is unrelated to the option `margin`)
     min_reward, mean_reward, max_reward   over the 2B rewards
-    Raises ValueError for other shapes, B = 0, and rewards that are not finite.
+    Raises ValueError for shapes other than these, B = 0, and rewards that are not finite.
     """
     chosen_rewards, rejected_rewards = checks.numbers("reward_metrics", "B", chosen_rewards=chosen_rewards,
                                                       rejected_rewards=rejected_rewards)

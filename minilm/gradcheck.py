@@ -35,14 +35,15 @@ def gradcheck(function: Callable[..., Tensor], *tensors: Tensor, tolerance: floa
 
     function    maps the tensors to a Tensor of any shape; must return the same value each time
     tensors     its arguments, float64; those with requires_grad are checked, on copies of their arrays
-    tolerance   for max|a - n| / max(max|n|, 1e-3) of each Tensor, a from backward, n from differences
+    tolerance   for max|a - n| / max(max|n|, 1e-3) of each Tensor: a is the gradient from backward, n the one from
+                finite differences
     step        of the difference, relative to max(1, |x|). The error is of order step^2 from
                 curvature plus 1e-16/step from rounding: about 1e-10 for a well-scaled function
     directions  None checks every element (two evaluations each); an integer checks that many
                 random directions over all Tensors at once, for functions of many parameters
-    rng         numpy Generator, for the cotangent and the directions
+    rng         numpy Generator, for the directions and for c in the next line
 
-    An output that is not a scalar is multiplied by a random cotangent and summed.
+    An output y that is not a scalar is replaced by sum(c y), with random numbers c of its shape: the cotangent of y.
     Returns the largest relative error. Raises GradientError with the worst element and both values,
     TypeError if a Tensor is not float64 or the function gives no Tensor, ValueError if no Tensor requires
     a gradient, and for settings out of range.

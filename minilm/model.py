@@ -37,7 +37,7 @@ class Config:
     layers: int = 2                 # L
     heads: int = 4                  # H
     kv_heads: int | None = None     # G, key/value heads; None: one for each query head
-    head_width: int | None = None   # K; None: width / heads
+    head_width: int | None = None   # K here and in layers.py, dh in plain.py; None: width / heads
     ffn_width: int | None = None    # F; None: 8/3 of the width, rounded up to a multiple of 8
     context: int = 256              # the longest sequence, in tokens
     causal: bool = True             # False: every position sees all others (an encoder)

@@ -9,6 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 OPERATORS = ("add", "subtract", "multiply", "divide", "matmul")
+# NumPy functions of x, or of x and y, that ops.py does not have, in terms of those that it has.
+INSTEAD = {"absolute": "-ops.minimum(x, -x)",
+           "logaddexp": "x + ops.softplus(y - x)",
+           "maximum": "-ops.minimum(-x, -y)",
+           "square": "x * x"}
 
 
 class NumpyFunctions:
@@ -33,4 +38,6 @@ class NumpyFunctions:
             return getattr(self.operations(), name)(*inputs)
         there = name != "power" and hasattr(self.operations(), name)        # ops.power takes a number as exponent
         advice = f"use minilm.ops.{name}" if there else "use the functions of minilm.ops"
-        raise TypeError(f"np.{name} does not take a Tensor: {advice}, or tensor.data for the array without a gradient")
+        formula = f"; ops has no {name}, but {INSTEAD[name]} is the same" if name in INSTEAD else ""
+        raise TypeError(f"np.{name} does not take a Tensor: {advice}, or tensor.data for the array without a gradient"
+                        f"{formula}")

@@ -16,10 +16,11 @@ Read `Tensor.backward`, `Node` and `primitive` first; the rest is operators and 
 object in place of an array (fast/deferred.py). Read DeferredMatmul(x, y) as the array x @ y, and SparseRows as the
 dense gradient of the embedding.
 
-Order: a record has a number that is larger than those of all earlier records. An input always exists before the output
-that is computed from it. So decreasing numbers are a reverse topological order of the graph: when `backward` reaches a
-record, every use of its output has already added its part to the gradient. The gradient of the loss from which
-`backward` starts is also called the cotangent of its Tensor.
+Order: records are numbered in the order of creation. An input always exists before the output that is computed from
+it. So decreasing numbers are a reverse topological order of the graph: when `backward` reaches a record, every use of
+its output has already added its part to the gradient.
+
+Cotangent of a Tensor: the gradient of the loss in it, for example the dy of a vjp.
 
 To add a primitive, write such a function in ops.py or layers.py, and check its gradient with gradcheck.gradcheck.
 tests/test_ops.py has a table of cases: add one for it. Tests: tests/test_tensor.py.

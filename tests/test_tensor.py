@@ -1,6 +1,7 @@
 """minilm.tensor: what primitives record, what backward adds up and frees, and the errors."""
 import copy
 import pickle
+import re
 import threading
 import weakref
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from helpers import assert_close, normal, peak_memory, rngs, small_transformer
-from minilm import Tensor, layers, no_grad, ops, primitive
+from minilm import Tensor, layers, no_grad, numpy_functions, ops, primitive
 from minilm.backend import array_module, to_device
 from minilm.checkpoint import load_into
 from minilm.diverged import first_nonfinite
@@ -482,6 +483,19 @@ def test_a_tensor_within_arrays_only_raises(rng):
     x = normal(rng, 2)
     with arrays_only(), pytest.raises(TypeError, match="within arrays_only.* pass tensor.data"):
         ops.exp(x)
+
+
+@pytest.mark.parametrize("name", numpy_functions.INSTEAD)
+def test_the_advice_for_a_function_that_ops_does_not_have_is_a_formula_of_the_same_values(rng, name):
+    function = getattr(np, name)
+    x, y = normal(rng, 5), normal(rng, 5)
+    with pytest.raises(TypeError) as raised:
+        function(*(x, y)[:function.nin])
+    words = str(raised.value)
+    assert words.startswith(f"np.{name} does not take a Tensor: use the functions of minilm.ops, or tensor.data")
+    formula = re.search(f"ops has no {name}, but (.*) is the same$", words).group(1)
+    assert not hasattr(ops, name)
+    assert_close(eval(formula, {"ops": ops, "x": x, "y": y}), function(*(x.data, y.data)[:function.nin]))
 
 
 def test_the_advice_for_a_power_of_an_array_names_no_function_that_would_raise(rng):

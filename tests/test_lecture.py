@@ -232,6 +232,16 @@ def test_a_report_says_the_rule_and_stays_within_its_columns():
     assert max(map(len, text.splitlines())) <= plain_text.COLUMNS
 
 
+def test_a_report_of_a_trial_says_that_it_decides_nothing_and_gives_no_other_outcome():
+    comparison = experiment.Comparison("lead", [1.0, 1.1, 1.2], above=2).summary()
+    compared = {"experiment": "tiny", **{kind: [comparison] for kind in ("comparisons", "conditions", "findings")}}
+    assert "required: above 2: not shown" in plain_text.report(RESULT | compared)
+    text = plain_text.report(RESULT | compared | {"outcome": experiment.TRIAL})
+    assert text.startswith("tiny: a trial, which decides nothing: the models are hardly trained\n")
+    assert "required: above 2: a trial\n" in text
+    assert not any(outcome in text for outcome in experiment.OUTCOMES)
+
+
 def test_an_experiment_leaves_numbers_and_two_figures_and_is_concluded_again_without_measuring(
         tmp_path, monkeypatch, capsys, drawing):
     assert run_alone(monkeypatch, measure, "--quick", "--out", tmp_path, "--workers", 2) == 0

@@ -65,14 +65,14 @@ from pathlib import Path
 import numpy as np
 
 import minilm
-from common.intervals import OUTCOMES, Comparison, as_number, outcome, smallest_step  # noqa: F401
+from common.intervals import OUTCOMES, TRIAL, Comparison, as_number, outcome, smallest_step  # noqa: F401
 from common.text import as_text, report
 from minilm import checkpoint
 from minilm.fast import workers
 from minilm.model import Config, Transformer
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from common.written import RUN_FIRST, SECTIONS, TRIAL, read  # noqa: E402
+from common.written import RUN_FIRST, SECTIONS, read  # noqa: E402
 from support.command_line import MOST_WORKERS, Parser, relying_on, whole  # noqa: E402
 from support.run_folder import main_guard, require  # noqa: E402
 

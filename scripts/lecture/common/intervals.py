@@ -31,6 +31,7 @@ import numpy as np
 from minilm import checks
 
 OUTCOMES = ("shown", "not shown", "undecided")
+TRIAL = "a trial"                       # the outcome of every experiment at --quick, and of its comparisons
 LEVEL = 0.95
 
 

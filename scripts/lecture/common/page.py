@@ -14,9 +14,8 @@ import re
 import struct
 from html import escape
 
-from common.experiment import TRIAL
 from common.glossary import FORMULAS, TERMS, WORDS
-from common.intervals import as_number
+from common.intervals import TRIAL, as_number
 from common.text import first_sentence
 
 TITLE = "The lecture, claim by claim"

@@ -6,9 +6,10 @@ Tests: tests/test_lecture.py.
 import re
 import textwrap
 
-from common.intervals import as_number
+from common.intervals import TRIAL, as_number
 
 COLUMNS = 100
+DECIDES_NOTHING = ", which decides nothing: the models are hardly trained"
 
 
 def first_sentence(text: str) -> str:
@@ -21,11 +22,13 @@ def report(result: dict) -> str:
         return textwrap.fill(" ".join(text.split()), COLUMNS, initial_indent=f"  {label:<10}",
                              subsequent_indent=" " * 12)
 
-    lines = [f"{result['experiment']}: {result['outcome']}", wrapped("rule", first_sentence(result["Rule"])),
+    trial = result["outcome"] == TRIAL
+    lines = [f"{result['experiment']}: {result['outcome']}{DECIDES_NOTHING if trial else ''}",
+             wrapped("rule", first_sentence(result["Rule"])),
              wrapped("measured", result["words"])]
     for label, kind in (("condition", "conditions"), ("compared", "comparisons")):
         lines += [wrapped(label, compared_as_text(comparison)) for comparison in result[kind]]
-    lines += [wrapped("finding", f"{compared_as_text(finding)}: {finding['outcome']}")
+    lines += [wrapped("finding", f"{compared_as_text(finding)}: {TRIAL if trial else finding['outcome']}")
               for finding in result.get("findings", [])]
     lines.append(wrapped("run", f"{len(result['seeds'])} seeds, {result['seconds']:.0f} s"))
     return "\n".join(lines)

@@ -7,12 +7,11 @@ import re
 import reprlib
 from pathlib import Path
 
-from common.intervals import OUTCOMES
+from common.intervals import OUTCOMES, TRIAL
 from support.json_files import fault, read_shaped
 from support.run_folder import UsageError
 
 RUN_FIRST = "Run it first, without --redraw."
-TRIAL = "a trial"                       # the outcome of every experiment at --quick
 SECTIONS = ("Claim", "Test", "Rule", "Limits", "Source")
 SEVERAL = ([{"name": str, "mean": (float, None), "interval": [(float, None)], "asked": str, "outcome": str,
              "by_seed": ([(float, None)], [])}], [])

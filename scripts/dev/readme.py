@@ -190,7 +190,7 @@ PARTS = {
     "bench": Part("scripts/bench/README.md", "40 min, on an idle machine",
                   commands=("scripts/bench/table.py runs/bench", "scripts/bench/table.py runs/bench --print")),
     "tricks": Part("scripts/bench/README.md", "minutes, on an idle machine", commands=("scripts/bench/tricks.py",)),
-    "lecture": Part("", "half an hour", commands=("scripts/lecture/all.py --out runs/claims --resume",
+    "lecture": Part("", "about an hour on two cores", commands=("scripts/lecture/all.py --out runs/claims --resume",
                                                   "scripts/lecture/all.py --readme runs/claims")),
     "vectors": Part("", "2 s", commands=("scripts/dev/golden.py",)),
 }

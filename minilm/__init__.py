@@ -1,4 +1,4 @@
-"""minilm: how a language model becomes an assistant, with nothing between you and the mathematics."""
+"""minilm: how a language model becomes an assistant. The definitions are in plain.py."""
 
 from minilm import ops
 from minilm.tensor import Tensor, no_grad, primitive

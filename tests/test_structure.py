@@ -13,7 +13,7 @@ from readme import imported, modules
 ROOT = Path(__file__).resolve().parents[1]
 
 # The whole import picture. A node imports only from lines above its own, and stands in the first line where it can.
-# The README's diagram is this table (scripts/dev/readme.py).
+# The diagram in tests/README.md is this table (scripts/dev/readme.py).
 LEVELS = """
     backend  fast.malloc  fast.workers  in_place  modes  numpy_functions
     checks  fast.deferred  fast.tiled_attention  tensor

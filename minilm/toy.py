@@ -1,4 +1,6 @@
-"""The whole lecture on a toy task, with plain.py alone: from random weights to an assistant in half a minute.
+"""The whole lecture on a toy task: from random weights to an assistant in half a minute.
+
+It uses the functions of plain.py; model.py only makes the initial weights.
 
     python -m minilm.plain          a number after it is the random seed: python -m minilm.plain 1
 
@@ -13,15 +15,22 @@ it, with errors; the training stages never read it.
     4. RLHF            maximise proxy reward - beta KL(policy || SFT model)         -> RLHF model
     5. DPO             the pairs of stage 3, no reward model and no sampling        -> DPO model
 
-Printed: means over each fifth of the steps (loss, proxy reward, KL); the replies to three questions; means and
-standard errors over all 512 questions, one fresh sample each: share of right letters, share of capitals, gold reward.
-"error" is the share, among new pairs with unequal gold rewards, that the reward model, or a person, orders against
-the gold reward. People choose with P = sigmoid(2 (difference of gold rewards)), so the proxy reward is an estimate of
-2 gold reward + a constant for each question. "pi*" is the policy with the largest 2 gold reward - beta KL, computed
-exactly: the optimum that RLHF and DPO would share with unlimited comparisons, unrestricted models and complete
-training.
+Printed:
+
+    five numbers     means over each fifth of the training steps. R is proxy reward - beta KL
+    bag=GAB ...      replies to three questions
+    0.92±0.01        mean and standard error over all 512 questions, one fresh sample each. right and capitals are
+                     shares of the replies, gold is the gold reward
+    error            among new pairs with unequal gold rewards, the share in which the reward model (or a person)
+                     prefers the reply with the lower gold reward
+    pi*              the policy with the largest (twice the gold reward - beta KL), computed exactly
+
+People choose with P = sigmoid(2 (difference of gold rewards)). So the proxy reward estimates twice the gold reward,
+plus a constant for each question, and RLHF and DPO would both end at pi* with unlimited comparisons, unrestricted
+models and complete training.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -90,14 +99,14 @@ def compare(policy: Parameters, n: int, rng: np.random.Generator) -> tuple[np.nd
 # The five stages.
 
 def train(title: str, parameters: Parameters, batch: Callable, steps: int, learning_rate: float) -> None:
-    """Each call of batch() draws a batch and returns numbers by name; "loss" is a Tensor."""
+    """Each call of batch() draws a batch and returns a dict: "loss", a Tensor, and numbers to print in place of it."""
     print(title)
     state: dict = {}
     history = []
     for step in range(steps):
         numbers = batch()
-        numbers["loss"] = plain.train_step(numbers["loss"], parameters, state, learning_rate * (1 - step / steps))
-        history.append(numbers)
+        loss = plain.train_step(numbers.pop("loss"), parameters, state, learning_rate * (1 - step / steps))
+        history.append(numbers or {"loss": loss})
     for name in history[0]:
         fifths = np.array_split([numbers[name] for numbers in history], 5)
         print(f"  {name:12s}", *(f"{fifth.mean():6.2f}" for fifth in fifths))
@@ -127,7 +136,7 @@ def train_reward_model(model: Parameters, chosen: np.ndarray, rejected: np.ndarr
 
 
 def train_rlhf(policy: Parameters, reference: Parameters, reward_model: Parameters, steps: int, rng) -> None:
-    """The value of the loss does not measure progress. Proxy reward - beta KL, the mean of R, does: it estimates J."""
+    """The value of the loss does not measure progress. R = proxy reward - beta KL does: its mean estimates J."""
     def batch():
         questions = np.repeat(text(16, 1.0, rng)[:, :4], 4, axis=0)                     # (64,4): each question 4 times
         lines = answer(policy, questions, rng)                                          # (64,7)
@@ -138,7 +147,8 @@ def train_rlhf(policy: Parameters, reference: Parameters, reward_model: Paramete
             rewards = plain.reward(reward_model, lines, CONFIG).data                    # (64)
         A = plain.advantages(rewards.reshape(16, 4), kl.reshape(16, 4), BETA)           # (16,4)
         loss = plain.policy_gradient_loss(policy_log_probs, A.reshape(64), reply_mask(lines))
-        return {"proxy reward": rewards.mean(), "KL": kl.mean(), "loss": loss}
+        R = rewards - BETA * kl                                                         # (64)
+        return {"loss": loss, "proxy reward": rewards.mean(), "KL": kl.mean(), "R": R.mean()}
     train("4. RLHF", policy, batch, steps, learning_rate=2e-3)
 
 
@@ -173,14 +183,14 @@ def report(name: str, policy: Parameters, rng: np.random.Generator, reference: P
     if reference is not None:
         with no_grad():
             columns["KL"] = reply_log_probs(policy, lines).data - reply_log_probs(reference, lines).data
-    shown = lines[[0o106, 0o543, 0o024]]            # bag, fed, ace: the letters are the digits of a number in base 8
+    shown = lines[[0o106, 0o543, 0o024]]            # bag, fed, ace. Base 8, because the letters a to h are 0 to 7
     print(f"  {name:12s}", *("".join(LETTERS[token] for token in line) for line in shown))
     print(" " * 14, "  ".join(f"{key} {x.mean():.2f}±{x.std() / 512 ** 0.5:.2f}" for key, x in columns.items()))
     return {key: float(x.mean()) for key, x in columns.items()}
 
 
 def errors(reward_model: Parameters, chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float]:
-    """Among pairs with unequal gold rewards, the share that the reward model, and people, order in the opposite way."""
+    """Among pairs with unequal gold rewards: the share in which the reward model, or a person, prefers the worse."""
     gold = gold_reward(chosen)[0] - gold_reward(rejected)[0]
     with no_grad():
         proxy = plain.reward(reward_model, chosen, CONFIG).data - plain.reward(reward_model, rejected, CONFIG).data
@@ -191,8 +201,8 @@ def errors(reward_model: Parameters, chosen: np.ndarray, rejected: np.ndarray) -
 def optimum(reference: Parameters, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """pi* = pi_ref exp(2 gold / beta) / Z: its expected gold reward and its KL, exactly. Questions (n,4) -> (n), (n)
 
-    pi*/pi_ref depends on the gold reward alone, so the probabilities of its four values under pi_ref suffice. They
-    follow from the probabilities of right letters (8 replies), of capitals (8^3 replies) and of both (1 reply).
+    pi*/pi_ref depends on the gold reward alone, so the probabilities of the four gold rewards under pi_ref are enough.
+    They follow from the probabilities of right letters (8 replies), of capitals (8^3 replies) and of both (1 reply).
     """
     n = len(questions)
     in_capitals = np.indices((2, 2, 2)).reshape(3, 8).T                                 # (8,3): 1 for a capital
@@ -221,6 +231,9 @@ def optimum(reference: Parameters, questions: np.ndarray) -> tuple[np.ndarray, n
 
 def lecture(seed: int = 0, scale: float = 1.0) -> dict[str, dict[str, float]]:
     """All stages, with `scale` times as many steps. Returns the means of report, by model."""
+    print("  Five numbers: means over each fifth of the training steps. ±: standard error.\n"
+          "  right, capitals: shares of the replies. gold: gold reward. pi*: best policy.\n"
+          f"  R: proxy reward - {BETA} KL. More: python -m minilm.plain --help")
     rng = np.random.default_rng(seed)
     model = Transformer(CONFIG, rng, np.float64)
     results = {"random": report("random", model.parameters(), rng)}
@@ -256,11 +269,20 @@ def lecture(seed: int = 0, scale: float = 1.0) -> dict[str, dict[str, float]]:
     return results
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] in (["--help"], ["-h"]):
+def main(words: list[str]) -> None:
+    if words in (["--help"], ["-h"]):
         print(__doc__.strip())
-        sys.exit()
-    if not all(word.isdecimal() for word in sys.argv[1:]) or len(sys.argv) > 2:
-        print(f"error: {' '.join(sys.argv[1:])}: expected one seed, a whole number", file=sys.stderr)
+    elif len(words) > 1 or not all(word.isdecimal() for word in words):
+        print(f"error: {' '.join(words)}: expected one seed, a whole number", file=sys.stderr)
         sys.exit(2)
-    lecture(*map(int, sys.argv[1:]))
+    else:
+        lecture(*map(int, words))
+    print(end="", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except BrokenPipeError:                         # the program that reads the output has closed it, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # otherwise Python writes again at exit, and complains
+        sys.exit(141)

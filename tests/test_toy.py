@@ -1,5 +1,6 @@
 """minilm.toy: the task is what its docstring says, and every stage improves the model, on every seed."""
 import os
+import re
 import subprocess
 import sys
 
@@ -78,6 +79,9 @@ def test_every_stage_improves_the_model(capsys):
     assert all(stage in printed for stage in ("1. Pretraining", "2. Supervised finetuning", "3. Reward model",
                                               "4. RLHF", "5. DPO", "bag=", "loss", "proxy reward", "error", "KL"))
     assert max(map(len, printed.splitlines())) <= 80
+    rows = re.findall(r"^  (proxy reward|KL|R) +(.*)$", printed, re.MULTILINE)
+    proxy_reward, kl, R = (np.array(numbers.split(), float) for _, numbers in rows)
+    assert np.abs(proxy_reward - toy.BETA * kl - R).max() < 0.02        # numbers are printed with two digits
 
 
 @pytest.mark.slow
@@ -94,6 +98,14 @@ def test_the_command_prints_all_stages():
     assert [line for line in done.stdout.splitlines() if not line.startswith(" ")] == [
         "1. Pretraining", "2. Supervised finetuning", "3. Reward model", "4. RLHF", "5. DPO",
         "Change from the SFT model"]
+
+
+def test_the_command_ends_quietly_if_its_output_is_closed():
+    reading, writing = os.pipe()
+    os.close(reading)    # `| head -1`
+    done = subprocess.run([sys.executable, "-m", "minilm.plain", "--help"], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("word, status, start", [("--help", 0, "The whole lecture"),

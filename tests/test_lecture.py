@@ -33,7 +33,7 @@ from support.run_folder import main_guard  # noqa: E402
 
 CONFIG = dict(vocab_size=5, width=4, layers=1, heads=1, ffn_width=4, context=8)
 DOC = "\n\n".join(["{title}", "Claim. {claim}", "Test. As said:\nso.", "Rule. It ends high. Or not.", "Limits. All.",
-                   "Source. Nobody 2020, arXiv:2009.01325."])
+                   "Source. Nobody 2020, arXiv:2009.01325.", "Figure. The end against the step."])
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def drawing():
 # The experiments.
 
 @pytest.mark.parametrize("name", lecture.EXPERIMENTS)
-def test_a_claim_has_its_script_its_five_paragraphs_and_its_sizes(name):
+def test_a_claim_has_its_script_its_six_paragraphs_and_its_sizes(name):
     source = lecture.script(name).read_text("utf-8")
     title, sections = experiment.paragraphs(ast.get_docstring(ast.parse(source)))
     assert 10 < len(title) < 120, title
@@ -86,18 +86,19 @@ def test_mean_range_is_the_mean_and_in_brackets_the_least_and_the_greatest():
     assert experiment.mean([0.5, 1.0]) == "0.75"
 
 
-def test_a_docstring_has_a_title_and_five_paragraphs_in_order():
+def test_a_docstring_has_a_title_and_six_paragraphs_in_order():
     title, sections = experiment.paragraphs(DOC.format(title="A\ntitle", claim="One. Two."))
-    assert title == "A title" and tuple(sections) == experiment.SECTIONS
+    assert title == "A title" and tuple(sections) == experiment.PARAGRAPHS
     assert sections["Claim"] == "One. Two." and sections["Test"] == "As said: so."
 
 
 @pytest.mark.parametrize("change", [("Limits. All.\n\n", ""), ("Limits.", "Limit."),
                                     ("Rule. It ends high. Or not.", "Rule."), ("Source.", "More. Text.\n\nSource."),
+                                    ("\n\nFigure. The end against the step.", ""),
                                     ("Claim. {claim}\n\nTest. As said:\nso.", "Test. So.\n\nClaim. It.")])
 def test_a_docstring_that_lacks_repeats_or_confuses_a_paragraph_is_refused(change):
     assert change[0] in DOC
-    with pytest.raises(ValueError, match="Claim, Test, Rule, Limits, Source"):
+    with pytest.raises(ValueError, match="Claim, Test, Rule, Limits, Source, Figure"):
         experiment.paragraphs(DOC.replace(*change))
 
 
@@ -286,7 +287,7 @@ for style in ("", "-dark"):
 (folder / f"{{name}}.json").write_text(json.dumps({{**{result}, "size": size}}))
 '''
 RESULT = {"title": "A title", "Claim": "It is so.", "Test": "Tried.", "Rule": "It ends above 3. More.",
-          "Limits": "Many.", "Source": "arXiv:2009.01325", "outcome": "shown",
+          "Limits": "Many.", "Source": "arXiv:2009.01325", "Figure": "The end against n.", "outcome": "shown",
           "words": "It came to 3.5. More is said here.",
           "numbers": {"end": {"mean": 3.5}}, "comparisons": [], "conditions": [], "settings": {"steps": 5},
           "table": [["n", "end"], ["1", "3.5"]],
@@ -543,16 +544,17 @@ HOSTILE = """</td><script>alert("1")</script> & 'quotes' {braces} %s <b onload=x
 
 
 def test_whatever_an_experiment_says_stays_text(run):
-    said = {name: f"{name} {HOSTILE}" for name in (*experiment.SECTIONS, "title", "words", "machine", "date")}
+    said = {name: f"{name} {HOSTILE}" for name in (*experiment.PARAGRAPHS, "title", "words", "machine", "date")}
     run.write("one", **said, table=[[f"head {HOSTILE}"], [f"cell {HOSTILE}"]], settings={HOSTILE: HOSTILE})
     assert run("--out", run.folder, "--rows", "one") == 0
     text = (run.folder / "index.html").read_text()
     read = Page(text)
     assert not {"script", "b"} & read.tags
     words = "\n".join(read.words)
+    alternative = said.pop("Figure")
     for expected in (*said.values(), f"head {HOSTILE}", f"cell {HOSTILE}", "Stage <1>"):
         assert expected in words
-    assert f'alt="{escape("Figure: " + said["title"] + ".")}"' in text
+    assert f'alt="{escape("Figure: " + alternative)}"' in text
 
 
 def test_the_page_asks_nobody_for_anything_and_holds_both_figures_of_every_experiment(run, drawing):
@@ -607,7 +609,25 @@ def test_the_page_says_the_rule_beside_the_claim_and_its_comparisons_in_a_table(
 def test_alternative_texts_are_one_sentence(run):
     assert run() == 0
     alts = re.findall(r'alt="([^"]*)"', (run.folder / "index.html").read_text())
-    assert alts == ["Figure: A title."] * 3
+    assert alts == ["Figure: The end against n."] * 3
+
+
+def test_the_alternative_text_of_a_trial_says_that_it_decides_nothing(run):
+    run.write("one", outcome=experiment.TRIAL)
+    assert run("--out", run.folder, "--rows", "one", "--quick") == 0
+    alternative = 'alt="Figure of a trial, which decides nothing: The end against n."'
+    assert alternative in (run.folder / "index.html").read_text()
+
+
+@pytest.mark.parametrize("name", lecture.EXPERIMENTS)
+def test_the_alternative_text_of_a_figure_is_one_sentence_on_its_axes_and_no_title_states_the_claim(name):
+    title, sections = experiment.paragraphs(ast.get_docstring(ast.parse(lecture.script(name).read_text("utf-8"))))
+    figure = sections["Figure"]
+    assert plain_text.first_sentence(figure) == figure and figure[-1] == "." and 60 < len(figure) < 500
+    assert "against" in figure, "what is drawn against what?"
+    assert ("symlog" in figure) == ("symlog" in lecture.script(name).read_text("utf-8").replace(figure, "").partition(
+        "def draw(")[2])
+    assert title.rstrip(".") not in sections["Claim"]
 
 
 def test_figures_and_wide_tables_say_that_they_scroll(run):

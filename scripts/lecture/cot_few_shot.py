@@ -1,4 +1,4 @@
-"""Worked solutions among the demonstrations raise accuracy on sums of several steps
+"""Worked solutions among the demonstrations, on sums of several steps
 
 Claim. Where a problem takes several steps, demonstrations that work out their solution (chain of thought)
 raise a model's accuracy over demonstrations that give the answer alone.
@@ -22,6 +22,9 @@ half of the seeds. Keys are smeared (Config.key_smear, not in Llama): copying di
 
 Source. Wei et al. 2022, arXiv:2201.11903; wrong demonstrations: Wang et al. 2022, arXiv:2212.10001; dots:
 Lanham et al. 2023, arXiv:2307.13702, and Pfau et al. 2024, arXiv:2404.15758.
+
+Figure. Left: accuracy after four examples against the number of digits to add; right: accuracy on sums of four digits
+against the number of examples; one line for each kind of examples; dotted: chance and the best accuracy.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The phrase "Let's think step by step" alone raises accuracy on sums of several steps
+"""The phrase "Let's think step by step", on sums of several steps
 
 Claim. Without any demonstration, the phrase "Let's think step by step" after a question raises a model's
 accuracy on problems that take several steps.
@@ -21,6 +21,10 @@ model has, and that the way matters. It does not explain why human texts have th
 (Config.key_smear, not in Llama).
 
 Source. Kojima et al. 2022, arXiv:2205.11916; dots and wrong steps: Lanham et al. 2023, arXiv:2307.13702.
+
+Figure. Left: accuracy without examples against the number of digits to add, one line for each wording; right: the
+shares of answers that follow a wrong first running sum and that are right nevertheless; dotted: chance and the best
+accuracy.
 """
 
 import sys

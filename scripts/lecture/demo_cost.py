@@ -27,6 +27,10 @@ measured. One recipe for all n.
 
 Source. Ouyang et al. 2022, arXiv:2203.02155; Stiennon et al. 2020, arXiv:2009.01325; Rafailov et al. 2023,
 arXiv:2305.18290 (DPO).
+
+Figure. Expected gold reward of a reply against the cost in comparisons (log axis), in two panels where a demonstration
+costs one and four comparisons; one colour for each demonstrator; solid: demonstrations alone; dashed: 32
+demonstrations, then comparisons; dotted: the best possible reward.
 """
 
 import sys

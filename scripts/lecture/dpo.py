@@ -1,4 +1,4 @@
-"""DPO: two answers, one preferred, train the policy directly
+"""DPO: the policy is trained directly on pairs of answers
 
 Claim. From pairs of answers, one of them preferred, the policy is trained directly: no reward model, no sampling.
 
@@ -38,6 +38,11 @@ Uniform pairs mostly contain replies that the model never gives.
 Source. Rafailov et al. 2023, arXiv:2305.18290; cDPO: Mitchell 2023, a note; robust DPO: Chowdhury et al. 2024,
 arXiv:2403.00409; falling log-probs: Pal et al. 2024, arXiv:2402.13228; Razin et al. 2024, arXiv:2410.08847;
 probability moved to replies outside the pairs: Xu et al. 2024, arXiv:2404.10719.
+
+Figure. Top left: gold reward against KL along training, one line for each beta and each rival; top right: gold reward
+at 0.5 nat of KL, one row for each kind of pairs or method; bottom left: the change of the log-probs of chosen and
+rejected replies against the step; bottom right: the derivative of the log-prob of a chosen reply in the learning rate
+against the step, one line for each of its terms (symlog axis).
 """
 
 import functools

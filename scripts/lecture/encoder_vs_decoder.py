@@ -33,6 +33,10 @@ was learned within 300 steps.
 
 Source. Devlin et al. 2018, arXiv:1810.04805 (BERT); Brown et al. 2020, arXiv:2005.14165 (GPT-3, few-shot);
 Schick and Schuetze 2020, arXiv:2001.07676 (finetuning through the mask needs fewer labels).
+
+Figure. Accuracy on held-out words against the number of labelled examples (symlog axis), one line for the decoder with
+the examples in its prompt and one for each of four models finetuned on them; dashed: the best possible accuracy;
+dotted: chance.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""A little preference data is enough, for the reward model and for DPO
+"""How much preference data the reward model and DPO need
 
 Claim. A little preference data is enough, for the reward model and for DPO.
 
@@ -26,6 +26,10 @@ compared with a real one. DPO and the policy gradient are compared on equal term
 noise of the Bradley-Terry model, and all comparisons are of replies of the reference.
 
 Source. Ouyang et al. 2022, arXiv:2203.02155; Rafailov et al. 2023, arXiv:2305.18290; Bradley and Terry 1952.
+
+Figure. Left: expected gold reward against the number of comparisons (log axis), one line for the best policy for the
+reward model and one for DPO, dotted lines for pi* and for policies without comparisons; right: the same policies as
+points of gold reward against KL, beside the curves of pi* and of the reference at lower temperatures.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Human preference is itself imperfect: which group does the model serve?
+"""Imperfect preference: two groups of people, and one model for both
 
 Claim. Human preference is itself imperfect: it differs between groups and criteria, and one model trained on
 everybody's comparisons cannot serve all of them.
@@ -27,6 +27,10 @@ times as large" supposes utilities that can be compared between people.
 
 Source. Casper et al. 2023, arXiv:2307.15217 (section 3.2); Siththaranjan et al. 2023, arXiv:2312.08358 (pooled
 comparisons learn Borda counts, not mean utility).
+
+Figure. Gain of each of two groups against the share of the minority among the judges, in three panels: trained on 2,000
+comparisons, unlimited comparisons, and unlimited comparisons with minority utilities four times as large; one colour
+for each group, one style of line for each policy; dotted: the SFT model (0) and the optimum of the group (1).
 """
 
 import sys

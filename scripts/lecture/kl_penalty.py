@@ -1,4 +1,4 @@
-"""Without the KL penalty the policy exploits its reward model
+"""The KL penalty, and exploitation of the reward model
 
 Claim. Without the penalty the policy drifts from the model it starts from and exploits the reward model; beta sets
 the balance.
@@ -30,6 +30,10 @@ differently.
 
 Source. Gao, Schulman and Hilton 2022, arXiv:2210.10760; Stiennon et al. 2020, arXiv:2009.01325; best of n: Beirami
 et al. 2024, arXiv:2401.01879.
+
+Figure. Proxy reward (top row) and gold reward (bottom row) in three columns: pi* and best of n against KL, exact;
+training on short replies against the step, beta 0.3 and beta 0; training in English against KL (symlog axis), beta 0.3
+and beta 0, one line per seed.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Multiple choice measures largely memorised facts
+"""Multiple choice, and memorised facts
 
 Claim. Instruction-finetuned models are evaluated on many subjects by multiple choice, as MMLU does; such a
 test measures largely facts memorised in pretraining.
@@ -30,6 +30,10 @@ for the letters.
 
 Source. Hendrycks et al. 2020, arXiv:2009.03300 (MMLU); Brown et al. 2020, arXiv:2005.14165 (likelihood per
 token of a choice); Allen-Zhu and Li 2023, arXiv:2309.14316 (wordings).
+
+Figure. Left: accuracy against the number of times that a fact was stated in training (log axis), one line for each form
+of the statement and of the question; right: accuracy by the way of scoring and for countries stated or inferred, one
+point per seed; dotted: chance.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Which of two answers is better is more reliable than two ratings
+"""A choice between two answers, or two ratings
 
 Claim. People's ratings are noisy and differently calibrated; asking which of two answers is better is more reliable.
 
@@ -25,6 +25,11 @@ offsets are constant in time, all people share one criterion, and the fit has 24
 
 Source. Stiennon et al. 2020, arXiv:2009.01325 and Ouyang et al. 2022, arXiv:2203.02155 (people compare); Bradley and
 Terry 1952.
+
+Figure. Left: share of single labels that agree with gold against the spread of the offsets, one line for a choice and
+one for each kind of two ratings; middle: share of pairs that a fitted reward orders as gold does, against the spread;
+right: the same share against the number of answers per person; one line for each method; dotted: chance, or gold
+itself.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Next-token prediction: held-out loss falls with tokens, and further in wider models
+"""Next-token prediction: held-out loss by tokens read and by width
 
 Claim. A language model is trained on plain text by next-token prediction.
 
@@ -27,6 +27,10 @@ kind: held-out paragraphs share phrases with those that are read. Three sizes ar
 Source. Shannon 1948 (entropy as the lower bound of the loss); Radford et al. 2018, "Improving Language
 Understanding by Generative Pre-Training"; Chen and Goodman 1998 (n-gram models); Kaplan et al. 2020,
 arXiv:2001.08361 (loss against size and tokens).
+
+Figure. Held-out loss against the number of tokens read (log axis), left on a Markov chain as the loss above the entropy
+(log axis), right on English in bits per byte; one line for each width of the model; dashed and dotted grey: counted
+n-grams and bigrams, and a uniform guess.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A few judgements train a model that predicts the reward
+"""A reward model from few judgements
 
 Claim. Asking people about every output is too expensive; a few judgements train a model that predicts the reward.
 
@@ -27,6 +27,10 @@ it needs fewer comparisons.
 
 Source. Bradley and Terry 1952; Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155;
 calibration: Guo et al. 2017, arXiv:1706.04599.
+
+Figure. Left: share of pairs ordered as gold orders them against the number of comparisons (log axis), one line for each
+reward model; dotted: chance, one choice of a person, and gold itself; right: the probability that people prefer the
+first reply against the predicted probability, with and without flipped labels; dotted: perfect calibration.
 """
 
 import sys

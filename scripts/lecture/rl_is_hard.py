@@ -1,4 +1,4 @@
-"""Reinforcement learning is hard to get right: the same run with one ingredient removed at a time
+"""Reinforcement learning with one ingredient removed at a time
 
 Claim. Reinforcement learning is hard to get right.
 
@@ -27,6 +27,10 @@ the rewards.
 
 Source. Henderson et al. 2018, arXiv:1709.06560; Huang et al. 2024, arXiv:2403.17031 (EOS taken for padding, and
 other details); Ahmadian et al. 2024, arXiv:2402.14740 (leave-one-out).
+
+Figure. One column for each of eight removals, beside the complete run (grey); top row: J at the end, one point per
+seed; rows below: proxy reward, KL (symlog axis), entropy, gradient norm (symlog axis) and the share of prompts with
+equal rewards, against the step.
 """
 
 import sys

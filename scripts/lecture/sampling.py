@@ -1,4 +1,4 @@
-"""A higher temperature gives more varied answers
+"""Temperature, and the variety of answers
 
 Claim. Answers to compare are sampled from the model at a temperature; a higher temperature gives more varied answers.
 
@@ -17,6 +17,10 @@ There are 781 replies and one kind of question.
 
 Source. Ackley, Hinton and Sejnowski 1985 (temperature of a softmax); Stiennon et al. 2020, arXiv:2009.01325 (best of
 n).
+
+Figure. Three panels against the temperature: the entropy of a reply, the number of different replies among 16, and the
+expected gold reward of one sample, of the best of 4 and of the best of 16; dotted: the largest possible values, and
+greedy decoding.
 """
 
 import sys

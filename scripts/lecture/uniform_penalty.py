@@ -1,4 +1,4 @@
-"""Equal likelihood, different preference: the loss weighs all mistakes alike
+"""Likelihood and preference: models of equal loss, and their gold reward
 
 Claim. The loss punishes every wrong token alike, and open-ended tasks have no single right answer:
 likelihood and human preference disagree.
@@ -22,6 +22,10 @@ alterations are ours; errors of models from the same demonstrations are more ali
 distribution of demonstrations, wrong answers included (27% of them).
 
 Source. Ouyang et al. 2022, arXiv:2203.02155; Stiennon et al. 2020, arXiv:2009.01325.
+
+Figure. Expected gold reward of a reply against the loss on demonstrations, one line for wrong answers and one for moved
+manners among the demonstrations, and for each seed a dotted link between two models of equal loss; dotted: the
+demonstrators and the lowest possible loss.
 """
 
 import sys

@@ -30,6 +30,10 @@ methods have six).
 
 Source. Ouyang et al. 2022, arXiv:2203.02155 (prompts for the policy apart from those for the reward model); Rafailov
 et al. 2023, arXiv:2305.18290.
+
+Figure. Expected gold reward against KL to the reference, in three panels for the questions that were compared, that
+were used as prompts only, and that were not used; one line for each of RLHF on all prompts, RLHF and DPO on the
+compared questions, pi*, the best policy for the reward model, and the reference at a lower temperature.
 """
 
 import sys

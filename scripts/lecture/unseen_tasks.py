@@ -1,4 +1,4 @@
-"""More training tasks, and instructions that were never trained on are followed
+"""Tasks never trained on, and the number of training tasks
 
 Claim. Instruction finetuning generalises to tasks not trained on, and more training tasks help.
 
@@ -29,6 +29,10 @@ picture in trials, with some seeds only after more steps.
 
 Source. Wei et al. 2021, arXiv:2109.01652 (FLAN); Sanh et al. 2021, arXiv:2110.08207 (T0); steps written
 first: Nye et al. 2021, arXiv:2112.00114.
+
+Figure. Share of exact answers on held-out words against the number of training tasks, one line for training tasks, one
+for held-out tasks with each of two forms of answer, and one for the best single operation or training task; dotted: the
+base, a model for each held-out task alone, and chance.
 """
 
 import sys

@@ -11,8 +11,10 @@ all seeds, and the figure.
     if __name__ == "__main__":
         sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES))
 
-The docstring of an experiment has a title and five paragraphs: Claim, Test, Rule, Limits, Source. The
-first sentence of "Rule" is printed beside every outcome, so it must be readable alone and say what was
+The docstring of an experiment has a title and six paragraphs: Claim, Test, Rule, Limits, Source, Figure.
+The title names the topic; it does not state the claim, because it stands above every outcome. "Figure" is
+one sentence, the alternative text of the figure: the axes and the lines, and nothing measured. The first
+sentence of "Rule" is printed beside every outcome, so it must be readable alone and say what was
 tested ("DPO has more gold reward than the reference at a lower temperature, at 0.5 nat of KL."). The
 other sentences give margins and conditions.
 
@@ -72,7 +74,7 @@ from minilm.fast import workers
 from minilm.model import Config, Transformer
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from common.written import RUN_FIRST, SECTIONS, read  # noqa: E402
+from common.written import PARAGRAPHS, RUN_FIRST, read  # noqa: E402
 from support.command_line import MOST_WORKERS, Parser, relying_on, whole  # noqa: E402
 from support.run_folder import main_guard, require  # noqa: E402
 
@@ -232,9 +234,9 @@ def paragraphs(doc: str) -> tuple[str, dict[str, str]]:
     for paragraph in rest:
         name, _, text = " ".join(paragraph.split()).partition(". ")
         found[name] = text.strip()
-    if tuple(found) != SECTIONS:
+    if tuple(found) != PARAGRAPHS:
         raise ValueError(f"the docstring of an experiment has a title and the paragraphs "
-                         f"{', '.join(SECTIONS)}; this one has {list(found)}")
+                         f"{', '.join(PARAGRAPHS)}; this one has {list(found)}")
     return " ".join(title.split()), found
 
 

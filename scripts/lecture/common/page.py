@@ -204,7 +204,7 @@ def _section(name, result, pictures, order):
                       f"<p>{_badge(result['outcome'])} <strong>Rule tested here.</strong> "
                       f"{escape(first_sentence(result['Rule']))}</p>",
                       f"<p><strong>Measured.</strong> {escape(result['words'])}</p>",
-                      _figure(result["title"], *pictures), _rules(result),
+                      _figure(result, *pictures), _rules(result),
                       "<details><summary>All numbers</summary>", _table(result["title"], result["table"]),
                       "</details>", "<details><summary>How it was tested, and its limits</summary>",
                       f"<dl>\n{details}\n</dl>", "</details>", _turn(name, order), "</section>"])
@@ -218,9 +218,10 @@ def _turn(name, order):
     return '<p class="turn">' + " ".join([*links, '<a href="#top">↑ top</a>']) + "</p>"
 
 
-def _figure(title, light, dark):
+def _figure(result, light, dark):
     width, height = struct.unpack(">II", light[16:24])      # of the PNG's header, so that nothing moves
-    alternative = escape(f"Figure: {title}.")
+    trial = " of a trial, which decides nothing" * (result["outcome"] == TRIAL)
+    alternative = escape(f"Figure{trial}: {result.get('Figure', result['title'] + '.')}")
     return ('<figure tabindex="0"><picture>'
             f'<source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
             f'<img src="{_data(light)}" width="{width}" height="{height}" alt="{alternative}">'

@@ -13,6 +13,7 @@ from support.run_folder import UsageError
 
 RUN_FIRST = "Run it first, without --redraw."
 SECTIONS = ("Claim", "Test", "Rule", "Limits", "Source")
+PARAGRAPHS = (*SECTIONS, "Figure")      # of a docstring; results that were written earlier lack the last
 SEVERAL = ([{"name": str, "mean": (float, None), "interval": [(float, None)], "asked": str, "outcome": str,
              "by_seed": ([(float, None)], [])}], [])
 MARGIN = re.compile(r"(above|below) -?[0-9]+(\.[0-9]+)?( and below -?[0-9]+(\.[0-9]+)?)?")
@@ -33,7 +34,8 @@ def _fault(result, name):
     """What does not fit together among values that each have their type, or None."""
     if result.get("experiment", name) != name:
         return f"it holds results of the experiment {reprlib.repr(result['experiment'])}"
-    if found := fault(result.get("findings", []), SEVERAL, "findings"):
+    added = {"findings": SEVERAL, "Figure": str}
+    if found := fault({"findings": [], "Figure": ""} | {name: result[name] for name in added if name in result}, added):
         return found
     compared = [c for kind in ("comparisons", "conditions", "findings") for c in result.get(kind, [])]
     at_least = result.get("at_least")

@@ -15,10 +15,12 @@ N = P K sampled responses; x prompt, y response with its EOS; y_w chosen, y_l re
 (the SFT model); r reward, beta weight of the KL penalty, R reward minus the KL penalty. E is the mean over y drawn from
 pi(y|x), grad the gradient in the parameters of pi. T tokens have T-1 log-probs, because the first token is not
 predicted. (In README.md and objectives/ T is one less: there it counts the predicted tokens.)
+
 A comment gives the shape of the result where the shape changes. The mask of the transformer and of `reward`
 is 1 on real tokens and 0 on padding. The mask of a loss (B,T-1) goes with the log-probs: entry t is about token
 t + 1, so it is the mask of tokens[:, 1:]. It is 1 on the tokens to be scored: those of y, or all in pretraining.
 An argument called log_probs or advantages holds the result of the function of that name.
+
 `config` is a model.Config. This file reads its fields
 
     vocab_size V, layers, heads H, kv_heads G, head_width dh
@@ -253,8 +255,8 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
     pi* determines r up to a constant for each prompt:
 
         pi*(y|x) = pi_ref(y|x) exp(r(x,y) / beta) / Z(x),      Z(x) = sum_y pi_ref(y|x) exp(r(x,y) / beta)
-        J = beta log Z(x) - beta KL(pi || pi*)                                      so J is largest at pi = pi*
-        r(x,y) = beta log(pi*(y|x) / pi_ref(y|x)) + beta log Z(x)                   Z(x) cancels in r_w - r_l
+        r(x,y) = beta log(pi*(y|x) / pi_ref(y|x)) + beta log Z(x)                       Z(x) cancels in r_w - r_l
+        J = E[r - beta log(pi / pi_ref)] = beta log Z(x) - beta KL(pi || pi*)           so J is largest at pi = pi*
 
     The first four arguments are log pi(y|x) of the policy and of the reference for y_w and y_l, (B) each.
     label_smoothing eps: the target probability of y_w is 1 - eps in place of 1. It smooths the target, and does

@@ -175,9 +175,9 @@ def length_normalised_dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, r
                                rejected_lengths: np.ndarray, beta: float = 0.1) -> Tensor:
     """DPO on mean log-probs: each of the four log-probs in delta is divided by the length of its response.
 
-    Log-probs summed over tokens, and lengths in tokens, all (B,). Two responses of different length with the same mean
-    log-probs have the same delta. beta multiplies a mean instead of a sum, so for a gradient of the same size it
-    must be larger, by a factor of about the number of tokens.
+    Log-probs summed over tokens, and lengths in tokens, all (B,). A longer response with the same mean log-probs does
+    not change delta. beta multiplies a mean instead of a sum, so for a gradient of the same size it must be larger, by
+    a factor of about the number of tokens.
     Lambert et al. 2024, arXiv:2411.15124, (6). Raises ValueError like dpo_loss, and for a length below 1: an empty
     response has no mean log-prob.
     """

@@ -6,6 +6,7 @@ Tests: tests/test_optim.py, tests/test_plain.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,18 @@ class AdamW:
     The parameters move into one flat array, which owns them (fast/flat_parameters.py): make one optimiser for a model,
     after the model is on its device, and afterwards write p.assign(x) instead of p.data = x. Otherwise the next
     zero_grad, clip, step or state raises RuntimeError with the name of the parameter.
-    group: worker processes that share the update. Raises TypeError for parameters of several dtypes, ValueError for
-    parameters that share memory, and for a setting out of range: here, and in step if it was changed since.
+    group: worker processes that share the update. Raises TypeError for parameters of several dtypes and for what is no
+    dict of leaves, ValueError for parameters that share memory, and for a setting out of range: here, and in step if it
+    was changed since.
     """
 
     def __init__(self, parameters: dict[str, Tensor], learning_rate: float = 1e-3,
                  betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.01,
                  group: ProcessGroup | None = None):
+        if not (isinstance(parameters, Mapping) and parameters
+                and all(isinstance(p, Tensor) and p.node is None for p in parameters.values())):
+            raise TypeError(f"AdamW: parameters is {checks.shown(parameters)}; it must be a dict of leaves by name "
+                            "(Tensors that no call computed), such as model.parameters()")
         self.group = group or ProcessGroup(1)
         self.parameters = dict(parameters)
         self.learning_rate = learning_rate
@@ -68,6 +74,8 @@ class AdamW:
 
     def _check_settings(self, learning_rate):
         checks.number("AdamW", "learning_rate", learning_rate, at_least=0)
+        if np.shape(self.betas) != (2,):
+            raise TypeError(f"AdamW: betas is {checks.shown(self.betas)}; it must be a pair of numbers")
         for i in (0, 1):
             checks.number("AdamW", f"betas[{i}]", self.betas[i], at_least=0, below=1)
         checks.number("AdamW", "eps", self.eps, above=0)
@@ -162,15 +170,19 @@ class AdamW:
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
         """Continue where state() was called. The parameters are saved apart, and requires_grad is not saved: freeze the
-        same parameters again. One number as `steps` counts for all of them. Raises ValueError for another size."""
+        same parameters again. One number as `steps` counts for all of them. Raises ValueError for another size and for
+        numbers that no state has, TypeError for steps that are no integers."""
+        steps = checks.indices("AdamW.load_state", "steps", arrays["steps"], 2 ** 63)
+        for name, least in (("m", None), ("v", 0)):
+            checks.finite("AdamW.load_state", name, arrays[name], at_least=least)
         for name in ("m", "v"):
             if arrays[name].shape != self.m.shape:
                 raise ValueError(f"optimiser state for {arrays[name].size} parameters, model of {self.m.size}")
-        if arrays["steps"].shape not in ((), self.updates.shape):
-            raise ValueError(f"optimiser state of {arrays['steps'].size} tensors, model of {self.updates.size}")
+        if steps.shape not in ((), self.updates.shape):
+            raise ValueError(f"optimiser state of {steps.size} tensors, model of {self.updates.size}")
         self.m[...] = self.flat.as_flat(arrays["m"])
         self.v[...] = self.flat.as_flat(arrays["v"])
-        self.updates[...] = arrays["steps"]
+        self.updates[...] = steps
         self._trained = None
 
 

@@ -65,6 +65,9 @@ CHANGES = {
     "one update count": (lambda t: t.optimizer.updates.__setitem__(0, 0), "AdamW's updates of each parameter"),
     "all update counts": (lambda t: t.optimizer.updates.__imul__(0), "AdamW's steps: 1 there, 0 here"),
     "the step": (lambda t: setattr(t, "step", 0), "the step: 1 there, 0 here"),
+    "the number of workers": (lambda t: setattr(t, "workers", 3), "the number of workers: 2 there, 3 here"),
+    "another array of moments": (lambda t: setattr(t.optimizer, "v", t.optimizer.v * 0.5),
+                                 "whether AdamW's m and v are in shared memory: True there, False here"),
     "a restored state": (restore_the_start, "the step: 1 there, 0 here"),
 }
 

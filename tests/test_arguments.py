@@ -330,7 +330,8 @@ def test_numpys_integers_become_pythons_in_a_config():
 
 
 OPTIMISER = {"learning_rate": AT_LEAST_0, "eps": ABOVE_0, "weight_decay": AT_LEAST_0,
-             "betas": ((-0.1, 0.9), (0.9, 1.0), (0.9, math.nan), (0.9, None), ("0.9", 0.95))}
+             "betas": ((-0.1, 0.9), (0.9, 1.0), (0.9, math.nan), (0.9, None), ("0.9", 0.95), 0.9, None, (0.9,),
+                       (0.9, 0.95, 0.99), {0: 0.9, 1: 0.95})}
 
 
 def test_every_setting_of_the_optimiser_is_checked_where_it_is_given_and_before_each_step():
@@ -347,6 +348,24 @@ def test_every_setting_of_the_optimiser_is_checked_where_it_is_given_and_before_
                 with pytest.raises((ValueError, TypeError), match=f"AdamW: {name}"):
                     optimiser.step()
             assert (x.data == 1).all()
+
+
+def test_an_optimiser_takes_a_dict_of_leaves():
+    leaf = Tensor(np.ones(3), requires_grad=True)
+    for wrong in (MODEL, [leaf], {}, None, {"x": np.ones(3)}, {"x": leaf, "y": leaf * 2}):
+        with pytest.raises(TypeError, match="AdamW: parameters is .*; it must be a dict of leaves"):
+            AdamW(wrong)
+
+
+@pytest.mark.parametrize("name, wrong", [("m", [math.nan] * 3), ("v", [math.inf] * 3), ("v", [0, -1.0, 0]),
+                                         ("m", [1j] * 3), ("steps", [-1]), ("steps", [1.5]), ("steps", [math.nan])])
+def test_a_state_that_no_optimiser_has_is_refused_and_changes_nothing(name, wrong):
+    optimiser = AdamW({"x": Tensor(np.ones(3), requires_grad=True)})
+    optimiser.m[:] = 5
+    before = {key: array.copy() for key, array in optimiser.state().items()}
+    with pytest.raises((TypeError, ValueError, IndexError), match=f"AdamW.load_state: {name}"):
+        optimiser.load_state({**before, "m": before["m"] * 2, name: np.array(wrong)})
+    assert all(np.array_equal(before[key], array) for key, array in optimiser.state().items())
 
 
 def test_a_limit_of_the_gradients_norm_is_above_0_and_infinity_only_measures():

@@ -1,7 +1,10 @@
 """minilm.stages.inputs: a stage raises for arguments that it cannot train on, when it is called and before a fork."""
+import copy
 import functools
 import inspect
+import itertools
 import os
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -9,9 +12,11 @@ import pytest
 from hypothesis import given, strategies as st
 
 from helpers import rngs, small_transformer
+from minilm import ops
 from minilm.evaluate import predicted_rewards
 from minilm.model import RewardModel, Transformer
 from minilm.objectives import dpo
+from minilm.optim import AdamW
 from minilm.stages.dpo import reference_log_probs, train_dpo
 from minilm.stages.inputs import check_dialogues, checked_rewards
 from minilm.stages.pretraining import pretrain, pretrain_on_documents
@@ -189,6 +194,77 @@ def test_weights_that_are_not_finite_are_named_before_the_first_step(stage, work
     assert everything(training) == before
 
 
+# An optimiser and a model that belong together.
+
+EXCHANGED = {
+    "the model": lambda t: setattr(t, "model", copy.deepcopy(t.model)),
+    "the optimiser": lambda t: setattr(t, "optimizer", AdamW(copy.deepcopy(t.model).parameters())),
+    "the head": lambda t: setattr(t.model, "head", copy.deepcopy(t.model.head)),
+    "the body": lambda t: setattr(t.model, "transformer", t.model.transformer.copy()),
+}
+
+
+@one_or_two_workers
+@pytest.mark.parametrize("name, part", [*((name, part) for name in NAMES for part in ("the model", "the optimiser")),
+                                        ("reward model", "the head"), ("reward model", "the body")])
+def test_a_model_that_the_optimiser_does_not_own_is_refused_instead_of_not_trained(name, part, workers):
+    training = make_training("pretraining" if name == "documents" else name, workers)
+    EXCHANGED[part](training)
+    with pytest.raises(RuntimeError, match="TrainState: the optimiser has another parameter '.*' than the model"):
+        list(stage_of(name, training))
+
+
+def test_an_optimiser_whose_memory_the_workers_do_not_share_is_refused():
+    for workers, group in ((1, False), (2, False), (2, True)):
+        training = make_training("SFT", workers)
+        training.optimizer = AdamW(training.model.parameters(), group=training.group if group else None)
+        if workers == 1 or group:
+            assert len(list(stage_of("SFT", training))) == 2
+        else:
+            with pytest.raises(RuntimeError, match="no memory that the workers share"):
+                list(stage_of("SFT", training))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, pickle.dumps], ids=["copy", "pickle"])
+def test_an_optimiser_and_a_training_cannot_be_copied_because_the_copy_would_train_nothing(again):
+    training = make_training("SFT")
+    for thing in (training, training.optimizer, (training.model, training.optimizer)):
+        with pytest.raises(TypeError, match="an optimiser cannot be copied or pickled"):
+            again(thing)
+
+
+@one_or_two_workers
+def test_a_loss_that_reaches_no_parameter_of_the_model_is_refused(workers):
+    training, other = make_training("DPO", workers), Tensor(np.ones(2), requires_grad=True)
+    before = everything(training)[0]
+    with pytest.raises(ValueError, match="DPO, step 1: no parameter of the model has a gradient"):
+        next(stage_of("DPO", training, loss=lambda policy_chosen: ops.sum(other)))
+    assert everything(training)[0] == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stage_that_would_end_before_it_begins_is_refused(name):
+    """Its state has done more steps: of another stage, or of a longer run. One that has done as many is complete."""
+    training = make_training("pretraining" if name == "documents" else name)
+    list(stage_of(name, training, steps=2))
+    assert list(stage_of(name, training, steps=2)) == []
+    with pytest.raises(ValueError, match="the state has done 2 steps, and this stage ends after 1 in all"):
+        stage_of(name, training, steps=1)
+
+
+def test_a_learning_rate_that_no_step_would_use_is_refused():
+    with pytest.raises(TypeError, match="TrainState: learning_rate has no effect here.*give it to the stage"):
+        TrainState(transformer(np.float32), np.random.default_rng(0), learning_rate=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_whose_generator_was_exchanged_for_a_seed_is_refused(name):
+    training = make_training("pretraining" if name == "documents" else name)
+    training.rng = 0
+    with pytest.raises(TypeError, match=f"^{NAMES[name]}\\w*: rng is 0 .*it must be a numpy Generator"):
+        stage_of(name, training)
+
+
 def test_a_stage_of_ones_own_has_these_checks_too():
     @stage
     def mine(state, other):
@@ -203,8 +279,9 @@ def test_a_stage_of_ones_own_has_these_checks_too():
         mine(training, other)
 
 
-@pytest.mark.parametrize("name", ["model.blocks.0.qkv", "optimizer.m", "optimizer.v"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name, bad", [*itertools.product(["model.blocks.0.qkv", "optimizer.m", "optimizer.v"],
+                                                          [np.nan, np.inf]),
+                                       ("optimizer.v", -1.0), ("optimizer.steps", -1)])
 def test_a_snapshot_with_numbers_that_are_not_finite_is_refused_and_changes_nothing(name, bad):
     training = make_training("SFT")
     arrays, metadata = training.snapshot()
@@ -236,6 +313,12 @@ def test_a_reference_that_shares_parameters_with_the_policy_is_refused(kind, wor
     list(stage_of("RLHF", training, reference=training.model.copy()))
 
 
+def helper_with(judge):
+    def score(prompts, answers):
+        return predicted_rewards(judge, prompts, answers)
+    return score
+
+
 def rewards_with(judge):
     """Reward functions that use this reward model, in several ways."""
     class Judge:
@@ -247,8 +330,18 @@ def rewards_with(judge):
 
     def named(prompts, answers, model=None):
         return predicted_rewards(model, prompts, answers)
+    def by_name(prompts, answers, *, model=judge):
+        return predicted_rewards(model, prompts, answers)
+
+    holder, models, score = Judge(), {"reward": [judge]}, helper_with(judge)
     return {"a closure": lambda prompts, answers: predicted_rewards(judge, prompts, answers),
-            "an object": Judge(), "a partial function": functools.partial(named, model=judge)}
+            "an object": Judge(), "a partial function": functools.partial(named, model=judge),
+            "partial of partial": functools.partial(functools.partial(named), model=judge),
+            "a method": holder.__call__, "a default by name": by_name,
+            "a default": lambda prompts, answers, model=judge: predicted_rewards(model, prompts, answers),
+            "an object in a closure": lambda prompts, answers: holder(prompts, answers),
+            "a container": lambda p, answers: predicted_rewards(models["reward"][0], p, answers),
+            "another function": lambda prompts, answers: score(prompts, answers)}
 
 
 @pytest.mark.parametrize("kind", rewards_with(None))
@@ -395,6 +488,7 @@ def test_a_stream_may_be_a_list_and_as_short_as_one_window():
     (lambda n: (1.0 for _ in range(n)), "reward gave <generator"),
     (lambda n: dict.fromkeys(range(n), 1.0), "reward gave {"),
     (lambda n: set(range(n)), "reward gave {"), (lambda n: "123456", "reward gave '123456'"),
+    (lambda n: bytes(n), "reward gave b"), (lambda n: ([1.0] * n, [{}] * n), "reward gave 2 of 6 numbers"),
     (lambda n: np.ones((n, 1)), "the reward of sample 0 is ndarray of shape"),
     (lambda n: np.ones((n, n)), "the reward of sample 0 is ndarray of shape"),
     (lambda n: [[1.0]] * n, r"the reward of sample 0 is \[1.0\]"),
@@ -461,6 +555,8 @@ def test_a_reward_that_cannot_be_called_is_refused(reward):
 
 TOKENS = np.ones((5, 6), int)
 DRAWN = {
+    "a dict": ({"tokens": TOKENS, "mask": TOKENS}, "draw gave {"), "text": ("ab", "draw gave 'ab'"),
+    "masked tokens": ((np.ma.array(TOKENS, mask=TOKENS), TOKENS), "draw's tokens is a masked array"),
     "tokens alone": (TOKENS, "draw gave ndarray of shape"), "None": (None, "draw gave None"),
     "three arrays": ((TOKENS, TOKENS, TOKENS), "draw gave "),
     "floats": ((TOKENS * 1.0, TOKENS), "draw's tokens holds float64"),

@@ -7,9 +7,11 @@ Tests: tests/test_inputs.py.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import numbers
 import sys
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,16 +53,29 @@ def check_reference_and_reward(function: str, policy: Any, reference: Any, rewar
                          f"model {here.vocab_size} and {here.context}; the reference must fit the same tokens")
     if not callable(reward):
         raise TypeError(f"{function}: reward is {checks.shown(reward)}; it must be a function of prompts and responses")
-    inner = getattr(reward, "func", reward)                                 # of a functools.partial
-    used = [*getattr(reward, "args", ()), *getattr(reward, "keywords", {}).values(),
-            *getattr(inner, "__dict__", {}).values()]
-    if inspect.isfunction(inner):
-        variables = inspect.getclosurevars(inner)
-        used += [*variables.nonlocals.values(), *variables.globals.values()]
-    for role, other in (("reference", reference), *(("the reward model", u) for u in used if hasattr(u, "head"))):
+    for role, other in (("reference", reference), *(("the reward model", m) for m in _reward_models(reward))):
         if name := shares_parameters(policy, other):
             raise ValueError(f"{function}: {role} has the parameter {name} in the same memory as the model, so it "
                              "would change with every step; make it from a copy, model.copy()")
+
+
+def _reward_models(value, depth=4):
+    """The reward models that a function holds in its variables, defaults or arguments, an object in its attributes, a
+    short list, tuple or dict in its items, and what is there in the same way."""
+    if hasattr(value, "head"):
+        return [value]
+    if depth == 0 or isinstance(value, (type, types.ModuleType)):
+        return []
+    held = [*getattr(value, "__dict__", {}).values(), getattr(value, "__self__", None)]
+    if isinstance(value, functools.partial):
+        held += [value.func, *value.args, *value.keywords.values()]
+    if inspect.isfunction(value):
+        variables = inspect.getclosurevars(value)
+        held += [*variables.nonlocals.values(), *variables.globals.values(), *(value.__defaults__ or ()),
+                 *(value.__kwdefaults__ or {}).values()]
+    if isinstance(value, (list, tuple, dict)) and len(value) <= 16:
+        held += value.values() if isinstance(value, dict) else value
+    return [model for part in held for model in _reward_models(part, depth - 1)]
 
 
 # Data sets.
@@ -116,7 +131,7 @@ def checked_documents(function: str, drawn: Any, config: Config) -> tuple[np.nda
     Raises TypeError, ValueError and IndexError for anything else, for tokens outside the vocabulary, T - 1 above the
     context, and a mask that selects nothing.
     """
-    if not hasattr(drawn, "__len__") or len(drawn) != 2:
+    if isinstance(drawn, (str, dict, set)) or not hasattr(drawn, "__len__") or len(drawn) != 2:
         raise TypeError(f"{function}: draw gave {checks.shown(drawn)}; it must give a pair, tokens and mask")
     tokens = checks.token_ids(function, "draw's tokens", drawn[0], config.vocab_size)
     if tokens.ndim != 2 or len(tokens) == 0 or not 2 <= tokens.shape[1] <= config.context + 1:
@@ -133,7 +148,8 @@ def checked_rewards(function: str, given: Any, count: int) -> np.ndarray:
 
     Raises TypeError and ValueError that name the count, or the first sample without a finite number.
     """
-    if isinstance(given, (str, dict, set)) or not hasattr(given, "__len__") or np.shape(given) == ():
+    if isinstance(given, (str, bytes, dict, set)) or not hasattr(given, "__len__") or getattr(
+            given, "shape", None) == ():
         raise TypeError(f"{function}: reward gave {checks.shown(given)}; it must give a list of {count} numbers")
     values = list(to_numpy(given)) if hasattr(given, "shape") else list(given)
     if len(values) != count:

@@ -36,13 +36,16 @@ class TrainState:
     same bit for bit every time for one number. `settings` are those of AdamW.
     The caller's code between two steps runs in rank 0 alone. It may read everything, save a snapshot, and write to the
     parameters. If it changes another part of the state, the next step raises WorkersDisagree (agreement.py).
-    Raises TypeError for a model without parameters() and for a seed in place of a Generator, ValueError for workers
-    below 1.
+    Raises TypeError for a model without parameters(), for a seed in place of a Generator and for a learning_rate, which
+    each stage has of its own, ValueError for workers below 1.
     """
 
     def __init__(self, model, rng: np.random.Generator, workers: int = 1, **settings):
         if isinstance(model, type) or not hasattr(model, "parameters"):
             raise TypeError(f"TrainState: model is {checks.shown(model)}; it must be a Transformer or a RewardModel")
+        if "learning_rate" in settings:
+            raise TypeError("TrainState: learning_rate has no effect here: each step has that of its stage; give it to "
+                            "the stage")
         self.model = model
         self.rng = checks.generator("TrainState", rng)
         self.workers = checks.integer("TrainState", "workers", workers, at_least=1)
@@ -61,6 +64,16 @@ class TrainState:
             for name, view in self.optimizer.flat.views(self._gradients[self.group.rank - 1]).items():
                 parameters[name].grad_buffer = view
                 parameters[name].grad = None
+
+    def check_owned(self) -> None:
+        """Raises RuntimeError if the optimiser has other parameters than the model: the model would not be trained."""
+        there = self.model.parameters()
+        if wrong := [name for name, p in self.optimizer.parameters.items() if there.get(name) is not p]:
+            raise RuntimeError(f"TrainState: the optimiser has another parameter '{wrong[0]}' than the model, because "
+                               "the model, a part of it or the optimiser was exchanged; make another TrainState")
+        if self.group.size > 1 and self.optimizer.group is not self.group:
+            raise RuntimeError("TrainState: the optimiser has no memory that the workers share; make it with "
+                               "AdamW(..., group=state.group), or give its settings to TrainState")
 
     def all_reduce_gradients(self) -> None:
         """Add the gradients of the other ranks to the optimiser's gradient."""
@@ -85,7 +98,8 @@ class TrainState:
             if (saved.shape, saved.dtype) != (a.shape, a.dtype):
                 raise ValueError(f"the checkpoint's tensor '{name}' is {saved.dtype} {saved.shape}, the model's is "
                                  f"{a.dtype} {a.shape}; load it with the configuration it was saved with")
-            checks.finite("TrainState.restore", f"the checkpoint's tensor '{name}'", saved)
+            checks.finite("TrainState.restore", f"the checkpoint's tensor '{name}'", saved,
+                          at_least=0 if name in ("optimizer.v", "optimizer.steps") else None)
         if more := sorted(arrays.keys() - here.keys()):
             raise ValueError(f"the checkpoint has a tensor '{more[0]}' that this model does not have; load it with the "
                              "configuration it was saved with")
@@ -113,6 +127,7 @@ def stage(loop: Callable) -> Callable:
         name = loop.__name__
         if not isinstance(state, TrainState):
             raise TypeError(f"{name}: state is {checks.shown(state)}; it must be a TrainState(model, rng)")
+        checks.generator(name, state.rng)
         steps = loop(state, *args, **options)
         arguments = dict(list(signature.bind(state, *args, **options).arguments.items())[1:])
         for role, model in {"the model": state.model, **arguments}.items():
@@ -132,9 +147,18 @@ def _in_all_ranks(state, steps, agreement):
 
 
 def repeat(step: Callable[[], dict], state: TrainState, steps: int) -> Iterator[dict]:
-    """The metrics of step(), again and again until the state has done `steps` steps in all."""
-    while state.step < steps:
-        yield step()
+    """The metrics of step(), again and again until the state has done `steps` steps in all.
+
+    Raises ValueError if it has done more: such a stage would train nothing.
+    """
+    if state.step > steps:
+        raise ValueError(f"the state has done {state.step} steps, and this stage ends after {steps} in all; give it "
+                         "more steps, or each stage a TrainState of its own")
+
+    def run():
+        while state.step < steps:
+            yield step()
+    return run()
 
 
 def train_step(state: TrainState, loss: Callable, shards: Sequence, learning_rate: float, stage: str,
@@ -145,14 +169,16 @@ def train_step(state: TrainState, loss: Callable, shards: Sequence, learning_rat
     one shard in memory at a time, so more shards than workers is gradient accumulation. `stage` names the stage in
     errors. `drawn`, arrays and token lists, is the batch of the whole step; the workers compare it (agreement.py).
     Returns {"loss", "grad_norm", "learning_rate"} and the reports, one per shard.
-    Raises ValueError for no shards and for a learning rate out of range, ValueError as checked_loss does, and
-    Diverged, before anything is updated, or when the update itself overflowed.
+    Raises ValueError for no shards, for a learning rate out of range, for a loss without a gradient and as checked_loss
+    does, RuntimeError as TrainState.check_owned does, and Diverged, before anything is updated, or when the update
+    itself overflowed.
     """
     model = state.model
     parameters = model.parameters()
     where = f"{stage}, step {state.step + 1}"
     checks.number(where, "learning_rate", learning_rate, at_least=0)
     checks.integer(where, "the number of shards", len(shards), at_least=1)
+    state.check_owned()
     state.optimizer.zero_grad()
     state.drawn = digest(drawn) if state.group.active_size > 1 else 0
 
@@ -168,6 +194,9 @@ def train_step(state: TrainState, loss: Callable, shards: Sequence, learning_rat
     losses, reports = zip(*state.group.map(forward_backward, shards, then=state.optimizer.flat.collect))
     state.all_reduce_gradients()
     norm = state.optimizer.clip(clip)
+    if not state.optimizer.flat.trained().any():
+        raise ValueError(f"{where}: no parameter of the model has a gradient; the loss must depend on one that is "
+                         "trained")
     if not math.isfinite(norm):
         bad = first_bad_parameter(parameters, "grad") or "none (the sum of squares overflowed)"
         raise Diverged(f"{where}: the gradient's norm is {norm}; first bad tensor: {bad}")

@@ -27,7 +27,7 @@ def decode(q: Array, keys: Array, values: Array, length: int, first: Array | Non
     B, H, K = q.shape
     _, G, capacity, _ = keys.shape
     real(q.dtype)
-    if K not in WIDTHS or H % G or H // G not in GROUPS:
+    if K not in WIDTHS or not G or H % G or H // G not in GROUPS:
         raise ValueError(f"decode: {H} query heads for {G} key/value heads, of width {K}; this kernel supports widths "
                          f"{', '.join(map(str, WIDTHS))} and up to {GROUPS[-1]} query heads for each key/value head")
     check("q", q, q.dtype, (B, H, K))

@@ -48,7 +48,10 @@ def real(dtype: DTypeLike) -> str:
 
 
 def function(xp, module: str, name: str, dtype: DTypeLike, text: str | None = None, **constants) -> "Kernel":
-    """The kernel of that name for xp (CuPy) in that precision; compiled once, at its first launch."""
+    """The kernel of that name for xp (CuPy) in that precision; compiled once, at its first launch. Raises TypeError for
+    NumPy."""
+    if not hasattr(xp, "RawModule"):
+        raise TypeError(f"{name}: the arrays are on the CPU; this kernel takes CuPy's, on a GPU")
     return _function(xp.RawModule, source(module, text), name, options(dtype, constants), np.dtype(dtype))
 
 

@@ -27,9 +27,9 @@ struct Sums {
 
 // The same sums relative to a maximum that is at least as large.
 __device__ __forceinline__ Sums relative_to(real highest, Sums a) {
-    if (NEGATIVE_INFINITY < a.highest && a.highest < highest) {
+    if (a.highest < highest) {
         const real shift = a.highest - highest, factor = exp(shift);
-        a.weighted = factor * a.weighted + factor * shift * a.sum;
+        a.weighted = factor > 0 ? factor * a.weighted + factor * shift * a.sum : 0;     // 0 * infinity is NaN
         a.sum *= factor;
     }
     a.highest = highest;
@@ -41,7 +41,7 @@ __device__ __forceinline__ Sums with(real x, Sums a) {
     a = relative_to(fmax(a.highest, x), a);
     const real shift = x - a.highest, e = exp(shift);
     a.sum += e;
-    a.weighted += shift * e;
+    if (e > 0) a.weighted += shift * e;
     return a;
 }
 

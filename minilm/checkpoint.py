@@ -124,6 +124,11 @@ def write_text(path: Path, text: str) -> None:
     _write_atomically(path, text.encode("utf-8"))
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes bytes, a picture for example, completely or not at all, as `save` does. Raises CheckpointError."""
+    _write_atomically(path, data)
+
+
 def one_line(error: Exception) -> str:
     """The message of an error, which may quote a damaged file, on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]

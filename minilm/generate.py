@@ -45,15 +45,14 @@ def distribution(logits, temperature: float = 1.0, top_k: int | None = None,
         z /= checks.temperature("distribution", temperature)
     if top_k is not None and checks.integer("distribution", "top_k", top_k, at_least=1) < z.shape[-1]:
         z = xp.where(_largest(z, top_k), z, -xp.inf)
-    z -= xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
     if top_p is not None and checks.number("distribution", "top_p", top_p, above=0, at_most=1) < 1:
-        order = xp.argsort(-z, axis=-1, kind="stable")
-        p = xp.exp(xp.take_along_axis(z, order, axis=-1))
+        order = xp.argsort(-z, axis=-1, kind="stable")      # not yet normalised: rounding would tie some
+        p = xp.exp(xp.take_along_axis(z, order, axis=-1))   # in proportion to the probabilities
         cumulative = p.cumsum(axis=-1, dtype="float64")
         keep = xp.empty(z.shape, bool)
         xp.put_along_axis(keep, order, cumulative - p < top_p * cumulative[:, -1:], axis=-1)
-        z = _log_softmax(xp.where(keep, z, -xp.inf))
-    return z
+        z = xp.where(keep, z, -xp.inf)
+    return z - xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
 
 
 def _largest(z, count):

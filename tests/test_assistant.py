@@ -256,7 +256,7 @@ def drawn(whole, monkeypatch, tmp_path):
     results = json.loads((whole[0] / "results.json").read_text())
     kept = {}
     for name in ("training_curves", "reward_against_kl"):
-        monkeypatch.setattr(figures, "_save", lambda figure, path, name=name: kept.update({name: figure}))
+        monkeypatch.setattr(figures, "save", lambda figure, path, name=name: kept.update({name: figure}))
         getattr(figures, name)(results, tmp_path / "unused.png")
     return kept
 
@@ -448,7 +448,7 @@ def test_a_disk_too_full_for_the_figures_is_an_error_and_the_run_can_be_resumed(
     folder = Path(shutil.copytree(whole[0], tmp_path / "run"))
     (folder / "results.json").unlink()
     done = run(SMALL, "--out", folder, "--resume", limit=40_000)
-    assert_error(done, "training_curves.png: not drawn", "File too large")
+    assert_error(done, "training_curves.png: not saved", "File too large", "intact")
     assert not (folder / "results.json").exists()
     assert run(SMALL, "--out", folder, "--resume").returncode == 0
     assert_same_run(folder, whole[0])

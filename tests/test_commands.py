@@ -277,6 +277,19 @@ def test_good_results_are_drawn(here):
     assert (status, err) == (0, "") and (here / "reward_against_kl.png").exists() and "RLHF" in out
 
 
+def test_figures_that_cannot_be_written_stay_as_they_were(here):
+    pytest.importorskip("matplotlib")
+    resource = pytest.importorskip("resource")
+    (here / "results.json").write_text(json.dumps(results()))
+    (here / "training_curves.png").write_bytes(b"an older figure")
+    def a_full_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    done = subprocess.run([sys.executable, ROOT / FIGURES, here], capture_output=True, text=True,
+                          preexec_fn=a_full_disk)
+    assert_one_line_of_error((done.returncode, done.stdout, done.stderr), "training_curves.png: not saved", "intact")
+    assert (here / "training_curves.png").read_bytes() == b"an older figure" and len(left(here)) == 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_of_an_experiment_that_cannot_be_read_are_one_line_of_error(here, kind):
     pytest.importorskip("matplotlib")

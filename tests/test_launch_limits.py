@@ -47,6 +47,16 @@ def test_an_argument_that_a_loop_in_32_bits_would_pass_is_refused(n):
         launched((1,), n)
 
 
+def test_arrays_on_the_cpu_are_refused_in_words():
+    with pytest.raises(TypeError, match="squares: the arrays are on the CPU; this kernel takes CuPy's, on a GPU"):
+        fused.squared_norm(np.ones(3))
+
+
+def test_a_cache_without_heads_is_refused_in_words():
+    with pytest.raises(ValueError, match="decode: 2 query heads for 0 key/value heads"):
+        decode(np.ones((1, 2, 16)), np.ones((1, 0, 3, 16)), np.ones((1, 0, 3, 16)), 3)
+
+
 @pytest.mark.parametrize("B, heads, T", [(3, 2 ** 15, 2 ** 15), (2, 1, 2 ** 30), (1, 1, 2 ** 31)])
 @pytest.mark.parametrize("of", ["queries", "keys"])
 def test_a_batch_with_more_tokens_than_32_bits_count_is_refused_by_attention(B, heads, T, of):

@@ -3,6 +3,7 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings as hypothesis_settings, strategies as st
 
 import kernel_mutants
 from helpers import assert_close
@@ -133,6 +134,26 @@ def test_ties_and_signed_zeros_leave_the_draws_of_numpy(V, dtype, xp, rng):
 
 
 @BOTH
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=st.lists(st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1.0, 1 + 1e-7, 1 - 1e-7, -np.inf]), min_size=1,
+                       max_size=40),
+       temperature=st.sampled_from([1e-3, 1, 1e6]), top_k=st.sampled_from([None, 1, 2, 10 ** 9]),
+       top_p=st.sampled_from([None, 1e-30, 0.25, 0.6875]), u=st.floats(0, 1, exclude_max=True))
+@example(values=[1 - 1e-7, 1 + 1e-7], temperature=1e6, top_k=None, top_p=1e-30, u=0.5)     # the most likely token alone
+@example(values=[-0.0, 1e-45], temperature=1, top_k=5, top_p=0.25, u=0.0)
+def test_nearly_equal_logits_keep_the_tokens_that_numpy_keeps(values, temperature, top_k, top_p, u, dtype, xp):
+    logits = np.array([values], dtype)
+    if np.isneginf(logits).all():
+        logits[0, 0] = 0
+    settings = temperature, top_k, top_p
+    tokens, log_probs, entropies = sample(xp, logits, np.array([u]), *settings)
+    scores = distribution(logits, *settings)
+    assert np.isfinite(scores[0, tokens[0]]), "a token that NumPy cuts off"
+    assert abs(log_probs[0] - scores[0, tokens[0]]) < 1e-5
+    assert abs(entropies[0] - entropy(np.exp(scores), scores)[0]) < 1e-4
+
+
+@BOTH
 def test_ties_of_top_k_in_a_later_segment_are_cut_too_and_cost_one_more_pass_and_walk(dtype, emulated):
     V = 5000
     logits, uniforms = np.zeros((1, V), dtype), np.array([1 - 2.0 ** -53])
@@ -207,6 +228,7 @@ def test_hard_logits_are_right(settings, dtype, xp, rng):
 
 
 @BOTH
+@pytest.mark.filterwarnings("ignore:divide by zero")
 @pytest.mark.parametrize("settings", [(1, None, None), (1, 3, 0.9), (0, None, None)], ids=str)
 def test_a_row_without_a_distribution_gives_token_0_and_nan_as_numpy_does(settings, dtype, xp, rng):
     """The log-prob is NaN in NumPy's formula too; generate.sample raises. An error here would wait for the GPU."""

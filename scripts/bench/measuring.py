@@ -33,6 +33,7 @@ from minilm.stages.train_state import TrainState, shards, stage, train_step
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
 from library_process import Worker  # noqa: E402
+from support import figures  # noqa: E402
 from support.command_line import Parser, names, output_file, whole  # noqa: E402
 from support.run_folder import UsageError  # noqa: E402
 
@@ -264,7 +265,7 @@ def draw(path, rows, title):
     axes.set_yticks(range(len(rows)), [", ".join(r[part] for part in parts) for r in reversed(rows)])
     figure.supxlabel("ours/theirs, lower is better: time (filled; bar: quartiles), peak memory (square)", fontsize=10)
     axes.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=150)
+    figures.save(figure, path, dpi=150)
 
 
 def finish(asked, rows, title):

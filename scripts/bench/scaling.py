@@ -18,6 +18,7 @@ import numpy as np
 import library_process
 import measuring
 from minilm import checkpoint
+from support import figures
 from support.command_line import Parser, names, whole
 from support.run_folder import main_guard
 
@@ -95,7 +96,7 @@ def draw(path, rows):
         axes.minorticks_off()
         axes.set_xlabel(variable + (f", at {TOKENS} tokens" if variable == "T" else ""))
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    figures.save(figure, path, dpi=150)
 
 
 def main():

@@ -24,6 +24,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from minilm import checkpoint
 from minilm.kernels import launch, nvrtc
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
@@ -260,7 +261,7 @@ def main(arguments=None):
         for line in lines:
             print(text(cells(line), COLUMNS))
     if asked.json:
-        Path(asked.json).write_text(json.dumps(lines, indent=1) + "\n")
+        checkpoint.write_text(asked.json, json.dumps(lines, indent=1) + "\n")
     wrong = sum(map(bool, map(faults, lines)))
     print(f"\n{len(lines)} variants on an architecture, {wrong} of them with faults"
           + ("" if asked.details else "; --details lists them"))

@@ -21,6 +21,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from minilm import checkpoint
+
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
 from support.command_line import Parser, names  # noqa: E402
 from support.run_folder import main_guard  # noqa: E402
@@ -224,7 +226,7 @@ def regenerate(name: str) -> None:
     text = part.text()
     if part.file:
         path = ROOT / part.file
-        path.write_text(replaced(path.read_text("utf-8"), name, text), "utf-8")
+        checkpoint.write_text(path, replaced(path.read_text("utf-8"), name, text))
     if part.figure:
         source, target = part.figure
         shutil.copyfile(ROOT / source, ROOT / target)

@@ -324,7 +324,7 @@ def write_readme(folder):
         if small is None:
             large.append(f"{name}.png")
         else:
-            (figures / f"{name}.png").write_bytes(small)
+            checkpoint.write_bytes(figures / f"{name}.png", small)
     checkpoint.write_text(HERE / "README.md", markdown.readme(STAGES, size, under_roundings(folder, size, done)))
     print(f"{HERE / 'README.md'}, {figures}: {len(done) - len(large)} figures")
     if large:

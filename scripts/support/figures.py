@@ -4,15 +4,18 @@
     python scripts/support/figures.py runs/a runs/b ...    the table of several seeds, in Markdown
 """
 
+import io
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from minilm import checkpoint
+
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
 from support.command_line import Parser, relying_on  # noqa: E402
 from support.results import ADVICE, read_results  # noqa: E402
-from support.run_folder import UsageError, main_guard, require  # noqa: E402
+from support.run_folder import main_guard, require  # noqa: E402
 from support.tables import NAMES, across_seeds, summary  # noqa: E402
 
 SMOOTHING = 8             # steps averaged over in the figure of drift
@@ -67,7 +70,7 @@ def training_curves(results: dict, path: Path) -> None:
         if metric == "accuracy":
             axis.axhline(0.5, color="#999999", linestyle=":", linewidth=1)
     _mark_trial(figure, results)
-    _save(figure, path)
+    save(figure, path)
     plt.close(figure)
 
 
@@ -97,7 +100,7 @@ def reward_against_kl(results: dict, path: Path) -> None:
     _mark_trial(figure, results)
     figure.draw_without_rendering()         # the layout is final: distances in pixels are known
     _label_betas(left, results)
-    _save(figure, path)
+    save(figure, path)
     plt.close(figure)
 
 
@@ -206,12 +209,12 @@ def _pyplot():
     return pyplot
 
 
-def _save(figure, path):
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise UsageError(f"{path}: not drawn: {error.strerror}. Free some space on that disk, then try "
-                         "again.") from error
+def save(figure, path: Path | str, **options) -> None:
+    """Writes a figure of matplotlib as PNG, completely or not at all: the figure that was there before stays if the
+    disk is full. Raises CheckpointError."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", **options)
+    checkpoint.write_bytes(path, file.getvalue())
 
 
 def main(arguments: list[str] | None = None) -> None:

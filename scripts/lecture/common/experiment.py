@@ -286,7 +286,7 @@ def _run(name, doc, measure, conclude, draw, sizes, figure_size):
             result["outcome"] = TRIAL
         for suffix in STYLES:
             drawn = picture(lambda figure: draw(figure, result["by_seed"], settings), suffix, figure_size, trial)
-            _write(folder / f"{name}{suffix}.png", drawn)
+            checkpoint.write_bytes(folder / f"{name}{suffix}.png", drawn)
         text = f"{as_text(result['table'])}\n\n{report(result)}"
     # Last, because this file marks the experiment as done.
     checkpoint.write_text(path, json.dumps(result, indent=1, default=_plain, allow_nan=False) + "\n")
@@ -305,13 +305,6 @@ def _measured(experiment, measure, seeds, settings, processes):
             "seconds": round(time.monotonic() - experiment.began, 1), "workers": processes,
             "dtype": experiment.dtype.name, "date": datetime.date.today().isoformat(), "machine": _machine(),
             "by_seed": measured}
-
-
-def _write(path, data):
-    """Bytes to a file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{checkpoint.TEMPORARY_SUFFIX}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def _plain(value):

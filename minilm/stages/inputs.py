@@ -59,21 +59,19 @@ def check_reference_and_reward(function: str, policy: Any, reference: Any, rewar
                              "would change with every step; make it from a copy, model.copy()")
 
 
-def _reward_models(value, depth=4):
+def _reward_models(value, depth=6):
     """The reward models that a function holds in its variables, defaults or arguments, an object in its attributes, a
-    short list, tuple or dict in its items, and what is there in the same way."""
+    short list, tuple or dict in its items, and what they hold there in the same way."""
     if hasattr(value, "head"):
         return [value]
     if depth == 0 or isinstance(value, (type, types.ModuleType)):
         return []
     held = [*getattr(value, "__dict__", {}).values(), getattr(value, "__self__", None)]
     if isinstance(value, functools.partial):
-        held += [value.func, *value.args, *value.keywords.values()]
+        held += [value.func, value.args, value.keywords]
     if inspect.isfunction(value):
-        variables = inspect.getclosurevars(value)
-        held += [*variables.nonlocals.values(), *variables.globals.values(), *(value.__defaults__ or ()),
-                 *(value.__kwdefaults__ or {}).values()]
-    if isinstance(value, (list, tuple, dict)) and len(value) <= 16:
+        held += [*inspect.getclosurevars(value)[:2], value.__defaults__, value.__kwdefaults__]
+    if isinstance(value, (list, tuple, dict)) and len(value) <= 64:
         held += value.values() if isinstance(value, dict) else value
     return [model for part in held for model in _reward_models(part, depth - 1)]
 

@@ -44,8 +44,7 @@ class TrainState:
         if isinstance(model, type) or not hasattr(model, "parameters"):
             raise TypeError(f"TrainState: model is {checks.shown(model)}; it must be a Transformer or a RewardModel")
         if "learning_rate" in settings:
-            raise TypeError("TrainState: learning_rate has no effect here: each step has that of its stage; give it to "
-                            "the stage")
+            raise TypeError("TrainState: learning_rate has no effect here; give it to the stage, each has its own")
         self.model = model
         self.rng = checks.generator("TrainState", rng)
         self.workers = checks.integer("TrainState", "workers", workers, at_least=1)
@@ -154,11 +153,7 @@ def repeat(step: Callable[[], dict], state: TrainState, steps: int) -> Iterator[
     if state.step > steps:
         raise ValueError(f"the state has done {state.step} steps, and this stage ends after {steps} in all; give it "
                          "more steps, or each stage a TrainState of its own")
-
-    def run():
-        while state.step < steps:
-            yield step()
-    return run()
+    return (step() for _ in iter(lambda: state.step < steps, False))
 
 
 def train_step(state: TrainState, loss: Callable, shards: Sequence, learning_rate: float, stage: str,
@@ -195,8 +190,7 @@ def train_step(state: TrainState, loss: Callable, shards: Sequence, learning_rat
     state.all_reduce_gradients()
     norm = state.optimizer.clip(clip)
     if not state.optimizer.flat.trained().any():
-        raise ValueError(f"{where}: no parameter of the model has a gradient; the loss must depend on one that is "
-                         "trained")
+        raise ValueError(f"{where}: no parameter of the model has a gradient; the loss must depend on one of them")
     if not math.isfinite(norm):
         bad = first_bad_parameter(parameters, "grad") or "none (the sum of squares overflowed)"
         raise Diverged(f"{where}: the gradient's norm is {norm}; first bad tensor: {bad}")

@@ -68,7 +68,7 @@ def rope(qkv: Array, cos: Array, sin: Array, heads: int, kv_heads: int, pairing:
          backward: bool = False, out: Array | None = None) -> Array:
     """Rotate the queries and keys, the first H+G heads, by the angles of their tokens.  (N,H+2G,K) -> (N,H+G,K)
 
-    cos, sin (N,K/2) from layers.rope_tables; pairing as in layers.rope; scale multiplies the H query heads. qkv can
+    cos, sin (N,K/2) from rotary.rope_tables; pairing as in rotary.rope; scale multiplies the H query heads. qkv can
     also have H+G heads. out: an array to write to, of N tokens and H+G or H+2G heads (the last G are not written); it
     may be qkv. backward: rotate by the negative angles, which gives the gradient of the input from that of the output.
     """

@@ -3,7 +3,7 @@
 One node of the graph each, so that a training step consists of a few large operations. plain.py has the same layers
 as compositions of elementary operations: that is their definition, and the tests compare values and gradients.
 Two layers are computed in pieces that fit the cache. This file has their derivation, and the version without pieces:
-attention (fast/tiled_attention.py) and token_log_probs (fast/chunked_log_probs.py).
+attention (fast/tiled_attention.py) and token_log_probs (fast/chunked_log_probs.py). rope and smear are in rotary.py.
 
 Shapes: B batch, T tokens, S keys, V vocabulary, D width, H query heads, G key/value heads (G divides H), K head
 width (dh in plain.py), F width of the feed-forward layer.
@@ -14,15 +14,15 @@ Tests: tests/test_layers.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import numpy as np
-
 from minilm import checks, ops
 from minilm.backend import array_module, is_cupy
-from minilm.fast.chunked_log_probs import chunked_log_probs, tokens_per_chunk
-from minilm.fast.tiled_attention import dot_rows, tiled_attention
+from minilm.fast.chunked_log_probs import chunked_log_probs
+from minilm.fast.tiled_attention import tiled_attention
+from minilm.rotary import rope, rope_tables, smear
 from minilm.tensor import Tensor, primitive
+
+__all__ = ["attention", "attention_without_tiles", "rms_norm", "rope", "rope_tables", "sequence_log_probs", "smear",
+           "swiglu", "token_log_probs", "token_log_probs_without_chunks"]
 
 
 @primitive
@@ -44,16 +44,21 @@ def rms_norm(x, weight, eps: float = 1e-6, kernel: bool = True):
         return on_gpu.rms_norm(x, weight, eps)
     xp = array_module(x)
     D = x.shape[-1]
-    r = 1 / xp.sqrt(dot_rows(x, x) / D + eps)
+    r = 1 / xp.sqrt(_dot_rows(x, x) / D + eps)
     n = x * r
     def vjp(dy):
         dn = dy * weight
         dweight = xp.einsum("nd,nd->d", dy.reshape(-1, D), n.reshape(-1, D))
-        dx = n * (dot_rows(dn, n) / -D)
+        dx = n * (_dot_rows(dn, n) / -D)
         dx += dn
         dx *= r
         return dx, dweight
     return n * weight, vjp
+
+
+def _dot_rows(a, b):
+    """sum(a * b) over the last axis, which is kept. The elementwise product is never stored."""
+    return (a[..., None, :] @ b[..., :, None])[..., 0]
 
 
 @primitive
@@ -95,97 +100,6 @@ def swiglu(gate_up, kernel: bool = True):
     return y, vjp
 
 
-def rope_tables(positions, head_width: int, base: float = 10000.0, dtype="float32") -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of the angles position * base^(-2i/K), for the pairs i = 0 .. K/2 - 1.
-
-    positions: integers of any shape (..), an array; returns two arrays (..,K/2).
-    The angles are computed in float64 and rounded once: in float32 they are off by 5e-4 at position 8192.
-    Raises ValueError for an odd head width, and for a base that is not above 0.
-    """
-    checks.number("rope_tables", "base", base, above=0)
-    if checks.integer("rope_tables", "head_width", head_width, at_least=2) % 2:
-        raise ValueError(f"rope_tables: rotary positions rotate pairs: the head width {head_width} must be even")
-    xp = array_module(positions)
-    frequencies = base ** (-xp.arange(0, head_width, 2, dtype="float64") / head_width)
-    angles = positions[..., None] * frequencies
-    return xp.cos(angles).astype(dtype), xp.sin(angles).astype(dtype)
-
-
-@primitive
-def rope(x, cos, sin, pairing: str = "half"):
-    """Rotary positions: rotate pair i of each head by the angle of its position.  x (B,H,T,K); cos, sin (T,K/2)
-
-    A rotation is orthogonal, so the vjp rotates back.
-    Two pairings are in use, and weights trained with one are wrong with the other: "half" pairs the numbers
-    (i, i + K/2) (GPT-NeoX; Llama in Hugging Face's files), "interleaved" pairs (2i, 2i + 1) (the paper; Llama in
-    Meta's files; GGUF). The tables may also be (B,1,T,K/2).
-    Su et al. 2021, arXiv:2104.09864.
-    """
-    array_module(x, cos, sin)               # raises if they are on two devices
-    if cos.dtype != x.dtype:
-        raise TypeError(f"mixed dtypes: x is {x.dtype} and its tables are {cos.dtype}; make them with dtype={x.dtype}")
-    if cos.shape != sin.shape or cos.shape[-2:] != (x.shape[-2], x.shape[-1] // 2):
-        raise ValueError(f"expected x (B,H,T,K), cos and sin (T,K/2); got {x.shape}, {cos.shape}, {sin.shape}")
-    rotation = cos + 1j * sin               # exp(i angle)
-    def vjp(dy):
-        return rotate(dy, rotation.conj(), pairing)
-    return rotate(x, rotation, pairing), vjp
-
-
-def rotate(x, rotation, pairing: str = "half") -> np.ndarray:
-    """The pairs of x (..,K) as complex numbers, times rotation (..,K/2): an array like x."""
-    xp = array_module(x)
-    first, second = pair_slices(x.shape[-1], pairing)
-    z = xp.empty((*x.shape[:-1], x.shape[-1] // 2), rotation.dtype)
-    z.real = x[..., first]
-    z.imag = x[..., second]
-    z *= rotation
-    rotated = xp.empty(x.shape, x.dtype)
-    rotated[..., first] = z.real
-    rotated[..., second] = z.imag
-    return rotated
-
-
-def pair_slices(width: int, pairing: str) -> tuple[slice, slice]:
-    """The positions, in a head of that width, of the first and of the second numbers of all pairs."""
-    if pairing == "half":
-        return slice(0, width // 2), slice(width // 2, None)
-    if pairing == "interleaved":
-        return slice(0, None, 2), slice(1, None, 2)
-    raise ValueError(f"pairing is {pairing!r}; it must be 'half' or 'interleaved'")
-
-
-@primitive
-def smear(k, amount, previous_key):
-    """Key smearing: (1 - a) k_t + a k_{t-1}, with a = sigmoid(amount).  k (B,G,T,K), amount (G,K) -> (B,G,T,K)
-
-    previous_key (B,G,K): the key before the first, an array without a gradient.
-    Olsson et al. 2022, arXiv:2209.11895, "smeared keys". Two differences: their sigmoid(alpha) weighs the current
-    key, so alpha = -amount; and they have one number per head, here there is one per head and channel.
-    The option Config.key_smear gives every layer what a "previous token" head would have to learn. Llama has none.
-    """
-    if amount.shape != (k.shape[1], k.shape[3]):
-        raise ValueError(f"expected k (B,G,T,K), amount (G,K); got {k.shape}, {amount.shape}")
-    xp = array_module(k, amount)
-    mixed, mix_vjp = mix_keys(k, xp.concatenate([previous_key[:, :, None], k[:, :, :-1]], axis=2), amount)
-    def vjp(dy):
-        dk, dprevious, damount = mix_vjp(dy)
-        dk[:, :, :-1] += dprevious[:, :, 1:]
-        return dk, damount
-    return mixed, vjp
-
-
-def mix_keys(k, previous, amount) -> tuple[np.ndarray, Callable]:
-    """(1 - a) k + a previous, with a = sigmoid(amount) (G,K) and keys (..,G,T,K); and the vjp for all three."""
-    a = ops.stable_sigmoid(amount)[:, None]
-    difference = previous - k
-    def vjp(dy):
-        dprevious = a * dy
-        da = ops.unbroadcast(dy * difference, a.shape)
-        return dy - dprevious, dprevious, (da * a * (1 - a))[:, 0]
-    return k + a * difference, vjp
-
-
 @primitive
 def attention(q, k, v, causal: bool = True, key_mask=None, scale: float | None = None, *,
               kernel: bool = True):
@@ -211,7 +125,8 @@ def attention(q, k, v, causal: bool = True, key_mask=None, scale: float | None =
     H, T, K = q.shape[1:]
     B, G, S, _ = k.shape
     if q.shape != (B, H, T, K) or k.shape[3] != K or v.shape != k.shape or H % G or (causal and S < T):
-        raise ValueError(f"expected q (B,H,T,K), k and v (B,G,S,K), G dividing H{', and S >= T when causal' * causal}; "
+        at_least_T = ", and S >= T when causal" if causal else ""
+        raise ValueError(f"expected q (B,H,T,K), k and v (B,G,S,K), G dividing H{at_least_T}; "
                          f"got {q.shape}, {k.shape}, {v.shape}")
     if key_mask is not None:
         key_mask = checks.mask("attention", key_mask, (B, S), "key_mask", hint="that is (B,S)")
@@ -268,7 +183,7 @@ def token_log_probs(hidden, unembedding, targets, chunk: int | None = None, kern
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != D:
         raise ValueError(f"expected hidden (..,D), unembedding (V,D), targets (..); got {hidden.shape}, "
                          f"{unembedding.shape}, {targets.shape}")
-    chunk = tokens_per_chunk(V) if chunk is None else checks.integer("token_log_probs", "chunk", chunk, at_least=1)
+    chunk = None if chunk is None else checks.integer("token_log_probs", "chunk", chunk, at_least=1)
     rows = hidden.reshape(-1, D)
     flat_targets = xp.asarray(targets).reshape(-1)
     if kernel and is_cupy(hidden):

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minilm import checks, layers, ops
+from minilm import checks, layers, ops, rotary
 from minilm.backend import array_module, to_device, to_numpy
 from minilm.fast.activation_checkpointing import activation_checkpoint
 from minilm.fast.packed_attention import attend_to_segments, rectangle_segments
@@ -42,9 +42,9 @@ class Config:
     context: int = 256              # the longest sequence, in tokens
     causal: bool = True             # False: every position sees all others (an encoder)
     tied: bool = False              # the unembedding is the embedding
-    key_smear: bool = False         # mix each key with the previous one (layers.smear); Llama does not
+    key_smear: bool = False         # mix each key with the previous one (rotary.smear); Llama does not
     rope_base: float = 10000.0
-    rope_pairing: str = "half"      # or "interleaved"; see layers.rope
+    rope_pairing: str = "half"      # or "interleaved"; see rotary.rope
     norm_eps: float = 1e-6
 
     def __post_init__(self):
@@ -217,7 +217,7 @@ class Transformer:
         """
         c = self.config
         key_mask = None if key_mask is None else self._on_device(key_mask)
-        cos, sin = layers.rope_tables(self._on_device(np.arange(T)), c.head_width, c.rope_base, self.dtype)
+        cos, sin = rotary.rope_tables(self._on_device(np.arange(T)), c.head_width, c.rope_base, self.dtype)
 
         def attend(i, qkv):
             B = len(qkv)
@@ -227,8 +227,8 @@ class Transformer:
             v = heads[:, c.heads + c.kv_heads:]
             if c.key_smear:
                 k = self._smeared(i, k, key_mask)
-            q = layers.rope(q, cos, sin, pairing=c.rope_pairing)
-            k = layers.rope(k, cos, sin, pairing=c.rope_pairing)
+            q = rotary.rope(q, cos, sin, pairing=c.rope_pairing)
+            k = rotary.rope(k, cos, sin, pairing=c.rope_pairing)
             mixed = layers.attention(q, k, v, causal=c.causal, key_mask=key_mask)                   # (B,H,T,K)
             return ops.transpose(mixed, axes=(0, 2, 1, 3)).reshape(B, T, c.heads * c.head_width)
         return attend
@@ -238,7 +238,7 @@ class Transformer:
         if key_mask is not None:          # a padding token is no predecessor: its key counts as zero
             k = ops.where(key_mask[:, None, :, None].astype(bool), k, 0.0)
         no_key = array_module(k.data).zeros((B, G, K), self.dtype)
-        return layers.smear(k, self._parameters[f"blocks.{i}.key_smear"], no_key)
+        return rotary.smear(k, self._parameters[f"blocks.{i}.key_smear"], no_key)
 
     def _on_device(self, array):
         return array_module(self._parameters["embedding"].data).asarray(array)

@@ -20,27 +20,10 @@ import numpy as np
 from minilm import checks
 from minilm.backend import array_module
 from minilm.data import check_dialogues
+from minilm.fast.packed_attention import Segment
 from minilm.tensor import primitive
 
 Tokens = Sequence[int]
-
-
-@dataclasses.dataclass
-class Segment:
-    """Rows start to stop of a pack: one prompt, or one response with its prompt at prefix_start to prefix_stop."""
-
-    start: int
-    stop: int
-    prefix_start: int = 0
-    prefix_stop: int = 0
-
-    @property
-    def queries(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def keys(self) -> int:
-        return self.queries + self.prefix_stop - self.prefix_start
 
 
 @dataclasses.dataclass

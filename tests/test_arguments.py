@@ -16,7 +16,7 @@ from common.early_stopping import keep_best
 from common.frontier import frontier
 from common.intervals import Comparison, outcome
 from common.linear import bradley_terry, least_squares
-from minilm import Tensor, evaluate, layers, ops, optim, packing
+from minilm import Tensor, evaluate, layers, ops, optim, packing, rotary
 from minilm.data import make_batch
 from minilm.exact import enumerable, expectations, gradients
 from minilm.exact.enumerable import EnumerableWorld
@@ -28,11 +28,12 @@ from worlds.markov import MarkovSource
 from worlds.ngrams import NGram
 from worlds.replies import ReplyWorld
 
-MODULES = (sft, reward, kl, policy_gradient, dpo, evaluate, packing, enumerable, expectations, gradients, layers, optim)
+MODULES = (sft, reward, kl, policy_gradient, dpo, evaluate, packing, enumerable, expectations, gradients, layers,
+           rotary, optim)
 # Arrays without arguments that can be misread: NumPy's rules hold, or the caller is the fast path.
-OTHERS = {"packing.pack", "layers.swiglu", "layers.rotate", "layers.pair_slices", "layers.mix_keys",
-          "layers.attention_without_tiles", "enumerable.entropy", "enumerable.preference",
-          "expectations.tangent_kernel",
+OTHERS = {"packing.pack", "layers.swiglu", "rotary.rotate", "rotary.to_complex", "rotary.from_complex",
+          "rotary.pair_slices", "rotary.mix_keys", "layers.attention_without_tiles", "enumerable.entropy",
+          "enumerable.preference", "expectations.tangent_kernel",
           "gradients.parameter_gradients", "gradients.compare_gradients", "gradients.compare_with_exact_gradient",
           "evaluate.predicted_rewards"}
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from helpers import assert_close, assert_same, normal
-from minilm import Tensor, layers
+from minilm import Tensor, layers, rotary
 from minilm.gradcheck import gradcheck
 from minilm.kernels import emulator, fused, launch
 from minilm.optim import AdamW
@@ -86,7 +86,7 @@ def plain_rope(pairing):
     def both(qkv, cos, sin, dy):
         scales = np.where(np.arange(H + G) < H, SCALE, 1)[:, None].astype(cos.dtype)
         turn = (cos + 1j * sin)[:, None] * scales
-        return layers.rotate(qkv[:, :H + G], turn, pairing), layers.rotate(dy, turn.conj(), pairing)
+        return rotary.rotate(qkv[:, :H + G], turn, pairing), rotary.rotate(dy, turn.conj(), pairing)
     return both
 
 

@@ -77,11 +77,11 @@ CASES = {f.__name__: f for f in (rms_norm, swiglu, rope, smear, attention, token
 
 
 def test_every_primitive_of_layers_has_a_case_and_a_formula():
-    of_arrays = {"rope_tables", "rotate", "pair_slices", "mix_keys"}
+    of_arrays = {"rope_tables"}
     derivations = {"attention_without_tiles", "token_log_probs_without_chunks"}     # tests below
     for module in (layers, definitions):
         public = {name for name, f in inspect.getmembers(module, inspect.isfunction)
-                  if f.__module__ in (module.__name__, "minilm.plain") and not name.startswith("_")}
+                  if f.__module__ in (module.__name__, "minilm.plain", "minilm.rotary") and not name.startswith("_")}
         assert public - of_arrays - derivations == set(CASES)
 
 

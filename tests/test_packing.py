@@ -10,10 +10,10 @@ from helpers import assert_close, assert_same_gradients, parameter_gradients, rn
 from minilm import Tensor, layers, no_grad
 from minilm.data import make_batch
 from minilm.fast import packed_attention
-from minilm.fast.packed_attention import group_segments
+from minilm.fast.packed_attention import Segment, group_segments
 from minilm.gradcheck import gradcheck
 from minilm.model import RewardModel
-from minilm.packing import Segment, pack, packs
+from minilm.packing import pack, packs
 
 KINDS = {"plain": {}, "grouped, smeared, two layers": {"kv_heads": 1, "key_smear": True, "layers": 2},
          "interleaved": {"rope_pairing": "interleaved", "heads": 4, "kv_heads": 2, "head_width": 4, "tied": True},

@@ -18,10 +18,10 @@ LEVELS = """
     backend  fast.malloc  fast.workers  in_place  modes  numpy_functions
     checks  fast.deferred  fast.tiled_attention  tensor
     checkpoint  diverged  fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  kernels  ops  tokenizer
-    data  gradcheck  layers  objectives  optim  plain  world
+    data  gradcheck  objectives  optim  plain  rotary  world
+    fast.packed_attention  layers
     exact  packing
-    evaluate  fast.packed_attention
-    model
+    evaluate  model
     fast.cached_decoding  model_file  toy
     generate
     stages

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minilm import layers
+from minilm import layers, rotary
 from minilm.backend import array_module, is_cupy
 from minilm.model import Config, Transformer, hidden_states
 from minilm.tensor import arrays_only
@@ -21,7 +21,7 @@ from minilm.tensor import arrays_only
 class Cache:
     """The keys and values of every position so far, two arrays (L,B,G,S,K) filled from the left.
 
-    last_keys (L,B,G,K): the last key before rotation, for layers.smear.
+    last_keys (L,B,G,K): the last key before rotation, for rotary.smear.
     """
 
     def __init__(self, config: Config, batch: int, capacity: int, xp=np, dtype=np.float32):
@@ -85,7 +85,7 @@ def attend_to_cache(c, parameters, T: int, first, cache: Cache) -> Callable:
     xp = array_module(parameters["embedding"])
     H, HG = c.heads, c.heads + c.kv_heads
     start = cache.length
-    cos, sin = layers.rope_tables(xp.arange(start, start + T), c.head_width, c.rope_base, parameters["embedding"].dtype)
+    cos, sin = rotary.rope_tables(xp.arange(start, start + T), c.head_width, c.rope_base, parameters["embedding"].dtype)
     rotation = cos + 1j * sin
     real = None if first is None or T == 1 else xp.arange(start + T) >= first[:, None]
 
@@ -96,8 +96,8 @@ def attend_to_cache(c, parameters, T: int, first, cache: Cache) -> Callable:
             k = heads[:, H:HG]
             if real is not None:            # a padding token is no predecessor: its key counts as zero
                 k = xp.where(real[:, None, start:, None], k, 0)
-            heads[:, H:HG] = layers.smear(k, parameters[f"blocks.{layer}.key_smear"], cache.previous_key(layer, k))
-        q_and_k = layers.rotate(heads[:, :HG], rotation, c.rope_pairing)
+            heads[:, H:HG] = rotary.smear(k, parameters[f"blocks.{layer}.key_smear"], cache.previous_key(layer, k))
+        q_and_k = rotary.rotate(heads[:, :HG], rotation, c.rope_pairing)
         q = q_and_k[:, :H]
         keys, values = cache.extend(layer, q_and_k[:, H:], heads[:, HG:])
         if T == 1:

@@ -20,16 +20,15 @@ LOGITS_HELD = 1 << 25           # 128 MB in float32
 IN_CACHE = 1 << 18              # numbers that stay in the cache of one core between operations
 
 
-def tokens_per_chunk(vocab_size: int) -> int:
-    """As many tokens as fit LOGITS_HELD logits."""
-    return max(1, LOGITS_HELD // vocab_size)
+def chunked_log_probs(rows, unembedding, targets, chunk: int | None = None) -> tuple[np.ndarray, Callable]:
+    """(log-probs (N,), vjp) of rows (N,D), unembedding (V,D), targets (N,).
 
-
-def chunked_log_probs(rows, unembedding, targets, chunk: int) -> tuple[np.ndarray, Callable]:
-    """(log-probs (N,), vjp) of rows (N,D), unembedding (V,D), targets (N,); chunk: tokens at a time."""
-    checks.integer("chunked_log_probs", "chunk", chunk, at_least=1)         # none would leave log_probs unwritten
+    chunk: tokens at a time; None: as many as fit LOGITS_HELD logits.
+    """
     xp = array_module(rows, unembedding)
     N, V = len(rows), len(unembedding)
+    chunk = max(1, LOGITS_HELD // V) if chunk is None else chunk
+    checks.integer("chunked_log_probs", "chunk", chunk, at_least=1)         # none would leave log_probs unwritten
     chunks = [slice(i, i + chunk) for i in range(0, N, chunk)]
     def exponentials(s):
         """exp(logits - highest) of a chunk, their sums, and the log-probs of the targets."""
@@ -43,7 +42,6 @@ def chunked_log_probs(rows, unembedding, targets, chunk: int) -> tuple[np.ndarra
             xp.exp(b, out=b)
             b.sum(axis=-1, out=total[i:i + step])
         return E, total, picked - xp.log(total)
-
     log_probs = xp.empty(N, rows.dtype)
     kept = []
     for s in chunks:

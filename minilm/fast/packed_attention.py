@@ -8,6 +8,7 @@ Tests: tests/test_packing.py, tests/test_plain.py.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -16,13 +17,30 @@ import numpy as np
 from minilm.backend import array_module, is_cupy
 from minilm.fast.deferred import segment_sum
 from minilm.fast.tiled_attention import tiled_attention
-from minilm.layers import mix_keys, pair_slices, rope_tables
-from minilm.packing import Segment
+from minilm.rotary import from_complex, mix_keys, rope_tables, to_complex
 from minilm.tensor import primitive
 
 # Two segments share a call if the padding adds at most half of the smaller one's scores, plus this many: about the
 # cost of one more call.
 CALL = 1 << 14
+
+
+@dataclasses.dataclass
+class Segment:
+    """Rows start to stop of a pack: one prompt, or one response with its prompt at prefix_start to prefix_stop."""
+
+    start: int
+    stop: int
+    prefix_start: int = 0
+    prefix_stop: int = 0
+
+    @property
+    def queries(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def keys(self) -> int:
+        return self.queries + self.prefix_stop - self.prefix_start
 
 
 def attend_to_segments(config, parameters, segments: list[Segment], positions) -> Callable:
@@ -92,8 +110,8 @@ def packed_attention(qkv, amount, rotation, heads: int, kv_heads: int, groups, p
     """Smeared keys, rotations and causal attention of one layer: (..,(H+2G)K) with N tokens in all -> (..,H K).
 
     qkv       for each token H queries, G keys and G values of K numbers each
-    amount    (G,K) of layers.smear, or None
-    rotation  (N,K/2), exp(i angle) of each pair: cos + i sin of layers.rope_tables
+    amount    (G,K) of rotary.smear, or None
+    rotation  (N,K/2), exp(i angle) of each pair: cos + i sin of rotary.rope_tables
     groups    of group_segments
     """
     xp = array_module(qkv)
@@ -101,13 +119,14 @@ def packed_attention(qkv, amount, rotation, heads: int, kv_heads: int, groups, p
     H, G, N = heads, kv_heads, len(rotation)
     K = qkv.shape[-1] // (H + 2 * G)
     by_head = qkv.reshape(N, H + 2 * G, K).swapaxes(0, 1)       # (H+2G,N,K)
-    q_and_k, prepared_vjp = _smeared_and_rotated(by_head[:H + G], H, amount, rotation, groups, pairing)
+    queries, keys, prepared_vjp = _smeared_and_rotated(by_head[:H + G], H, amount, rotation, groups, pairing)
     values = by_head[H + G:].copy()                             # a view would keep all of qkv alive
     o = xp.empty((N, H, K), dtype)
     vjps = []
     for group in groups:
-        q = _aligned(q_and_k[:H], group, with_prefix=False)
-        k, v = (_aligned(flat, group, with_prefix=True) for flat in (q_and_k[H:], values))
+        q = _aligned(queries, group, with_prefix=False)
+        k = _aligned(keys, group, with_prefix=True)
+        v = _aligned(values, group, with_prefix=True)
         out = _aligned(o.swapaxes(0, 1), group, with_prefix=False) if _side_by_side(group) else None
         mask = _real_keys(group, k.shape[2])
         mixed, group_vjp = tiled_attention(q, k, v, causal=True, key_mask=mask, scale=1, out=out)
@@ -137,34 +156,35 @@ def packed_attention(qkv, amount, rotation, heads: int, kv_heads: int, groups, p
 
 
 def _smeared_and_rotated(x, H, amount, rotation, groups, pairing):
-    """Queries and keys (H+G,N,K) ready for attention with scale 1, and the vjp; amount may be None.
-
-    A rotation is a multiplication by exp(i angle). Real and imaginary parts stay side by side: the product q k does
-    not depend on the order of the head's numbers.
-    """
-    xp = array_module(x)
-    K = x.shape[-1]
+    """Queries (H,N,K) and keys (G,N,K) ready for attention with scale 1, and the vjp; amount may be None."""
     k = x[H:]
-    first, second = pair_slices(K, pairing)
     if amount is not None:
         k, smeared_vjp = smear_segments(k, amount, *segment_starts([s for group in groups for s in group], x))
-    scaled = rotation * K ** -0.5
-    z = xp.empty((*x.shape[:2], K // 2), rotation.dtype)
-    for to, part, by in ((z[:H], x[:H], scaled), (z[H:], k, rotation)):
-        to.real, to.imag = part[..., first], part[..., second]
-        to *= by
+    scaled = rotation * x.shape[-1] ** -0.5
 
     def vjp(dq, dk, dx):
         """Writes the gradient of x into dx, from dq and dk, which it overwrites. Returns the gradient of amount."""
-        damount = None
-        for to, part, by in ((dx[:H], dq, scaled), (dx[H:], dk, rotation)):
-            dz = part.view(rotation.dtype)
-            dz *= by.conj()
-            to[..., first], to[..., second] = dz.real, dz.imag
-        if amount is not None:
-            dx[H:], damount = smeared_vjp(dx[H:])
+        _rotate_back(dq, scaled, pairing, out=dx[:H])
+        _rotate_back(dk, rotation, pairing, out=dx[H:])
+        if amount is None:
+            return None
+        dx[H:], damount = smeared_vjp(dx[H:])
         return damount
-    return z.view(x.dtype), vjp
+    return _rotated(x[:H], scaled, pairing), _rotated(k, rotation, pairing), vjp
+
+
+def _rotated(x, rotation, pairing):
+    """rotary.rotate, but the two numbers of a pair are side by side: the product q k does not depend on their order."""
+    z = to_complex(x, rotation.dtype, pairing)
+    z *= rotation
+    return z.view(x.dtype)
+
+
+def _rotate_back(dy, rotation, pairing, out):
+    """The vjp of _rotated, written to out. dy is overwritten."""
+    dz = dy.view(rotation.dtype)
+    dz *= rotation.conj()
+    from_complex(dz, pairing, out)
 
 
 # Between the row of tokens and the small rectangle of a group.
@@ -217,7 +237,7 @@ def segment_starts(segments: list[Segment], like) -> tuple[np.ndarray, np.ndarra
 
 
 def smear_segments(k, amount, starts, before) -> tuple[np.ndarray, Callable]:
-    """layers.smear of keys (G,N,K), and the vjp for k and amount; starts and before as segment_starts gives them."""
+    """rotary.smear of keys (G,N,K), and the vjp for k and amount; starts and before as segment_starts gives them."""
     xp, follows = array_module(k), before >= 0
     previous = xp.empty(k.shape, k.dtype)
     previous[:, 1:] = k[:, :-1]

@@ -105,13 +105,9 @@ def _backward(tiles, kept, v, o, dy, dq, dk, dv):
         else:
             do = do / total.swapaxes(-1, -2)                    # P = E / total, which is never computed
         dE = v[:, :, keys] @ do.swapaxes(-1, -2)                # dP, turned into dE in place
-        dE -= dot_rows(do, tiles.queries(o, tile)).swapaxes(-1, -2)
+        row_sums = do[..., None, :] @ tiles.queries(o, tile)[..., None]     # of do * o, which is never stored
+        dE -= row_sums[..., 0].swapaxes(-1, -2)
         dE *= E
         dq[..., tile, :] = (dE.swapaxes(-1, -2) @ tiles.k[:, :, keys]).reshape(dq[..., tile, :].shape)
         dk[:, :, keys] += dE @ tiles.queries(tiles.q, tile)
         dv[:, :, keys] += E @ do
-
-
-def dot_rows(a, b) -> np.ndarray:
-    """sum(a * b) over the last axis, which is kept. The elementwise product is never stored."""
-    return (a[..., None, :] @ b[..., :, None])[..., 0]

@@ -45,7 +45,7 @@ ALSO = {"tensor": ("test_ops",), "numpy_functions": ("test_tensor",), "data": ("
         "gradients": ("test_exact_gradients",),
         "tiled_attention": ("test_layers", "test_packing"), "chunked_log_probs": ("test_layers",),
         "modes": ("test_tensor",), "in_place": ("test_tensor", "test_optim"),
-        "packed_attention": ("test_packing", "test_model"),
+        "packed_attention": ("test_packing", "test_model"), "rotary": ("test_layers", "test_plain"),
         "cached_decoding": ("test_generate", "test_plain"), "flat_parameters": ("test_optim", "test_stages"),
         "deferred": ("test_tensor", "test_layers"), "activation_checkpointing": ("test_tensor", "test_model"),
         "workers": ("test_platforms",), "train_state": ("test_platforms", "test_agreement", "test_inputs"),

@@ -12,10 +12,11 @@ pi* of the proxy reward and of the gold reward. Control (is RL hard, or training
 200 steps of 64), and DPO without those of the ingredients that it has: the warm start, the learning rate, the KL
 penalty (beta 0.03; DPO has no loss at 0).
 
-Rule. For at least three of the five ingredients (baseline, KL penalty, warm start, learning rate, masks), removing it
-alone lowers J = gold reward - 0.3 KL at the end of the run; "removing" the learning rate means ten times higher, and
-ten times lower. Effect of a seed for one ingredient: J of the complete run minus J without it, the mean over its ways
-of removal. "At least three" is shown if three intervals lie above 0 at the level 1 - 0.05/5 (Bonferroni).
+Rule. For at least three of the five ingredients (baseline, KL penalty, warm start, learning rate, masks), the mean over
+its removals lowers J = gold reward - 0.3 KL at the end of the run; "removing" the learning rate means ten times higher,
+and ten times lower. Effect of a seed for one ingredient: J of the complete run minus J without it, the mean over its
+removals. "At least three" is shown if three intervals lie above 0 at the level 1 - 0.05/5 = 99% (Bonferroni). The
+figure and the words use the same level for one removal alone.
 
 Limits. Five necessary ingredients do not make RL harder than other training: DPO loses more without the two that it
 shares (warm start, learning rate). A small world is forgiving: a random policy finds good replies by chance, which is
@@ -28,15 +29,14 @@ the rewards.
 Source. Henderson et al. 2018, arXiv:1709.06560; Huang et al. 2024, arXiv:2403.17031 (EOS taken for padding, and
 other details); Ahmadian et al. 2024, arXiv:2402.14740 (leave-one-out).
 
-Figure. One column for each of eight removals, beside the complete run (grey); top row: J at the end, one point per
-seed; rows below: proxy reward, KL (symlog axis), entropy, gradient norm (symlog axis) and the share of prompts with
-equal rewards, against the step.
+Figure. One column for each of five ingredients, with the complete run in grey and one colour for each removal; top row:
+J at the end, one point per seed; rows below: proxy reward, KL (symlog axis), entropy, gradient norm (symlog axis) and
+the share of prompts with equal rewards, against the step, as the mean and the range over the seeds.
 """
 
 import sys
-import textwrap
 
-from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mean, mean_range, run, spread
+from common.experiment import COLOURS, Comparison, Conclusion, level, mean, mean_range, run, spread
 from common.recipes import finetune_by_dpo, proxy_rewards, sft_model
 
 # isort: split
@@ -58,6 +58,7 @@ ABLATIONS = {"baseline": ("no baseline", "no baseline, rewards + 3"), "KL": ("be
              "warm start": ("from random weights",), "learning rate": ("rate x 10", "rate / 10"),
              "masks": ("padding counted", "EOS not counted")}
 NEEDED = 3                              # of the ingredients
+LEVEL = 1 - 0.05 / len(ABLATIONS)       # of every interval of J, in the rule, the words, the table and the figure
 RAISING, RAISED = ABLATIONS["baseline"][1:], 3.0
 NAMES = ("complete", *(name for names in ABLATIONS.values() for name in names))
 # The differences to the complete run: options of stages.rlhf, or the tokens that are counted as response.
@@ -66,8 +67,8 @@ OPTIONS = {"no baseline": {"baseline": "none"}, "no baseline, rewards + 3": {"ba
            "rate / 10": {"learning_rate": RATE / 10}}
 COUNTED = {"padding counted": lambda tokens, mask: np.ones(mask.shape),
            "EOS not counted": lambda tokens, mask: mask * (tokens != EOS)}
-METRICS = {"reward": "proxy reward", "kl_sequence": "KL (nats)", "entropy": "entropy\n(nats per token)",
-           "grad_norm": "gradient norm", "frac_reward_zero_std": "prompts with\nequal rewards"}
+METRICS = {"reward": "proxy reward", "kl_sequence": "KL (nats;\nsymlog axis)", "entropy": "entropy\n(nats per token)",
+           "grad_norm": "gradient norm\n(symlog axis)", "frac_reward_zero_std": "prompts with\nequal rewards"}
 # Of the control, DPO: its beta and learning rate.
 DPO_RATE = 3e-4
 DPO = {"complete": (BETA, DPO_RATE), "beta / 10": (BETA / 10, DPO_RATE), "from random weights": (BETA, DPO_RATE),
@@ -149,8 +150,8 @@ def loss(seeds, name, what="J"):
 
 
 def matters(seeds, name, what="J"):
-    """Whether the 95% interval of the loss lies above 0."""
-    return Comparison(name, loss(seeds, name, what), above=0).outcome() == "shown"
+    """Whether the interval of the loss lies above 0, at LEVEL."""
+    return Comparison(name, loss(seeds, name, what), above=0).outcome(LEVEL) == "shown"
 
 
 def of_ingredients(seeds, what):
@@ -183,14 +184,15 @@ def symptom(seeds, name):
 
 def conclude(seeds, size):
     rule = of_ingredients(seeds, "J")
-    shown = sum(comparison.outcome(1 - 0.05 / len(rule)) == "shown" for comparison in rule)
+    shown = sum(comparison.outcome(LEVEL) == "shown" for comparison in rule)
     findings = of_ingredients(seeds, "gold")
     findings += [Comparison(f"loss of J by DPO, {name}", loss(seeds, name, "DPO"), above=0)
                  for name in DPO if name != "complete"]
     numbers = {f"{what}, {name}": spread(s[what][name] for s in seeds) for what in ("J", "gold") for name in NAMES}
     numbers |= {f"J, {name}": spread(s["levels"][name] for s in seeds) for name in seeds[0]["levels"]}
     numbers |= {f"J, DPO, {name}": spread(s["DPO"][name] for s in seeds) for name in DPO}
-    table = [["run", "J", "lost", "gold reward", "lost", "interval of J above 0", "metric that differs most"]]
+    table = [["run", "J", "lost", "gold reward", "lost", f"{LEVEL:.0%} interval of J above 0",
+              "metric that differs most"]]
     for name in NAMES:
         cells = [[mean_range([s[what][name] for s in seeds]), mean(loss(seeds, name, what))] for what in ("J", "gold")]
         table.append([name, *cells[0], *cells[1], *(("", "") if name == "complete" else (
@@ -199,9 +201,11 @@ def conclude(seeds, size):
     table += [[f"DPO, {name}", mean_range([s["DPO"][name] for s in seeds]), mean(loss(seeds, name, "DPO")), *[""] * 4]
               for name in DPO]
     worst = max(NAMES[1:], key=lambda name: loss(seeds, name).mean())
-    which = "Each" if shown == len(ABLATIONS) else f"{shown}"
-    words = (f"{which} of the {len(ABLATIONS)} removals alone lowers J ({NEEDED} are needed). The complete run "
-             f"raises J from "
+    alone = [name for name in NAMES[1:] if matters(seeds, name)]
+    which = "each" if shown == len(ABLATIONS) else f"{shown}"
+    words = (f"For {which} of the {len(ABLATIONS)} ingredients, the mean over its removals lowers J ({NEEDED} are "
+             f"needed); of the {len(NAMES) - 1} removals alone, {len(alone)} lower it ({LEVEL:.0%} intervals). The "
+             f"complete run raises J from "
              f"{mean([s['levels']['SFT model'] for s in seeds])} to {mean([s['J']['complete'] for s in seeds])}; the "
              f"worst run, '{worst}', ends at {mean([s['J'][worst] for s in seeds])}.")
     return Conclusion(rule, words, numbers, table, findings=findings, at_least=NEEDED)
@@ -216,33 +220,36 @@ def smooth(values, width=10):
 
 
 def draw(figure, seeds, size):
-    ends, *rows = figure.subplots(1 + len(METRICS), len(NAMES) - 1, sharey="row")
-    for column, name in enumerate(NAMES[1:]):
-        pair = (("complete", COLOURS[5]), (name, COLOURS[4 if matters(seeds, name) else 0]))
+    ends, *rows = figure.subplots(1 + len(METRICS), len(ABLATIONS), sharey="row")
+    for column, (ingredient, names) in enumerate(ABLATIONS.items()):
         axis = ends[column]
-        for x, (other, colour) in enumerate(pair):
-            J = [s["J"][other] for s in seeds]
-            axis.plot(np.linspace(x - 0.12, x + 0.12, len(J)), J, "o", color=colour, markersize=3, alpha=0.6)
-            axis.plot([x - 0.25, x + 0.25], [np.mean(J)] * 2, color=colour, linewidth=1.8)
+        for x, (name, colour) in enumerate(zip(("complete", *names), (COLOURS[5], *COLOURS))):
+            J = [s["J"][name] for s in seeds]
+            filled = name == "complete" or matters(seeds, name)
+            axis.plot(np.linspace(x - 0.2, x + 0.2, len(J)), J, "o", color=colour, markersize=4, label=name,
+                      fillstyle="full" if filled else "none")
+            axis.plot([x - 0.35, x + 0.35], [np.mean(J)] * 2, color=colour, linewidth=1.8)
+            for axes, key in zip(rows, METRICS):
+                by_seed = [smooth(reported(s, name, key)) for s in seeds]
+                steps = np.arange(1, size["steps"] + 1)
+                axes[column].fill_between(steps, np.min(by_seed, axis=0), np.max(by_seed, axis=0), color=colour,
+                                          alpha=0.15, linewidth=0)
+                axes[column].plot(steps, np.mean(by_seed, axis=0), color=colour, linewidth=1.5)
         for name_of_level in ("SFT model", "pi* of gold"):
             level(axis, np.mean([s["levels"][name_of_level] for s in seeds]), "")
-        axis.set(xlim=(-0.6, 1.6), xticks=[])
-        axis.set_title(textwrap.fill(name, 16), fontsize=9)
-        for axes, key in zip(rows, METRICS):
-            axis = axes[column]
-            for other, colour in pair:
-                by_seed = [smooth(reported(s, other, key)) for s in seeds]
-                curve(axis, np.arange(1, size["steps"] + 1), by_seed, other, colour, marker="")
-            if key in ("kl_sequence", "grad_norm") and max(max(reported(s, name, key)) for s in seeds) > 2:
-                axis.set_yscale("symlog", linthresh=1)
-            axis.tick_params(labelsize=7, labelbottom=axes is rows[-1])
+        axis.set(xlim=(-0.6, 2.6), xticks=[])
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), title=ingredient, fontsize=10, title_fontsize=11)
     for axes, label in zip((ends, *rows), ("J at the end\n(dotted: pi*, SFT)", *METRICS.values())):
-        axes[0].tick_params(labelsize=7)
-        axes[0].set_ylabel(label, fontsize=8)
-    figure.suptitle("What each run reports, beside the complete run (grey). Red: the 95% interval of the lost J lies "
-                    "above 0; blue: it does not", fontsize=10)
-    figure.supxlabel("step", fontsize=9)
+        axes[0].set_ylabel(label)
+        if "symlog" in label:
+            axes[0].set_yscale("symlog", linthresh=1)
+        for axis in axes:
+            axis.locator_params(axis="x", nbins=3)
+            axis.tick_params(labelbottom=axes is rows[-1])
+    figure.suptitle(f"Filled: the {LEVEL:.0%} interval of the lost J lies above 0; hollow: it does not. "
+                    "Bands: least to greatest of the seeds")
+    figure.supxlabel("step", fontsize=10)
 
 
 if __name__ == "__main__":
-    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(11, 8)))
+    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(11, 10)))

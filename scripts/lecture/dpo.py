@@ -39,10 +39,9 @@ Source. Rafailov et al. 2023, arXiv:2305.18290; cDPO: Mitchell 2023, a note; rob
 arXiv:2403.00409; falling log-probs: Pal et al. 2024, arXiv:2402.13228; Razin et al. 2024, arXiv:2410.08847;
 probability moved to replies outside the pairs: Xu et al. 2024, arXiv:2404.10719.
 
-Figure. Top left: gold reward against KL along training, one line for each beta and each rival; top right: gold reward
-at 0.5 nat of KL, one row for each kind of pairs or method; bottom left: the change of the log-probs of chosen and
-rejected replies against the step; bottom right: the derivative of the log-prob of a chosen reply in the learning rate
-against the step, one line for each of its terms (symlog axis).
+Figure. Gold reward against KL along training (square-root axis), one line for each beta and each rival; gold reward at
+0.5 nat of KL, one row for each kind of pairs or method; the change of the log-probs of chosen and rejected replies
+against the step; the derivative of the log-prob of a chosen reply in the learning rate against the step (symlog axis).
 """
 
 import functools
@@ -297,26 +296,27 @@ def draw(figure, seeds, size):
     along(reward, seeds, LOWER, f"{LOWER}: no labels", COLOURS[4], linestyle=":")
     for name, colour, marker in zip((*RUNS, IMITATION), COLOURS, "os^D"):
         along(reward, seeds, name, name, colour, marker=marker)
-    reward.set(title="Gold reward against KL, along training", xlabel="exact KL to the reference (nats per reply)",
-               ylabel="expected gold reward", xlim=(-0.05, 2.5))
-    low, high = reward.get_ylim()
-    reward.set_ylim(low - 0.3 * (high - low), high)         # space for the legend
+    reward.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))  # beta 1 ends near 0
+    reward.set(title="Gold reward against KL, along training", xticks=(0, 0.1, 0.5, 1, 2), xlim=(0, 2.5),
+               xlabel="exact KL to the reference (nats per reply; square-root axis)", ylabel="expected gold reward")
+    reward.set_ylim(bottom=reward.get_ylim()[0] - 0.4)      # space for the legend
     reward.legend(loc="lower right", fontsize=8)
 
     names = (CLEAN, CUT, *HARDER, IMITATION, LOWER)
     for i, name in enumerate(names):
         values, colour = at(seeds, name, DECIDES), COLOURS[0 if name in HARDER else 1]
-        harder.plot(values, [i] * len(values), "o", color=colour, alpha=0.5, markersize=4)
+        label = {CLEAN: "clean pairs, or none", HARDER[0]: "flipped or other pairs"}.get(name)
+        harder.plot(values, [i] * len(values), "o", color=colour, alpha=0.5, markersize=4, label=label)
         harder.plot([values.mean()], [i], "|", color=colour, markersize=14, markeredgewidth=2)
     for value, label, side in ((np.mean([s[CLEAN]["gold"][0] for s in seeds]), "reference", "left"),
                                (at(seeds, "pi*", DECIDES).mean(), "pi*", "right")):
         harder.axvline(value, color=COLOURS[5], linestyle=":", linewidth=1.2)
         harder.annotate(f" {label} ", (value, -0.75), ha=side, va="center", fontsize=8, alpha=0.75)
-    harder.set(title=f"Gold reward at {DECIDES} nat of KL", xlabel="expected gold reward",
-               yticks=range(len(names)),
+    harder.set(title=f"Gold reward at {DECIDES} nat of KL", xlabel="expected gold reward", yticks=range(len(names)),
                yticklabels=["DPO, clean pairs", "the same, compared replies only", *names[2:-1],
                             "reference, lower temperature"],
                ylim=(len(names) - 0.5, -1.1))
+    harder.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=8)
 
     for beta, colour, marker in zip(BETAS, COLOURS, "os^"):
         steps = evaluated_at(**size)
@@ -336,7 +336,7 @@ def draw(figure, seeds, size):
     curve(why, steps, terms[..., 1], TERMS[1], COLOURS[4], marker="s")
     level(why, 0, "")
     why.set(title=f"One plain gradient step, beta {HARD}", xlabel="step",
-            ylabel="d log pi(chosen) / d learning rate")
+            ylabel="d log pi(chosen) / d learning rate (symlog axis)")
     why.set_yscale("symlog", linthresh=0.1)
     low, high = why.get_ylim()
     why.set_ylim(low, 30 * high)                            # space for the legend

@@ -209,8 +209,8 @@ def draw(figure, seeds, size):
     ticks = (0, 1, 2, 4, 8, 16, 64, 256, 1024)
     axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axis.set_xticks([], minor=True)
-    axis.set(title="Accuracy on held-out words", xlabel="labelled examples, in the prompt or finetuned on",
-             ylabel="accuracy", ylim=(0.2, 1.02))
+    axis.set(title="Accuracy on held-out words", ylabel="accuracy",
+             xlabel="labelled examples, in the prompt or finetuned on (symlog axis)", ylim=(0.2, 1.02))
     axis.legend(loc="lower right", fontsize=8, bbox_to_anchor=(1, 0.08))
 
 

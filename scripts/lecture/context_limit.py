@@ -111,7 +111,7 @@ def draw(figure, seeds, size):
         axis.plot(place, bound, color=colour, linestyle="--", linewidth=1, zorder=0)
     axis.plot([], [], color=COLOURS[-1], linestyle="--", linewidth=1, label="best possible for that window")
     level(axis, 1 / SYMBOLS, "chance")
-    axis.set(title="Accuracy is bounded by the demonstrations that fit the context",
+    axis.set(title="Accuracy, by the length of the context",
              xlabel="demonstrations offered (of a mapping never trained on)", ylabel="accuracy on the query",
              xticks=place, xticklabels=OFFERED, ylim=(0, 1.04))
     axis.legend(loc="upper left", title="the model is given the last")

@@ -234,9 +234,9 @@ def draw(figure, seeds, size):
                  "Unlimited comparisons" if k == 1 else f"Minority utilities {k} times as large", ylim=(-0.08, 1.12))
     # The third panel has the lines of the second.
     handles, labels = (sum(both, []) for both in zip(*(axis.get_legend_handles_labels() for axis in axes[:2])))
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
     axes[0].set(ylabel="gain of a group (1: its own optimum)")
 
 
 if __name__ == "__main__":
-    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(11.5, 5)))
+    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(9, 5.4)))

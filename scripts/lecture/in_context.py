@@ -150,7 +150,7 @@ def draw(figure, seeds, size):
                 (step, score, COLOURS[2], "--", "(a) induction score of the head shown"),
                 (along[:, 0], along[:, -1], COLOURS[1], "-", "(b) accuracy, 8 demonstrations")):
             moment.plot(x, y, color=colour, linestyle=style, linewidth=1.2, label=label if labelled else None)
-    moment.set(title="The moment it appears (every seed)", xlabel="step of training",
+    moment.set(title="Along training (every seed)", xlabel="step of training",
                ylabel="accuracy; share of attention", ylim=(0, 1.35), yticks=np.linspace(0, 1, 6))
     moment.legend(loc="upper left", fontsize=8)
     _attention(picture, seeds[0])

@@ -251,15 +251,14 @@ def draw(figure, seeds, size):
         exact.set_ylabel(quantity)
     world = ReplyWorld(words=2)
     for axis in axes[1, :2]:
-        level(axis, world.gold.max(axis=1).mean(), "the best possible reply")
-        level(axis, np.mean([s["short"][WITHOUT][0][2] for s in seeds]), "SFT model", below=True)
-    if sampled.get_xlim()[1] > 2:
-        sampled.set_xscale("symlog", linthresh=1)
+        level(axis, world.gold.max(axis=1).mean(), "best\nreply", side="outside")
+        level(axis, np.mean([s["short"][WITHOUT][0][2] for s in seeds]), "SFT\nmodel", side="outside")
+    sampled.set_xscale("symlog", linthresh=1)
     titles = "Exact: beta falls, n grows", "Short replies, sampled", "English, sampled (one line per seed)"
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=10)
         axis.legend(fontsize=8)
-    for axis, label in zip(axes[1], ("KL (nats per reply)", "step", "KL (nats per reply)")):
+    for axis, label in zip(axes[1], ("KL (nats per reply)", "step", "KL (nats per reply; symlog axis)")):
         axis.set_xlabel(label)
 
 

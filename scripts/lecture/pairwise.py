@@ -228,13 +228,13 @@ def draw(figure, seeds, size):
     for axis in by_spread, by_answers:
         level(axis, 1.0, "gold itself")
         axis.set_ylim(0.68, 1.03)
-    by_spread.set(title="A reward from two answers per person", xlabel="spread of the offsets (grades)",
+    by_spread.set(title="Reward, two answers per person", xlabel="spread of the offsets (grades)",
                   ylabel="share of pairs ordered as gold (chance: 0.5)")
-    figure.legend(*by_spread.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(*by_spread.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     by_answers.set(title=f"The same, offsets spread by {CLAIMED:g}", xlabel="answers per person", xscale="log")
     by_answers.set_xticks(ANSWERS, [f"{n}" for n in ANSWERS])
     by_answers.minorticks_off()
 
 
 if __name__ == "__main__":
-    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(12, 4.8)))
+    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(9.6, 4.8)))

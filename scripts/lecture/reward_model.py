@@ -161,14 +161,14 @@ def draw(figure, seeds, size):
                                        ("counts alone, new", "linear in counts alone", 3, "--"),
                                        ("model, new, 25% flipped", "reward model, 25% of labels flipped", 4, "-")):
         curve(accuracy, COMPARISONS, [s[name] for s in seeds], label, COLOURS[colour], linestyle=style)
-    level(accuracy, 0.5, "chance")
-    level(accuracy, 1.0, "gold itself")
-    level(accuracy, np.mean([s["people"] for s in seeds]), "one choice of a person", side="left")
+    level(accuracy, 0.5, "chance", side="outside")
+    level(accuracy, 1.0, "gold itself", side="outside")
+    level(accuracy, np.mean([s["people"] for s in seeds]), "one choice\nof a person", side="outside")
     accuracy.set(title="Pairs ordered as gold orders them", xscale="log", xlabel="comparisons",
                  ylabel="share of pairs", ylim=(0.35, 1.06))
     accuracy.set_xticks(COMPARISONS, [f"{n:,}" for n in COMPARISONS])
     accuracy.minorticks_off()
-    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     diagram.plot((0, 1), (0, 1), linestyle=":", linewidth=1.2, color=COLOURS[5])
     diagram.annotate("calibrated", (0.32, 0.24), fontsize=8, alpha=0.75)
     for label, colour in zip(FLIPS, (COLOURS[1], COLOURS[4])):
@@ -186,4 +186,4 @@ def draw(figure, seeds, size):
 
 
 if __name__ == "__main__":
-    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(10, 4.4)))
+    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(9.6, 4.4)))

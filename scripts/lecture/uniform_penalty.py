@@ -186,7 +186,7 @@ def draw(figure, seeds, size):
     axis.axvline(seeds[0]["demonstrators"]["loss"], color=COLOURS[5], linestyle=":", linewidth=1.2,
                  label="lowest possible loss (entropy)")
     axis.set(xlabel="loss on the distribution of demonstrations, nats per reply (exact)",
-             ylabel="expected gold reward of a reply (exact)", title="The same loss, other mistakes")
+             ylabel="expected gold reward of a reply (exact)", title="Gold reward against loss")
     axis.margins(y=0.1)
     axis.legend(fontsize=8, loc="center right")
 

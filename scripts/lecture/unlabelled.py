@@ -176,8 +176,8 @@ def draw(figure, seeds, size):
         axis.axvline(NATS, color=COLOURS[5], linewidth=0.6)
         axis.set(title=f"Questions: {group}", xlabel="exact KL to the reference (nats)")
     axes[0].set_ylabel("expected gold reward")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
 
 
 if __name__ == "__main__":
-    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(11, 4.4)))
+    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(9, 4.6)))

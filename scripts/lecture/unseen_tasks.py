@@ -152,14 +152,14 @@ def draw(figure, seeds, size):
         curve(axis, TRAINED, [s[form] for s in seeds], f"held-out tasks, {form}", COLOURS[i])
     curve(axis, TRAINED, [s["oracle"] for s in seeds],
           "held-out tasks, best operation or training task (oracle)", COLOURS[4], "")
-    level(axis, np.mean([s["base"] for s in seeds]), "base")
-    level(axis, np.mean([s["own models"] for s in seeds]), "a model for each held-out task alone")
-    level(axis, CHANCE, "chance, 1 in 1,000")
+    level(axis, np.mean([s["base"] for s in seeds]), "base", side="outside")
+    level(axis, np.mean([s["own models"] for s in seeds]), "a model for\neach held-out\ntask alone", side="outside")
+    level(axis, CHANCE, "chance,\n1 in 1,000", side="outside", below=True)
     axis.set(xlabel=f"training tasks n, together {size['tokens']:,} tokens",
-             ylabel="exact answers on held-out words", ylim=(-0.04, 1.04), xticks=TRAINED,
+             ylabel="exact answers on held-out words", ylim=(-0.06, 1.04), xticks=TRAINED,
              title="Tasks never trained on, by the number of tasks in training")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
 
 
 if __name__ == "__main__":
-    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(7.2, 4.8)))
+    sys.exit(run(__file__, __doc__, measure, conclude, draw, SIZES, figure_size=(7.8, 4.8)))

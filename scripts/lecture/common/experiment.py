@@ -140,12 +140,17 @@ def curve(axis, x: Sequence[float], by_seed: Sequence, label: str, colour: str, 
 
 
 def level(axis, y: float, label: str, side: str = "right", below: bool = False) -> None:
-    """A dotted line across the axis, its label above or below it at one side: chance, a bound, an optimum."""
+    """A dotted line across the axis, and its label: chance, a bound, an optimum.
+
+    side: "left" or "right", above or below the line; "outside", beside the axis, where no curve crosses the label.
+    """
     faint = STYLES["-dark" if axis.figure.get_facecolor()[0] < 0.5 else ""]["faint"]
     axis.axhline(y, color=faint, linestyle=":", linewidth=1.2, zorder=0)
-    axis.annotate(label, (float(side == "right"), y), xycoords=("axes fraction", "data"),
-                  xytext=(-2 if side == "right" else 2, -2 if below else 2), textcoords="offset points",
-                  ha=side, va="top" if below else "bottom", fontsize=8, alpha=0.75, annotation_clip=True)
+    x, shift, ha = {"left": (0, 2, "left"), "right": (1, -2, "right"), "outside": (1, 3, "left")}[side]
+    va = "top" if below else "center" if side == "outside" else "bottom"
+    axis.annotate(label, (x, y), xycoords=("axes fraction", "data"),
+                  xytext=(shift, {"top": -2, "center": 0, "bottom": 2}[va]), textcoords="offset points",
+                  ha=ha, va=va, fontsize=8, alpha=0.75, annotation_clip=True)
 
 
 def fit_axes(figure) -> None:

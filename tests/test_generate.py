@@ -183,6 +183,13 @@ def test_the_token_that_crosses_top_p_is_kept():
         assert np.isfinite(distribution(logits, top_p=top_p)).sum() == kept
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_smallest_top_p_keeps_the_most_likely_token_however_near_the_others_are(dtype):
+    logits = np.array([[1, np.nextafter(dtype(1), dtype(2)), 1]], dtype)
+    for temperature in (1e-3, 1, 1e6):
+        assert np.isfinite(distribution(logits, temperature, top_p=1e-30)).tolist() == [[False, True, False]]
+
+
 @pytest.mark.parametrize("temperature, kept", [(0.5, 1), (1.0, 2), (2.0, 3)])
 def test_top_p_is_applied_after_the_temperature(temperature, kept):
     """8:4:2:1 become 64:16:4:1 at temperature 1/2. The likeliest token has 0.75, 0.53 and 0.39; at 2 the two likeliest

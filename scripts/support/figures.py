@@ -107,10 +107,15 @@ def reward_against_kl(results: dict, path: Path) -> None:
 def _frontier(axis, results):
     for method, rows in results["frontier"].items():
         rows = sorted(rows, key=lambda row: row["kl_sequence"])
-        axis.errorbar([row["kl_sequence"] for row in rows], [row["gold_reward"] for row in rows],
-                      xerr=[2 * row["kl_sequence_se"] for row in rows],
-                      yerr=[2 * row["gold_reward_se"] for row in rows],
-                      color=COLOURS[method], marker="o", markersize=4, linewidth=1.2, capsize=2, label=NAMES[method])
+        penalised = [row for row in rows if row["beta"] > 0]
+        free = [row for row in rows if row["beta"] == 0]
+        # Dashed to the run without a penalty, because no beta was tried between.
+        for part, style, label in ((penalised, "-", NAMES[method]), (penalised[-1:] * bool(free) + free, "--", None)):
+            axis.errorbar([row["kl_sequence"] for row in part], [row["gold_reward"] for row in part],
+                          xerr=[2 * row["kl_sequence_se"] for row in part],
+                          yerr=[2 * row["gold_reward_se"] for row in part],
+                          color=COLOURS[method], marker="o", markersize=4, linewidth=1.2, capsize=2, linestyle=style,
+                          label=label)
     for row in results["rows"]:
         if row["stage"] in ("sft", "best_of_n"):
             axis.errorbar(row["kl_sequence"], row["gold_reward"], yerr=2 * row["gold_reward_se"],

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import os
 import pickle
+import types
 from fractions import Fraction
 
 import numpy as np
@@ -350,6 +351,100 @@ def test_a_reward_model_with_the_body_of_the_policy_is_refused_and_one_with_a_co
     with pytest.raises(ValueError, match="^train_rlhf: the reward model has the parameter embedding in "):
         stage_of("RLHF", training, reward=rewards_with(RewardModel(training.model, rng))[kind])
     list(stage_of("RLHF", training, reward=rewards_with(RewardModel(training.model.copy(), rng))[kind]))
+
+
+class Anything:
+    """An object that has every attribute: a remote procedure, or a mock object."""
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything()
+
+    def __call__(self, *arguments):
+        return [0.0] * len(arguments[0]) if arguments else []
+
+
+class Table:
+    """Like pandas.DataFrame: head, keys, shape and an index by labels; a comparison of it has no truth value."""
+    shape = (3, 1)
+
+    def head(self, count=5):
+        return self
+
+    def keys(self):
+        return ["score"]
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, label):
+        raise KeyError(label)
+
+    def __eq__(self, other):
+        raise ValueError("The truth value of a DataFrame is ambiguous")
+
+    __hash__ = None
+
+
+class Judge:
+    """A user's judge, with attributes of names that functools.partial, models and tables have, too."""
+    def __init__(self, args, keywords):
+        self.args = args
+        self.keywords = keywords
+        self.func = None
+        self.parameters = 7
+        self.head = Table()
+
+    def __call__(self, prompts, answers):
+        return [float(len(a)) for a in answers]
+
+
+web = types.ModuleType("web")           # like requests: web.head(url) is a function
+web.head = lambda url: url
+table = Table()
+
+
+def scored_by_globals(prompts, answers):
+    return [float(len(table) + len(web.head("judge"))) for _ in answers]
+
+
+def scored_by_a_closure(web, table):
+    return lambda prompts, answers: [float(len(table) + len(web.head("judge"))) for _ in answers]
+
+
+def scored_by_what_comes_later():
+    def reward(prompts, answers):
+        return judge(answers) if len(answers) < 0 else [0.0] * len(answers)
+    if reward is None:
+        judge = sum
+    return reward
+
+
+@pytest.mark.parametrize("reward", [
+    scored_by_globals, scored_by_a_closure(web, Table()), functools.partial(Judge(web, table), answers=None).func,
+    functools.partial(lambda judge, prompts, answers: [0.0] * len(answers), table), Anything(), Anything().score,
+    Judge(None, ["a"]), Judge(Anything(), Table()), Judge(7, {"a": 1}).__call__, scored_by_what_comes_later(),
+], ids=["globals", "closure", "object", "partial", "anything", "attribute", "args", "attributes", "method", "no value"])
+def test_a_reward_function_may_use_any_object_of_another_library(reward):
+    assert len(list(stage_of("RLHF", make_training("RLHF"), reward=reward))) == 2
+
+
+@pytest.mark.parametrize("parameters", [lambda: 7, lambda: iter([]), Anything()],
+                         ids=["gives a number", "gives an iterator", "anything"])
+def test_a_model_of_another_library_is_refused(parameters):
+    model = types.SimpleNamespace(parameters=parameters)
+    with pytest.raises(TypeError, match="^TrainState: model is .*; it must be a Transformer or a RewardModel$"):
+        TrainState(model, np.random.default_rng(0))
+
+
+def test_a_table_whose_index_is_a_label_is_refused_as_a_data_set():
+    refused("RLHF", "prompts is .*Table.*; it must be a list of token lists", prompts=Table())
+
+
+@pytest.mark.parametrize("drawn", [{"tokens": 1, "mask": 2}, {1, 2}, "ab", Table()], ids=type)
+def test_documents_drawn_as_another_kind_than_a_pair_are_refused(drawn):
+    with pytest.raises(TypeError, match="^pretrain_on_documents: draw gave .*; it must give a pair, tokens and mask$"):
+        list(stage_of("documents", make_training("documents"), draw=lambda rng, count: drawn))
 
 
 @pytest.mark.parametrize("other", [{"vocab_size": VOCABULARY + 1}, {"context": 8}], ids=str)

@@ -19,12 +19,13 @@ Tests: tests/test_agreement.py.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import numpy as np
 
 from minilm.fast.workers import in_shared_memory
+from minilm.model import RewardModel, Transformer
 
 SAMPLED = 1024          # numbers of each parameter of another model that are compared
 
@@ -39,8 +40,8 @@ class Agreement:
     def __init__(self, stage: str, state: Any, arguments: dict[str, Any]):
         self.stage = stage
         self.state = state
-        self.sized = {name: a for name, a in arguments.items() if hasattr(a, "__len__") and not isinstance(a, str)}
-        self.models = {name: a for name, a in arguments.items() if hasattr(a, "parameters") and a is not state.model}
+        self.sized = {name: a for name, a in arguments.items() if isinstance(a, Sized) and not isinstance(a, str)}
+        self.models = {name: a for name, a in arguments.items() if model_parameters(a) and a is not state.model}
 
     def facts(self) -> dict[str, Any]:
         """All that must be equal in every rank, by name; see the top of this file."""
@@ -77,6 +78,11 @@ class Agreement:
                     f"{'; '.join(wrong)}. The loop that runs the stage, and a reward function, run in worker 0 alone, "
                     "and their changes do not reach the others. Use a Generator of your own there, end the stage "
                     "before a change and start it again after it, or train with workers=1")
+
+
+def model_parameters(argument: Any) -> dict:
+    """The parameters of a model by name; {} for any other object, whose `parameters` may be something else."""
+    return argument.parameters() if isinstance(argument, (Transformer, RewardModel)) else {}
 
 
 def digest(drawn: Sequence) -> int:

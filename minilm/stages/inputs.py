@@ -7,12 +7,12 @@ Tests: tests/test_inputs.py.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import numbers
 import sys
-import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from minilm import checks
 from minilm.backend import to_numpy
 from minilm.fast.flat_parameters import shares_parameters
-from minilm.model import Config
+from minilm.model import Config, RewardModel
 
 
 def check_settings(function: str, steps: int, learning_rate: float, microbatches: int | None, **counts: int) -> None:
@@ -61,16 +61,19 @@ def check_reference_and_reward(function: str, policy: Any, reference: Any, rewar
 
 def _reward_models(value, depth=6):
     """The reward models that a function holds in its variables, defaults or arguments, an object in its attributes, a
-    short list, tuple or dict in its items, and what they hold there in the same way."""
-    if hasattr(value, "head"):
+    short list, tuple or dict in its items, and what they hold there in the same way. Objects of other libraries are
+    asked for nothing: their `head`, `args` or `parameters` may be anything."""
+    if isinstance(value, RewardModel):
         return [value]
-    if depth == 0 or isinstance(value, (type, types.ModuleType)):
+    if depth == 0 or inspect.isclass(value) or inspect.ismodule(value):
         return []
     held = [*getattr(value, "__dict__", {}).values(), getattr(value, "__self__", None)]
     if isinstance(value, functools.partial):
         held += [value.func, value.args, value.keywords]
     if inspect.isfunction(value):
-        held += [*inspect.getclosurevars(value)[:2], value.__defaults__, value.__kwdefaults__]
+        held += [value.__defaults__, value.__kwdefaults__]
+        with contextlib.suppress(ValueError):           # a variable of the closure may have no value yet
+            held += inspect.getclosurevars(value)[:2]
     if isinstance(value, (list, tuple, dict)) and len(value) <= 64:
         held += value.values() if isinstance(value, dict) else value
     return [model for part in held for model in _reward_models(part, depth - 1)]
@@ -88,7 +91,7 @@ def check_dialogues(function: str, config: Config, prompts: Sequence, *, new_tok
     """
     data = {"prompts": prompts, **responses}
     for name, side in data.items():
-        if isinstance(side, (str, bytes, dict)) or not (hasattr(side, "__len__") and hasattr(side, "__getitem__")):
+        if isinstance(side, (str, bytes)) or not hasattr(side, "__getitem__") or hasattr(side, "keys"):    # i: a label
             raise TypeError(f"{function}: {name} is {checks.shown(side)}; it must be a list of token lists")
     counts = [len(side) for side in data.values()]
     if len(set(counts)) > 1 or counts[0] == 0:
@@ -129,7 +132,7 @@ def checked_documents(function: str, drawn: Any, config: Config) -> tuple[np.nda
     Raises TypeError, ValueError and IndexError for anything else, for tokens outside the vocabulary, T - 1 above the
     context, and a mask that selects nothing.
     """
-    if isinstance(drawn, (str, dict, set)) or not hasattr(drawn, "__len__") or len(drawn) != 2:
+    if not isinstance(drawn, (tuple, list, np.ndarray)) or len(drawn) != 2:
         raise TypeError(f"{function}: draw gave {checks.shown(drawn)}; it must give a pair, tokens and mask")
     tokens = checks.token_ids(function, "draw's tokens", drawn[0], config.vocab_size)
     if tokens.ndim != 2 or len(tokens) == 0 or not 2 <= tokens.shape[1] <= config.context + 1:
@@ -146,7 +149,7 @@ def checked_rewards(function: str, given: Any, count: int) -> np.ndarray:
 
     Raises TypeError and ValueError that name the count, or the first sample without a finite number.
     """
-    if isinstance(given, (str, bytes, dict, set)) or not hasattr(given, "__len__") or getattr(
+    if isinstance(given, (str, bytes, Mapping, Set)) or not hasattr(given, "__len__") or getattr(
             given, "shape", None) == ():
         raise TypeError(f"{function}: reward gave {checks.shown(given)}; it must give a list of {count} numbers")
     values = list(to_numpy(given)) if hasattr(given, "shape") else list(given)

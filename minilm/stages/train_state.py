@@ -22,7 +22,7 @@ from minilm.fast.malloc import return_freed_memory
 from minilm.fast.workers import ProcessGroup, available_cores, can_fork
 from minilm.in_place import mark_changed
 from minilm.optim import AdamW
-from minilm.stages.agreement import Agreement, digest
+from minilm.stages.agreement import Agreement, digest, model_parameters
 from minilm.tensor import Tensor
 
 TOKENS_PER_WORKER = 512
@@ -36,12 +36,12 @@ class TrainState:
     same bit for bit every time for one number. `settings` are those of AdamW.
     The caller's code between two steps runs in rank 0 alone. It may read everything, save a snapshot, and write to the
     parameters. If it changes another part of the state, the next step raises WorkersDisagree (agreement.py).
-    Raises TypeError for a model without parameters(), for a seed in place of a Generator and for a learning_rate, which
-    each stage has of its own, ValueError for workers below 1.
+    Raises TypeError for a model whose parameters() is not a dict, for a seed in place of a Generator and for a
+    learning_rate, which each stage has of its own, ValueError for workers below 1.
     """
 
     def __init__(self, model, rng: np.random.Generator, workers: int = 1, **settings):
-        if isinstance(model, type) or not hasattr(model, "parameters"):
+        if isinstance(model, type) or not hasattr(model, "parameters") or not isinstance(model.parameters(), dict):
             raise TypeError(f"TrainState: model is {checks.shown(model)}; it must be a Transformer or a RewardModel")
         if "learning_rate" in settings:
             raise TypeError("TrainState: learning_rate has no effect here; give it to the stage, each has its own")
@@ -130,7 +130,7 @@ def stage(loop: Callable) -> Callable:
         steps = loop(state, *args, **options)
         arguments = dict(list(signature.bind(state, *args, **options).arguments.items())[1:])
         for role, model in {"the model": state.model, **arguments}.items():
-            for p_name, p in (model.parameters().items() if hasattr(model, "parameters") else ()):
+            for p_name, p in model_parameters(model).items():
                 checks.finite(name, f"the parameter {p_name} of {role}", p.data)
         return _in_all_ranks(state, steps, Agreement(name, state, arguments))
     return call

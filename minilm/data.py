@@ -136,6 +136,7 @@ def make_batch(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad
     Raises ValueError as check_dialogues does, TypeError for tokens that are no integers, IndexError for negative ones.
     """
     check_dialogues(prompts, responses, context)
+    checks.integer("make_batch", "pad", pad, at_least=0)
     T = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses))
     tokens = np.full((len(prompts), T), pad, np.int64)
     mask = np.zeros(tokens.shape)

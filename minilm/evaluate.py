@@ -5,6 +5,8 @@ with its standard error.
 Tests: tests/test_evaluate.py.
 """
 
+import math
+
 import numpy as np
 
 from minilm import checks
@@ -66,4 +68,4 @@ def best_of_n_kl(n: int) -> float:
     have the same reward or text. minilm.exact.enumerable.best_of_n has the exact distribution.
     """
     checks.integer("best_of_n_kl", "n", n, at_least=1)
-    return float(np.log(n) - (n - 1) / n)
+    return math.log(n) - (n - 1) / n

@@ -135,7 +135,13 @@ class Transformer:
         return self
 
     def over(self, parameters: dict[str, Tensor]) -> Transformer:
-        """The same Transformer over other Tensors: a mapping like the one that parameters() returns."""
+        """The same Transformer over other Tensors: a mapping like the one that parameters() returns.
+
+        Raises ValueError for other names or shapes. A RewardModel needs no unembedding.
+        """
+        shapes = {name: p.shape for name, p in self._parameters.items()}
+        if wrong := [name for name, p in parameters.items() if shapes.get(name) != p.shape]:
+            raise ValueError(f"over: the parameter '{wrong[0]}' is unknown here, or of another shape")
         other = object.__new__(type(self))
         other.config = self.config
         other.activation_checkpointing = self.activation_checkpointing

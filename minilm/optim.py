@@ -174,9 +174,7 @@ class AdamW:
         numbers that no state has, TypeError for steps that are no integers."""
         steps = checks.indices("AdamW.load_state", "steps", arrays["steps"], 2 ** 63)
         for name, least in (("m", None), ("v", 0)):
-            checks.finite("AdamW.load_state", name, arrays[name], at_least=least)
-        for name in ("m", "v"):
-            if arrays[name].shape != self.m.shape:
+            if checks.finite("AdamW.load_state", name, arrays[name], at_least=least).shape != self.m.shape:
                 raise ValueError(f"optimiser state for {arrays[name].size} parameters, model of {self.m.size}")
         if steps.shape not in ((), self.updates.shape):
             raise ValueError(f"optimiser state of {steps.size} tensors, model of {self.updates.size}")

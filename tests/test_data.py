@@ -230,3 +230,9 @@ def test_a_pipe_and_a_device_are_refused_and_not_read_to_an_end_that_may_never_c
     for path in (tmp_path / "pipe", "/dev/zero"):
         with pytest.raises(ValueError, match="cannot be read .a pipe, a socket or a device, and no file"):
             data.read_text(path)
+
+
+@pytest.mark.parametrize("pad", [2.5, -1, None, np.nan, "0", True])
+def test_padding_is_a_token(pad):
+    with pytest.raises((TypeError, ValueError), match="make_batch: pad is "):
+        data.make_batch([[1]], [[2]], pad)

@@ -110,3 +110,9 @@ def test_the_final_digit_is_read_from_a_finished_reply_and_only_running_sums_mak
     assert [digit_sums.final_digit(reply) for reply in replies] == [5, 5, 5, None, None]
     assert [digit_sums.is_worked(reply) for reply in (worked, direct, dots)] == [True, False, False]
     assert digit_sums.final_digit(digit_sums.answer([3, 5, 7], "worked", [1, 2])) == 2
+
+
+@pytest.mark.parametrize("sums", [[1], [1, 2, 3], []])
+def test_an_answer_has_one_running_sum_for_each_digit_after_the_first(sums):
+    with pytest.raises(ValueError, match="answer: . running sums for 3 digits"):
+        digit_sums.answer(np.array([3, 5, 7]), "worked", sums)

@@ -209,3 +209,24 @@ def test_the_expectation_of_sequence_kl_is_the_divergence():
     for p, prompt in enumerate(world.prompts):
         k1 = sequence_kl(model, reference, [prompt] * 7, world.responses)
         assert_close((np.exp(log_pi[p]) * k1).sum(), enumerable.divergence(log_pi, ref)[p])
+
+
+def test_values_of_another_world_and_draws_for_other_prompts_are_refused():
+    world = EnumerableWorld([[1], [2]], 3, 2)
+    P, Y = world.shape
+    drawn = np.array([[0, 1], [2, 3]])
+    values = np.arange(P * Y * 3).reshape(P, Y, 3)
+    assert np.array_equal(world.take(values, drawn), [values[0, 0], values[0, 1], values[1, 2], values[1, 3]])
+    for wrong in (np.zeros((P + 1, Y)), np.zeros((P, Y + 1)), np.zeros((Y, Y)), np.zeros(Y)):
+        with pytest.raises(ValueError, match="take: values .*, drawn .*; they must be"):
+            world.take(wrong, drawn)
+    for wrong in (drawn[0], drawn[:1], np.tile(drawn, (2, 1)), drawn[..., None]):
+        with pytest.raises(ValueError, match="take: values .*, drawn .*; they must be"):
+            world.take(values, wrong)
+
+
+def test_a_score_of_nan_is_not_the_best_of_n():
+    log_pi = np.log(np.full((1, 3), 1 / 3))
+    for wrong in (np.nan, np.inf):
+        with pytest.raises(ValueError, match=r"best_of_n: scores, entry \(0, 1\), is"):
+            enumerable.best_of_n(log_pi, np.array([[0, wrong, 1]]), 2)

@@ -127,3 +127,21 @@ def test_more_outcomes_than_the_limit_raise_with_their_number_and_what_to_reduce
     with pytest.raises(ValueError, match=r"2 draws for each of 2 prompts with 40 responses have Y\^\(P K\) = 2,560,000 "
                                          r"outcomes; the limit is 100,000.*Take one prompt, fewer samples"):
         gradient_over_samples(lambda leaf, drawn: ops.sum(leaf), log_probs, mask, samples=2)
+
+
+def test_a_loss_may_use_the_chosen_responses_alone():
+    """As SFT on the chosen responses does: no gradient reaches the rejected ones."""
+    log_pi, probabilities = np.log(np.full((1, 3), 1 / 3)), np.arange(9.0).reshape(1, 3, 3)
+    found = gradient_over_comparisons(lambda chosen, rejected: -ops.mean(chosen), probabilities, log_pi)
+    assert_close(found, -probabilities.sum(axis=2))
+
+
+def test_a_loss_over_samples_gets_copies_and_the_gradient_is_in_floats():
+    def loss(log_probs, drawn):
+        value = ops.sum(log_probs * (1.0 + drawn.reshape(-1, 1)))
+        drawn[...] = 0
+        return value
+    log_probs, mask = np.log(np.full((1, 2, 1), 0.5)), np.ones((1, 2, 1))
+    assert_close(gradient_over_samples(loss, log_probs, mask, 1), np.array([[[0.5], [1.0]]]))
+    whole = gradient_over_samples(lambda leaf, drawn: 0.5 * ops.sum(leaf), np.zeros((1, 1, 1), int), mask[:, :1], 1)
+    assert whole.tolist() == [[[0.5]]]

@@ -14,7 +14,7 @@ from helpers import (
     rngs,
     small_transformer,
 )
-from minilm import no_grad, ops
+from minilm import Tensor, no_grad, ops
 from minilm.fast import tiled_attention
 from minilm.fast.packed_attention import attend_to_segments, rectangle_segments
 from minilm.gradcheck import gradcheck
@@ -397,3 +397,15 @@ def test_a_config_fills_in_omitted_sizes():
     config = Config(width=24, heads=4)
     assert (config.kv_heads, config.head_width, config.ffn_width) == (4, 6, 64)
     assert Config(width=10, heads=4, head_width=4).head_width == 4
+
+
+@pytest.mark.parametrize("change", [lambda p: p.update(more=p["embedding"]),
+                                    lambda p: p.update(unembedding=Tensor(np.ones((9, 4)))),
+                                    lambda p: p.update(embedding=Tensor(np.ones((12, 4))))])
+def test_parameters_of_another_architecture_are_refused(change, rng):
+    """A larger unembedding, for example, would divide the probability among tokens outside the vocabulary."""
+    model = small_transformer(rng)
+    parameters = model.parameters()
+    change(parameters)
+    with pytest.raises(ValueError, match="over: the parameter '.*' is unknown here, or of another shape"):
+        model.over(parameters)

@@ -163,3 +163,9 @@ def test_right_equals_greedy_decoding():
     found = strings.right(model, tokens)[:, -1]
     assert found.tolist() == [row == list(answer) for row, answer in zip(greedy, tokens[:, -LENGTH - 1:-1])]
     assert found[::2].sum() > 10 and prompts[0, -1] == ARROW and PAIRS > 2
+
+
+def test_words_are_held_out_or_not():
+    for wrong in (None, 2, "no"):
+        with pytest.raises(TypeError, match="words: held_out is "):
+            strings.words(np.random.default_rng(0), 2, held_out=wrong)

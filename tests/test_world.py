@@ -389,3 +389,18 @@ def test_the_guide_names_one_question_of_every_task_and_the_whole_vocabulary():
         patterns = [re.escape(wording).replace(r"\{x\}", r"[\w +]+") for wording in tasks.wordings(task)]
         for text in (question, drawn):
             assert any(re.fullmatch(pattern, text) for pattern in patterns), text
+
+
+def test_comparisons_of_unequal_numbers_of_responses_are_refused_and_none_is_left_out():
+    people, questions = draw_annotators(np.random.default_rng(0)), tasks.draw_questions(np.random.default_rng(1), 3)
+    pairs = [("cat.", True)] * 3
+    for wrong in ((people, questions[:1], pairs, pairs), (people, questions, pairs[:2], pairs),
+                  (people, questions, pairs, pairs[:1]), ([], questions, pairs, pairs)):
+        with pytest.raises(ValueError, match="compare: .*; there must be as many"):
+            annotators.compare(*wrong, np.random.default_rng(2))
+
+
+def test_a_question_that_does_not_exist_is_refused_instead_of_searched_for_ever():
+    for wrong in ({"held_out": None}, {"held_out": "no"}, {"task": "sums"}, {"task": ""}):
+        with pytest.raises((TypeError, ValueError), match="draw_question: "):
+            tasks.draw_question(np.random.default_rng(0), **wrong)

@@ -90,8 +90,9 @@ class EnumerableWorld:
     def take(self, values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
         """The values (P,Y,...) of the responses with the indices drawn (P,K), prompt by prompt: (P*K,...)."""
         drawn = checks.indices("take", "drawn", drawn, self.shape[1])
-        prompts = np.arange(self.shape[0])[:, None]
-        return values[prompts, drawn].reshape(drawn.size, *values.shape[2:])
+        if values.shape[:2] != self.shape or drawn.shape != (self.shape[0], drawn.size // self.shape[0]):
+            raise ValueError(f"take: values {values.shape}, drawn {drawn.shape}; they must be {self.shape} and (P,K)")
+        return np.concatenate([of_prompt[y] for of_prompt, y in zip(values, drawn)])
 
 
 # Exact quantities, from log-probs (P,Y) to one number for each prompt, (P,).
@@ -176,11 +177,12 @@ def best_of_n(log_pi: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
     The best response has score s if all n scores are at most s, and not all are below s. With F the
     cumulative distribution of the score of one draw, this has probability F(s)^n - F(s-)^n. Responses of
     equal score share it in proportion to pi. The divergence from pi is at most log n - (n-1)/n: Beirami
-    et al. 2024, arXiv:2401.01879, theorem 3.1. Raises ValueError for n below 1.
+    et al. 2024, arXiv:2401.01879, theorem 3.1. Raises ValueError for n below 1 and
+    for scores that are not finite: NaN would be the best.
     """
     checks.integer("best_of_n", "n", n, at_least=1)
-    checks.same_shape("best_of_n", axes="PY", log_pi=log_pi, scores=scores)
-    log_best = np.full_like(log_pi, -np.inf)
+    checks.same_shape("best_of_n", axes="PY", log_pi=log_pi, scores=checks.finite("best_of_n", "scores", scores))
+    log_best = np.full(log_pi.shape, -np.inf)
     for p, (row, score) in enumerate(zip(log_pi, scores)):
         possible = np.exp(row) > 0
         _, level = np.unique(score[possible], return_inverse=True)

@@ -66,7 +66,7 @@ def gradient_over_comparisons(loss: Callable[..., Tensor], probabilities: np.nda
     weights = probabilities[p, chosen, rejected] * len(p)       # the loss is a mean over len(p) pairs
     gradient = np.zeros(np.shape(values))
     for leaf, y in zip(leaves, (chosen, rejected)):
-        np.add.at(gradient, (p, y), weights * leaf.grad)
+        np.add.at(gradient, (p, y), 0 if leaf.grad is None else weights * leaf.grad)    # None: not used by the loss
     return gradient
 
 
@@ -95,11 +95,11 @@ def gradient_over_samples(loss: Callable[[Tensor, np.ndarray], Tensor], log_prob
     log_pi = np.where(mask, log_probs, 0).sum(axis=-1) if drawn_from is None else drawn_from
     checks.same_shape("gradient_over_samples", drawn_from=log_pi, log_probs=log_probs[..., 0])
     prompts = np.arange(P)[:, None]
-    gradient = np.zeros_like(log_probs)
+    gradient = np.zeros(log_probs.shape)
     for outcome in itertools.product(range(Y), repeat=P * K):
         drawn = np.reshape(outcome, (P, K))
         leaf = Tensor(log_probs[prompts, drawn].reshape(P * K, T), requires_grad=True)
-        loss(leaf, drawn).backward()
+        loss(leaf, drawn.copy()).backward()
         probability = np.exp(log_pi[prompts, drawn].sum())
         np.add.at(gradient, (prompts, drawn), probability * leaf.grad.reshape(P, K, T))
     return gradient

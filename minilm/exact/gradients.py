@@ -102,8 +102,7 @@ def compare_gradients(actual: dict[str, Any], expected: dict[str, Any]) -> Gradi
         raise ValueError(f"one side has no gradient for {', '.join(missing)}: both must depend on every parameter")
     for name in expected:
         checks.same_shape("compare_gradients", **{f"actual[{name!r}]": actual[name], "expected": expected[name]})
-    a = np.concatenate([actual[name].reshape(-1) for name in expected])
-    e = np.concatenate([expected[name].reshape(-1) for name in expected])
+    a, e = (np.concatenate([side[name].reshape(-1) for name in expected]) for side in (actual, expected))
     if not e.any():
         raise ValueError("the expected gradient is 0 in every parameter, so it has no direction to compare with")
     lengths = np.linalg.norm(a) * np.linalg.norm(e)

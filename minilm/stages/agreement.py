@@ -47,10 +47,9 @@ class Agreement:
         """All that must be equal in every rank, by name; see the top of this file."""
         state, optimizer = self.state, self.state.optimizer
         body = getattr(state.model, "transformer", state.model)
-        shared = in_shared_memory(optimizer.m) and in_shared_memory(optimizer.v)
         return {"the step": state.step,
                 "the number of workers": state.workers,
-                "whether AdamW's m and v are in shared memory": shared,
+                "whether AdamW's m and v are in shared memory": all(map(in_shared_memory, (optimizer.m, optimizer.v))),
                 "the Generator's state (its digest)": zlib.crc32(repr(_plain(state.rng.bit_generator.state)).encode()),
                 "the batch that was drawn (its digest)": state.drawn,
                 **{f"AdamW's {name}": getattr(optimizer, name)

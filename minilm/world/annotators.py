@@ -91,8 +91,12 @@ def compare(people: Sequence[Annotator], questions: Sequence[Question], firsts: 
             seconds: Sequence[tuple[str, bool]], rng: np.random.Generator) -> np.ndarray:
     """One comparison of each pair of responses, by one person each, in turn: (N,) booleans, True if the first won.
 
-    firsts, seconds: N pairs (text, finished).
+    firsts, seconds: N pairs (text, finished). Raises ValueError for unequal numbers, and for no people.
     """
+    counts = {"questions": len(questions), "firsts": len(firsts), "seconds": len(seconds)}
+    if len(set(counts.values())) > 1 or not people:
+        raise ValueError(f"compare: {counts} and {len(people)} people; there must be as many firsts and seconds as "
+                         "questions, and people to judge them")
     return np.array([people[i % len(people)].prefers_first(question, first[0], second[0], rng, (first[1], second[1]))
                      for i, (question, first, second) in enumerate(zip(questions, firsts, seconds))])
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minilm import checks
+
 WORDS = ("apple bird boat book box bread cat chair cloud cup dog door fish flower hat house "
          "key lake lamp leaf moon pen rain road ship sky snow star stone sun tree wind").split()
 PEOPLE = ("Ada Ben Cleo Dan Eva Finn Gina Hugo Iris Jon Kira Leo Mira Ned Olga Paul Rita Sam Tess Uma "
@@ -171,7 +173,8 @@ def draw_sum(rng: np.random.Generator) -> tuple[str, str, tuple[str, ...]]:
 
 def draw_question(rng: np.random.Generator, held_out: bool = False, task: str | None = None) -> Question:
     """A random Question, held out or not, of the given task or of a random one."""
-    task = task or _choose(rng, TASKS)
+    checks.flag("draw_question", "held_out", held_out)      # of another value there is no question, and no end
+    task = _choose(rng, TASKS) if task is None else checks.choice("draw_question", "task", task, TASKS)
     while True:
         steps = ()
         if task == "sum":

@@ -50,6 +50,8 @@ def question(digits: np.ndarray) -> list[int]:
 def answer(digits: np.ndarray, style: str, sums: list[int] | None = None) -> list[int]:
     """The tokens after the question and the phrase. sums: the running sums to write, by default the correct ones."""
     sums = running_sums(digits) if sums is None else sums
+    if len(sums) != len(digits) - 1:
+        raise ValueError(f"answer: {len(sums)} running sums for {len(digits)} digits; give one for each but the first")
     steps = [token for d, s in zip(digits[1:], sums) for token in (PLUS + int(d), int(s))]
     before = {"direct": [], "worked": [int(digits[0]), *steps], "dots": [DOT] * (1 + len(steps))}[style]
     return [*before, SO, int(sums[-1]), END]

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from minilm import checks
 from minilm.model import Transformer
 from minilm.tensor import no_grad
 
@@ -51,6 +52,7 @@ def is_held_out(words: np.ndarray) -> np.ndarray:
 
 def words(rng: np.random.Generator, *shape: int, held_out: bool = False) -> np.ndarray:
     """Random words (*shape,LENGTH), all held out or all for training."""
+    checks.flag("words", "held_out", held_out)
     drawn = rng.integers(len(ALPHABET), size=(*shape, LENGTH))
     while (wrong := is_held_out(drawn) != held_out).any():
         drawn[wrong] = rng.integers(len(ALPHABET), size=(int(wrong.sum()), LENGTH))

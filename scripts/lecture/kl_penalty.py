@@ -254,6 +254,7 @@ def draw(figure, seeds, size):
         level(axis, world.gold.max(axis=1).mean(), "best\nreply", side="outside")
         level(axis, np.mean([s["short"][WITHOUT][0][2] for s in seeds]), "SFT\nmodel", side="outside")
     sampled.set_xscale("symlog", linthresh=1)
+    sampled.set_xlim(right=max(2, sampled.get_xlim()[1]))       # a tick at 1 at least
     titles = "Exact: beta falls, n grows", "Short replies, sampled", "English, sampled (one line per seed)"
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=10)

@@ -243,6 +243,7 @@ def draw(figure, seeds, size):
         axes[0].set_ylabel(label)
         if "symlog" in label:
             axes[0].set_yscale("symlog", linthresh=1)
+            axes[0].set_ylim(top=max(2, axes[0].get_ylim()[1]))         # a tick at 1 at least
         for axis in axes:
             axis.locator_params(axis="x", nbins=3)
             axis.tick_params(labelbottom=axes is rows[-1])

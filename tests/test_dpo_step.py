@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.dpo_step import TERMS, decomposition
+from common.dpo_step import TERMS, as_table, decomposition
 from helpers import assert_close, small_transformer
 from minilm.objectives.dpo import dpo_loss
 from minilm.tensor import no_grad
@@ -58,3 +58,10 @@ def test_the_chosen_reply_of_a_pair_alone_raises_its_own_log_prob(world):
     pairs = world.comparisons(reference, world.gold, rng, 4)
     terms, _ = decomposition(model, world, reference, pairs, BETA, alone=4)
     assert terms[TERMS.index("one pair alone: its chosen")] > 0
+
+
+def test_the_table_has_the_means_over_the_seeds_at_each_moment():
+    terms = np.arange(24.0).reshape(2, 3, 4)
+    assert as_table(terms, {"the start": 0, "the end": -1}) == [
+        ["d log pi(chosen) / d rate, by", *TERMS],
+        ["at the start", "+6.00", "+7.00", "+8.00", "+9.00"], ["at the end", "+14.00", "+15.00", "+16.00", "+17.00"]]

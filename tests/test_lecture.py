@@ -131,6 +131,14 @@ def test_a_wide_table_wraps_its_heads_and_continues_in_a_further_block():
         "1  0.50 [0.25, 0.75]  0.50 [0.25, 0.75]"]
 
 
+def test_the_legend_stands_under_the_first_table_and_the_details_are_a_table_of_their_own():
+    result = {"table": [["n", "end"], ["1", "3.5"]]}
+    first = plain_text.as_text(result["table"])
+    assert plain_text.tables(result) == first
+    result |= {"legend": "End: the last value.", "details": [["at", "term"], ["the start", "+0.1"]]}
+    assert plain_text.tables(result) == f"{first}\n\nEnd: the last value.\n\n{plain_text.as_text(result['details'])}"
+
+
 def test_a_model_is_trained_once_and_anew_when_seed_recipe_code_or_library_change(tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
     monkeypatch.setattr(experiment, "_sources", lambda: "the library")
@@ -606,6 +614,13 @@ def test_the_page_says_the_rule_beside_the_claim_and_its_comparisons_in_a_table(
     assert "It came to 3.5. More is said here." in words
 
 
+def test_the_page_shows_the_legend_and_the_details_below_the_table(run):
+    run.write("one", legend="End <m>.", details=[["at", "term <m>"], ["the start", "+0.1"]])
+    assert run("--out", run.folder, "--rows", "one") == 0
+    text = (run.folder / "index.html").read_text()
+    assert text.index("<td>3.5</td>") < text.index("<p>End &lt;m&gt;.</p>") < text.index("<td>+0.1</td>")
+
+
 def test_alternative_texts_are_one_sentence(run):
     assert run() == 0
     alts = re.findall(r'alt="([^"]*)"', (run.folder / "index.html").read_text())
@@ -681,7 +696,8 @@ def test_the_readme_has_the_claims_and_the_rules_in_markdown_with_links(run, cap
     assert ("| a \\| b, \\<i> and \\*c\\* | It ends above 3. | not shown | At 2.5 vs. 3. it fails. | "
             "[two.py](two.py), [figure](figures/two.png) |") in out.splitlines()
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in out.splitlines() if line.startswith("|")} == {6}
-    assert "2 of 3 claims tested: 1 shown, 1 not shown." in out and max(map(len, out.splitlines())) < 400
+    assert re.search(r"\|\n\n2 of 3 claims tested: 1 shown, 1 not shown\.\n\n2020-01-02, size ", out)
+    assert max(map(len, out.splitlines())) < 400
     assert run("--table", run.scripts) == 2 and "holds no run" in capsys.readouterr().err
     assert run("--readme", run.folder) == 0
     assert (run.scripts / "README.md").read_text() == out and (run.figures / "two.png").exists()

@@ -45,6 +45,14 @@ def test_every_link_leads_somewhere(page):
     assert not broken
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_an_empty_line_or_a_comment_ends_every_table(page):
+    """Markdown takes any other line after a row as one more row."""
+    lines = [*page.read_text("utf-8").splitlines(), ""]
+    after = [line for row, line in zip(lines, lines[1:]) if row.startswith("|") and not line.startswith("|")]
+    assert {line[:4] for line in after} <= {"", "<!--"}
+
+
 def test_the_front_page_links_to_the_others():
     front = (ROOT / "README.md").read_text("utf-8")
     for page in PAGES:

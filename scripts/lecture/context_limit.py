@@ -96,8 +96,10 @@ def conclude(seeds, size):
         bounds = [np.mean([s[f"bound {C}"][i] for s in seeds]) for C in WINDOWS]
         table.append([f"{offered}", *(f"{mean_range([s[f'accuracy {C}'][i] for s in seeds])} ({bound:.2f})"
                                       for C, bound in zip(WINDOWS, bounds))])
-    words = (f"{len(learned)} of {len(seeds)} seeds learned to copy. With 32 demonstrations offered accuracy "
-             f"is {', '.join(mean(last[C]) for C in WINDOWS)} in windows that hold 2, 4 and 8 of them.")
+    bounds = [mean([s[f"bound {C}"][-1] for s in seeds]) for C in WINDOWS]
+    words = (f"With 32 demonstrations offered, accuracy is {', '.join(mean(last[C]) for C in WINDOWS)} in windows of "
+             f"{', '.join(map(str, WINDOWS))} tokens, where the bound is {', '.join(bounds)}; {len(learned)} of "
+             f"{len(seeds)} models learned to copy, and only these are compared.")
     return Conclusion(comparisons, words, numbers, table)
 
 

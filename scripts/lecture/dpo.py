@@ -52,7 +52,7 @@ from common.experiment import COLOURS, Comparison, Conclusion, curve, level, mea
 # isort: split
 import numpy as np
 
-from common.dpo_step import TERMS, decomposition
+from common.dpo_step import TERMS, as_table, decomposition, in_a_pair
 from common.frontier import frontier
 from minilm.exact.enumerable import divergence, expectation, optimum
 from minilm.objectives.dpo import dpo_loss, robust_dpo_loss
@@ -166,7 +166,8 @@ def measure(experiment, seed, tuning, demonstrations, pairs, steps, points, earl
     results = {name: paths.dpo(clean, beta, watch=decompose if beta == HARD else None)
                for name, beta in zip(RUNS, BETAS)}
     results[IMITATION] = paths.imitation(clean)
-    experiment.say(f"seed {seed}, log-probs of chosen replies: {np.round(results[CLEAN]['chosen'], 2).tolist()}")
+    experiment.say(f"seed {seed}, {CLEAN}: mean change of log pi(chosen) at steps "
+                   f"{evaluated_at(steps, points, early)}: {np.round(results[CLEAN]['chosen'], 2).tolist()} nats")
     smoothed = functools.partial(dpo_loss, label_smoothing=FLIPS)
     robust = functools.partial(robust_dpo_loss, flip_rate=FLIPS)
     harder = [flipped] * 3 + [world.comparisons(log_pi, world.gold, rng, pairs) for log_pi in (earlier, uniform)]
@@ -187,13 +188,6 @@ def measure(experiment, seed, tuning, demonstrations, pairs, steps, points, earl
 def evaluated_at(steps, points, early, **_):
     """The steps after which the policy is evaluated."""
     return sorted({*early, *range(0, steps + 1, steps // points)})
-
-
-def in_a_pair(world, p, chosen, rejected):
-    """Whether each reply is in a pair of its prompt, (P,Y)."""
-    paired = np.zeros(world.shape, bool)
-    paired[p, chosen] = paired[p, rejected] = True
-    return paired
 
 
 def within(log_pi, allowed):
@@ -233,14 +227,19 @@ def conclude(seeds, size):
                  Comparison(f"change of the log-probs of chosen replies by {CLEAN} (nats)",
                             last(seeds, CLEAN, "chosen"), above=0)]
     terms = np.array([s["terms"] for s in seeds])           # (seeds, points + 1, TERMS)
-    words = (f"At {DECIDES} nat of KL the gold reward is {mean(at(seeds, EVERY, DECIDES))} for DPO, "
-             f"{mean(start)} for the SFT model, and {mean(at(seeds, LOWER, DECIDES))} for the SFT model at a lower "
-             "temperature, which uses no labels.")
-    return Conclusion(rule, words, _numbers(seeds, largest, terms, size), _table(seeds, largest, terms, size),
-                      findings=findings)
+    words = (f"At {DECIDES} nat of KL the gold reward is {mean(at(seeds, EVERY, DECIDES))} for DPO and "
+             f"{mean(at(seeds, IMITATION, DECIDES))} for {IMITATION} (its best point, because it reaches only "
+             f"{mean(largest)} nat); the SFT model has {mean(start)}, and {mean(at(seeds, LOWER, DECIDES))} at a lower "
+             "temperature, without labels.")
+    return Conclusion(rule, words, _numbers(seeds, largest, terms, size), _table(seeds, largest), findings=findings,
+                      legend=LEGEND, details=as_table(terms, _moments(terms)))
 
 
 NAMES = (EVERY, *RUNS, IMITATION, *HARDER, CUT, LOWER, CUT_LOWER, "pi*")
+LEGEND = ("Gold: expected gold reward; a method that does not reach a KL is read at its best point. Restricted: to "
+          "compared replies. Chosen, change: mean of log pi - log pi_ref, chosen replies. Pairs fitted: share in which "
+          f"it is larger for the chosen reply. New pairs ordered: share of {FRESH:,} in which it is larger for the one "
+          f"with more gold. Flips: {FLIPS:.0%} of labels; cDPO and robust DPO know this share.")
 
 
 def _moments(terms):
@@ -274,19 +273,17 @@ def _numbers(seeds, largest, terms, size):
     return numbers
 
 
-def _table(seeds, largest, terms, size):
+def _table(seeds, largest):
     ends = {"gold": "gold at the end", "chosen": "chosen, change (nats)", "fitted": "pairs fitted",
             "ordered": "new pairs ordered"}
     table = [["", *(f"gold at KL {k}" for k in LEVELS), f"gold at KL {np.mean(largest):.2f}", "largest KL",
               *ends.values()]]
     for name in NAMES:
         trained = name in (*RUNS, IMITATION, *HARDER)
-        table.append([name, *(mean_range(at(seeds, name, k)) for k in (*LEVELS, largest)),
+        table.append([name.replace(" to compared replies", ""),
+                      *(mean_range(at(seeds, name, k)) for k in (*LEVELS, largest)),
                       mean_range([max(s[name]["KL"]) for s in seeds]) if name not in (EVERY, "pi*") else "",
                       *(mean_range(last(seeds, name, what)) if trained else "" for what in ends)])
-    for when, i in _moments(terms).items():
-        table.append([f"d log pi(chosen) / d rate at {when}",
-                      *(f"{term} {terms[:, i, j].mean():+.2f}" for j, term in enumerate(TERMS)), *[""] * 5])
     return table
 
 

@@ -13,9 +13,9 @@ comparisons, to compare it with the closed form. Levels: the reference; the refe
 The policies end at different KL, so the gain is also given as a share of the gain of pi* at that KL, and the reward
 model is also read at the KL of DPO.
 
-Rule. With 300 comparisons, which show at most 600 of the 21,087 outputs, both the best policy for the reward model and
-DPO gain more than half of the gold reward that pi* of the gold reward gains over the reference. Effects of a seed: the
-two shares; margin 0.5.
+Rule. With 300 comparisons, which show at most 600 of the 21,087 possible outputs (27 questions, 781 replies each), both
+the best policy for the reward model and DPO gain more than half of the gold reward that pi* of the gold reward gains
+over the reference. Effects of a seed: the two shares; margin 0.5.
 
 Limits. Whether 300 is little depends on how much there is to learn: here the correct answer, courtesy and brevity for
 27 questions of one kind. A large part of the gain is sharpening: the reference at a temperature near 0.25 has about two

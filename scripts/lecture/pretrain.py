@@ -143,9 +143,9 @@ def rule(last, left):
     losses = {name: [last(name, f"width {w}") for w in WIDTHS] for name in UNITS}       # (widths, seeds)
     logarithms = np.log(np.maximum(np.transpose(losses["chain"]), 1e-4))
     comparisons = [
-        Comparison("chain: smallest fall of log(loss above the entropy) from one width to the next",
+        Comparison("chain: smallest decrease of log(loss - entropy) from one width to the next",
                    [smallest_step(-ends) for ends in logarithms], above=0),
-        Comparison("English: smallest fall of the loss from one width to the next (bits per byte)",
+        Comparison("English: smallest decrease of the loss from one width to the next (bits per byte)",
                    [smallest_step(-ends) for ends in np.transpose(losses["English"])], above=0)]
     for name, unit in UNITS.items():
         worst = last(name, "order 1") - np.max(losses[name], axis=0)
@@ -175,9 +175,11 @@ def conclude(seeds, size):
     for i, count in enumerate(seeds[0]["tokens"]):
         table.append([f"{count:,}", *(mean_range([s[name][model][i] for s in seeds], 3)
                                       for name, model in columns)])
-    words = (f"On English, widths {', '.join(map(str, WIDTHS))} end at "
-             f"{', '.join(mean(last('English', w)) for w in widths)} bits per byte. On the Markov chain the widest "
-             f"closes {100 * (1 - left.mean()):.1f}% of the gap between a uniform guess and the entropy.")
+    chain, english = (", ".join(mean(last(name, w), digits) for w in widths)
+                      for name, digits in (("chain", 3), ("English", 2)))
+    words = (f"Widths {', '.join(map(str, WIDTHS))} end at {english} bits per byte on English, and at {chain} nats per "
+             f"token above the entropy on the chain. There the widest closes "
+             f"{100 * (1 - left.mean()):.1f}% of the gap between a uniform guess and the entropy.")
     return Conclusion(rule(last, left), words, numbers, table)
 
 

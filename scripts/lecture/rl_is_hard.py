@@ -12,11 +12,11 @@ pi* of the proxy reward and of the gold reward. Control (is RL hard, or training
 200 steps of 64), and DPO without those of the ingredients that it has: the warm start, the learning rate, the KL
 penalty (beta 0.03; DPO has no loss at 0).
 
-Rule. For at least three of the five ingredients (baseline, KL penalty, warm start, learning rate, masks), the mean over
-its removals lowers J = gold reward - 0.3 KL at the end of the run; "removing" the learning rate means ten times higher,
-and ten times lower. Effect of a seed for one ingredient: J of the complete run minus J without it, the mean over its
-removals. "At least three" is shown if three intervals lie above 0 at the level 1 - 0.05/5 = 99% (Bonferroni). The
-figure and the words use the same level for one removal alone.
+Rule. For at least three of the five ingredients (baseline, KL penalty, warm start from the SFT model, learning rate,
+masks of the response tokens), the mean over its removals lowers J = gold reward - 0.3 KL at the end of the run;
+"removing" the learning rate means ten times higher, and ten times lower. Effect of a seed for one ingredient: J of the
+complete run minus J without it, the mean over its removals. "At least three" is shown if three intervals lie above 0 at
+the level 1 - 0.05/5 = 99% (Bonferroni). The figure and the words use the same level for one removal alone.
 
 Limits. Five necessary ingredients do not make RL harder than other training: DPO loses more without the two that it
 shares (warm start, learning rate). A small world is forgiving: a random policy finds good replies by chance, which is

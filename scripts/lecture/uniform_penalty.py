@@ -163,8 +163,8 @@ def conclude(seeds, size):
     numbers |= {"preferred at equal loss": spread(s["preferred"] for s in seeds),
                 "share of harmless": spread(s["share"] for s in seeds)}
     words = (f"Two models with equal loss have gold reward {mean(column(wrong, 'gold'))} and "
-             f"{mean(column(polite, 'gold'))}. Two models with equal gold reward differ by {mean(worse)} "
-             f"nats per reply in loss.")
+             f"{mean(column(polite, 'gold'))}; two with equal gold reward (no demonstration altered, and all of them "
+             f"harmlessly: difference {mean(difference, 3)}) differ by {mean(worse)} nats per reply in loss.")
     return Conclusion(comparisons, words, numbers, table, conditions=[condition])
 
 

@@ -139,8 +139,8 @@ def conclude(seeds, size):
     table += [[str(n), *(mean_range([s[key][i] for s in seeds]) for key in columns.values())]
               for i, n in enumerate(TRAINED)]
     at = {n: mean([d[i] for d in direct]) for i, n in enumerate(TRAINED)}
-    words = (f"Accuracy on nine held-out tasks is {at[2]} after finetuning on 2 tasks, {at[16]} on 16, and "
-             f"{at[27]} on 27, with {size['tokens']:,} tokens each time.")
+    words = (f"Accuracy on nine held-out tasks is {at[2]} after finetuning on 2 tasks, {at[8]} on 8, {at[16]} on 16, "
+             f"and {at[27]} on 27, with {size['tokens']:,} tokens each time.")
     return Conclusion(comparisons, words, numbers, table)
 
 

@@ -65,3 +65,16 @@ def decomposition(policy: Transformer, world: ReplyWorld, reference: np.ndarray,
         sides.append(world.log_distributions(policy)[p, chosen].mean())
     measured = (sides[0] - sides[1]) / (2 * rate)
     return [*terms, *np.mean(single, axis=0)], abs(sum(terms) - measured) / sum(map(abs, terms))
+
+
+def in_a_pair(world: ReplyWorld, p: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
+    """Whether each reply is in a pair of its prompt, (P,Y)."""
+    paired = np.zeros(world.shape, bool)
+    paired[p, chosen] = paired[p, rejected] = True
+    return paired
+
+
+def as_table(terms: np.ndarray, moments: dict[str, int]) -> list[list[str]]:
+    """The mean over the seeds of each of TERMS, from terms (seeds, times, TERMS) and {name: index of a time}."""
+    return [["d log pi(chosen) / d rate, by", *TERMS],
+            *([f"at {name}", *(f"{term:+.2f}" for term in terms[:, i].mean(axis=0))] for name, i in moments.items())]

@@ -68,7 +68,7 @@ import numpy as np
 
 import minilm
 from common.intervals import OUTCOMES, TRIAL, Comparison, as_number, outcome, smallest_step  # noqa: F401
-from common.text import as_text, report
+from common.text import report, tables
 from minilm import checkpoint
 from minilm.fast import workers
 from minilm.model import Config, Transformer
@@ -87,7 +87,8 @@ STYLES = {"": {"text": "#1d1d1f", "faint": "#b4b4b8", "ground": "#ffffff"},
 @dataclasses.dataclass
 class Conclusion:
     """comparisons, conditions, findings: as above; words: what was measured, in one or two sentences;
-    numbers: {name: spread(...)}; table: the header and the rows, lists of strings."""
+    numbers: {name: spread(...)}; table: the header and the rows, lists of strings; legend: the words of the table;
+    details: a second table."""
 
     comparisons: list[Comparison]
     words: str
@@ -96,6 +97,8 @@ class Conclusion:
     conditions: list[Comparison] = ()
     findings: list[Comparison] = ()
     at_least: int | None = None
+    legend: str = ""
+    details: list[list[str]] = ()
 
     @property
     def outcome(self) -> str:
@@ -106,7 +109,7 @@ class Conclusion:
         """Plain values for JSON."""
         rules = {"comparisons": self.comparisons, "conditions": self.conditions, "findings": self.findings}
         return {"outcome": self.outcome, "words": self.words, "numbers": self.numbers, "table": self.table,
-                "at_least": self.at_least,
+                "at_least": self.at_least, "legend": self.legend, "details": list(self.details),
                 **{name: [c.summary() for c in comparisons] for name, comparisons in rules.items()}}
 
 
@@ -292,7 +295,7 @@ def _run(name, doc, measure, conclude, draw, sizes, figure_size):
         for suffix in STYLES:
             drawn = picture(lambda figure: draw(figure, result["by_seed"], settings), suffix, figure_size, trial)
             checkpoint.write_bytes(folder / f"{name}{suffix}.png", drawn)
-        text = f"{as_text(result['table'])}\n\n{report(result)}"
+        text = f"{tables(result)}\n\n{report(result)}"
     # Last, because this file marks the experiment as done.
     checkpoint.write_text(path, json.dumps(result, indent=1, default=_plain, allow_nan=False) + "\n")
     print(f"\n{text}\n{path}, {name}.png")

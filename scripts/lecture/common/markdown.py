@@ -27,18 +27,20 @@ shown" means that the rule fails in this experiment; the lecture's claim can sti
 
 - **shown**: the 95% confidence interval over the seeds lies within the required range, for every comparison
   of the rule. In rl_is_hard, three of five comparisons must hold, each with its 99% interval.
-- **not shown**: the interval of some comparison lies outside the required range. It is wider than 95%: with
-  n comparisons, its level is 1 - 0.05/n.
+- **not shown**: the interval of some comparison lies outside the required range. This interval is
+  wider than a 95% interval: for a rule of n comparisons its level is 1 - 0.05/n.
 - **undecided**: neither, or the model did not learn the task that the rule is about.
 - **Decided by**: the comparison that determines the outcome: its mean over the seeds, [its interval], and the
-  range that the rule requires. The interval has the level that determined the outcome: 95% if nothing is said.
-  Of the comparisons of a rule it is the one that lies least within its range, or furthest outside, in units of
-  the interval; in rl_is_hard, the third best.
+  range that the rule requires. The level of the interval is 95% unless another one is given. If a rule has
+  several comparisons, the one that is nearest to failing, or fails most clearly, decides: the distance of its
+  mean from the nearest limit of the range, divided by half the width of the interval, is the smallest
+  (outside the range the distance is negative). In rl_is_hard the third largest decides.
 
 If the effects of the seeds are independent and normal, a false "shown" has a probability of at most 2.5%
-per experiment, and a false "not shown" of at most 5%. So one wrong outcome in {claims} would be no
-surprise. The statistics are in [intervals.py](common/intervals.py). An experiment's docstring has the
-claim, the test, the rule with its margins, the limits, and the paper.
+(one side of a 95% interval) per experiment, and a false "not shown" of at most 5% (all comparisons of the
+rule together). So one wrong outcome in {claims} would be no surprise. The statistics are in
+[intervals.py](common/intervals.py). An experiment's docstring has the claim, the test, the rule with its
+margins, the limits, and the paper.
 """
 RUNNING = """
 ## How to run it
@@ -107,7 +109,7 @@ def readme(stages: dict, size: str, by_rounding: dict) -> str:
     """The text of scripts/lecture/README.md, from {rounding: {name: what it wrote}}; the first is the run as it is."""
     done = next(iter(by_rounding.values()))
     claims = sum(map(len, stages.values()))
-    parts = [HEADER.format(claims=claims), words(), "\n", table(stages, done), summary(claims, size, done), "\n",
+    parts = [HEADER.format(claims=claims), words(), "\n", table(stages, done), "\n", summary(claims, size, done), "\n",
              READING.format(claims=claims), RUNNING]
     if len(by_rounding) > 1:
         parts += [ROUNDINGS, textwrap.indent(agreement(by_rounding), "- ")]
@@ -126,7 +128,7 @@ def summary(claims: int, size: str, done: dict) -> str:
         lines.append(f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, size {size}, "
                      f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds per experiment, "
                      f"{minutes:.0f} minutes in all on {'; '.join(machines)}.")
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(lines) + "\n"
 
 
 def roundings(names: Iterable[str], by_rounding: dict) -> str:

@@ -205,9 +205,19 @@ def _section(name, result, pictures, order):
                       f"{escape(first_sentence(result['Rule']))}</p>",
                       f"<p><strong>Measured.</strong> {escape(result['words'])}</p>",
                       _figure(result, *pictures), _rules(result),
-                      "<details><summary>All numbers</summary>", _table(result["title"], result["table"]),
-                      "</details>", "<details><summary>How it was tested, and its limits</summary>",
+                      "<details><summary>All numbers</summary>", _numbers(result), "</details>",
+                      "<details><summary>How it was tested, and its limits</summary>",
                       f"<dl>\n{details}\n</dl>", "</details>", _turn(name, order), "</section>"])
+
+
+def _numbers(result):
+    """The tables of an experiment, and the legend of the first."""
+    parts = [_table(result["title"], result["table"])]
+    if result.get("legend"):
+        parts.append(f"<p>{escape(result['legend'])}</p>")
+    if result.get("details"):
+        parts.append(_table(f"details of: {result['title']}", result["details"]))
+    return "\n".join(parts)
 
 
 def _turn(name, order):

@@ -41,6 +41,16 @@ def compared_as_text(comparison: dict) -> str:
     return f"{comparison['name']}: {as_number(comparison['mean'])} ({interval}); required: {comparison['asked']}"
 
 
+def tables(result: dict) -> str:
+    """The tables of an experiment as text, with the legend under the first."""
+    parts = [as_text(result["table"])]
+    if result.get("legend"):
+        parts.append(textwrap.fill(result["legend"], COLUMNS))
+    if result.get("details"):
+        parts.append(as_text(result["details"]))
+    return "\n\n".join(parts)
+
+
 def as_text(table: list[list], columns: int = COLUMNS) -> str:
     """A table as text: heads of columns are wrapped; columns that do not fit stand in a further block."""
     head, *body = [[str(cell) for cell in line] for line in table]

@@ -17,9 +17,10 @@ PARAGRAPHS = (*SECTIONS, "Figure")      # of a docstring; results that were writ
 SEVERAL = ([{"name": str, "mean": (float, None), "interval": [(float, None)], "asked": str, "outcome": str,
              "by_seed": ([(float, None)], [])}], [])
 MARGIN = re.compile(r"(above|below) -?[0-9]+(\.[0-9]+)?( and below -?[0-9]+(\.[0-9]+)?)?")
+TABLE = [[(str, float, None)]]
 SHAPE = {**dict.fromkeys((*SECTIONS, "title", "outcome", "words", "date", "machine", "size"), str),
          "settings": {str: object}, "by_seed": ([object], []), "seeds": [int], "seconds": float, "workers": int,
-         "table": [[(str, float, None)]], "comparisons": SEVERAL, "conditions": SEVERAL}
+         "table": TABLE, "comparisons": SEVERAL, "conditions": SEVERAL}
 
 
 def read(path: str | Path) -> dict:
@@ -34,8 +35,9 @@ def _fault(result, name):
     """What does not fit together among values that each have their type, or None."""
     if result.get("experiment", name) != name:
         return f"it holds results of the experiment {reprlib.repr(result['experiment'])}"
-    added = {"findings": SEVERAL, "Figure": str}
-    if found := fault({"findings": [], "Figure": ""} | {name: result[name] for name in added if name in result}, added):
+    added = {"findings": SEVERAL, "Figure": str, "legend": str, "details": (TABLE, [])}
+    none = {"findings": [], "Figure": "", "legend": "", "details": []}
+    if found := fault(none | {name: result[name] for name in added if name in result}, added):
         return found
     compared = [c for kind in ("comparisons", "conditions", "findings") for c in result.get(kind, [])]
     at_least = result.get("at_least")
@@ -48,6 +50,6 @@ def _fault(result, name):
             return f"a comparison asked {reprlib.repr(comparison['asked'])} is {reprlib.repr(comparison['outcome'])}"
     if result["outcome"] not in (*OUTCOMES, TRIAL):
         return f"the outcome is {reprlib.repr(result['outcome'])}"
-    if len({len(line) for line in result["table"]}) > 1:
+    if any(len({len(line) for line in result.get(name, [])}) > 1 for name in ("table", "details")):
         return "the lines of its table have different lengths"
     return None

@@ -1,12 +1,14 @@
 """NumPy functions of a Tensor: `array * tensor` is a Tensor, and np.exp(tensor) raises with advice.
 
-NumPy offers its ufuncs to other classes by __array_ufunc__ (NEP 13). Tests: tests/test_tensor.py.
+NumPy asks other classes for its ufuncs by __array_ufunc__ (NEP 13), for its other functions, as np.where, by
+__array_function__ (NEP 18), and for an array by __array__. Without them np.where makes an array of objects, without a
+gradient or an error. Tests: tests/test_tensor.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 OPERATORS = ("add", "subtract", "multiply", "divide", "matmul")
 # NumPy functions of x, or of x and y, that ops.py does not have, in terms of those that it has.
@@ -14,16 +16,16 @@ INSTEAD = {"absolute": "-ops.minimum(x, -x)",
            "logaddexp": "x + ops.softplus(y - x)",
            "maximum": "-ops.minimum(-x, -y)",
            "square": "x * x"}
+NAMES = {"stack": "concatenate", "hstack": "concatenate", "vstack": "concatenate", "dot": "matmul", "take": "getitem"}
 
 
-class NumpyFunctions:
-    """Tensor.__array_ufunc__: a function for NumPy, which asks the class; None for CuPy, which asks an object.
+def operations() -> Any:
+    """The functions of Tensors, minilm.ops. It imports tensor.py, which imports this file."""
+    return sys.modules["minilm.ops"]
 
-    operations: returns the module with the functions of Tensors, minilm.ops.
-    """
 
-    def __init__(self, operations: Callable[[], Any]):
-        self.operations = operations
+class Ufuncs:
+    """Tensor.__array_ufunc__: a function for NumPy, which asks the class; None for CuPy, which asks an object."""
 
     def __get__(self, tensor, owner):
         return self.apply if tensor is None else None
@@ -35,9 +37,30 @@ class NumpyFunctions:
         if plain_call and name in ("equal", "not_equal"):
             return name == "not_equal"
         if plain_call and name in OPERATORS:
-            return getattr(self.operations(), name)(*inputs)
-        there = name != "power" and hasattr(self.operations(), name)        # ops.power takes a number as exponent
-        advice = f"use minilm.ops.{name}" if there else "use the functions of minilm.ops"
-        formula = f"; ops has no {name}, but {INSTEAD[name]} is the same" if name in INSTEAD else ""
-        raise TypeError(f"np.{name} does not take a Tensor: {advice}, or tensor.data for the array without a gradient"
-                        f"{formula}")
+            return getattr(operations(), name)(*inputs)
+        refuse(name)
+
+
+class NumpyFunctions:
+    """The base class of Tensor: the methods that NumPy calls."""
+
+    __slots__ = ()
+    __array_ufunc__ = Ufuncs()
+
+    def __array_function__(self, function, types, inputs, options):
+        if function.__name__ in ("shape", "ndim", "size"):
+            return getattr(inputs[0], function.__name__)
+        refuse(function.__name__)
+
+    def __array__(self, *arguments, **options):
+        raise TypeError("np.array and np.asarray do not take a Tensor: use tensor.data for the array without a "
+                        "gradient, tensor.item() for a number, or minilm.ops.concatenate to join Tensors")
+
+
+def refuse(name: str) -> NoReturn:
+    """Raises TypeError for a function of NumPy, with the one of minilm.ops to use."""
+    there = name != "power" and hasattr(operations(), NAMES.get(name, name))    # ops.power takes a number as exponent
+    advice = f"use minilm.ops.{NAMES.get(name, name)}" if there else "use the functions of minilm.ops"
+    formula = f"; ops has no {name}, but {INSTEAD[name]} is the same" if name in INSTEAD else ""
+    raise TypeError(f"np.{name} does not take a Tensor: {advice}, or tensor.data for the array without a gradient"
+                    f"{formula}")

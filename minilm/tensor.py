@@ -54,7 +54,7 @@ def _operator(name, reflected=False):
     return lambda x, *arguments, **options: getattr(operations, name)(x, *arguments, **options)
 
 
-class Tensor:
+class Tensor(NumpyFunctions):
     """An array, and the record of the call that computed it.
 
     data           the array, float32 or float64 (integers and lists become float64)
@@ -68,7 +68,6 @@ class Tensor:
     """
 
     __slots__ = ("data", "grad", "requires_grad", "grad_buffer", "changed", "node")
-    __array_ufunc__ = NumpyFunctions(lambda: operations)
 
     def __init__(self, data, requires_grad: bool = False):
         if isinstance(data, Tensor):

@@ -337,10 +337,35 @@ def test_a_tensor_as_the_output_of_a_primitive_raises_and_points_to_numpy(rng):
     (lambda x: np.add(x.data, x, out=np.zeros(3)), r"^np.add does not take a Tensor: use minilm.ops.add"),
     (lambda x: np.add.reduce(x), r"^np.add does not take a Tensor: use minilm.ops.add"),
     (lambda x: np.multiply.outer(x.data, x), r"^np.multiply does not take a Tensor: use minilm.ops.multiply"),
-], ids=["exp", "arctan", "linalg.norm", "out=", "reduce", "outer"])
+    (lambda x: np.where(x.data > 0, x, 0), r"^np.where does not take a Tensor: use minilm.ops.where, or tensor.data"),
+    (lambda x: np.concatenate([x, x]), r"^np.concatenate does not take a Tensor: use minilm.ops.concatenate"),
+    (lambda x: np.concatenate([x.data, x]), r"^np.concatenate does not take a Tensor: use minilm.ops.concatenate"),
+    (lambda x: np.stack([x, x]), r"^np.stack does not take a Tensor: use minilm.ops.concatenate"),
+    (lambda x: np.mean(x), r"^np.mean does not take a Tensor: use minilm.ops.mean"),
+    (lambda x: np.sum(x, axis=0), r"^np.sum does not take a Tensor: use minilm.ops.sum"),
+    (lambda x: np.transpose(x), r"^np.transpose does not take a Tensor: use minilm.ops.transpose"),
+    (lambda x: np.dot(x, x.data), r"^np.dot does not take a Tensor: use minilm.ops.matmul"),
+    (lambda x: np.einsum("i,i", x, x), r"^np.einsum does not take a Tensor: use the functions of minilm.ops"),
+    (lambda x: np.max(x), r"^np.max does not take a Tensor: use the functions of minilm.ops, or tensor.data"),
+    (lambda x: np.zeros_like(x), r"^np.zeros_like does not take a Tensor: .* or tensor.data for the array"),
+    (lambda x: np.allclose(x, x.data), r"^np.allclose does not take a Tensor"),
+    (lambda x: np.array(x), r"^np.array and np.asarray do not take a Tensor: use tensor.data"),
+    (lambda x: np.asarray(x, np.float32), r"^np.array and np.asarray do not take a Tensor: use tensor.data"),
+    (lambda x: np.array([x, x]), r"do not take a Tensor: .* or minilm.ops.concatenate to join Tensors"),
+    (lambda x: np.array([x.data, x]), r"do not take a Tensor: .* or minilm.ops.concatenate to join Tensors"),
+    (lambda x: np.array([ops.sum(x)]), r"do not take a Tensor: .* tensor.item\(\) for a number"),
+    (lambda x: np.zeros(3).__setitem__(slice(None), x), r"do not take a Tensor: use tensor.data"),
+], ids=["exp", "arctan", "linalg.norm", "out=", "reduce", "outer", "where", "concatenate", "concatenate beside arrays",
+        "stack", "mean", "sum", "transpose", "dot", "einsum", "max", "zeros_like", "allclose", "array", "asarray",
+        "array of a list", "array of arrays", "array of numbers", "assignment"])
 def test_a_numpy_function_of_a_tensor_raises_and_names_the_function_of_ops(rng, call, message):
     with pytest.raises(TypeError, match=message):
         call(normal(rng, 3))
+
+
+def test_numpy_shape_ndim_and_size_of_a_tensor_are_its_own(rng):
+    x = normal(rng, 2, 3)
+    assert (np.shape(x), np.ndim(x), np.size(x)) == ((2, 3), 2, 6)
 
 
 def test_numpy_asks_the_class_for_its_ufuncs_and_cupy_asks_the_tensor():

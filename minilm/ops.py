@@ -15,8 +15,8 @@ import sys
 import numpy as np
 
 from minilm import checks, tensor
-from minilm.backend import array_module
-from minilm.fast.deferred import DeferredMatmul, SparseRows, segment_sum
+from minilm.backend import array_module, segment_sum
+from minilm.fast.deferred import DeferredMatmul
 from minilm.tensor import Tensor, primitive
 
 
@@ -297,11 +297,17 @@ def getitem(x, index):
             dx = xp.zeros_like(x)
             dx[index] = dy
             return dx
-        places, sums = segment_sum(xp.arange(x.size).reshape(x.shape)[index].reshape(-1), dy.reshape(-1))
-        dx = xp.zeros(x.size, x.dtype)
-        dx[places] = sums
-        return dx.reshape(x.shape)
+        picked = xp.arange(x.size).reshape(x.shape)[index].reshape(-1)
+        return _rows_added(x.reshape(-1), picked, dy.reshape(-1)).reshape(x.shape)
     return x[index], vjp
+
+
+def _rows_added(x, rows, values):
+    """Zeros like x, with each value added in its row: the gradient of x[rows]."""
+    distinct, sums = segment_sum(rows, values)
+    dx = array_module(x).zeros_like(x)
+    dx[distinct] = sums
+    return dx
 
 
 def _is_basic(index):
@@ -315,7 +321,7 @@ def embed(table, indices):
     xp = array_module(table)
     at = xp.asarray(checks.indices("embed", "indices", indices, len(table)))
     def vjp(dy):
-        return SparseRows(table, *segment_sum(at.reshape(-1), dy.reshape(-1, table.shape[1])))
+        return _rows_added(table, at.reshape(-1), dy.reshape(-1, table.shape[1]))
     return table[at], vjp
 
 

@@ -12,9 +12,8 @@ last to the first. That is the whole idea:
             return dy * y
         return y, vjp
 
-Read `Tensor.backward`, `Node` and `primitive` first; the rest is operators and checks. For speed, a vjp may return an
-object in place of an array (fast/deferred.py). Read DeferredMatmul(x, y) as the array x @ y, and SparseRows as the
-dense gradient of the embedding.
+Read `Tensor.backward`, `Node` and `primitive` first; the rest is operators and checks. To save memory, a vjp may
+return a DeferredMatmul(x, y) in place of the array x @ y (fast/deferred.py).
 
 Order: records are numbered in the order of creation. An input always exists before the output that is computed from
 it. So decreasing numbers are a reverse topological order of the graph: when `backward` reaches a record, every use of
@@ -256,13 +255,10 @@ def history(node: Node) -> list[Node]:
 
 
 def _accumulate(leaf, gradient):
-    """leaf.grad += gradient. A deferred gradient (fast/deferred.py) is computed where it is to be stored."""
-    deferred = hasattr(gradient, "add_to")
-    if leaf.grad is not None and deferred:
-        gradient.add_to(leaf.grad)
-    elif leaf.grad is not None:
-        leaf.grad += gradient
-    elif deferred:
+    """leaf.grad += gradient. The first DeferredMatmul is computed where it is to be stored."""
+    if leaf.grad is not None:
+        leaf.grad += _evaluated(gradient)
+    elif hasattr(gradient, "write"):
         leaf.grad = gradient.write(out=leaf.grad_buffer)
     elif leaf.grad_buffer is not None:
         leaf.grad_buffer[...] = gradient
@@ -272,7 +268,7 @@ def _accumulate(leaf, gradient):
 
 
 def _evaluated(gradient):
-    return gradient.write() if hasattr(gradient, "add_to") else gradient
+    return gradient.write() if hasattr(gradient, "write") else gradient
 
 
 def primitive(function: Callable) -> Callable:

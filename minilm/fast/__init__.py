@@ -6,7 +6,7 @@
     packed_attention          no padding; a shared prompt computed once          plain.self_attention on each dialogue
     cached_decoding           a new token costs one token's work                 plain.generate
     flat_parameters           AdamW over one long vector                         plain.adamw
-    deferred                  weight gradients computed where they are stored    a vjp that returns them at once
+    deferred                  a weight gradient computed where it is stored      a vjp that returns them at once
     activation_checkpointing  recompute instead of keep                          the function itself
     workers                   processes that share a batch                       one process, up to rounding
     malloc                    glibc keeps freed memory                           the same program

@@ -42,6 +42,7 @@ def chunked_log_probs(rows, unembedding, targets, chunk: int | None = None) -> t
             xp.exp(b, out=b)
             b.sum(axis=-1, out=total[i:i + step])
         return E, total, picked - xp.log(total)
+
     log_probs = xp.empty(N, rows.dtype)
     kept = []
     for s in chunks:
@@ -57,10 +58,9 @@ def chunked_log_probs(rows, unembedding, targets, chunk: int | None = None) -> t
             dlogits = xp.multiply(E, (-dy[s] / total)[:, None], out=E)      # dy (e - p), p = E / total
             dlogits[xp.arange(len(E)), targets[s]] += dy[s]
             xp.matmul(dlogits, unembedding, out=drows[s])
-            product = DeferredMatmul(dlogits.T, rows[s])
             if len(chunks) == 1:
-                dunembedding = product
+                dunembedding = DeferredMatmul(dlogits.T, rows[s])
             else:
-                product.add_to(dunembedding)
+                dunembedding += dlogits.T @ rows[s]
         return drows, dunembedding
     return log_probs, vjp

@@ -14,8 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minilm.backend import array_module, is_cupy
-from minilm.fast.deferred import segment_sum
+from minilm.backend import array_module, is_cupy, segment_sum
 from minilm.fast.tiled_attention import tiled_attention
 from minilm.rotary import from_complex, mix_keys, rope_tables, to_complex
 from minilm.tensor import primitive

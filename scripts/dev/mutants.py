@@ -39,9 +39,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLES = Path(__file__).with_suffix("")      # a folder
 COPIED = ("minilm", "kernels", "tests", "scripts", ".ci", ".github")     # folders; the files beside them are copied too
 # {module: tests of another name that find its bugs}; they run after the tests with its name.
-ALSO = {"tensor": ("test_ops",), "numpy_functions": ("test_tensor",), "data": ("test_evaluate",),
-        "model": ("test_plain", "test_generate", "test_packing"), "packing": ("test_model",),
-        "generate": ("test_stages",), "evaluate": ("test_stages",),
+ALSO = {"tensor": ("test_ops",), "backend": ("test_ops",), "numpy_functions": ("test_tensor",),
+        "data": ("test_evaluate",), "model": ("test_plain", "test_generate", "test_packing"),
+        "packing": ("test_model",), "generate": ("test_stages",), "evaluate": ("test_stages",),
         "gradients": ("test_exact_gradients",),
         "tiled_attention": ("test_layers", "test_packing"), "chunked_log_probs": ("test_layers",),
         "modes": ("test_tensor",), "in_place": ("test_tensor", "test_optim"),

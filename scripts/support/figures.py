@@ -196,7 +196,7 @@ def _drift(axis, results):
     axis.annotate("gold reward turns down here" if point["turned_down"] else "gold reward is highest here",
                   (kl[peak], 0.03), xycoords=("data", "axes fraction"), xytext=(-5 if on_the_right else 5, 0),
                   textcoords="offset points", ha="right" if on_the_right else "left", fontsize=8, color=COLOURS["rlhf"])
-    axis.set(title=f"One RLHF run with β = {beta:g}, step by step", ylabel="change since the first steps",
+    axis.set(title=f"RLHF with β = {beta:g}: samples during training, smoothed", ylabel="change since the first steps",
              xlabel=f"{KL_LABEL})")
 
 

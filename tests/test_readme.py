@@ -3,7 +3,9 @@
 import ast
 import contextlib
 import io
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -185,3 +187,16 @@ def test_imports_are_found_wherever_they_stand(tmp_path):
 
 def test_the_first_table_is_taken_from_what_a_script_prints():
     assert readme.first_table("words\n\n| a |\n|---|\n| 1 |\n\n| b |\n") == "| a |\n|---|\n| 1 |"
+
+
+def test_without_an_installation_the_check_is_one_line_that_says_how_to_install(tmp_path):
+    """Python with -S sees no installed package."""
+    for folder in ("minilm", "scripts"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "lecture"))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "numpy.py").write_text("")
+    for path, missing in ("", "numpy and no minilm and no minilm.kernels"), ("site", "minilm and no minilm.kernels"):
+        done = subprocess.run([sys.executable, "-S", "scripts/dev/readme.py", "--check"], cwd=tmp_path, text=True,
+                              capture_output=True, env={**os.environ, "PYTHONPATH": path})
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(f"error: .* has no {missing}\\. .* pip install .*\n", done.stderr), done.stderr

@@ -21,9 +21,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from minilm import checkpoint
-
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
+from support import installed  # noqa: E402
+
+installed.check("numpy", "minilm", "minilm.kernels")
+from minilm import checkpoint  # noqa: E402
 from support.command_line import Parser, names  # noqa: E402
 from support.run_folder import main_guard  # noqa: E402
 
@@ -255,4 +257,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    sys.exit(main_guard(main, subprocess.CalledProcessError))

@@ -49,6 +49,7 @@ import numpy as np
 
 from minilm import data, evaluate
 from minilm.checkpoint import write_text
+from minilm.diverged import Diverged
 from minilm.fast.malloc import keep_freed_memory
 from minilm.fast.workers import WorkerFailed
 from minilm.model import Config, RewardModel, Transformer
@@ -57,7 +58,7 @@ from minilm.stages.pretraining import pretrain
 from minilm.stages.reward_model import train_reward_model
 from minilm.stages.rlhf import train_rlhf
 from minilm.stages.sft import train_sft
-from minilm.stages.train_state import Diverged, TrainState
+from minilm.stages.train_state import TrainState
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, corpus, tasks
 from support import figures

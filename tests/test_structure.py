@@ -121,6 +121,12 @@ def test_scripts_import_only_shared_helpers_never_each_other_and_no_tests():
         assert not forbidden & set(map(top, imports(path))), path
 
 
+def test_each_speed_trick_says_where_its_gain_is_measured():
+    for name, path in modules().items():
+        if top(name) == "fast":
+            assert "scripts/bench/tricks.py" in ast.get_docstring(tree(path)), path
+
+
 # Dependencies.
 
 def test_the_core_needs_numpy_alone():

@@ -32,13 +32,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from minilm import data, evaluate
+from minilm.diverged import Diverged
 from minilm.fast.malloc import keep_freed_memory
 from minilm.generate import generate
 from minilm.model import Transformer
 from minilm.model_file import load_model
 from minilm.packing import pack
 from minilm.stages.rlhf import train_rlhf
-from minilm.stages.train_state import Diverged, TrainState
+from minilm.stages.train_state import TrainState
 from minilm.tensor import no_grad
 from minilm.world import tasks
 

@@ -7,11 +7,9 @@ Tests: tests/test_checks.py.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import reprlib
-import stat
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -274,9 +272,8 @@ def distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def ordinary_file(path: str | os.PathLike) -> str | os.PathLike:
     """The path. Raises OSError for a pipe, a socket or a device: reading one may never end. A folder raises later."""
-    mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise OSError(errno.EINVAL, "a pipe, a socket or a device, and no file", os.fspath(path))
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise OSError(22, "a pipe, a socket or a device, and no file", os.fspath(path))
     return path
 
 

@@ -14,8 +14,8 @@ The folder gets a model file for each stage (safetensors, with config and
 tokenizer), comparisons.json, results.json, training_curves.png and
 reward_against_kl.png. Ctrl-C saves; --resume continues. The results depend on
 the options alone, the number of workers included (in the last bits). Below
---scale 0.1 the numbers of texts and questions shrink too: a trial run takes
-seconds. Then talk to the models: python scripts/chat.py runs/assistant
+--scale 0.1 the numbers of texts and questions shrink too: a trial run takes less
+than a minute at --scale 0.01. Then talk to the models: python scripts/chat.py runs/assistant
 """
 
 import os
@@ -143,7 +143,7 @@ def comparisons_stage(job: Job, sft: Transformer) -> tuple[Sequence, Sequence, S
     firsts = []
     seconds = []
     starts = range(0, len(prompts), COMPARED_TOGETHER)
-    with progress("comparisons", 2 * len(starts), unit="set of answers") as advance:
+    with progress("comparisons", 2 * len(starts), unit="sampling answers, part") as advance:
         for answers in (firsts, seconds):
             for start in starts:
                 answers += job.sample(sft, prompts[start:start + COMPARED_TOGETHER], rng)

@@ -201,7 +201,8 @@ def test_the_real_command_ends_with_table_results_figures_and_models(tmp_path):
 
     for words in ("task accuracy", "gold reward", "proxy reward", "win rate", "KL (nats)", "RLHF", "DPO", "best of n"):
         assert words in done.stdout
-    for stage in ("base: step 1/1, ", "comparisons: set of answers 2/2, ", "evaluation: set of answers 20/20, "):
+    for stage in ("base: step 1/1, ", "comparisons: sampling answers, part 2/2, ",
+                  "evaluation: sampling answers, part 20/20, "):
         assert stage in done.stdout
     assert "\r" not in done.stdout and re.search(r"^about \d+ seconds for all stages", done.stdout, re.MULTILINE)
     assert_examples(results["examples"], done.stdout)

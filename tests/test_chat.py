@@ -20,7 +20,7 @@ from minilm.model_file import load_model, save_model
 from minilm.tokenizer import Tokenizer
 from minilm.world import tasks
 from support.run_folder import UsageError
-from support.terminal import labelled, one_line
+from support.terminal import brief, labelled, one_line
 
 pytest.importorskip("safetensors", reason="what the scripts need: pip install -e '.[run]'")
 
@@ -224,3 +224,10 @@ def test_a_long_answer_is_wrapped_beside_its_label():
     lines = labelled("sft", "word " * 40, 8).splitlines()
     assert len(lines) > 2 and all(len(line) <= 80 for line in lines)
     assert lines[0].startswith("    sft       word ") and all(line.startswith(" " * 14 + "word") for line in lines[1:])
+
+
+def test_progress_shows_the_raw_proxy_reward_and_no_negative_zero():
+    metrics = {"loss": 0.1, "reward": 0.25, "kl_sequence": -1e-7}
+    assert brief(metrics) == "raw proxy reward 0.250, KL 0.000"
+    assert brief({"loss": -0.0004}) == "loss 0.000"
+    assert brief({"loss": -0.0006}) == "loss -0.001"

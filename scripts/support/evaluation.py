@@ -30,7 +30,7 @@ class Evaluation:
         """All measurements. by_rlhf, by_dpo: {beta: policy}; the table has the policies of main_beta, and best of n."""
         models = {"base": base, "sft": self.sft, "rlhf": by_rlhf[main_beta], "dpo": by_dpo[main_beta]}
         sets_of_answers = 5 + n + len(by_rlhf) + len(by_dpo)
-        with progress("evaluation", sets_of_answers, unit="set of answers") as self.advance:
+        with progress("evaluation", sets_of_answers, unit="sampling answers, part") as self.advance:
             opponent = self._answers(self.sft, "opponent")
             self.opponent_gold = self.job.judge(self.questions, opponent)[1]
             self.opponent_proxy = self._proxy_rewards(opponent)

@@ -11,7 +11,7 @@ WIDTH = 80
 EMPTY = "(empty)"
 CUT_OFF = " ..."
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
-SHOWN_METRICS = {"loss": "loss", "accuracy": "accuracy", "reward": "reward", "kl_sequence": "KL",
+SHOWN_METRICS = {"loss": "loss", "accuracy": "accuracy", "reward": "raw proxy reward", "kl_sequence": "KL",
                  "rewards/accuracies": "accuracy"}      # {name: name in the progress bar}
 
 
@@ -75,11 +75,12 @@ def progress(title: str, steps: int, done: int = 0, unit: str = "step") -> Itera
 
 
 def brief(metrics: dict) -> str:
-    """The metrics that a progress bar has space for: "loss 0.123, accuracy 0.750".
+    """The metrics that a progress bar has space for: "loss 0.123, accuracy 0.750"; 0.000 also for -0.0001.
 
-    The loss of the policy gradient is left out: its value does not show progress.
+    The loss of the policy gradient is left out: its value does not show progress. Its proxy reward is the output of the
+    reward model; the table of the results has it minus that of an SFT answer.
     """
     shown = {short: metrics[name] for name, short in SHOWN_METRICS.items() if name in metrics}
-    if "reward" in shown:
+    if "reward" in metrics:
         shown.pop("loss", None)
-    return ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
+    return ", ".join(f"{name} {round(value, 3) + 0.0:.3f}" for name, value in shown.items())

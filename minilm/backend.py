@@ -54,8 +54,7 @@ def to_numpy(x: Any) -> np.ndarray:
     if type(x) is np.ndarray:
         return x
     if isinstance(x, np.ndarray) and hasattr(x, "mask"):
-        raise TypeError(f"a masked array of shape {x.shape}: its mask would have no effect; pass x.filled(value), or "
-                        "the entries that count, x.compressed()")
+        raise TypeError(f"a masked array of shape {x.shape}: its mask would have no effect; fill or compress it")
     return x.get() if is_cupy(x) else np.asarray(x)
 
 
@@ -65,10 +64,9 @@ def plain_argument(x: Any, copy: bool = False) -> Any:
 
     copy: copies of arrays of numbers; on a GPU, where a copy costs a launch, of integers and masks alone.
     """
-    if isinstance(x, np.generic):       # np.float64(2) turns float32 arithmetic into float64, a Python number does not
-        return x.item()
-    if not hasattr(type(x), "__array__"):
-        return x
+    if isinstance(x, np.generic) or not hasattr(type(x), "__array__"):
+        # np.float64(2) turns float32 arithmetic into float64, a Python number does not.
+        return x.item() if isinstance(x, np.generic) else x
     array = x if is_cupy(x) else to_numpy(x)
     return array.copy() if copy and array.dtype.kind in ("iub" if is_cupy(x) else "iubf") else array
 

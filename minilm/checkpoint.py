@@ -27,8 +27,7 @@ from minilm.in_place import mark_changed
 KEY = "minilm"
 FORMAT = "minilm checkpoint"
 VERSION = 1
-DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64",
-          "uint8", "uint16", "uint32", "uint64", "bool")
+DTYPES = tuple("float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool".split())
 HEADER_LIMIT = 100_000_000             # bytes: the longest header that safetensors reads
 TEMPORARY_SUFFIX = ".minilm-partial"   # a killed process may leave such a file: it can be deleted
 

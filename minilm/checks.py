@@ -191,8 +191,7 @@ def sampling(function: str, temperature_or_0: Any, top_k: Any, top_p: Any) -> No
 def generator(function: str, rng: Any) -> np.random.Generator:
     """A numpy Generator. Raises TypeError for a seed, or for a generator of another kind."""
     if not isinstance(rng, np.random.Generator):
-        raise TypeError(f"{function}: rng is {shown(rng)}; it must be a numpy Generator, such as "
-                        "np.random.default_rng(0)")
+        raise TypeError(f"{function}: rng is {shown(rng)}; it must be a numpy Generator, as np.random.default_rng(0)")
     return rng
 
 

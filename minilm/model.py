@@ -63,8 +63,7 @@ class Config:
         for name in ("causal", "tied", "key_smear"):
             checks.flag("Config", name, getattr(self, name))
         if self.head_width is None and self.width % self.heads:
-            raise ValueError(f"Config: width {self.width} is not a multiple of heads {self.heads}; "
-                             "change one, or give head_width")
+            raise ValueError(f"Config: width {self.width} is not a multiple of heads {self.heads}; give head_width")
         default("head_width", self.width // self.heads)
         default("ffn_width", -(-8 * self.width // 24) * 8)
         sizes("head_width", "ffn_width")
@@ -263,10 +262,9 @@ class RewardModel:
 
     def __init__(self, transformer: Transformer, rng: np.random.Generator):
         self.transformer = transformer
-        width = transformer.config.width
+        D = transformer.config.width
         checks.generator("RewardModel", rng)
-        self.head = Tensor((rng.normal(size=(width, 1)) * 0.1 * width ** -0.5).astype(transformer.dtype),
-                           requires_grad=True)
+        self.head = Tensor((rng.normal(size=(D, 1)) * 0.1 * D ** -0.5).astype(transformer.dtype), requires_grad=True)
 
     def parameters(self) -> dict[str, Tensor]:
         """The Transformer's parameters, without an unembedding of its own, and the head."""

@@ -6,7 +6,6 @@ Tests: tests/test_optim.py, tests/test_plain.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -44,10 +43,9 @@ class AdamW:
     def __init__(self, parameters: dict[str, Tensor], learning_rate: float = 1e-3,
                  betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.01,
                  group: ProcessGroup | None = None):
-        if not (isinstance(parameters, Mapping) and parameters
-                and all(isinstance(p, Tensor) and p.node is None for p in parameters.values())):
-            raise TypeError(f"AdamW: parameters is {checks.shown(parameters)}; it must be a dict of leaves by name "
-                            "(Tensors that no call computed), such as model.parameters()")
+        leaves = list(getattr(parameters, "values", list)())
+        if not leaves or not all(isinstance(p, Tensor) and p.node is None for p in leaves):
+            raise TypeError(f"AdamW: parameters is {checks.shown(parameters)}; it must be a dict of leaves by name")
         self.group = group or ProcessGroup(1)
         self.parameters = dict(parameters)
         self.learning_rate = learning_rate

@@ -211,7 +211,7 @@ EXCHANGED = {
 def test_a_model_that_the_optimiser_does_not_own_is_refused_instead_of_not_trained(name, part, workers):
     training = make_training("pretraining" if name == "documents" else name, workers)
     EXCHANGED[part](training)
-    with pytest.raises(RuntimeError, match="TrainState: the optimiser has another parameter '.*' than the model"):
+    with pytest.raises(RuntimeError, match="TrainState: the optimiser has another parameter '.*' than this state"):
         list(stage_of(name, training))
 
 
@@ -222,7 +222,7 @@ def test_an_optimiser_whose_memory_the_workers_do_not_share_is_refused():
         if workers == 1 or group:
             assert len(list(stage_of("SFT", training))) == 2
         else:
-            with pytest.raises(RuntimeError, match="no memory that the workers share"):
+            with pytest.raises(RuntimeError, match="TrainState: the optimiser has another group than this state"):
                 list(stage_of("SFT", training))
 
 

@@ -66,8 +66,7 @@ class EnumerableWorld:
         self.responses = finished + [[*words] for words in itertools.product(others, repeat=max_new_tokens)]
         self.prompts = [list(prompt) for prompt in prompts]
         self.shape = len(prompts), len(self.responses)
-        batch = make_batch([prompt for prompt in self.prompts for _ in self.responses],
-                           self.responses * len(prompts), pad=eos)
+        batch = make_batch([p for p in self.prompts for _ in self.responses], self.responses * len(prompts), pad=eos)
         self.tokens = batch.tokens
         self.real = batch.real
         self.mask = batch.target_mask.reshape(*self.shape, -1)

@@ -66,8 +66,7 @@ class FlatParameters:
 
     def __reduce__(self):
         """Copies and pickles would have parameters and flat arrays in different memory, so that nothing trains."""
-        raise TypeError("an optimiser cannot be copied or pickled, because it owns the memory of its parameters: copy "
-                        "the model, model.copy(), make another optimiser for it, and give that one load_state(state())")
+        raise TypeError("an optimiser cannot be copied or pickled; make another one for model.copy()")
 
     def _new_gradient(self):
         self.grad = self.zeros()

@@ -94,8 +94,7 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
     Raises ValueError for shapes or names other than these, rewards or kl that are not finite, beta below 0, and too
     small a K.
     """
-    rewards, kl = checks.numbers("advantages", "PK", hint="reshape N = P K samples with .reshape(P, K)",
-                                 rewards=rewards, kl=kl)
+    rewards, kl = checks.numbers("advantages", "PK", hint="use samples.reshape(P, K)", rewards=rewards, kl=kl)
     checks.number("advantages", "beta", beta, at_least=0)
     checks.choice("advantages", "baseline", baseline, ("none", "mean", "leave_one_out", "group"))
     R = _shifted("advantages", rewards, baseline) - beta * _shifted("advantages", kl, baseline)

@@ -70,8 +70,7 @@ class Agreement:
             return
         first, *others = self.state.group.all_gather(facts)
         for rank, theirs in enumerate(others, 1):
-            if wrong := [f"{name}: {theirs[name]} there, {first[name]} here" for name in first
-                         if theirs[name] != first[name]]:
+            if wrong := [f"{n}: {theirs[n]} there, {first[n]} here" for n in first if theirs[n] != first[n]]:
                 raise WorkersDisagree(
                     f"{self.stage}, after step {theirs['the step']}: worker {rank} differs from worker 0 (here) in "
                     f"{'; '.join(wrong)}. The loop that runs the stage, and a reward function, run in worker 0 alone, "

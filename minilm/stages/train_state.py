@@ -67,12 +67,10 @@ class TrainState:
     def check_owned(self) -> None:
         """Raises RuntimeError if the optimiser has other parameters than the model: the model would not be trained."""
         there = self.model.parameters()
-        if wrong := [name for name, p in self.optimizer.parameters.items() if there.get(name) is not p]:
-            raise RuntimeError(f"TrainState: the optimiser has another parameter '{wrong[0]}' than the model, because "
-                               "the model, a part of it or the optimiser was exchanged; make another TrainState")
-        if self.group.size > 1 and self.optimizer.group is not self.group:
-            raise RuntimeError("TrainState: the optimiser has no memory that the workers share; make it with "
-                               "AdamW(..., group=state.group), or give its settings to TrainState")
+        wrong = [name for name, p in self.optimizer.parameters.items() if there.get(name) is not p]
+        if wrong or (self.group.size > 1 and self.optimizer.group is not self.group):
+            raise RuntimeError("TrainState: the optimiser has another "
+                               f"{f'parameter {wrong[0]!r}' if wrong else 'group'} than this state; make another state")
 
     def all_reduce_gradients(self) -> None:
         """Add the gradients of the other ranks to the optimiser's gradient."""
@@ -148,11 +146,10 @@ def _in_all_ranks(state, steps, agreement):
 def repeat(step: Callable[[], dict], state: TrainState, steps: int) -> Iterator[dict]:
     """The metrics of step(), again and again until the state has done `steps` steps in all.
 
-    Raises ValueError if it has done more: such a stage would train nothing.
+    Raises ValueError if it has done more: such a stage would train nothing. Each stage has a TrainState of its own.
     """
     if state.step > steps:
-        raise ValueError(f"the state has done {state.step} steps, and this stage ends after {steps} in all; give it "
-                         "more steps, or each stage a TrainState of its own")
+        raise ValueError(f"the state has done {state.step} steps, and this stage ends after {steps} in all: raise it")
     return (step() for _ in iter(lambda: state.step < steps, False))
 
 

@@ -153,8 +153,8 @@ def _array(function, name, values, kinds, wanted):
         array = values if is_cupy(values) else to_numpy(values)
     except ValueError:
         raise TypeError(f"{function}: {name} holds lists of unequal lengths; it must hold {wanted}") from None
-    except TypeError as error:
-        raise TypeError(f"{function}: {name} is {error}") from None
+    except TypeError as error:              # of a Tensor, or of an array with a mask
+        raise TypeError(f"{function}: {name} is {shown(values)}; it must hold {wanted} ({error})") from None
     if array.dtype.kind not in kinds and array.size:
         held = f"is {shown(values)}" if array.dtype == object else f"holds {array.dtype}"
         raise TypeError(f"{function}: {name} {held}; it must hold {wanted}")

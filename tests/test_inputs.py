@@ -651,7 +651,7 @@ def test_a_reward_that_cannot_be_called_is_refused(reward):
 TOKENS = np.ones((5, 6), int)
 DRAWN = {
     "a dict": ({"tokens": TOKENS, "mask": TOKENS}, "draw gave {"), "text": ("ab", "draw gave 'ab'"),
-    "masked tokens": ((np.ma.array(TOKENS, mask=TOKENS), TOKENS), "draw's tokens is a masked array"),
+    "masked tokens": ((np.ma.array(TOKENS, mask=TOKENS), TOKENS), "draw's tokens is MaskedArray of shape"),
     "tokens alone": (TOKENS, "draw gave ndarray of shape"), "None": (None, "draw gave None"),
     "three arrays": ((TOKENS, TOKENS, TOKENS), "draw gave "),
     "floats": ((TOKENS * 1.0, TOKENS), "draw's tokens holds float64"),

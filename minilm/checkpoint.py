@@ -64,7 +64,7 @@ def save(path: Path, arrays: dict, metadata: dict) -> None:
                          "sha256": _digest(arrays, metadata), "metadata": metadata})
     if len(header) > HEADER_LIMIT // 4:     # it is escaped once more, and the names of the arrays follow
         raise ValueError(f"metadata of {len(header):,} bytes: keep long lists among the arrays")
-    _write_atomically(path, safetensors.numpy.save(arrays, {KEY: header}))
+    write_bytes(path, safetensors.numpy.save(arrays, {KEY: header}))
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], dict]:
@@ -120,12 +120,7 @@ def load_into(parameters: dict, arrays: dict[str, np.ndarray], path: Path = "") 
 
 def write_text(path: Path, text: str) -> None:
     """Writes text (UTF-8) completely or not at all, as `save` does. Raises CheckpointError."""
-    _write_atomically(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes bytes, a picture for example, completely or not at all, as `save` does. Raises CheckpointError."""
-    _write_atomically(path, data)
+    write_bytes(path, text.encode("utf-8"))
 
 
 def one_line(error: Exception) -> str:
@@ -199,8 +194,9 @@ def _parse_header(path, header):
         raise _damaged(path, "damaged: its header makes no sense") from error
 
 
-def _write_atomically(path, data):
-    """Writes data (bytes) to a temporary file beside path, syncs it to the disk, and renames it to path."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes bytes, a picture for example, completely or not at all: to a temporary file beside path, which is synced
+    to the disk and then renamed to path. Raises CheckpointError."""
     path = os.path.realpath(path)    # a link stays a link, and its target is replaced
     folder, name = os.path.split(path)
     if os.path.exists(path) and not os.path.isfile(path):

@@ -92,8 +92,7 @@ def check_dialogues(prompts: Sequence, responses: Sequence, context: int | None 
         raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: expected as many, at least one")
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
         if wrong := [tokens for tokens in (prompt, response) if not _is_token_list(tokens)]:
-            raise TypeError(f"dialogue {i} has {checks.shown(wrong[0])}; prompt and response must each be a list of "
-                            "tokens, or an array (T,)")
+            raise TypeError(f"dialogue {i} has {checks.shown(wrong[0])}; its two sides must each be a list of tokens")
         if len(prompt) == 0 or len(response) == 0:
             raise ValueError(f"dialogue {i} has a prompt of {len(prompt)} and a response of {len(response)} tokens; "
                              "both need at least one")

@@ -20,8 +20,7 @@ def mean_and_error(values: np.ndarray | list[float]) -> tuple[float, float]:
 
     Raises ValueError for other shapes than (N,), for none, and for numbers that are not finite.
     """
-    values, = checks.numbers("mean_and_error", "N", values=values)
-    values = values.astype(float)
+    values = checks.numbers("mean_and_error", "N", values=values)[0].astype(float)
     if len(values) < 2:
         return float(values.mean()), float("nan")
     return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)

@@ -178,6 +178,8 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     that does not fit the context with its response, or settings and uniform numbers out of range. Raises Diverged,
     with step, row and tensor, when logits become NaN or infinite.
     """
+    if not isinstance(model, Transformer):
+        raise TypeError(f"generate: model is {checks.shown(model)}; it must be a Transformer")
     checks.sampling("generate", temperature, top_k, top_p)
     ends = checks.end_tokens("generate", eos, model.config.vocab_size)
     prompts = _token_arrays(prompts, model.config.vocab_size)

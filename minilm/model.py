@@ -108,6 +108,8 @@ class Transformer:
     """
 
     def __init__(self, config: Config, rng: np.random.Generator, dtype=np.float32):
+        if not isinstance(config, Config):
+            raise TypeError(f"Transformer: config is {checks.shown(config)}; it must be a Config")
         if np.dtype(dtype) not in (np.float32, np.float64):
             raise TypeError(f"Transformer: dtype is {dtype!r}; it must be float32 or float64")
         self.config = config
@@ -261,6 +263,8 @@ class RewardModel:
     """
 
     def __init__(self, transformer: Transformer, rng: np.random.Generator):
+        if not isinstance(transformer, Transformer):
+            raise TypeError(f"RewardModel: transformer is {checks.shown(transformer)}; it must be a Transformer")
         self.transformer = transformer
         D = transformer.config.width
         checks.generator("RewardModel", rng)

@@ -20,6 +20,7 @@ from minilm import Tensor, evaluate, layers, ops, optim, packing, rotary
 from minilm.data import make_batch
 from minilm.exact import enumerable, expectations, gradients
 from minilm.exact.enumerable import EnumerableWorld
+from minilm.generate import generate
 from minilm.model import Config, RewardModel, Transformer
 from minilm.objectives import dpo, kl, policy_gradient, reward, sft
 from minilm.optim import AdamW
@@ -377,6 +378,16 @@ def test_a_limit_of_the_gradients_norm_is_above_0_and_infinity_only_measures():
         with pytest.raises((ValueError, TypeError), match="clip: max_norm is "):
             optimiser.clip(wrong)
     assert optimiser.clip(math.inf) == 2 and (x.grad == 1).all()
+
+
+@pytest.mark.parametrize("wrong", [None, {}, "model", Transformer, RewardModel(MODEL, rng)])
+def test_what_is_no_transformer_is_named(wrong):
+    with pytest.raises(TypeError, match="Transformer: config is .*; it must be a Config"):
+        Transformer(wrong, np.random.default_rng(0))
+    with pytest.raises(TypeError, match="RewardModel: transformer is .*; it must be a Transformer"):
+        RewardModel(wrong, np.random.default_rng(0))
+    with pytest.raises(TypeError, match="generate: model is .*; it must be a Transformer"):
+        generate(wrong, [[1]], 1, np.random.default_rng(0), None)
 
 
 def test_a_model_takes_a_generator_and_a_dtype_of_floats():

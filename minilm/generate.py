@@ -286,15 +286,15 @@ def _prefill(model, prompts, max_new_tokens):
     xp = array_module(model.unembedding.data)
     longest = max(map(len, prompts))
     number = {}                                                             # prompt -> its row in `padded`
-    numbers = [number.setdefault(tuple(prompt.tolist()), len(number)) for prompt in prompts]
+    places = [number.setdefault(tuple(prompt.tolist()), len(number)) for prompt in prompts]
     padded = np.zeros((len(number), longest), np.int64)
     first = np.zeros(len(number), np.int32)
     for i, prompt in enumerate(number):
         first[i] = longest - len(prompt)
         padded[i, first[i]:] = prompt
-    numbers = xp.asarray(numbers)
+    places = xp.asarray(places)
     first = xp.asarray(first) if first.any() else None
     cache = Cache(model.config, len(number), longest, xp, model.dtype)
-    hidden = forward_cached(model, padded, first, cache)[numbers]
-    cache = cache.repeat(numbers, longest + max_new_tokens)
-    return hidden, cache, None if first is None else first[numbers]
+    hidden = forward_cached(model, padded, first, cache)[places]
+    cache = cache.repeat(places, longest + max_new_tokens)
+    return hidden, cache, None if first is None else first[places]

@@ -91,8 +91,8 @@ class FlatParameters:
         return {name: flat[where].reshape(shape) for name, (where, shape) in self._layout.items()}
 
     def runs(self, labels) -> list[tuple[slice, int]]:
-        """[(slice of the flat arrays, place of its first parameter)] of neighbours with one label; labels (P,), and 0
-        is left out."""
+        """[(slice of the flat arrays, place of its first parameter)] of neighbours with one label; labels: one for
+        each parameter, and 0 is left out."""
         edges = [0, *(np.flatnonzero(labels[1:] != labels[:-1]) + 1).tolist(), len(labels)]
         return [(slice(self._edges[i], self._edges[j]), i) for i, j in zip(edges, edges[1:]) if labels[i]]
 
@@ -148,7 +148,7 @@ class FlatParameters:
                 self._requires_grad[:] = requires_grad
 
     def trained(self) -> np.ndarray:
-        """(P,) of 0 and 1: the parameters that a step updates, in the order of the flat arrays.
+        """0 or 1 for each parameter: the parameters that a step updates, in the order of the flat arrays.
 
         They have a gradient, in any worker, and require one. One worker collects the gradients here, and gets the array
         of the last call if nothing was frozen or thawed since. Several have done it before they were added.

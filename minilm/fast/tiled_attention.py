@@ -3,7 +3,8 @@
 A tile is QUERIES queries with the keys that the last of them may see, so causal attention computes little more than
 the half of the scores that counts. Up to SCORES_KEPT scores are kept for the backward pass. If there are more, they
 are computed again from the log-sum-exp of each row, as in FlashAttention-2 (Dao 2023, arXiv:2307.08691), and memory
-is linear in T. The derivation is in layers.attention. Here E is exp(scores - highest), computed in place.
+is linear in T. The derivation is in layers.attention. The weights are computed in the memory of the scores. A query's
+weights are its probabilities times one number, their sum, which is divided out of the smaller arrays.
 Measured gain: scripts/bench/tricks.py. Equals layers.attention_without_tiles and plain.attention: tests/test_layers.py.
 """
 
@@ -48,13 +49,13 @@ class Tiles:
         """(B,G,S',(H/G) t), -inf where masked: one column per query, because reductions over columns are faster."""
         xp, t, keys = self.xp, tile.stop - tile.start, self.keys(tile)
         B, G, share, _, _ = self.shape
-        E = self.k[:, :, keys] @ self.queries(self.q, tile).swapaxes(-1, -2)
+        scores = self.k[:, :, keys] @ self.queries(self.q, tile).swapaxes(-1, -2)
         if self.causal and t > 1:
             future = xp.tri(t, t, -1, bool)[:, None]
-            xp.copyto(E.reshape(B, G, E.shape[2], share, t)[:, :, -t:], -xp.inf, where=future)
+            xp.copyto(scores.reshape(B, G, scores.shape[2], share, t)[:, :, -t:], -xp.inf, where=future)
         if self.padding is not None:
-            xp.copyto(E, -xp.inf, where=self.padding[:, :, keys])
-        return E
+            xp.copyto(scores, -xp.inf, where=self.padding[:, :, keys])
+        return scores
 
 
 def tiled_attention(q, k, v, causal: bool, key_mask, scale: float, out=None) -> tuple[np.ndarray, Callable]:
@@ -68,20 +69,20 @@ def tiled_attention(q, k, v, causal: bool, key_mask, scale: float, out=None) -> 
     o = out.reshape(tiles.shape)
     if not tiles.slices:
         out[...] = 0
-    kept = {}                   # by the tile's first query: exp(scores - highest) and its sum, or the log-sum-exp
+    kept = {}                   # by the tile's first query: weights and their sums, or the log-sum-exp
     for tile in tiles.slices:
-        E = tiles.scores(tile)
-        highest = E.max(axis=-2, keepdims=True)
+        scores = tiles.scores(tile)
+        highest = scores.max(axis=-2, keepdims=True)
         if key_mask is not None:
             highest = xp.where(xp.isfinite(highest), highest, 0)
-        E -= highest
-        xp.exp(E, out=E)
-        total = xp.ones((1, E.shape[2]), E.dtype) @ E
-        total = xp.where(total > 0, total, 1)
-        mixed = E.swapaxes(-1, -2) @ v[:, :, tiles.keys(tile)]
-        mixed /= total.swapaxes(-1, -2)
+        scores -= highest
+        weights = xp.exp(scores, out=scores)
+        sums = xp.ones((1, weights.shape[2]), weights.dtype) @ weights
+        sums = xp.where(sums > 0, sums, 1)
+        mixed = weights.swapaxes(-1, -2) @ v[:, :, tiles.keys(tile)]
+        mixed /= sums.swapaxes(-1, -2)
         o[..., tile, :] = mixed.reshape(o[..., tile, :].shape)
-        kept[tile.start] = (E, total) if tiles.keep_scores else (None, highest + xp.log(total))
+        kept[tile.start] = (weights, sums, None) if tiles.keep_scores else (None, None, highest + xp.log(sums))
 
     def vjp(dy, dq=None, dk=None, dv=None):
         dq, dk, dv = (xp.zeros(a.shape, a.dtype) if d is None else d for a, d in ((q, dq), (k, dk), (v, dv)))
@@ -97,17 +98,17 @@ def _backward(tiles, kept, v, o, dy, dq, dk, dv):
     for tile in tiles.slices:
         keys = tiles.keys(tile)
         do = tiles.queries(dy, tile)
-        E, total = kept[tile.start]
-        if E is None:
-            E = tiles.scores(tile)
-            E -= total                                          # total is the log-sum-exp
-            tiles.xp.exp(E, out=E)                              # P
+        weights, sums, log_sum_exp = kept[tile.start]
+        if weights is None:
+            scores = tiles.scores(tile)
+            scores -= log_sum_exp
+            weights = tiles.xp.exp(scores, out=scores)          # their sum is 1
         else:
-            do = do / total.swapaxes(-1, -2)                    # P = E / total, which is never computed
-        dE = v[:, :, keys] @ do.swapaxes(-1, -2)                # dP, turned into dE in place
+            do = do / sums.swapaxes(-1, -2)                     # instead of the weights
+        dscores = v[:, :, keys] @ do.swapaxes(-1, -2)           # dP of layers.attention, turned into dE in place
         row_sums = do[..., None, :] @ tiles.queries(o, tile)[..., None]     # of do * o, which is never stored
-        dE -= row_sums[..., 0].swapaxes(-1, -2)
-        dE *= E
-        dq[..., tile, :] = (dE.swapaxes(-1, -2) @ tiles.k[:, :, keys]).reshape(dq[..., tile, :].shape)
-        dk[:, :, keys] += dE @ tiles.queries(tiles.q, tile)
-        dv[:, :, keys] += E @ do
+        dscores -= row_sums[..., 0].swapaxes(-1, -2)
+        dscores *= weights
+        dq[..., tile, :] = (dscores.swapaxes(-1, -2) @ tiles.k[:, :, keys]).reshape(dq[..., tile, :].shape)
+        dk[:, :, keys] += dscores @ tiles.queries(tiles.q, tile)
+        dv[:, :, keys] += weights @ do

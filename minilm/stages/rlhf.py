@@ -80,8 +80,8 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
     return repeat(step, state, steps)
 
 
-def sample_responses(state: TrainState, reference: Transformer, prompts: Sequence, shards: Sequence[np.ndarray],
-                     max_new_tokens: int, eos: int | Collection[int] | None,
+def sample_responses(state: TrainState, reference: Transformer, prompts: Sequence,
+                     row_shards: Sequence[np.ndarray], max_new_tokens: int, eos: int | Collection[int] | None,
                      temperature: float) -> tuple[Samples, np.ndarray]:
     """One response of state.model to each of N prompts, and log pi_ref of each, (N,). Every rank gets all of them.
 
@@ -99,8 +99,8 @@ def sample_responses(state: TrainState, reference: Transformer, prompts: Sequenc
         with no_grad():
             return samples.arrays(), reference.response_log_probs(part, temperature).data.sum(axis=1)
 
-    pieces, log_pi_ref = zip(*state.group.map(sample, shards))
-    order = np.argsort(np.concatenate(shards))
+    pieces, log_pi_ref = zip(*state.group.map(sample, row_shards))
+    order = np.argsort(np.concatenate(row_shards))
     return Samples.concatenate(pieces, order), concatenate(log_pi_ref)[order]
 
 

@@ -153,13 +153,13 @@ def repeat(step: Callable[[], dict], state: TrainState, steps: int) -> Iterator[
     return (step() for _ in iter(lambda: state.step < steps, False))
 
 
-def train_step(state: TrainState, loss: Callable, shards: Sequence, learning_rate: float, stage: str,
-               clip: float = 1.0, drawn: Sequence = ()) -> tuple[dict, tuple]:
-    """One optimiser step down the sum of loss(model, shard) over the shards of a batch.
+def train_step(state: TrainState, loss: Callable, batch_shards: Sequence, learning_rate: float,
+               stage_name: str, clip: float = 1.0, drawn: Sequence = ()) -> tuple[dict, tuple]:
+    """One optimiser step down the sum of loss(model, shard) over batch_shards.
 
     loss returns (scalar Tensor, report). A report is of the kinds that ProcessGroup.all_gather takes. Each worker holds
-    one shard in memory at a time, so more shards than workers is gradient accumulation. `stage` names the stage in
-    errors. `drawn`, arrays and token lists, is the batch of the whole step; the workers compare it (agreement.py).
+    one shard in memory at a time, so more shards than workers is gradient accumulation. Errors begin with
+    stage_name. `drawn`, arrays and token lists, is the batch of the whole step; the workers compare it (agreement.py).
     Returns {"loss", "grad_norm", "learning_rate"} and the reports, one per shard.
     Raises ValueError for no shards, for a learning rate out of range, for a loss without a gradient and as checked_loss
     does, RuntimeError as TrainState.check_owned does, and Diverged, before anything is updated, or when the update
@@ -167,9 +167,9 @@ def train_step(state: TrainState, loss: Callable, shards: Sequence, learning_rat
     """
     model = state.model
     parameters = model.parameters()
-    where = f"{stage}, step {state.step + 1}"
+    where = f"{stage_name}, step {state.step + 1}"
     checks.number(where, "learning_rate", learning_rate, at_least=0)
-    checks.integer(where, "the number of shards", len(shards), at_least=1)
+    checks.integer(where, "the number of shards", len(batch_shards), at_least=1)
     state.check_owned()
     state.optimizer.zero_grad()
     state.drawn = digest(drawn) if state.group.active_size > 1 else 0
@@ -183,7 +183,7 @@ def train_step(state: TrainState, loss: Callable, shards: Sequence, learning_rat
         value.backward()
         return value.item(), report
 
-    losses, reports = zip(*state.group.map(forward_backward, shards, then=state.optimizer.flat.collect))
+    losses, reports = zip(*state.group.map(forward_backward, batch_shards, then=state.optimizer.flat.collect))
     state.all_reduce_gradients()
     norm = state.optimizer.clip(clip)
     if not state.optimizer.flat.trained().any():

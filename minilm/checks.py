@@ -73,8 +73,8 @@ def mask(function: str, values: Any, shape: tuple[int, ...] | None = None, name:
     """
     values = _array(function, name, values, "biuf", "0 and 1 alone (or False and True)")
     if shape is not None and values.shape != tuple(shape):
-        raise ValueError(f"{function}: {name} has shape {values.shape}; it must be {tuple(shape)}"
-                         f"{'; ' * bool(hint)}{hint}")
+        hint = f"; {hint}" if hint else ""
+        raise ValueError(f"{function}: {name} has shape {values.shape}; it must be {tuple(shape)}{hint}")
     if values.dtype == bool:
         return values
     selected = values == 1
@@ -98,9 +98,11 @@ def same_shape(function: str, *, axes: str = "", hint: str = "", **arrays: Any) 
               if a is not None}
     shape = next(iter(shapes.values()))
     if any(other != shape for other in shapes.values()) or (axes and (len(shape) != len(axes) or 0 in shape)):
-        wanted = f"they must have one shape ({','.join(axes)}{',' * (len(axes) == 1)})".removesuffix(" ()")
-        raise ValueError(f"{function}: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}; {wanted}"
-                         f"{', without an axis of length 0' * (0 in shape)}{'; ' * bool(hint)}{hint}")
+        letters = f" ({axes},)" if len(axes) == 1 else f" ({','.join(axes)})" if axes else ""
+        empty = ", without an axis of length 0" if 0 in shape else ""
+        hint = f"; {hint}" if hint else ""
+        raise ValueError(f"{function}: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}; "
+                         f"they must have one shape{letters}{empty}{hint}")
     return shape
 
 

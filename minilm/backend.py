@@ -76,7 +76,7 @@ def concatenate(arrays: Iterable) -> np.ndarray:
     return np.concatenate([to_numpy(a) for a in arrays])
 
 
-def segment_sum(indices, values) -> tuple[np.ndarray, np.ndarray]:
+def segment_sum(indices: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct indices of indices (n,), ascending, and for each the sum of its values, out of values (n,..).
 
     Sorted first, so that the order of summation, and with it the last bits, are the same in every run: np.add.at

@@ -27,7 +27,7 @@ SMALLEST = 2 * float(np.finfo(float).tiny)
 ROWS_PER_WORKER = 4
 
 
-def distribution(logits, temperature: float = 1.0, top_k: int | None = None,
+def distribution(logits: np.ndarray, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None) -> np.ndarray:
     """log-probs (B,V) of the distribution to draw from, -inf on tokens that are cut off.
 
@@ -63,7 +63,7 @@ def _largest(z, count):
     return above | (equal & (equal.cumsum(axis=-1) <= count - above.sum(axis=-1, keepdims=True)))
 
 
-def categorical(p, uniforms) -> np.ndarray:
+def categorical(p: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.  p (B,V), u (B,) -> (B,)
 
     Raises TypeError for other arrays, ValueError for uniform numbers outside [0,1), and for a row with a probability
@@ -85,15 +85,15 @@ def _inverse_cdf(p, uniforms):
     return (cumulative > uniforms[:, None] * cumulative[:, -1:]).argmax(axis=-1)
 
 
-def entropy(p, log_probs) -> np.ndarray:
+def entropy(p: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
     """- sum p log p of probabilities (..,V), whose logarithms may be -inf: (..), between 0 and log V."""
     checks.same_shape("entropy", p=p, log_probs=log_probs)
     xp = array_module(p)
     return -xp.einsum("...v,...v->...", p, xp.maximum(log_probs, xp.finfo(p.dtype).min)).clip(max=0)
 
 
-def sample(logits, uniforms, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-           kernel: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def sample(logits: np.ndarray, uniforms: np.ndarray, temperature: float = 1.0, top_k: int | None = None,
+           top_p: float | None = None, kernel: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One token for each row of logits (B,V) and uniform numbers (B,): tokens, their log-probs, entropies, each (B,).
 
     Temperature 0 takes the most likely token, and gives the model's own log-prob of it. Raises TypeError and ValueError
@@ -149,7 +149,7 @@ class Samples:
         return self.tokens, self.mask, self.log_probs, self.entropies
 
     @classmethod
-    def concatenate(cls, pieces: Sequence[tuple[np.ndarray, ...]], order) -> Samples:
+    def concatenate(cls, pieces: Sequence[tuple[np.ndarray, ...]], order: np.ndarray) -> Samples:
         """The rows of several Samples' arrays(), one after the other, then in this order (B,)."""
         width = max(tokens.shape[1] for tokens, *_ in pieces)
         padded = [[np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in arrays] for arrays in pieces]
@@ -160,7 +160,7 @@ class Samples:
         return [row[m > 0].tolist() for row, m in zip(self.tokens, self.mask)]
 
 
-def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, rng,
+def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, rng: np.random.Generator,
              eos: int | Collection[int] | None, temperature: float = 1.0, top_k: int | None = None,
              top_p: float | None = None, workers: int = 1) -> Samples:
     """Draw a response to each prompt, until EOS or max_new_tokens.

@@ -74,7 +74,7 @@ class Config:
         checks.choice("Config", "rope_pairing", self.rope_pairing, ("half", "interleaved"))
 
 
-def block(parameters, i: int, x: Tensor, attend: Callable, eps: float) -> Tensor:
+def block(parameters: dict, i: int, x: Tensor, attend: Callable, eps: float) -> Tensor:
     """Layer i: x (..,D) -> (..,D). attend(i, qkv) mixes the tokens; everything else is computed token by token."""
     p = f"blocks.{i}."
     qkv = layers.rms_norm(x, parameters[p + "attention_norm"], eps=eps) @ parameters[p + "qkv"]     # (..,(H+2G)K)
@@ -83,7 +83,8 @@ def block(parameters, i: int, x: Tensor, attend: Callable, eps: float) -> Tensor
     return x + layers.swiglu(h @ parameters[p + "gate_up"]) @ parameters[p + "ffn_out"]
 
 
-def hidden_states(parameters, config: Config, tokens, attend: Callable, checkpointing: bool = False) -> Tensor:
+def hidden_states(parameters: dict, config: Config, tokens: np.ndarray, attend: Callable,
+                  checkpointing: bool = False) -> Tensor:
     """Final hidden states, normalised: tokens (..) integers -> (..,D).
 
     attend(i, qkv): from queries, keys and values (..,(H+2G)K) of layer i to the mixed values (..,H K).
@@ -107,7 +108,7 @@ class Transformer:
     (fast/activation_checkpointing.py): less memory, more time.
     """
 
-    def __init__(self, config: Config, rng: np.random.Generator, dtype=np.float32):
+    def __init__(self, config: Config, rng: np.random.Generator, dtype: np.dtype | type = np.float32):
         if not isinstance(config, Config):
             raise TypeError(f"Transformer: config is {checks.shown(config)}; it must be a Config")
         if np.dtype(dtype) not in (np.float32, np.float64):
@@ -157,7 +158,7 @@ class Transformer:
         """Logits (B,T,V). The logits at position t are about token t+1."""
         return self.hidden(tokens, key_mask) @ self.unembedding.T
 
-    def log_probs(self, tokens, temperature: float = 1.0) -> Tensor:
+    def log_probs(self, tokens: np.ndarray, temperature: float = 1.0) -> Tensor:
         """log pi(token t+1 | tokens up to t), tokens (B,T) -> (B,T-1), at a sampling temperature.
 
         The shift by one token happens here. Dividing the hidden states by the temperature divides the logits by it.
@@ -182,7 +183,7 @@ class Transformer:
         log_probs = layers.token_log_probs(hidden, self.unembedding, pack.targets)              # (M,)
         return scatter(log_probs, pack.mask)
 
-    def hidden(self, tokens, key_mask=None) -> Tensor:
+    def hidden(self, tokens: np.ndarray, key_mask: np.ndarray | None = None) -> Tensor:
         """Final hidden states, normalised: tokens (B,T) integers -> (B,T,D).
 
         key_mask (B,T): 0 on padding, which no token attends to. Padding on the right of a causal model needs none,
@@ -203,7 +204,7 @@ class Transformer:
             attend = self.attend_to_padded(T, key_mask)
         return hidden_states(self._parameters, c, tokens, attend, self.activation_checkpointing)
 
-    def checked_tokens(self, tokens) -> np.ndarray:
+    def checked_tokens(self, tokens: np.ndarray | list) -> np.ndarray:
         """tokens as a NumPy array. Raises as hidden does."""
         tokens = _rectangle(tokens)
         self._check_length(tokens.shape[1])
@@ -289,7 +290,7 @@ class RewardModel:
         other.transformer = self.transformer.over(body)
         return other
 
-    def rewards(self, tokens, mask) -> Tensor:
+    def rewards(self, tokens: np.ndarray, mask: np.ndarray) -> Tensor:
         """One reward per sequence, (B,), read at its last real token.
 
         tokens (B,T); mask (B,T) is 1 on real tokens (prompt, response and EOS) and 0 on padding, on either side.

@@ -30,7 +30,7 @@ class Ufuncs:
     def __get__(self, tensor, owner):
         return self.apply if tensor is None else None
 
-    def apply(self, tensor, ufunc, method: str, *inputs, **options):
+    def apply(self, tensor: Any, ufunc: Any, method: str, *inputs, **options):
         """`array * tensor` is a Tensor, `array == tensor` is False; any other ufunc of a Tensor raises TypeError."""
         name = ufunc.__name__
         plain_call = method == "__call__" and not options

@@ -82,15 +82,15 @@ class FlatParameters:
         """Another flat array (N,), in memory that all workers share."""
         return self.group.zeros(self.size, self._dtype, self._xp)
 
-    def as_flat(self, array):
+    def as_flat(self, array: np.ndarray):
         """An array (N,) on the device of the parameters."""
         return self._xp.asarray(array)
 
-    def views(self, flat) -> dict[str, np.ndarray]:
+    def views(self, flat: np.ndarray) -> dict[str, np.ndarray]:
         """A flat array in the layout of the parameters: {name: view of the parameter's shape}."""
         return {name: flat[where].reshape(shape) for name, (where, shape) in self._layout.items()}
 
-    def runs(self, labels) -> list[tuple[slice, int]]:
+    def runs(self, labels: np.ndarray) -> list[tuple[slice, int]]:
         """[(slice of the flat arrays, place of its first parameter)] of neighbours with one label; labels: one for
         each parameter, and 0 is left out."""
         edges = [0, *(np.flatnonzero(labels[1:] != labels[:-1]) + 1).tolist(), len(labels)]
@@ -119,7 +119,7 @@ class FlatParameters:
         if self.group.size == 1 and self._count_references() != self._references:
             self._new_gradient()
 
-    def add_gradients(self, others) -> None:
+    def add_gradients(self, others: list[np.ndarray]) -> None:
         """Add gradients that other workers computed: flat arrays in the layout of views()."""
         if self.group.active_size == 1:
             self.collect()
@@ -159,7 +159,7 @@ class FlatParameters:
             self._trained = self._has_gradient[:self.group.active_size].max(axis=0) * self._requires_grad
         return self._trained
 
-    def selected(self, trained) -> dict[str, Tensor]:
+    def selected(self, trained: np.ndarray) -> dict[str, Tensor]:
         """The parameters by name where trained() is 1."""
         return {name: p for (name, p, _), selected in zip(self._owned, trained.tolist()) if selected}
 

@@ -244,7 +244,7 @@ def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.nda
     """
     A = advantages if advantages.ndim == 2 else np.tile(advantages[:, None], log_probs.shape[1])        # (N,T-1)
     checks.same_shape("policy_gradient_loss", log_probs=log_probs, advantages=A)
-    return -ops.mean(sequence_log_probs(A * log_probs, mask))
+    return -ops.mean(sequence_log_probs(log_probs * A, mask))
 
 
 def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: np.ndarray,

@@ -1,5 +1,6 @@
 """The structure of the code, read from its files: imports point downwards, small files and functions, no pickle."""
 import ast
+import fnmatch
 import functools
 import graphlib
 import subprocess
@@ -222,4 +223,26 @@ def test_public_functions_of_the_library_have_annotations():
     missing = [f"{path.relative_to(ROOT)}, {f.name}" for name, path in modules().items() if top(name) != "kernels"
                for f in tree(path).body if isinstance(f, ast.FunctionDef)
                and not f.name.startswith("_") and not is_primitive(f) and f.returns is None]
+    assert not missing, missing
+
+
+# Array code: an argument without an annotation is an array of either device, and the docstring has its shape. The
+# arguments of tensor and ops are those of NumPy; plain and toy have a table of symbols; workers passes on any object.
+ARRAY_CODE = ("plain.*", "toy.*", "ops.*", "tensor.*", "layers.*", "rotary.*", "objectives.*", "kernels.*",
+              "fast.workers.*", "fast.cached_decoding.*", "fast.chunked_log_probs.*", "fast.deferred.*",
+              "fast.packed_attention.*", "fast.tiled_attention.*", "model.attend_to_padded")
+# Models are below exact and evaluate in the picture of imports, so these take any object with their methods.
+MODELS = {"model", "policy", "reference", "reward_model"}
+
+
+def test_arguments_of_public_functions_and_methods_have_annotations_outside_array_code():
+    missing = []
+    for name, path in modules().items():
+        owners = [tree(path), *(node for node in tree(path).body if isinstance(node, ast.ClassDef))]
+        for f in (f for owner in owners for f in owner.body if isinstance(f, ast.FunctionDef)):
+            exempt = any(fnmatch.fnmatch(f"{name}.{f.name}", pattern) for pattern in ARRAY_CODE)
+            primitive = any(ast.unparse(decorator) == "primitive" for decorator in f.decorator_list)
+            if not exempt and not primitive and (f.name == "__init__" or not f.name.startswith("_")):
+                missing += [f"{name}.{f.name}: {x.arg}" for x in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)
+                            if x.annotation is None and x.arg not in {"self", "cls"} | MODELS]
     assert not missing, missing

@@ -33,7 +33,7 @@ TEMPORARY_SUFFIX = ".minilm-partial"   # a killed process may leave such a file:
 
 Path = str | os.PathLike
 
-_REMEDIES = {errno.ENOSPC: "Free some space on that disk",
+_REMEDIES: dict[int | None, str] = {errno.ENOSPC: "Free some space on that disk",
              errno.EDQUOT: "Free some of your disk quota",
              errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
              errno.ENOENT: "Create its folder first",

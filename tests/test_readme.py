@@ -192,7 +192,8 @@ def test_the_first_table_is_taken_from_what_a_script_prints():
 def test_without_an_installation_the_check_is_one_line_that_says_how_to_install(tmp_path):
     """Python with -S sees no installed package."""
     for folder in ("minilm", "scripts"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "lecture"))
+        shutil.copytree(ROOT / folder, tmp_path / folder,
+                        ignore=shutil.ignore_patterns("__pycache__", "lecture", "kernels"))
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "numpy.py").write_text("")
     for path, missing in ("", "numpy and no minilm and no minilm.kernels"), ("site", "minilm and no minilm.kernels"):

@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLES = Path(__file__).with_suffix("")      # a folder
 COPIED = ("minilm", "kernels", "tests", "scripts", ".ci", ".github")     # folders; the files beside them are copied too
 # {module: tests of another name that find its bugs}; they run after the tests with its name.
-ALSO = {"tensor": ("test_ops",), "backend": ("test_ops",), "numpy_functions": ("test_tensor",),
+ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_functions": ("test_tensor",),
         "data": ("test_evaluate",), "model": ("test_plain", "test_generate", "test_packing"),
         "packing": ("test_model",), "generate": ("test_stages",), "evaluate": ("test_stages",),
         "gradients": ("test_exact_gradients",),

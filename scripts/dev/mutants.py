@@ -51,6 +51,8 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
         "workers": ("test_platforms",), "train_state": ("test_platforms", "test_agreement", "test_inputs"),
         "dpo": ("test_inputs",), "rlhf": ("test_inputs",), "command_line": ("test_commands",),
         "launch": ("test_launch_limits",)}
+# Tests of many modules. They run first where the likely ones pass.
+WIDE = ("test_arguments", "test_tensor", "test_layers", "test_inputs", "test_lecture", "test_stages", "test_fuzz")
 # The slowest tests run last: of kernels, of the assistant, of benchmarks.
 LATE = ("test_device", "kernel", "emulator", "test_cupy_double", "test_exact_optimum", "test_assistant", "test_bench")
 # The plugins that pytest loads; all installed ones would be imported hundreds of times.
@@ -193,7 +195,8 @@ def examine(mutants, copies, jobs, all_tests=False, report=lambda *result: None)
         return copies.tests if all_tests else likely_tests(mutant, copies.tests)
 
     def others(mutant):
-        return [test for test in copies.tests if test not in likely(mutant)]
+        return sorted((test for test in copies.tests if test not in likely(mutant)),
+                      key=lambda test: Path(test).stem not in WIDE)
 
     outcomes = {}
     alive = mutants

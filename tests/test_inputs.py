@@ -424,7 +424,9 @@ def scored_by_what_comes_later():
     scored_by_globals, scored_by_a_closure(web, Table()), functools.partial(Judge(web, table), answers=None).func,
     functools.partial(lambda judge, prompts, answers: [0.0] * len(answers), table), Anything(), Anything().score,
     Judge(None, ["a"]), Judge(Anything(), Table()), Judge(7, {"a": 1}).__call__, scored_by_what_comes_later(),
-], ids=["globals", "closure", "object", "partial", "anything", "attribute", "args", "attributes", "method", "no value"])
+    Judge(ValueError("has args, and no func"), None),
+], ids=["globals", "closure", "object", "partial", "anything", "attribute", "args", "attributes", "method", "no value",
+        "an error"])
 def test_a_reward_function_may_use_any_object_of_another_library(reward):
     assert len(list(stage_of("RLHF", make_training("RLHF"), reward=reward))) == 2
 

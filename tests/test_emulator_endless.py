@@ -75,6 +75,13 @@ def test_a_fast_endless_loop_is_named_with_its_thread_and_its_line(emulated, nam
     launch(emulated, name, 1)                           # the next launch is as if nothing had been
 
 
+def test_an_endless_loop_that_is_interrupted_between_two_threads_is_named_by_its_barrier(emulated):
+    for _ in range(30):         # one in five is interrupted in the assembly that switches from thread to thread
+        with emulator.fast(seconds=0.02), pytest.raises(Fault, match="endless loop") as found:
+            launch(emulated, "with_a_barrier", 0)
+        assert int(re.match(r"kernel.cu:(\d+)", found.value.where)[1]) in LINES["with_a_barrier"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loop_that_ends_is_no_fault_and_each_block_has_a_limit_of_its_own(emulated, name):
     with emulator.checked(steps=5000):

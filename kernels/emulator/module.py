@@ -29,7 +29,8 @@ SHARED_MOST = 227 << 10                 # and after max_dynamic_shared_size_byte
 MOST_BLOCKS = 2 ** 31 - 1, 65535, 65535
 MOST_THREADS_ALONG = 1024, 1024, 64
 GAP = 64 << 10                          # bytes between two arguments in a checked launch
-OWN_FILES = {*build.RUNTIME, *build.RUNTIME_HEADERS, *build.KERNEL_HEADERS, "exports", "??", ""}        # "", ??: in assembly
+# Places that are not the kernel. addr2line has "??" or no name for assembly.
+OWN_FILES = {*build.RUNTIME, *build.RUNTIME_HEADERS, *build.KERNEL_HEADERS, "exports", "??", ""}
 
 
 _lock = threading.Lock()

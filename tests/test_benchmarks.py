@@ -12,6 +12,7 @@ import pytest
 
 import gpu_measuring
 import measuring
+import minilm
 from bench import (
     attention as bench_attention,
     gemm as bench_gemm,
@@ -103,8 +104,8 @@ def test_a_training_step_equals_pytorchs_and_is_timed(tmp_path):
 
 def test_two_versions_that_compute_the_same_are_timed(tmp_path):
     other = tmp_path / "other"
-    for name in ("minilm", "scripts"):
-        shutil.copytree(SCRIPTS.parent / name, other / name, ignore=shutil.ignore_patterns("kernels", "__pycache__"))
+    for folder in (Path(minilm.__file__).parent, SCRIPTS):
+        shutil.copytree(folder, other / folder.name, ignore=shutil.ignore_patterns("kernels", "__pycache__"))
     command = [sys.executable, SCRIPTS / "bench" / "train.py", "--other", other, "--sizes", "XS", "--rounds", "1"]
     run = subprocess.run([*command, "--csv", tmp_path / "ratios.csv"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -214,7 +214,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         if not isinstance(error, OSError):
             raise
         raise CheckpointError(f"{path}: not saved: {error.strerror}. "
-                              f"{_REMEDIES.get(error.errno or 0, 'Check that disk and folder')}; "
+                              f"{_REMEDIES.get(error.errno, 'Check that disk and folder')}; "
                               "the previous content of this file is intact.") from error
     _sync_folder(folder, path)
 

@@ -7,6 +7,7 @@ Tests: tests/test_checks.py.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import reprlib
@@ -274,7 +275,7 @@ def distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def ordinary_file(path: str | os.PathLike) -> str | os.PathLike:
     """The path. Raises OSError for a pipe, a socket or a device: reading one may never end. A folder raises later."""
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        raise OSError(22, "a pipe, a socket or a device, and no file", os.fspath(path))
+        raise OSError(errno.EINVAL, "a pipe, a socket or a device, and no file", os.fspath(path))
     return path
 
 

@@ -21,7 +21,7 @@ from minilm.model import Transformer
 
 # Compact the batch when at most this fraction of its rows is unfinished. Compaction copies the cache.
 UNFINISHED = 0.75
-# Of a sum c: for a smaller one u c may round to c although u < 1, because numbers just below it have fewer bits.
+# The smallest sum c of probabilities. Below it numbers have fewer bits, and u c may round to c although u < 1.
 SMALLEST = 2 * float(np.finfo(float).tiny)
 # With fewer rows, a product takes hardly less time than with twice as many.
 ROWS_PER_WORKER = 4

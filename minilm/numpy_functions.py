@@ -38,7 +38,7 @@ class Ufuncs:
             return name == "not_equal"
         if plain_call and name in OPERATORS:
             return getattr(operations(), name)(*inputs)
-        refuse(name)
+        advise(name)
 
 
 class NumpyFunctions:
@@ -50,14 +50,14 @@ class NumpyFunctions:
     def __array_function__(self, function, types, inputs, options):
         if function.__name__ in ("shape", "ndim", "size"):
             return getattr(inputs[0], function.__name__)
-        refuse(function.__name__)
+        advise(function.__name__)
 
     def __array__(self, *arguments, **options):
         raise TypeError("np.array and np.asarray do not take a Tensor: use tensor.data for the array without a "
                         "gradient, tensor.item() for a number, or minilm.ops.concatenate to join Tensors")
 
 
-def refuse(name: str) -> NoReturn:
+def advise(name: str) -> NoReturn:
     """Raises TypeError for a function of NumPy, with the one of minilm.ops to use."""
     there = name != "power" and hasattr(operations(), NAMES.get(name, name))    # ops.power takes a number as exponent
     advice = f"use minilm.ops.{NAMES.get(name, name)}" if there else "use the functions of minilm.ops"

@@ -41,7 +41,7 @@ from minilm.numpy_functions import NumpyFunctions
 
 __all__ = ["Node", "Tensor", "arrays_only", "grad_enabled", "history", "no_grad", "primitive", "recording", "watching"]
 
-# Of a call with wrong arguments; AttributeError is that of a list or None in place of an array.
+# Of a call with wrong arguments. A list or None in place of an array raises AttributeError.
 ERRORS = (IndexError, TypeError, ValueError, AttributeError)
 operations: Any = None             # the module ops, with the functions behind the operators; ops.py sets it
 

@@ -150,7 +150,11 @@ def repeat(step: Callable[[], dict], state: TrainState, steps: int) -> Iterator[
     """
     if state.step > steps:
         raise ValueError(f"the state has done {state.step} steps, and this stage ends after {steps} in all: raise it")
-    return (step() for _ in iter(lambda: state.step < steps, False))
+
+    def remaining():
+        while state.step < steps:
+            yield step()
+    return remaining()
 
 
 def train_step(state: TrainState, loss: Callable, batch_shards: Sequence, learning_rate: float,

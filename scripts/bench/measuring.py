@@ -180,7 +180,7 @@ def compare(work, size, spec, names, environments, tolerance, rounds, turn=TURN)
 
 
 def started(name, spec, environments):
-    """The process of a library, or that of another version of minilm, if the name is the Path of its checkout."""
+    """The process of a library. A Path is the checkout of another version of minilm, which runs in the process."""
     if not isinstance(name, Path):
         return Worker(name, spec, environments.get(name, {}))
     script = name / "scripts" / "bench" / Path(sys.argv[0]).name

@@ -29,8 +29,8 @@ Source. Rafailov et al. 2023, arXiv:2305.18290 (DPO; their frontier is figure 2)
 (the same question for large models: PPO is ahead); the concave hull: scripts/lecture/common/frontier.py.
 
 Figure. Left: expected gold reward against KL to the reference, one line for each of RLHF, DPO, pi* of the gold reward,
-pi* of the reward model, best of n, and the reference at lower temperatures; right: gold reward of RLHF minus that of
-DPO at equal KL, each seed and the mean.
+pi* of the reward model, best of n, and the reference at lower temperatures; right: the lead of RLHF over DPO in
+gold reward at equal KL, each seed and the mean.
 """
 
 import sys

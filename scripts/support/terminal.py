@@ -77,8 +77,8 @@ def progress(title: str, steps: int, done: int = 0, unit: str = "step") -> Itera
 def brief(metrics: dict) -> str:
     """The metrics that a progress bar has space for: "loss 0.123, accuracy 0.750"; 0.000 also for -0.0001.
 
-    The loss of the policy gradient is left out: its value does not show progress. Its proxy reward is the output of the
-    reward model; the table of the results has it minus that of an SFT answer.
+    The loss of the policy gradient is left out: its value does not show progress. The proxy reward is the output of the
+    reward model. In the table of the results, the proxy reward of an SFT answer is subtracted from it.
     """
     shown = {short: metrics[name] for name, short in SHOWN_METRICS.items() if name in metrics}
     if "reward" in metrics:

@@ -152,10 +152,10 @@ def agreement(by_rounding: dict) -> str:
         both = [name for name in first if name in done]
         then, now = _outcomes(first), _outcomes(done)
         differ = [f"{name} ({now[name]} instead of {then[name]})" for name in both if now[name] != then[name]]
-        which = f" (not of {', '.join(differ)})" if differ else ""
+        which = f" (not {', '.join(differ)})" if differ else ""
         equal = sum(first[name]["by_seed"] == done[name]["by_seed"] for name in both)
-        sentences.append(f"{rounding}: the outcomes of {len(both) - len(differ)} of {len(both)} experiments are the "
-                         f"same{which}; of {equal}, every number is.\n")
+        sentences.append(f"{rounding}: {len(both) - len(differ)} of {len(both)} outcomes are the same{which}. "
+                         f"In {equal} experiments every number is the same.\n")
     return "".join(sentences)
 
 

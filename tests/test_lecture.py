@@ -460,6 +460,13 @@ def test_an_experiment_that_ran_under_one_rounding_alone_is_compared_with_nothin
     assert text.endswith("\n\nfloat64: 1 of 1 outcomes are the same. In 0 experiments every number is the same.\n")
 
 
+def test_trials_have_no_outcomes_to_compare_but_their_numbers_are_compared():
+    trials = {"one": {"outcome": experiment.TRIAL, "by_seed": [0.5]}}
+    text = markdown.roundings(("one",), {"as run": trials, "float64": trials})
+    assert "float64: trials have no outcomes to compare. In 1 experiments every number is the same." in text
+    assert "outcomes are the same" not in text
+
+
 def test_the_readme_says_which_outcomes_hold_under_other_roundings(run):
     assert run("--out", run.folder, "--rounding", "float64") == 0
     assert run("--readme", run.folder) == 0

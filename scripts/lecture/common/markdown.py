@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable
 
 from common import glossary
-from common.intervals import LEVEL, Comparison, as_number, confidence_interval, decider
+from common.intervals import LEVEL, TRIAL, Comparison, as_number, confidence_interval, decider
 from common.text import first_sentence
 
 HEADER = """# The lecture, claim by claim
@@ -145,16 +145,18 @@ def roundings(names: Iterable[str], by_rounding: dict) -> str:
 
 
 def agreement(by_rounding: dict) -> str:
-    """A sentence for every rounding after the first: how many outcomes are those of the first, and how many numbers."""
+    """How many outcomes, and how many experiments with all their numbers, are those of the first; for each rounding."""
     first, *others = by_rounding.values()
     sentences = []
     for rounding, done in zip(list(by_rounding)[1:], others):
         both = [name for name in first if name in done]
         then, now = _outcomes(first), _outcomes(done)
-        differ = [f"{name} ({now[name]} instead of {then[name]})" for name in both if now[name] != then[name]]
+        decided = [name for name in both if TRIAL not in (then[name], now[name])]
+        differ = [f"{name} ({now[name]} instead of {then[name]})" for name in decided if now[name] != then[name]]
         which = f" (not {', '.join(differ)})" if differ else ""
+        outcomes = f"{len(decided) - len(differ)} of {len(decided)} outcomes are the same{which}"
         equal = sum(first[name]["by_seed"] == done[name]["by_seed"] for name in both)
-        sentences.append(f"{rounding}: {len(both) - len(differ)} of {len(both)} outcomes are the same{which}. "
+        sentences.append(f"{rounding}: {outcomes if decided else 'trials have no outcomes to compare'}. "
                          f"In {equal} experiments every number is the same.\n")
     return "".join(sentences)
 

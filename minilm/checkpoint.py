@@ -27,17 +27,19 @@ from minilm.in_place import mark_changed
 KEY = "minilm"
 FORMAT = "minilm checkpoint"
 VERSION = 1
-DTYPES = tuple("float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool".split())
+DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64",
+          "uint8", "uint16", "uint32", "uint64", "bool")
 HEADER_LIMIT = 100_000_000             # bytes: the longest header that safetensors reads
 TEMPORARY_SUFFIX = ".minilm-partial"   # a killed process may leave such a file: it can be deleted
 
 Path = str | os.PathLike
 
-_REMEDIES: dict[int | None, str] = {errno.ENOSPC: "Free some space on that disk",
-             errno.EDQUOT: "Free some of your disk quota",
-             errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
-             errno.ENOENT: "Create its folder first",
-             **dict.fromkeys([errno.EACCES, errno.EPERM, errno.EROFS], "Choose a folder you may write to")}
+_REMEDIES: dict[int | None, str] = {
+    errno.ENOSPC: "Free some space on that disk",
+    errno.EDQUOT: "Free some of your disk quota",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
+    errno.ENOENT: "Create its folder first",
+    **dict.fromkeys([errno.EACCES, errno.EPERM, errno.EROFS], "Choose a folder you may write to")}
 
 
 class CheckpointError(Exception):

@@ -20,7 +20,7 @@ def is_cupy(x: Any) -> bool:
 
 def array_module(*arrays) -> Any:
     """The library of the arrays, numpy or cupy. Python scalars fit both. Raises TypeError for arrays of both."""
-    if set(map(type, arrays)) <= {np.ndarray}:          # most calls
+    if {np.ndarray}.issuperset(map(type, arrays)):      # most calls
         return np
     found = {is_cupy(a) for a in arrays if isinstance(a, np.ndarray) or is_cupy(a)}
     if found == {True, False}:
@@ -64,9 +64,10 @@ def plain_argument(x: Any, copy: bool = False) -> Any:
 
     copy: copies of arrays of numbers; on a GPU, where a copy costs a launch, of integers and masks alone.
     """
-    if isinstance(x, np.generic) or not hasattr(type(x), "__array__"):
-        # np.float64(2) turns float32 arithmetic into float64, a Python number does not.
-        return x.item() if isinstance(x, np.generic) else x
+    if not hasattr(type(x), "__array__"):
+        return x
+    if isinstance(x, np.generic):       # np.float64(2) turns float32 arithmetic into float64, a Python number does not
+        return x.item()
     array = x if is_cupy(x) else to_numpy(x)
     return array.copy() if copy and array.dtype.kind in ("iub" if is_cupy(x) else "iubf") else array
 

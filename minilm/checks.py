@@ -227,7 +227,7 @@ def rows(function: str, name: str, values: Any) -> np.ndarray:
     """An array (B,V) of float32 or float64, one distribution or its logits in each row. Raises TypeError for anything
     else: half precision has no number for the highest temperature."""
     is_array = isinstance(values, np.ndarray) or is_cupy(values)
-    if not is_array or values.dtype.name not in ("float32", "float64") or values.ndim != 2 or values.shape[1] == 0:
+    if not is_array or values.dtype.char not in "fd" or values.ndim != 2 or values.shape[1] == 0:
         of = f" of {values.dtype}" if is_array else ""
         raise TypeError(f"{function}: {name} is {shown(values)}{of}; it must be an array (B,V) of floats, V at least 1 "
                         "(float32 or float64)")

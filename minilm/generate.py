@@ -87,7 +87,8 @@ def _inverse_cdf(p, uniforms):
 
 def entropy(p: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
     """- sum p log p of probabilities (..,V), whose logarithms may be -inf: (..), between 0 and log V."""
-    checks.same_shape("entropy", p=p, log_probs=log_probs)
+    if p.shape != log_probs.shape:
+        checks.same_shape("entropy", p=p, log_probs=log_probs)
     xp = array_module(p)
     return -xp.einsum("...v,...v->...", p, xp.maximum(log_probs, xp.finfo(p.dtype).min)).clip(max=0)
 
@@ -111,22 +112,10 @@ def _draw(logits, uniforms, temperature, top_k, top_p, kernel=True):
     if kernel and is_cupy(logits):
         from minilm.kernels import sampling
         return sampling.sample(logits, uniforms, temperature, top_k, top_p)
-    if temperature == 0:
-        scores = _log_softmax(logits)
-        p = xp.exp(scores)
-        drawn = logits.argmax(axis=-1)
-    else:
-        scores = distribution(logits, temperature, top_k, top_p)
-        p = xp.exp(scores)
-        drawn = _inverse_cdf(p, uniforms)
+    scores = distribution(logits, temperature, top_k, top_p) if temperature else distribution(logits)
+    p = xp.exp(scores)
+    drawn = _inverse_cdf(p, uniforms) if temperature else logits.argmax(axis=-1)
     return drawn, scores[xp.arange(len(drawn)), drawn], entropy(p, scores)
-
-
-def _log_softmax(z):
-    """ops.log_softmax of an array, without a record."""
-    xp = array_module(z)
-    z = z - z.max(axis=-1, keepdims=True)
-    return z - xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
 
 
 @dataclasses.dataclass

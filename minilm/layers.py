@@ -14,6 +14,8 @@ Tests: tests/test_layers.py.
 
 from __future__ import annotations
 
+import math
+
 from minilm import checks, ops
 from minilm.backend import array_module, is_cupy
 from minilm.fast.chunked_log_probs import chunked_log_probs
@@ -36,9 +38,8 @@ def rms_norm(x, weight, eps: float = 1e-6, kernel: bool = True):
     The second term of dx comes from dr/dx = -r^3 x / D. Raises ValueError for another weight, and for eps below 0.
     Zhang and Sennrich 2019, arXiv:1910.07467.
     """
-    shape = getattr(weight, "shape", ())
-    if shape != x.shape[-1:] or not 0 <= eps < float("inf"):
-        raise ValueError(f"expected x (..,D), weight (D,), eps at least 0; got {x.shape}, {shape}, {eps}")
+    if weight.shape != x.shape[-1:] or not 0 <= eps < math.inf:
+        raise ValueError(f"expected x (..,D), weight (D,), eps at least 0; got {x.shape}, {weight.shape}, {eps}")
     if kernel and is_cupy(x):
         from minilm.kernels import layers as on_gpu
         return on_gpu.rms_norm(x, weight, eps)

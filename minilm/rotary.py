@@ -53,26 +53,16 @@ def rope(x, cos, sin, pairing: str = "half"):
 
 def rotate(x, rotation, pairing: str = "half") -> np.ndarray:
     """The pairs of x (..,K) as complex numbers, times rotation (..,K/2): an array like x."""
-    z = to_complex(x, rotation.dtype, pairing)
-    z *= rotation
-    return from_complex(z, pairing, out=array_module(x).empty(x.shape, x.dtype))
-
-
-def to_complex(x, dtype, pairing: str) -> np.ndarray:
-    """(..,K) -> (..,K/2): each pair as a complex number of that dtype."""
+    xp = array_module(x)
     first, second = pair_slices(x.shape[-1], pairing)
-    z = array_module(x).empty((*x.shape[:-1], x.shape[-1] // 2), dtype)
+    z = xp.empty((*x.shape[:-1], x.shape[-1] // 2), rotation.dtype)
     z.real = x[..., first]
     z.imag = x[..., second]
-    return z
-
-
-def from_complex(z, pairing: str, out) -> np.ndarray:
-    """The inverse of to_complex, written to out (..,K)."""
-    first, second = pair_slices(out.shape[-1], pairing)
-    out[..., first] = z.real
-    out[..., second] = z.imag
-    return out
+    z *= rotation
+    y = xp.empty(x.shape, x.dtype)
+    y[..., first] = z.real
+    y[..., second] = z.imag
+    return y
 
 
 def pair_slices(width: int, pairing: str) -> tuple[slice, slice]:

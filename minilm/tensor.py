@@ -292,17 +292,18 @@ def primitive(function: Callable) -> Callable:
             if Tensor in map(type, inputs):
                 raise TypeError(f"{name}: within arrays_only() primitives take arrays: pass tensor.data")
             return function(*inputs, **options)[0]
-        if any(isinstance(option, Tensor) for option in options.values()):
+        if options and any(isinstance(option, Tensor) for option in options.values()):
             bound = signature.bind(*inputs, **options)          # Tensors given by name go to their positions,
             bound.apply_defaults()                              # and defaults fill the gaps between them
             inputs, options = bound.args, bound.kwargs
-        recorded = grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        recorded = grad_enabled() and any(x.requires_grad for x in tensors)
         arrays = [_array(x, recorded) for x in inputs]                      # (1) Tensors to arrays
         options = {k: _array(x, recorded and type(x) is not list) for k, x in options.items()}
         try:
-            array_module(*(x.data for x in inputs if isinstance(x, Tensor)))
+            array_module(*(x.data for x in tensors))
             output, vjp = _checked(function(*arrays, **options))            # (2) the call
-            _check_dtypes(inputs, output)
+            _check_dtypes(tensors, output)
         except ERRORS as error:
             kind = next(k for k in ERRORS if isinstance(error, k))
             raise kind(f"{_call(name, arrays)}: {str(error).removeprefix(name + ': ')}") from error
@@ -328,10 +329,9 @@ def _checked(result):
     return result
 
 
-def _check_dtypes(inputs, output):
-    dtypes = {x.dtype for x in inputs if isinstance(x, Tensor)}
-    if dtypes and len(dtypes | {output.dtype}) > 1:
-        names = " and ".join(sorted(map(str, dtypes | {output.dtype})))
+def _check_dtypes(tensors, output):
+    if any(x.data.dtype != output.dtype for x in tensors):
+        names = " and ".join(sorted({str(x.dtype) for x in (*tensors, output)}))
         raise TypeError(f"mixed dtypes {names}; convert one side")
 
 

@@ -32,7 +32,7 @@ from worlds.replies import ReplyWorld
 MODULES = (sft, reward, kl, policy_gradient, dpo, evaluate, packing, enumerable, expectations, gradients, layers,
            rotary, optim)
 # Arrays without arguments that can be misread: NumPy's rules hold, or the caller is the fast path.
-OTHERS = {"packing.pack", "layers.swiglu", "rotary.rotate", "rotary.to_complex", "rotary.from_complex",
+OTHERS = {"packing.pack", "layers.swiglu", "rotary.rotate",
           "rotary.pair_slices", "rotary.mix_keys", "layers.attention_without_tiles", "enumerable.entropy",
           "enumerable.preference", "expectations.tangent_kernel",
           "gradients.parameter_gradients", "gradients.compare_gradients", "gradients.compare_with_exact_gradient",

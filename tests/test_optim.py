@@ -104,7 +104,7 @@ def test_parameters_and_gradients_are_views_of_the_flat_arrays(rng):
 
 
 @pytest.mark.parametrize("use", [lambda optimizer: optimizer.step(0.0), lambda optimizer: optimizer.clip(1e9),
-                                 lambda optimizer: optimizer.flat.add_gradients([])], ids=["step", "clip", "add"])
+                                 lambda optimizer: optimizer.flat.collect()], ids=["step", "clip", "collect"])
 def test_a_missing_gradient_counts_as_0_in_sums_and_one_set_by_hand_is_used(use, rng):
     tensors = parameters(rng)
     optimizer = AdamW(tensors)

@@ -83,7 +83,7 @@ def test_each_prompt_is_stored_once_and_there_is_no_padding(dialogues):
     assert len(part.tokens) == len(part.positions) == once + sum(len(r) - 1 for r in responses)
     assert len(pack(prompts, responses, last=True).tokens) == once + sum(map(len, responses))
     assert len(part.rows) == len(part.targets) == part.mask.sum() == sum(map(len, responses))
-    grouped = [s for group in group_segments(part.segments) for s in group]
+    grouped = [s for group in group_segments(part.segments) for s in group.segments]
     assert sorted(s.start for s in grouped) == [s.start for s in part.segments]
     assert sum(s.queries for s in grouped) == len(part.tokens)
 
@@ -110,7 +110,7 @@ def test_a_rectangle_has_the_hidden_states_of_one_with_a_mask_of_ones():
 def test_a_long_prompt_does_not_join_a_group_of_short_responses():
     """In a group, queries and keys are padded to the longest."""
     part = pack([[1] * 400] * 3, [[2] * 5] * 3)
-    assert [[s.queries for s in group] for group in group_segments(part.segments)] == [[4, 4, 4], [400]]
+    assert [[s.queries for s in group.segments] for group in group_segments(part.segments)] == [[4, 4, 4], [400]]
 
 
 def test_arrays_are_packed_as_lists_are():
@@ -190,6 +190,7 @@ def test_a_layer_keeps_no_array_of_all_queries_keys_and_values(rng):
     qkv = rng.normal(size=(6, 8))
     kept = weakref.ref(qkv)
     rotation = np.ones((6, 1), complex)
-    _, vjp = packed_attention.packed_attention.__wrapped__(qkv, None, rotation, 2, 1, [[Segment(0, 6)]])
+    groups = [packed_attention.Group([Segment(0, 6)])]
+    _, vjp = packed_attention.packed_attention.__wrapped__(qkv, None, rotation, 2, 1, groups)
     del qkv
     assert kept() is None and vjp(np.ones((6, 4)))[0].shape == (6, 8)

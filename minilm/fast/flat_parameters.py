@@ -121,8 +121,6 @@ class FlatParameters:
 
     def add_gradients(self, others: list[np.ndarray]) -> None:
         """Add gradients that other workers computed: flat arrays in the layout of views()."""
-        if self.group.active_size == 1:
-            self.collect()
         for b in self.blocks():
             for other in others:
                 self.grad[b] += other[b]

@@ -16,7 +16,7 @@ import numpy as np
 
 from minilm.backend import array_module, is_cupy, segment_sum
 from minilm.fast.tiled_attention import tiled_attention
-from minilm.rotary import from_complex, mix_keys, rope_tables, to_complex
+from minilm.rotary import mix_keys, pair_slices, rope_tables
 from minilm.tensor import primitive
 
 # Two segments share a call if the padding adds at most half of the smaller one's scores, plus this many: about the
@@ -32,14 +32,31 @@ class Segment:
     stop: int
     prefix_start: int = 0
     prefix_stop: int = 0
+    queries: int = dataclasses.field(init=False)
+    keys: int = dataclasses.field(init=False)
 
-    @property
-    def queries(self) -> int:
-        return self.stop - self.start
+    def __post_init__(self):
+        self.queries = self.stop - self.start
+        self.keys = self.queries + self.prefix_stop - self.prefix_start
 
-    @property
-    def keys(self) -> int:
-        return self.queries + self.prefix_stop - self.prefix_start
+
+class Group:
+    """Segments for one call of attention, in a rectangle: each aligned on the right of its own row.
+
+    queries, keys  the sides of the rectangle: the largest numbers of a segment
+    side_by_side   whether the segments have one length, follow each other and have no prefixes: a rectangle already
+    real_keys      (b,S) True on keys, False on padding; None if there is no padding
+    """
+
+    def __init__(self, segments: list[Segment]):
+        self.segments = segments
+        first = segments[0]
+        self.queries = max(s.queries for s in segments)
+        self.keys = max(s.keys for s in segments)
+        self.side_by_side = all(s.keys == first.queries == s.queries and s.start == first.start + i * s.queries
+                                for i, s in enumerate(segments))
+        keys = np.array([s.keys for s in segments])
+        self.real_keys = None if (keys == self.keys).all() else np.arange(self.keys) >= self.keys - keys[:, None]
 
 
 def attend_to_segments(config, parameters, segments: list[Segment], positions) -> Callable:
@@ -87,8 +104,8 @@ def rectangle_segments(B: int, T: int) -> list[Segment]:
     return [Segment(start, start + T) for start in range(0, B * T, T)]
 
 
-def group_segments(segments: list[Segment]) -> list[list[Segment]]:
-    """The segments in groups of similar sizes, each group for one call of attention."""
+def group_segments(segments: list[Segment]) -> list[Group]:
+    """The segments in groups of similar sizes."""
     groups: list[list[Segment]] = []
     longest = 0
     for segment in sorted(segments, key=lambda s: (s.keys, s.queries), reverse=True):
@@ -101,7 +118,7 @@ def group_segments(segments: list[Segment]) -> list[list[Segment]]:
                 continue
         groups.append([segment])
         longest = segment.queries
-    return groups
+    return [Group(group) for group in groups]
 
 
 @primitive
@@ -126,9 +143,8 @@ def packed_attention(qkv, amount, rotation, heads: int, kv_heads: int, groups, p
         q = _aligned(queries, group, with_prefix=False)
         k = _aligned(keys, group, with_prefix=True)
         v = _aligned(values, group, with_prefix=True)
-        out = _aligned(o.swapaxes(0, 1), group, with_prefix=False) if _side_by_side(group) else None
-        mask = _real_keys(group, k.shape[2])
-        mixed, group_vjp = tiled_attention(q, k, v, causal=True, key_mask=mask, scale=1, out=out)
+        out = _aligned(o.swapaxes(0, 1), group, with_prefix=False) if group.side_by_side else None
+        mixed, group_vjp = tiled_attention(q, k, v, causal=True, key_mask=group.real_keys, scale=1, out=out)
         if out is None:
             _put_back(o.swapaxes(0, 1), mixed, group)
         vjps.append(group_vjp)
@@ -139,7 +155,7 @@ def packed_attention(qkv, amount, rotation, heads: int, kv_heads: int, groups, p
         do = dy.reshape(N, H, K).swapaxes(0, 1)
         for group, group_vjp in zip(groups, vjps):
             do_rows = _aligned(do, group, with_prefix=False)
-            if _side_by_side(group):                            # the gradients are views: written and added in place
+            if group.side_by_side:                              # the gradients are views: written and added in place
                 group_vjp(do_rows, *(_aligned(flat, group, with_prefix=False) for flat in (dq, *dkv)))
                 continue
             dq_rows, dk, dv = group_vjp(do_rows)
@@ -158,7 +174,7 @@ def _smeared_and_rotated(x, H, amount, rotation, groups, pairing):
     """Queries (H,N,K) and keys (G,N,K) ready for attention with scale 1, and the vjp; amount may be None."""
     k = x[H:]
     if amount is not None:
-        k, smeared_vjp = smear_segments(k, amount, *segment_starts([s for group in groups for s in group], x))
+        k, smeared_vjp = smear_segments(k, amount, *segment_starts([s for group in groups for s in group.segments], x))
     scaled = rotation * x.shape[-1] ** -0.5
 
     def vjp(dq, dk, dx):
@@ -174,27 +190,33 @@ def _smeared_and_rotated(x, H, amount, rotation, groups, pairing):
 
 def _rotated(x, rotation, pairing):
     """rotary.rotate, but the two numbers of a pair are side by side: the product q k does not depend on their order."""
-    z = to_complex(x, rotation.dtype, pairing)
+    first, second = pair_slices(x.shape[-1], pairing)
+    z = array_module(x).empty((*x.shape[:-1], x.shape[-1] // 2), rotation.dtype)
+    z.real = x[..., first]
+    z.imag = x[..., second]
     z *= rotation
     return z.view(x.dtype)
 
 
 def _rotate_back(dy, rotation, pairing, out):
     """The vjp of _rotated, written to out. dy is overwritten."""
+    first, second = pair_slices(dy.shape[-1], pairing)
     dz = dy.view(rotation.dtype)
     dz *= rotation.conj()
-    from_complex(dz, pairing, out)
+    out[..., first] = dz.real
+    out[..., second] = dz.imag
 
 
 # Between the row of tokens and the small rectangle of a group.
 
 def _aligned(flat, group, with_prefix):
     """(heads,N,K) -> (b,heads,T,K): the segments of a group, each aligned on the right of its own row."""
-    T = max(s.keys if with_prefix else s.queries for s in group)
-    if _side_by_side(group):                                    # a view
-        return flat[:, group[0].start:group[-1].stop].reshape(len(flat), len(group), T, -1).swapaxes(0, 1)
-    rows = array_module(flat).zeros((len(group), len(flat), T, flat.shape[2]), flat.dtype)
-    for row, s in zip(rows, group):
+    T = group.keys if with_prefix else group.queries
+    if group.side_by_side:                                      # a view
+        rows = flat[:, group.segments[0].start:group.segments[-1].stop]
+        return rows.reshape(len(flat), len(group.segments), T, -1).swapaxes(0, 1)
+    rows = array_module(flat).zeros((len(group.segments), len(flat), T, flat.shape[2]), flat.dtype)
+    for row, s in zip(rows, group.segments):
         row[:, T - s.queries:] = flat[:, s.start:s.stop]
         if with_prefix and s.keys > s.queries:
             row[:, T - s.keys:T - s.queries] = flat[:, s.prefix_start:s.prefix_stop]
@@ -203,28 +225,16 @@ def _aligned(flat, group, with_prefix):
 
 def _put_back(flat, rows, group):
     """The inverse of _aligned for queries: written to their segments."""
-    for row, s in zip(rows, group):
+    for row, s in zip(rows, group.segments):
         flat[:, s.start:s.stop] = row[:, -s.queries:]
 
 
 def _add_back(flat, rows, group):
     """The transpose of _aligned for keys: added, because several segments share a prefix."""
     T = rows.shape[2]
-    for row, s in zip(rows, group):
+    for row, s in zip(rows, group.segments):
         flat[:, s.start:s.stop] += row[:, T - s.queries:]
         flat[:, s.prefix_start:s.prefix_stop] += row[:, T - s.keys:T - s.queries]
-
-
-def _side_by_side(group):
-    """Segments of one length, one after the other, without prefixes: a rectangle already."""
-    return all(s.keys == group[0].queries == s.queries and s.start == group[0].start + i * s.queries
-               for i, s in enumerate(group))
-
-
-def _real_keys(group, S):
-    """(b,S) True on keys, False on padding; None if there is no padding."""
-    keys = np.array([s.keys for s in group])
-    return None if (keys == S).all() else np.arange(S) >= S - keys[:, None]
 
 
 # Key smearing: the key before a response's first key is the last key of its prompt.

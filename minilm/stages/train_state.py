@@ -190,7 +190,7 @@ def train_step(state: TrainState, loss: Callable, batch_shards: Sequence, learni
     losses, reports = zip(*state.group.map(forward_backward, batch_shards, then=state.optimizer.flat.collect))
     state.all_reduce_gradients()
     norm = state.optimizer.clip(clip)
-    if not state.optimizer.flat.trained().any():
+    if norm == 0 and not state.optimizer.flat.trained().any():
         raise ValueError(f"{where}: no parameter of the model has a gradient; the loss must depend on one of them")
     if not math.isfinite(norm):
         bad = first_bad_parameter(parameters, "grad") or "none (the sum of squares overflowed)"

@@ -148,13 +148,15 @@ class FlatParameters:
     def trained(self) -> np.ndarray:
         """0 or 1 for each parameter: the parameters that a step updates, in the order of the flat arrays.
 
-        They have a gradient, in any worker, and require one. One worker collects the gradients here, and gets the array
-        of the last call if nothing was frozen or thawed since. Several have done it before they were added.
+        They have a gradient, in any worker, and require one. One worker collects the gradients here; several have done
+        it before they were added. It is the array of the last call if nothing was frozen or thawed since.
         """
         if self.group.active_size == 1:
             self.collect()
         if self._trained is None or self.group.active_size > 1:
-            self._trained = self._has_gradient[:self.group.active_size].max(axis=0) * self._requires_grad
+            trained = self._has_gradient[:self.group.active_size].max(axis=0) * self._requires_grad
+            if not np.array_equal(trained, self._trained):
+                self._trained = trained
         return self._trained
 
     def selected(self, trained: np.ndarray) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
 """How all benchmarks measure time and memory; shared by the scripts of this folder.
 
 Each library runs in a process of its own, on the same weights and the same tokens. First their results are
-compared; a wrong result stops the benchmark. Then the libraries take turns, round after round. A turn is a
-number of steps that takes about the same time for every library, and its median counts. A round in which
-another process used the machine is dropped. The result is ours / theirs within a round: the median over the
-rounds, and the quartiles. Below 1, minilm is faster.
+compared; a wrong result stops the benchmark. Then the libraries take turns, round after round, forwards and
+backwards. A turn is a number of steps that takes about the same time for every library, and its median counts.
+A round in which another process used the machine is dropped. The result is ours / theirs within a round: the
+median over the rounds, and the quartiles. Below 1, minilm is faster.
 
 Memory is the peak resident memory (VmHWM of Linux) minus the memory after the import, plus the private
 memory of forked processes.
@@ -13,11 +13,13 @@ The same script, started with `--worker`, does the work of one library (library_
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import importlib.metadata
 import importlib.util
 import io
+import math
 import os
 import platform
 import statistics
@@ -125,7 +127,7 @@ def turn_of(worker, steps):
 def take_turns(workers, rounds, turn):
     """Medians (rounds, workers) in seconds, and which rounds were undisturbed (rounds,).
 
-    Every second round goes backwards: the first of a round is up to 2% slower than the same code in second place.
+    Every second round goes backwards: the first place of a round costs about 1%.
     """
     warm = [worker.run(2, watched=True) for worker in workers]
     steps = [max(1, round(turn / min(times))) for times in warm]
@@ -161,17 +163,20 @@ def alone(name, spec, environment, rounds, turn=TURN):
 
 
 def compare(work, size, spec, names, environments, tolerance, rounds, turn=TURN):
-    """Rows of the table: the first of names, ours, is compared with each of the others."""
-    workers = []
-    try:
-        for name in names:
-            workers.append(started(name, spec, environments))
-            check_results(workers[0], workers[-1], tolerance)
-        medians, undisturbed = take_turns(workers, rounds, turn)
-    finally:
-        for worker in workers:
-            worker.close()
-    kept = counted(medians, undisturbed)
+    """Rows of the table: the first of names, ours, is compared with each of the others.
+
+    Two versions of minilm are started twice, in both orders, for half of the rounds each: of two processes with the
+    same code, the one that is started first was 1 to 2% slower throughout (size M).
+    """
+    orders = [names, names[::-1]] if any(isinstance(name, Path) for name in names) else [names]
+    turns = []
+    for order in orders:
+        with all_started(order, spec, environments) as by_name:
+            workers = [by_name[name] for name in names]
+            for worker in workers[1:]:
+                check_results(workers[0], worker, tolerance)
+            turns.append(take_turns(workers, math.ceil(rounds / len(orders)), turn))
+    kept = counted(*map(np.concatenate, zip(*turns)))
     rows = []
     for j, worker in enumerate(workers[1:], start=1):
         low, middle, high = np.quantile(kept[:, 0] / kept[:, j], [0.25, 0.5, 0.75])
@@ -180,6 +185,19 @@ def compare(work, size, spec, names, environments, tolerance, rounds, turn=TURN)
                      "ours_ms": 1e3 * np.median(kept[:, 0]), "theirs_ms": 1e3 * np.median(kept[:, j]),
                      "ours_mb": workers[0].memory / 2**20, "theirs_mb": worker.memory / 2**20})
     return rows
+
+
+@contextlib.contextmanager
+def all_started(names, spec, environments):
+    """Within it, a process for each library, started in this order: {name: Worker}."""
+    workers = {}
+    try:
+        for name in names:
+            workers[name] = started(name, spec, environments)
+        yield workers
+    finally:
+        for worker in workers.values():
+            worker.close()
 
 
 def started(name, spec, environments):

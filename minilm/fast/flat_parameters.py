@@ -155,7 +155,7 @@ class FlatParameters:
             self.collect()
         if self._trained is None or self.group.active_size > 1:
             trained = self._has_gradient[:self.group.active_size].max(axis=0) * self._requires_grad
-            if not np.array_equal(trained, self._trained):
+            if self._trained is None or (trained != self._trained).any():
                 self._trained = trained
         return self._trained
 

@@ -23,6 +23,8 @@ from minilm.tokenizer import Tokenizer
 
 # A line that begins like this is a turn of the dialogue to a model.
 TURN = re.compile(r"(?<=[\r\n])(?=(User|Assistant):)")
+# The size of a vocabulary that is not known.
+ANY_TOKEN = 2 ** 63
 
 
 def prompt_text(question: str) -> str:
@@ -82,29 +84,47 @@ def encode_dialogue(tokenizer: Tokenizer, question: str, response: str) -> tuple
     return prompt, answer
 
 
-def check_dialogues(prompts: Sequence, responses: Sequence, context: int | None = None) -> None:
-    """Raises ValueError for unequal numbers of prompts and responses, none at all, an empty prompt or response,
-    or a dialogue longer than `context`; TypeError for prompts and responses that are no lists of tokens."""
-    for name, side in ("prompts", prompts), ("responses", responses):
-        if isinstance(side, (str, bytes)) or not hasattr(side, "__len__"):
-            raise TypeError(f"{name} is {checks.shown(side)}; it must be a list of token lists")
-    if len(prompts) != len(responses) or len(prompts) == 0:
-        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: expected as many, at least one")
-    for i, (prompt, response) in enumerate(zip(prompts, responses)):
-        if wrong := [tokens for tokens in (prompt, response) if not _is_token_list(tokens)]:
-            raise TypeError(f"dialogue {i} has {checks.shown(wrong[0])}; its two sides must each be a list of tokens")
-        if len(prompt) == 0 or len(response) == 0:
-            raise ValueError(f"dialogue {i} has a prompt of {len(prompt)} and a response of {len(response)} tokens; "
-                             "both need at least one")
-        if context is not None and len(prompt) + len(response) > context:
-            raise ValueError(f"dialogue {i} has {len(prompt)} + {len(response)} tokens and the context is {context}; "
+def check_dialogues(function: str, vocab_size: int, context: int | None, prompts: Sequence, *, new_tokens: int = 0,
+                    **responses: Sequence) -> None:
+    """Checks every example of a data set: prompts, and their responses, chosen and rejected responses, ... by name.
+
+    All must be as many, at least one. Every prompt and response needs at least one token of the vocabulary, and a
+    prompt with its response (or with new_tokens to sample) must fit the context. Raises ValueError, TypeError and
+    IndexError that name the first bad example by its place in the data set, and say how many more are bad.
+    """
+    data = {"prompts": prompts, **responses}
+    for name, side in data.items():
+        if isinstance(side, (str, bytes)) or not hasattr(side, "__getitem__") or hasattr(side, "keys"):    # i: a label
+            raise TypeError(f"{function}: {name} is {checks.shown(side)}; it must be a list of token lists")
+    counts = [len(side) for side in data.values()]
+    if len(set(counts)) > 1 or counts[0] == 0:
+        raise ValueError(f"{function}: {', '.join(f'{n} {name}' for n, name in zip(counts, data))}; there must be as "
+                         "many of each, and at least one")
+    found = (_error_in(function, i, dict(zip(data, example)), vocab_size, context, new_tokens)
+             for i, example in enumerate(zip(*data.values())))
+    if errors := [error for error in found if error]:
+        more = f" ({len(errors) - 1} more of the {counts[0]} dialogues are bad)" if len(errors) > 1 else ""
+        raise type(errors[0])(f"{errors[0]}{more}")
+
+
+def _error_in(function, i, example, vocab_size, context, new_tokens):
+    """The first error of example i, {name: tokens}, or None."""
+    try:
+        for name, tokens in example.items():
+            if type(tokens) is list and set(map(type, tokens)) == {int}:    # most examples: fast
+                if 0 <= min(tokens) and max(tokens) < vocab_size:
+                    continue
+            where = f"dialogue {i}, {name}[{i}]"
+            if checks.token_ids(function, where, tokens, vocab_size).ndim != 1 or len(tokens) == 0:
+                raise ValueError(f"{function}: {where}, is {checks.shown(tokens)}; it must be a list of at least one "
+                                 "token id")
+        prompt, *lengths = map(len, example.values())
+        longest = max(lengths, default=new_tokens)
+        if context is not None and prompt + longest > context:
+            raise ValueError(f"{function}: dialogue {i} has {prompt} + {longest} tokens and the context is {context}; "
                              "shorten it, or use a model with a longer context")
-
-
-def _is_token_list(tokens):
-    """Whether it is a sequence with one axis. Its entries are checked where they become an array."""
-    return (hasattr(tokens, "__getitem__") and not isinstance(tokens, (str, dict)) and getattr(tokens, "ndim", 1) == 1
-            and not (len(tokens) and hasattr(tokens[0], "__len__")))
+    except (TypeError, ValueError, IndexError) as error:                    # NumPy's of a ragged list names no place
+        return error if str(error).startswith(function) else type(error)(f"{function}: dialogue {i}: {error}")
 
 
 @dataclasses.dataclass
@@ -132,9 +152,9 @@ def make_batch(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad
                context: int | None = None) -> Batch:
     """Token lists as a Batch, padded on the right to the longest dialogue.
 
-    Raises ValueError as check_dialogues does, TypeError for tokens that are no integers, IndexError for negative ones.
+    Raises ValueError, TypeError and IndexError as check_dialogues does; a token is any integer from 0 on.
     """
-    check_dialogues(prompts, responses, context)
+    check_dialogues("make_batch", ANY_TOKEN, context, prompts, responses=responses)
     checks.integer("make_batch", "pad", pad, at_least=0)
     T = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses))
     tokens = np.full((len(prompts), T), pad, np.int64)
@@ -143,7 +163,7 @@ def make_batch(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
         start = len(prompt)
         end = start + len(response)
-        tokens[i, :end] = checks.indices("make_batch", f"dialogue {i}", [*prompt, *response], 2 ** 63)
+        tokens[i, :end] = [*prompt, *response]
         mask[i, start:end] = 1
         real[i, :end] = 1
     return Batch(tokens, mask, real)

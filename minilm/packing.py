@@ -19,7 +19,7 @@ import numpy as np
 
 from minilm import checks
 from minilm.backend import array_module
-from minilm.data import check_dialogues
+from minilm.data import ANY_TOKEN, check_dialogues
 from minilm.fast.packed_attention import Segment
 from minilm.tensor import primitive
 
@@ -50,10 +50,9 @@ def pack(prompts: Sequence[Tokens], responses: Sequence[Tokens], context: int | 
          last: bool = False) -> Pack:
     """Token lists to a Pack. Equal prompts are stored once. last: keep the last token of each response.
 
-    Raises ValueError as data.check_dialogues does, TypeError for tokens that are no integers, IndexError for negative
-    ones.
+    Raises ValueError, TypeError and IndexError as data.check_dialogues does; a token is any integer from 0 on.
     """
-    check_dialogues(prompts, responses, context)
+    check_dialogues("pack", ANY_TOKEN, context, prompts, responses=responses)
     tokens: list[int] = []
     positions: list[int] = []
     segments = []
@@ -76,11 +75,10 @@ def pack(prompts: Sequence[Tokens], responses: Sequence[Tokens], context: int | 
             positions += range(P, P + fed)
         rows += [prefix.stop - 1, *range(start, start + R - 1)]
         last_rows.append(len(tokens) - 1)
-    inputs = checks.indices("pack", "the prompts", tokens, 2 ** 63)
-    targets = checks.indices("pack", "the responses", np.concatenate(responses), 2 ** 63)
+    targets = np.concatenate(responses, dtype=int)
     lengths = np.array([len(response) for response in responses])
     mask = np.arange(lengths.max()) < lengths[:, None]
-    return Pack(inputs, np.array(positions), segments, np.array(rows), targets,
+    return Pack(np.array(tokens, int), np.array(positions), segments, np.array(rows), targets,
                 np.array(last_rows) if last else None, mask)
 
 
@@ -88,10 +86,10 @@ def packs(prompts: Sequence[Tokens], responses: Sequence[Tokens], batch_size: in
           last: bool = False) -> Iterator[Pack]:
     """All the dialogues in order, as Packs of at most batch_size dialogues.
 
-    Raises ValueError as data.check_dialogues does, before the first Pack, and for a batch_size below 1.
+    Raises as pack does, before the first Pack, and ValueError for a batch_size below 1.
     """
     checks.integer("packs", "batch_size", batch_size, at_least=1)
-    check_dialogues(prompts, responses, context=context)       # all of them: an error has the place among all
+    check_dialogues("packs", ANY_TOKEN, context, prompts, responses=responses)      # an error has the place among all
     for i in range(0, len(prompts), batch_size):
         yield pack(prompts[i:i + batch_size], responses[i:i + batch_size], last=last)
 

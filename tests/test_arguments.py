@@ -447,7 +447,7 @@ def test_all_dialogues_are_checked_before_the_first_is_measured(use):
     models = (MODEL, MODEL) if use is evaluate.sequence_kl else (RewardModel(MODEL, np.random.default_rng(0)),)
     for prompts, responses in (([], []), ([[1], [2]], [[1], [2], [3]]), ([[1], [2], [3]], [[1], [2]]),
                                ([[1], [2]], [[1], []])):
-        with pytest.raises(ValueError, match="prompt"):
+        with pytest.raises(ValueError, match="packs: (. prompts, . responses|dialogue 1, responses)"):
             use(*models, prompts, responses, batch_size=2)
     for wrong in COUNT:
         with pytest.raises((ValueError, TypeError), match="batch_size is "):

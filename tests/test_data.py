@@ -135,10 +135,10 @@ def test_the_target_mask_selects_the_log_probs_of_the_response(rng, dialogues):
 
 
 @pytest.mark.parametrize("prompts, responses, message", [
-    ([], [], "0 prompts and 0 responses"),
-    ([[1]], [], "1 prompts and 0 responses"),
-    ([[1], []], [[2], [2]], "dialogue 1 has a prompt of 0 and a response of 1"),
-    ([[1], [1]], [[2], []], "dialogue 1 has a prompt of 1 and a response of 0"),
+    ([], [], "0 prompts, 0 responses"),
+    ([[1]], [], "1 prompts, 0 responses"),
+    ([[1], []], [[2], [2]], r"dialogue 1, prompts\[1\], is \[\]"),
+    ([[1], [1]], [[2], []], r"dialogue 1, responses\[1\], is \[\]"),
     ([[1, 1]], [[2, 2, 2]], r"dialogue 0 has 2 \+ 3 tokens and the context is 4"),
 ])
 def test_an_impossible_batch_is_an_error_that_names_the_dialogue(prompts, responses, message):

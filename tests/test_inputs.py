@@ -14,12 +14,13 @@ from hypothesis import given, strategies as st
 
 from helpers import rngs, small_transformer
 from minilm import ops
+from minilm.data import check_dialogues
 from minilm.evaluate import predicted_rewards
 from minilm.model import RewardModel, Transformer
 from minilm.objectives import dpo
 from minilm.optim import AdamW
 from minilm.stages.dpo import reference_log_probs, train_dpo
-from minilm.stages.inputs import check_dialogues, checked_rewards
+from minilm.stages.inputs import checked_rewards
 from minilm.stages.pretraining import pretrain, pretrain_on_documents
 from minilm.stages.reward_model import train_reward_model
 from minilm.stages.rlhf import train_rlhf
@@ -548,9 +549,9 @@ def test_any_number_of_bad_examples_is_counted_and_the_first_is_named(rng, count
     for place in places:
         (prompts if rng.random() < 0.5 else responses)[place] = EXAMPLES[kind][0]
     if not places:
-        return check_dialogues("here", config, prompts, responses=responses)
+        return check_dialogues("here", config.vocab_size, config.context, prompts, responses=responses)
     with pytest.raises((TypeError, ValueError, IndexError), match=f"^here: dialogue {places[0]}\\b") as raised:
-        check_dialogues("here", config, prompts, responses=responses)
+        check_dialogues("here", config.vocab_size, config.context, prompts, responses=responses)
     more = f"({len(places) - 1} more of the {count} dialogues are bad)"
     assert str(raised.value).endswith(more) if len(places) > 1 else "more of" not in str(raised.value)
 

@@ -9,11 +9,12 @@ import numpy as np
 
 from minilm import checks, layers
 from minilm.backend import concatenate
+from minilm.data import check_dialogues
 from minilm.model import Transformer
 from minilm.objectives.dpo import dpo_loss, dpo_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import Pack, pack, packs
-from minilm.stages.inputs import check_dialogues, check_settings, checked_config
+from minilm.stages.inputs import check_settings, checked_config
 from minilm.stages.reference import ReferenceLogProbs, checked_log_probs
 from minilm.stages.train_state import TrainState, checked_loss, repeat, shards, stage, train_step
 from minilm.tensor import Tensor, no_grad
@@ -37,7 +38,7 @@ def reference_log_probs(reference: Transformer, prompts: Sequence, responses: Se
     """
     checks.integer("reference_log_probs", "batch_size", batch_size, at_least=1)
     config = checked_config("reference_log_probs", reference, "reference")
-    check_dialogues("reference_log_probs", config, prompts, responses=responses)
+    check_dialogues("reference_log_probs", config.vocab_size, config.context, prompts, responses=responses)
     with no_grad():
         values = concatenate([summed_log_probs(reference, batch).data for batch
                               in packs(prompts, responses, batch_size, config.context)])
@@ -68,7 +69,7 @@ def train_dpo(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: 
     checks.number("train_dpo", "beta", beta, above=0)
     names = loss_parameters(loss)
     config = checked_config("train_dpo", state.model)
-    check_dialogues("train_dpo", config, prompts, chosen=chosen, rejected=rejected)
+    check_dialogues("train_dpo", config.vocab_size, config.context, prompts, chosen=chosen, rejected=rejected)
     reference_chosen, reference_rejected = checked_log_probs(
         "train_dpo", prompts, chosen=(chosen, reference_chosen), rejected=(rejected, reference_rejected))
 

@@ -1,7 +1,6 @@
 """Checks of a stage's arguments: settings, models, data sets; and of the results of a user's functions.
 
-A data set is checked once, whole, when the stage is called; then no step needs to look again. Errors name the example
-by its place in the data set, and say how many more are bad.
+A data set is checked once, whole, when the stage is called (data.check_dialogues).
 Tests: tests/test_inputs.py.
 """
 
@@ -12,7 +11,7 @@ import functools
 import inspect
 import numbers
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -77,51 +76,6 @@ def _reward_models(value, depth=6):
     if isinstance(value, (list, tuple, dict)) and len(value) <= 64:
         held += value.values() if isinstance(value, dict) else value
     return [model for part in held for model in _reward_models(part, depth - 1)]
-
-
-# Data sets.
-
-def check_dialogues(function: str, config: Config, prompts: Sequence, *, new_tokens: int = 0,
-                    **responses: Sequence) -> None:
-    """Checks every example of a data set: prompts, and their responses, chosen and rejected responses, ... by name.
-
-    All must be as many, at least one. Every prompt and response needs at least one token of the vocabulary, and a
-    prompt with its response (or with new_tokens to sample) must fit the context. Raises ValueError, TypeError and
-    IndexError.
-    """
-    data = {"prompts": prompts, **responses}
-    for name, side in data.items():
-        if isinstance(side, (str, bytes)) or not hasattr(side, "__getitem__") or hasattr(side, "keys"):    # i: a label
-            raise TypeError(f"{function}: {name} is {checks.shown(side)}; it must be a list of token lists")
-    counts = [len(side) for side in data.values()]
-    if len(set(counts)) > 1 or counts[0] == 0:
-        raise ValueError(f"{function}: {', '.join(f'{n} {name}' for n, name in zip(counts, data))}; there must be as "
-                         "many of each, and at least one")
-    found = (_error_in(function, i, {name: side[i] for name, side in data.items()}, config, new_tokens)
-             for i in range(counts[0]))
-    if errors := [error for error in found if error]:
-        more = f" ({len(errors) - 1} more of the {counts[0]} dialogues are bad)" if len(errors) > 1 else ""
-        raise type(errors[0])(f"{errors[0]}{more}")
-
-
-def _error_in(function, i, example, config, new_tokens):
-    """The first error of example i, {name: tokens}, or None."""
-    try:
-        for name, tokens in example.items():
-            if type(tokens) is list and set(map(type, tokens)) == {int}:    # most examples: fast
-                if 0 <= min(tokens) and max(tokens) < config.vocab_size:
-                    continue
-            where = f"dialogue {i}, {name}[{i}]"
-            if checks.token_ids(function, where, tokens, config.vocab_size).ndim != 1 or len(tokens) == 0:
-                raise ValueError(f"{function}: {where}, is {checks.shown(tokens)}; it must be a list of at least one "
-                                 "token id")
-        prompt, *lengths = map(len, example.values())
-        longest = max(lengths, default=new_tokens)
-        if prompt + longest > config.context:
-            raise ValueError(f"{function}: dialogue {i} has {prompt} + {longest} tokens and the context is "
-                             f"{config.context}; shorten it, or use a model with a longer context")
-    except (TypeError, ValueError, IndexError) as error:                    # NumPy's of a ragged list names no place
-        return error if str(error).startswith(function) else type(error)(f"{function}: dialogue {i}: {error}")
 
 
 # The results of a user's functions.

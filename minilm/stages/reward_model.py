@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from minilm import checks
 from minilm.backend import concatenate
+from minilm.data import check_dialogues
 from minilm.objectives.reward import reward_loss, reward_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
-from minilm.stages.inputs import check_dialogues, check_settings, checked_config
+from minilm.stages.inputs import check_settings, checked_config
 from minilm.stages.train_state import TrainState, repeat, shards, stage, train_step
 
 
@@ -29,7 +30,7 @@ def train_reward_model(state: TrainState, prompts: Sequence, chosen: Sequence, r
     check_settings("train_reward_model", steps, learning_rate, microbatches, batch_size=batch_size)
     checks.number("train_reward_model", "centering", centering, at_least=0)
     config = checked_config("train_reward_model", state.model, method="packed_rewards")
-    check_dialogues("train_reward_model", config, prompts, chosen=chosen, rejected=rejected)
+    check_dialogues("train_reward_model", config.vocab_size, config.context, prompts, chosen=chosen, rejected=rejected)
 
     def step():
         drawn = state.rng.integers(len(prompts), size=batch_size)

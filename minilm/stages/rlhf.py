@@ -11,6 +11,7 @@ import numpy as np
 
 from minilm import checks
 from minilm.backend import concatenate
+from minilm.data import check_dialogues
 from minilm.diverged import Diverged
 from minilm.generate import Samples, generate
 from minilm.model import Transformer
@@ -48,7 +49,7 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
                           max_new_tokens=max_new_tokens)
     config = inputs.checked_config("train_rlhf", state.model)
     inputs.check_reference_and_reward("train_rlhf", state.model, reference, reward)
-    inputs.check_dialogues("train_rlhf", config, prompts, new_tokens=max_new_tokens)
+    check_dialogues("train_rlhf", config.vocab_size, config.context, prompts, new_tokens=max_new_tokens)
     checks.number("train_rlhf", "beta", beta, at_least=0)
     checks.temperature("train_rlhf", temperature)
     checks.end_tokens("train_rlhf", eos, config.vocab_size)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from minilm.data import check_dialogues
 from minilm.objectives.sft import sft_loss
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
-from minilm.stages.inputs import check_dialogues, check_settings, checked_config
+from minilm.stages.inputs import check_settings, checked_config
 from minilm.stages.train_state import TrainState, repeat, shards, stage, train_step
 
 
@@ -20,11 +21,11 @@ def train_sft(state: TrainState, prompts: Sequence, responses: Sequence, steps: 
     mean over the response tokens of the whole step.
     Yields {"loss", "grad_norm", "learning_rate", "trained_tokens": response tokens} after each step.
     Raises TypeError, ValueError and IndexError for settings out of range and for a bad demonstration anywhere in the
-    data set (inputs.check_dialogues), before the first step.
+    data set (data.check_dialogues), before the first step.
     """
     check_settings("train_sft", steps, learning_rate, microbatches, batch_size=batch_size)
     config = checked_config("train_sft", state.model)
-    check_dialogues("train_sft", config, prompts, responses=responses)
+    check_dialogues("train_sft", config.vocab_size, config.context, prompts, responses=responses)
 
     def step():
         drawn = state.rng.integers(len(prompts), size=batch_size)

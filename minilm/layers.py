@@ -1,12 +1,13 @@
 """The layers of a transformer, forward and backward derived by hand.
 
-One node of the graph each, so that a training step consists of a few large operations. plain.py has the same layers
-as compositions of elementary operations: that is their definition, and the tests compare values and gradients.
+Each layer is one record (tensor.Node), so that a training step consists of a few large operations. plain.py has the
+same layers as compositions of elementary operations: that is their definition, and the tests compare values and
+gradients.
 Two layers are computed in pieces that fit the cache. This file has their derivation, and the version without pieces:
 attention (fast/tiled_attention.py) and token_log_probs (fast/chunked_log_probs.py). rope and smear are in rotary.py.
 
 Shapes: B batch, T tokens, S keys, V vocabulary, D width, H query heads, G key/value heads (G divides H), K head
-width (dh in plain.py), F width of the feed-forward layer.
+width (dh in plain.py), F width of the feed-forward layer. In attention, E are the scores, P = softmax(E).
 On a GPU the layers run CUDA kernels (the folder kernels/, installed as minilm.kernels), which raise on shapes and
 dtypes that they do not support; kernel=False runs the code below instead.
 Tests: tests/test_layers.py.
@@ -35,8 +36,8 @@ def rms_norm(x, weight, eps: float = 1e-6, kernel: bool = True):
 
         dx = r (dn - n mean(dn * n)),     dweight = sum of dy * n over all rows
 
-    The second term of dx comes from dr/dx = -r^3 x / D. Raises ValueError for another weight, and for eps below 0.
-    Zhang and Sennrich 2019, arXiv:1910.07467.
+    The second term of dx is (sum_j dn_j x_j) dr/dx, with dr/dx = -r^3 x / D and sum_j dn_j x_j = (D / r) mean(dn * n).
+    Raises ValueError for another weight, and for eps below 0. Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     if weight.shape != x.shape[-1:] or not 0 <= eps < math.inf:
         raise ValueError(f"expected x (..,D), weight (D,), eps at least 0; got {x.shape}, {weight.shape}, {eps}")
@@ -117,9 +118,9 @@ def attention(q, k, v, causal: bool = True, key_mask=None, scale: float | None =
         dv = P^T do,        dP = do v^T,        dE = P * (dP - rowsum(dP * P)),
         dq = scale dE k,    dk = scale dE^T q
 
-    and rowsum(dP * P) = rowsum(do * o), a sum over K numbers instead of S. dk and dv of a key/value head are the sums
-    over the H/G query heads that read it. attention_without_tiles is this derivation in code;
-    fast/tiled_attention.py computes the same numbers tile by tile.
+    The third follows from dP_s/dE_j = P_s (1[s = j] - P_j). And rowsum(dP * P) = do . (P v) = rowsum(do * o), a sum
+    over K numbers instead of S. dk and dv of a key/value head are the sums over the H/G query heads that read it.
+    attention_without_tiles is this derivation in code; fast/tiled_attention.py computes the same numbers tile by tile.
     Raises ValueError for shapes that do not fit.
     Vaswani et al. 2017, arXiv:1706.03762; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
     """

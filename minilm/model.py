@@ -102,7 +102,7 @@ class Transformer:
     Weights start as N(0, 1/fan_in), with fan_in the number of inputs. Weights that write into the residual stream are
     divided by sqrt(2L) more (L layers), so that the stream does not grow with depth. The embedding starts as N(0,1),
     and the unembedding with standard deviation 0.1 / sqrt(D), so that the first predictions are near uniform (tied,
-    both are N(0, 1/D)).
+    both are N(0, 1/D)). key_smear starts at 0: half of each key is the previous one.
 
     activation_checkpointing: set it to True to keep only each block's input between forward and backward
     (fast/activation_checkpointing.py): less memory, more time.
@@ -173,7 +173,8 @@ class Transformer:
         return layers.token_log_probs(hidden, self.unembedding, tokens[:, 1:])
 
     def response_log_probs(self, pack: Pack, temperature: float = 1.0) -> Tensor:
-        """log pi of every response token of a packing.Pack: (B,R) like its mask, 0 outside it.
+        """log pi of every response token of a packing.Pack (N tokens, M response tokens, R in the longest response):
+        (B,R) like its mask, 0 outside it.
 
         The hidden states of a prompt are computed once, and logits only where a response token is predicted.
         """

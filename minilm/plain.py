@@ -13,8 +13,8 @@ Symbols: B sequences or pairs, T columns of an array of tokens, V vocabulary, D 
 heads (grouped-query attention), dh head width, F feed-forward width; P prompts, K samples of each prompt,
 N = P K sampled responses; x prompt, y response with its EOS; y_w chosen, y_l rejected; pi policy, pi_ref reference
 (the SFT model); r reward, beta weight of the KL penalty, R reward minus the KL penalty. E is the mean over y drawn from
-pi(y|x), grad the gradient in the parameters of pi. T tokens have T-1 log-probs, because the first token is not
-predicted. (In README.md and objectives/ T is one less: there it counts the predicted tokens.)
+pi(y|x), grad the gradient with respect to the parameters of pi. T tokens have T-1 log-probs, because the first token is
+not predicted. (In README.md and objectives/ T is one less: there it counts the predicted tokens.)
 
 A comment gives the shape of the result where the shape changes. The mask of the transformer and of `reward`
 is 1 on real tokens and 0 on padding. The mask of a loss (B,T-1) goes with the log-probs: entry t is about token
@@ -190,10 +190,10 @@ def sft_loss(log_probs: Tensor, mask: np.ndarray, total: float | None = None) ->
 def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin=0.0, centering: float = 0.0) -> Tensor:
     """Reward model (Bradley-Terry): the mean of -log sigmoid(z) + centering (r_w + r_l)^2, z = r_w - r_l - margin.
 
-    r_w = r(x, y_w) and r_l = r(x, y_l), (B) each. margin: by how much r_w should exceed r_l, a number or (B). The term
-    with centering keeps the rewards near 0, because comparisons determine them only up to a constant for each prompt.
+    r_w = r(x, y_w) and r_l = r(x, y_l), (B) each. margin: by how much r_w should exceed r_l, a number or (B).
+    Comparisons determine the rewards only up to a constant for each prompt; the term with centering makes it small.
     sigmoid' = sigmoid (1 - sigmoid), so d/dz[-log sigmoid(z)] = -(1 - sigmoid(z)) = -sigmoid(-z). Without centering,
-    the derivative of one pair's loss is therefore -sigmoid(-z) in r_w and +sigmoid(-z) in r_l.
+    the derivative of one pair's loss is therefore -sigmoid(-z) for r_w and +sigmoid(-z) for r_l.
     """
     z = chosen_rewards - rejected_rewards - margin
     checks.same_shape("reward_loss", axes="B", chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, z=z)
@@ -231,16 +231,18 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
 def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.ndarray) -> Tensor:
     """RLHF: the mean of -A log pi(y|x) over N responses y drawn from pi. A is a constant (detached, stop-gradient).
 
-    log_probs and mask: (N,T-1). advantages: A as a flat array (N), which is A.reshape(-1), or (N,T-1), one for
-    each token (objectives.policy_gradient.reward_to_go). Why A is a constant: RLHF maximises, for each prompt,
+    log_probs and mask: (N,T-1). advantages: the (P,K) array of `advantages`, reshaped to (N); or (N,T-1), one for each
+    token (objectives.policy_gradient.reward_to_go). Why A is a constant: RLHF maximises, for each prompt,
 
         J = E[R] = E[r] - beta KL(pi || pi_ref) = sum_y pi R                pi is short for pi(y|x)
         grad J = sum_y R grad pi + sum_y pi grad R
                = E[R grad log pi] + E[grad R]                               because grad pi = pi grad log pi
-        E[grad R] = -beta E[grad kl] = -beta sum_y pi grad log pi = -beta sum_y grad pi = -beta grad 1 = 0
+        E[grad R] = -beta E[grad log pi]                                     r and pi_ref do not depend on theta
+                  = -beta sum_y pi grad log pi = -beta sum_y grad pi = -beta grad 1 = 0
 
-    So R needs no gradient. In the same way E[b grad log pi] = 0 if b does not depend on y (none, leave_one_out). Then
-    grad J = E[A grad log pi], and the expected gradient of this loss is -grad J.
+    So R needs no gradient. In the same way E[b grad log pi] = 0 if b is a number (none), or is computed from samples
+    that are independent of y (leave_one_out). Then grad J = E[A grad log pi], and the expected gradient of this loss
+    is -grad J.
     """
     A = advantages if advantages.ndim == 2 else np.tile(advantages[:, None], log_probs.shape[1])        # (N,T-1)
     checks.same_shape("policy_gradient_loss", log_probs=log_probs, advantages=A)
@@ -249,19 +251,26 @@ def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.nda
 
 def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: np.ndarray,
              reference_rejected: np.ndarray, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
-    """DPO: reward_loss, with a reward that is computed from the policy: r(x, y) = beta log(pi(y|x) / pi_ref(y|x)).
+    """DPO: reward_loss with the reward beta log(pi(y|x) / pi_ref(y|x)), which is computed from the policy.
 
-    The policy is the reward model. A reward r determines the policy pi* that maximises J (policy_gradient_loss), and
-    pi* determines r up to a constant for each prompt:
+    A reward r determines the policy pi* that maximises J (policy_gradient_loss), and pi* determines r up to a constant
+    for each prompt:
 
         pi*(y|x) = pi_ref(y|x) exp(r(x,y) / beta) / Z(x),      Z(x) = sum_y pi_ref(y|x) exp(r(x,y) / beta)
-        r(x,y) = beta log(pi*(y|x) / pi_ref(y|x)) + beta log Z(x)                       Z(x) cancels in r_w - r_l
-        J = E[r - beta log(pi / pi_ref)] = beta log Z(x) - beta KL(pi || pi*)           so J is largest at pi = pi*
+        r(x,y) = beta log(pi*(y|x) / pi_ref(y|x)) + beta log Z(x)               the first line, solved for r
+        J = E[r - beta log(pi / pi_ref)]
+          = E[beta log(pi* / pi_ref) + beta log Z(x) - beta log(pi / pi_ref)]   the second line, substituted
+          = beta log Z(x) - beta KL(pi || pi*)                                  so J is largest at pi = pi*
 
-    The first four arguments are log pi(y|x) of the policy and of the reference for y_w and y_l, (B) each.
-    label_smoothing eps: the target probability of y_w is 1 - eps in place of 1. It smooths the target, and does
-    not undo flipped labels (objectives.dpo.robust_dpo_loss does). For eps = 0, the derivative of one pair's loss is
-    -beta sigmoid(-z) in log pi(y_w|x) and +beta sigmoid(-z) in log pi(y_l|x), z = beta delta = r_w - r_l.
+    So train pi itself as the reward model: put beta log(pi(y|x) / pi_ref(y|x)) in place of r in reward_loss. The
+    constant beta log Z(x) cancels in r_w - r_l, which becomes beta delta, with
+
+        delta = [log pi(y_w|x) - log pi_ref(y_w|x)] - [log pi(y_l|x) - log pi_ref(y_l|x)].
+
+    The first four arguments are these log-probs, (B) each. label_smoothing eps: the target probability of y_w is
+    1 - eps in place of 1, for comparisons that are uncertain. For labels that are flipped use
+    objectives.dpo.robust_dpo_loss. For eps = 0, the derivative of one pair's loss with respect to log pi(y_w|x) is
+    -beta sigmoid(-beta delta), and with respect to log pi(y_l|x) it is +beta sigmoid(-beta delta).
     """
     checks.same_shape("dpo_loss", axes="B", policy_chosen=policy_chosen, policy_rejected=policy_rejected,
                       reference_chosen=reference_chosen, reference_rejected=reference_rejected)
@@ -350,7 +359,7 @@ def train_step(loss: Tensor, parameters: Parameters, state: dict, learning_rate:
 if __name__ == "__main__":
     import os
     import sys
-    # In a new process, because the number of BLAS threads is read when NumPy is imported. Small matrix products are
-    # fastest with one thread.
+    # execve starts Python again, because the number of BLAS threads is read when NumPy is imported. Small matrix
+    # products are fastest with one thread.
     environment = {"OPENBLAS_NUM_THREADS": "1", **os.environ}
     os.execve(sys.executable, [sys.executable, "-m", "minilm.toy", *sys.argv[1:]], environment)

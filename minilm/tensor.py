@@ -62,6 +62,7 @@ class Tensor(NumpyFunctions):
     requires_grad  whether backward computes its gradient
     grad_buffer    preallocated storage for grad (a view into AdamW's flat gradient), or None
     changed        when, and by which function, a leaf was last overwritten (in_place.py)
+    node           the Node of the call that computed it, or None (a leaf, or nothing was recorded)
 
     Raises TypeError for any other dtype, and for a Tensor in place of an array.
     """
@@ -187,13 +188,16 @@ class Tensor(NumpyFunctions):
 
 
 class Node:
-    """The record of one call of a primitive.
+    """The record of one call of a primitive. All records that a result depends on are its tape (history).
 
     inputs     for each argument: the Node that computed it, or the leaf itself, or None if it needs no gradient
-    leaves     every Tensor among the arguments that no Node computed: none may change before backward (in_place.py)
-    since      the number of the call: a leaf that was marked later has changed
+    leaves     every Tensor among the arguments that no Node computed, also those without a gradient: none may change
+               before backward (in_place.py)
     vjp        keeps the arrays that the gradient needs, and no others
-    arguments  the names of the primitive's parameters, for errors
+    order      the number of the call: decreasing numbers are a reverse topological order
+    since      the same number: a leaf that was marked later has changed
+    name, arguments     of the primitive and of its parameters, for errors
+    shape, dtype        of the output
     """
 
     __slots__ = ("name", "arguments", "inputs", "leaves", "vjp", "order", "since", "shape", "dtype")

@@ -99,7 +99,10 @@ def compare(policy: Parameters, n: int, rng: np.random.Generator) -> tuple[np.nd
 # The five stages.
 
 def train(title: str, parameters: Parameters, batch: Callable, steps: int, learning_rate: float) -> None:
-    """Each call of batch() draws a batch and returns a dict: "loss", a Tensor, and numbers to print in place of it."""
+    """batch() draws a batch and returns {"loss": Tensor}, with numbers to print if something else is to be printed.
+
+    The learning rate falls linearly to 0.
+    """
     print(title)
     state: dict = {}
     history = []
@@ -233,7 +236,8 @@ def lecture(seed: int = 0, scale: float = 1.0) -> dict[str, dict[str, float]]:
     """All stages, with `scale` times as many steps. Returns the means of report, by model."""
     print("  Five numbers: means over each fifth of the training steps. ±: standard error.\n"
           "  right, capitals: shares of the replies. gold: gold reward. pi*: best policy.\n"
-          f"  R: proxy reward - {BETA} KL. More: python -m minilm.plain --help")
+          f"  R: proxy reward - {BETA} KL. error: share of new pairs ordered wrongly.\n"
+          "  More: python -m minilm.plain --help")
     rng = np.random.default_rng(seed)
     model = Transformer(CONFIG, rng, np.float64)
     results = {"random": report("random", model.parameters(), rng)}

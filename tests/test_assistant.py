@@ -179,7 +179,8 @@ def test_the_real_command_ends_with_table_results_figures_and_models(tmp_path):
         raise AssertionError(f"{constant} is not JSON")
     results = json.loads((folder / "results.json").read_text(), parse_constant=refuse)
     columns = ("task_accuracy", "gold_reward", "proxy_reward", "win_rate", "kl_sequence")
-    assert [row["stage"] for row in results["rows"]] == ["base", "sft", "best_of_n", "rlhf", "dpo"]
+    assert [row["stage"] for row in results["rows"]] == ["base", "sft", "sft_lower_temperature", "best_of_n", "rlhf",
+                                                         "dpo"]
     for row in results["rows"]:
         assert set(row) >= {"stage", *columns, *(f"{c}_se" for c in columns)}
         assert all(row[f"{c}_se"] >= 0 for c in columns)
@@ -202,7 +203,7 @@ def test_the_real_command_ends_with_table_results_figures_and_models(tmp_path):
     for words in ("task accuracy", "gold reward", "proxy reward", "win rate", "KL (nats)", "RLHF", "DPO", "best of n"):
         assert words in done.stdout
     for stage in ("base: step 1/1, ", "comparisons: sampling answers, part 2/2, ",
-                  "evaluation: sampling answers, part 20/20, "):
+                  "evaluation: sampling answers, part 21/21, "):
         assert stage in done.stdout
     assert "\r" not in done.stdout and re.search(r"^about \d+ seconds for all stages", done.stdout, re.MULTILINE)
     assert_examples(results["examples"], done.stdout)

@@ -217,7 +217,8 @@ def results():
               for method in ("rlhf", "dpo")}
     runs = ("base", "sft", "reward_model", "rlhf-beta-0.1", "rlhf-beta-0.3", "dpo-beta-0.1")
     return {"trial": True, "scale": 0.1, "main_beta": 0.1, "history": {name: steps() for name in runs},
-            "frontier": points, "rows": [row("base"), row("sft"), row("best_of_n", n=4, kl_is_upper_bound=True),
+            "frontier": points, "rows": [row("base"), row("sft"), row("sft_lower_temperature"),
+                                         row("best_of_n", n=4, kl_is_upper_bound=True),
                                          row("rlhf", beta=0.1), row("dpo", beta=0.1)],
             "turning_point": {"step": 1, "kl_sequence": 0.2, "gold_reward": 0.1, "last_kl_sequence": 0.4,
                               "last_gold_reward": 0.1, "turned_down": False},

@@ -82,6 +82,17 @@ def test_the_divergence_of_one_token_is_the_log_ratio_of_its_probabilities(rng):
         assert_close(evaluate.sequence_kl(policy, reference, [prompt] * len(exact), every_token), exact)
 
 
+@given(rng=rngs, temperature=st.sampled_from([0.25, 0.5, 2.0]))
+def test_the_divergence_of_a_policy_at_a_temperature_is_from_the_reference_at_temperature_1(rng, temperature):
+    policy, reference = small_transformer(rng), small_transformer(rng)
+    for prompt in PROMPTS:
+        scores = by_enumeration(policy, prompt) / temperature
+        exact = scores - np.log(np.exp(scores).sum()) - by_enumeration(reference, prompt)
+        every_token = [[t] for t in range(len(exact))]
+        k1 = evaluate.sequence_kl(policy, reference, [prompt] * len(exact), every_token, temperature=temperature)
+        assert_close(k1, exact)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_mean_over_samples_agrees_with_the_exact_divergence(seed):
     rng = np.random.default_rng(seed)

@@ -14,17 +14,21 @@ for a wrong argument; otherwise they return the argument (a mask as booleans). s
 
 Symbols in every file:
 
-    x, y          a prompt, a complete response to it;  y_t is token t of y, y_<t the tokens before it
+    x, y          a prompt, a complete response to it
+    t             counts the columns of log_probs. y_t is the token that column t scores: a token of y where the mask
+                  is 1, of the prompt or of padding where it is 0. y_<t: the tokens of y before it
     y_w, y_l      the preferred response (`chosen` in code), the other one (`rejected`)
     pi, pi_ref    the policy, and the fixed reference; both are above 0 for every response, as a softmax is.
                   Inside a sum or an expectation over y, pi is short for pi(y|x)
-    theta         the parameters of pi;  grad is the gradient in theta
+    E[f]          sum_y pi(y|x) f(x,y), the expectation for one prompt; other distributions are written below it
+    theta         the parameters of pi;  grad is the gradient with respect to theta
     log pi(y_t)   short for log pi(y_t | x, y_<t), an entry of `log_probs`. In README.md it is log π_t, and in sft.py
                   log pi(s_t), where t counts from the start of the prompt
-    log pi(y|x)   the log-prob of the response: the sum of log pi(y_t) over the tokens of y
+    log pi(y|x)   the log-prob of the response: sum_t m_t log pi(y_t), the sum over the tokens of y
     r(x,y)        the reward;  beta: the weight of the KL penalty
     k1            log pi(y|x) - log pi_ref(y|x): an estimate of KL(pi || pi_ref) from one y drawn from pi
-    R             r - beta k1, the reward minus the KL penalty
+    R             r - beta k1, the reward minus the KL penalty;  J = E[R], the objective of RLHF
+    b, A          the baseline, and the advantage A = R - b
     m_t           the mask: 1 on the tokens of a response, 0 on prompt and padding
     T             the number of columns of log_probs and mask, one for each predicted token: n tokens have
                   T = n - 1, because the first one is not predicted. Prompt positions may be among them; the

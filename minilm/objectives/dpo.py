@@ -37,7 +37,7 @@ L is the loss of one pair; dpo_loss is its mean over B pairs. Gradient:
     dL / d log pi(y_l|x) = +beta sigmoid(-beta delta)
 
 because sigmoid' = sigmoid (1 - sigmoid) gives d/dz[-log sigmoid(z)] = -(1 - sigmoid(z)) = -sigmoid(-z). Here
-z = beta delta, and the derivatives of delta in the two log-probs are +1 and -1. sigmoid(-beta delta) is the
+z = beta delta, and the derivatives of delta are +1 and -1 for the two log-probs. sigmoid(-beta delta) is the
 probability, under the implied rewards, that y_l is preferred to y_w.
 
 4. RLHF and DPO have the same optimum under three conditions: preferences follow the Bradley-Terry model with the
@@ -62,7 +62,7 @@ of the two models, by training that stops early, and because RLHF samples from p
 responses.
 
 5. Both log-probs can fall while the loss falls, because the loss depends only on their difference. Let g_w and
-g_l be grad log pi(y_w|x) and grad log pi(y_l|x), and <g, h> = sum_i g_i h_i their inner product. Then
+g_l be grad log pi(y_w|x) and grad log pi(y_l|x), and <g, g'> = sum_i g_i g'_i an inner product. Then
 
     grad L  = -beta sigmoid(-beta delta) (g_w - g_l)
     d theta = -learning_rate grad L = eta (g_w - g_l),       eta = learning_rate beta sigmoid(-beta delta)
@@ -152,8 +152,8 @@ def ipo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: n
     Derivation. Let mu be the distribution from which both responses y and y' were drawn, h = log(pi/pi_ref),
     and q the probability that y is preferred to y'. With y as y_w, delta is D = h(y) - h(y'). The expected loss is
         q (D - 1/(2 beta))^2 + (1 - q) (D + 1/(2 beta))^2 = (D - (2q - 1)/(2 beta))^2 + constant,
-    averaged over y and y'. Exchanging y and y' changes the signs of D and of 2q - 1, so the square stays the same, and
-    the derivative of the average in h(y) is 4 mu(y) E_{y' ~ mu}[D - (2q - 1)/(2 beta)]. It is 0 for every y if
+    averaged over y and y'. Exchanging y and y' changes the signs of D and of 2q - 1, so the square stays the same. The
+    derivative of the average with respect to h(y) is 4 mu(y) E_{y' ~ mu}[D - (2q - 1)/(2 beta)], and 0 for every y if
         h(y) = E_{y' ~ mu}[(2q - 1)/(2 beta)] + constant = p(y)/beta + constant,
     with the win rate p(y) = E_{y' ~ mu}[q]. So the optimum is pi_ref exp(p/beta) / Z: pi* with p in place of the
     reward (tests/test_exact_optimum.py).

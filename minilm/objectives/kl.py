@@ -41,9 +41,9 @@ So E[grad k1] is (a), E[grad k2] is (b), and E[grad k3] is (a) - (c). k2 has the
 RLHF penalises; k3, whose expected value is this KL, has the gradient of the KL in the other direction.
 
 Other uses:
-    In the reward, r - beta kl (policy_gradient.py), kl is k1 or k3, treated as a constant. Ascent then follows
-    E[(r - beta kl) grad log pi], so the penalty contributes -beta E[kl grad log pi]. If kl is k1, this is
-    -beta (b). If kl is k3 = k1 + exp(-k1) - 1, it is, term by term, -beta ((b) + (c) - (a)), which is
+    In the reward r - beta kl, kl is a constant. Ascent then follows E[(r - beta kl) grad log pi], so the penalty
+    contributes -beta E[kl grad log pi]. policy_gradient.py takes kl = k1: this is -beta (b). With
+    kl = k3 = k1 + exp(-k1) - 1 it would be, term by term, -beta ((b) + (c) - (a)), which is
     -beta grad KL(pi || pi_ref) + beta grad KL(pi_ref || pi).
     The loss may be rho k3, with rho = pi / pi_old, where pi_old is the policy that drew the samples. By the
     product rule grad(rho k3) = k3 grad rho + rho grad k3. At pi = pi_old, rho is 1 and grad rho is grad log pi, so the
@@ -76,9 +76,9 @@ from minilm.tensor import Tensor, primitive
 
 
 def k1(policy: Tensor | np.ndarray, reference: np.ndarray) -> Tensor:
-    """log pi(y|x) - log pi_ref(y|x): log-probs of N whole responses, each (N,), to (N,), in nats.
+    """log pi(y|x) - log pi_ref(y|x), in nats, from log-probs of N responses (N,), or of their tokens (N,T).
 
-    k1, k2 and k3 take log-probs of tokens too. They raise ValueError for arguments of different shapes.
+    The result has the same shape. Raises ValueError for arguments of different shapes, as k2 and k3 do.
     """
     checks.same_shape("k1", policy=policy, reference=reference)
     return ops.subtract(policy, reference)

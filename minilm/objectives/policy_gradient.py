@@ -13,12 +13,13 @@ Gradient, for any number b (the baseline) that does not depend on y, although it
 
 Proof. J = sum_y pi R, so grad J = sum_y R grad pi + sum_y pi grad R.
     First sum:   grad pi = pi grad log pi (the log-derivative trick), so it is E[R grad log pi].
-    Second sum:  grad R = -beta grad log pi, so it is -beta sum_y grad pi = -beta grad 1 = 0. Here the
-                 responses must be complete: y includes its EOS, or ends at the limit of its length.
+    Second sum:  r and pi_ref do not depend on theta, so grad R = -beta grad log pi, and the sum is
+                 -beta sum_y grad pi = -beta grad 1 = 0. Here the responses must be complete: y includes its EOS,
+                 or ends at the limit of its length.
     Baseline:    E[b grad log pi] = b sum_y grad pi = b grad 1 = 0.
 
 So R and b are treated as constants (detached, stop-gradient). With N responses y drawn from pi, and m_t = 1 on
-the tokens of a response and its EOS, 0 elsewhere:
+the tokens of a response, 0 elsewhere:
 
     L = -(1/N) sum over responses of A log pi(y|x),                 A = R - b
     log pi(y|x) = sum_t m_t log pi(y_t)

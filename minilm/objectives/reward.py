@@ -27,9 +27,10 @@ model, that y_l is preferred to y_w. The loss pushes r_w up and r_l down; the pu
 wrong, and near 0 where it is right with confidence.
 
 Comparisons determine the rewards only up to one constant for each prompt: adding it to the rewards of all
-responses to this prompt does not change r_w - r_l. The centring term selects the constant. On one pair a gradient
-step of this term does not change r_w - r_l, because its two derivatives are equal. In expectation over many pairs
-it also shrinks the differences a little: for two responses y, y' drawn independently for the same prompt x,
+responses to this prompt does not change r_w - r_l. The centring term selects the constant. If r_w
+and r_l themselves were the parameters, a gradient step of this term on one pair would not change r_w - r_l, because
+its two derivatives are equal. A step in the parameters of a model can change it. In expectation over many pairs the
+term also shrinks the differences a little: for two responses y, y' drawn independently for the same prompt x,
 with rewards r and r', and with mean and variance over y for this fixed x,
 
     E[ (r + r')^2 ] = Var[r + r'] + E[r + r']^2 = 2 Var[r] + 4 E[r]^2

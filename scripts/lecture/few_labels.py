@@ -163,9 +163,8 @@ def conclude(seeds, size):
     table.append(["gold known: pi*", *(mean_range([s[name] for s in seeds]) for name in ("best", "best's KL")),
                   *[""] * (2 * len(KINDS) - 1)])
     words = (f"With {LITTLE} comparisons the best policy for the reward model gains "
-             f"{mean(share['reward model'])} of the gain of pi* of the gold reward, and DPO {mean(share['DPO'])}. "
-             f"The reference at a "
-             f"lower temperature gains {mean(lower['share'])} without any comparison.")
+             f"{mean(share['reward model'])} of the gain of pi* of the gold reward, and DPO {mean(share['DPO'])}; "
+             f"the reference at a lower temperature gains {mean(lower['share'])} without any comparison.")
     return Conclusion(rule, words, numbers, table, findings=findings)
 
 
@@ -189,8 +188,8 @@ def draw(figure, seeds, size):
         points.scatter(*xy, marker=marker, s=30, color=colour, label=label, zorder=3)
     level(reward, np.mean([s["best"] for s in seeds]), f"pi* of the gold reward, beta {BETA}")
     level(reward, np.mean([s["reference"] for s in seeds]), "the reference: no comparisons", below=True)
-    level(reward, np.mean([best_lower_temperature(s)["gold"] for s in seeds]), "at a lower temperature: no comparisons",
-          side="left")
+    level(reward, np.mean([best_lower_temperature(s)["gold"] for s in seeds]), 
+          "the reference at a lower temperature: no comparisons", side="left")
     path = np.mean([s["lower temperature"] for s in seeds], axis=0)
     points.plot(*path.T, "-.", color=COLOURS[4], linewidth=1.5, label="the reference at temperatures from 1 to 0.1")
     reward.set(title=f"Gold reward, beta = {BETA}", xscale="log", xlabel="comparisons", ylabel="expected gold reward")

@@ -30,8 +30,9 @@ Source. Henderson et al. 2018, arXiv:1709.06560; Huang et al. 2024, arXiv:2403.1
 other details); Ahmadian et al. 2024, arXiv:2402.14740 (leave-one-out).
 
 Figure. One column for each of five ingredients, with the complete run in grey and one colour for each removal; top row:
-J at the end, one point per seed; rows below: proxy reward, KL (symlog axis), entropy, gradient norm (symlog axis) and
-the share of prompts with equal rewards, against the step, as the mean and the range over the seeds.
+J at the end, one point per seed; rows below: proxy reward, estimated KL (symlog axis; with padding counted the
+estimate is negative), entropy, gradient norm (symlog axis) and the share of prompts with equal rewards, against the
+step, as the mean and the range over the seeds.
 """
 
 import sys
@@ -67,8 +68,9 @@ OPTIONS = {"no baseline": {"baseline": "none"}, "no baseline, rewards + 3": {"ba
            "rate / 10": {"learning_rate": RATE / 10}}
 COUNTED = {"padding counted": lambda tokens, mask: np.ones(mask.shape),
            "EOS not counted": lambda tokens, mask: mask * (tokens != EOS)}
-METRICS = {"reward": "proxy reward", "kl_sequence": "KL (nats;\nsymlog axis)", "entropy": "entropy\n(nats per token)",
-           "grad_norm": "gradient norm\n(symlog axis)", "frac_reward_zero_std": "prompts with\nequal rewards"}
+METRICS = {"reward": "proxy reward", "kl_sequence": "estimated KL\n(nats; symlog axis)",
+           "entropy": "entropy\n(nats per token)", "grad_norm": "gradient norm\n(symlog axis)",
+           "frac_reward_zero_std": "prompts with\nequal rewards"}
 # Of the control, DPO: its beta and learning rate.
 DPO_RATE = 3e-4
 DPO = {"complete": (BETA, DPO_RATE), "beta / 10": (BETA / 10, DPO_RATE), "from random weights": (BETA, DPO_RATE),

@@ -9,10 +9,12 @@ from support.job import Job
 from support.terminal import progress
 
 EXAMPLES = 6
+# A baseline without preferences: a lower temperature alone makes an SFT model's answers more like its most likely one.
+LOWER_TEMPERATURE = 0.5
 
 
 class Evaluation:
-    """Measurements on one sampled answer, at temperature 1, to each held-out question.
+    """Measurements on one sampled answer, at temperature 1 (one row: LOWER_TEMPERATURE), to each held-out question.
 
     Wording and content of these questions are held out of every stage, with one exception: the pretraining text
     states the facts about people. All models answer the same questions. Win rates and proxy rewards are relative to
@@ -29,7 +31,7 @@ class Evaluation:
     def results(self, base: Transformer, by_rlhf: dict, by_dpo: dict, main_beta: float, n: int) -> dict:
         """All measurements. by_rlhf, by_dpo: {beta: policy}; the table has the policies of main_beta, and best of n."""
         models = {"base": base, "sft": self.sft, "rlhf": by_rlhf[main_beta], "dpo": by_dpo[main_beta]}
-        sets_of_answers = 5 + n + len(by_rlhf) + len(by_dpo)
+        sets_of_answers = 6 + n + len(by_rlhf) + len(by_dpo)
         with progress("evaluation", sets_of_answers, unit="sampling answers, part") as self.advance:
             opponent = self._answers(self.sft, "opponent")
             self.opponent_gold = self.job.judge(self.questions, opponent)[1]
@@ -37,7 +39,9 @@ class Evaluation:
             frontier = {stage: [{"beta": beta, **self._row(stage, model)} for beta, model in policies.items()]
                         for stage, policies in (("rlhf", by_rlhf), ("dpo", by_dpo))}
             of_main_beta = [row for rows in frontier.values() for row in rows if row["beta"] == main_beta]
-            rows = [self._row("base", base), self._row("sft", self.sft), self._best_of_n(n), *of_main_beta]
+            rows = [self._row("base", base), self._row("sft", self.sft),
+                    self._row("sft_lower_temperature", self.sft, temperature=LOWER_TEMPERATURE),
+                    self._best_of_n(n), *of_main_beta]
             completion, completion_se = self._completion_accuracy(base)
             ranked, ranked_se = self._reward_model_accuracy()
         return {"rows": rows, "frontier": frontier, "examples": self._examples(models),
@@ -46,23 +50,24 @@ class Evaluation:
                 "held_out_questions": len(self.questions),
                 "distinct_questions": len({q.text for q in self.questions})}
 
-    def _answers(self, model, draw="evaluation"):
-        answers = self.job.sample(model, self.prompts, self.job.rng(draw))
+    def _answers(self, model, draw="evaluation", temperature=1.0):
+        answers = self.job.sample(model, self.prompts, self.job.rng(draw), temperature)
         self.advance()
         return answers
 
     def _proxy_rewards(self, responses):
         return evaluate.predicted_rewards(self.reward_model, self.prompts, responses)
 
-    def _row(self, stage, model, responses=None):
+    def _row(self, stage, model, responses=None, temperature=1.0):
         """One row of the table, with standard errors. model None: given responses, without a policy and its KL."""
-        responses = self._answers(model) if responses is None else responses
+        responses = self._answers(model, temperature=temperature) if responses is None else responses
         right, gold = self.job.judge(self.questions, responses)
         columns = {"task_accuracy": right, "gold_reward": gold,
                    "proxy_reward": self._proxy_rewards(responses) - self.opponent_proxy,
                    "win_rate": evaluate.wins(gold, self.opponent_gold)}
         if model is not None:
-            columns["kl_sequence"] = evaluate.sequence_kl(model, self.sft, self.prompts, responses)
+            columns["kl_sequence"] = evaluate.sequence_kl(model, self.sft, self.prompts, responses,
+                                                           temperature=temperature)
         row = {"stage": stage}
         for name, values in columns.items():
             row[name], row[f"{name}_se"] = evaluate.mean_and_error(values)

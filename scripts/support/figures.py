@@ -21,9 +21,12 @@ from support.tables import NAMES, across_seeds, summary  # noqa: E402
 SMOOTHING = 8             # steps averaged over in the figure of drift
 MARKED = 20               # curves of at most so many steps get a mark at each step
 LABEL_SIZE = np.array([44, 15])     # pixels of "β=0.3", with a margin
-COLOURS = {"rlhf": "#0b5fa5", "dpo": "#c4570c", "best_of_n": "#2c7a3f", "sft": "black", "proxy": "#8a8a8a"}
+COLOURS = {"rlhf": "#0b5fa5", "dpo": "#c4570c", "best_of_n": "#2c7a3f", "sft": "black", "proxy": "#8a8a8a",
+           "sft_lower_temperature": "#8a8a8a"}
+LABELS = {"sft": "SFT model", "sft_lower_temperature": "SFT model, T 1/2",
+          "best_of_n": "best of {} (bound)"}
 # Legends stand under the axes, because the curves differ from seed to seed.
-BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 4, "fontsize": 8, "columnspacing": 1.2}
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 5, "fontsize": 8, "columnspacing": 1.2}
 KL_LABEL = "KL to the SFT model (nats per response"
 
 
@@ -117,10 +120,10 @@ def _frontier(axis, results):
                           color=COLOURS[method], marker="o", markersize=4, linewidth=1.2, capsize=2, linestyle=style,
                           label=label)
     for row in results["rows"]:
-        if row["stage"] in ("sft", "best_of_n"):
+        if row["stage"] in LABELS:
             axis.errorbar(row["kl_sequence"], row["gold_reward"], yerr=2 * row["gold_reward_se"],
                           color=COLOURS[row["stage"]], marker="s", markersize=5, capsize=2, linestyle="none",
-                          clip_on=False, label=f"best of {row['n']} (KL: upper bound)" if "n" in row else NAMES["sft"])
+                          clip_on=False, label=LABELS[row["stage"]].format(row.get("n")))
     axis.set(title="Held-out questions: gold reward and distance", ylabel="gold reward (± 2 standard errors)",
              xlabel=f"{KL_LABEL}; square-root axis)")
     # Square root, as in Gao et al. 2022, arXiv:2210.10760, because the interesting part is near 0.
@@ -193,9 +196,9 @@ def _drift(axis, results):
     peak = point["step"] - steps[0]["step"]
     on_the_right = kl[peak] > (kl.min() + kl.max()) / 2
     axis.axvline(kl[peak], color=COLOURS["rlhf"], linestyle=":", linewidth=1)
-    axis.annotate("gold reward turns down here" if point["turned_down"] else "gold reward is highest here",
-                  (kl[peak], 0.03), xycoords=("data", "axes fraction"), xytext=(-5 if on_the_right else 5, 0),
-                  textcoords="offset points", ha="right" if on_the_right else "left", fontsize=8, color=COLOURS["rlhf"])
+    axis.annotate("gold reward is highest here", (kl[peak], 0.03), xycoords=("data", "axes fraction"),
+                  xytext=(-5 if on_the_right else 5, 0), textcoords="offset points",
+                  ha="right" if on_the_right else "left", fontsize=8, color=COLOURS["rlhf"])
     axis.set(title=f"RLHF with β = {beta:g}: samples during training, smoothed", ylabel="change since the first steps",
              xlabel=f"{KL_LABEL})")
 

@@ -5,7 +5,8 @@ import numpy as np
 from minilm.world import tasks
 from support.terminal import labelled, one_line, paragraph, trial_note
 
-NAMES = {"base": "base", "sft": "SFT model", "best_of_n": "best of n", "rlhf": "RLHF", "dpo": "DPO"}
+NAMES = {"base": "base", "sft": "SFT model", "sft_lower_temperature": "SFT, T 1/2", "best_of_n": "best of n",
+         "rlhf": "RLHF", "dpo": "DPO"}
 COLUMNS = {"task_accuracy": "task accuracy", "gold_reward": "gold reward", "proxy_reward": "proxy reward",
            "win_rate": "win rate", "kl_sequence": "KL (nats)"}
 COMPARED = (("sft", "base", "task_accuracy"), ("sft", "base", "gold_reward"), ("rlhf", "sft", "gold_reward"),
@@ -20,6 +21,7 @@ def summary(results: dict) -> str:
     lines += ["", paragraph(f"One sampled answer (temperature 1) to each of {results['held_out_questions']} questions "
                             f"({results['distinct_questions']} different ones) that no stage was trained on. "
                             "± is a standard error. Proxy reward, win rate and KL are relative to the SFT model. "
+                            "SFT, T 1/2: the SFT model at temperature 1/2, without any preferences. "
                             f"Best of n: of {_best_of(results)} answers of the SFT model, the one with the highest "
                             "proxy reward."),
               paragraph(f"The reward model ranks {results['reward_model_accuracy']:.2f} ± "

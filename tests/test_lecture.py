@@ -441,7 +441,7 @@ def test_every_experiment_runs_again_under_the_roundings_asked_for_and_the_outco
     text = (run.folder / "rounding.md").read_text()
     assert text in out
     assert "float64: 1 of 2 outcomes are the same (not two (undecided instead of shown)). " in text
-    assert "workers: 2 of 2 outcomes are the same. In 2 experiments every number is the same." in text
+    assert "workers: 2 of 2 outcomes are the same. In 2 of 2 experiments every number is the same." in text
     assert "| one | shown | shown | shown | shown | the same |" in text
     assert "| two | shown | undecided | undecided | shown | **differs** |" in text and "three" not in text
     assert run("--out", run.folder, "--rows", "one", "--resume", "--rounding", "float64") == 0
@@ -457,13 +457,13 @@ def test_an_experiment_that_ran_under_one_rounding_alone_is_compared_with_nothin
     other = {"one": {"outcome": "shown", "by_seed": [0.25]}}
     text = markdown.roundings(("one", "two", "three"), {"as run": results, "float64": other})
     assert "| one | shown | shown | the same |" in text and "| two | undecided | not run |  |" in text
-    assert text.endswith("\n\nfloat64: 1 of 1 outcomes are the same. In 0 experiments every number is the same.\n")
+    assert text.endswith("\n\nfloat64: 1 of 1 outcomes are the same. In 0 of 1 experiments every number is the same.\n")
 
 
 def test_trials_have_no_outcomes_to_compare_but_their_numbers_are_compared():
     trials = {"one": {"outcome": experiment.TRIAL, "by_seed": [0.5]}}
     text = markdown.roundings(("one",), {"as run": trials, "float64": trials})
-    assert "float64: trials have no outcomes to compare. In 1 experiments every number is the same." in text
+    assert "float64: trials have no outcomes to compare. In 1 of 1 experiments every number is the same." in text
     assert "outcomes are the same" not in text
 
 
@@ -471,7 +471,7 @@ def test_the_readme_says_which_outcomes_hold_under_other_roundings(run):
     assert run("--out", run.folder, "--rounding", "float64") == 0
     assert run("--readme", run.folder) == 0
     text = (run.scripts / "README.md").read_text()
-    assert text.endswith("- float64: 3 of 3 outcomes are the same. In 3 experiments every number is the same.\n")
+    assert text.endswith("- float64: 3 of 3 outcomes are the same. In 3 of 3 experiments every number is the same.\n")
 
 
 def test_the_time_is_estimated_from_a_measurement_by_experiment(run, capsys):

@@ -18,12 +18,14 @@ seconds.
 Rule. At a KL of 1 nat, the gold rewards of RLHF and DPO differ by less than 0.1, and training one policy takes fewer
 tokens with DPO than with RLHF. Effects of a seed: the difference, margins -0.1 and 0.1; the ratio of tokens, margin 1.
 
-Limits. Both methods select their best points among the same number of beta by the gold reward, which nobody knows in
-practice. One model size, one number of pairs and one optimiser were used. The questions and replies are few, so RL
-samples all of them. With unlimited pairs and exact gradients both methods reach pi* (tests/test_exact_optimum.py). The
-difference measured here arises within a few hundred steps; dpo.py shows that DPO moves probability to replies that
-occur in no pair. The cost follows from the numbers of steps, which were chosen. A gold reward above that of pi* of the
-reward model is not a better optimum: RL stopped before it exploited the reward model.
+Limits. 12 seeds are few: with another matrix kernel of OpenBLAS one of the 12 reward models was much worse, and the
+outcome undecided. Both methods select their best points among the same number of beta by the gold reward, which nobody
+knows in practice. One model size, one number of pairs and one optimiser were used. The questions and replies are few,
+so RL samples all of them. With unlimited pairs and exact gradients both methods reach pi*
+(tests/test_exact_optimum.py). The difference measured here arises within a few hundred steps; dpo.py shows that DPO
+moves probability to replies that occur in no pair. The cost follows from the numbers of steps, which were chosen. A
+gold reward above that of pi* of the reward model is not a better optimum: RL stopped before it exploited the reward
+model.
 
 Source. Rafailov et al. 2023, arXiv:2305.18290 (DPO; their frontier is figure 2); Xu et al. 2024, arXiv:2404.10719
 (the same question for large models: PPO is ahead); the concave hull: scripts/lecture/common/frontier.py.

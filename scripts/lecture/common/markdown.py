@@ -157,7 +157,7 @@ def agreement(by_rounding: dict) -> str:
         outcomes = f"{len(decided) - len(differ)} of {len(decided)} outcomes are the same{which}"
         equal = sum(first[name]["by_seed"] == done[name]["by_seed"] for name in both)
         sentences.append(f"{rounding}: {outcomes if decided else 'trials have no outcomes to compare'}. "
-                         f"In {equal} experiments every number is the same.\n")
+                         f"In {equal} of {len(both)} experiments every number is the same.\n")
     return "".join(sentences)
 
 

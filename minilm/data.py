@@ -115,9 +115,11 @@ def _error_in(function, i, example, vocab_size, context, new_tokens):
                 if 0 <= min(tokens) and max(tokens) < vocab_size:
                     continue
             where = f"dialogue {i}, {name}[{i}]"
-            if checks.token_ids(function, where, tokens, vocab_size).ndim != 1 or len(tokens) == 0:
-                raise ValueError(f"{function}: {where}, is {checks.shown(tokens)}; it must be a list of at least one "
-                                 "token id")
+            axes = checks.token_ids(function, where, tokens, vocab_size).ndim
+            if axes != 1 or len(tokens) == 0:
+                kind = ValueError if axes == 1 else TypeError
+                raise kind(f"{function}: {where}, is {checks.shown(tokens)}; it must be a list of at least one token "
+                           "id")
         prompt, *lengths = map(len, example.values())
         longest = max(lengths, default=new_tokens)
         if context is not None and prompt + longest > context:

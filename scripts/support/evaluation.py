@@ -6,11 +6,10 @@ from minilm import data, evaluate
 from minilm.model import RewardModel, Transformer
 from minilm.world import tasks
 from support.job import Job
+from support.tables import LOWER_TEMPERATURE
 from support.terminal import progress
 
 EXAMPLES = 6
-# A baseline without preferences: a lower temperature alone makes an SFT model's answers more like its most likely one.
-LOWER_TEMPERATURE = 0.5
 
 
 class Evaluation:

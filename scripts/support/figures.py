@@ -16,14 +16,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for s
 from support.command_line import Parser, relying_on  # noqa: E402
 from support.results import ADVICE, read_results  # noqa: E402
 from support.run_folder import main_guard, require  # noqa: E402
-from support.tables import NAMES, across_seeds, summary  # noqa: E402
+from support.tables import NAMES, TEMPERATURE, across_seeds, summary  # noqa: E402
 
 SMOOTHING = 8             # steps averaged over in the figure of drift
 MARKED = 20               # curves of at most so many steps get a mark at each step
 LABEL_SIZE = np.array([44, 15])     # pixels of "β=0.3", with a margin
 COLOURS = {"rlhf": "#0b5fa5", "dpo": "#c4570c", "best_of_n": "#2c7a3f", "sft": "black", "proxy": "#8a8a8a",
            "sft_lower_temperature": "#8a8a8a"}
-LABELS = {"sft": "SFT model", "sft_lower_temperature": "SFT model, T 1/2",
+LABELS = {"sft": "SFT model", "sft_lower_temperature": f"SFT model, {TEMPERATURE}",
           "best_of_n": "best of {} (bound)"}
 # Legends stand under the axes, because the curves differ from seed to seed.
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 5, "fontsize": 8, "columnspacing": 1.2}

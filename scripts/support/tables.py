@@ -1,16 +1,22 @@
 """The tables of assistant.py as text: of one run for a terminal, of several seeds in Markdown."""
 
+from fractions import Fraction
+
 import numpy as np
 
 from minilm.world import tasks
 from support.terminal import labelled, one_line, paragraph, trial_note
 
-NAMES = {"base": "base", "sft": "SFT model", "sft_lower_temperature": "SFT, T 1/2", "best_of_n": "best of n",
+# The control without preferences: the SFT model at this temperature, which alone raises its gold reward.
+LOWER_TEMPERATURE = 0.5
+TEMPERATURE = f"T {Fraction(LOWER_TEMPERATURE)}"
+NAMES = {"base": "base", "sft": "SFT model", "sft_lower_temperature": f"SFT, {TEMPERATURE}", "best_of_n": "best of n",
          "rlhf": "RLHF", "dpo": "DPO"}
 COLUMNS = {"task_accuracy": "task accuracy", "gold_reward": "gold reward", "proxy_reward": "proxy reward",
            "win_rate": "win rate", "kl_sequence": "KL (nats)"}
-COMPARED = (("sft", "base", "task_accuracy"), ("sft", "base", "gold_reward"), ("rlhf", "sft", "gold_reward"),
-            ("rlhf", "sft", "win_rate"), ("dpo", "sft", "gold_reward"), ("dpo", "sft", "win_rate"))
+COMPARED = (("sft", "base", ("task_accuracy", "gold_reward")),
+            *((stage, "sft", ("gold_reward", "win_rate", "task_accuracy"))
+              for stage in ("sft_lower_temperature", "best_of_n", "rlhf", "dpo")))
 
 
 def summary(results: dict) -> str:
@@ -21,9 +27,9 @@ def summary(results: dict) -> str:
     lines += ["", paragraph(f"One sampled answer (temperature 1) to each of {results['held_out_questions']} questions "
                             f"({results['distinct_questions']} different ones) that no stage was trained on. "
                             "± is a standard error. Proxy reward, win rate and KL are relative to the SFT model. "
-                            "SFT, T 1/2: the SFT model at temperature 1/2, without any preferences. "
-                            f"Best of n: of {_best_of(results)} answers of the SFT model, the one with the highest "
-                            "proxy reward."),
+                            f"{NAMES['sft_lower_temperature']}: the SFT model at temperature {LOWER_TEMPERATURE}, "
+                            "without any preferences. Best of n: "
+                            f"of {_best_of(results)} answers of the SFT model, the one with the highest proxy reward."),
               paragraph(f"The reward model ranks {results['reward_model_accuracy']:.2f} ± "
                         f"{results['reward_model_accuracy_se']:.2f} of pairs of answers as the gold reward does."),
               paragraph("The base model, given the same questions as statements to complete (\"The last word of cat "
@@ -72,8 +78,8 @@ def across_seeds(runs: list[dict]) -> str:
     lines += ["", f"Seeds {seeds}: mean [least, greatest]. Base model, given statements to complete: accuracy "
               f"{np.mean(completed):.2f} [{min(completed):.2f}, {max(completed):.2f}]. {runs[0]['parameters']:,} "
               f"parameters, {runs[0]['workers']} workers, {min(seconds):.0f} to {max(seconds):.0f} s a run.", ""]
-    lines += [_comparison(runs, stage, other, column) for stage, other, column in COMPARED]
-    return "\n".join([*lines, _turning_points(runs)])
+    lines += [_comparison(runs, stage, other, column) for stage, other, columns in COMPARED for column in columns]
+    return "\n".join([*lines, *_frontier(runs), _turning_points(runs)])
 
 
 def _row_of(run, stage):
@@ -81,14 +87,25 @@ def _row_of(run, stage):
 
 
 def _comparison(runs, stage, other, column):
-    gaps = []
+    differences, in_errors = [], []
     for run in runs:
         row = _row_of(run, stage)
         other_row = _row_of(run, other)
         error = np.hypot(row[column + "_se"], other_row[column + "_se"])
-        gaps.append((row[column] - other_row[column]) / max(error, 1e-9))
-    return (f"- {NAMES[stage]} minus {NAMES[other]}, {COLUMNS[column]}, in standard errors, by seed: "
-            + ", ".join(f"{gap:.1f}" for gap in gaps) + ".")
+        differences.append(row[column] - other_row[column])
+        in_errors.append(differences[-1] / max(error, 1e-9))
+    return (f"- {NAMES[stage]} minus {NAMES[other]}, {COLUMNS[column]}: {np.mean(differences):+.2f}; by seed "
+            + ", ".join(f"{difference:+.2f}" for difference in differences)
+            + "; in standard errors " + ", ".join(f"{number:.1f}" for number in in_errors) + ".")
+
+
+def _frontier(runs):
+    """A line for each policy that was trained: the means over the seeds."""
+    for method, rows in runs[0]["frontier"].items():
+        for beta in (row["beta"] for row in rows):
+            same = [row for run in runs for row in run["frontier"][method] if row["beta"] == beta]
+            gold, kl = (np.mean([row[column] for row in same]) for column in ("gold_reward", "kl_sequence"))
+            yield f"- {NAMES[method]}, β = {beta:g}: gold reward {gold:.2f} at a KL of {kl:.2f} nats."
 
 
 def _turning_points(runs):

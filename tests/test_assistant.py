@@ -295,7 +295,7 @@ def test_the_tables_of_finished_runs_are_printed_again(whole, tmp_path):
     assert table in whole[1].stdout
     several = run(figures, folder, whole[0])
     assert several.returncode == 0 and several.stdout.startswith("| | task accuracy | gold reward | proxy reward |")
-    assert "| SFT model | " in several.stdout and "- RLHF minus SFT model, win rate, " in several.stdout
+    assert "| SFT model | " in several.stdout and "- RLHF minus SFT model, win rate: " in several.stdout
     results = json.loads((folder / "results.json").read_text())
     del results["trial"]
     (folder / "results.json").write_text(json.dumps(results))

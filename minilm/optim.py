@@ -118,6 +118,7 @@ class AdamW:
             squares = sum(s.item() for s in [self._update_on_gpu(block, lr, t) for block, t in parts])
         else:
             squares = sum([self._update(block, lr, t) for block, t in parts], 0.0)
+        self.group.share(self.data)
         mark_changed(self._trained_parameters, "AdamW.step")
         return math.sqrt(sum(self.group.all_gather(squares)))
 
@@ -162,8 +163,13 @@ class AdamW:
         return float(p @ p)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Arrays to save: moments m and v, and the number of updates of each parameter, `steps`. See load_state."""
+        """Arrays to save: moments m and v, and the number of updates of each parameter, `steps`. See load_state.
+
+        Every rank of the group calls it: each has the moments of its own stretch alone.
+        """
         self.flat.check_owned()
+        self.group.share(self.m)
+        self.group.share(self.v)
         return {"m": self.m, "v": self.v, "steps": self.updates}
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:

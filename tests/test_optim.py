@@ -231,9 +231,7 @@ def test_several_workers_update_every_element_as_one_does(block, rng, monkeypatc
                 group.all_gather(None)
                 for p in optimizer.parameters.values():
                     p.grad = p.grad_buffer
-                optimizer.flat.collect()
-                group.all_gather(None)
-                optimizer.flat.add_gradients(list(gradients))
+                optimizer.flat.add_gradients(group.all_gather(optimizer.flat.collect()), list(gradients))
                 group.all_gather(None)
                 assert_close(optimizer.grad, gradients.sum(axis=0), 1e-14)
                 group.all_gather(None)
@@ -412,9 +410,7 @@ def test_with_several_workers_frozen_parameters_stay_and_a_gradient_of_any_worke
         start["cube"].requires_grad = group.rank > 0
         for name in ("matrix", "cube", *(["bias"] if group.rank == 2 else [])):
             start[name].grad = gradient[name].copy()
-        shared.flat.collect()
-        group.all_gather(None)
-        shared.flat.add_gradients(others)
+        shared.flat.add_gradients(group.all_gather(shared.flat.collect()), others)
         found = [shared.clip(0.5), shared.step(0.1)]
         assert_close(np.array(found), np.array(norms), 1e-14)
         if group.rank:

@@ -52,7 +52,7 @@ def test_the_parts_are_computed_by_separate_processes_at_the_same_time():
     group = ProcessGroup(2)
     arrived = group.zeros(2, np.int64)
     with group:
-        processes = group.map(work, [0, 1])
+        processes = group.each(work, [0, 1])[0]
     assert processes == arrived.tolist() and processes[0] == os.getpid() != processes[1]
 
 
@@ -101,7 +101,7 @@ def test_messages_larger_than_a_pipe_arrive():
 def test_broadcast_calls_its_function_once_and_every_rank_gets_the_result():
     calls = []
     with ProcessGroup(2) as group:
-        answers = [group.broadcast(lambda: (calls.append(1), len(calls))[1]) for _ in range(3)]
+        answers = [group.once(lambda: (calls.append(1), len(calls))[1]) for _ in range(3)]
         assert group.all_gather(answers) == [[1, 2, 3]] * 2
         assert group.all_gather(len(calls)) == [3, 0]
 
@@ -148,7 +148,7 @@ def test_a_group_of_one_has_ordinary_memory_and_forks_no_process(monkeypatch):
     monkeypatch.setattr(os, "fork", None)
     with ProcessGroup(1) as group:
         assert group.zeros(3, np.float32).base is None
-        assert group.map(lambda part: part + 1, [1, 2]) == [2, 3]
+        assert group.each(lambda part: part + 1, [1, 2]) == ([2, 3], [None])
 
 
 # Failures.

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from minilm.backend import array_module, is_cupy
-from minilm.fast.workers import ProcessGroup
+from minilm.fast.workers import BLOCK, ProcessGroup
 from minilm.tensor import Tensor
-
-BLOCK = 1 << 15
-
 
 class FlatParameters:
     """data and grad (N,) of parameters by name, matrices first; n_decay: how many of the N belong to matrices.
@@ -57,10 +55,7 @@ class FlatParameters:
             view[...] = p.data
             p.data = view
             self._owned.append((name, p, view))
-        # Of each rank: which parameters have a gradient. Of rank 0: which require one.
-        self._has_gradient = group.zeros(group.size * len(names), np.int64).reshape(group.size, -1)
-        self._requires_grad = group.zeros(len(names), np.int64)
-        self._collected: list[tuple[bool, bool]] | None = None
+        self._found: Sequence[np.ndarray] = ()              # the last result of collect(), of each rank
         self._trained: np.ndarray | None = None
         self._new_gradient()
 
@@ -99,9 +94,9 @@ class FlatParameters:
     def blocks(self, run: slice | None = None) -> list[slice]:
         """The slices of a run (None: everything) that this worker updates; on a GPU, one slice."""
         run = run or slice(0, self.size)
-        first, last = (self.size * rank // self.group.active_size for rank in (self.group.rank, self.group.rank + 1))
-        start = max(first, run.start)
-        stop = min(last, run.stop)
+        stretch = self.group.stretch(self.size)
+        start = max(stretch.start, run.start)
+        stop = min(stretch.stop, run.stop)
         block = self.size if is_cupy(self.data) else BLOCK
         return [slice(i, min(i + block, stop)) for i in range(start, stop, block)]
 
@@ -119,44 +114,40 @@ class FlatParameters:
         if self.group.size == 1 and self._count_references() != self._references:
             self._new_gradient()
 
-    def add_gradients(self, others: list[np.ndarray]) -> None:
-        """Add gradients that other workers computed: flat arrays in the layout of views()."""
-        for b in self.blocks():
-            for other in others:
-                self.grad[b] += other[b]
+    def collect(self) -> np.ndarray:
+        """Every gradient in its place in the flat gradient, zeros where a parameter got none.
 
-    def collect(self) -> None:
-        """Every gradient in its place in the flat gradient, zeros where a parameter got none; and note which got one.
-
-        Several workers call it when each has its gradients, and meet (ProcessGroup.all_gather) before they go on.
+        Returns for each parameter (has a gradient) + 2 (requires one), integers in the order of the flat arrays.
         """
         found = []
         for name, p, view in self._owned:
             self._check_owned(name, p, view)
-            found.append((p.grad is not None, p.requires_grad))
+            found.append((p.grad is not None) + 2 * p.requires_grad)
             if p.grad is None:
                 p.grad_buffer[...] = 0
             elif p.grad is not p.grad_buffer:
                 p.grad_buffer[...] = p.grad
                 p.grad = p.grad_buffer
-        if found != self._collected:
-            self._collected, self._trained = found, None
-            self._has_gradient[self.group.rank], requires_grad = zip(*found)
-            if self.group.rank == 0:
-                self._requires_grad[:] = requires_grad
+        return np.array(found, np.int8)
+
+    def add_gradients(self, found: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> None:
+        """After each rank has collected its gradients: this rank's stretch of grad becomes their sum.
+
+        found: the results of collect() by rank; others: the flat gradients of the other ranks in the same memory.
+        """
+        self._found = found
+        self.group.add_up(self.grad, others)
 
     def trained(self) -> np.ndarray:
         """0 or 1 for each parameter: the parameters that a step updates, in the order of the flat arrays.
 
-        They have a gradient, in any worker, and require one. One worker collects the gradients here; several have done
-        it before they were added. It is the array of the last call if nothing was frozen or thawed since.
+        They have a gradient, in any rank, and require one, in rank 0. One rank alone collects the gradients here. It is
+        the array of the last call if nothing was frozen or thawed since.
         """
-        if self.group.active_size == 1:
-            self.collect()
-        if self._trained is None or self.group.active_size > 1:
-            trained = self._has_gradient[:self.group.active_size].max(axis=0) * self._requires_grad
-            if self._trained is None or (trained != self._trained).any():
-                self._trained = trained
+        found = [self.collect()] if self.group.active_size == 1 else self._found
+        trained = np.bitwise_or.reduce(found) & found[0] >> 1
+        if self._trained is None or (trained != self._trained).any():
+            self._trained = trained
         return self._trained
 
     def selected(self, trained: np.ndarray) -> dict[str, Tensor]:

@@ -24,6 +24,9 @@ from multiprocessing import Pipe
 import numpy as np
 
 
+BLOCK = 1 << 15         # numbers that stay in the cache of one core
+
+
 class WorkerFailed(RuntimeError):
     """A worker process ended, or raised an error that rank 0 did not."""
 
@@ -38,6 +41,8 @@ class ProcessGroup:
     rank 0 is alone and computes everything itself.
     Raises ValueError for a size below 1, and for one above 1 where processes cannot be forked.
     """
+
+    everyone = False            # only rank 0 comes back to the caller between two steps of a stage
 
     def __init__(self, size):
         if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
@@ -99,7 +104,7 @@ class ProcessGroup:
             try:
                 if error is not None and kind is not _Over:
                     text = "".join(traceback.format_exception(kind, error, trace))
-                    self._lines[0].send_bytes(_encode(("failed", text)))
+                    self._lines[0].send_bytes(encode(("failed", text)))
             finally:
                 os._exit(0)     # whatever fails, a worker process ends here
         for line in self._lines:
@@ -119,32 +124,33 @@ class ProcessGroup:
             return [value]
         try:
             if self.rank:
-                self._lines[0].send_bytes(_encode(("gave", value)))
-                return _decode(self._lines[0].recv_bytes())
+                self._lines[0].send_bytes(encode(("gave", value)))
+                return decode(self._lines[0].recv_bytes())
             values = [value]
             for line in self._lines:
-                what, given = _decode(line.recv_bytes())
+                what, given = decode(line.recv_bytes())
                 if what == "failed":
                     raise WorkerFailed(f"worker {len(values)} raised an error that worker 0 did not:\n{given}")
                 values.append(given)
-            everything = _encode(values)
+            everything = encode(values)
             for line in self._lines:
                 line.send_bytes(everything)
-            return _decode(everything)
+            return decode(everything)
         except (EOFError, ConnectionError):
             if self.rank:
                 raise _Over from None
             raise WorkerFailed("a worker process has ended: was it killed, or out of memory? "
                                "Fewer workers need less memory.") from None
 
-    def broadcast(self, work):
+    def once(self, work):
         """The result of work(), called by rank 0 alone: for functions with a state or random numbers of their own."""
         return self.all_gather(work() if self.rank == 0 else None)[0]
 
-    def map(self, work, parts, then=lambda: None):
-        """[work(part) for part in parts] for every rank; part i is computed by rank i mod size.
+    def each(self, work, parts, then=lambda: None):
+        """([work(part) for part in parts], [then() of rank 0, 1, ..]) for every rank.
 
-        then() is called by every rank after the last of its parts. An error in any part is raised by rank 0.
+        Part i is computed by rank i mod size. then() is called by every rank after the last of its parts. An error in
+        any part is raised by rank 0.
         """
         results, failed = [], None
         for i in range(self.rank, len(parts), self.active_size):
@@ -155,15 +161,32 @@ class ProcessGroup:
                     raise
                 failed = i
                 break
-        then()
-        given = self.all_gather((results, failed))
-        for _, failed in given:
+        given = self.all_gather((results, failed, then()))
+        for _, failed, _ in given:
             if failed is not None:
                 if self.rank == 0:
                     work(parts[failed])         # again: so the error is raised here, with its traceback
                     raise WorkerFailed(f"part {failed} failed in another worker, but not when worker 0 repeated it")
                 raise _Over
-        return [given[i % self.active_size][0][i // self.active_size] for i in range(len(parts))]
+        return ([given[i % self.active_size][0][i // self.active_size] for i in range(len(parts))],
+                [then for _, _, then in given])
+
+    # Flat arrays: an optimiser's step, shared by the ranks (ZeRO stage 1). Here they are in one memory.
+
+    def stretch(self, count):
+        """The part of flat arrays (count,) that this rank updates, a slice."""
+        return slice(count * self.rank // self.active_size, count * (self.rank + 1) // self.active_size)
+
+    def add_up(self, flat, others):
+        """This rank's stretch of flat becomes the sum over the ranks: of flat, and of others in this order."""
+        stretch = self.stretch(flat.size)
+        for i in range(stretch.start, stretch.stop, BLOCK):
+            block = slice(i, min(i + BLOCK, stretch.stop))
+            for other in others:
+                flat[block] += other[block]
+
+    def share(self, flat):
+        """After every rank has written its stretch of flat: give it to the others. They have it already."""
 
 
 class _Over(BaseException):
@@ -176,7 +199,7 @@ def parallel_map(work: Callable, parts: Sequence, workers: int) -> list:
     Results are of the kinds that ProcessGroup.all_gather takes. Raises ValueError as ProcessGroup does.
     """
     with ProcessGroup(max(1, min(workers, len(parts))) if workers > 0 else workers) as group:
-        return group.map(work, parts)
+        return group.each(work, parts)[0]
 
 
 def can_fork() -> bool:
@@ -198,13 +221,15 @@ def available_cores() -> int:
 
 # A message: the length of the JSON, the JSON, and the bytes of the arrays, whose dtypes and shapes the JSON holds.
 
-def _encode(value):
+def encode(value) -> bytes:
+    """A value of the kinds that all_gather takes, as a message."""
     arrays = []
     header = json.dumps(_plain(value, arrays)).encode()
     return b"".join([len(header).to_bytes(8, "little"), header, *(a.tobytes() for a in arrays)])
 
 
-def _decode(message):
+def decode(message: bytes):
+    """The value of a message."""
     end = 8 + int.from_bytes(message[:8], "little")
     return _rebuilt(json.loads(message[8:end]), io.BytesIO(message[end:]))
 

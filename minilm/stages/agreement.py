@@ -41,7 +41,8 @@ class Agreement:
         self.stage = stage
         self.state = state
         self.sized = {name: a for name, a in arguments.items() if isinstance(a, Sized) and not isinstance(a, str)}
-        self.models = {name: a for name, a in arguments.items() if model_parameters(a) and a is not state.model}
+        self.models = {"the model": state.model,
+                       **{name: a for name, a in arguments.items() if model_parameters(a) and a is not state.model}}
 
     def facts(self) -> dict[str, Any]:
         """All that must be equal in every rank, by name; see the top of this file."""

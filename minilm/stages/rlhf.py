@@ -63,8 +63,11 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
         responses = samples.responses()
         mask = samples.mask > 0
         kl = (samples.log_probs * mask).sum(axis=1) - log_pi_ref                        # k1 of each response (P K,)
-        rewards = state.group.broadcast(lambda: inputs.checked_rewards("train_rlhf", reward(
-            *([list(map(int, tokens)) for tokens in side] for side in (batch, responses))), P * K))
+        def score():
+            copies = ([list(map(int, tokens)) for tokens in side] for side in (batch, responses))
+            return inputs.checked_rewards("train_rlhf", reward(*copies), P * K)
+
+        rewards = score() if state.group.everyone else state.group.once(score)
         rewards, kl = rewards.reshape(P, K), kl.reshape(P, K)
         A = advantages(rewards, kl, beta, baseline).reshape(-1)
 
@@ -100,7 +103,7 @@ def sample_responses(state: TrainState, reference: Transformer, prompts: Sequenc
         with no_grad():
             return samples.arrays(), reference.response_log_probs(part, temperature).data.sum(axis=1)
 
-    pieces, log_pi_ref = zip(*state.group.map(sample, row_shards))
+    pieces, log_pi_ref = zip(*state.group.each(sample, row_shards)[0])
     order = np.argsort(np.concatenate(row_shards))
     return Samples.concatenate(pieces, order), concatenate(log_pi_ref)[order]
 

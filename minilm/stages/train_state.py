@@ -8,6 +8,7 @@ Tests: tests/test_stages.py.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -19,6 +20,7 @@ from minilm import checks
 from minilm.backend import array_module, to_numpy
 from minilm.diverged import Diverged, first_bad_parameter, first_nonfinite
 from minilm.fast.malloc import return_freed_memory
+from minilm.fast.mpi import MpiRanks
 from minilm.fast.workers import ProcessGroup, available_cores, can_fork
 from minilm.in_place import mark_changed
 from minilm.optim import AdamW
@@ -40,25 +42,27 @@ class TrainState:
     learning_rate, which each stage has of its own, ValueError for workers below 1.
     """
 
-    def __init__(self, model, rng: np.random.Generator, workers: int = 1, **settings):
+    def __init__(self, model, rng: np.random.Generator, workers: int = 1, group: ProcessGroup | MpiRanks | None = None,
+                 **settings):
         if isinstance(model, type) or not hasattr(model, "parameters") or not isinstance(model.parameters(), dict):
             raise TypeError(f"TrainState: model is {checks.shown(model)}; it must be a Transformer or a RewardModel")
         if "learning_rate" in settings:
             raise TypeError("TrainState: learning_rate has no effect here; give it to the stage, each has its own")
         self.model = model
         self.rng = checks.generator("TrainState", rng)
-        self.workers = checks.integer("TrainState", "workers", workers, at_least=1)
+        checks.integer("TrainState", "workers", workers, at_least=1)
+        self.group = group or ProcessGroup(workers)
+        self.workers = self.group.size
         self.step = 0
         self.drawn = 0                  # the digest of the step's batch, to compare between workers
-        self.group = ProcessGroup(workers)
         self.optimizer = AdamW(model.parameters(), group=self.group, **settings)
         return_freed_memory()           # the parameters were copied into the optimiser's flat array
         # Rank 0 writes to the optimiser's own gradient, every other rank to one of these.
-        self._gradients = [self.optimizer.flat.zeros() for _ in range(workers - 1)]
+        self._gradients = [self.optimizer.flat.zeros() for _ in range(0 if self.group.everyone else self.workers - 1)]
 
     def use_own_gradient(self) -> None:
         """In a worker process just forked: let backward write to this rank's gradient."""
-        if self.group.rank:
+        if self.group.rank and not self.group.everyone:
             parameters = self.model.parameters()
             for name, view in self.optimizer.flat.views(self._gradients[self.group.rank - 1]).items():
                 parameters[name].grad_buffer = view
@@ -72,9 +76,9 @@ class TrainState:
             raise RuntimeError("TrainState: the optimiser has another "
                                f"{f'parameter {wrong[0]!r}' if wrong else 'group'} than this state; make another state")
 
-    def all_reduce_gradients(self) -> None:
-        """Add the gradients of the other ranks to the optimiser's gradient."""
-        self.optimizer.flat.add_gradients(self._gradients[:self.group.active_size - 1])
+    def add_gradients(self, found: Sequence[np.ndarray]) -> None:
+        """Add up the gradients of all ranks; found: the results of FlatParameters.collect by rank."""
+        self.optimizer.flat.add_gradients(found, self._gradients[:self.group.active_size - 1])
 
     def snapshot(self) -> tuple[dict[str, np.ndarray], dict]:
         """(arrays, metadata) to save: parameters, moments, Generator, step. The arrays are views: save them at once."""
@@ -135,10 +139,11 @@ def stage(loop: Callable) -> Callable:
 
 
 def _in_all_ranks(state, steps, agreement):
-    with state.group as group:
+    group = state.group
+    with contextlib.nullcontext() if group.everyone else group:     # the ranks exist already, or for this stage
         state.use_own_gradient()
         for metrics in steps:
-            if group.rank == 0:
+            if group.rank == 0 or group.everyone:
                 yield metrics
             agreement.check()           # the other ranks continue when the caller asks for the next step
 
@@ -187,8 +192,9 @@ def train_step(state: TrainState, loss: Callable, batch_shards: Sequence, learni
         value.backward()
         return value.item(), report
 
-    losses, reports = zip(*state.group.map(forward_backward, batch_shards, then=state.optimizer.flat.collect))
-    state.all_reduce_gradients()
+    results, found = state.group.each(forward_backward, batch_shards, then=state.optimizer.flat.collect)
+    losses, reports = zip(*results)
+    state.add_gradients(found)
     norm = state.optimizer.clip(clip)
     if norm == 0 and not state.optimizer.flat.trained().any():
         raise ValueError(f"{where}: no parameter of the model has a gradient; the loss must depend on one of them")

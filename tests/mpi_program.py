@@ -6,13 +6,14 @@ import sys
 
 import numpy as np
 
-from minilm.fast.mpi import MpiRanks
+from minilm.fast.forked_ranks import ForkedRanks
+from minilm.fast.mpi import MpiRanks, started_by_mpiexec
 from minilm.model import RewardModel
 from minilm.stages.train_state import TrainState
 from test_stages import run, transformer
 
-stage, dtype, steps, out = sys.argv[1:]
-with MpiRanks() as group:
+stage, dtype, steps, out, size = sys.argv[1:]
+with MpiRanks() if started_by_mpiexec() else ForkedRanks(int(size)) as group:
     model = transformer(dtype)
     if stage == "reward model":
         model = RewardModel(model, np.random.default_rng(5))

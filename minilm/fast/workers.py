@@ -50,12 +50,12 @@ class ProcessGroup:
         if size > 1 and not can_fork():
             raise ValueError(f"{size} workers: this system cannot fork processes; ask for 1")
         self.size, self.rank = size, 0
-        self._lines, self._helpers = [], []
+        self.lines, self.processes = [], []
 
     @property
     def active_size(self):
         """How many processes there are now: size within `with`, else 1."""
-        return self.size if self._lines else 1
+        return self.size if self.lines else 1
 
     def zeros(self, count, dtype, xp=np):
         """A flat array of zeros, in shared memory if there are several workers."""
@@ -67,7 +67,7 @@ class ProcessGroup:
         return np.frombuffer(mmap(-1, count * dtype.itemsize), dtype)
 
     def __enter__(self):
-        if self._lines:
+        if self.lines:
             raise RuntimeError("this group is running already: end its `with` block first, or make another group")
         for rank in range(1, self.size):
             try:
@@ -79,11 +79,11 @@ class ProcessGroup:
                 self.__exit__(None, None, None)     # ends the processes forked before
                 raise
             if process == 0:
-                self._enter_worker(rank, theirs, (*self._lines, ours))
+                self._enter_worker(rank, theirs, (*self.lines, ours))
                 break
             theirs.close()
-            self._lines.append(ours)
-            self._helpers.append(process)
+            self.lines.append(ours)
+            self.processes.append(process)
         return self
 
     def _enter_worker(self, rank, line, lines_of_rank_0):
@@ -95,7 +95,7 @@ class ProcessGroup:
             # A worker process must keep no file open, and no lock on it, after rank 0 has ended.
             os.closerange(3, line.fileno())
             os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
-            self.rank, self._lines, self._helpers = rank, [line], []
+            self.rank, self.lines, self.processes = rank, [line], []
         except BaseException:
             os._exit(1)         # otherwise two processes run the caller's program from here on
 
@@ -104,15 +104,15 @@ class ProcessGroup:
             try:
                 if error is not None and kind is not _Over:
                     text = "".join(traceback.format_exception(kind, error, trace))
-                    self._lines[0].send_bytes(encode(("failed", text)))
+                    self.lines[0].send_bytes(encode(("failed", text)))
             finally:
                 os._exit(0)     # whatever fails, a worker process ends here
-        for line in self._lines:
+        for line in self.lines:
             line.close()
-        for process in self._helpers:
+        for process in self.processes:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
-        self._lines, self._helpers = [], []
+        self.lines, self.processes = [], []
 
     def all_gather(self, value):
         """The values of all ranks, in the order of the ranks. Every rank waits here for the slowest.
@@ -120,20 +120,20 @@ class ProcessGroup:
         A value is None, bool, int, float, str, an array, or a tuple, list or dict (with str keys) of these.
         Raises TypeError for another one.
         """
-        if not self._lines:
+        if not self.lines:
             return [value]
         try:
             if self.rank:
-                self._lines[0].send_bytes(encode(("gave", value)))
-                return decode(self._lines[0].recv_bytes())
+                self.lines[0].send_bytes(encode(("gave", value)))
+                return decode(self.lines[0].recv_bytes())
             values = [value]
-            for line in self._lines:
+            for line in self.lines:
                 what, given = decode(line.recv_bytes())
                 if what == "failed":
                     raise WorkerFailed(f"worker {len(values)} raised an error that worker 0 did not:\n{given}")
                 values.append(given)
             everything = encode(values)
-            for line in self._lines:
+            for line in self.lines:
                 line.send_bytes(everything)
             return decode(everything)
         except (EOFError, ConnectionError):

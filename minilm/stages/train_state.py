@@ -20,7 +20,7 @@ from minilm import checks
 from minilm.backend import array_module, to_numpy
 from minilm.diverged import Diverged, first_bad_parameter, first_nonfinite
 from minilm.fast.malloc import return_freed_memory
-from minilm.fast.mpi import MpiRanks
+from minilm.fast.ranks import Ranks
 from minilm.fast.workers import ProcessGroup, available_cores, can_fork
 from minilm.in_place import mark_changed
 from minilm.optim import AdamW
@@ -42,7 +42,7 @@ class TrainState:
     learning_rate, which each stage has of its own, ValueError for workers below 1.
     """
 
-    def __init__(self, model, rng: np.random.Generator, workers: int = 1, group: ProcessGroup | MpiRanks | None = None,
+    def __init__(self, model, rng: np.random.Generator, workers: int = 1, group: ProcessGroup | Ranks | None = None,
                  **settings):
         if isinstance(model, type) or not hasattr(model, "parameters") or not isinstance(model.parameters(), dict):
             raise TypeError(f"TrainState: model is {checks.shown(model)}; it must be a Transformer or a RewardModel")

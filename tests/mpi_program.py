@@ -1,26 +1,75 @@
-"""Run by tests/test_mpi.py under mpiexec: rank 0 writes the state of a stage after some steps, and every rank its metrics.
-
-    mpiexec -n 2 python -m mpi4py mpi_program.py STAGE DTYPE STEPS OUT
-"""
+"""Run by tests/test_ranks.py under mpiexec: mpi_program.py train STAGE DTYPE STEPS OUT, or another of the functions."""
+import os
+import signal
 import sys
+import time
 
 import numpy as np
 
-from minilm.fast.forked_ranks import ForkedRanks
-from minilm.fast.mpi import MpiRanks, started_by_mpiexec
+from minilm import parallel
+from minilm.fast.workers import WorkerFailed
 from minilm.model import RewardModel
 from minilm.stages.train_state import TrainState
 from test_stages import run, transformer
 
-stage, dtype, steps, out, size = sys.argv[1:]
-with MpiRanks() if started_by_mpiexec() else ForkedRanks(int(size)) as group:
+
+def train(ranks, stage, dtype, steps, out):
+    """Rank 0 writes the state after the steps."""
     model = transformer(dtype)
     if stage == "reward model":
         model = RewardModel(model, np.random.default_rng(5))
-    state = TrainState(model, np.random.default_rng(4), group=group)
-    metrics = run(stage, state, int(steps))
-    arrays, metadata = state.snapshot()
-    losses = group.all_gather([step["loss"] for step in metrics])
-    assert all(given == losses[0] for given in losses)
-    if group.rank == 0:
-        np.savez(out, **arrays, losses=losses[0])
+    state = TrainState(model, np.random.default_rng(4), group=ranks)
+    metrics = ranks.all_gather(run(stage, state, int(steps)))
+    arrays, _ = state.snapshot()
+    assert all(given == metrics[0] for given in metrics)
+    if ranks.rank == 0:
+        np.savez(out, **arrays)
+
+
+def end(ranks, how):
+    """Rank 1 ends, and the others wait for it."""
+    ranks.all_gather(None)
+    if ranks.rank == 1:
+        {"exception": lambda: 1 / 0, "sys.exit": lambda: sys.exit("it ends here"), "_exit": lambda: os._exit(3),
+         "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL)}[how]()
+    ranks.all_gather(None)
+    print("went on")
+
+
+def wait(ranks):
+    """The CPU seconds of rank 1 while it waits two seconds for rank 0."""
+    ranks.all_gather(None)
+    began = time.process_time()
+    if ranks.rank == 0:
+        time.sleep(2)
+    ranks.all_gather(None)
+    used = ranks.all_gather(time.process_time() - began)
+    if ranks.rank == 0:
+        print(used[1])
+
+
+def calls(ranks):
+    """once, each, add_up and share, and their errors."""
+    assert ranks.once(lambda: ranks.rank) == 0
+    assert ranks.each(lambda part: (part, ranks.rank), range(5), then=lambda: ranks.rank) == (
+        [(i, i % 3) for i in range(5)], [0, 1, 2])
+    for work in (lambda: ranks.once(lambda: 1 / 0), lambda: ranks.each(lambda part: 1 / part, range(3))):
+        try:
+            work()
+        except (ZeroDivisionError, WorkerFailed) as error:
+            assert isinstance(error, ZeroDivisionError) == (ranks.rank == 0)
+        else:
+            raise AssertionError("no error")
+    for count in (0, 1, 2, 7, 100_000):
+        flat = ranks.zeros(count, np.float64)
+        flat[:] = np.arange(count) + 1000 * ranks.rank
+        ranks.add_up(flat)
+        ranks.share(flat)
+        assert (flat == 3 * np.arange(count) + 3000).all()
+    if ranks.rank == 0:
+        print("as expected")
+
+
+if __name__ == "__main__":
+    with parallel.world() as ranks:
+        globals()[sys.argv[1]](ranks, *sys.argv[2:])

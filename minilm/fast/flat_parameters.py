@@ -19,6 +19,7 @@ from minilm.backend import array_module, is_cupy
 from minilm.fast.workers import BLOCK, ProcessGroup
 from minilm.tensor import Tensor
 
+
 class FlatParameters:
     """data and grad (N,) of parameters by name, matrices first; n_decay: how many of the N belong to matrices.
 

@@ -20,9 +20,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from mmap import mmap
 from multiprocessing import Pipe
+from typing import Any
 
 import numpy as np
-
 
 BLOCK = 1 << 15         # numbers that stay in the cache of one core
 
@@ -221,14 +221,14 @@ def available_cores() -> int:
 
 # A message: the length of the JSON, the JSON, and the bytes of the arrays, whose dtypes and shapes the JSON holds.
 
-def encode(value) -> bytes:
+def encode(value: Any) -> bytes:
     """A value of the kinds that all_gather takes, as a message."""
     arrays = []
     header = json.dumps(_plain(value, arrays)).encode()
     return b"".join([len(header).to_bytes(8, "little"), header, *(a.tobytes() for a in arrays)])
 
 
-def decode(message: bytes):
+def decode(message: bytes) -> Any:
     """The value of a message."""
     end = 8 + int.from_bytes(message[:8], "little")
     return _rebuilt(json.loads(message[8:end]), io.BytesIO(message[end:]))

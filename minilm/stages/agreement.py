@@ -58,7 +58,7 @@ class Agreement:
                 "AdamW's updates of each parameter (their digest)": zlib.crc32(optimizer.updates),
                 "the model's Config": repr(getattr(body, "config", None)),
                 **{f"the length of {name}": len(a) for name, a in self.sized.items()},
-                **{f"the parameters of {name} (their digest)": _parameters_digest(model)
+                **{f"the parameters of {name} (their digest)": _parameters_digest(model, state.group)
                    for name, model in self.models.items()}}
 
     def check(self) -> None:
@@ -89,8 +89,9 @@ def digest(drawn: Sequence) -> int:
     return hash(tuple([zlib.crc32(x.tobytes()) if isinstance(x, np.ndarray) else tuple(x) for x in drawn]))
 
 
-def _parameters_digest(model):
-    arrays = [p.data for p in model.parameters().values() if not in_shared_memory(p.data)]
+def _parameters_digest(model, group):
+    """Of parameters that each rank has for itself. Those in one memory are the same for all, or will be."""
+    arrays = [p.data for p in model.parameters().values() if group.everyone or not in_shared_memory(p.data)]
     return digest([a.reshape(-1)[::a.size // SAMPLED + 1] for a in arrays])
 
 

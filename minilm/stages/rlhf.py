@@ -32,8 +32,9 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
     """Maximise the reward minus beta times the KL divergence to `reference`, by the policy gradient.
 
     reference     a frozen copy, such as state.model.copy(): it may not share parameters with the policy
-    reward        (prompts, responses), two lists of N token lists, to N finite numbers. It is called once a step, by
-                  rank 0, with copies. A reward model in it may not share parameters with the policy
+    reward        (prompts, responses), two lists of N token lists, to N finite numbers. It is called once a step, with
+                  copies: by all ranks if they run the whole program (parallel.world), else by rank 0. A reward model
+                  in it may not share parameters with the policy
     prompts       token lists to sample responses to; no comparisons needed
     eos           the token that ends a response, or several of them, or None (generate.py)
     temperature   of sampling. Policy and reference are both scored at it, without top-k and top-p: otherwise the
@@ -63,12 +64,8 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
         responses = samples.responses()
         mask = samples.mask > 0
         kl = (samples.log_probs * mask).sum(axis=1) - log_pi_ref                        # k1 of each response (P K,)
-        def score():
-            copies = ([list(map(int, tokens)) for tokens in side] for side in (batch, responses))
-            return inputs.checked_rewards("train_rlhf", reward(*copies), P * K)
-
-        rewards = score() if state.group.everyone else state.group.once(score)
-        rewards, kl = rewards.reshape(P, K), kl.reshape(P, K)
+        rewards = ask(state, reward, batch, responses).reshape(P, K)
+        kl = kl.reshape(P, K)
         A = advantages(rewards, kl, beta, baseline).reshape(-1)
 
         def loss(policy, rows):
@@ -82,6 +79,15 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
         return {**metrics, **policy_gradient_metrics(rewards, kl, mask),
                 "entropy": float(samples.entropies[mask].mean())}
     return repeat(step, state, steps)
+
+
+def ask(state: TrainState, reward: Callable, prompts: Sequence, responses: Sequence) -> np.ndarray:
+    """The rewards of N responses, (N,), from the caller's function, which gets copies."""
+    def rewards():
+        copies = ([list(map(int, tokens)) for tokens in side] for side in (prompts, responses))
+        return inputs.checked_rewards("train_rlhf", reward(*copies), len(prompts))
+
+    return rewards() if state.group.everyone else state.group.once(rewards)
 
 
 def sample_responses(state: TrainState, reference: Transformer, prompts: Sequence,

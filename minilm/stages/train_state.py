@@ -20,10 +20,10 @@ from minilm import checks
 from minilm.backend import array_module, to_numpy
 from minilm.diverged import Diverged, first_bad_parameter, first_nonfinite
 from minilm.fast.malloc import return_freed_memory
-from minilm.fast.ranks import Ranks
 from minilm.fast.workers import ProcessGroup, available_cores, can_fork
 from minilm.in_place import mark_changed
 from minilm.optim import AdamW
+from minilm.parallel.ranks import Ranks
 from minilm.stages.agreement import Agreement, digest, model_parameters
 from minilm.tensor import Tensor
 
@@ -50,8 +50,7 @@ class TrainState:
             raise TypeError("TrainState: learning_rate has no effect here; give it to the stage, each has its own")
         self.model = model
         self.rng = checks.generator("TrainState", rng)
-        checks.integer("TrainState", "workers", workers, at_least=1)
-        self.group = group or ProcessGroup(workers)
+        self.group = group or ProcessGroup(checks.integer("TrainState", "workers", workers, at_least=1))
         self.workers = self.group.size
         self.step = 0
         self.drawn = 0                  # the digest of the step's batch, to compare between workers

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from minilm.fast.ranks import Ranks
 from minilm.fast.workers import BLOCK, ProcessGroup
+from minilm.parallel.ranks import Ranks
 
 
 class ForkedRanks(Ranks):
@@ -56,7 +56,7 @@ class ForkedRanks(Ranks):
     def _open_file(self, size):
         if self.rank:
             return recv_handle(self._group.lines[0])
-        file = os.memfd_create("minilm") if hasattr(os, "memfd_create") else tempfile.TemporaryFile(buffering=0).fileno()
+        file = os.memfd_create("minilm") if hasattr(os, "memfd_create") else os.dup(tempfile.TemporaryFile().fileno())
         os.truncate(file, size)
         for line, process in zip(self._group.lines, self._group.processes):
             send_handle(line, file, process)

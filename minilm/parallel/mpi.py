@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from minilm.fast.ranks import Ranks
 from minilm.fast.workers import decode, encode
+from minilm.parallel.ranks import Ranks
 
 TRIES = 200             # of a waiting rank before it sleeps between them
 LONGEST_SLEEP = 2e-3    # seconds

@@ -1,22 +1,17 @@
 """Ranks: processes that each run the whole program (SPMD), as under torchrun or mpiexec.
 
-    with world(2) as ranks:
-        state = TrainState(model, rng, group=ranks)
-
 Every rank has memory of its own and draws the same random numbers. It computes its shards of a batch. The gradients are
 added up, and the update is made, by stretches of the flat arrays, one for each rank; then the new parameters are given
 to all (ZeRO stage 1: Rajbhandari et al. 2020, arXiv:1910.02054). So each parameter is computed once, and is the same
 bit for bit in every rank. Rank 0 prints and writes. A result that depends on a clock, a signal, the disk or chance goes
 through once().
-Two engines: processes forked on this machine (forked_ranks.py), and MPI (mpi.py). Tests: tests/test_ranks.py.
+Tests: tests/test_ranks.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import numpy as np
 
 from minilm.fast.workers import WorkerFailed
 
@@ -53,7 +48,8 @@ class Ranks:
         """
         own = [lambda i=i: work(parts[i]) for i in range(self.rank, len(parts), self.size)]
         given = self._same([*own, then])
-        return ([given[i % self.size][0][i // self.size] for i in range(len(parts))], [results[-1] for results, _ in given])
+        return ([given[i % self.size][0][i // self.size] for i in range(len(parts))],
+                [results[-1] for results, _ in given])
 
     def _same(self, calls):
         """[(results of these calls, None)] by rank. Raises in every rank if a call of one raises."""

@@ -1,0 +1,279 @@
+"""minilm/parallel: every rank runs the whole program, and they train as one process does, with both engines.
+
+The ranks of ForkedRanks are forked from the test, and rank 0 goes on with it. Those of MPI run mpi_program.py.
+"""
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers import assert_close
+from minilm.fast.workers import WorkerFailed
+from minilm.parallel.forked import ForkedRanks
+from minilm.stages.agreement import WorkersDisagree
+from minilm.stages.sft import train_sft
+from minilm.stages.train_state import TrainState
+from test_stages import PROMPTS, RESPONSES, STAGES, make_training, run, transformer
+
+STEPS = 4
+PROGRAM = Path(__file__).parent / "mpi_program.py"
+MPIEXEC = next((str(path) for path in (Path(sys.executable).with_name("mpiexec"), shutil.which("mpiexec"))
+                if path and Path(path).exists()), None)
+needs_mpi = pytest.mark.skipif(MPIEXEC is None or importlib.util.find_spec("mpi4py") is None,
+                               reason="needs mpi4py and mpiexec: pip install -e '.[mpi]'")
+every_stage = pytest.mark.parametrize("stage", STAGES)
+two_or_three = pytest.mark.parametrize("size", [2, 3])
+
+
+def make_state(stage, ranks, dtype=np.float64):
+    state = make_training(stage, dtype=dtype)
+    return TrainState(type(state.model)(state.model.transformer.copy(), np.random.default_rng(5))
+                      if stage == "reward model" else state.model.copy(), np.random.default_rng(4), group=ranks)
+
+
+def numbers(state):
+    return {name: np.array(a) for name, a in state.snapshot()[0].items()}
+
+
+def trained(stage, size, dtype=np.float64, steps=STEPS):
+    with ForkedRanks(size) as ranks:
+        state = make_state(stage, ranks, dtype)
+        metrics = run(stage, state, steps)
+        return metrics, numbers(state)      # of rank 0; the others end here
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    yield
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+# Equality.
+
+@every_stage
+@two_or_three
+def test_ranks_train_as_one_process_does(stage, size):
+    one = make_training(stage, dtype=np.float64)
+    metrics = run(stage, one, STEPS)
+    found, arrays = trained(stage, size)
+    for name, a in numbers(one).items():
+        assert_close(arrays[name], a, 1e-12, name)
+    for step, other in zip(metrics, found):
+        assert_close(np.array(list(other.values())), np.array(list(step.values())), 1e-10)
+
+
+@every_stage
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_two_ranks_are_two_workers_bit_for_bit(stage, dtype):
+    two = make_training(stage, workers=2, dtype=dtype)
+    metrics = run(stage, two, STEPS)
+    found, arrays = trained(stage, 2, dtype)
+    assert found == metrics
+    assert {name: a.tobytes() for name, a in arrays.items()} == {
+        name: np.array(a).tobytes() for name, a in two.snapshot()[0].items()}
+
+
+@every_stage
+def test_a_state_saved_by_two_ranks_continues_with_any_number(stage):
+    whole = trained(stage, 1, steps=STEPS)[1]
+    for size in (1, 2, 3):
+        with ForkedRanks(2) as ranks:
+            state = make_state(stage, ranks)
+            run(stage, state, STEPS, until=2)
+            saved = numbers(state), state.snapshot()[1]
+            ranks.all_gather(None)
+        with ForkedRanks(size) as ranks:
+            state = make_state(stage, ranks)
+            state.restore(*saved)
+            run(stage, state, STEPS)
+            arrays = numbers(state)
+            ranks.all_gather(None)
+        for name, a in whole.items():
+            assert_close(arrays[name], a, 1e-12, name)
+
+
+# The caller's program between two steps.
+
+def draw(state, *_):
+    state.rng.random()
+
+
+def decay(state, *_):
+    state.optimizer.weight_decay = 1.0 if state.step >= 3 else 0.0
+
+
+def more_data(state, prompts, responses):
+    prompts.append([1, 1])
+    responses.append([3, 2])
+
+
+def halve(state, *_):
+    for p in state.model.parameters().values():
+        p.assign(p.data * 0.5)
+
+
+def freeze(state, *_):
+    for name, p in state.model.parameters().items():
+        p.requires_grad = name != "embedding"
+
+
+def weights_after(change, size, only=None):
+    with ForkedRanks(size) as ranks:
+        state = TrainState(transformer(np.float64), np.random.default_rng(4), group=ranks)
+        prompts, responses = list(PROMPTS), list(RESPONSES)
+        for _ in train_sft(state, prompts, responses, 5, 5):
+            if only is None or ranks.rank == only:
+                change(state, prompts, responses)
+        arrays = numbers(state)
+        ranks.all_gather(None)
+    return arrays
+
+
+@pytest.mark.parametrize("change", [draw, decay, more_data, halve, freeze], ids=lambda change: change.__name__)
+@two_or_three
+def test_a_change_between_two_steps_is_made_by_all_ranks_and_counts_once(change, size):
+    one = weights_after(change, 1)
+    for name, a in weights_after(change, size).items():
+        assert_close(a, one[name], 1e-12, name)
+
+
+@pytest.mark.parametrize("change, fact", [
+    (draw, "Generator"), (decay, "weight_decay"), (more_data, "length of prompts"), (halve, "parameters of the model")],
+    ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize("only", [0, 1])
+def test_a_change_in_one_rank_alone_is_named(change, fact, only):
+    with pytest.raises(WorkersDisagree, match=fact):
+        weights_after(change, 2, only)
+
+
+# Small values.
+
+def test_once_is_called_by_rank_0_alone_and_its_result_goes_to_all():
+    calls = []
+    with ForkedRanks(3) as ranks:
+        answers = [ranks.once(lambda: (calls.append(1), len(calls), ranks.rank)[1:]) for _ in range(2)]
+        everyone = ranks.all_gather((answers, len(calls)))
+    assert [given for given, _ in everyone] == [[(1, 0), (2, 0)]] * 3
+    assert [count for _, count in everyone] == [2, 0, 0]
+
+
+def test_the_error_of_once_is_raised_in_all_ranks():
+    with ForkedRanks(3) as ranks:
+        try:
+            ranks.once(lambda: 1 / 0)
+        except (ZeroDivisionError, WorkerFailed) as error:
+            found = ranks.all_gather(f"{type(error).__name__}: {error}")
+    assert found == ["ZeroDivisionError: division by zero", *["WorkerFailed: rank 0 raised an error that rank "
+                     f"{rank} did not: ZeroDivisionError: division by zero" for rank in (1, 2)]]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_parts_are_dealt_to_the_ranks_in_turn_and_some_may_have_none(count):
+    with ForkedRanks(3) as ranks:
+        results, ends = ranks.each(lambda part: (part, ranks.rank), range(count), then=lambda: ranks.rank)
+    assert results == [(i, i % 3) for i in range(count)] and ends == [0, 1, 2]
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_an_error_in_one_part_is_raised_in_all_ranks(bad):
+    def work(part):
+        return 1 / (part - bad)
+    with ForkedRanks(3) as ranks:
+        try:
+            ranks.each(work, range(3))
+        except (ZeroDivisionError, WorkerFailed) as error:
+            found = ranks.all_gather(type(error).__name__)
+    assert found == ["ZeroDivisionError" if rank == bad else "WorkerFailed" for rank in range(3)]
+
+
+# Flat arrays.
+
+@two_or_three
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 100_000])
+def test_add_up_and_share_make_every_rank_have_the_sum(size, count):
+    """The parts of the ranks have different lengths, and some none."""
+    with ForkedRanks(size) as ranks:
+        flat = ranks.zeros(count, np.float64)
+        flat[:] = np.arange(count) + 1000 * ranks.rank
+        ranks.add_up(flat)
+        outside = np.ones(count, bool)
+        outside[ranks.stretch(count)] = False
+        assert (flat[outside] == (np.arange(count) + 1000 * ranks.rank)[outside]).all()
+        ranks.share(flat)
+        everyone = ranks.all_gather(flat)
+    for a in everyone:
+        assert_close(a, size * np.arange(count) + 1000.0 * sum(range(size)))
+
+
+# Ends.
+
+@pytest.mark.parametrize("end", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(3), lambda: 1 / 0,
+                                 lambda: exit(1)], ids=["SIGKILL", "_exit", "exception", "sys.exit"])
+def test_a_rank_that_ends_ends_all_within_seconds(end):
+    began = time.monotonic()
+    with pytest.raises(WorkerFailed, match="killed|raised an error|has ended"):
+        with ForkedRanks(3) as ranks:
+            if ranks.rank == 1:
+                end()
+            ranks.all_gather(None)
+    assert time.monotonic() - began < 10
+
+
+# The same under mpiexec.
+
+def mpiexec(size, *words):
+    command = [MPIEXEC, "-n", str(size), sys.executable, str(PROGRAM), *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@needs_mpi
+@every_stage
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_two_ranks_of_mpi_are_two_forked_ranks_bit_for_bit(stage, dtype, tmp_path):
+    done = mpiexec(2, "train", stage, dtype, STEPS, tmp_path / "mpi.npz")
+    assert done.returncode == 0, done.stderr
+    for name, a in trained(stage, 2, np.dtype(dtype))[1].items():
+        assert np.load(tmp_path / "mpi.npz")[name].tobytes() == a.tobytes(), name
+
+
+@needs_mpi
+@every_stage
+def test_three_ranks_of_mpi_train_as_one_process_does(stage, tmp_path):
+    """Some have fewer rows, or none."""
+    done = mpiexec(3, "train", stage, "float64", STEPS, tmp_path / "mpi.npz")
+    assert done.returncode == 0, done.stderr
+    for name, a in trained(stage, 1)[1].items():
+        assert_close(np.load(tmp_path / "mpi.npz")[name], a, 1e-12, name)
+
+
+@needs_mpi
+@pytest.mark.parametrize("end, words", [("exception", "ZeroDivisionError"), ("sys.exit", "rank 1: it ends here"),
+                                        ("_exit", ""), ("SIGKILL", "")])
+def test_a_rank_of_mpi_that_ends_ends_all_with_its_words(end, words):
+    began = time.monotonic()
+    done = mpiexec(3, "end", end)
+    assert done.returncode != 0 and words in done.stderr
+    assert time.monotonic() - began < 10 and "went on" not in done.stdout
+
+
+@needs_mpi
+def test_a_rank_of_mpi_that_waits_uses_little_of_its_core():
+    done = mpiexec(2, "wait")
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.3         # CPU seconds of 2 s
+
+
+@needs_mpi
+def test_results_errors_and_flat_arrays_of_mpi_are_those_of_forked_ranks():
+    done = mpiexec(3, "calls")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "as expected\n"

@@ -15,6 +15,7 @@ from minilm.backend import is_cupy
 from minilm.fast.flat_parameters import FlatParameters
 from minilm.fast.workers import ProcessGroup
 from minilm.in_place import mark_changed
+from minilm.parallel.ranks import Ranks
 from minilm.tensor import Tensor
 
 
@@ -42,7 +43,7 @@ class AdamW:
 
     def __init__(self, parameters: dict[str, Tensor], learning_rate: float = 1e-3,
                  betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.01,
-                 group: ProcessGroup | None = None):
+                 group: ProcessGroup | Ranks | None = None):
         leaves = list(getattr(parameters, "values", list)())
         if not leaves or not all(isinstance(p, Tensor) and p.node is None for p in leaves):
             raise TypeError(f"AdamW: parameters is {checks.shown(parameters)}; it must be a dict of leaves by name")

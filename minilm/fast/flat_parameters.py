@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 
 from minilm.backend import array_module, is_cupy
-from minilm.fast.workers import BLOCK, ProcessGroup
+from minilm.fast.workers import ProcessGroup
+from minilm.parallel.ranks import Ranks
 from minilm.tensor import Tensor
+
+BLOCK = 1 << 15
 
 
 class FlatParameters:
@@ -30,7 +33,7 @@ class FlatParameters:
     Raises TypeError for parameters of several dtypes, ValueError for parameters that share memory.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], group: ProcessGroup):
+    def __init__(self, parameters: dict[str, Tensor], group: ProcessGroup | Ranks):
         self.group = group
         self.parameters = dict(parameters)
         dtypes = {p.dtype for p in self.parameters.values()}

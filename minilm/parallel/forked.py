@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from minilm.fast.workers import BLOCK, ProcessGroup
+from minilm.fast.workers import ProcessGroup
 from minilm.parallel.ranks import Ranks
+
+BLOCK = 1 << 15         # numbers that stay in the cache of one core
 
 
 class ForkedRanks(Ranks):
@@ -38,11 +40,9 @@ class ForkedRanks(Ranks):
         self._group.__exit__(kind, error, trace)
 
     def all_gather(self, value: Any) -> list:
-        """The values of all ranks, in the order of the ranks. Every rank waits here for the slowest."""
         return self._group.all_gather(value)
 
     def zeros(self, count: int, dtype: Any, xp: Any = np) -> np.ndarray:
-        """This rank's row of zeros, in memory that all ranks see. All ranks call it."""
         dtype = np.dtype(dtype)
         if self.size == 1 or count == 0:
             return xp.zeros(count, dtype)
@@ -63,7 +63,6 @@ class ForkedRanks(Ranks):
         return file
 
     def add_up(self, flat: np.ndarray, others: Any = ()) -> None:
-        """This rank's stretch of flat becomes the sum over the ranks. The other stretches stay as they are."""
         rows = self._rows(flat)
         if rows is None:
             return
@@ -74,7 +73,6 @@ class ForkedRanks(Ranks):
             flat[block] = sum(rows[1:, block], start=rows[0, block])
 
     def share(self, flat: np.ndarray) -> None:
-        """After every rank has written its stretch of flat: copy it to the others."""
         rows = self._rows(flat)
         if rows is None:
             return

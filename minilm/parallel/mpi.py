@@ -61,13 +61,9 @@ class MpiRanks(Ranks):
         self._comm.Abort(error.code if kind is SystemExit and isinstance(error.code, int) else 1)
 
     def zeros(self, count: int, dtype: Any, xp: Any = np) -> np.ndarray:
-        """A flat array of zeros, in memory of this rank."""
         return xp.zeros(count, dtype)
 
-    # Small values.
-
     def all_gather(self, value: Any) -> list:
-        """The values of all ranks, in the order of the ranks; of the kinds that ProcessGroup.all_gather takes."""
         message = np.frombuffer(encode(value), np.uint8)
         lengths = np.empty(self.size, np.int64)
         self._wait(self._comm.Iallgather(np.array([len(message)]), lengths))
@@ -76,10 +72,7 @@ class MpiRanks(Ranks):
         ends = np.cumsum(lengths)
         return [decode(everything[end - length:end].tobytes()) for end, length in zip(ends, lengths)]
 
-    # Flat arrays: an optimiser's step.
-
     def add_up(self, flat: np.ndarray, others: Sequence[np.ndarray] = ()) -> None:
-        """This rank's stretch of flat becomes the sum over the ranks. The other stretches stay as they are."""
         stretch = self.stretch(flat.size)
         own = np.empty(stretch.stop - stretch.start, flat.dtype)
         self._wait(self._comm.Ibarrier())
@@ -87,7 +80,6 @@ class MpiRanks(Ranks):
         flat[stretch] = own
 
     def share(self, flat: np.ndarray) -> None:
-        """After every rank has written its stretch of flat: give it to the others."""
         self._wait(self._comm.Ibarrier())
         self._comm.Allgatherv(self._mpi.IN_PLACE, [flat, self._counts(flat.size)])
 

@@ -13,19 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from minilm.fast.workers import WorkerFailed
 
 
 class Ranks:
     """The ranks of this program. rank: the number of this one, size: how many there are.
 
-    An engine has in addition:
-    all_gather(value)       the values of all ranks, in the order of the ranks; every rank waits for the slowest. A
-                            value is of the kinds that ProcessGroup.all_gather takes
-    zeros(count, dtype)     a flat array, which add_up and share then take
-    add_up(flat)            this rank's stretch of flat becomes the sum over the ranks (reduce-scatter)
-    share(flat)             the other stretches of flat become those of the other ranks (all-gather)
-    As a context manager it ends all ranks when one of them leaves the block by an exception.
+    As a context manager it ends all ranks when one of them leaves the block by an exception. An engine has the methods
+    that raise NotImplementedError here.
     """
 
     everyone = True         # all ranks come back to the caller between two steps of a stage
@@ -36,6 +33,21 @@ class Ranks:
     def active_size(self) -> int:
         """The number of ranks, as for a ProcessGroup."""
         return self.size
+
+    def __enter__(self) -> Ranks:
+        raise NotImplementedError
+
+    def __exit__(self, kind, error, trace) -> None:
+        raise NotImplementedError
+
+    # Small values.
+
+    def all_gather(self, value: Any) -> list:
+        """The values of all ranks, in the order of the ranks. Every rank waits here for the slowest.
+
+        A value is of the kinds that ProcessGroup.all_gather takes.
+        """
+        raise NotImplementedError
 
     def once(self, work: Callable[[], Any]) -> Any:
         """The result of work(), called by rank 0 alone. Its error is raised in all ranks."""
@@ -65,6 +77,21 @@ class Ranks:
             if text:
                 raise WorkerFailed(f"rank {rank} raised an error that rank {self.rank} did not: {text}")
         return given
+
+    # Flat arrays: an optimiser's step.
+
+    def zeros(self, count: int, dtype: Any, xp: Any = np) -> np.ndarray:
+        """A flat array of zeros, which belongs to this rank. All ranks call it."""
+        raise NotImplementedError
+
+    def add_up(self, flat: np.ndarray, others: Sequence[np.ndarray] = ()) -> None:
+        """This rank's stretch of flat, an array of zeros(), becomes the sum over the ranks (reduce-scatter). The other
+        stretches stay as they are. others: (), as a ProcessGroup alone has them."""
+        raise NotImplementedError
+
+    def share(self, flat: np.ndarray) -> None:
+        """After every rank has written its stretch of flat: the other stretches become theirs (all-gather)."""
+        raise NotImplementedError
 
     def stretch(self, count: int) -> slice:
         """The part of flat arrays (count,) that this rank updates."""

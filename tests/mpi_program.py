@@ -9,6 +9,7 @@ import numpy as np
 from minilm import parallel
 from minilm.fast.workers import WorkerFailed
 from minilm.model import RewardModel
+from minilm.parallel import heartbeat
 from minilm.stages.train_state import TrainState
 from test_stages import run, transformer
 
@@ -30,8 +31,34 @@ def end(ranks, how):
     """Rank 1 ends, and the others wait for it."""
     ranks.all_gather(None)
     if ranks.rank == 1:
-        {"exception": lambda: 1 / 0, "sys.exit": lambda: sys.exit("it ends here"), "_exit": lambda: os._exit(3),
-         "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL)}[how]()
+        {"exception": lambda: 1 / 0, "sys.exit": lambda: sys.exit("it ends here"), "status 3": lambda: sys.exit(3),
+         "_exit": lambda: os._exit(3), "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
+         "returns": lambda: None}[how]()
+    if ranks.rank != 1 or how != "returns":
+        ranks.all_gather(None)
+        print("went on")
+
+
+def end_add_up(ranks):
+    """Rank 1 leaves, and the others wait for it with their gradients."""
+    if ranks.rank != 1:
+        ranks.add_up(ranks.zeros(10, np.float64))
+        print("went on")
+
+
+def end_together(ranks, how):
+    """All ranks end by the same error, or by one of rank 0."""
+    {"exception": lambda: 1 / 0, "once": lambda: ranks.once(lambda: 1 / 0), "status 3": lambda: sys.exit(3)}[how]()
+
+
+def silent(ranks, rank):
+    """That rank is stopped, and the others wait for it. Without a rank: all work for longer than SILENCE."""
+    if rank == "none":
+        end = time.monotonic() + 2 * heartbeat.SILENCE * heartbeat.TICK
+        while time.monotonic() < end:
+            np.ones((200, 200)) @ np.ones((200, 200))
+    elif ranks.rank == int(rank):
+        os.kill(os.getpid(), signal.SIGSTOP)
     ranks.all_gather(None)
     print("went on")
 
@@ -53,11 +80,13 @@ def calls(ranks):
     assert ranks.once(lambda: ranks.rank) == 0
     assert ranks.each(lambda part: (part, ranks.rank), range(5), then=lambda: ranks.rank) == (
         [(i, i % 3) for i in range(5)], [0, 1, 2])
-    for work in (lambda: ranks.once(lambda: 1 / 0), lambda: ranks.each(lambda part: 1 / part, range(3))):
+    for work, by in ((lambda: ranks.once(lambda: 1 / 0), [0]),
+                     (lambda: ranks.each(lambda part: 1 / part, range(3)), [0, 1, 2]),
+                     (lambda: ranks.each(lambda part: 1 / (ranks.rank - 1), range(3)), [1])):
         try:
             work()
         except (ZeroDivisionError, WorkerFailed) as error:
-            assert isinstance(error, ZeroDivisionError) == (ranks.rank == 0)
+            assert isinstance(error, ZeroDivisionError) == (ranks.rank in by)
         else:
             raise AssertionError("no error")
     for count in (0, 1, 2, 7, 100_000):
@@ -71,5 +100,7 @@ def calls(ranks):
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "silent":
+        heartbeat.TICK = 0.05
     with parallel.world() as ranks:
         globals()[sys.argv[1]](ranks, *sys.argv[2:])

@@ -165,14 +165,14 @@ def test_once_is_called_by_rank_0_alone_and_its_result_goes_to_all():
     assert [count for _, count in everyone] == [2, 0, 0]
 
 
-def test_the_error_of_once_is_raised_in_all_ranks():
+def test_an_error_of_once_is_raised_in_all_ranks():
     with ForkedRanks(3) as ranks:
         try:
             ranks.once(lambda: 1 / 0)
         except (ZeroDivisionError, WorkerFailed) as error:
             found = ranks.all_gather(f"{type(error).__name__}: {error}")
-    assert found == ["ZeroDivisionError: division by zero", *["WorkerFailed: rank 0 raised an error that rank "
-                     f"{rank} did not: ZeroDivisionError: division by zero" for rank in (1, 2)]]
+    assert found == ["ZeroDivisionError: division by zero",
+                     *["WorkerFailed: rank 0 raised an error: ZeroDivisionError: division by zero"] * 2]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
@@ -191,7 +191,17 @@ def test_an_error_in_one_part_is_raised_in_all_ranks(bad):
             ranks.each(work, range(3))
         except (ZeroDivisionError, WorkerFailed) as error:
             found = ranks.all_gather(type(error).__name__)
-    assert found == ["ZeroDivisionError" if rank == bad else "WorkerFailed" for rank in range(3)]
+    assert found == ["ZeroDivisionError"] * 3
+
+
+def test_an_error_that_only_one_rank_meets_is_named_in_the_others():
+    with ForkedRanks(3) as ranks:
+        try:
+            ranks.each(lambda part: 1 / (ranks.rank - 1), range(3))
+        except (ZeroDivisionError, WorkerFailed) as error:
+            found = ranks.all_gather(f"{type(error).__name__}: {error}")
+    words = "WorkerFailed: rank 1 raised an error that rank {} did not: ZeroDivisionError: division by zero"
+    assert found == [words.format(0), "ZeroDivisionError: division by zero", words.format(2)]
 
 
 # Flat arrays.
@@ -257,12 +267,40 @@ def test_three_ranks_of_mpi_train_as_one_process_does(stage, tmp_path):
 
 @needs_mpi
 @pytest.mark.parametrize("end, words", [("exception", "ZeroDivisionError"), ("sys.exit", "rank 1: it ends here"),
-                                        ("_exit", ""), ("SIGKILL", "")])
+                                        ("status 3", "rank 1: 3"), ("_exit", ""), ("SIGKILL", ""),
+                                        ("returns", "rank 1 has left the block of parallel.world")])
 def test_a_rank_of_mpi_that_ends_ends_all_with_its_words(end, words):
     began = time.monotonic()
     done = mpiexec(3, "end", end)
     assert done.returncode != 0 and words in done.stderr
-    assert time.monotonic() - began < 10 and "went on" not in done.stdout
+    assert time.monotonic() - began < 15 and "went on" not in done.stdout
+
+
+@needs_mpi
+def test_a_rank_of_mpi_that_leaves_while_the_others_add_up_ends_all():
+    done = mpiexec(3, "end_add_up")
+    assert done.returncode != 0 and "rank 1 has left the block" in done.stderr and "went on" not in done.stdout
+
+
+@needs_mpi
+@pytest.mark.parametrize("how, count", [("exception", 1), ("once", 1), ("status 3", 0)])
+def test_an_error_of_all_ranks_of_mpi_is_reported_by_rank_0_alone(how, count):
+    done = mpiexec(3, "end_together", how)
+    assert done.stderr.count("ZeroDivisionError: division by zero") == count and "Abort" not in done.stderr
+    assert done.returncode == (3 if how == "status 3" else 1), done.stderr
+
+
+@needs_mpi
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_of_mpi_that_is_stopped_ends_all_after_the_silence(rank):
+    done = mpiexec(3, "silent", rank)
+    assert done.returncode != 0 and f"rank {rank} has sent nothing for" in done.stderr and "went on" not in done.stdout
+
+
+@needs_mpi
+def test_ranks_of_mpi_that_work_for_longer_than_the_silence_are_not_taken_for_lost():
+    done = mpiexec(3, "silent", "none")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", 3 * "went on\n")
 
 
 @needs_mpi

@@ -1,10 +1,11 @@
 """Ranks that mpiexec started, on one machine or on several.
 
-    mpiexec -n 4 python -m mpi4py program.py
+    mpiexec -n 4 python program.py
 
-A rank that waits for the others sleeps, because a blocking MPI call would use a whole core.
+A rank that waits for the others sleeps, because a blocking MPI call would use a whole core. Nothing waits for ever: a
+rank that leaves the block alone ends all (MpiRanks.__exit__), and so does one that is lost (heartbeat.py).
 Needs mpi4py and an MPI: pip install -e '.[mpi]'. Nothing is unpickled: messages are those of workers.py.
-Tests: tests/test_mpi.py.
+Tests: tests/test_ranks.py, tests/test_network.py.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from minilm.fast.workers import decode, encode
+from minilm.fast.workers import WorkerFailed, decode, encode
+from minilm.parallel.heartbeat import Heartbeat
 from minilm.parallel.ranks import Ranks
 
 TRIES = 200             # of a waiting rank before it sleeps between them
 LONGEST_SLEEP = 2e-3    # seconds
+LEFT = 0                # in place of the length of a message
+GRACE = 2.0             # seconds in which the others may leave by an error too, before a rank ends them
 # How mpich (also Intel MPI), Open MPI and MVAPICH tell a process the number of ranks.
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -33,40 +37,40 @@ def started_by_mpiexec() -> bool:
 
 
 class MpiRanks(Ranks):
-    """The ranks of this program. Make one, on all ranks. Raises ImportError without mpi4py or an MPI.
-
-    As a context manager it ends all ranks when one of them leaves the block by an exception: the others would wait for
-    it for ever.
-    """
+    """The ranks of this program. Make one, on all ranks. Raises ImportError without mpi4py or an MPI."""
 
     def __init__(self):
         from mpi4py import MPI
         self._mpi = MPI
         self._comm = MPI.COMM_WORLD.Dup()
+        self._farewell = MPI.COMM_WORLD.Dup()       # its own, because the others may be waiting in another call
+        self._heart = Heartbeat(MPI)
         self.rank = self._comm.rank
         self.size = self._comm.size
 
     def __enter__(self):
+        self._heart.start()
         return self
 
     def __exit__(self, kind, error, trace):
-        if error is None or (kind is SystemExit and error.code in (None, 0)):
-            return
-        if kind is SystemExit:
-            print(f"rank {self.rank}: {error.code}", file=sys.stderr)
-        else:
-            traceback.print_exception(kind, error, trace)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self._comm.Abort(error.code if kind is SystemExit and isinstance(error.code, int) else 1)
+        """If all ranks leave by an error, rank 0 reports it. If one leaves so alone, the others would wait for it for
+        ever: it reports the error and ends them."""
+        status = _exit_status(error)
+        if status == 0:
+            self._wait(self._comm.Iallgather(np.array([LEFT]), np.empty(self.size, int)))
+        elif not self._wait(self._farewell.Ibarrier(), GRACE):
+            _report(self.rank, error)
+            self._comm.Abort(status)
+        self._heart.stop()
+        if status and self.rank:
+            sys.exit(status)
 
     def zeros(self, count: int, dtype: Any, xp: Any = np) -> np.ndarray:
         return xp.zeros(count, dtype)
 
     def all_gather(self, value: Any) -> list:
         message = np.frombuffer(encode(value), np.uint8)
-        lengths = np.empty(self.size, np.int64)
-        self._wait(self._comm.Iallgather(np.array([len(message)]), lengths))
+        lengths = self._meet(len(message))
         everything = np.empty(lengths.sum(), np.uint8)
         self._wait(self._comm.Iallgatherv(message, [everything, lengths]))
         ends = np.cumsum(lengths)
@@ -75,22 +79,50 @@ class MpiRanks(Ranks):
     def add_up(self, flat: np.ndarray, others: Sequence[np.ndarray] = ()) -> None:
         stretch = self.stretch(flat.size)
         own = np.empty(stretch.stop - stretch.start, flat.dtype)
-        self._wait(self._comm.Ibarrier())
+        self._meet(1)
         self._comm.Reduce_scatter(flat, own, self._counts(flat.size))
         flat[stretch] = own
 
     def share(self, flat: np.ndarray) -> None:
-        self._wait(self._comm.Ibarrier())
+        self._meet(1)
         self._comm.Allgatherv(self._mpi.IN_PLACE, [flat, self._counts(flat.size)])
+
+    def _meet(self, number):
+        """Waits for all ranks: their numbers, which are not LEFT. Raises WorkerFailed if one has left the block."""
+        numbers = np.empty(self.size, int)
+        self._wait(self._comm.Iallgather(np.array([number]), numbers))
+        if LEFT in numbers:
+            raise WorkerFailed(f"rank {int(np.argmin(numbers))} has left the block of parallel.world, and rank "
+                               f"{self.rank} waits for it there: all ranks must make the same calls")
+        return numbers
 
     def _counts(self, count):
         ends = [count * rank // self.size for rank in range(self.size + 1)]
         return [stop - start for start, stop in zip(ends, ends[1:])]
 
-    def _wait(self, request):
-        """Until the others have come."""
+    def _wait(self, request, seconds=None):
+        """Until the others have come: True; or for so many seconds: False."""
+        end = seconds and time.monotonic() + seconds
         tries = 0
         while not request.Test():
             tries += 1
             if tries > TRIES:
+                if end and time.monotonic() > end:
+                    return False
                 time.sleep(min(LONGEST_SLEEP, 1e-5 * (tries - TRIES)))
+        return True
+
+
+def _exit_status(error):
+    """Of a process that ends by this exception, or None."""
+    if not isinstance(error, SystemExit):
+        return 0 if error is None else 1
+    return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+
+
+def _report(rank, error):
+    """On the stderr of the process, also if sys.stderr is another file now."""
+    words = [f"rank {rank}: {error}\n"] if isinstance(error, SystemExit) else traceback.format_exception(error)
+    sys.stdout.flush()
+    sys.__stderr__.writelines(words)
+    sys.__stderr__.flush()

@@ -21,8 +21,8 @@ from minilm.fast.workers import WorkerFailed
 class Ranks:
     """The ranks of this program. rank: the number of this one, size: how many there are.
 
-    As a context manager it ends all ranks when one of them leaves the block by an exception. An engine has the methods
-    that raise NotImplementedError here.
+    As a context manager it ends all ranks when one of them leaves the block by an exception, and waits for the others at
+    the end of the block. An engine has the methods that raise NotImplementedError here.
     """
 
     everyone = True         # all ranks come back to the caller between two steps of a stage
@@ -50,33 +50,41 @@ class Ranks:
         raise NotImplementedError
 
     def once(self, work: Callable[[], Any]) -> Any:
-        """The result of work(), called by rank 0 alone. Its error is raised in all ranks."""
-        return self._same([lambda: work() if self.rank == 0 else None])[0][0][0]
+        """The result of work(), called by rank 0 alone. Its error is raised in rank 0, and WorkerFailed in the others."""
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except Exception as met:
+                error = met
+        result, words = self.all_gather((result, error and _in_words(error)))[0]
+        if error:
+            raise error
+        if words:
+            raise WorkerFailed(f"rank 0 raised an error: {words}")
+        return result
 
     def each(self, work: Callable, parts: Sequence, then: Callable[[], Any] = lambda: None) -> tuple[list, list]:
         """([work(part) for part in parts], [then() of rank 0, 1, ..]) for every rank.
 
-        Part i is computed by rank i mod size. An error in any part is raised in all ranks.
+        Part i is computed by rank i mod size. then() is called by every rank after the last of its parts. An error in
+        any part is raised in all ranks: the others repeat that part.
         """
-        own = [lambda i=i: work(parts[i]) for i in range(self.rank, len(parts), self.size)]
-        given = self._same([*own, then])
-        return ([given[i % self.size][0][i // self.size] for i in range(len(parts))],
-                [results[-1] for results, _ in given])
-
-    def _same(self, calls):
-        """[(results of these calls, None)] by rank. Raises in every rank if a call of one raises."""
-        results, error = [], None
-        try:
-            results = [call() for call in calls]
-        except Exception as met:
-            error = met
-        given = self.all_gather((results, error and f"{type(error).__name__}: {error}"))
-        if error:
-            raise error
-        for rank, (_, text) in enumerate(given):
-            if text:
-                raise WorkerFailed(f"rank {rank} raised an error that rank {self.rank} did not: {text}")
-        return given
+        results, error, failed = [], None, None
+        for i in range(self.rank, len(parts), self.size):
+            try:
+                results.append(work(parts[i]))
+            except Exception as met:
+                error, failed = met, i
+                break
+        given = self.all_gather((results, error and [failed, _in_words(error)], None if error else then()))
+        for rank, (_, fault, _) in enumerate(given):
+            if fault is not None:
+                if rank == self.rank:
+                    raise error
+                work(parts[fault[0]])           # again: so the same error is raised in every rank
+                raise WorkerFailed(f"rank {rank} raised an error that rank {self.rank} did not: {fault[1]}")
+        return ([given[i % self.size][0][i // self.size] for i in range(len(parts))], [then for _, _, then in given])
 
     # Flat arrays: an optimiser's step.
 
@@ -96,3 +104,7 @@ class Ranks:
     def stretch(self, count: int) -> slice:
         """The part of flat arrays (count,) that this rank updates."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+
+def _in_words(error):
+    return f"{type(error).__name__}: {error}"

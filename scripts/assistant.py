@@ -47,12 +47,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minilm import data, evaluate
+from minilm import data, evaluate, parallel
 from minilm.checkpoint import write_text
 from minilm.diverged import Diverged
 from minilm.fast.malloc import keep_freed_memory
 from minilm.fast.workers import WorkerFailed
 from minilm.model import Config, RewardModel, Transformer
+from minilm.parallel import Ranks
 from minilm.stages.dpo import reference_log_probs, train_dpo
 from minilm.stages.pretraining import pretrain
 from minilm.stages.reward_model import train_reward_model
@@ -65,11 +66,12 @@ from support import figures
 from support.evaluation import Evaluation
 from support.job import Job, Stopped
 from support.options import TRIAL_BELOW, parse
-from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, out_of_memory, require
+from support.run_folder import (RunFolder, StopRequest, UsageError, command_to_resume, main_guard, out_of_memory,
+                                print_nothing, require)
 from support.tables import summary
 from support.terminal import paragraph, progress, trial_note
 
-VERSION = 2                 # of a run's files; a run of another version cannot be resumed
+VERSION = 3                 # of a run's files; a run of another version cannot be resumed
 SIZES = {"small": {"width": 64, "layers": 3}, "large": {"width": 96, "layers": 4}}
 STEPS = {"pretraining": 1800, "sft": 500, "reward model": 200, "rlhf": 50, "dpo": 150}
 RLHF_BETAS = (1.0, 0.3, 0.1, 0.0)
@@ -114,7 +116,7 @@ def prepare(job: Job, text: str) -> np.ndarray:
 def expected_seconds(job: Job, config: Config, stream: np.ndarray) -> float:
     """The duration of the whole run on this machine, from a few measured steps of pretraining."""
     model = Transformer(config, job.rng("weights")).to_device(job.options.device)
-    training = TrainState(model, job.rng("duration"), workers=job.options.workers)
+    training = TrainState(model, job.rng("duration"), group=job.ranks)
     ends = [time.monotonic() for _ in pretrain(training, stream, 6, WINDOWS, LENGTH)]
     step = np.median(np.diff(ends))
     sampling = ALL_SAMPLING * count_of(job.options, HELD_OUT) / HELD_OUT
@@ -153,7 +155,7 @@ def comparisons_stage(job: Job, sft: Transformer) -> tuple[Sequence, Sequence, S
     chosen, rejected = zip(*[pair if wins else pair[::-1] for wins, *pair in zip(first_wins, firsts, seconds)])
     lines = [{"question": q.text, "chosen": c, "rejected": r, "annotator": i % len(people)}
              for i, (q, (c, _), (r, _)) in enumerate(zip(questions, job.read(chosen), job.read(rejected)))]
-    write_text(job.run.path("comparisons.json"), json.dumps(lines, indent=1) + "\n")
+    job.run.write("comparisons.json", lambda path: write_text(path, json.dumps(lines, indent=1) + "\n"))
     if empty := sum(not line["chosen"] or not line["rejected"] for line in lines):
         print(paragraph(f"{empty} of {len(lines)} comparisons have an empty answer (no text before <eos>). They are "
                         "used like the others: the models learn whether an empty answer is the better one."))
@@ -265,8 +267,8 @@ def announce(options: argparse.Namespace, run: RunFolder) -> None:
 
 def report(results: dict, run: RunFolder, out: str) -> None:
     """Figures, results.json, and the tables on the terminal."""
-    figures.training_curves(results, run.path("training_curves.png"))
-    figures.reward_against_kl(results, run.path("reward_against_kl.png"))
+    run.write("training_curves.png", lambda path: figures.training_curves(results, path))
+    run.write("reward_against_kl.png", lambda path: figures.reward_against_kl(results, path))
     run.finish(results)
     print(summary(results))
     print(f"\nTalk to the models:\n    python scripts/chat.py {shlex.quote(out)}\n")
@@ -285,26 +287,36 @@ def main() -> int:
     keep_freed_memory()
     warnings.simplefilter("ignore", RuntimeWarning)    # NumPy's warnings about NaN: Diverged says more
     fingerprint = {"version": VERSION, "text": text_source["sha256"],
-                   **{name: getattr(options, name) for name in ("scale", "size", "seed", "workers", "device")}}
-    with StopRequest() as stop, RunFolder(options.out, options.resume, fingerprint) as run:
+                   **{name: getattr(options, name) for name in ("scale", "size", "seed", "device")}}
+    try:
+        with parallel.world(options.workers) as ranks:
+            return train(options, fingerprint, text, text_source, ranks)
+    except KeyboardInterrupt:
+        print(f"stopped; {how_to_continue(options.out)}")
+        return 130
+
+
+def train(options: argparse.Namespace, fingerprint: dict, text: str, text_source: dict, ranks: Ranks) -> int:
+    """The exit status. Every rank runs all of it, and rank 0 prints and writes."""
+    options.workers = ranks.size
+    if ranks.rank:
+        print_nothing()
+    with StopRequest(ranks) as stop, RunFolder(options.out, options.resume, fingerprint, ranks) as run:
         if run.finished:
             print(f"{options.out} holds a finished run; its results are in {run.path('results.json')}. "
                   f"Show them again:\n    python scripts/support/figures.py {shlex.quote(options.out)}")
             return 0
         announce(options, run)
         try:
-            results = run_stages(Job(options, run, stop, MAX_NEW_TOKENS), text, text_source)
+            results = run_stages(Job(options, run, stop, ranks, MAX_NEW_TOKENS), text, text_source)
             report(results, run, options.out)
-        except (Stopped, KeyboardInterrupt):
+        except Stopped:
             print(f"stopped; {how_to_continue(options.out)}")
             return 130
         except Diverged as error:
             raise UsageError(f"{error}. The last good checkpoint is kept in {options.out}. Start again with another "
                              "--seed, or with a lower learning rate in scripts/assistant.py.") from error
         except Exception as error:
-            if isinstance(error, WorkerFailed) and stop.arrives():      # the same signal has ended a worker
-                print(f"stopped; {how_to_continue(options.out)}")
-                return 130
             cause = error.__cause__ or error
             if isinstance(cause, (OSError, WorkerFailed)) or out_of_memory(cause):
                 print(how_to_continue(options.out), flush=True)

@@ -448,13 +448,6 @@ def test_another_fault_of_c_code_keeps_its_traceback():
         run_folder.main_guard(main)
 
 
-def test_a_stop_that_arrives_within_a_moment_is_waited_for():
-    with StopRequest() as stop:
-        assert not stop.arrives()
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        assert stop.arrives() and stop.requested
-
-
 @pytest.mark.parametrize("typed, again", [
     (["python", "job.py", "--out", "it's mine"], """python job.py --out 'it'"'"'s mine' --resume"""),
     (["python", "job.py", "--resume", "--out", "a b"], "python job.py --resume --out 'a b'")])

@@ -11,10 +11,10 @@ uses TrainState(model, rng, workers=2) instead: processes exist only within a st
 from __future__ import annotations
 
 from minilm.parallel.forked import ForkedRanks
-from minilm.parallel.mpi import MpiRanks, started_by_mpiexec
+from minilm.parallel.mpi import MpiRanks, launched
 from minilm.parallel.ranks import Ranks
 
-__all__ = ["ForkedRanks", "MpiRanks", "Ranks", "world"]
+__all__ = ["ForkedRanks", "MpiRanks", "Ranks", "launched", "world"]
 
 
 def world(workers: int = 1) -> Ranks:
@@ -23,4 +23,4 @@ def world(workers: int = 1) -> Ranks:
     If mpiexec started several processes, they are the ranks, and `workers` has no effect. Else there are `workers`
     ranks, forked at the start of the block. Raises ValueError as ForkedRanks does, ImportError as MpiRanks does.
     """
-    return MpiRanks() if started_by_mpiexec() else ForkedRanks(workers)
+    return MpiRanks() if launched()[1] > 1 else ForkedRanks(workers)

@@ -60,6 +60,6 @@ class Heartbeat:
     def _end(self, peer):
         print(f"rank {self._comm.rank}: rank {peer} has sent nothing for {SILENCE * TICK:.0f} s: its network or its "
               "machine has failed, or its process is stopped. All ranks end; --resume continues.",
-              file=sys.__stderr__, flush=True)
+              file=sys.__stderr__ or sys.stderr, flush=True)
         threading.Timer(5, os._exit, [1]).start()       # Abort waits for a network that may not be there
         self._comm.Abort(1)

@@ -27,13 +27,17 @@ TRIES = 200             # of a waiting rank before it sleeps between them
 LONGEST_SLEEP = 2e-3    # seconds
 LEFT = 0                # in place of the length of a message
 GRACE = 2.0             # seconds in which the others may leave by an error too, before a rank ends them
-# How mpich (also Intel MPI), Open MPI and MVAPICH tell a process the number of ranks.
-SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# How mpich (also Intel MPI), Open MPI and MVAPICH tell a process its rank and the number of ranks.
+LAUNCHERS = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+             ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"))
 
 
-def started_by_mpiexec() -> bool:
-    """Whether mpiexec started this process as one of several."""
-    return any(os.environ.get(name, "1") not in ("", "1") for name in SIZES)
+def launched() -> tuple[int, int]:
+    """(rank, size) that mpiexec gave to this process; (0, 1) if it did not start it. It needs no MPI."""
+    for rank, size in LAUNCHERS:
+        if os.environ.get(rank, "").isdigit() and os.environ.get(size, "").isdigit():
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1
 
 
 class MpiRanks(Ranks):
@@ -123,6 +127,6 @@ def _exit_status(error):
 def _report(rank, error):
     """On the stderr of the process, also if sys.stderr is another file now."""
     words = [f"rank {rank}: {error}\n"] if isinstance(error, SystemExit) else traceback.format_exception(error)
-    sys.stdout.flush()
-    sys.__stderr__.writelines(words)
-    sys.__stderr__.flush()
+    stream = sys.__stderr__ or sys.stderr
+    stream.writelines(words)
+    stream.flush()

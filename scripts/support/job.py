@@ -1,4 +1,7 @@
-"""One run of assistant.py: its folder, its random generators, training with checkpoints, and sampling."""
+"""One run of assistant.py: its folder, its random generators, training with checkpoints, and sampling.
+
+Every rank runs all of it (minilm/parallel). What depends on the disk, the clock or a signal goes through ranks.once().
+"""
 
 import argparse
 import dataclasses
@@ -8,11 +11,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from minilm import checks, data
-from minilm.checkpoint import CheckpointError, load, load_into
-from minilm.fast import workers
+from minilm.checkpoint import CheckpointError, load_into
 from minilm.generate import generate
 from minilm.model import RewardModel, Transformer
 from minilm.model_file import save_model
+from minilm.parallel import Ranks
 from minilm.stages.train_state import TrainState
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, tasks
@@ -40,6 +43,7 @@ class Job:
     options: argparse.Namespace
     run: RunFolder
     stop: StopRequest
+    ranks: Ranks
     max_new_tokens: int
     tokenizer: Tokenizer = None
     history: dict = dataclasses.field(default_factory=dict)
@@ -50,7 +54,7 @@ class Job:
         return np.random.default_rng([self.options.seed, *name.encode()])
 
     def stop_if_asked(self) -> None:
-        if self.stop.requested:
+        if self.ranks.once(lambda: self.stop.requested):
             raise Stopped
 
     def train(self, name: str, steps: int, start: Callable, loop: Callable, **settings) -> Transformer | RewardModel:
@@ -61,10 +65,9 @@ class Job:
         """
         self.stop_if_asked()
         model = start().to_device(self.options.device)
-        path = self.run.path(f"{name}.safetensors")
-        if path.exists():
-            return self._load_trained(name, model)
-        training = TrainState(model, self.rng(name), workers=self.options.workers, **settings)
+        if trained := self.run.load_state(name):
+            return self._take_trained(name, model, *trained)
+        training = TrainState(model, self.rng(name), group=self.ranks, **settings)
         history, seconds_before = self._restore(name, training)
         began = time.monotonic()
         last_save = began
@@ -73,20 +76,20 @@ class Job:
                 history.append({"step": training.step, **metrics})
                 advance(metrics)
                 now = time.monotonic()
-                if self.stop.requested or now - last_save > SAVE_EVERY:
+                if self.ranks.once(lambda: self.stop.requested or now - last_save > SAVE_EVERY):
                     self._save_state(name, training, history, seconds_before + now - began)
                     last_save = time.monotonic()
-                self.stop_if_asked()
+                    self.stop_if_asked()
         self.history[name] = history
         self.seconds[name] = seconds_before + time.monotonic() - began
-        save_model(path, training.model, self.tokenizer, run=self.run.fingerprint, history=history,
-                   seconds=self.seconds[name])
+        self.run.write(f"{name}.safetensors", lambda path: save_model(
+            path, training.model, self.tokenizer, run=self.run.fingerprint, history=history,
+            seconds=self.seconds[name]))
         self.run.drop_state(f"{name}-state")
         return training.model
 
-    def _load_trained(self, name, model):
+    def _take_trained(self, name, model, arrays, metadata):
         path = self.run.path(f"{name}.safetensors")
-        arrays, metadata = load(path)
         try:
             self._check(name, metadata)
             for tensor, array in arrays.items():
@@ -127,15 +130,15 @@ class Job:
     def sample(self, model: Transformer, prompts: Sequence[list[int]], rng: np.random.Generator,
                temperature: float = 1.0) -> list[list[int]]:
         """One response to each prompt, as token lists."""
+        self.stop_if_asked()
         uniforms = rng.random((len(prompts), self.max_new_tokens))
 
         def draw(i):
-            self.stop_if_asked()
             block = slice(i, i + BLOCK)
             return generate(model, prompts[block], self.max_new_tokens, uniforms[block], self.tokenizer.eos,
                             temperature).responses()
 
-        blocks = workers.parallel_map(draw, range(0, len(prompts), BLOCK), self.options.workers)
+        blocks, _ = self.ranks.each(draw, range(0, len(prompts), BLOCK))
         return [response for block in blocks for response in block]
 
     def encode_questions(self, questions: Sequence[tasks.Question]) -> list[list[int]]:

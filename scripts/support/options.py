@@ -10,7 +10,7 @@ from minilm.backend import to_device
 from minilm.stages.train_state import workers_for
 from minilm.world import tasks
 from support.command_line import MOST_WORKERS, Parser
-from support.run_folder import RunFolder, UsageError
+from support.run_folder import UsageError
 
 MAX_SCALE = 50          # a longer history does not fit into the header of a checkpoint
 # A smaller --scale is a trial run: pretraining is too short. Accuracy of the SFT model by scale (seeds 0, 0, 0, 3):
@@ -27,9 +27,7 @@ def parse(description: str, sizes: Iterable[str], tokens_of_a_step: int) -> argp
     if options.seed < 0:
         raise UsageError(f"--seed {options.seed} must not be negative")
     if options.workers is None:
-        recorded = RunFolder.recorded(options.out).get("workers") if options.resume else None
-        fitting = workers_for(tokens_of_a_step) if options.device == "cpu" else 1
-        options.workers = recorded if type(recorded) is int else fitting    # a damaged run.json may hold anything
+        options.workers = workers_for(tokens_of_a_step) if options.device == "cpu" else 1
     if not 1 <= options.workers <= MOST_WORKERS:
         raise UsageError(f"--workers {options.workers} must be from 1 to {MOST_WORKERS}; this machine has "
                          f"{os.cpu_count()} cores")
@@ -50,8 +48,8 @@ def parser_of(description: str, sizes: Iterable[str]) -> argparse.ArgumentParser
     parser.add_argument("--size", choices=sizes, default="small", help="of the model (default: %(default)s)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of all random numbers (default: %(default)s)")
     parser.add_argument("--workers", "--threads", metavar="N", type=int,
-                        help="processes that share each training step (default: as many as make it faster on this "
-                             "machine; a resumed run keeps its number)")
+                        help="processes that share the work (default: as many as make it faster on this machine); "
+                             "under mpiexec, its processes")
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu",
                         help="of the models; gpu needs CuPy: pip install -e '.[gpu]' (default: %(default)s)")
     parser.add_argument("--text", metavar="FILE",

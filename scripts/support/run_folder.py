@@ -33,6 +33,7 @@ from pathlib import Path
 
 from minilm import checkpoint
 from minilm.checks import distinct, ordinary_file
+from minilm.parallel import ForkedRanks, Ranks, launched
 
 try:
     import fcntl
@@ -50,12 +51,13 @@ class UsageError(Exception):
 
 
 class RunFolder:
-    """The output folder of one run, used by one process at a time: `with RunFolder(...) as run`.
+    """The output folder of one run, used by one run at a time: `with RunFolder(...) as run`.
 
     path         the folder; it is created if it does not exist
     resume       True continues the run in the folder. A missing or empty folder starts a new run in any case
     fingerprint  the settings that determine the results, a dictionary that JSON can hold. A run is resumed
                  only with the settings that it was started with
+    ranks        of the program; all of them call the same methods, and rank 0 alone reads and writes files
     resumed      after entering: whether the folder already held this run
 
     Entering raises UsageError, and leaves the files as they are, if the path is not a folder or cannot be written
@@ -63,7 +65,8 @@ class RunFolder:
     run with other settings. Saving raises checkpoint.CheckpointError.
     """
 
-    def __init__(self, path: str | Path, resume: bool, fingerprint: dict):
+    def __init__(self, path: str | Path, resume: bool, fingerprint: dict, ranks: Ranks | None = None):
+        self.ranks = ranks or ForkedRanks(1)
         self.folder = Path(path)
         self.resume = resume
         self.resumed = False
@@ -71,6 +74,11 @@ class RunFolder:
         self._lock = None
 
     def __enter__(self):
+        self.resumed = self.ranks.once(self._open)
+        return self
+
+    def _open(self):
+        """Whether the folder already held this run."""
         if fcntl is None:
             raise UsageError("a run locks its folder with flock, which this system does not have: use Linux or macOS, "
                              "or Linux on Windows (WSL). The library itself, import minilm, needs no lock")
@@ -78,7 +86,7 @@ class RunFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._check_for_other_files()
             self._take_lock()
-            self._start_or_resume()
+            return self._start_or_resume()
         except BaseException as error:
             self._release()
             if not isinstance(error, OSError):
@@ -86,7 +94,6 @@ class RunFolder:
             cause = "not a folder" if isinstance(error, FileExistsError) else error.strerror
             raise UsageError(f"{self.folder} cannot be the folder of a run: {error.filename}: {cause}. "
                              "Choose another --out.") from error
-        return self
 
     def __exit__(self, *exception):
         self._release()
@@ -104,27 +111,30 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        return self.path(RESULTS).exists()
+        return self.ranks.once(self.path(RESULTS).exists)
 
     def finish(self, results: dict) -> None:
         """Writes results.json from a dictionary that JSON can hold. From now on the run is finished."""
-        checkpoint.write_text(self.path(RESULTS), json.dumps(results, indent=2) + "\n")
+        self.write(RESULTS, lambda path: checkpoint.write_text(path, json.dumps(results, indent=2) + "\n"))
+
+    def write(self, name: str, writer: Callable[[Path], object]) -> None:
+        """writer(path of the file `name`), by rank 0."""
+        def work():
+            writer(self.path(name))
+        self.ranks.once(work)
 
     def save_state(self, name: str, arrays: dict, metadata: dict) -> None:
         """Replaces <name>.safetensors. If the process is killed meanwhile, the previous file stays."""
-        checkpoint.save(self._state_path(name), arrays, metadata)
+        self.write(f"{name}.safetensors", lambda path: checkpoint.save(path, arrays, metadata))
 
     def load_state(self, name: str) -> tuple[dict, dict] | None:
-        """(arrays, metadata) of the last save under this name, or None if there was none."""
-        path = self._state_path(name)
-        return checkpoint.load(path) if path.exists() else None
+        """(arrays, metadata) of <name>.safetensors, or None if there is no such file."""
+        path = self.path(f"{name}.safetensors")
+        return self.ranks.once(lambda: checkpoint.load(path) if path.exists() else None)
 
     def drop_state(self, name: str) -> None:
         """Deletes the file of save_state under this name, if there is one."""
-        self._state_path(name).unlink(missing_ok=True)
-
-    def _state_path(self, name):
-        return self.path(f"{name}.safetensors")
+        self.write(f"{name}.safetensors", lambda path: path.unlink(missing_ok=True))
 
     def _check_for_other_files(self):
         """Called before locking, so that a folder of other files does not even get a .lock."""
@@ -160,9 +170,9 @@ class RunFolder:
                              "Pass --resume to continue it, or choose another --out.")
         else:
             self._check_settings(started)
-            self.resumed = True
         for leftover in self.folder.glob(f".*{checkpoint.TEMPORARY_SUFFIX}"):    # from a killed run
             leftover.unlink()
+        return started is not None
 
     def _check_settings(self, started):
         def show(settings, name):
@@ -203,10 +213,12 @@ class StopRequest:
     The first signal sets the flag, so that the loop can finish its step and save. The second raises
     KeyboardInterrupt. A signal that was ignored before (as SIGINT in the `&` jobs of a shell script) stays ignored.
     Leaving restores the handlers. Outside the main thread this does nothing, because Python sets no handlers there.
+    ranks: of the program; the others ignore the signals, and learn of the flag of rank 0 through ranks.once().
     """
 
-    def __init__(self):
+    def __init__(self, ranks: Ranks | None = None):
         self.requested = False
+        self._handler = signal.SIG_IGN if ranks and ranks.rank else self._handle
         self._previous = {}
 
     def __enter__(self):
@@ -215,19 +227,12 @@ class StopRequest:
                 previous = signal.getsignal(number)
                 if previous not in (signal.SIG_IGN, None):    # None: set from C, cannot be restored
                     self._previous[number] = previous
-                    signal.signal(number, self._handle)
+                    signal.signal(number, self._handler)
         return self
 
     def __exit__(self, *exception):
         while self._previous:
             signal.signal(*self._previous.popitem())
-
-    def arrives(self) -> bool:
-        """Whether a stop is requested now or within a moment. A signal to all processes of a run may reach its workers
-        before it reaches this one."""
-        if not self.requested:
-            time.sleep(0.2)
-        return self.requested
 
     def _handle(self, number, frame):
         if self.requested:
@@ -251,7 +256,9 @@ def require(*modules: str) -> None:
 def command_to_resume() -> str:
     """The command line of this process with --resume, quoted for a shell."""
     typed = sys.orig_argv
-    return shlex.join(typed if "--resume" in typed else [*typed, "--resume"])
+    size = launched()[1]
+    mpiexec = ["mpiexec", "-n", str(size)] if size > 1 else []
+    return shlex.join([*mpiexec, *typed] if "--resume" in typed else [*mpiexec, *typed, "--resume"])
 
 
 def main_guard(main: Callable[[], int | None], *user_errors: type[Exception]) -> int:
@@ -308,8 +315,15 @@ def _prepare_streams():
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))      # noqa: SIM115  (until the process ends)
+    if launched()[0]:                                       # under mpiexec
+        print_nothing()
     if hasattr(sys.stdout, "reconfigure"):                  # a test may have put another object there
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def print_nothing() -> None:
+    """From now on, sys.stdout and sys.stderr of this process go to the null device: rank 0 prints for all."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")         # noqa: SIM115  (until the process ends)
 
 
 def _discard_output():

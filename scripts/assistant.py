@@ -66,8 +66,16 @@ from support import figures
 from support.evaluation import Evaluation
 from support.job import Job, Stopped
 from support.options import TRIAL_BELOW, parse
-from support.run_folder import (RunFolder, StopRequest, UsageError, command_to_resume, main_guard, out_of_memory,
-                                print_nothing, require)
+from support.run_folder import (
+    RunFolder,
+    StopRequest,
+    UsageError,
+    command_to_resume,
+    main_guard,
+    out_of_memory,
+    print_nothing,
+    require,
+)
 from support.tables import summary
 from support.terminal import paragraph, progress, trial_note
 

@@ -439,8 +439,8 @@ def test_a_model_of_another_architecture_is_an_error(whole, tmp_path):
 
 def test_a_full_disk_keeps_the_previous_checkpoint_and_the_run_can_be_resumed(folder, whole):
     before = contents(folder)
-    size = (folder / "base-state.safetensors").stat().st_size       # the memory of the ranks is smaller, and not limited
-    done = run(SMALL, "--out", folder, "--resume", limit=int(0.9 * size))
+    size = (folder / "base-state.safetensors").stat().st_size
+    done = run(SMALL, "--out", folder, "--resume", limit=int(0.9 * size))       # the memory of the ranks is smaller
     assert_error(done, "base-state.safetensors: not saved", "File too large", "intact")
     assert contents(folder) == before
     assert run(SMALL, "--out", folder, "--resume").returncode == 0

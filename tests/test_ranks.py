@@ -18,6 +18,7 @@ from helpers import assert_close
 from minilm.fast.workers import WorkerFailed
 from minilm.parallel.forked import ForkedRanks
 from minilm.stages.agreement import WorkersDisagree
+from minilm.stages.rlhf import train_rlhf
 from minilm.stages.sft import train_sft
 from minilm.stages.train_state import TrainState
 from test_stages import PROMPTS, RESPONSES, STAGES, make_training, run, transformer
@@ -152,6 +153,66 @@ def test_a_change_between_two_steps_is_made_by_all_ranks_and_counts_once(change,
 def test_a_change_in_one_rank_alone_is_named(change, fact, only):
     with pytest.raises(WorkersDisagree, match=fact):
         weights_after(change, 2, only)
+
+
+def restore_once(state, *_):
+    """Keeps the state after step 2, and returns to it after step 4."""
+    if state.step == 2 and not hasattr(state, "kept"):
+        state.kept = numbers(state), state.snapshot()[1]
+    if state.step == 4 and not hasattr(state, "returned"):
+        state.returned = True
+        state.restore(*state.kept)
+
+
+@two_or_three
+def test_a_state_restored_within_the_loop_by_all_ranks_is_trained_on(size):
+    one = weights_after(restore_once, 1)
+    for name, a in weights_after(restore_once, size).items():
+        assert_close(a, one[name], 1e-12, name)
+
+
+def rlhf_weights(size, judge):
+    """judge(ranks, the state's Generator, responses) gives the rewards."""
+    with ForkedRanks(size) as ranks:
+        state = TrainState(transformer(np.float64), np.random.default_rng(4), group=ranks)
+        reward = judge(ranks, state.rng)
+        for _ in train_rlhf(state, state.model.copy(), lambda _, responses: reward(responses), PROMPTS, 4, 4, 4, 6,
+                            None, learning_rate=1e-2):
+            pass
+        arrays = numbers(state)
+        ranks.all_gather(None)
+    return arrays
+
+
+def with_the_states_generator(ranks, rng):
+    return lambda responses: rng.normal(size=len(responses))
+
+
+def with_a_generator_of_its_own(ranks, rng):
+    own = np.random.default_rng(1)
+    return lambda responses: own.normal(size=len(responses))
+
+
+def asked_of_rank_0(ranks, rng):
+    """The Generator differs by rank, as a clock does."""
+    own = np.random.default_rng(ranks.rank)
+    return lambda responses: ranks.once(lambda: own.normal(size=len(responses)))
+
+
+@pytest.mark.parametrize("judge", [with_the_states_generator, with_a_generator_of_its_own, asked_of_rank_0],
+                         ids=lambda judge: judge.__name__)
+@two_or_three
+def test_a_random_judge_gives_what_it_gives_one_process(judge, size):
+    one = rlhf_weights(1, judge)
+    for name, a in rlhf_weights(size, judge).items():
+        assert_close(a, one[name], 1e-12, name)
+
+
+def test_a_judge_that_differs_by_rank_is_named():
+    def judge(ranks, rng):
+        return lambda responses: np.arange(len(responses)) + ranks.rank * (np.arange(len(responses)) == 3)
+    with pytest.raises(WorkersDisagree, match=r"its rewards.*ranks\.once"):
+        rlhf_weights(2, judge)
 
 
 # Small values.

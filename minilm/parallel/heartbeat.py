@@ -1,4 +1,4 @@
-"""Is every rank still there? MPI does not notice a lost network, a machine that has failed, or a process that is stopped.
+"""Is every rank still there? MPI notices neither a lost network nor a process that is stopped.
 
 A thread of each rank sends an empty message to rank 0 every few seconds, and rank 0 to each of them. If none has come
 for SILENCE seconds, the job ends. A rank that computes, or waits, sends as before, because this thread is another.

@@ -21,8 +21,8 @@ from minilm.fast.workers import WorkerFailed
 class Ranks:
     """The ranks of this program. rank: the number of this one, size: how many there are.
 
-    As a context manager it ends all ranks when one of them leaves the block by an exception, and waits for the others at
-    the end of the block. An engine has the methods that raise NotImplementedError here.
+    As a context manager it ends all ranks when one of them leaves the block by an exception; at the end of the block it
+    waits for the others. An engine has the methods that raise NotImplementedError here.
     """
 
     everyone = True         # all ranks come back to the caller between two steps of a stage
@@ -50,7 +50,7 @@ class Ranks:
         raise NotImplementedError
 
     def once(self, work: Callable[[], Any]) -> Any:
-        """The result of work(), called by rank 0 alone. Its error is raised in rank 0, and WorkerFailed in the others."""
+        """The result of work(), called by rank 0 alone. Its error is raised in rank 0, WorkerFailed in the others."""
         result, error = None, None
         if self.rank == 0:
             try:

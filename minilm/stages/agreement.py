@@ -5,6 +5,8 @@ in shared memory. Between two steps the caller's code runs in rank 0 alone, and 
 code draws from the state's Generator, changes a setting or adds data, the other ranks do not see it. Without this
 check they would train on other batches, and nothing would tell.
 
+Where every rank runs the caller's code (minilm/parallel), the same comparison finds code that depends on the rank.
+
 Each rank lists its `facts`: the step, the state of the Generator, the batch, AdamW's settings, the Config, the lengths
 of the stage's arguments, and the parameters of its other models. One number, the digest of the facts, travels in the
 message that the ranks exchange after a step anyway. If two digests differ, the facts are exchanged too, and
@@ -29,9 +31,15 @@ from minilm.model import RewardModel, Transformer
 
 SAMPLED = 1024          # numbers of each parameter of another model that are compared
 
+ALONE = ("The loop that runs the stage, and a reward function, run in worker 0 alone, and their changes do not reach "
+         "the others. Use a Generator of your own there, end the stage before a change and start it again after it, or "
+         "train with workers=1")
+EVERYONE = ("Every rank runs the loop and the reward function: change the same in all of them, and get what depends on "
+            "chance, a clock, a signal or the disk from rank 0, by ranks.once()")
+
 
 class WorkersDisagree(RuntimeError):
-    """A worker has another state than worker 0: the caller changed it in worker 0 alone."""
+    """A worker has another state than worker 0: the caller changed it in one of them alone."""
 
 
 class Agreement:
@@ -52,7 +60,7 @@ class Agreement:
                 "the number of workers": state.workers,
                 "whether AdamW's m and v are in shared memory": all(map(in_shared_memory, (optimizer.m, optimizer.v))),
                 "the Generator's state (its digest)": zlib.crc32(repr(_plain(state.rng.bit_generator.state)).encode()),
-                "the batch that was drawn (its digest)": state.drawn,
+                "the batch that was drawn, or its rewards (digest)": state.drawn,
                 **{f"AdamW's {name}": getattr(optimizer, name)
                    for name in ("steps", "learning_rate", "betas", "eps", "weight_decay")},
                 "AdamW's updates of each parameter (their digest)": zlib.crc32(optimizer.updates),
@@ -72,11 +80,9 @@ class Agreement:
         first, *others = self.state.group.all_gather(facts)
         for rank, theirs in enumerate(others, 1):
             if wrong := [f"{n}: {theirs[n]} there, {first[n]} here" for n in first if theirs[n] != first[n]]:
-                raise WorkersDisagree(
-                    f"{self.stage}, after step {theirs['the step']}: worker {rank} differs from worker 0 (here) in "
-                    f"{'; '.join(wrong)}. The loop that runs the stage, and a reward function, run in worker 0 alone, "
-                    "and their changes do not reach the others. Use a Generator of your own there, end the stage "
-                    "before a change and start it again after it, or train with workers=1")
+                advice = EVERYONE if self.state.group.everyone else ALONE
+                raise WorkersDisagree(f"{self.stage}, after step {theirs['the step']}: worker {rank} differs from "
+                                      f"worker 0 (here) in {'; '.join(wrong)}. {advice}")
 
 
 def model_parameters(argument: Any) -> dict:

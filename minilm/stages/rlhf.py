@@ -75,7 +75,7 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
 
         rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(5, steps // 10 + 1), floor=0.3)
         metrics, _ = train_step(state, loss, prompt_shards(P, K, microbatches or state.workers), rate, "RLHF",
-                                drawn=[drawn, *batch])
+                                drawn=[drawn, rewards, *batch])
         return {**metrics, **policy_gradient_metrics(rewards, kl, mask),
                 "entropy": float(samples.entropies[mask].mean())}
     return repeat(step, state, steps)

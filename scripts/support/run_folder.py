@@ -27,7 +27,6 @@ import shlex
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 

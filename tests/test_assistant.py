@@ -28,7 +28,7 @@ for module in ("fcntl", "safetensors", "matplotlib", "tqdm"):
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SCRIPT = [sys.executable, str(SCRIPTS / "assistant.py")]
-RUNNER = f"""import json, os, signal, sys
+RUNNER = f"""import json, os, resource, signal, sys
 sys.path.insert(0, {str(SCRIPTS)!r})
 import assistant; from support import figures, job, terminal
 from minilm import checkpoint
@@ -45,6 +45,8 @@ def tick(what):
     if ticks == moment:
         print("accident at", what, flush=True)
         os.kill(os.getpid(), number)
+    if ticks == int(os.environ.get("FULL", 0)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 def ticking(module, name):
     function = getattr(module, name)
     def wrapped(*arguments, **options):

@@ -57,8 +57,8 @@ class MpiRanks(Ranks):
         return self
 
     def __exit__(self, kind, error, trace):
-        """If all ranks leave by an error, rank 0 reports it. If one leaves so alone, the others would wait for it for
-        ever: it reports the error and ends them."""
+        """If all ranks leave by an error, the error and the exit status are those of rank 0. If one leaves so alone, the
+        others would wait for it for ever: it reports the error and ends them."""
         status = _exit_status(error)
         if status == 0:
             self._wait(self._comm.Iallgather(np.array([LEFT]), np.empty(self.size, int)))
@@ -67,7 +67,7 @@ class MpiRanks(Ranks):
             self._comm.Abort(status)
         self._heart.stop()
         if status and self.rank:
-            sys.exit(status)
+            sys.exit(0)
 
     def zeros(self, count: int, dtype: Any, xp: Any = np) -> np.ndarray:
         return xp.zeros(count, dtype)

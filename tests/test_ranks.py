@@ -284,6 +284,15 @@ def test_add_up_and_share_make_every_rank_have_the_sum(size, count):
         assert_close(a, size * np.arange(count) + 1000.0 * sum(range(size)))
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="the open files of a process are counted in /proc")
+def test_an_array_of_the_ranks_keeps_one_file_open():
+    with ForkedRanks(2) as ranks:
+        before = len(os.listdir("/proc/self/fd"))
+        arrays = [ranks.zeros(10, np.float64) for _ in range(5)]
+        opened = ranks.all_gather(len(os.listdir("/proc/self/fd")) - before)
+    assert opened == [5, 5] and len(arrays) == 5        # the one of mmap
+
+
 # Ends.
 
 @pytest.mark.parametrize("end", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(3), lambda: 1 / 0,

@@ -15,7 +15,7 @@ from minilm.backend import is_cupy
 from minilm.fast.flat_parameters import FlatParameters
 from minilm.fast.workers import ProcessGroup
 from minilm.in_place import mark_changed
-from minilm.parallel.ranks import Ranks
+from minilm.ranks import Ranks
 from minilm.tensor import Tensor
 
 

@@ -53,7 +53,7 @@ from minilm.diverged import Diverged
 from minilm.fast.malloc import keep_freed_memory
 from minilm.fast.workers import WorkerFailed
 from minilm.model import Config, RewardModel, Transformer
-from minilm.parallel import Ranks
+from minilm.ranks import Ranks
 from minilm.stages.dpo import reference_log_probs, train_dpo
 from minilm.stages.pretraining import pretrain
 from minilm.stages.reward_model import train_reward_model

@@ -1,4 +1,4 @@
-"""Run by tests/test_ranks.py under mpiexec: mpi_program.py train STAGE DTYPE STEPS OUT, or another of the functions."""
+"""Run by tests/test_mpi.py under mpiexec: mpi_program.py train STAGE DTYPE STEPS OUT, or another of the functions."""
 import os
 import signal
 import sys

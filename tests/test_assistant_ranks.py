@@ -9,7 +9,7 @@ import pytest
 
 from minilm import checkpoint
 from test_assistant import SMALL, assert_same_run, contents, environment, folder, run, start, stopped, whole
-from test_ranks import MPIEXEC, needs_mpi
+from test_mpi import MPIEXEC, needs_mpi
 
 assert folder and stopped and whole       # fixtures
 
@@ -84,7 +84,8 @@ def test_an_error_under_mpiexec_is_one_line_of_rank_0(folder, options, words):
     before = contents(folder)
     done = run(under_mpiexec(3), "--out", folder, *options)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], done.stderr
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ") and words in lines[0]
     assert contents(folder) == before
 
 

@@ -1,15 +1,10 @@
-"""minilm/parallel: every rank runs the whole program, and they train as one process does, with both engines.
+"""Forked ranks: every rank runs the whole program, and they train as one process does.
 
-The ranks of ForkedRanks are forked from the test, and rank 0 goes on with it. Those of MPI run mpi_program.py.
+The ranks are forked from the test, and rank 0 goes on with it. The other engine: test_mpi.py.
 """
-import importlib.util
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,11 +19,6 @@ from minilm.stages.train_state import TrainState
 from test_stages import PROMPTS, RESPONSES, STAGES, make_training, run, transformer
 
 STEPS = 4
-PROGRAM = Path(__file__).parent / "mpi_program.py"
-MPIEXEC = next((str(path) for path in (Path(sys.executable).with_name("mpiexec"), shutil.which("mpiexec"))
-                if path and Path(path).exists()), None)
-needs_mpi = pytest.mark.skipif(MPIEXEC is None or importlib.util.find_spec("mpi4py") is None,
-                               reason="needs mpi4py and mpiexec: pip install -e '.[mpi]'")
 every_stage = pytest.mark.parametrize("stage", STAGES)
 two_or_three = pytest.mark.parametrize("size", [2, 3])
 
@@ -305,83 +295,3 @@ def test_a_rank_that_ends_ends_all_within_seconds(end):
                 end()
             ranks.all_gather(None)
     assert time.monotonic() - began < 10
-
-
-# The same under mpiexec.
-
-def mpiexec(size, *words):
-    command = [MPIEXEC, "-n", str(size), sys.executable, str(PROGRAM), *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-
-
-@needs_mpi
-@every_stage
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_two_ranks_of_mpi_are_two_forked_ranks_bit_for_bit(stage, dtype, tmp_path):
-    done = mpiexec(2, "train", stage, dtype, STEPS, tmp_path / "mpi.npz")
-    assert done.returncode == 0, done.stderr
-    for name, a in trained(stage, 2, np.dtype(dtype))[1].items():
-        assert np.load(tmp_path / "mpi.npz")[name].tobytes() == a.tobytes(), name
-
-
-@needs_mpi
-@every_stage
-def test_three_ranks_of_mpi_train_as_one_process_does(stage, tmp_path):
-    """Some have fewer rows, or none."""
-    done = mpiexec(3, "train", stage, "float64", STEPS, tmp_path / "mpi.npz")
-    assert done.returncode == 0, done.stderr
-    for name, a in trained(stage, 1)[1].items():
-        assert_close(np.load(tmp_path / "mpi.npz")[name], a, 1e-12, name)
-
-
-@needs_mpi
-@pytest.mark.parametrize("end, words", [("exception", "ZeroDivisionError"), ("sys.exit", "rank 1: it ends here"),
-                                        ("status 3", "rank 1: 3"), ("_exit", ""), ("SIGKILL", ""),
-                                        ("returns", "rank 1 has left the block of parallel.world")])
-def test_a_rank_of_mpi_that_ends_ends_all_with_its_words(end, words):
-    began = time.monotonic()
-    done = mpiexec(3, "end", end)
-    assert done.returncode != 0 and words in done.stderr
-    assert time.monotonic() - began < 15 and "went on" not in done.stdout
-
-
-@needs_mpi
-def test_a_rank_of_mpi_that_leaves_while_the_others_add_up_ends_all():
-    done = mpiexec(3, "end_add_up")
-    assert done.returncode != 0 and "rank 1 has left the block" in done.stderr and "went on" not in done.stdout
-
-
-@needs_mpi
-@pytest.mark.parametrize("how, count", [("exception", 1), ("once", 1), ("status 3", 0)])
-def test_an_error_of_all_ranks_of_mpi_is_reported_by_rank_0_alone(how, count):
-    done = mpiexec(3, "end_together", how)
-    assert done.stderr.count("ZeroDivisionError: division by zero") == count and "Abort" not in done.stderr
-    assert done.returncode == (3 if how == "status 3" else 1), done.stderr
-
-
-@needs_mpi
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_of_mpi_that_is_stopped_ends_all_after_the_silence(rank):
-    done = mpiexec(3, "silent", rank)
-    assert done.returncode != 0 and f"rank {rank} has sent nothing for" in done.stderr and "went on" not in done.stdout
-
-
-@needs_mpi
-def test_ranks_of_mpi_that_work_for_longer_than_the_silence_are_not_taken_for_lost():
-    done = mpiexec(3, "silent", "none")
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", 3 * "went on\n")
-
-
-@needs_mpi
-def test_a_rank_of_mpi_that_waits_uses_little_of_its_core():
-    done = mpiexec(2, "wait")
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.3         # CPU seconds of 2 s
-
-
-@needs_mpi
-def test_results_errors_and_flat_arrays_of_mpi_are_those_of_forked_ranks():
-    done = mpiexec(3, "calls")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "as expected\n"

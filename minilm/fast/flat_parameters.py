@@ -17,7 +17,7 @@ import numpy as np
 
 from minilm.backend import array_module, is_cupy
 from minilm.fast.workers import ProcessGroup
-from minilm.parallel.ranks import Ranks
+from minilm.ranks import Ranks
 from minilm.tensor import Tensor
 
 BLOCK = 1 << 15

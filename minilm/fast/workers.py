@@ -24,17 +24,15 @@ from typing import Any
 
 import numpy as np
 
-
-class WorkerFailed(RuntimeError):
-    """A worker process ended, or raised an error that rank 0 did not."""
+from minilm.ranks import Ranks, WorkerFailed
 
 
-class ProcessGroup:
+class ProcessGroup(Ranks):
     """Ranks 0 to size - 1. Rank 0 is the calling process; the others exist within
 
         with group:
 
-    All of them run that body, so the calls of map() and all_gather() must be the same in all. Only rank 0 leaves the
+    All of them run that body, so the calls of each() and all_gather() must be the same in all. Only rank 0 leaves the
     body at its end; the other processes end there, and work after their last all_gather may be lost. Outside the body
     rank 0 is alone and computes everything itself.
     Raises ValueError for a size below 1, and for one above 1 where processes cannot be forked.
@@ -113,11 +111,6 @@ class ProcessGroup:
         self.lines, self.processes = [], []
 
     def all_gather(self, value):
-        """The values of all ranks, in the order of the ranks. Every rank waits here for the slowest.
-
-        A value is None, bool, int, float, str, an array, or a tuple, list or dict (with str keys) of these.
-        Raises TypeError for another one.
-        """
         if not self.lines:
             return [value]
         try:
@@ -140,40 +133,7 @@ class ProcessGroup:
             raise WorkerFailed("a worker process has ended: was it killed, or out of memory? "
                                "Fewer workers need less memory.") from None
 
-    def once(self, work):
-        """The result of work(), called by rank 0 alone: for functions with a state or random numbers of their own."""
-        return self.all_gather(work() if self.rank == 0 else None)[0]
-
-    def each(self, work, parts, then=lambda: None):
-        """([work(part) for part in parts], [then() of rank 0, 1, ..]) for every rank.
-
-        Part i is computed by rank i mod size. then() is called by every rank after the last of its parts. An error in
-        any part is raised by rank 0.
-        """
-        results, failed = [], None
-        for i in range(self.rank, len(parts), self.active_size):
-            try:
-                results.append(work(parts[i]))
-            except Exception:
-                if self.rank == 0:
-                    raise
-                failed = i
-                break
-        given = self.all_gather((results, failed, then()))
-        for _, failed, _ in given:
-            if failed is not None:
-                if self.rank == 0:
-                    work(parts[failed])         # again: so the error is raised here, with its traceback
-                    raise WorkerFailed(f"part {failed} failed in another worker, but not when worker 0 repeated it")
-                raise _Over
-        return ([given[i % self.active_size][0][i // self.active_size] for i in range(len(parts))],
-                [then for _, _, then in given])
-
     # Flat arrays: an optimiser's step, shared by the ranks (ZeRO stage 1). Here they are in one memory.
-
-    def stretch(self, count):
-        """The part of flat arrays (count,) that this rank updates, a slice."""
-        return slice(count * self.rank // self.active_size, count * (self.rank + 1) // self.active_size)
 
     def add_up(self, flat, others):
         """This rank's stretch of flat becomes the sum over the ranks: of flat, and of others in this order."""

@@ -3,7 +3,7 @@
     with parallel.world(2) as ranks:
         state = TrainState(model, rng, group=ranks)
 
-ranks.py says what a rank does, and has all that is the same in both engines. forked.py: processes forked on this
+minilm/ranks.py says what a rank does, and has all that is the same in both engines. forked.py: processes forked on this
 machine, with NumPy alone. mpi.py: processes that mpiexec started. A notebook, which cannot run in several processes,
 uses TrainState(model, rng, workers=2) instead: processes exist only within a stage (fast/workers.py).
 """
@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from minilm.parallel.forked import ForkedRanks
 from minilm.parallel.mpi import MpiRanks, launched
-from minilm.parallel.ranks import Ranks
-
-__all__ = ["ForkedRanks", "MpiRanks", "Ranks", "launched", "world"]
+from minilm.ranks import Ranks
 
 
 def world(workers: int = 1) -> Ranks:

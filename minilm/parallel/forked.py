@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from minilm.fast.workers import ProcessGroup
-from minilm.parallel.ranks import Ranks
+from minilm.ranks import Ranks
 
 BLOCK = 1 << 15         # numbers that stay in the cache of one core
 

@@ -2,7 +2,7 @@
 
 A thread of each rank sends an empty message to rank 0 every few seconds, and rank 0 to each of them. If none has come
 for SILENCE seconds, the job ends. A rank that computes, or waits, sends as before, because this thread is another.
-Tests: tests/test_ranks.py, tests/test_network.py.
+Tests: tests/test_mpi.py, tests/test_network.py.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 A rank that waits for the others sleeps, because a blocking MPI call would use a whole core. Nothing waits for ever: a
 rank that leaves the block alone ends all (MpiRanks.__exit__), and so does one that is lost (heartbeat.py).
 Needs mpi4py and an MPI: pip install -e '.[mpi]'. Nothing is unpickled: messages are those of workers.py.
-Tests: tests/test_ranks.py, tests/test_network.py.
+Tests: tests/test_mpi.py, tests/test_network.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from minilm.fast.workers import WorkerFailed, decode, encode
 from minilm.parallel.heartbeat import Heartbeat
-from minilm.parallel.ranks import Ranks
+from minilm.ranks import Ranks
 
 TRIES = 200             # of a waiting rank before it sleeps between them
 LONGEST_SLEEP = 2e-3    # seconds
@@ -57,7 +57,7 @@ class MpiRanks(Ranks):
         return self
 
     def __exit__(self, kind, error, trace):
-        """If all ranks leave by an error, the error and the exit status are those of rank 0. If one leaves so alone, the
+        """If all ranks leave by an error, the error and the exit status are those of rank 0. If one leaves alone, the
         others would wait for it for ever: it reports the error and ends them."""
         status = _exit_status(error)
         if status == 0:

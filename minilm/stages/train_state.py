@@ -23,7 +23,7 @@ from minilm.fast.malloc import return_freed_memory
 from minilm.fast.workers import ProcessGroup, available_cores, can_fork
 from minilm.in_place import mark_changed
 from minilm.optim import AdamW
-from minilm.parallel.ranks import Ranks
+from minilm.ranks import Ranks
 from minilm.stages.agreement import Agreement, digest, model_parameters
 from minilm.tensor import Tensor
 

@@ -48,7 +48,7 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
         "packed_attention": ("test_packing", "test_model"), "rotary": ("test_layers", "test_plain"),
         "cached_decoding": ("test_generate", "test_plain"), "flat_parameters": ("test_optim", "test_stages"),
         "deferred": ("test_tensor", "test_layers"), "activation_checkpointing": ("test_tensor", "test_model"),
-        "forked": ("test_ranks",), "mpi": ("test_ranks",), "heartbeat": ("test_ranks",),
+        "forked": ("test_ranks",), "ranks": ("test_mpi",), "heartbeat": ("test_mpi",),
         "workers": ("test_platforms",), "train_state": ("test_platforms", "test_agreement", "test_inputs"),
         "dpo": ("test_inputs",), "rlhf": ("test_inputs",), "command_line": ("test_commands",),
         "launch": ("test_launch_limits",)}

@@ -15,7 +15,7 @@ from minilm.checkpoint import CheckpointError, load_into
 from minilm.generate import generate
 from minilm.model import RewardModel, Transformer
 from minilm.model_file import save_model
-from minilm.parallel import Ranks
+from minilm.ranks import Ranks
 from minilm.stages.train_state import TrainState
 from minilm.tokenizer import Tokenizer
 from minilm.world import annotators, tasks

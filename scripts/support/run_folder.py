@@ -32,7 +32,9 @@ from pathlib import Path
 
 from minilm import checkpoint
 from minilm.checks import distinct, ordinary_file
-from minilm.parallel import ForkedRanks, Ranks, launched
+from minilm.parallel.forked import ForkedRanks
+from minilm.parallel.mpi import launched
+from minilm.ranks import Ranks
 
 try:
     import fcntl

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from minilm.fast.workers import WorkerFailed
+
+class WorkerFailed(RuntimeError):
+    """A rank ended, or raised an error that this one did not."""
 
 
 class Ranks:
@@ -31,7 +33,7 @@ class Ranks:
 
     @property
     def active_size(self) -> int:
-        """The number of ranks, as for a ProcessGroup."""
+        """The number of ranks that there are now."""
         return self.size
 
     def __enter__(self) -> Ranks:
@@ -45,7 +47,8 @@ class Ranks:
     def all_gather(self, value: Any) -> list:
         """The values of all ranks, in the order of the ranks. Every rank waits here for the slowest.
 
-        A value is of the kinds that ProcessGroup.all_gather takes.
+        A value is None, bool, int, float, str, an array, or a tuple, list or dict (with str keys) of these. Raises
+        TypeError for another one.
         """
         raise NotImplementedError
 
@@ -71,7 +74,7 @@ class Ranks:
         any part is raised in all ranks: the others repeat that part.
         """
         results, error, failed = [], None, None
-        for i in range(self.rank, len(parts), self.size):
+        for i in range(self.rank, len(parts), self.active_size):
             try:
                 results.append(work(parts[i]))
             except Exception as met:
@@ -84,7 +87,8 @@ class Ranks:
                     raise error
                 work(parts[fault[0]])           # again: so the same error is raised in every rank
                 raise WorkerFailed(f"rank {rank} raised an error that rank {self.rank} did not: {fault[1]}")
-        return ([given[i % self.size][0][i // self.size] for i in range(len(parts))], [then for _, _, then in given])
+        return ([given[i % self.active_size][0][i // self.active_size] for i in range(len(parts))],
+                [then for _, _, then in given])
 
     # Flat arrays: an optimiser's step.
 
@@ -94,7 +98,7 @@ class Ranks:
 
     def add_up(self, flat: np.ndarray, others: Sequence[np.ndarray] = ()) -> None:
         """This rank's stretch of flat, an array of zeros(), becomes the sum over the ranks (reduce-scatter). The other
-        stretches stay as they are. others: (), as a ProcessGroup alone has them."""
+        stretches stay as they are. others: the arrays of the other ranks, if they are in the memory of this one."""
         raise NotImplementedError
 
     def share(self, flat: np.ndarray) -> None:
@@ -103,7 +107,7 @@ class Ranks:
 
     def stretch(self, count: int) -> slice:
         """The part of flat arrays (count,) that this rank updates."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        return slice(count * self.rank // self.active_size, count * (self.rank + 1) // self.active_size)
 
 
 def _in_words(error):

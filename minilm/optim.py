@@ -36,14 +36,14 @@ class AdamW:
     The parameters move into one flat array, which owns them (fast/flat_parameters.py): make one optimiser for a model,
     after the model is on its device, and afterwards write p.assign(x) instead of p.data = x. Otherwise the next
     zero_grad, clip, step or state raises RuntimeError with the name of the parameter.
-    group: worker processes that share the update. Raises TypeError for parameters of several dtypes and for what is no
+    group: workers or ranks that share the update. Raises TypeError for parameters of several dtypes and for what is no
     dict of leaves, ValueError for parameters that share memory, and for a setting out of range: here, and in step if it
     was changed since.
     """
 
     def __init__(self, parameters: dict[str, Tensor], learning_rate: float = 1e-3,
                  betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.01,
-                 group: ProcessGroup | Ranks | None = None):
+                 group: Ranks | None = None):
         leaves = list(getattr(parameters, "values", list)())
         if not leaves or not all(isinstance(p, Tensor) and p.node is None for p in leaves):
             raise TypeError(f"AdamW: parameters is {checks.shown(parameters)}; it must be a dict of leaves by name")

@@ -83,7 +83,7 @@ class Ranks:
         given = self.all_gather((results, error and [failed, _in_words(error)], None if error else then()))
         for rank, (_, fault, _) in enumerate(given):
             if fault is not None:
-                if rank == self.rank:
+                if rank == self.rank and error:
                     raise error
                 work(parts[fault[0]])           # again: so the same error is raised in every rank
                 raise WorkerFailed(f"rank {rank} raised an error that rank {self.rank} did not: {fault[1]}")

@@ -205,6 +205,12 @@ def test_a_judge_that_differs_by_rank_is_named():
         rlhf_weights(2, judge)
 
 
+@pytest.mark.parametrize("wrong", [{"group": 2}, {"group": ForkedRanks(1), "workers": 2}])
+def test_a_state_takes_ranks_or_a_number_of_workers(wrong):
+    with pytest.raises(TypeError, match=r"group is .* ranks of parallel\.world\(\) as group, or the number"):
+        TrainState(transformer(np.float64), np.random.default_rng(4), **wrong)
+
+
 # Small values.
 
 def test_once_is_called_by_rank_0_alone_and_its_result_goes_to_all():

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from minilm.backend import array_module, is_cupy
-from minilm.fast.workers import ProcessGroup
 from minilm.ranks import Ranks
 from minilm.tensor import Tensor
 
@@ -29,11 +28,11 @@ class FlatParameters:
     Make it after the parameters are on their device. It owns them afterwards: write with p.assign(x) instead of
     p.data = x, and make no second one for the same Tensors. A method that meets a parameter with another array raises
     RuntimeError with its name.
-    group: worker processes; each updates a slice of its own of the flat arrays.
+    group: workers or ranks; each updates a slice of its own of the flat arrays.
     Raises TypeError for parameters of several dtypes, ValueError for parameters that share memory.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], group: ProcessGroup | Ranks):
+    def __init__(self, parameters: dict[str, Tensor], group: Ranks):
         self.group = group
         self.parameters = dict(parameters)
         dtypes = {p.dtype for p in self.parameters.values()}

@@ -1,8 +1,8 @@
 """The state of a model in training, and one optimiser step.
 
 A stage is a generator function over a TrainState. Between two yields the TrainState is consistent: the caller may save
-snapshot() there, and a stage started on a restored TrainState continues bit for bit (on one machine, with one number
-of workers).
+snapshot() there, and a stage started on a restored TrainState continues: bit for bit on one machine with the same
+number of workers or ranks, to rounding with another.
 Tests: tests/test_stages.py.
 """
 
@@ -38,18 +38,22 @@ class TrainState:
     same bit for bit every time for one number. `settings` are those of AdamW.
     The caller's code between two steps runs in rank 0 alone. It may read everything, save a snapshot, and write to the
     parameters. If it changes another part of the state, the next step raises WorkersDisagree (agreement.py).
-    Raises TypeError for a model whose parameters() is not a dict, for a seed in place of a Generator and for a
-    learning_rate, which each stage has of its own, ValueError for workers below 1.
+    group: the ranks of parallel.world(), in place of workers. Every rank then runs the caller's code and may change
+    everything, if all change the same; snapshot() and restore() are calls of all ranks.
+    Raises TypeError for a model whose parameters() is not a dict, for a seed in place of a Generator, for a
+    learning_rate, which each stage has of its own, and for another group; ValueError for workers below 1.
     """
 
-    def __init__(self, model, rng: np.random.Generator, workers: int = 1, group: ProcessGroup | Ranks | None = None,
-                 **settings):
+    def __init__(self, model, rng: np.random.Generator, workers: int = 1, group: Ranks | None = None, **settings):
         if isinstance(model, type) or not hasattr(model, "parameters") or not isinstance(model.parameters(), dict):
             raise TypeError(f"TrainState: model is {checks.shown(model)}; it must be a Transformer or a RewardModel")
         if "learning_rate" in settings:
             raise TypeError("TrainState: learning_rate has no effect here; give it to the stage, each has its own")
         self.model = model
         self.rng = checks.generator("TrainState", rng)
+        if group is not None and (not isinstance(group, Ranks) or workers != 1):
+            raise TypeError(f"TrainState: group is {checks.shown(group)} and workers is {checks.shown(workers)}; give "
+                            "the ranks of parallel.world() as group, or the number of workers")
         self.group = group or ProcessGroup(checks.integer("TrainState", "workers", workers, at_least=1))
         self.workers = self.group.size
         self.step = 0

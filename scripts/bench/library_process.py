@@ -37,6 +37,10 @@ def children(pid):
     return of_process(pid, f"task/{pid}/children").split()
 
 
+def with_descendants(pid):
+    return [pid, *(process for child in children(pid) for process in with_descendants(child))]
+
+
 def private_memory(pid):
     """The resident memory that a process shares with no other, in bytes."""
     return 1024 * sum(int(line.split()[1]) for line in of_process(pid, "smaps_rollup").splitlines()
@@ -90,13 +94,14 @@ class Worker:
     """A process that serves one library, started with `--worker`. results: the arrays of its check().
 
     script, library: the script that serves it and the name there, if they are not this script and name.
+    prefix: the words of a command that starts the process, such as mpiexec.
     """
 
-    def __init__(self, name, spec, environment, script=None, library=None):
+    def __init__(self, name, spec, environment, script=None, library=None, prefix=()):
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, script or sys.argv[0], "--worker", library or name, json.dumps(spec)], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **environment})
+            [*prefix, sys.executable, script or sys.argv[0], "--worker", library or name, json.dumps(spec)],
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **environment})
         message = self._read()
         self.base = message["base"]
         self.helpers = 0                    # the private memory of its forked processes, at most
@@ -115,9 +120,9 @@ class Worker:
         return message["times"]
 
     def ticks(self):
-        """The processor time of the process and its children, ended ones included, in ticks of the system."""
+        """The processor time of the process and its descendants, ended ones included, in ticks of the system."""
         return sum(sum(map(int, text.rpartition(")")[2].split()[11:15])) for text in
-                   (of_process(pid, "stat") for pid in (self.process.pid, *children(self.process.pid))))
+                   (of_process(pid, "stat") for pid in with_descendants(self.process.pid)))
 
     def _read(self):
         line = self.process.stdout.readline()

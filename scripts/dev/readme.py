@@ -151,6 +151,7 @@ class Part:
     """A part of a README: its file, the time that it takes, and a function or commands that give its text.
 
     The last of the commands prints a Markdown table; commands of a part without a file write their own files.
+    whole: the part is all that the last command prints, not the first table alone.
     figure: the path of a figure that the commands write, and where a README shows it.
     """
 
@@ -159,6 +160,7 @@ class Part:
     make: Callable[[], str] | None = None
     commands: tuple[str, ...] = ()
     cheap: bool = False
+    whole: bool = False
     figure: tuple[str, str] | None = None
 
     def text(self) -> str:
@@ -169,7 +171,9 @@ class Part:
             last = command == self.commands[-1] and bool(self.file)
             done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True, text=True,
                                   stdout=subprocess.PIPE if last else None)
-        return first_table(done.stdout) if self.file else ""
+        if not self.file:
+            return ""
+        return done.stdout.strip() if self.whole else first_table(done.stdout)
 
 
 def first_table(printed: str) -> str:
@@ -194,12 +198,17 @@ PARTS = {
     "bench": Part("scripts/bench/README.md", "40 min, on an idle machine",
                   commands=("scripts/bench/table.py runs/bench", "scripts/bench/table.py runs/bench --print")),
     "tricks": Part("scripts/bench/README.md", "minutes, on an idle machine", commands=("scripts/bench/tricks.py",)),
+    "processes": Part("scripts/bench/processes.md", "15 min, on an idle machine, as root", whole=True,
+                      commands=("scripts/bench/processes.py",)),
+    "predictions": Part("scripts/bench/processes.md", "2 s", commands=("scripts/bench/processes.py --predict",),
+                        cheap=True, whole=True),
     "lecture": Part("", "about an hour on two cores", commands=("scripts/lecture/all.py --out runs/claims --resume",
                                                   "scripts/lecture/all.py --readme runs/claims")),
     "vectors": Part("", "2 s", commands=("scripts/dev/golden.py",)),
 }
 COMMANDS = {"bytes": "scripts/bench/attention.py", "assistant": "scripts/support/figures.py runs/a runs/b runs/c",
-            "bench": "scripts/bench/table.py runs/bench --print", "tricks": "scripts/bench/tricks.py"}
+            "bench": "scripts/bench/table.py runs/bench --print", "tricks": "scripts/bench/tricks.py",
+            "processes": "scripts/bench/processes.py", "predictions": "scripts/bench/processes.py --predict"}
 
 
 def marker(name: str) -> str:

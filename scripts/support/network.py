@@ -82,12 +82,13 @@ class Link:
                 stack.callback(_remove, namespace)
                 _run("ip", "netns", "add", namespace)
             first, second = self.namespaces
+            burst = max(64, self.rate // 8)             # of 1 ms: on a busy machine timers are late
             _run(*f"ip link add {DEVICE} netns {first} type veth peer name {DEVICE} netns {second}".split())
             for namespace, address in zip(self.namespaces, ADDRESSES):
                 _run(*f"ip -n {namespace} address add {address}/24 dev {DEVICE}".split())
                 _run(*f"ip -n {namespace} link set {DEVICE} up".split())
                 _run(*f"ip -n {namespace} link set lo up".split())
-                _run(*f"tc -n {namespace} qdisc add dev {DEVICE} root tbf rate {self.rate}mbit burst 64kb "
+                _run(*f"tc -n {namespace} qdisc add dev {DEVICE} root tbf rate {self.rate}mbit burst {burst}kb "
                       "latency 50ms".split())
             self._wait_until_up()
             self._stack = stack.pop_all()

@@ -63,6 +63,17 @@ def silent(ranks, rank):
     print("went on")
 
 
+def lost(ranks):
+    """All wait for each other, again and again, until the network is lost."""
+    ranks.all_gather(None)
+    if ranks.rank == 0:
+        print("ready")
+    flat = ranks.zeros(100_000, np.float64)
+    while True:
+        ranks.add_up(flat)
+        ranks.share(flat)
+
+
 def wait(ranks):
     """The CPU seconds of rank 1 while it waits two seconds for rank 0."""
     ranks.all_gather(None)
@@ -100,7 +111,7 @@ def calls(ranks):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "silent":
+    if sys.argv[1] in ("silent", "lost"):
         heartbeat.TICK = 0.05
     with parallel.world() as ranks:
         globals()[sys.argv[1]](ranks, *sys.argv[2:])

@@ -5,13 +5,15 @@ The hosts are network namespaces of this machine (scripts/support/network.py). S
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from helpers import assert_close
 from support import network
-from test_ranks import PROGRAM, STEPS, needs_mpi, numbers
+from test_mpi import PROGRAM, needs_mpi
+from test_ranks import STEPS, numbers
 from test_stages import make_training, run
 
 RATE = 1000             # Mbit/s
@@ -26,17 +28,19 @@ def link():
         yield link
 
 
-def over(link, *words, timeout=60):
+def start(link, *words):
     """mpi_program.py with these words: rank 0 on one host, rank 1 on the other."""
-    return subprocess.run(link.mpiexec(sys.executable, str(PROGRAM), *map(str, words)), capture_output=True, text=True,
-                          timeout=timeout, env={**os.environ, **link.environment, "OPENBLAS_NUM_THREADS": "1",
-                                                "PYTHONPATH": os.pathsep.join(sys.path)})
+    return subprocess.Popen(link.mpiexec(sys.executable, "-u", str(PROGRAM), *map(str, words)), text=True,
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, **link.environment, "OPENBLAS_NUM_THREADS": "1",
+                                 "PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 @needs_mpi
 def test_two_hosts_train_as_one_process_does_and_gradients_and_parameters_go_over_the_link(link, tmp_path):
-    done = over(link, "train", "SFT", "float64", STEPS, tmp_path / "mpi.npz")
-    assert done.returncode == 0, done.stderr
+    with start(link, "train", "SFT", "float64", STEPS, tmp_path / "mpi.npz") as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
     one = make_training("SFT", dtype=np.float64)
     run("SFT", one, STEPS)
     for name, a in numbers(one).items():
@@ -44,6 +48,20 @@ def test_two_hosts_train_as_one_process_does_and_gradients_and_parameters_go_ove
     # Of two ranks each sends the gradient of one half of the parameters, and the other half as updated.
     of_a_step = 8 * one.optimizer.flat.size
     assert min(link.sent(0), link.sent(1)) >= STEPS * of_a_step
+
+
+@needs_mpi
+def test_a_network_that_is_lost_ends_all_ranks_with_words(link):
+    began = time.monotonic()
+    with start(link, "lost") as process:
+        assert process.stdout.readline() == "ready\n"
+        link.down()
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode != 0 and "went on" not in out
+    assert "has sent nothing for" in err and time.monotonic() - began < 30
 
 
 @needs_mpi

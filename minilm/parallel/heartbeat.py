@@ -7,14 +7,19 @@ Tests: tests/test_mpi.py, tests/test_network.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 TICK = 1.0              # seconds between two looks
 BEAT = 5                # ticks between two messages
 SILENCE = 30            # ticks without a message: of this process, so that none passes while all of them are stopped
+LAUNCHER_ENDS = 10      # seconds
+LAUNCHERS = ("mpiexec", "mpirun", "hydra", "orte", "prte")      # beginnings of the names of their processes
 
 
 class Heartbeat:
@@ -61,5 +66,21 @@ class Heartbeat:
         print(f"rank {self._comm.rank}: rank {peer} has sent nothing for {SILENCE * TICK:.0f} s: its network or its "
               "machine has failed, or its process is stopped. All ranks end; --resume continues.",
               file=sys.__stderr__ or sys.stderr, flush=True)
-        threading.Timer(5, os._exit, [1]).start()       # Abort waits for a network that may not be there
-        self._comm.Abort(1)
+        # mpiexec ends the ranks that it can reach, and would wait for a host that it cannot reach: it gets some seconds.
+        subprocess.Popen(["sh", "-c", f"sleep {LAUNCHER_ENDS}; kill {' '.join(_launchers())}"], start_new_session=True,
+                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os._exit(1)         # not MPI's Abort, which would wait for the call that another thread is in
+
+
+def _launchers():
+    """The processes of mpiexec on this machine, from the parent of this one upwards."""
+    found = []
+    process = os.getppid()
+    with contextlib.suppress(OSError):                  # no /proc: no such process is found
+        while True:
+            name, _, rest = Path(f"/proc/{process}/stat").read_text().partition("(")[2].rpartition(")")
+            if not name.startswith(LAUNCHERS):
+                break
+            found.append(str(process))
+            process = int(rest.split()[1])
+    return found

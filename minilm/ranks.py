@@ -47,8 +47,8 @@ class Ranks:
     def all_gather(self, value: Any) -> list:
         """The values of all ranks, in the order of the ranks. Every rank waits here for the slowest.
 
-        A value is None, bool, int, float, str, an array, or a tuple, list or dict (with str keys) of these. Raises
-        TypeError for another one.
+        A value is None, bool, int, float, str, an array, or a tuple, list or dict (with str keys) of these; an array on
+        a GPU arrives as NumPy's. Raises TypeError for another one.
         """
         raise NotImplementedError
 

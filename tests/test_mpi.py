@@ -20,8 +20,8 @@ needs_mpi = pytest.mark.skipif(MPIEXEC is None or importlib.util.find_spec("mpi4
                                reason="needs mpi4py and mpiexec: pip install -e '.[mpi]'")
 
 
-def mpiexec(size, *words):
-    command = [MPIEXEC, "-n", str(size), sys.executable, str(PROGRAM), *map(str, words)]
+def mpiexec(size, *words, program=PROGRAM):
+    command = [MPIEXEC, "-n", str(size), sys.executable, str(program), *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
 

@@ -12,11 +12,13 @@ Tests: tests/test_cupy_double.py, which compares the names and arguments with th
 """
 
 import operator
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 
 NUMBERS = bool, int, float, complex, np.bool_, np.number
+ADDRESSES = weakref.WeakValueDictionary()       # {address: the NumPy array there} of arrays that were asked for theirs
 DTYPES = tuple(map(np.dtype, "? b h i l q B H I L Q e f d F D".split()))
 
 
@@ -91,6 +93,16 @@ class ndarray:
     nbytes = property(lambda self: self._backing.nbytes)
     itemsize = property(lambda self: self._backing.itemsize)
     T = property(lambda self: ndarray(self._backing.T))
+
+    @property
+    def base(self):
+        return None if self._backing.base is None else ndarray(self._backing.base)
+
+    @property
+    def data(self):
+        owner = self._backing if self._backing.base is None else self._backing.base
+        ADDRESSES[owner.ctypes.data] = owner
+        return SimpleNamespace(ptr=self._backing.ctypes.data)
 
     @property
     def flags(self):

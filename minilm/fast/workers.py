@@ -191,6 +191,8 @@ def decode(message: bytes) -> Any:
 
 
 def _plain(value, arrays):
+    if hasattr(value, "get") and hasattr(value, "dtype"):       # CuPy's
+        value = value.get()
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         arrays.append(value)
         return {"array": [value.dtype.str, value.shape]}

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from minilm.backend import array_module, to_numpy
 from minilm.fast.workers import in_shared_memory
 from minilm.model import RewardModel, Transformer
 
@@ -97,8 +98,9 @@ def digest(drawn: Sequence) -> int:
 
 def _parameters_digest(model, group):
     """Of parameters that each rank has for itself. Those in one memory are the same for all, or will be."""
-    arrays = [p.data for p in model.parameters().values() if group.everyone or not in_shared_memory(p.data)]
-    return digest([a.reshape(-1)[::a.size // SAMPLED + 1] for a in arrays])
+    samples = [p.data.reshape(-1)[::p.size // SAMPLED + 1] for p in model.parameters().values()
+               if group.everyone or not in_shared_memory(p.data)]
+    return digest([to_numpy(array_module(*samples).concatenate(samples))] if samples else [])
 
 
 def _plain(state):

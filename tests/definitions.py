@@ -4,11 +4,12 @@ import numpy as np
 from minilm import ops, plain
 from minilm.backend import array_module, to_numpy
 from minilm.plain import rms_norm, rope, sequence_log_probs, swiglu  # noqa: F401
+from minilm.tensor import Tensor
 
 
 def smear(k, amount, before):
     """With a key before the first: put in front, smeared with the others, and taken away."""
-    before = array_module(k.data).asarray(getattr(before, "data", before))[:, :, None]
+    before = array_module(k.data).asarray(before.data if isinstance(before, Tensor) else before)[:, :, None]
     return plain.smear(ops.concatenate([before, k], axis=2), amount)[:, :, 1:]
 
 

@@ -75,6 +75,7 @@ class NcclCommunicator:
     def _meet(self, name, count, datatype, stream, op=NCCL_SUM):
         _require(self.ended is None, f"{name} after {self.ended}")
         _require(stream == STREAM, f"{name} on another stream than the current one, without an event between them")
+        _require(count > 0, f"{name} of no numbers, whose pointer may be null")
         _require(op == NCCL_SUM, f"{name} with operation {op}; NcclRanks adds")
         request = self._comm.Ibarrier()
         end = time.monotonic() + SECONDS

@@ -58,8 +58,8 @@ class AdamW:
         self.data = self.flat.data
         self.updates = np.zeros(len(parameters), np.int64)      # of each parameter, in the order of the flat arrays
         self._trained: Any = None       # of the last step, see _runs
-        self.m = self.flat.zeros()
-        self.v = self.flat.zeros()
+        self.m = self.flat.own_zeros()
+        self.v = self.flat.own_zeros()
 
     @property
     def grad(self) -> np.ndarray:
@@ -133,10 +133,14 @@ class AdamW:
             self._trained_parameters = self.flat.selected(trained)
         return self._runs_of_trained
 
+    def _views(self, block):
+        own = self.flat.own(block)
+        return self.data[block], self.grad[block], self.m[own], self.v[own]
+
     def _update_on_gpu(self, block, lr, t):
         from minilm.kernels import fused
         decayed = min(max(0, self.flat.n_decay - block.start), block.stop - block.start)
-        p, g, m, v = (a[block] for a in (self.data, self.grad, self.m, self.v))
+        p, g, m, v = self._views(block)
         return fused.adamw_step(p, g, m, v, decayed, lr, self.betas, self.eps, self.weight_decay, t)
 
     def _update(self, block, lr, t):
@@ -147,7 +151,7 @@ class AdamW:
         b1, b2 = self.betas
         bias_correction2_sqrt = math.sqrt(1 - b2 ** t)
         step_size = lr * bias_correction2_sqrt / (1 - b1 ** t)
-        p, g, m, v = self.data[block], self.grad[block], self.m[block], self.v[block]
+        p, g, m, v = self._views(block)
         change = g - m
         change *= 1 - b1
         m += change
@@ -169,9 +173,7 @@ class AdamW:
         Every rank of the group calls it: each has the moments of its own stretch alone.
         """
         self.flat.check_owned()
-        self.group.share(self.m)
-        self.group.share(self.v)
-        return {"m": self.m, "v": self.v, "steps": self.updates}
+        return {"m": self.flat.whole(self.m), "v": self.flat.whole(self.v), "steps": self.updates}
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
         """Continue where state() was called. The parameters are saved apart, and requires_grad is not saved: freeze the
@@ -179,12 +181,12 @@ class AdamW:
         numbers that no state has, TypeError for steps that are no integers."""
         steps = checks.indices("AdamW.load_state", "steps", arrays["steps"], 2 ** 63)
         for name, least in (("m", None), ("v", 0)):
-            if checks.finite("AdamW.load_state", name, arrays[name], at_least=least).shape != self.m.shape:
-                raise ValueError(f"optimiser state for {arrays[name].size} parameters, model of {self.m.size}")
+            if checks.finite("AdamW.load_state", name, arrays[name], at_least=least).shape != self.data.shape:
+                raise ValueError(f"optimiser state for {arrays[name].size} parameters, model of {self.data.size}")
         if steps.shape not in ((), self.updates.shape):
             raise ValueError(f"optimiser state of {steps.size} tensors, model of {self.updates.size}")
-        self.m[...] = self.flat.as_flat(arrays["m"])
-        self.v[...] = self.flat.as_flat(arrays["v"])
+        for kept, name in ((self.m, "m"), (self.v, "v")):
+            kept[...] = self.flat.as_flat(arrays[name])[self.flat.first:self.flat.first + kept.size]
         self.updates[...] = steps
         self._trained = None
 

@@ -297,7 +297,7 @@ def main() -> int:
     fingerprint = {"version": VERSION, "text": text_source["sha256"],
                    **{name: getattr(options, name) for name in ("scale", "size", "seed", "device")}}
     try:
-        with parallel.world(options.workers) as ranks:
+        with parallel.world(options.workers, options.device) as ranks:
             return train(options, fingerprint, text, text_source, ranks)
     except KeyboardInterrupt:
         print(f"stopped; {how_to_continue(options.out)}")

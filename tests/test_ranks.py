@@ -91,6 +91,16 @@ def test_a_state_saved_by_two_ranks_continues_with_any_number(stage):
             assert_close(arrays[name], a, 1e-12, name)
 
 
+@two_or_three
+def test_each_rank_keeps_the_moments_of_its_own_stretch_alone(size):
+    with ForkedRanks(size) as ranks:
+        optimizer = make_state("SFT", ranks).optimizer
+        sizes = ranks.all_gather([optimizer.m.size, optimizer.v.size])
+    total = optimizer.data.size
+    assert [sum(column) for column in zip(*sizes)] == [total, total]
+    assert max(map(max, sizes)) <= total // size + 1
+
+
 # The caller's program between two steps.
 
 def draw(state, *_):

@@ -80,6 +80,31 @@ class FlatParameters:
         """Another flat array (N,), in memory that all workers share."""
         return self.group.zeros(self.size, self._dtype, self._xp)
 
+    @property
+    def first(self) -> int:
+        """Where the arrays of own_zeros() begin in the flat arrays."""
+        return self.group.stretch(self.size).start if self.group.everyone else 0
+
+    def own_zeros(self):
+        """A flat array for what no other rank needs: of this rank's stretch; of all, in shared memory, for workers."""
+        if not self.group.everyone:
+            return self.zeros()
+        stretch = self.group.stretch(self.size)
+        return self._xp.zeros(stretch.stop - stretch.start, self._dtype)
+
+    def own(self, block: slice) -> slice:
+        """The slice of an array of own_zeros() for a slice of the flat arrays."""
+        return slice(block.start - self.first, block.stop - self.first)
+
+    def whole(self, own: np.ndarray) -> np.ndarray:
+        """The flat array (N,) whose stretches are the ranks' arrays of own_zeros(). All ranks call it."""
+        if own.size == self.size:
+            return own
+        flat = self.zeros()
+        flat[self.group.stretch(self.size)] = own
+        self.group.share(flat)
+        return flat
+
     def as_flat(self, array: np.ndarray):
         """An array (N,) on the device of the parameters."""
         return self._xp.asarray(array)

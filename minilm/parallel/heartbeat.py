@@ -66,7 +66,7 @@ class Heartbeat:
         print(f"rank {self._comm.rank}: rank {peer} has sent nothing for {SILENCE * TICK:.0f} s: its network or its "
               "machine has failed, or its process is stopped. All ranks end; --resume continues.",
               file=sys.__stderr__ or sys.stderr, flush=True)
-        # mpiexec ends the ranks that it can reach, and would wait for a host that it cannot reach: it gets some seconds.
+        # mpiexec ends the ranks that it can reach, and waits for a host that it cannot reach: it gets some seconds.
         subprocess.Popen(["sh", "-c", f"sleep {LAUNCHER_ENDS}; kill {' '.join(_launchers())}"], start_new_session=True,
                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os._exit(1)         # not MPI's Abort, which would wait for the call that another thread is in

@@ -70,7 +70,9 @@ class MpiRanks(Ranks):
             sys.exit(0)
 
     def zeros(self, count: int, dtype: Any, xp: Any = np) -> np.ndarray:
-        return xp.zeros(count, dtype)
+        if xp is not np:
+            raise ValueError("these ranks share arrays on the CPU; for models on GPUs use parallel.world(device='gpu')")
+        return np.zeros(count, dtype)
 
     def all_gather(self, value: Any) -> list:
         message = np.frombuffer(encode(value), np.uint8)

@@ -17,6 +17,7 @@ from bench import (
     attention as bench_attention,
     gemm as bench_gemm,
     log_probs as bench_log_probs,
+    processes as bench_processes,
     scaling as bench_scaling,
     table as bench_table,
 )
@@ -187,6 +188,31 @@ def test_scaling_measures_every_point_in_a_process_of_its_own(tmp_path):
     times, peaks = ([float(point[column]) for point in points] for column in (2, 3))
     assert min(times) > 0 and 0 < peaks[0] < peaks[2]
     assert float(points[0][5]) == pytest.approx(bench_scaling.exponent([1, 2, 4], peaks), abs=1e-3)
+
+
+def test_two_ranks_send_4n_bytes_each_and_more_ranks_at_most_8n():
+    assert bench_processes.exchanged(1000, 1) == 0 and bench_processes.exchanged(1000, 2) == 4000
+    assert bench_processes.exchanged(1000, 1024) == pytest.approx(8000, rel=1e-3)
+    assert bench_processes.communication(1000, 8, calls=5, link=(1e3, 1e-2)) == pytest.approx(7 + 2 * 5 * 3 * 1e-2)
+    assert bench_processes.communication(1000, 8, calls=5, link=bench_processes.FREE) == 0
+
+
+def test_an_engine_that_cannot_run_here_is_named_with_the_reason(monkeypatch, capsys):
+    monkeypatch.setattr(bench_processes, "can_fork", lambda: False)
+    monkeypatch.setattr(bench_processes.network, "mpiexec", lambda: None)
+    assert bench_processes.present() == ["one"]
+    printed = capsys.readouterr().out
+    assert "forked: skipped, this system cannot fork" in printed
+    assert all(f"{engine}: skipped, needs mpi4py and mpiexec" in printed for engine in ("mpi", "network"))
+
+
+def test_the_ranks_of_an_engine_compute_the_gradient_of_one_process(monkeypatch):
+    """As the benchmark checks it before timing, for forked ranks; wrong ones are not timed."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "bench" / "processes.py")])
+    monkeypatch.setattr(measuring, "wait_until_quiet", lambda: None)
+    rows = bench_processes.measure("small", "sft", ["one", "forked"], {"forked": bench_processes.FREE}, None, 1, 0.01)
+    assert [row["engine"] for row in rows] == ["one", "forked"] and rows[0]["numbers"] == 233_088
+    assert rows[1]["model_ms"] == pytest.approx(rows[0]["ms"] / 2) and min(row["ms"] for row in rows) > 0
 
 
 def test_an_unknown_variable_raises_with_the_known_ones():

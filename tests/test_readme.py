@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md",
          *(path for folder in ("kernels", "minilm", "scripts", "tests")
            for path in sorted((ROOT / folder).rglob("README.md")))]
-FRESH = ["levels", "speed", "imports", "golden"]
+FRESH = ["levels", "speed", "imports", "golden", "predictions"]
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
 

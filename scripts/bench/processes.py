@@ -19,6 +19,7 @@ import contextlib
 import csv
 import datetime
 import functools
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -51,7 +52,8 @@ WORKS = ["exchange", "sft", "dpo", "rlhf"]
 PROMPT, RESPONSE = 8, 24                        # tokens
 TOLERANCE = 5e-3                                # of gradients in float32, relative to the largest entry
 TURN = 1.5                                      # seconds
-HEADER = ["size", "work", "engine", "ms", "low", "high", "cpu_ms", "sent", "numbers", "calls", "model_ms"]
+HEADER = ["size", "work", "engine", "ms", "low", "high", "cpu_ms", "sent", "numbers", "calls", "disturbed",
+          "model_ms"]
 ENDS = contextlib.ExitStack()                   # of the ranks, in a process that the benchmark started
 
 
@@ -258,13 +260,14 @@ def measure(size, work, engines, speeds, link, rounds, turn):
             measuring.check_results(found[0], found[-1], TOLERANCE)
         times, undisturbed = measuring.take_turns(found, rounds, turn)
         costs = np.array([engine.costs[1:] for engine in found])                        # (engines, rounds, 2)
-    kept = measuring.counted(np.concatenate([times[:, :, None], costs.swapaxes(0, 1)], axis=2), undisturbed)
+    with contextlib.redirect_stdout(sys.stderr):
+        kept = measuring.counted(np.concatenate([times[:, :, None], costs.swapaxes(0, 1)], axis=2), undisturbed)
     low, middle, high = np.quantile(kept, [0.25, 0.5, 0.75], axis=0)                    # (engines, 3) each
     compute = 0 if work == "exchange" else middle[0, 0]
     numbers = found[0].results["gradient"].size
     return [{"size": size, "work": work, "engine": engine.name, "ms": 1e3 * middle[i, 0], "low": 1e3 * low[i, 0],
              "high": 1e3 * high[i, 0], "cpu_ms": 1e3 * middle[i, 1], "sent": middle[i, 2], "numbers": numbers,
-             "calls": engine.calls, "model_ms": 1e3 * (compute / engine.size + (
+             "calls": engine.calls, "disturbed": int((~undisturbed).sum()), "model_ms": 1e3 * (compute / engine.size + (
                  communication(numbers, 2, engine.calls, speeds[engine.name]) if engine.size > 1 else 0))}
             for i, engine in enumerate(found)]
 
@@ -303,7 +306,8 @@ def present():
 
 def measured(asked):
     """Measure, and print the conditions and the table."""
-    print(f"{measuring.machine('mpi4py', 'mpich')}, {datetime.date.today():%d %B %Y}.\n")
+    mpich = "".join(f", mpich {found.version}" for found in importlib.metadata.distributions(name="mpich"))
+    print(f"{measuring.machine('mpi4py')}{mpich}, {datetime.date.today():%d %B %Y}.\n")
     engines = present()
     with network.Link(asked.rate) if "network" in engines else contextlib.nullcontext() as link:
         speeds = {"forked": FREE, **{name: speed_of(name, link) for name in engines if name in ("mpi", "network")}}
@@ -315,6 +319,8 @@ def measured(asked):
         for size, work in itertools.product(["small"] if asked.quick else asked.sizes, asked.works):
             rows += measure(size, work, engines, speeds, link, *((1, 0.2) if asked.quick else (asked.rounds, TURN)))
     print(table(rows))
+    if disturbed := [row for row in rows if row["disturbed"]]:
+        print(f"\nOther processes used the machine in rounds of {len(disturbed)} of {len(rows)} rows.")
     if asked.csv:
         text = io.StringIO()
         writer = csv.DictWriter(text, HEADER, lineterminator="\n")

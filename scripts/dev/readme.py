@@ -198,7 +198,7 @@ PARTS = {
     "bench": Part("scripts/bench/README.md", "40 min, on an idle machine",
                   commands=("scripts/bench/table.py runs/bench", "scripts/bench/table.py runs/bench --print")),
     "tricks": Part("scripts/bench/README.md", "minutes, on an idle machine", commands=("scripts/bench/tricks.py",)),
-    "processes": Part("scripts/bench/processes.md", "15 min, on an idle machine, as root", whole=True,
+    "processes": Part("scripts/bench/processes.md", "13 min, on an idle machine, as root", whole=True,
                       commands=("scripts/bench/processes.py",)),
     "predictions": Part("scripts/bench/processes.md", "2 s", commands=("scripts/bench/processes.py --predict",),
                         cheap=True, whole=True),

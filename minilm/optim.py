@@ -134,7 +134,8 @@ class AdamW:
         return self._runs_of_trained
 
     def _views(self, block):
-        own = self.flat.own(block)
+        first = self.flat.own.start
+        own = slice(block.start - first, block.stop - first)
         return self.data[block], self.grad[block], self.m[own], self.v[own]
 
     def _update_on_gpu(self, block, lr, t):
@@ -186,7 +187,7 @@ class AdamW:
         if steps.shape not in ((), self.updates.shape):
             raise ValueError(f"optimiser state of {steps.size} tensors, model of {self.updates.size}")
         for kept, name in ((self.m, "m"), (self.v, "v")):
-            kept[...] = self.flat.as_flat(arrays[name])[self.flat.first:self.flat.first + kept.size]
+            kept[...] = self.flat.as_flat(arrays[name])[self.flat.own]
         self.updates[...] = steps
         self._trained = None
 

@@ -49,6 +49,7 @@ class FlatParameters:
         self._layout = {name: (slice(start, end), p.shape)
                         for name, p, start, end in zip(names, ordered, self._edges, self._edges[1:])}
         self.size = self._edges[-1]
+        self.own = group.stretch(self.size) if group.everyone else slice(0, self.size)
         self._xp = array_module(*(p.data for p in ordered))
         self._dtype = ordered[0].dtype
         self.data = self.zeros()
@@ -80,28 +81,16 @@ class FlatParameters:
         """Another flat array (N,), in memory that all workers share."""
         return self.group.zeros(self.size, self._dtype, self._xp)
 
-    @property
-    def first(self) -> int:
-        """Where the arrays of own_zeros() begin in the flat arrays."""
-        return self.group.stretch(self.size).start if self.group.everyone else 0
-
     def own_zeros(self):
-        """A flat array for what no other rank needs: of this rank's stretch; of all, in shared memory, for workers."""
-        if not self.group.everyone:
-            return self.zeros()
-        stretch = self.group.stretch(self.size)
-        return self._xp.zeros(stretch.stop - stretch.start, self._dtype)
+        """A flat array for what no other rank needs: of the slice `own`; for workers of all, in shared memory."""
+        return self._xp.zeros(self.own.stop - self.own.start, self._dtype) if self.group.everyone else self.zeros()
 
-    def own(self, block: slice) -> slice:
-        """The slice of an array of own_zeros() for a slice of the flat arrays."""
-        return slice(block.start - self.first, block.stop - self.first)
-
-    def whole(self, own: np.ndarray) -> np.ndarray:
-        """The flat array (N,) whose stretches are the ranks' arrays of own_zeros(). All ranks call it."""
-        if own.size == self.size:
-            return own
+    def whole(self, part: np.ndarray) -> np.ndarray:
+        """The flat array (N,) of the ranks' arrays of own_zeros(). All ranks call it."""
+        if part.size == self.size:
+            return part
         flat = self.zeros()
-        flat[self.group.stretch(self.size)] = own
+        flat[self.own] = part
         self.group.share(flat)
         return flat
 

@@ -78,7 +78,7 @@ def _launchers():
     process = os.getppid()
     with contextlib.suppress(OSError):                  # no /proc: no such process is found
         while True:
-            name, _, rest = Path(f"/proc/{process}/stat").read_text().partition("(")[2].rpartition(")")
+            name, _, rest = Path(f"/proc/{process}/stat").read_text("utf-8", "replace").partition("(")[2].rpartition(")")
             if not name.startswith(LAUNCHERS):
                 break
             found.append(str(process))

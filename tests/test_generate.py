@@ -10,6 +10,7 @@ from hypothesis import example, given, strategies as st
 from helpers import assert_close, rngs, small_transformer
 from minilm import checks, generate as module, plain
 from minilm.diverged import Diverged
+from minilm.fast import few_rows
 from minilm.generate import categorical, distribution, entropy, generate, sample
 from minilm.packing import pack
 from minilm.tensor import Tensor
@@ -563,6 +564,40 @@ def test_several_workers_draw_the_same_samples(eos, rng, monkeypatch):
     assert np.array_equal(three.tokens, one.tokens) and np.array_equal(three.mask, one.mask)
     assert_close(three.log_probs, one.log_probs)
     assert_close(three.entropies, one.entropies)
+
+
+# The logits of a few rows.
+
+@given(rng=rngs, rows=st.integers(1, 10), V=st.integers(1, 40), at_most=st.integers(1, 300), one_thread=st.booleans())
+def test_logits_are_the_product_with_the_unembedding(rng, rows, V, at_most, one_thread):
+    hidden, unembedding = rng.normal(size=(rows, 5)), rng.normal(size=(V, 5))
+    with mock.patch.multiple(few_rows, MULTIPLICATIONS=at_most, ONE_THREAD=one_thread):
+        found = few_rows.logits(hidden, unembedding)
+    assert_close(found, hidden @ unembedding.T, 1e-12)
+    assert found.flags.c_contiguous
+
+
+def small_products(rng, rows, one_thread):
+    """The multiplications of each product that few_rows.logits computes by itself; D 64, V 5000."""
+    sizes = []
+
+    def product(a, b, out):
+        sizes.append(a.shape[-2] * a.shape[-1] * b.shape[-1])
+        out[...] = a @ b
+
+    with mock.patch.object(few_rows, "ONE_THREAD", one_thread), mock.patch.object(np, "matmul", product):
+        few_rows.logits(rng.normal(size=(rows, 64)), rng.normal(size=(5000, 64)))
+    return sizes
+
+
+def test_no_product_of_a_few_rows_is_larger_than_allowed(rng):
+    assert small_products(rng, 4, True) == [few_rows.MULTIPLICATIONS, (5000 - 4 * 1024) * 64 * 4]
+
+
+@pytest.mark.parametrize("rows, one_thread, products", [(1, True, 0), (2, True, 2), (8, True, 2), (9, True, 0),
+                                                        (2, False, 0)])
+def test_only_a_few_rows_on_one_thread_are_computed_by_small_products(rows, one_thread, products, rng):
+    assert len(small_products(rng, rows, one_thread)) == products
 
 
 @given(rng=rngs, going=st.sampled_from([0.0, 0.5, 1.0]))

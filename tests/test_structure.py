@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The diagram in tests/README.md is this table (scripts/dev/readme.py).
 LEVELS = """
     backend  fast.malloc  in_place  modes  numpy_functions  ranks
-    checks  fast.deferred  fast.tiled_attention  fast.workers  tensor
+    checks  fast.deferred  fast.few_rows  fast.tiled_attention  fast.workers  tensor
     checkpoint  diverged  fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  kernels  ops  parallel  tokenizer
     data  gradcheck  objectives  optim  plain  rotary  world
     fast.packed_attention  layers

@@ -5,6 +5,7 @@
     chunked_log_probs         the logits of some tokens at a time                layers.token_log_probs_without_chunks
     packed_attention          no padding; a shared prompt computed once          plain.self_attention on each dialogue
     cached_decoding           a new token costs one token's work                 plain.generate
+    few_rows                  logits by products too small to be copied          hidden @ unembedding^T
     flat_parameters           AdamW over one long vector                         plain.adamw
     deferred                  a weight gradient computed where it is stored      a vjp that returns them at once
     activation_checkpointing  recompute instead of keep                          the function itself
@@ -17,7 +18,7 @@ From plain.py to here:
                      layers.attention (padding, encoders). On a CPU both end in tiled_attention; the derivation is in
                      layers.attention
     log_probs        Transformer.log_probs, layers.token_log_probs, chunked_log_probs
-    generate         generate.generate, cached_decoding
+    generate         generate.generate, cached_decoding, few_rows
     adamw            optim.AdamW, flat_parameters
     the losses       objectives/
 

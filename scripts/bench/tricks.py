@@ -27,6 +27,7 @@ import numpy as np
 import measuring
 from minilm import layers, ops, plain
 from minilm.data import make_batch
+from minilm.fast import few_rows
 from minilm.fast.malloc import keep_freed_memory
 from minilm.generate import generate, sample
 from minilm.model import Config, Transformer
@@ -176,6 +177,14 @@ def cache():
                  lambda: generate(policy, prompts, 64, uniforms, eos=None).tokens, whole_forwards, tolerance=0)
 
 
+def logits():
+    rng = np.random.default_rng(0)
+    hidden, unembedding = (rng.standard_normal((rows, 576), np.float32) for rows in (4, 49152))
+    return Trick("few_rows.py", "logits of 4 rows, D 576, V 49152, 10 times", "one product",
+                 lambda: [few_rows.logits(hidden, unembedding) for _ in range(10)][-1],
+                 lambda: [np.ascontiguousarray((unembedding @ hidden.T).T) for _ in range(10)][-1])
+
+
 def one_node():
     policy, tokens = model(), np.random.default_rng(1).integers(512, size=(B, T))
     ones = np.ones(tokens.shape)
@@ -195,7 +204,8 @@ def workers():
     return Trick("workers.py", "training step, size S, 2 processes", "1 process", two, one, one_process=False)
 
 
-TRICKS = {f.__name__: f for f in (packing, one_node, tiles, chunks, deferred, flat, activations, cache, workers)}
+TRICKS = {f.__name__: f for f in (packing, one_node, tiles, chunks, deferred, flat, activations, cache, logits,
+                                   workers)}
 
 
 def measure(trick, rounds):

@@ -184,12 +184,12 @@ def test_the_mathematics_stays_under_1200_lines_of_code():
     assert sum(map(lines_of_code, of(*READER))) < 1200
 
 
-def test_minilm_without_its_world_and_plain_stays_under_4000_lines_of_code():
+def test_minilm_without_its_world_and_plain_stays_under_4050_lines_of_code():
     """Ranks are a capability of their own, with a limit of their own."""
     ranks = ("ranks", "parallel")
     assert sum(lines_of_code(path) for name, path in modules().items() if top(name) in ranks) < 400
     apart = ("world", "plain", "toy", "kernels", *ranks)
-    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 4000
+    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 4050
 
 
 def test_plain_stays_under_210_lines_of_code():

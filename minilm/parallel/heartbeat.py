@@ -78,8 +78,8 @@ def _launchers():
     process = os.getppid()
     with contextlib.suppress(OSError):                  # no /proc: no such process is found
         while True:
-            name, _, rest = Path(f"/proc/{process}/stat").read_text("utf-8", "replace").partition("(")[2].rpartition(")")
-            if not name.startswith(LAUNCHERS):
+            head, _, rest = Path(f"/proc/{process}/stat").read_text("utf-8", "replace").rpartition(")")
+            if not head.partition("(")[2].startswith(LAUNCHERS):
                 break
             found.append(str(process))
             process = int(rest.split()[1])

@@ -12,6 +12,7 @@ for module in ("fcntl", "safetensors"):
 from helpers import small_transformer
 from minilm import checkpoint
 from minilm.checkpoint import CheckpointError
+from minilm.parallel import ForkedRanks
 from minilm.stages.train_state import TrainState
 from minilm.tokenizer import Tokenizer
 from support.job import Job
@@ -34,7 +35,7 @@ def resumed(folder):
 
     with RunFolder(folder, True, {"seed": 0}) as run:
         options = argparse.Namespace(device="cpu", workers=1, seed=0)
-        return Job(options, run, StopRequest(), 4, TOKENIZER).train("base", 2, model, loop)
+        return Job(options, run, StopRequest(), ForkedRanks(1), 4, TOKENIZER).train("base", 2, model, loop)
 
 
 def save(folder, kind, arrays, metadata):

@@ -15,9 +15,15 @@ from typing import Any
 
 import numpy as np
 
+END = "the end of the block"
+
 
 class WorkerFailed(RuntimeError):
     """A rank ended, or raised an error that this one did not."""
+
+
+class WorkersDisagree(RuntimeError):
+    """A rank has another state than rank 0, or makes another call."""
 
 
 class Ranks:
@@ -48,8 +54,23 @@ class Ranks:
         """The values of all ranks, in the order of the ranks. Every rank waits here for the slowest.
 
         A value is None, bool, int, float, str, an array, or a tuple, list or dict (with str keys) of these; an array on
-        a GPU arrives as NumPy's. Raises TypeError for another one.
+        a GPU arrives as NumPy's. Raises TypeError for another one, WorkersDisagree if a rank makes another call.
         """
+        return self._meet("all_gather", value)
+
+    def _meet(self, call, value=None):
+        """The values of all ranks. Every call in which the ranks meet is this one."""
+        if self.active_size == 1:
+            return [value]
+        given = self._exchange((call, value))
+        calls = [theirs for theirs, _ in given]
+        if len(set(calls)) > 1:
+            shown = "; ".join(f"rank {rank}: {theirs}" for rank, theirs in enumerate(calls))
+            raise WorkersDisagree(f"all ranks must make the same calls, and they are at {shown}")
+        return [value for _, value in given]
+
+    def _exchange(self, message):
+        """The messages of all ranks."""
         raise NotImplementedError
 
     def once(self, work: Callable[[], Any]) -> Any:
@@ -60,7 +81,7 @@ class Ranks:
                 result = work()
             except Exception as met:
                 error = met
-        result, words = self.all_gather((result, error and _in_words(error)))[0]
+        result, words = self._meet("once", (result, error and _in_words(error)))[0]
         if error:
             raise error
         if words:
@@ -73,20 +94,26 @@ class Ranks:
         Part i is computed by rank i mod size. then() is called by every rank after the last of its parts. An error in
         any part is raised in all ranks: the others repeat that part.
         """
-        results, error, failed = [], None, None
+        results: list = []
+        error: Any = None
+        failed = None
         for i in range(self.rank, len(parts), self.active_size):
             try:
                 results.append(work(parts[i]))
             except Exception as met:
                 error, failed = met, i
                 break
-        given = self.all_gather((results, error and [failed, _in_words(error)], None if error else then()))
+        given = self._meet("each", (results, error and [failed, _in_words(error)], None if error else then()))
         for rank, (_, fault, _) in enumerate(given):
             if fault is not None:
-                if rank == self.rank and error:
-                    raise error
-                work(parts[fault[0]])           # again: so the same error is raised in every rank
-                raise WorkerFailed(f"rank {rank} raised an error that rank {self.rank} did not: {fault[1]}")
+                if rank != self.rank:
+                    error = WorkerFailed(f"rank {rank} raised an error that rank {self.rank} did not: {fault[1]}")
+                    try:
+                        work(parts[fault[0]])           # again: so the same error is raised in every rank
+                    except Exception as met:
+                        error = met
+                self._meet("an error of each")          # every rank has it before one leaves
+                raise error
         return ([given[i % self.active_size][0][i // self.active_size] for i in range(len(parts))],
                 [then for _, _, then in given])
 
@@ -98,16 +125,18 @@ class Ranks:
 
     def add_up(self, flat: np.ndarray, others: Sequence[np.ndarray] = ()) -> None:
         """This rank's stretch of flat, an array of zeros(), becomes the sum over the ranks (reduce-scatter). The other
-        stretches stay as they are. others: the arrays of the other ranks, if they are in the memory of this one."""
+        stretches stay as they are, and nobody writes to flat before the ranks have met again. others: the arrays of the
+        other ranks, if they are in the memory of this one."""
         raise NotImplementedError
 
     def share(self, flat: np.ndarray) -> None:
         """After every rank has written its stretch of flat: the other stretches become theirs (all-gather)."""
         raise NotImplementedError
 
-    def stretch(self, count: int) -> slice:
-        """The part of flat arrays (count,) that this rank updates."""
-        return slice(count * self.rank // self.active_size, count * (self.rank + 1) // self.active_size)
+    def stretch(self, count: int, rank: int | None = None) -> slice:
+        """The part of flat arrays (count,) that a rank, or this one, updates."""
+        rank = self.rank if rank is None else rank
+        return slice(count * rank // self.active_size, count * (rank + 1) // self.active_size)
 
 
 def _in_words(error):

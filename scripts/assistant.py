@@ -227,7 +227,7 @@ def run_stages(job: Job, text: str, text_source: dict) -> dict:
     reward_model = reward_model_stage(job, sft, comparisons)
     by_rlhf = {beta: rlhf_stage(job, sft, reward_model, beta) for beta in RLHF_BETAS}
     prompts, *responses = comparisons
-    references = [reference_log_probs(sft, prompts, each) for each in responses]
+    references = job.ranks.once(lambda: [reference_log_probs(sft, prompts, each) for each in responses])
     by_dpo = {beta: dpo_stage(job, sft, comparisons, references, beta) for beta in DPO_BETAS}
 
     began = time.monotonic()
@@ -290,25 +290,32 @@ def how_to_continue(out: str) -> str:
 
 def main() -> int:
     options = parse(__doc__, SIZES, WINDOWS * LENGTH)
-    require("matplotlib", "safetensors", "tqdm")
-    text, text_source = english_text(options)
     keep_freed_memory()
     warnings.simplefilter("ignore", RuntimeWarning)    # NumPy's warnings about NaN: Diverged says more
-    fingerprint = {"version": VERSION, "text": text_source["sha256"],
-                   **{name: getattr(options, name) for name in ("scale", "size", "seed", "device")}}
     try:
-        with parallel.world(options.workers, options.device) as ranks:
-            return train(options, fingerprint, text, text_source, ranks)
+        with world_for(options) as ranks:
+            return train(options, ranks)
     except KeyboardInterrupt:
         print(f"stopped; {how_to_continue(options.out)}")
         return 130
 
 
-def train(options: argparse.Namespace, fingerprint: dict, text: str, text_source: dict, ranks: Ranks) -> int:
+def world_for(options: argparse.Namespace) -> Ranks:
+    try:
+        return parallel.world(options.workers, options.device)
+    except (ImportError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def train(options: argparse.Namespace, ranks: Ranks) -> int:
     """The exit status. Every rank runs all of it, and rank 0 prints and writes."""
-    options.workers = ranks.size
     if ranks.rank:
         print_nothing()
+    require("matplotlib", "safetensors", "tqdm")
+    text, text_source = ranks.once(lambda: english_text(options))
+    options.workers = ranks.size
+    fingerprint = {"version": VERSION, "text": text_source["sha256"],
+                   **{name: getattr(options, name) for name in ("scale", "size", "seed", "device")}}
     with StopRequest(ranks) as stop, RunFolder(options.out, options.resume, fingerprint, ranks) as run:
         if run.finished:
             print(f"{options.out} holds a finished run; its results are in {run.path('results.json')}. "
@@ -333,4 +340,4 @@ def train(options: argparse.Namespace, fingerprint: dict, text: str, text_source
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main, WorkerFailed))
+    sys.exit(main_guard(main, WorkerFailed, ranks=True))

@@ -112,22 +112,28 @@ def _require(condition, words):
 # The rest of cupy.cuda.
 
 class Stream:
-    """busy: how often `done` is still False. A call of NCCL makes it 2."""
+    """busy: how often the stream is not ready yet. A call of NCCL makes it 2. failed: whether a kernel has failed."""
 
     ptr = STREAM
     busy = 0
-
-    @property
-    def done(self):
-        self.busy -= 1
-        return self.waited
+    failed = False
 
     @property
     def waited(self):
         return self.busy < 0
 
+    def synchronize(self):
+        if self.failed:
+            raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access was encountered")
+
 
 CURRENT = Stream()
+
+
+def stream_query(stream):
+    _require(stream == STREAM, "another stream")
+    CURRENT.busy -= 1
+    return 700 if CURRENT.failed else 0 if CURRENT.waited else 600
 
 
 def get_current_stream():
@@ -150,7 +156,7 @@ def as_nccl(gpus=8, installed=True):
         cupy.cuda = sys.modules["cupy.cuda"] = types.SimpleNamespace(
             Device=Device, Stream=Stream, get_current_stream=get_current_stream,
             nccl=sys.modules[__name__] if installed else types.SimpleNamespace(available=False),
-            runtime=types.SimpleNamespace(getDeviceCount=lambda: gpus))
+            runtime=types.SimpleNamespace(getDeviceCount=lambda: gpus, streamQuery=stream_query))
         try:
             yield cupy
         finally:

@@ -7,9 +7,9 @@ import time
 import numpy as np
 
 from minilm import parallel
-from minilm.fast.workers import WorkerFailed
 from minilm.model import RewardModel
 from minilm.parallel import heartbeat
+from minilm.ranks import WorkerFailed
 from minilm.stages.train_state import TrainState
 from test_stages import run, transformer
 

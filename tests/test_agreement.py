@@ -57,18 +57,18 @@ CHANGES = {
                                     "the Generator's state"),
     "a seed set again": (lambda t: setattr(t.rng.bit_generator, "state", np.random.default_rng(4).bit_generator.state),
                          "the Generator's state"),
-    "weight decay": (lambda t: setattr(t.optimizer, "weight_decay", 1.0), "AdamW's weight_decay: 0.01 there, 1.0 here"),
-    "betas": (lambda t: setattr(t.optimizer, "betas", (0.5, 0.9)), "AdamW's betas: .*0.95.* there, .*0.5, 0.9.* here"),
-    "eps": (lambda t: setattr(t.optimizer, "eps", 1e-3), "AdamW's eps: 1e-08 there, 0.001 here"),
+    "weight decay": (lambda t: setattr(t.optimizer, "weight_decay", 1.0), "AdamW's weight_decay: 0.01 there, 1.0"),
+    "betas": (lambda t: setattr(t.optimizer, "betas", (0.5, 0.9)), "AdamW's betas: .*0.95.* there, .*0.5, 0.9.*"),
+    "eps": (lambda t: setattr(t.optimizer, "eps", 1e-3), "AdamW's eps: 1e-08 there, 0.001 in worker 0"),
     "the learning rate of the optimiser": (lambda t: setattr(t.optimizer, "learning_rate", 1.0),
-                                           "AdamW's learning_rate: 0.001 there, 1.0 here"),
+                                           "AdamW's learning_rate: 0.001 there, 1.0 in worker 0"),
     "one update count": (lambda t: t.optimizer.updates.__setitem__(0, 0), "AdamW's updates of each parameter"),
-    "all update counts": (lambda t: t.optimizer.updates.__imul__(0), "AdamW's steps: 1 there, 0 here"),
-    "the step": (lambda t: setattr(t, "step", 0), "the step: 1 there, 0 here"),
-    "the number of workers": (lambda t: setattr(t, "workers", 3), "the number of workers: 2 there, 3 here"),
+    "all update counts": (lambda t: t.optimizer.updates.__imul__(0), "AdamW's steps: 1 there, 0 in worker 0"),
+    "the step": (lambda t: setattr(t, "step", 0), "the step: 1 there, 0 in worker 0"),
+    "the number of workers": (lambda t: setattr(t, "workers", 3), "the number of workers: 2 there, 3 in worker 0"),
     "another array of moments": (lambda t: setattr(t.optimizer, "v", t.optimizer.v * 0.5),
-                                 "whether AdamW's m and v are in shared memory: True there, False here"),
-    "a restored state": (restore_the_start, "the step: 1 there, 0 here"),
+                                 "whether AdamW's m and v are in shared memory: True there, False in worker 0"),
+    "a restored state": (restore_the_start, "the step: 1 there, 0 in worker 0"),
 }
 
 
@@ -77,8 +77,8 @@ CHANGES = {
 def test_a_change_in_the_loop_that_runs_a_stage_is_named_with_both_workers_and_both_values(stage, change):
     work, named = CHANGES[change]
     training = make_training(stage, workers=2)
-    with pytest.raises(WorkersDisagree, match=f"^{ITSELF[stage]}, after step 1: worker 1 differs from worker 0 .here. "
-                                              f"in .*{named}"):
+    with pytest.raises(WorkersDisagree, match=f"^{ITSELF[stage]}, after step 1: worker 1 differs from worker 0 in "
+                                              f".*{named}"):
         run(STAGES[stage](training, 4), lambda: work(training))
 
 
@@ -146,7 +146,7 @@ def lists():
 def test_examples_that_are_added_in_the_loop_are_named_by_the_length_of_their_list(side):
     training, data = make_training("SFT", workers=2), lists()[:2]
     name = ("prompts", "responses")[side]
-    with pytest.raises(WorkersDisagree, match=f"the length of {name}: 7 there, 8 here"):
+    with pytest.raises(WorkersDisagree, match=f"the length of {name}: 7 there, 8 in worker 0"):
         run(train_sft(training, *data, 4, 5), lambda: data[side].append([3, 3]))
 
 
@@ -225,7 +225,7 @@ def test_a_config_that_is_exchanged_in_the_loop_is_named():
     training = make_training("SFT", workers=2)
     config = training.model.config
     changed = Config(**{**vars(config), "norm_eps": 0.1})
-    with pytest.raises(WorkersDisagree, match="the model's Config: .*norm_eps=1e-06.* there, .*norm_eps=0.1.* here"):
+    with pytest.raises(WorkersDisagree, match="the model's Config: .*norm_eps=1e-06.* there, .*norm_eps=0.1.* in w"):
         run(STAGES["SFT"](training, 4), lambda: setattr(training.model, "config", changed))
 
 

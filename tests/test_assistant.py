@@ -69,7 +69,7 @@ if "POISON" in os.environ:
                     self.model.parameters()["embedding"].data[:] = float("nan")
             self.optimizer.zero_grad = poisoned
     job.TrainState = Poisoned
-status = assistant.main_guard(assistant.main)
+status = assistant.main_guard(assistant.main, ranks=True)
 if "TICKS" in os.environ:
     print("ticks", ticks)
 sys.exit(status)

@@ -35,8 +35,8 @@ def test_results_errors_and_flat_arrays_of_mpi_are_those_of_forked_ranks():
 
 @needs_mpi
 @pytest.mark.parametrize("end, words", [("exception", "ZeroDivisionError"), ("sys.exit", "rank 1: it ends here"),
-                                        ("status 3", "rank 1: 3"), ("_exit", ""), ("SIGKILL", ""),
-                                        ("returns", "rank 1 has left the block of parallel.world")])
+                                        ("status 3", "rank 1: exit status 3"), ("_exit", ""), ("SIGKILL", ""),
+                                        ("returns", "rank 0: all_gather; rank 1: the end of the block")])
 def test_a_rank_of_mpi_that_ends_ends_all_with_its_words(end, words):
     began = time.monotonic()
     done = mpiexec(3, "end", end)
@@ -47,7 +47,7 @@ def test_a_rank_of_mpi_that_ends_ends_all_with_its_words(end, words):
 @needs_mpi
 def test_a_rank_of_mpi_that_leaves_while_the_others_add_up_ends_all():
     done = mpiexec(3, "end_add_up")
-    assert done.returncode != 0 and "rank 1 has left the block" in done.stderr and "went on" not in done.stdout
+    assert done.returncode != 0 and "rank 1: the end of the block" in done.stderr and "went on" not in done.stdout
 
 
 @needs_mpi

@@ -69,12 +69,13 @@ def test_flat_arrays_of_any_length_are_added_up_and_shared(size, dtype, emulated
 # Mistakes are named.
 
 @pytest.mark.parametrize("what, words", [
-    ("call", "add_up of 8 float64 (rank 0), share of 8 float64 (rank 1), add_up of 8 float64 (rank 2)"),
-    ("length", "add_up of 8 float64 (rank 0), add_up of 9 float64 (rank 1)"),
-    ("dtype", "add_up of 8 float64 (rank 0), add_up of 8 float32 (rank 1)")])
+    ("call", "rank 0: add_up of 8 float64; rank 1: share of 8 float64; rank 2: add_up of 8 float64"),
+    ("length", "rank 0: add_up of 8 float64; rank 1: add_up of 9 float64"),
+    ("dtype", "rank 0: add_up of 8 float64; rank 1: add_up of 8 float32"),
+    ("leaves", "rank 0: add_up of 8 float64; rank 1: the end of the block")])
 def test_different_calls_of_the_ranks_are_named_before_nccl_is_called(what, words, emulated):
     done = run(3, "differ", what)
-    assert done.returncode != 0 and f"must make the same call, and theirs are {words}" in done.stderr, done.stderr
+    assert done.returncode != 0 and f"make the same calls, and they are at {words}" in done.stderr, done.stderr
     assert "NCCL would hang" not in done.stderr and "went on" not in done.stdout
 
 
@@ -103,9 +104,10 @@ def test_a_start_that_cannot_work_raises_in_all_ranks(how, words, emulated):
     assert "has sent nothing for" not in done.stderr        # the heartbeat would end the other rank too, later
 
 
-def test_an_error_that_nccl_reports_late_is_raised_and_ends_all_ranks(emulated):
-    done = run(3, "end", "error")
-    assert done.returncode != 0 and "RuntimeError: the network is down" in done.stderr and "abort" in done.stdout
+@pytest.mark.parametrize("how, words", [("error", "the network is down"), ("kernel", "cudaErrorIllegalAddress")])
+def test_an_error_of_nccl_or_of_a_kernel_that_comes_late_is_raised_and_ends_all_ranks(how, words, emulated):
+    done = run(3, "end", how)
+    assert done.returncode != 0 and f"RuntimeError: {words}" in done.stderr and "abort" in done.stdout
     assert "destroy" not in done.stdout
 
 
@@ -171,9 +173,10 @@ def test_nccl_has_every_constant_and_function_of_the_mock_with_these_arguments(r
 
 
 def test_cupy_has_the_devices_and_streams_of_the_mock(real):
-    assert {"ptr", "done"} <= set(real["Stream"]) and "cuda.get_current_stream" in real
+    assert {"ptr", "synchronize"} <= set(real["Stream"]) and "cuda.get_current_stream" in real
     for name in ("Device.use", "runtime.getDeviceCount"):
         assert parameters(real[name].split("\n")[0]) == [], name
+    assert len(parameters(real["runtime.streamQuery"].split("\n")[0])) == 1
 
 
 def test_the_comparison_finds_a_call_that_the_real_package_does_not_have():

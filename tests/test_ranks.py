@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from helpers import assert_close
+from minilm.diverged import Diverged
 from minilm.fast.workers import WorkerFailed
 from minilm.parallel.forked import ForkedRanks
 from minilm.stages.agreement import WorkersDisagree
@@ -147,7 +148,8 @@ def test_a_change_between_two_steps_is_made_by_all_ranks_and_counts_once(change,
 
 
 @pytest.mark.parametrize("change, fact", [
-    (draw, "Generator"), (decay, "weight_decay"), (more_data, "length of prompts"), (halve, "parameters of the model")],
+    (draw, "Generator"), (decay, "weight_decay"), (more_data, "length of prompts"), (halve, "parameters of the model"),
+    (freeze, r"which parameters are frozen: .*embedding")],
     ids=lambda x: getattr(x, "__name__", ""))
 @pytest.mark.parametrize("only", [0, 1])
 def test_a_change_in_one_rank_alone_is_named(change, fact, only):
@@ -211,7 +213,7 @@ def test_a_random_judge_gives_what_it_gives_one_process(judge, size):
 def test_a_judge_that_differs_by_rank_is_named():
     def judge(ranks, rng):
         return lambda responses: np.arange(len(responses)) + ranks.rank * (np.arange(len(responses)) == 3)
-    with pytest.raises(WorkersDisagree, match=r"its rewards.*ranks\.once"):
+    with pytest.raises(WorkersDisagree, match=r"rank 1 has other rewards.*ranks\.once"):
         rlhf_weights(2, judge)
 
 
@@ -219,6 +221,87 @@ def test_a_judge_that_differs_by_rank_is_named():
 def test_a_state_takes_ranks_or_a_number_of_workers(wrong):
     with pytest.raises(TypeError, match=r"group is .* ranks of parallel\.world\(\) as group, or the number"):
         TrainState(transformer(np.float64), np.random.default_rng(4), **wrong)
+
+
+@pytest.mark.parametrize("size, settings, fact", [
+    (2, lambda rank: {"seed": rank}, "after step 0: .*the parameters of the model"),
+    (2, lambda rank: {"learning_rate": 10.0 ** -rank}, "after step 0: .*the setting learning_rate"),
+    (3, lambda rank: {"steps": 5 + (rank == 2)}, "worker 2 differs .*the setting steps: 6 there, 5 in worker 0")],
+    ids=["weights", "a setting", "a setting of the last"])
+def test_ranks_that_start_a_stage_differently_are_named_before_the_first_step(size, settings, fact):
+    def train(rank, seed=0, steps=5, **options):
+        model = transformer(np.float64, seed=seed)
+        return list(train_sft(TrainState(model, np.random.default_rng(4), group=ranks), PROMPTS, RESPONSES, steps, 5,
+                              **options))
+    with pytest.raises(WorkersDisagree, match=fact), ForkedRanks(size) as ranks:
+        train(ranks.rank, **settings(ranks.rank))
+
+
+def test_after_their_block_ranks_refuse_to_save_and_to_train():
+    with ForkedRanks(2) as ranks:
+        state = make_state("SFT", ranks)
+        run("SFT", state, 1)
+    for call in (state.snapshot, lambda: run("SFT", state, 2), lambda: ranks.zeros(3, float)):
+        with pytest.raises(RuntimeError, match="exist only within their block"):
+            call()
+
+
+@pytest.mark.parametrize("call", [lambda ranks: ranks.once(lambda: 1), lambda ranks: ranks.zeros(10, float),
+                                  lambda ranks: ranks.all_gather(1), lambda ranks: None],
+                         ids=["once", "zeros", "all_gather", "the end"])
+def test_ranks_that_make_other_calls_end_with_an_error_that_names_them(call):
+    with pytest.raises(WorkersDisagree, match="all ranks must make the same calls.* at rank 0: .*rank 1: each"):
+        with ForkedRanks(2) as ranks:
+            if ranks.rank == 0:
+                call(ranks)
+            else:
+                ranks.each(lambda part: part, range(3))
+
+
+def test_arrays_of_other_lengths_are_not_added_up():
+    with pytest.raises(WorkersDisagree, match="rank 0: zeros of 100 float64; rank 1: zeros of 90 float64"):
+        with ForkedRanks(2) as ranks:
+            ranks.zeros(100 - 10 * ranks.rank, np.float64)
+
+
+def test_an_error_after_the_last_call_of_a_rank_is_raised():
+    with pytest.raises(WorkerFailed, match="(?s)worker 1 raised an error.*ZeroDivisionError"):
+        with ForkedRanks(2) as ranks:
+            ranks.all_gather(None)
+            if ranks.rank:
+                raise ZeroDivisionError
+
+
+def test_files_that_were_open_stay_open_in_all_ranks_and_what_is_printed_is_printed_once(tmp_path, capfd):
+    print("before")
+    with open(tmp_path / "log", "w", buffering=1) as log, ForkedRanks(3) as ranks:
+        array = ranks.zeros(1000, np.float64)
+        for rank in range(3):
+            ranks.all_gather(None)
+            if rank == ranks.rank:
+                print(f"rank {rank}", file=log)
+                print(f"rank {rank}")
+        assert not array.any()
+    assert (tmp_path / "log").read_text() == "rank 0\nrank 1\nrank 2\n"
+    assert sorted(capfd.readouterr().out.split("\n")) == ["", "before", "rank 0", "rank 1", "rank 2"]
+
+
+def test_a_gradient_with_nan_is_named_although_each_rank_has_a_part_of_the_sum():
+    with ForkedRanks(2) as ranks:
+        state = make_state("SFT", ranks)
+        collect = state.optimizer.flat.collect
+        where = list(state.model.parameters())[-1]
+
+        def with_nan():
+            found = collect()
+            state.model.parameters()[where].grad_buffer[...] = np.nan
+            return found
+        state.optimizer.flat.collect = with_nan
+        try:
+            run("SFT", state, 1)
+        except Diverged as error:
+            words = ranks.all_gather(str(error))
+    assert all(where in text for text in words), words
 
 
 # Small values.

@@ -187,7 +187,7 @@ def test_the_mathematics_stays_under_1200_lines_of_code():
 def test_minilm_without_its_world_and_plain_stays_under_4050_lines_of_code():
     """Ranks are a capability of their own, with a limit of their own."""
     ranks = ("ranks", "parallel")
-    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) in ranks) < 400
+    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) in ranks) < 450
     apart = ("world", "plain", "toy", "kernels", *ranks)
     assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 4050
 

@@ -87,7 +87,7 @@ class FlatParameters:
 
     def whole(self, part: np.ndarray) -> np.ndarray:
         """The flat array (N,) of the ranks' arrays of own_zeros(). All ranks call it."""
-        if part.size == self.size:
+        if not self.group.everyone or self.group.size == 1:
             return part
         flat = self.zeros()
         flat[self.own] = part

@@ -10,6 +10,7 @@ Tests: tests/test_workers.py.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -35,17 +36,19 @@ class ProcessGroup(Ranks):
     All of them run that body, so the calls of each() and all_gather() must be the same in all. Only rank 0 leaves the
     body at its end; the other processes end there, and work after their last all_gather may be lost. Outside the body
     rank 0 is alone and computes everything itself.
+    keeps_files: whether the files that are open stay open in the other processes, and their locks with them.
     Raises ValueError for a size below 1, and for one above 1 where processes cannot be forked.
     """
 
     everyone = False            # only rank 0 comes back to the caller between two steps of a stage
 
-    def __init__(self, size):
+    def __init__(self, size, keeps_files=False):
         if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
             raise ValueError(f"ProcessGroup: size is {size!r}; it must be an integer of at least 1")
         if size > 1 and not can_fork():
             raise ValueError(f"{size} workers: this system cannot fork processes; ask for 1")
         self.size, self.rank = size, 0
+        self._keeps_files = keeps_files
         self.lines, self.processes = [], []
 
     @property
@@ -88,9 +91,9 @@ class ProcessGroup(Ranks):
                 other.close()
             signal.signal(signal.SIGINT, signal.SIG_IGN)        # rank 0 handles Ctrl-C, and ends the others
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            # A worker process must keep no file open, and no lock on it, after rank 0 has ended.
-            os.closerange(3, line.fileno())
-            os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+            if not self._keeps_files:
+                os.closerange(3, line.fileno())
+                os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
             self.rank, self.lines, self.processes = rank, [line], []
         except BaseException:
             os._exit(1)         # otherwise two processes run the caller's program from here on
@@ -106,18 +109,17 @@ class ProcessGroup(Ranks):
         for line in self.lines:
             line.close()
         for process in self.processes:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):    # SIGCHLD is ignored: it is gone
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
         self.lines, self.processes = [], []
 
-    def all_gather(self, value):
-        if not self.lines:
-            return [value]
+    def _exchange(self, message):
         try:
             if self.rank:
-                self.lines[0].send_bytes(encode(("gave", value)))
+                self.lines[0].send_bytes(encode(("gave", message)))
                 return decode(self.lines[0].recv_bytes())
-            values = [value]
+            values = [message]
             for line in self.lines:
                 what, given = decode(line.recv_bytes())
                 if what == "failed":

@@ -8,7 +8,9 @@ Tests: tests/test_ranks.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import tempfile
 from mmap import mmap
 from multiprocessing.reduction import recv_handle, send_handle
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from minilm.fast.workers import ProcessGroup
-from minilm.ranks import Ranks
+from minilm.ranks import END, Ranks
 
 BLOCK = 1 << 15         # numbers that stay in the cache of one core
 
@@ -27,20 +29,30 @@ class ForkedRanks(Ranks):
     block and end with it. Raises ValueError as ProcessGroup does."""
 
     def __init__(self, size: int):
-        self._group = ProcessGroup(size)
+        self._group = ProcessGroup(size, keeps_files=True)
         self.size = size
         self.rank = 0
 
     def __enter__(self):
+        _flush()                                    # otherwise each process would print what is waiting
         self._group.__enter__()
         self.rank = self._group.rank
         return self
 
     def __exit__(self, kind, error, trace):
+        _flush()
+        try:
+            if error is None:
+                self._meet(END)
+        except BaseException as met:
+            self._group.__exit__(type(met), met, met.__traceback__)
+            raise
         self._group.__exit__(kind, error, trace)
 
-    def all_gather(self, value: Any) -> list:
-        return self._group.all_gather(value)
+    def _exchange(self, message):
+        if not self._group.lines:
+            raise RuntimeError(f"these {self.size} ranks exist only within their block, `with parallel.world(..)`")
+        return self._group._exchange(message)
 
     def zeros(self, count: int, dtype: Any, xp: Any = np) -> np.ndarray:
         dtype = np.dtype(dtype)
@@ -48,6 +60,7 @@ class ForkedRanks(Ranks):
             return xp.zeros(count, dtype)
         if xp is not np:
             raise ValueError(f"{self.size} ranks are processes that share a CPU's memory; on a GPU, ask for 1")
+        self._meet(f"zeros of {count} {dtype}")
         file = self._open_file(self.size * count * dtype.itemsize)
         rows = np.frombuffer(mmap(file, self.size * count * dtype.itemsize), dtype).reshape(self.size, count)
         os.close(file)
@@ -66,7 +79,7 @@ class ForkedRanks(Ranks):
         rows = self._rows(flat)
         if rows is None:
             return
-        self.all_gather(None)                       # every rank has written its row
+        self._meet(f"add_up of {flat.size} {flat.dtype}")       # every rank has written its row
         stretch = self.stretch(flat.size)
         for i in range(stretch.start, stretch.stop, BLOCK):
             block = slice(i, min(i + BLOCK, stretch.stop))
@@ -76,12 +89,18 @@ class ForkedRanks(Ranks):
         rows = self._rows(flat)
         if rows is None:
             return
-        self.all_gather(None)
+        self._meet(f"share of {flat.size} {flat.dtype}")
         for rank in range(self.size):
             if rank != self.rank:
-                stretch = slice(flat.size * rank // self.size, flat.size * (rank + 1) // self.size)
+                stretch = self.stretch(flat.size, rank)
                 flat[stretch] = rows[rank, stretch]
-        self.all_gather(None)                       # nobody changes a row that another one still copies
+        self._meet("the end of share")              # nobody changes a row that another one still copies
 
     def _rows(self, flat):
         return None if self.size == 1 or flat.size == 0 else flat.base.reshape(self.size, -1)
+
+
+def _flush():
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()

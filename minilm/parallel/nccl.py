@@ -23,6 +23,8 @@ import numpy as np
 
 from minilm.parallel.mpi import MpiRanks
 
+NOT_READY = 600         # cudaErrorNotReady
+
 
 class NcclRanks(MpiRanks):
     """The ranks of this program on GPUs. Make one, on all ranks, before there is an array on a GPU.
@@ -68,9 +70,10 @@ class NcclRanks(MpiRanks):
                              "the model with model.to_device('gpu'), or use world(device='cpu')")
         return xp.zeros(self._part(count) * self.size, dtype)[:count]
 
-    def stretch(self, count: int) -> slice:
+    def stretch(self, count: int, rank: int | None = None) -> slice:
         part = self._part(count)
-        return slice(min(count, part * self.rank), min(count, part * (self.rank + 1)))
+        rank = self.rank if rank is None else rank
+        return slice(min(count, part * rank), min(count, part * (rank + 1)))
 
     def add_up(self, flat: Any, others: Sequence = ()) -> None:
         whole, part, dtype, stream = self._meet_with("add_up", flat)
@@ -90,21 +93,21 @@ class NcclRanks(MpiRanks):
 
     def _meet_with(self, call, flat):
         """Wait for all ranks. Returns the whole array behind flat, this rank's part of it, its dtype as a constant of
-        NCCL, and the current stream. Raises RuntimeError in all ranks if one makes another call."""
-        calls = self.all_gather(f"{call} of {flat.size} {flat.dtype.name}")
-        if len(set(calls)) > 1:
-            raise RuntimeError("all ranks must make the same call, and theirs are "
-                               f"{', '.join(f'{text} (rank {rank})' for rank, text in enumerate(calls))}")
+        NCCL, and the current stream."""
+        self._meet(f"{call} of {flat.size} {flat.dtype}")
         whole = flat.base
         part = self._part(flat.size)
         return (whole, whole[part * self.rank:part * (self.rank + 1)],
                 getattr(self._nccl, f"NCCL_{flat.dtype.name.upper()}"), self._cuda.get_current_stream())
 
     def _finish(self, stream):
-        """Wait for the GPU. Raises NcclError if NCCL reports an error meanwhile."""
+        """Wait for the GPU. Raises NcclError if NCCL reports an error meanwhile, CUDARuntimeError if a kernel fails."""
         def done():
             self._communicator.check_async_error()
-            return stream.done
+            status = self._cuda.runtime.streamQuery(stream.ptr)
+            if status not in (0, NOT_READY):
+                stream.synchronize()        # raises the error
+            return status == 0
         self._wait(SimpleNamespace(Test=done))
 
 

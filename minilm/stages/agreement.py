@@ -5,16 +5,17 @@ in shared memory. Between two steps the caller's code runs in rank 0 alone, and 
 code draws from the state's Generator, changes a setting or adds data, the other ranks do not see it. Without this
 check they would train on other batches, and nothing would tell.
 
-Where every rank runs the caller's code (minilm/parallel), the same comparison finds code that depends on the rank.
+Where every rank runs the caller's code (minilm/parallel), the comparison finds code that depends on the rank. It is
+made before the first step too, because the ranks may have been given different weights.
 
-Each rank lists its `facts`: the step, the state of the Generator, the batch, AdamW's settings, the Config, the lengths
-of the stage's arguments, and the parameters of its other models. One number, the digest of the facts, travels in the
-message that the ranks exchange after a step anyway. If two digests differ, the facts are exchanged too, and
-WorkersDisagree names those that differ.
+Each rank lists its `facts`: the step, the state of the Generator, the batch, AdamW's settings, the Config, the stage's
+settings, the lengths of its other arguments, and a sample of the parameters that are in memory of its own. One number,
+the digest of the facts, travels in the message that the ranks exchange after a step anyway. If two digests differ, the
+facts are exchanged too, and WorkersDisagree names those that differ.
 
-Parameters in shared memory, and which of them are frozen, are no facts: all ranks see them, and rank 0 may write to
-them while another rank reads. The state that a user's loss or reward function keeps for itself is not seen until it
-changes a fact.
+Parameters in shared memory are no facts: all ranks see them, and rank 0 may write to them while another rank reads. Nor
+is it a fact there which of them are frozen: that of rank 0 counts. The state that a user's loss or reward function
+keeps for itself is not seen until it changes a fact.
 Tests: tests/test_agreement.py.
 """
 
@@ -29,8 +30,9 @@ import numpy as np
 from minilm.backend import array_module, to_numpy
 from minilm.fast.workers import in_shared_memory
 from minilm.model import RewardModel, Transformer
+from minilm.ranks import WorkersDisagree
 
-SAMPLED = 1024          # numbers of each parameter of another model that are compared
+SAMPLED = 1024          # numbers of each parameter that are compared
 
 ALONE = ("The loop that runs the stage, and a reward function, run in worker 0 alone, and their changes do not reach "
          "the others. Use a Generator of your own there, end the stage before a change and start it again after it, or "
@@ -39,16 +41,14 @@ EVERYONE = ("Every rank runs the loop and the reward function: change the same i
             "chance, a clock, a signal or the disk from rank 0, by ranks.once()")
 
 
-class WorkersDisagree(RuntimeError):
-    """A worker has another state than worker 0: the caller changed it in one of them alone."""
-
-
 class Agreement:
     """The comparison for one run of a stage: state, and the other arguments of the stage by name."""
 
     def __init__(self, stage: str, state: Any, arguments: dict[str, Any]):
         self.stage = stage
         self.state = state
+        self.settings = {name: a for name, a in arguments.items()
+                         if a is None or isinstance(a, (bool, int, float, str, np.generic))}
         self.sized = {name: a for name, a in arguments.items() if isinstance(a, Sized) and not isinstance(a, str)}
         self.models = {"the model": state.model,
                        **{name: a for name, a in arguments.items() if model_parameters(a) and a is not state.model}}
@@ -61,12 +61,15 @@ class Agreement:
                 "the number of workers": state.workers,
                 "whether AdamW's m and v are in shared memory": all(map(in_shared_memory, (optimizer.m, optimizer.v))),
                 "the Generator's state (its digest)": zlib.crc32(repr(_plain(state.rng.bit_generator.state)).encode()),
-                "the batch that was drawn, or its rewards (digest)": state.drawn,
+                "the batch that was drawn (its digest)": state.drawn,
                 **{f"AdamW's {name}": getattr(optimizer, name)
                    for name in ("steps", "learning_rate", "betas", "eps", "weight_decay")},
                 "AdamW's updates of each parameter (their digest)": zlib.crc32(optimizer.updates),
                 "the model's Config": repr(getattr(body, "config", None)),
+                **{f"the setting {name}": a for name, a in self.settings.items()},
                 **{f"the length of {name}": len(a) for name, a in self.sized.items()},
+                "which parameters are frozen": [name for name, p in state.model.parameters().items()
+                                                if state.group.everyone and not p.requires_grad],
                 **{f"the parameters of {name} (their digest)": _parameters_digest(model, state.group)
                    for name, model in self.models.items()}}
 
@@ -80,10 +83,12 @@ class Agreement:
             return
         first, *others = self.state.group.all_gather(facts)
         for rank, theirs in enumerate(others, 1):
-            if wrong := [f"{n}: {theirs[n]} there, {first[n]} here" for n in first if theirs[n] != first[n]]:
+            names = dict.fromkeys([*first, *theirs])
+            if wrong := [f"{name}: {theirs.get(name, 'absent')} there, {first.get(name, 'absent')} in worker 0"
+                         for name in names if theirs.get(name, "absent") != first.get(name, "absent")]:
                 advice = EVERYONE if self.state.group.everyone else ALONE
                 raise WorkersDisagree(f"{self.stage}, after step {theirs['the step']}: worker {rank} differs from "
-                                      f"worker 0 (here) in {'; '.join(wrong)}. {advice}")
+                                      f"worker 0 in {'; '.join(wrong)}. {advice}")
 
 
 def model_parameters(argument: Any) -> dict:

@@ -18,10 +18,13 @@ from minilm.model import Transformer
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
 from minilm.optim import warmup_cosine
 from minilm.packing import pack
+from minilm.ranks import WorkersDisagree
 from minilm.stages import inputs
+from minilm.stages.agreement import EVERYONE
 from minilm.stages.train_state import TrainState, repeat, shards, stage, train_step
 from minilm.tensor import no_grad
 
+SAME_REWARDS = 1e-3         # of the largest: rounding on another kind of CPU changes less
 
 @stage
 def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prompts: Sequence, steps: int,
@@ -75,19 +78,28 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
 
         rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(5, steps // 10 + 1), floor=0.3)
         metrics, _ = train_step(state, loss, prompt_shards(P, K, microbatches or state.workers), rate, "RLHF",
-                                drawn=[drawn, rewards, *batch])
+                                drawn=[drawn, *batch])
         return {**metrics, **policy_gradient_metrics(rewards, kl, mask),
                 "entropy": float(samples.entropies[mask].mean())}
     return repeat(step, state, steps)
 
 
 def ask(state: TrainState, reward: Callable, prompts: Sequence, responses: Sequence) -> np.ndarray:
-    """The rewards of N responses, (N,), from the caller's function, which gets copies."""
+    """The rewards of N responses, (N,), from the caller's function, which gets copies: those of rank 0 in every rank.
+
+    Raises WorkersDisagree if another rank has other rewards, by more than the rounding of another kind of CPU.
+    """
     def rewards():
         copies = ([list(map(int, tokens)) for tokens in side] for side in (prompts, responses))
         return inputs.checked_rewards("train_rlhf", reward(*copies), len(prompts))
 
-    return rewards() if state.group.everyone else state.group.once(rewards)
+    if not state.group.everyone:
+        return state.group.once(rewards)
+    first, *others = state.group.all_gather(rewards())
+    for rank, theirs in enumerate(others, 1):
+        if not np.allclose(theirs, first, rtol=0, atol=SAME_REWARDS * np.abs(first).max()):
+            raise WorkersDisagree(f"RLHF, step {state.step + 1}: rank {rank} has other rewards than rank 0. {EVERYONE}")
+    return first
 
 
 def sample_responses(state: TrainState, reference: Transformer, prompts: Sequence,

@@ -39,7 +39,8 @@ class TrainState:
     The caller's code between two steps runs in rank 0 alone. It may read everything, save a snapshot, and write to the
     parameters. If it changes another part of the state, the next step raises WorkersDisagree (agreement.py).
     group: the ranks of parallel.world(), in place of workers. Every rank then runs the caller's code and may change
-    everything, if all change the same; snapshot() and restore() are calls of all ranks.
+    everything, if all change the same; snapshot() and restore() are calls of all ranks. After a step p.grad is the sum
+    over the ranks in this rank's stretch alone.
     Raises TypeError for a model whose parameters() is not a dict, for a seed in place of a Generator, for a
     learning_rate, which each stage has of its own, and for another group; ValueError for workers below 1.
     """
@@ -133,7 +134,9 @@ def stage(loop: Callable) -> Callable:
             raise TypeError(f"{name}: state is {checks.shown(state)}; it must be a TrainState(model, rng)")
         checks.generator(name, state.rng)
         steps = loop(state, *args, **options)
-        arguments = dict(list(signature.bind(state, *args, **options).arguments.items())[1:])
+        bound = signature.bind(state, *args, **options)
+        bound.apply_defaults()
+        arguments = dict(list(bound.arguments.items())[1:])
         for role, model in {"the model": state.model, **arguments}.items():
             for p_name, p in model_parameters(model).items():
                 checks.finite(name, f"the parameter {p_name} of {role}", p.data)
@@ -145,6 +148,8 @@ def _in_all_ranks(state, steps, agreement):
     group = state.group
     with contextlib.nullcontext() if group.everyone else group:     # the ranks exist already, or for this stage
         state.use_own_gradient()
+        if group.everyone:
+            agreement.check()           # the same weights, before they are given to each other
         for metrics in steps:
             if group.rank == 0 or group.everyone:
                 yield metrics
@@ -202,6 +207,7 @@ def train_step(state: TrainState, loss: Callable, batch_shards: Sequence, learni
     if norm == 0 and not state.optimizer.flat.trained().any():
         raise ValueError(f"{where}: no parameter of the model has a gradient; the loss must depend on one of them")
     if not math.isfinite(norm):
+        state.group.share(state.optimizer.grad)
         bad = first_bad_parameter(parameters, "grad") or "none (the sum of squares overflowed)"
         raise Diverged(f"{where}: the gradient's norm is {norm}; first bad tensor: {bad}")
     length = state.optimizer.step(learning_rate)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from minilm.backend import to_device
+from minilm.parallel import launched
 from minilm.stages.train_state import workers_for
 from minilm.world import tasks
 from support.command_line import MOST_WORKERS, Parser
@@ -61,6 +62,8 @@ def check_gpu(workers: int) -> None:
     """Raises UsageError if the models cannot be on a GPU."""
     if workers > 1:
         raise UsageError(f"--workers {workers} are processes on the CPU; --device gpu uses 1")
+    if launched()[1] > 1:
+        return              # NcclRanks looks: each process takes a GPU of its own first
     try:
         to_device(np.zeros(1), "gpu")
     except (ImportError, RuntimeError) as error:            # CuPy is missing, or CUDA finds no device

@@ -21,6 +21,7 @@ RunFolder needs a POSIX system (flock). Checked in tests/test_run_folder.py.
 import contextlib
 import errno
 import importlib
+import io
 import json
 import os
 import shlex
@@ -33,7 +34,7 @@ from pathlib import Path
 from minilm import checkpoint
 from minilm.checks import distinct, ordinary_file
 from minilm.parallel.forked import ForkedRanks
-from minilm.parallel.mpi import launched
+from minilm.parallel.mpi import MpiRanks, launched
 from minilm.ranks import Ranks
 
 try:
@@ -262,14 +263,31 @@ def command_to_resume() -> str:
     return shlex.join([*mpiexec, *typed] if "--resume" in typed else [*mpiexec, *typed, "--resume"])
 
 
-def main_guard(main: Callable[[], int | None], *user_errors: type[Exception]) -> int:
-    """Runs main() and returns the exit status.
+def main_guard(main: Callable[[], int | None], *user_errors: type[Exception], ranks: bool = False) -> int:
+    """Runs main() and returns the exit status. ranks: whether main() may run in several processes, under mpiexec.
 
     main's result (None is 0); 2 after one line `error: ...` on stderr, for UsageError, CheckpointError, the given
     exception classes, OSError (a full disk, for example) and out_of_memory; 130 for Ctrl-C; 141 if the reader of the
     output has closed it (`| head -1`). Any other exception is a bug and keeps its traceback.
     """
     _prepare_streams()
+    rank, size = launched()
+    if size == 1:
+        return _guarded(main, user_errors)
+    try:
+        if not ranks:
+            raise UsageError("this script runs in one process: start it without mpiexec")
+        world = MpiRanks()
+    except (UsageError, ImportError, RuntimeError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    with world:             # a rank that fails alone ends the others, with the words that it has not printed
+        if status := _guarded(main, user_errors):
+            sys.exit(sys.stderr.getvalue() if rank else status)
+    return 0
+
+
+def _guarded(main, user_errors):
     try:
         status = main() or 0
         sys.stdout.flush()    # here a failure can still be reported
@@ -323,8 +341,9 @@ def _prepare_streams():
 
 
 def print_nothing() -> None:
-    """From now on, sys.stdout and sys.stderr of this process go to the null device: rank 0 prints for all."""
-    sys.stdout = sys.stderr = open(os.devnull, "w")         # noqa: SIM115  (until the process ends)
+    """From now on, nothing that this process writes to sys.stdout and sys.stderr is seen: rank 0 prints for all."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")    # noqa: SIM115  (until the process ends)
+    sys.stderr = io.StringIO()
 
 
 def _discard_output():

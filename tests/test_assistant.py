@@ -69,6 +69,10 @@ if "POISON" in os.environ:
                     self.model.parameters()["embedding"].data[:] = float("nan")
             self.optimizer.zero_grad = poisoned
     job.TrainState = Poisoned
+if "LONE" in os.environ and os.environ["LONE"] == os.environ.get("PMI_RANK"):
+    def require(*modules):
+        raise assistant.UsageError("matplotlib is not on this host")
+    assistant.require = require
 status = assistant.main_guard(assistant.main, ranks=True)
 if "TICKS" in os.environ:
     print("ticks", ticks)

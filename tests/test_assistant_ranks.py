@@ -2,13 +2,14 @@
 import json
 import os
 import signal
+import sys
 import time
 
 import numpy as np
 import pytest
 
 from minilm import checkpoint
-from test_assistant import SMALL, assert_same_run, contents, environment, folder, run, start, stopped, whole
+from test_assistant import SCRIPTS, SMALL, assert_same_run, contents, environment, folder, run, start, stopped, whole
 from test_mpi import MPIEXEC, needs_mpi
 
 assert folder and stopped and whole       # fixtures
@@ -96,3 +97,19 @@ def test_a_full_disk_under_mpiexec_is_one_line_of_rank_0(folder, whole):
     assert "base-state.safetensors: not saved" in done.stderr and "File too large" in done.stderr
     assert run(SMALL, "--out", folder, "--resume").returncode == 0
     assert_same_run(folder, whole[0])
+
+
+@needs_mpi
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_rank_alone_ends_all_with_its_words(tmp_path, rank):
+    began = time.monotonic()
+    done = run(under_mpiexec(3), "--out", tmp_path / "run", LONE=str(rank))
+    assert done.returncode != 0 and "UsageError: matplotlib is not on this host" in done.stderr, done.stderr
+    assert time.monotonic() - began < 30 and not (tmp_path / "run").exists()
+
+
+@needs_mpi
+def test_a_script_for_one_process_refuses_mpiexec_in_one_line():
+    done = run([MPIEXEC, "-n", "3", sys.executable, str(SCRIPTS / "chat.py"), "nowhere"])
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and len(lines) == 1 and "start it without mpiexec" in lines[0], done.stderr

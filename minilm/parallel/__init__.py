@@ -7,6 +7,11 @@ minilm/ranks.py says what a rank does, and has all that is the same in the engin
 machine, with NumPy alone. mpi.py: processes that mpiexec started. nccl.py: the same, with a GPU each. A notebook, which
 cannot run in several processes, uses TrainState(model, rng, workers=2) instead: processes exist only within a stage
 (fast/workers.py).
+
+All ranks make the same calls in the same order, TrainState.snapshot() among them; rank 0 prints and writes. Set
+OPENBLAS_NUM_THREADS=1 before NumPy is imported, because each rank has a part of the batch. On CPUs of one kind the
+results are the same bit for bit for one number of ranks. A rank that ends, or makes another call, ends all with words.
+A rank that is stopped, or lost with its machine, ends all after half a minute under mpiexec; forked ranks wait for it.
 """
 
 from __future__ import annotations

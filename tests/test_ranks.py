@@ -394,3 +394,21 @@ def test_a_rank_that_ends_ends_all_within_seconds(end):
                 end()
             ranks.all_gather(None)
     assert time.monotonic() - began < 10
+
+
+def test_sigterm_and_ctrl_c_reach_rank_0_alone():
+    """Sent to all processes, as by a terminal or a batch system: rank 0 decides, and the others go on with it."""
+    caught = []
+    before = {number: signal.signal(number, lambda number, _: caught.append(number))
+              for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with ForkedRanks(3) as ranks:
+            processes = ranks.all_gather(os.getpid())
+            if ranks.rank == 0:
+                for process in processes:
+                    for number in before:
+                        os.kill(process, number)
+            assert ranks.all_gather(len(caught)) == [2, 0, 0]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

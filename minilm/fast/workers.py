@@ -36,19 +36,20 @@ class ProcessGroup(Ranks):
     All of them run that body, so the calls of each() and all_gather() must be the same in all. Only rank 0 leaves the
     body at its end; the other processes end there, and work after their last all_gather may be lost. Outside the body
     rank 0 is alone and computes everything itself.
-    keeps_files: whether the files that are open stay open in the other processes, and their locks with them.
+    whole_program: whether the other processes run all of the caller's program. Then they keep its open files, and leave
+    SIGTERM to rank 0.
     Raises ValueError for a size below 1, and for one above 1 where processes cannot be forked.
     """
 
     everyone = False            # only rank 0 comes back to the caller between two steps of a stage
 
-    def __init__(self, size, keeps_files=False):
+    def __init__(self, size, whole_program=False):
         if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
             raise ValueError(f"ProcessGroup: size is {size!r}; it must be an integer of at least 1")
         if size > 1 and not can_fork():
             raise ValueError(f"{size} workers: this system cannot fork processes; ask for 1")
         self.size, self.rank = size, 0
-        self._keeps_files = keeps_files
+        self._whole_program = whole_program
         self.lines, self.processes = [], []
 
     @property
@@ -90,8 +91,8 @@ class ProcessGroup(Ranks):
             for other in lines_of_rank_0:
                 other.close()
             signal.signal(signal.SIGINT, signal.SIG_IGN)        # rank 0 handles Ctrl-C, and ends the others
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if not self._keeps_files:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if self._whole_program else signal.SIG_DFL)
+            if not self._whole_program:
                 os.closerange(3, line.fileno())
                 os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
             self.rank, self.lines, self.processes = rank, [line], []

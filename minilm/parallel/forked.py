@@ -29,7 +29,7 @@ class ForkedRanks(Ranks):
     block and end with it. Raises ValueError as ProcessGroup does."""
 
     def __init__(self, size: int):
-        self._group = ProcessGroup(size, keeps_files=True)
+        self._group = ProcessGroup(size, whole_program=True)
         self.size = size
         self.rank = 0
 

@@ -200,5 +200,5 @@ def _plan(accident, moment, group):
 def _cause(accident, home, group):
     if accident == "memory" and not (group and _kill_a_worker(os.getpid())):
         raise MemoryError
-    if accident.startswith("SIG"):
+    if accident.startswith("SIG") and os.getpid() == home:      # every rank comes to this moment
         _send(home, getattr(signal, accident), group)

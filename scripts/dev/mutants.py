@@ -47,16 +47,18 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
         "modes": ("test_tensor",), "in_place": ("test_tensor", "test_optim"),
         "packed_attention": ("test_packing", "test_model"), "rotary": ("test_layers", "test_plain"),
         "cached_decoding": ("test_generate", "test_plain"), "few_rows": ("test_generate",),
-        "flat_parameters": ("test_optim", "test_stages"), "deferred": ("test_tensor", "test_layers"),
+        "flat_parameters": ("test_optim", "test_ranks", "test_stages"), "deferred": ("test_tensor", "test_layers"),
         "activation_checkpointing": ("test_tensor", "test_model"),
         "forked": ("test_ranks",), "ranks": ("test_mpi",), "heartbeat": ("test_mpi",),
-        "workers": ("test_platforms",), "train_state": ("test_platforms", "test_agreement", "test_inputs"),
-        "dpo": ("test_inputs",), "rlhf": ("test_inputs",), "command_line": ("test_commands",),
+        "workers": ("test_ranks", "test_platforms"), "optim": ("test_ranks",), "agreement": ("test_ranks",),
+        "train_state": ("test_ranks", "test_platforms", "test_agreement", "test_inputs"),
+        "dpo": ("test_inputs",), "rlhf": ("test_ranks", "test_inputs"), "command_line": ("test_commands",),
         "launch": ("test_launch_limits",)}
 # Tests of many modules. They run first where the likely ones pass.
 WIDE = ("test_arguments", "test_tensor", "test_layers", "test_inputs", "test_lecture", "test_stages", "test_fuzz")
-# The slowest tests run last: of kernels, of the assistant, of benchmarks.
-LATE = ("test_device", "kernel", "emulator", "test_cupy_double", "test_exact_optimum", "test_assistant", "test_bench")
+# The slowest tests run last: of ranks under mpiexec, of kernels, of the assistant, of benchmarks.
+LATE = ("test_mpi", "test_nccl", "test_network", "test_device", "kernel", "emulator", "test_cupy_double",
+        "test_exact_optimum", "test_assistant", "test_bench")
 # The plugins that pytest loads; all installed ones would be imported hundreds of times.
 PLUGIN = Path(__file__).with_name("mutants_plugin.py")
 PLUGINS = ("-p", PLUGIN.stem, "-p", "hypothesispytest")

@@ -286,12 +286,14 @@ def test_files_that_were_open_stay_open_in_all_ranks(tmp_path):
 
 
 def test_what_ranks_print_into_a_pipe_is_there_once():
-    program = """from minilm.parallel import ForkedRanks
-print("before")
+    program = """import sys
+from minilm.parallel import ForkedRanks
+sys.stdout.write("before\\n")
 with ForkedRanks(3) as ranks:
-    print("rank", ranks.rank)
-print("after")"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    sys.stdout.write(f"rank {ranks.rank}\\n")
+sys.stdout.write("after\\n")"""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", program], env=buffered, capture_output=True, text=True)
     assert sorted(done.stdout.splitlines()) == ["after", "before", "rank 0", "rank 1", "rank 2"], done.stderr
 
 

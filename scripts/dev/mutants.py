@@ -50,7 +50,7 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
         "flat_parameters": ("test_optim", "test_ranks", "test_stages"), "deferred": ("test_tensor", "test_layers"),
         "activation_checkpointing": ("test_tensor", "test_model"),
         "forked": ("test_ranks",), "ranks": ("test_mpi",), "heartbeat": ("test_mpi",),
-        "workers": ("test_ranks", "test_platforms"), "optim": ("test_ranks",), "agreement": ("test_ranks",),
+        "workers": ("test_platforms",), "optim": ("test_ranks",), "agreement": ("test_ranks",),
         "train_state": ("test_ranks", "test_platforms", "test_agreement", "test_inputs"),
         "dpo": ("test_inputs",), "rlhf": ("test_ranks", "test_inputs"), "command_line": ("test_commands",),
         "launch": ("test_launch_limits",)}

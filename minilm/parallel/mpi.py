@@ -45,6 +45,8 @@ class MpiRanks(Ranks):
     Raises ImportError without mpi4py or an MPI, RuntimeError if mpiexec is that of another MPI.
     """
 
+    _blocks = 0             # that are open in this process: main_guard of a script may have one around another
+
     def __init__(self):
         try:
             from mpi4py import MPI
@@ -61,6 +63,7 @@ class MpiRanks(Ranks):
                                f"{MPI.get_vendor()[0]}, and this mpiexec is of another MPI")
 
     def __enter__(self):
+        MpiRanks._blocks += 1
         self._heart.start()
         return self
 
@@ -78,7 +81,8 @@ class MpiRanks(Ranks):
             _report(self.rank, error)
             self._comm.Abort(status)
         self._heart.stop()
-        if status and self.rank:
+        MpiRanks._blocks -= 1
+        if status and self.rank and MpiRanks._blocks == 0:
             sys.exit(0)
         if disagree:
             raise disagree

@@ -264,9 +264,14 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def real():
     """{name: signature} of the real CuPy, from another process."""
+    return found_by(PROBE)
+
+
+def found_by(probe):
+    """The JSON that a program prints about the real CuPy. Skips without CuPy; it needs no GPU."""
     if importlib.util.find_spec("cupy") is None:
         pytest.skip("CuPy is not installed (pip install cupy-cuda13x; its names can be listed without a GPU)")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROBE], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", probe], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

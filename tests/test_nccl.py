@@ -5,9 +5,6 @@ run after ours on one stream, what it does when a rank or the network fails, and
 """
 import importlib.util
 import inspect
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +12,7 @@ import pytest
 
 from helpers import assert_close
 from minilm import parallel
-from test_cupy_double import misfit, parameters, signature
+from test_cupy_double import found_by, misfit, parameters, signature
 from test_device import STAGES
 from test_mpi import mpiexec, needs_mpi
 from test_ranks import two_or_three
@@ -148,11 +145,7 @@ print(json.dumps({**found, "Stream": dir(cuda.Stream.null)}))
 @pytest.fixture(scope="module")
 def real():
     """{name: number or docstring} of the real cupy.cuda, from another process. Neither needs a GPU."""
-    if importlib.util.find_spec("cupy") is None:
-        pytest.skip("CuPy is not installed (pip install cupy-cuda13x nvidia-nccl-cu13)")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROBE], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = found_by(PROBE)
     if not found["available"]:
         pytest.skip("CuPy finds no library of NCCL (pip install nvidia-nccl-cu13)")
     return found

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from minilm.backend import is_cupy, to_numpy
 from minilm.ranks import Ranks, WorkerFailed
 
 
@@ -194,8 +195,8 @@ def decode(message: bytes) -> Any:
 
 
 def _plain(value, arrays):
-    if hasattr(value, "get") and hasattr(value, "dtype"):       # CuPy's
-        value = value.get()
+    if is_cupy(value):
+        value = to_numpy(value)
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         arrays.append(value)
         return {"array": [value.dtype.str, value.shape]}

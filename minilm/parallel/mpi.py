@@ -42,7 +42,7 @@ def launched() -> tuple[int, int]:
 class MpiRanks(Ranks):
     """The ranks of this program. Make one, on all ranks.
 
-    Raises ImportError without mpi4py or an MPI, RuntimeError if mpiexec is that of another MPI.
+    Raises ImportError without mpi4py or an MPI, RuntimeError if mpiexec and mpi4py use different MPIs.
     """
 
     _blocks = 0             # that are open in this process: main_guard of a script may have one around another

@@ -13,9 +13,9 @@ settings, the lengths of its other arguments, and a sample of the parameters tha
 the digest of the facts, travels in the message that the ranks exchange after a step anyway. If two digests differ, the
 facts are exchanged too, and WorkersDisagree names those that differ.
 
-Parameters in shared memory are no facts: all ranks see them, and rank 0 may write to them while another rank reads. Nor
-is it a fact there which of them are frozen: that of rank 0 counts. The state that a user's loss or reward function
-keeps for itself is not seen until it changes a fact.
+Parameters in shared memory are no facts: all ranks see them, and rank 0 may write to them while another rank reads.
+Which of them are frozen is no fact either: requires_grad of rank 0 is used. The state that a user's loss or reward
+function keeps for itself is not compared until it changes a fact.
 Tests: tests/test_agreement.py.
 """
 

@@ -34,6 +34,16 @@ def test_results_errors_and_flat_arrays_of_mpi_are_those_of_forked_ranks():
 
 
 @needs_mpi
+def test_an_mpiexec_of_another_mpi_is_named():
+    """Of Open MPI, say, while mpi4py has mpich: each program would be alone, and train the whole of the data."""
+    code = "from minilm.parallel.mpi import MpiRanks; MpiRanks()"
+    environment = {**os.environ, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2",
+                   "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30)
+    assert "mpiexec started 2 processes, and mpi4py sees 1" in done.stderr
+
+
+@needs_mpi
 @pytest.mark.parametrize("end, words", [("exception", "ZeroDivisionError"), ("sys.exit", "rank 1: it ends here"),
                                         ("status 3", "rank 1: exit status 3"), ("_exit", ""), ("SIGKILL", ""),
                                         ("returns", "rank 0: all_gather; rank 1: the end of the block")])

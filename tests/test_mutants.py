@@ -238,6 +238,21 @@ def test_all_tests_counts_every_test_that_fails(project):
     assert done.returncode == 0 and "killed by tests/test_area.py::test_area and 1 more" in done.stdout, done.stdout
 
 
+def test_the_test_that_failed_in_an_earlier_run_runs_first_and_alone(project):
+    results = project / "results.csv"
+    change(project / "tests/test_names.py", "def test_name", "def test_late():\n    assert name()[0] == 'a'\n\n\n"
+                                                             "def test_name")
+    results.write_text("file,mutant,outcome,test\n"
+                       "minilm/area.py,another name,failed,tests/test_names.py::test_name\n"
+                       "minilm/area.py,a sum for a product,failed,tests/test_area.py::test_of_another_name\n"
+                       "minilm/area.py,a zero that nobody uses,failed,tests/test_names.py::test_late\n")
+    (project / "tests/test_area.py").rename(project / "tests/test_more.py")
+    done = run(project, "--earlier", str(results))
+    assert "another name\n    killed by tests/test_names.py::test_name, in " in done.stdout, done.stdout + done.stderr
+    assert "a sum for a product\n    killed by tests/test_more.py::test_area, in " in done.stdout
+    assert done.returncode == 1 and done.stdout.endswith("  minilm/area.py: a zero that nobody uses\n    SURVIVED\n")
+
+
 def test_unknown_words_raise_and_a_list_runs_nothing(project):
     done = run(project, "--only", "rotation")
     assert done.returncode == 2 and done.stderr == "error: no mutant has 'rotation' in its words\n"

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from helpers import assert_close
+from minilm import ops
 from minilm.diverged import Diverged
 from minilm.fast.workers import WorkerFailed
 from minilm.parallel.forked import ForkedRanks
 from minilm.stages.agreement import WorkersDisagree
 from minilm.stages.rlhf import train_rlhf
 from minilm.stages.sft import train_sft
-from minilm.stages.train_state import TrainState
+from minilm.stages.train_state import TrainState, train_step
 from test_stages import PROMPTS, RESPONSES, STAGES, make_training, run, transformer
 
 STEPS = 4
@@ -155,7 +156,7 @@ def test_a_change_between_two_steps_is_made_by_all_ranks_and_counts_once(change,
     ids=lambda x: getattr(x, "__name__", ""))
 @pytest.mark.parametrize("only", [0, 1])
 def test_a_change_in_one_rank_alone_is_named(change, fact, only):
-    with pytest.raises(WorkersDisagree, match=fact):
+    with pytest.raises(WorkersDisagree, match=f"{fact}.*Every rank runs the loop"):
         weights_after(change, 2, only)
 
 
@@ -217,6 +218,25 @@ def test_a_judge_that_differs_by_rank_is_named():
         return lambda responses: np.arange(len(responses)) + ranks.rank * (np.arange(len(responses)) == 3)
     with pytest.raises(WorkersDisagree, match=r"rank 1 has other rewards.*ranks\.once"):
         rlhf_weights(2, judge)
+
+
+def test_rewards_that_differ_by_rounding_are_those_of_rank_0_in_every_rank():
+    def judge(ranks, rng):
+        return lambda responses: np.arange(len(responses)) * (1 + 1e-6 * ranks.rank)
+    one = rlhf_weights(1, judge)
+    for name, a in rlhf_weights(2, judge).items():
+        assert_close(a, one[name], 1e-12, name)
+
+
+def test_a_nan_in_the_gradient_of_one_rank_is_named_in_every_rank():
+    """No rank has the whole gradient: rank 0 adds up the first half of the parameters, rank 1 the second."""
+    def loss(model, part):
+        last = model.parameters()["unembedding"]
+        return ops.sum(ops.sqrt(last * 0.0) if part else last), None
+    with pytest.raises(Diverged, match="norm is nan; first bad tensor: the gradient of parameter unembedding"):
+        with ForkedRanks(2) as ranks:
+            state = TrainState(transformer(np.float64), np.random.default_rng(4), group=ranks)
+            train_step(state, loss, [0, 1], 1e-3, "here")
 
 
 @pytest.mark.parametrize("wrong", [{"group": 2}, {"group": ForkedRanks(1), "workers": 2}])

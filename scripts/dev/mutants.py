@@ -3,10 +3,12 @@
     python scripts/dev/mutants.py                       every bug of scripts/dev/mutants/
     python scripts/dev/mutants.py --only dpo --jobs 1   bugs with "dpo" in their words or in the name of their file
     python scripts/dev/mutants.py --list                print the bugs and run nothing
+    python scripts/dev/mutants.py --csv scripts/dev/mutants/results.csv      remember which test finds which bug
 
 A mutant (DeMillo, Lipton and Sayward 1978) is one bug: a description in plain words, the right lines, the wrong lines.
-The tests that most likely fail run first; if they pass, all others run. A mutant can be declared with `survives: why`
-(the change is no bug, and no test fails) or `hangs: why` (the tests do not end).
+The test that failed in an earlier run (scripts/dev/mutants/results.csv) runs first, alone; if it passes, the test files
+that most likely fail; then all others. A mutant can be declared with `survives: why` (the change is no bug, and no test
+fails) or `hangs: why` (the tests do not end).
 Exit status 0: every mutant was killed or behaved as declared; 1: not so; 2: tests fail without any bug, so nothing can
 be concluded. Tests: tests/test_mutants.py.
 """
@@ -32,15 +34,25 @@ from minilm.fast.workers import available_cores
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
 from mutants_table import find, mutated, place, read_tables  # noqa: E402
-from support.command_line import MOST_WORKERS, Parser, number, output_file, read_text, whole  # noqa: E402
+from support.command_line import (  # noqa: E402
+    MOST_WORKERS,
+    Parser,
+    number,
+    output_file,
+    read_text,
+    relying_on,
+    whole,
+)
 from support.run_folder import UsageError, main_guard  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = Path(__file__).with_suffix("")      # a folder
+RESULTS = TABLES / "results.csv"             # of an earlier run
+HINT = "Name what an earlier run wrote with --csv."
 COPIED = ("minilm", "kernels", "tests", "scripts", ".ci", ".github")     # folders; the files beside them are copied too
 # {module: tests of another name that find its bugs}; they run after the tests with its name.
 ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_functions": ("test_tensor",),
-        "data": ("test_evaluate",), "model": ("test_plain", "test_generate", "test_packing"),
+        "data": ("test_evaluate",), "config": ("test_model",), "model": ("test_plain", "test_generate", "test_packing"),
         "packing": ("test_model",), "generate": ("test_stages",), "evaluate": ("test_stages",),
         "gradients": ("test_exact_gradients",),
         "tiled_attention": ("test_layers", "test_packing"), "chunked_log_probs": ("test_layers",),
@@ -53,7 +65,7 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
         "workers": ("test_platforms",), "optim": ("test_ranks",), "agreement": ("test_ranks",),
         "train_state": ("test_ranks", "test_platforms", "test_agreement", "test_inputs"),
         "dpo": ("test_inputs",), "rlhf": ("test_ranks", "test_inputs"), "command_line": ("test_commands",),
-        "launch": ("test_launch_limits",)}
+        "launch": ("test_launch_limits",), "gguf_file": ("test_pretrained",), "stream": ("test_chat",)}
 # Tests of many modules. They run first where the likely ones pass.
 WIDE = ("test_arguments", "test_tensor", "test_layers", "test_inputs", "test_lecture", "test_stages", "test_fuzz")
 # The slowest tests run last: of ranks under mpiexec, of kernels, of the assistant, of benchmarks.
@@ -68,10 +80,12 @@ PLUGINS = ("-p", PLUGIN.stem, "-p", "hypothesispytest")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """verdict: passed, failed, hung or error; detail: the first test that failed, or another message."""
+    """verdict: passed, failed, hung or error; test: the first that failed; detail: the same with the number of others,
+    or another message."""
     verdict: str
     detail: str = ""
     seconds: float = 0.0
+    test: str = ""
 
 
 class Copies:
@@ -154,7 +168,8 @@ class Copies:
         lines = output.splitlines()
         failed = [line.removeprefix("FAILED ").partition(" - ")[0] for line in lines if line.startswith("FAILED ")]
         if failed:
-            return Outcome("failed", failed[0] + f" and {len(failed) - 1} more" * (len(failed) > 1), seconds)
+            more = f" and {len(failed) - 1} more" * (len(failed) > 1)
+            return Outcome("failed", failed[0] + more, seconds, failed[0])
         if process.returncode in (0, 5):            # 5: these files have no test that runs by default
             return Outcome("passed", "", seconds)
         errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
@@ -192,9 +207,13 @@ def likely_tests(mutant, tests):
 
 # The experiment.
 
-def examine(mutants, copies, jobs, all_tests=False, report=lambda *result: None):
-    """[(mutant, Outcome)] in order; calls report(mutant, outcome) as each becomes known. Raises UsageError if tests
-    fail, or do not run, without any mutant."""
+def examine(mutants, copies, jobs, all_tests=False, report=lambda *result: None, earlier=None):
+    """[(mutant, Outcome)] in order; calls report(mutant, outcome) as each becomes known. earlier: {str(mutant): the
+    test that runs first, alone}. Raises UsageError if tests fail, or do not run, without any mutant."""
+    def known(mutant):
+        test = (earlier or {}).get(str(mutant), "")
+        return [test] if test.partition("::")[0] in copies.tests and not all_tests else []
+
     def likely(mutant):
         return copies.tests if all_tests else likely_tests(mutant, copies.tests)
 
@@ -207,22 +226,30 @@ def examine(mutants, copies, jobs, all_tests=False, report=lambda *result: None)
     healthy = set()
     with ThreadPoolExecutor(jobs) as pool, contextlib.closing(copies):
         def check(tests):
-            needed = sorted(set(tests) - healthy, key=copies.tests.index)
-            for test, found in zip(needed, pool.map(lambda test: copies.run([test]), needed)):
+            """Raises UsageError unless these files, or single tests, pass without any bug."""
+            files = {}
+            for test in sorted(set(tests) - healthy):
+                files.setdefault(test.partition("::")[0], []).append(test)
+            needed = [files[file] for file in copies.tests if file in files and file not in healthy]
+            for tests, found in zip(needed, pool.map(copies.run, needed)):
                 if found.verdict != "passed":
-                    raise UsageError(f"the tests do not pass without any bug: {test} {found.verdict}, {found.detail}")
-            healthy.update(needed)
+                    raise UsageError(f"the tests do not pass without any bug: {tests[0].partition('::')[0]} "
+                                     f"{found.verdict}, {found.detail}")
+                healthy.update(tests)
 
-        check(test for mutant in alive for test in likely(mutant))
-        for tests in (likely, others):
+        for tests in (known, likely, others):
+            if tests is likely:
+                check(test for mutant in alive for test in likely(mutant))
             for mutant, outcome in zip(alive, pool.map(lambda m: copies.run(tests(m), m, all_tests), alive)):
+                if tests is known and outcome.verdict == "error":      # as when the test has another name today
+                    outcome = dataclasses.replace(outcome, verdict="passed")
                 before = outcomes[mutant].seconds if mutant in outcomes else 0.0
                 outcomes[mutant] = dataclasses.replace(outcome, seconds=outcome.seconds + before)
                 if outcome.verdict != "passed" or tests is others:
                     report(mutant, outcomes[mutant])
             alive = [mutant for mutant in alive if outcomes[mutant].verdict == "passed"]
         # Tests that killed a mutant must pass without it. If a mutant is alive, all tests must, which takes minutes.
-        check(copies.tests if alive else {o.detail.split("::")[0] for o in outcomes.values() if o.verdict == "failed"})
+        check(copies.tests if alive else [outcome.test for outcome in outcomes.values() if outcome.test])
     return [(mutant, outcomes[mutant]) for mutant in mutants]
 
 
@@ -243,8 +270,15 @@ def as_csv(results):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(
         [("file", "mutant", "outcome", "test", "seconds")]
-        + [(m.file, m.words, o.verdict, o.detail, f"{o.seconds:.1f}") for m, o in results])
+        + [(m.file, m.words, o.verdict, o.test or o.detail, f"{o.seconds:.1f}") for m, o in results])
     return text.getvalue()
+
+
+def tests_of(path):
+    """{mutant: the test that failed} of a file that as_csv wrote."""
+    rows = csv.DictReader(io.StringIO(read_text(path, HINT)))
+    with relying_on(path, HINT):
+        return {f"{row['file']}: {row['mutant']}": row["test"] for row in rows if row["outcome"] == "failed"}
 
 
 def main():
@@ -256,6 +290,8 @@ def main():
                         help="run every test on every mutant, and count those that fail")
     parser.add_argument("--list", action="store_true", help="print the mutants and do nothing")
     parser.add_argument("--csv", type=output_file, metavar="FILE", help="also write the results to a file")
+    parser.add_argument("--earlier", type=Path, default=RESULTS, metavar="FILE",
+                        help="results of an earlier run (--csv): its tests run first")
     parser.add_argument("--seed", type=whole(0), default=0,
                         help="of hypothesis: the same seed gives the same examples")
     parser.add_argument("--timeout", type=number(0.001, 1e6), default=900, metavar="SECONDS",
@@ -264,6 +300,7 @@ def main():
     parser.add_argument("--project", type=Path, default=ROOT, help="another folder of a minilm and its tests")
     arguments = parser.parse_args()
 
+    earlier = tests_of(arguments.earlier)
     mutants = [m for m in read_tables(arguments.table)
                if arguments.only.lower() in str(m).lower()]
     if not mutants:
@@ -282,7 +319,7 @@ def main():
 
     with tempfile.TemporaryDirectory(prefix="minilm-mutants-") as folder:
         copies = Copies(arguments.project, folder, arguments.jobs, arguments.seed, arguments.timeout)
-        results = examine(mutants, copies, arguments.jobs, arguments.all_tests, report)
+        results = examine(mutants, copies, arguments.jobs, arguments.all_tests, report, earlier)
     if arguments.csv:
         checkpoint.write_text(arguments.csv, as_csv(results))
     bad = [(mutant, judge(mutant, outcome)[1]) for mutant, outcome in results if not judge(mutant, outcome)[0]]

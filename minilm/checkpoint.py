@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import secrets
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def save(path: Path, arrays: dict, metadata: dict) -> None:
     Raises CheckpointError if the file cannot be written. Raises TypeError or ValueError, before anything is
     written, for arrays or metadata that the format cannot hold (two keys that are one as strings: 1 and "1").
     """
-    safetensors = _import_safetensors()
+    safetensors = import_safetensors()
     arrays = {name: _as_stored(name, array) for name, array in arrays.items()}
     try:
         metadata = json.loads(json.dumps(metadata), object_pairs_hook=distinct)
@@ -75,7 +76,7 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     Raises CheckpointError, with a different message for each fault: no such file, unreadable, empty, cut short or
     damaged, not safetensors, not a checkpoint of minilm, of a newer version, contents that fail the checksum.
     """
-    safetensors = _import_safetensors()
+    safetensors = import_safetensors()
     path = os.fspath(path)          # raises TypeError for an integer, which would name an open file
     try:
         _check_first_bytes(path)
@@ -130,7 +131,8 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _import_safetensors():
+def import_safetensors() -> Any:
+    """The package. Raises CheckpointError if it is not installed."""
     try:
         import safetensors
         import safetensors.numpy

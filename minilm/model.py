@@ -14,7 +14,6 @@ Tests: tests/test_model.py, tests/test_plain.py.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -22,56 +21,11 @@ import numpy as np
 
 from minilm import checks, layers, ops, rotary
 from minilm.backend import array_module, to_device, to_numpy
+from minilm.config import Config, parameter_starts
 from minilm.fast.activation_checkpointing import activation_checkpoint
 from minilm.fast.packed_attention import attend_to_segments, rectangle_segments
 from minilm.packing import Pack, scatter
 from minilm.tensor import Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The sizes of a Transformer. Raises ValueError when they do not fit together, TypeError for another type."""
-
-    vocab_size: int = 512
-    width: int = 64                 # D
-    layers: int = 2                 # L
-    heads: int = 4                  # H
-    kv_heads: int | None = None     # G, key/value heads; None: one for each query head
-    head_width: int | None = None   # K here and in layers.py, dh in plain.py; None: width / heads
-    ffn_width: int | None = None    # F; None: 8/3 of the width, rounded up to a multiple of 8
-    context: int = 256              # the longest sequence, in tokens
-    causal: bool = True             # False: every position sees all others (an encoder)
-    tied: bool = False              # the unembedding is the embedding
-    key_smear: bool = False         # mix each key with the previous one (rotary.smear); Llama does not
-    rope_base: float = 10000.0
-    rope_pairing: str = "half"      # or "interleaved"; see rotary.rope
-    norm_eps: float = 1e-6
-
-    def __post_init__(self):
-        def default(name, value):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-
-        def sizes(*names):
-            for name in names:
-                object.__setattr__(self, name, checks.integer("Config", name, getattr(self, name), at_least=1))
-
-        default("kv_heads", self.heads)
-        sizes("vocab_size", "width", "layers", "heads", "kv_heads", "context")
-        checks.number("Config", "rope_base", self.rope_base, above=0)
-        checks.number("Config", "norm_eps", self.norm_eps, at_least=0)
-        for name in ("causal", "tied", "key_smear"):
-            checks.flag("Config", name, getattr(self, name))
-        if self.head_width is None and self.width % self.heads:
-            raise ValueError(f"Config: width {self.width} is not a multiple of heads {self.heads}; give head_width")
-        default("head_width", self.width // self.heads)
-        default("ffn_width", -(-8 * self.width // 24) * 8)
-        sizes("head_width", "ffn_width")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"Config: kv_heads {self.kv_heads} does not divide heads {self.heads}")
-        if self.head_width % 2:
-            raise ValueError(f"Config: head_width {self.head_width} is odd; rotary positions rotate pairs")
-        checks.choice("Config", "rope_pairing", self.rope_pairing, ("half", "interleaved"))
 
 
 def block(parameters: dict, i: int, x: Tensor, attend: Callable, eps: float) -> Tensor:
@@ -116,6 +70,32 @@ class Transformer:
         self.config = config
         self.activation_checkpointing = False
         self._parameters = _fresh_parameters(config, checks.generator("Transformer", rng), dtype)
+
+    @staticmethod
+    def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+        """{name of a parameter: its shape}, in the order of parameters()."""
+        return {name: shape for name, (shape, _) in parameter_starts(config).items()}
+
+    @classmethod
+    def of(cls, config: Config, weights: dict[str, np.ndarray]) -> Transformer:
+        """A Transformer of these weights, {name: array}, which it keeps: nothing is drawn and nothing copied.
+
+        Raises ValueError for names or shapes that are not those of shapes(config), TypeError for several dtypes or
+        others than float32 and float64.
+        """
+        shapes = cls.shapes(config)
+        found = {name: np.shape(weight) for name, weight in weights.items()}
+        if wrong := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
+            name = wrong[0]
+            raise ValueError(f"Transformer.of: the weight '{name}' is {found.get(name, 'missing')}; this Config has "
+                             f"{shapes.get(name, 'none of this name')}")
+        if {weight.dtype for weight in weights.values()} not in ({np.dtype("float32")}, {np.dtype("float64")}):
+            raise TypeError("Transformer.of: the weights must all be float32, or all float64")
+        model = object.__new__(cls)
+        model.config = config
+        model.activation_checkpointing = False
+        model._parameters = {name: Tensor(weights[name], requires_grad=True) for name in shapes}
+        return model
 
     def parameters(self) -> dict[str, Tensor]:
         """Every trained Tensor by name, in a fixed order."""
@@ -337,29 +317,5 @@ def _at_temperature(hidden, temperature):
 
 
 def _fresh_parameters(c, rng, dtype):
-    parameters = {}
-
-    def weight(name, *shape, scale):
-        parameters[name] = Tensor((rng.normal(size=shape) * scale).astype(dtype), requires_grad=True)
-
-    def norm(name):
-        parameters[name] = Tensor(np.ones(c.width, dtype), requires_grad=True)
-
-    std = c.width ** -0.5                       # 1 / sqrt(fan_in)
-    residual = (2 * c.layers) ** -0.5
-    heads_width = c.heads * c.head_width
-    kv_width = c.kv_heads * c.head_width
-    weight("embedding", c.vocab_size, c.width, scale=std if c.tied else 1.0)
-    for i in range(c.layers):
-        norm(f"blocks.{i}.attention_norm")
-        weight(f"blocks.{i}.qkv", c.width, heads_width + 2 * kv_width, scale=std)
-        if c.key_smear:
-            weight(f"blocks.{i}.key_smear", c.kv_heads, c.head_width, scale=0.0)
-        weight(f"blocks.{i}.attention_out", heads_width, c.width, scale=heads_width ** -0.5 * residual)
-        norm(f"blocks.{i}.ffn_norm")
-        weight(f"blocks.{i}.gate_up", c.width, 2 * c.ffn_width, scale=std)
-        weight(f"blocks.{i}.ffn_out", c.ffn_width, c.width, scale=c.ffn_width ** -0.5 * residual)
-    norm("final_norm")
-    if not c.tied:
-        weight("unembedding", c.vocab_size, c.width, scale=0.1 * std)
-    return parameters
+    return {name: Tensor((rng.normal(size=shape) * std).astype(dtype) if std is not None else np.ones(shape, dtype),
+                         requires_grad=True) for name, (shape, std) in parameter_starts(c).items()}

@@ -4,8 +4,8 @@
     256 .. 255 + M       the M merges, each a pair of earlier ids, in the order in which they were learned
     the next ids         the special tokens: <pad>, <bos>, <eos>, and others if requested
 
-`split` cuts text into words, `Row` joins two ids inside a word, `learn_merges` finds the pairs that become an id, and
-`Tokenizer` combines them.
+`split` cuts text into words, `Row` joins two ids inside a word, `learn_merges` finds the pairs that become an id,
+`join_pairs` applies them to a word, and `Tokenizer` combines these.
 
 Sources: Sennrich, Haddow & Birch 2016, arXiv:1508.07909 (byte-pair encoding for text); Radford et al.
 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2: over bytes, inside words that a regular
@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import islice, pairwise
 from operator import index
+from typing import Any
 
 from minilm.checks import distinct
 
@@ -139,6 +140,23 @@ def learn_merges(word_counts: Mapping[str, int]) -> Iterator[tuple[tuple[int, in
         new_id += 1
 
 
+def join_pairs(ids: Iterable[int], merges: Mapping[Any, int]) -> list[int]:
+    """The ids of a word after all merges, {(id, id): joined id} with the smallest joined id learned first: as in
+    training, the pair that was learned first is joined first, from the left."""
+    row = Row(ids)
+    # A heap of (id of a pair, its position). The pair may be gone when its turn comes.
+    waiting = [(merges[pair], i) for i, pair in enumerate(pairwise(row.ids)) if pair in merges]
+    heapify(waiting)
+    while waiting:
+        new_id, i = heappop(waiting)
+        if merges.get(row.pair(i)) == new_id:
+            row.join(i, new_id)
+            for changed in (row.before[i], i):
+                if (pair := row.pair(changed)) in merges:
+                    heappush(waiting, (merges[pair], changed))
+    return list(row)
+
+
 class Tokenizer:
     """Bytes, merges, special tokens. `Tokenizer()` has no merges: one id for each byte.
 
@@ -213,28 +231,13 @@ class Tokenizer:
         for word in split(text):
             known = self._ids_of_word.get(word)
             if known is None:
-                known = self._encode_word(word)
+                known = join_pairs(utf8(word), self.merges)
                 if len(word) <= CACHED_LETTERS:
                     if len(self._ids_of_word) == CACHED_WORDS:
                         self._ids_of_word.clear()
                     self._ids_of_word[word] = known
             ids += known
         return ids
-
-    def _encode_word(self, word):
-        """As in training, the pair that was learned first is joined first, from the left."""
-        row = Row(utf8(word))
-        # A heap of (id of a pair, its position). The pair may be gone when its turn comes.
-        waiting = [(self.merges[pair], i) for i, pair in enumerate(pairwise(row.ids)) if pair in self.merges]
-        heapify(waiting)
-        while waiting:
-            new_id, i = heappop(waiting)
-            if self.merges.get(row.pair(i)) == new_id:
-                row.join(i, new_id)
-                for changed in (row.before[i], i):
-                    if (pair := row.pair(changed)) in self.merges:
-                        heappush(waiting, (self.merges[pair], changed))
-        return list(row)
 
     def decode(self, ids: Iterable[int], specials: bool = False) -> str:
         """The text of some ids. Special tokens are left out, or written as their names if specials is True.

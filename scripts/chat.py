@@ -1,17 +1,27 @@
-"""Talk to models that assistant.py has trained: one, or several side by side.
+"""Talk to models: those that assistant.py has trained, and real ones.
+One, or several side by side.
 
     python scripts/chat.py runs/assistant           # base, SFT, RLHF and DPO
     python scripts/chat.py runs/assistant/rlhf-beta-0.3.safetensors
-    python scripts/chat.py runs/assistant/dpo*.safetensors --temperature 0
+    python scripts/chat.py models/smollm2-135m-instruct.gguf
+    python scripts/chat.py MODEL MODEL --system "Be brief." --temperature 0
 
-Type a question and press Enter. ? shows the questions that the model knows.
-Ctrl-D or Ctrl-C ends. In a file or a pipe, each line is a question:
+A real model is a GGUF file or a folder of Hugging Face; it reads the whole
+conversation. python scripts/get_smollm2.py fetches one. A model of assistant.py
+is trained on one question and one answer, so each question starts anew; ? shows
+the questions that it knows.
+
+Type a question and press Enter. Ctrl-C stops an answer. Ctrl-D, or Ctrl-C
+where you type, ends. In a file or a pipe, each line is a question:
 
     echo "What is 2 + 3?" | python scripts/chat.py
 
-Each question starts a new dialogue: the models are trained on dialogues of one
-question and one answer. All models get the same random numbers. "..." marks an
-answer that reached --max-tokens. Newlines in answers are shown as \\n.
+    /retry          the last question again, with other random numbers
+    /reset          begin a new conversation
+    /save FILE      write the conversation, a line of JSON for each model
+
+All models get the same random numbers. "..." marks an answer that reached
+--max-tokens.
 """
 
 from support import installed
@@ -20,93 +30,28 @@ installed.check("numpy", "minilm")
 
 import argparse
 import contextlib
-import dataclasses
-import os
+import json
 import sys
+import time
 from collections.abc import Iterator
 
 import numpy as np
 
+from minilm import checkpoint
 from minilm.checks import TEMPERATURES
-from minilm.data import decode_response, encode_prompt
 from minilm.diverged import Diverged
-from minilm.generate import generate
-from minilm.model import Transformer
-from minilm.model_file import load_model
-from minilm.tokenizer import Tokenizer
 from minilm.world import tasks
-from support.command_line import Parser, whole
-from support.json_files import fault
+from support.command_line import Parser, number, whole
 from support.options import TRIAL_BELOW
 from support.run_folder import UsageError, main_guard
-from support.terminal import labelled, one_line, trial_note
+from support.speakers import FOLDER, RealSpeaker, Speaker, load_speakers, model_files
+from support.terminal import Column, labelled, one_line, trial_note
 
-FOLDER = os.path.join("runs", "assistant")
-STAGES = ("base", "sft", "rlhf-beta-0.3", "dpo-beta-0.3")      # the models of a folder, in this order
 MAX_ANSWERS = 100
 MAX_TOKENS = 100_000        # of an answer: each needs a random number
 
 
-@dataclasses.dataclass
-class Speaker:
-    """A model that answers, with its tokenizer and the name that it has in the conversation."""
-
-    name: str
-    model: Transformer
-    tokenizer: Tokenizer
-    scale: float        # --scale of the run of assistant.py that trained it
-
-    def answers(self, question: str, temperature: float, uniforms: np.ndarray) -> list[str]:
-        """Sampled answers, each on one line.
-
-        uniforms (answers, max_tokens): the random numbers. Raises ValueError if the question is too long for the model.
-        """
-        count, max_tokens = uniforms.shape
-        prompt = encode_prompt(self.tokenizer, question)
-        samples = generate(self.model, [prompt] * count, max_tokens, uniforms, self.tokenizer.eos, temperature)
-        return [one_line(decode_response(self.tokenizer, tokens).strip(), finished=tokens[-1] == self.tokenizer.eos)
-                for tokens in samples.responses()]
-
-
-def model_files(paths: list[str]) -> list[str]:
-    """The model files behind the paths: a file is itself, a folder is its models of STAGES."""
-    files = []
-    for path in paths:
-        found = [path]
-        if os.path.isdir(path):
-            stages = [os.path.join(path, f"{stage}.safetensors") for stage in STAGES]
-            found = [file for file in stages if os.path.exists(file)]
-        if not found or not os.path.exists(path):
-            missing = f"the folder {path} holds no model" if os.path.isdir(path) else f"there is no file {path}"
-            raise UsageError(f"{missing}. Train the models first: python scripts/assistant.py (it writes to "
-                             f"{FOLDER}). Or check the path.")
-        files += found
-    return files
-
-
-def load_speakers(files: list[str]) -> list[Speaker]:
-    """The language models among the files. Raises UsageError if there is none, CheckpointError for other files."""
-    stems = [os.path.basename(file).removesuffix(".safetensors") for file in files]
-    speakers = []
-    for file, stem in zip(files, stems):
-        model, tokenizer, metadata = load_model(file)
-        if isinstance(model, Transformer) and model.config.causal:
-            name = stem if stems.count(stem) == 1 else file
-            run = metadata.get("run")       # the settings of assistant.py; another program may write something else
-            scale = run.get("scale") if isinstance(run, dict) else None
-            speakers.append(Speaker(name, model, tokenizer, 1.0 if fault(scale, float) else scale))
-        elif len(files) == 1:
-            raise UsageError(f"{file} gives numbers, not text (it is a {type(model).__name__}). Choose a model that "
-                             "writes answers, for example base, sft, rlhf-beta-0.3 or dpo-beta-0.3.")
-        else:
-            print(f"left out: {file} gives numbers, not text", file=sys.stderr)
-    if not speakers:
-        raise UsageError(f"none of the {len(files)} files holds a model that writes answers. Choose, for example, "
-                         "base, sft, rlhf-beta-0.3 or dpo-beta-0.3.")
-    return speakers
-
-
-def questions() -> Iterator[str]:
+def lines() -> Iterator[str]:
     """The lines that are typed, or that come from a file or pipe, without the blank ones."""
     at_terminal = sys.stdin.isatty()
     while True:
@@ -122,58 +67,141 @@ def questions() -> Iterator[str]:
             yield line
 
 
-def converse(speakers: list[Speaker], options: argparse.Namespace) -> None:
-    """Answers each question with every model, until the input ends."""
-    width = max(len(speaker.name) for speaker in speakers)
-    for number, question in enumerate(questions()):
-        if question in ("?", "help"):
+class Conversation:
+    """Questions, and the answers of every speaker."""
+
+    def __init__(self, speakers: list[Speaker], options: argparse.Namespace):
+        self.speakers = speakers
+        self.options = options
+        self.width = max(len(speaker.name) for speaker in speakers)
+        self.question = ""
+        self.asked = -1             # how many questions before this one
+        self.attempt = 0            # at this question
+        self.before: list[list] = []
+
+    def read(self, line: str) -> None:
+        """Answer a question, or follow a command."""
+        command, _, rest = line.partition(" ")
+        if line in ("?", "help"):
             print(tasks.guide(), end="\n\n")
-            continue
-        # A generator for each question: the answers do not depend on the questions before.
-        uniforms = np.random.default_rng([options.seed, number]).random((options.answers, options.max_tokens))
-        for speaker in speakers:
+        elif command == "/reset":
+            for speaker in self.speakers:
+                speaker.reset()
+        elif command == "/save":
+            self.save(rest.strip())
+        elif command == "/retry" and self.question:
+            self.attempt += 1
+            for speaker, messages in zip(self.speakers, self.before):
+                speaker.messages = list(messages)
+            self.ask()
+        elif command.startswith("/"):
+            print("commands: /retry (after a question), /reset, /save FILE\n")
+        else:
+            self.question, self.attempt = line, 0
+            self.asked += 1
+            self.ask()
+
+    def ask(self) -> None:
+        """Print every speaker's answers to the question."""
+        o = self.options
+        self.before = [list(speaker.messages) for speaker in self.speakers]
+        # A Generator for each question: the answers do not depend on the random numbers of the questions before.
+        seed = [o.seed, self.asked] + [self.attempt] * (self.attempt > 0)
+        for speaker in self.speakers:
+            uniforms = np.random.default_rng(seed).random((o.answers, o.max_tokens or speaker.max_tokens))
+            temperature = speaker.temperature if o.temperature is None else o.temperature
+            top_p = speaker.top_p if o.top_p is None else o.top_p
             try:
-                answers = speaker.answers(question, options.temperature, uniforms)
+                show = self.stream if isinstance(speaker, RealSpeaker) else self.wrap
+                show(speaker.name, speaker.answers(self.question, uniforms, temperature, o.top_k, top_p))
             except (ValueError, Diverged) as error:
-                answers = [f"error: {error}"]
-            for i, answer in enumerate(answers):
-                print(labelled(speaker.name if i == 0 else "", answer, width))
+                print(labelled(speaker.name, f"error: {error}", self.width))
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
+                print(" (stopped)")
         print(flush=True)
+
+    def wrap(self, name: str, answers: Iterator[Iterator[str]]) -> None:
+        """Print answers of one line each."""
+        for i, answer in enumerate(answers):
+            print(labelled("" if i else name, "".join(answer), self.width))
+
+    def stream(self, name: str, answers: Iterator[Iterator[str]]) -> None:
+        """Print answers of several lines, each piece when it comes; the speed goes to stderr."""
+        for i, answer in enumerate(answers):
+            column = Column(f"    {'' if i else name:<{self.width}}  ")
+            count, began = 0, time.monotonic()
+            for piece in answer:
+                count += 1
+                column.write(piece)
+            column.end()
+            if sys.stderr.isatty():
+                speed = count / (time.monotonic() - began)
+                print(f"{column.margin}({count} tokens, {speed:.1f} a second)", file=sys.stderr)
+
+    def save(self, file: str) -> None:
+        """Write the conversation of each speaker."""
+        if not file:
+            return print("name a file: /save FILE\n")
+        text = "".join(json.dumps({"model": speaker.name, "messages": speaker.messages}, ensure_ascii=False) + "\n"
+                       for speaker in self.speakers)
+        try:
+            checkpoint.write_text(file, text)
+            print(f"saved to {file}\n")
+        except checkpoint.CheckpointError as error:
+            print(f"error: {error}\n")
 
 
 def parse() -> argparse.Namespace:
     parser = Parser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=tasks.guide() + "\n")
     parser.add_argument("models", metavar="MODEL", nargs="*", default=[FOLDER],
-                        help=f"model files, or folders of assistant.py (default: {FOLDER})")
-    parser.add_argument("--temperature", metavar="T", type=float, default=1.0,
-                        help="0 gives the most likely answer; 1 samples from the model (default: %(default)s)")
+                        help=f"models, or folders of assistant.py (default: {FOLDER})")
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt of real models")
+    parser.add_argument("--temperature", metavar="T", type=float,
+                        help="0 gives the most likely answer; 1 samples from the model (default: "
+                             f"{Speaker.temperature:g}; real models {RealSpeaker.temperature:g})")
+    parser.add_argument("--top-p", metavar="P", type=number(1e-9, 1),
+                        help="draw from the most likely tokens, which together have probability P (default: 1; real "
+                             f"models {RealSpeaker.top_p:g})")
+    parser.add_argument("--top-k", metavar="K", type=whole(1), help="draw from the K most likely tokens")
     parser.add_argument("--answers", metavar="N", type=whole(1, MAX_ANSWERS), default=1,
-                        help="of each model (default: %(default)s)")
-    parser.add_argument("--max-tokens", metavar="N", type=whole(1, MAX_TOKENS), default=40,
-                        help="of an answer (default: %(default)s)")
+                        help="of each model (default: %(default)s); a conversation goes on from the first")
+    parser.add_argument("--max-tokens", metavar="N", type=whole(1, MAX_TOKENS),
+                        help=f"of an answer (default: {Speaker.max_tokens}; real models {RealSpeaker.max_tokens})")
     parser.add_argument("--seed", metavar="N", type=whole(0), default=0,
                         help="of the random numbers (default: %(default)s)")
     options = parser.parse_args()
     lowest, highest = TEMPERATURES
-    if options.temperature != 0 and not lowest <= options.temperature <= highest:
+    if options.temperature not in (None, 0) and not lowest <= options.temperature <= highest:
         raise UsageError(f"--temperature {options.temperature} must be 0 or from {lowest:g} to {highest:g}")
     return options
 
 
+def greet(speakers: list[Speaker]) -> None:
+    """What a person at a terminal reads first."""
+    small = [speaker for speaker in speakers if not isinstance(speaker, RealSpeaker)]
+    if small:
+        print(tasks.guide())
+        if (scale := min(speaker.scale for speaker in small)) < TRIAL_BELOW:
+            print(f"\n{trial_note(scale)}")
+        print("\n? shows this list again.", end=" ")
+    print("Ctrl-C stops an answer. Ctrl-D ends. /retry, /reset, /save FILE.\n")
+
+
 def main() -> None:
     options = parse()
-    speakers = load_speakers(model_files(options.models))
+    speakers = load_speakers(model_files(options.models), options.system)
     if hasattr(sys.stdin, "reconfigure"):       # bytes that are no text end nothing
         sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() then edits the line and remembers the lines before)
-        print(tasks.guide())
-        if (scale := min(speaker.scale for speaker in speakers)) < TRIAL_BELOW:
-            print(f"\n{trial_note(scale)}")
-        print("\n? shows this list again. Ctrl-D or Ctrl-C ends.\n")
+        greet(speakers)
+    conversation = Conversation(speakers, options)
     try:
-        converse(speakers, options)
+        for line in lines():
+            conversation.read(line)
     except KeyboardInterrupt:
         print()
 

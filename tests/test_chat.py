@@ -1,5 +1,6 @@
 """scripts/chat.py: lines become answers of every model, and each mistake is one line that says what to do."""
 import io
+import json
 import os
 import pty
 import signal
@@ -17,10 +18,12 @@ from minilm.checkpoint import CheckpointError
 from minilm.generate import generate
 from minilm.model import RewardModel
 from minilm.model_file import load_model, save_model
+from minilm.pretrained import load, save
 from minilm.tokenizer import Tokenizer
 from minilm.world import tasks
 from support.run_folder import UsageError
-from support.terminal import brief, labelled, one_line
+from support.terminal import brief, labelled, one_line, printable
+from test_pretrained import CHAT, SHAPES, as_gguf
 
 pytest.importorskip("safetensors", reason="what the scripts need: pip install -e '.[run]'")
 
@@ -201,6 +204,98 @@ def test_at_a_terminal_the_questions_are_listed_and_a_key_ends_it_quietly(folder
     assert tasks.example_questions()["reverse"] in text and "    base  " in text and "    sft  " in text
     assert "A TRIAL RUN: with --scale 0.01 the models do not learn the tasks" in text
     assert "Traceback" not in text and "interrupted" not in text
+
+
+# Real models: random weights in the layout of Hugging Face, or of GGUF.
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("one", "two")):
+        model = small_transformer(np.random.default_rng(seed), np.float32, **{**SHAPES["as SmolLM2"], "context": 400})
+        save(model, CHAT, folder / name)
+        (folder / f"{name}.gguf").write_bytes(as_gguf(model))
+    return folder
+
+
+def said(printed):
+    """The answers in what was printed, a list of the lines of each."""
+    return [[line.strip() for line in block.splitlines()[1:]] for block in printed.strip().split("\n\n")]
+
+
+def test_a_real_model_reads_the_whole_conversation(real, monkeypatch, capsys):
+    options = [real / "one", "--max-tokens", 8, "--system", "S", "--seed", 5, "--temperature", 1, "--top-p", 0.9]
+    status, printed, errors = talk(monkeypatch, capsys, ["Hi", "And?"], *options)
+    assert (status, errors) == (0, "")
+    model, tokenizer = load(real / "one")
+    messages, expected = [{"role": "system", "content": "S"}], []
+    for number, question in enumerate(["Hi", "And?"]):
+        messages.append({"role": "user", "content": question})
+        uniforms = np.random.default_rng([5, number]).random((1, 8))
+        prompt = tokenizer.encode_chat(messages)
+        tokens = generate(model, [prompt], 8, uniforms, tokenizer.ends, 1, None, 0.9).responses()[0]
+        messages.append({"role": "assistant", "content": tokenizer.decode(tokens)})
+        expected.append(printable(messages[-1]["content"]) + " ..." * (tokens[-1] not in tokenizer.ends))
+    assert ["".join(" ".join(lines).split()) for lines in said(printed)] == [
+        "one" + "".join(text.split()) for text in expected]
+    assert all(len(line) <= 80 for line in printed.splitlines())
+
+
+def test_a_gguf_file_and_a_folder_of_one_model_answer_alike_side_by_side_with_small_models(
+        real, folder, monkeypatch, capsys):
+    status, printed, _ = talk(monkeypatch, capsys, ["Hi"], real / "one", real / "one.gguf", folder / "sft.safetensors",
+                              "--max-tokens", 9)
+    answers = {label: line.split(label)[1].strip() for line in printed.splitlines()
+               for label in (f"    {real / 'one'} ", f"    {real / 'one.gguf'} ") if line.startswith(label)}
+    assert status == 0 and "    sft" in printed
+    assert len(answers) == 2 and len(set(answers.values())) == 1, printed
+
+
+def test_retry_draws_again_from_the_same_conversation_and_reset_begins_a_new_one(real, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "talk.jsonl"
+    lines = ["Hi", "And?", "/retry", f"/save {file}", "/reset", "Hi", "/save", "/unknown", "/retry"]
+    status, printed, _ = talk(monkeypatch, capsys, lines, real / "one", "--temperature", 1, "--max-tokens", 9)
+    first, second, again, _, after, *_ = said(printed.replace("> /reset\n", ""))
+    assert status == 0 and first != second != again and after != first
+    saved = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [message["content"] for message in saved[0]["messages"][::2]] == ["Hi", "And?"]
+    assert printable(saved[0]["messages"][3]["content"])[:5] in " ".join(again)
+    assert "name a file: /save FILE" in printed and "commands: /retry (after a question)" in printed
+
+
+def test_a_conversation_that_fills_the_context_says_what_to_do(real, monkeypatch, capsys):
+    status, printed, _ = talk(monkeypatch, capsys, ["x" * 500, "Hi"], real / "one", "--max-tokens", 9)
+    assert status == 0 and "the context is 400; /reset begins a new one" in " ".join(printed.split())
+    assert len(said(printed)[1]) >= 1 and "error" not in printed.split("> Hi")[1]
+
+
+@pytest.mark.parametrize("bad", [b"GGUF", b"GGUF" + b"\xff" * 100])
+def test_a_damaged_real_model_is_one_line(tmp_path, monkeypatch, capsys, bad):
+    (tmp_path / "m.gguf").write_bytes(bad)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("[1")
+    for path in ("m.gguf", "folder"):
+        status, printed, errors = talk(monkeypatch, capsys, ["Hi?"], tmp_path / path)
+        assert (status, printed) == (2, "") and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_ctrl_c_stops_an_answer_of_a_real_model_and_the_conversation_goes_on(real):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, str(SCRIPT), str(real / "one"), "--max-tokens", "300",
+                                "--temperature", "1"], stdin=theirs, stdout=theirs, stderr=theirs,
+                               env={**os.environ, "TERM": "dumb"}, start_new_session=True,
+                               preexec_fn=lambda: take_terminal(theirs))
+    os.close(theirs)
+    read_until(ours, b"> ")
+    os.write(ours, b"Hi\n")
+    shown = read_until(ours, b"    one  ")
+    os.write(ours, b"\x03")
+    shown += read_until(ours, b"\r\n\r\n> ")
+    os.write(ours, b"/reset\n")
+    shown += read_until(ours, None, press=b"\x04")
+    os.close(ours)
+    assert process.wait(timeout=60) == 0, shown
+    assert b"Traceback" not in shown and (b"(stopped)" in shown or b"tokens, " in shown)
 
 
 def take_terminal(descriptor):

@@ -87,7 +87,8 @@ NAMES = "", "nosuch", "S,,M", ","
 TEXTS = {"out": ("file", "file/within"), "text": ("nosuch", ".", "binary"), "rows": NAMES, "rounding": NAMES,
          "readme": ("nosuch", "file", ".", ""), "seconds": ("nosuch", "file", ".", ""), "models": ("nosuch", "binary"),
          "folders": ("nosuch", "file", "."), "folder": ("file", "file/within"), "project": ("nosuch", "file"),
-         "only": ("no mutant has this",)}
+         "only": ("no mutant has this",), "earlier": ("nosuch", "binary", "."), "wheel": ("nosuch", "file", "."),
+         "system": ()}
 TABLES = {"scripts/dev/mutants.py": ("nosuch", "binary", "file"), "scripts/lecture/all.py": ("nosuch", "file", ".", "")}
 
 

@@ -21,14 +21,59 @@ def one_line(text: str, finished: bool = True) -> str:
     Newlines and other characters that cannot be printed are escaped, as in Python: a newline is \\n. An
     empty answer is "(empty)". An answer that was cut off (finished False) ends with " ...".
     """
-    escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return (escaped or EMPTY) + ("" if finished else CUT_OFF)
+    return (printable(text, "") or EMPTY) + ("" if finished else CUT_OFF)
+
+
+def printable(text: str, also: str = "\n") -> str:
+    """The text, with characters that cannot be printed escaped as in Python, but for those in `also`: no answer of a
+    model moves the cursor or changes the colours of a terminal."""
+    return "".join(c if c.isprintable() or c in also else repr(c)[1:-1] for c in text)
 
 
 def labelled(label: str, text: str, label_width: int) -> str:
     """A label and, indented beside it, a text of at most WIDTH columns, on as many lines as it needs."""
     return textwrap.fill(text, WIDTH, initial_indent=f"    {label:<{label_width}}  ",
                          subsequent_indent=" " * (label_width + 6))
+
+
+class Column:
+    """A label, and beside it a text that comes in pieces, in lines of at most WIDTH columns (longer words stay whole).
+
+    A word is printed when it is complete. margin: the blanks before each line but the first.
+    """
+
+    def __init__(self, label: str):
+        self.margin = " " * len(label)
+        self._used = len(label)         # columns of this line
+        self._word = ""                 # with the blank before it
+        print(label, end="", flush=True)
+
+    def write(self, piece: str) -> None:
+        """Print the words that the piece completes."""
+        for character in piece:
+            if character in " \n" and self._word:
+                self._print_word()
+            if character == "\n":
+                self._new_line()
+            else:
+                self._word += character
+
+    def end(self) -> None:
+        """Print what is left, and end the line."""
+        self._print_word()
+        print(flush=True)
+
+    def _print_word(self):
+        if self._used + len(self._word) > WIDTH and self._used > len(self.margin):
+            self._new_line()
+            self._word = self._word.lstrip(" ")
+        print(self._word, end="", flush=True)
+        self._used += len(self._word)
+        self._word = ""
+
+    def _new_line(self):
+        print(f"\n{self.margin}", end="")
+        self._used = len(self.margin)
 
 
 def paragraph(text: str) -> str:

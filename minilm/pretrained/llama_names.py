@@ -1,0 +1,75 @@
+"""The weights of a Llama checkpoint and those of model.Transformer: other names, matrices joined and transposed.
+
+A checkpoint has one matrix (out,in) for each of query, key, value, gate and up. Transformer has them side by side, as
+(in,out): `qkv` and `gate_up`. GGUF stores the rows of query and key for the "interleaved" pairing of rotary positions,
+Hugging Face for "half" (rotary.py); the rows are put in the order of "half", so that there is one pairing here.
+Tests: tests/test_pretrained.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from minilm.model import Config, Transformer
+
+# Of a block: minilm's name, the names in a GGUF file, the names in a folder of Hugging Face.
+BLOCK = (("attention_norm", ["attn_norm"], ["input_layernorm"]),
+         ("qkv", ["attn_q", "attn_k", "attn_v"], ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+         ("attention_out", ["attn_output"], ["self_attn.o_proj"]),
+         ("ffn_norm", ["ffn_norm"], ["post_attention_layernorm"]),
+         ("gate_up", ["ffn_gate", "ffn_up"], ["mlp.gate_proj", "mlp.up_proj"]),
+         ("ffn_out", ["ffn_down"], ["mlp.down_proj"]))
+
+
+def gguf_names(config: Config) -> dict[str, list[str]]:
+    """{minilm's name of a weight: the tensors of a GGUF file that it is made of}"""
+    names = {"embedding": ["token_embd.weight"], "final_norm": ["output_norm.weight"]}
+    for i in range(config.layers):
+        names |= {f"blocks.{i}.{name}": [f"blk.{i}.{part}.weight" for part in parts] for name, parts, _ in BLOCK}
+    return names if config.tied else names | {"unembedding": ["output.weight"]}
+
+
+def hugging_face_names(config: Config) -> dict[str, list[str]]:
+    """The same for the tensors in a folder of Hugging Face."""
+    names = {"embedding": ["model.embed_tokens.weight"], "final_norm": ["model.norm.weight"]}
+    for i in range(config.layers):
+        names |= {f"blocks.{i}.{name}": [f"model.layers.{i}.{part}.weight" for part in parts]
+                  for name, _, parts in BLOCK}
+    return names if config.tied else names | {"unembedding": ["lm_head.weight"]}
+
+
+def transformer(config: Config, names: dict[str, list[str]], read: Callable[[str], np.ndarray]) -> Transformer:
+    """The Transformer of a checkpoint. read(name) gives a tensor of it in float32.
+
+    One matrix at a time is in memory twice. Raises ValueError for tensors of other shapes than the Config's.
+    """
+    weights = {}
+    shapes = Transformer.shapes(config)
+    for name, parts in names.items():
+        if name.endswith(("norm", "embedding")):            # the same shape there and here
+            weights[name] = read(parts[0])
+            continue
+        weights[name] = data = np.empty(shapes[name], np.float32)
+        for part, columns in zip(parts, split(config, name, data)):
+            matrix = read(part)
+            if matrix.T.shape != columns.shape:
+                raise ValueError(f"{part} has shape {matrix.shape}; the configuration says {columns.T.shape}")
+            columns[...] = matrix.T
+    return Transformer.of(config, weights)
+
+
+def split(config: Config, name: str, weight: np.ndarray) -> Iterator[np.ndarray]:
+    """The matrices that a weight (in,out) joins, views (in,..)."""
+    queries, keys, F = config.widths
+    joined = {"qkv": [queries, keys, keys], "gate_up": [F, F]}
+    start = 0
+    for width in joined.get(name.rpartition(".")[2], [weight.shape[1]]):
+        yield weight[:, start:start + width]
+        start += width
+
+
+def interleaved_to_half(matrix: np.ndarray, head_width: int) -> np.ndarray:
+    """The rows of a query or key matrix (out,in), from the order of "interleaved" pairs to that of "half"."""
+    return matrix.reshape(-1, head_width // 2, 2, matrix.shape[1]).swapaxes(1, 2).reshape(matrix.shape)

@@ -1,0 +1,281 @@
+"""minilm/pretrained: a Llama checkpoint has the logits of transformers; other models and damaged files are errors."""
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from gguf_writer import float32, gguf
+from helpers import small_transformer
+from minilm.checkpoint import CheckpointError
+from minilm.generate import generate
+from minilm.model import Transformer
+from minilm.pretrained import load, save
+from minilm.pretrained.chat_tokenizer import ChatTokenizer
+from minilm.pretrained.llama_names import gguf_names, hugging_face_names, split
+from test_byte_level import TOKENIZER
+from test_chat_tokenizer import SMOLLM2
+
+safetensors = pytest.importorskip("safetensors.numpy", reason="needs safetensors: pip install safetensors")
+
+V = TOKENIZER.vocab_size
+CHAT = ChatTokenizer(TOKENIZER, SMOLLM2, {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
+SHAPES = {"as SmolLM2": {"heads": 9, "kv_heads": 3, "width": 36, "head_width": 4, "ffn_width": 20, "layers": 2,
+                         "vocab_size": V, "tied": True, "rope_base": 1e5, "norm_eps": 1e-5, "context": 64},
+          "untied, padded vocabulary": {"heads": 4, "kv_heads": 2, "width": 12, "head_width": 6, "ffn_width": 7,
+                                        "layers": 1, "vocab_size": V + 5, "rope_base": 1e4, "norm_eps": 1e-6,
+                                        "context": 64}}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+MESSAGES = [{"role": "user", "content": "Hi 12"}]
+
+
+def model_of(shape):
+    return small_transformer(np.random.default_rng(0), np.float32, **shape)
+
+
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
+def saved(request, tmp_path):
+    """A model, and the folder that save wrote."""
+    model = model_of(request.param)
+    save(model, CHAT, tmp_path / "model")
+    return model, tmp_path / "model"
+
+
+def same_weights(model, other):
+    here, there = model.parameters(), other.parameters()
+    return list(here) == list(there) and all((here[name].data == there[name].data).all() for name in here)
+
+
+def as_gguf(model, change=lambda metadata, tensors: None):
+    """The bytes of a GGUF file of a model with CHAT's tokenizer: the rows of query and key for interleaved pairs."""
+    c, tensors = model.config, {}
+    for name, parts in gguf_names(c).items():
+        weight = model.parameters()[name].data
+        if name.endswith(("norm", "embedding")):
+            tensors[parts[0]] = float32(weight)
+            continue
+        for part, matrix in zip(parts, split(c, name, weight)):
+            rows = matrix.T
+            if ".attn_q." in part or ".attn_k." in part:
+                rows = rows.reshape(-1, 2, c.head_width // 2, c.width).swapaxes(1, 2).reshape(rows.shape)
+            tensors[part] = float32(rows)
+    joined = [f"{TOKENIZER.names[a]} {TOKENIZER.names[b]}" for a, b in TOKENIZER.merges]
+    metadata = {"general.architecture": "llama", "llama.block_count": c.layers, "llama.context_length": c.context,
+                "llama.embedding_length": c.width, "llama.feed_forward_length": c.ffn_width,
+                "llama.attention.head_count": c.heads, "llama.attention.head_count_kv": c.kv_heads,
+                "llama.attention.key_length": c.head_width, "llama.rope.dimension_count": c.head_width,
+                "llama.rope.freq_base": float(c.rope_base), "llama.attention.layer_norm_rms_epsilon": c.norm_eps,
+                "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm",
+                "tokenizer.ggml.tokens": TOKENIZER.names, "tokenizer.ggml.merges": joined,
+                "tokenizer.ggml.token_type": [3 if name in TOKENIZER.specials else 1 for name in TOKENIZER.names],
+                "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1, "tokenizer.chat_template": SMOLLM2}
+    change(metadata, tensors)
+    return gguf(metadata, tensors)
+
+
+def test_a_saved_folder_is_loaded_bit_for_bit_with_its_config_and_tokenizer(saved):
+    model, folder = saved
+    loaded, tokenizer = load(folder)
+    assert loaded.config == model.config and same_weights(loaded, model)
+    assert tokenizer.encode_chat(MESSAGES) == CHAT.encode_chat(MESSAGES)
+    assert (tokenizer.ends, tokenizer.bos, tokenizer.template) == (CHAT.ends, CHAT.bos, CHAT.template)
+
+
+@shapes
+def test_a_gguf_file_is_the_same_model(tmp_path, shape):
+    model = model_of(shape)
+    (tmp_path / "model.gguf").write_bytes(as_gguf(model))
+    loaded, tokenizer = load(tmp_path / "model.gguf")
+    assert loaded.config == model.config and same_weights(loaded, model)
+    assert tokenizer.encode_chat(MESSAGES) == CHAT.encode_chat(MESSAGES) and tokenizer.ends == CHAT.ends
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_numbers_of_16_bits_are_read_exactly(saved, dtype):
+    model, folder = saved
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    if dtype == "float16":
+        rounded = {name: x.astype(np.float16) for name, x in tensors.items()}
+        safetensors.save_file(rounded, folder / "model.safetensors")
+    else:
+        rounded = {name: (x.view(np.uint32) >> 16 << 16).view(np.float32) for name, x in tensors.items()}
+        header, data = {}, b""
+        for name, x in rounded.items():
+            raw = (x.view(np.uint32) >> 16).astype("<u2").tobytes()
+            header[name] = {"dtype": "BF16", "shape": x.shape, "data_offsets": [len(data), len(data) + len(raw)]}
+            data += raw
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    loaded, _ = load(folder)
+    assert loaded.dtype == np.float32
+    q = hugging_face_names(model.config)["blocks.0.qkv"][0]
+    assert (next(split(model.config, "blocks.0.qkv", loaded.parameters()["blocks.0.qkv"].data)).T == rounded[q]).all()
+
+
+def test_several_files_with_an_index_are_one_model(saved):
+    model, folder = saved
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    halves = [sorted(tensors)[::2], sorted(tensors)[1::2]]
+    for i, names in enumerate(halves):
+        safetensors.save_file({name: tensors[name] for name in names}, folder / f"part-{i}.safetensors")
+    index = {"weight_map": {name: f"part-{i}.safetensors" for i, names in enumerate(halves) for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert same_weights(load(folder)[0], model)
+    index["weight_map"][sorted(tensors)[0]] = "../part-0.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside the folder"):
+        load(folder)
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model_type": "gemma3"}, "has model_type 'gemma3'; minilm reads 'llama'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "has rope_scaling .*llama3"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "has rope_type 'yarn'"),
+    ({"attention_bias": True}, "has attention_bias True"), ({"mlp_bias": True}, "has mlp_bias True"),
+    ({"hidden_act": "gelu"}, "has hidden_act 'gelu'"), ({"sliding_window": 4096}, "has sliding_window 4096"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"hidden_size": "many"}, "config.json: .*width"), ({"hidden_size": 8, "head_dim": None}, "config.json"),
+    ({"num_hidden_layers": 3}, r"the tensor model.layers.\d.* is missing"),
+    ({"intermediate_size": 9}, "the configuration says"), ({"vocab_size": 9}, "the tokenizer has .* tokens"),
+    ({"rms_norm_eps": float("nan")}, "config.json")], ids=str)
+def test_a_setting_that_minilm_lacks_or_that_does_not_fit_is_an_error_with_its_name(saved, changes, message):
+    _, folder = saved
+    change_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=message) as found:
+        load(folder)
+    assert "\n" not in str(found.value)
+
+
+def test_the_settings_of_newer_files_and_unknown_ones_without_effect_are_accepted(saved):
+    model, folder = saved
+    rope = {"rope_type": "default", "rope_theta": model.config.rope_base}
+    change_config(folder, rope_theta=None, rope_parameters=rope, rope_scaling=None,
+                  pretraining_tp=1, use_cache=True, transformers_version="9")
+    assert load(folder)[0].config == model.config
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda m, t: m.update({"general.architecture": "gemma3"}), "architecture is 'gemma3'"),
+    (lambda m, t: m.update({"llama.rope.scaling.type": "yarn"}), "has llama.rope.scaling.type"),
+    (lambda m, t: m.update({"llama.expert_count": 8}), "has llama.expert_count"),
+    (lambda m, t: t.update({"rope_freqs.weight": float32(np.ones(2))}), "rope_freqs.weight is unknown"),
+    (lambda m, t: t.update({"blk.0.attn_q.bias": float32(np.ones(2))}), "blk.0.attn_q.bias is unknown"),
+    (lambda m, t: t.pop("output_norm.weight"), "output_norm.weight is missing"),
+    (lambda m, t: t.update({"blk.0.ffn_up.weight": float32(np.ones((3, 3)))}), "blk.0.ffn_up.weight has shape"),
+    (lambda m, t: t.update({"output_norm.weight": float32(np.ones(3))}), "'final_norm' is "),
+    (lambda m, t: t.update({"output_norm.weight": float32(np.full(t["output_norm.weight"][0], np.nan))}), "final_norm"),
+    (lambda m, t: m.pop("llama.block_count"), "'llama.block_count' is missing"),
+    (lambda m, t: m.update({"llama.rope.dimension_count": 2}), "llama.rope.dimension_count is 2"),
+    (lambda m, t: m.update({"tokenizer.ggml.pre": "llama-bpe"}), "tokenizer is 'gpt2', 'llama-bpe'"),
+    (lambda m, t: m.update({"tokenizer.ggml.eos_token_id": 99999}), "no model that minilm can build"),
+    (lambda m, t: m.update({"tokenizer.ggml.merges": ["ab"]}), "no model that minilm can build"),
+    (lambda m, t: m.update({"tokenizer.ggml.token_type": 5}), "no model that minilm can build")])
+def test_a_gguf_file_of_another_model_is_an_error_with_the_fault(tmp_path, change, message):
+    (tmp_path / "f.gguf").write_bytes(as_gguf(model_of(SHAPES["as SmolLM2"]), change))
+    with pytest.raises(CheckpointError, match=message) as found:
+        load(tmp_path / "f.gguf")
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@given(data=st.data())
+def test_a_missing_or_damaged_file_is_one_line(name, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save(model_of(SHAPES["as SmolLM2"]), CHAT, folder)
+    raw = (folder / name).read_bytes()
+    place = data.draw(st.integers(0, min(len(raw) - 1, 400)))
+    damaged = data.draw(st.sampled_from([None, b"", raw[:place], raw[:place] + b"\xff\xff" + raw[place + 2:],
+                                         b"[]", b'{"a": 1}', b"[" * 100_000, raw.replace(b":", b",", 1)]))
+    (folder / name).unlink()
+    if damaged is not None:
+        (folder / name).write_bytes(damaged)
+    try:
+        load(folder)
+    except CheckpointError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+
+
+@pytest.mark.parametrize("change, name", [({"key_smear": True}, "key_smear"), ({"causal": False}, "causal"),
+                                          ({"rope_pairing": "interleaved"}, "rope_pairing")])
+def test_a_model_that_is_no_llama_is_not_saved(tmp_path, change, name):
+    with pytest.raises(ValueError, match=f"no Llama has {name}"):
+        save(small_transformer(np.random.default_rng(0), np.float32, **change), CHAT, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_transformer_is_made_of_given_weights_which_it_keeps():
+    model = model_of(SHAPES["as SmolLM2"])
+    weights = {name: p.data for name, p in model.parameters().items()}
+    other = Transformer.of(model.config, dict(reversed(weights.items())))
+    assert list(other.parameters()) == list(weights)
+    assert all(p.data is weights[name] and p.requires_grad for name, p in other.parameters().items())
+    with pytest.raises(ValueError, match="'final_norm' is missing; this Config has"):
+        Transformer.of(model.config, {name: x for name, x in weights.items() if name != "final_norm"})
+    with pytest.raises(ValueError, match=r"'bias' is \(3,\); this Config has none of this name"):
+        Transformer.of(model.config, {**weights, "bias": np.zeros(3, np.float32)})
+    with pytest.raises(TypeError, match="all be float32"):
+        Transformer.of(model.config, {**weights, "final_norm": weights["final_norm"].astype(float)})
+
+
+# Against transformers.
+
+@pytest.fixture
+def transformers():
+    pytest.importorskip("torch", reason="needs PyTorch: pip install torch==2.13.0")
+    return pytest.importorskip("transformers", reason="needs transformers, which trl brings: pip install trl==1.16.0")
+
+
+TOKENS = np.random.default_rng(5).integers(V, size=(2, 23))
+
+
+@pytest.mark.parity
+def test_a_saved_folder_is_opened_by_transformers_with_the_same_logits_and_ids(saved, transformers):
+    import torch
+    model, folder = saved
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs.double()(torch.tensor(TOKENS)).logits.numpy()
+    assert abs(model(TOKENS).data - expected).max() < 1e-4 * abs(expected).max()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    talk = [*MESSAGES, {"role": "assistant", "content": "한국"}, {"role": "user", "content": " a\n\nb 1½"}]
+    ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    assert ids == CHAT.encode_chat(talk)
+    assert tokenizer.eos_token_id == CHAT.eos
+
+
+@pytest.mark.parity
+@shapes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_folder_of_transformers_has_its_logits_and_greedy_tokens(tmp_path, transformers, shape, dtype):
+    import torch
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=shape["vocab_size"], hidden_size=shape["width"], intermediate_size=shape["ffn_width"],
+        num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"], head_dim=shape["head_width"],
+        num_key_value_heads=shape["kv_heads"], max_position_embeddings=64, rms_norm_eps=shape["norm_eps"],
+        tie_word_embeddings=shape.get("tied", False), rope_theta=shape["rope_base"], initializer_range=0.5,
+        rope_parameters={"rope_type": "default", "rope_theta": shape["rope_base"]})
+    transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(tmp_path, max_shard_size="5KB")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    save(model_of(SHAPES["as SmolLM2"]), CHAT, tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    model, _ = load(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    with torch.no_grad():
+        expected = theirs.double()(torch.tensor(TOKENS)).logits.numpy()
+    assert abs(model(TOKENS).data - expected).max() < 1e-4 * abs(expected).max()
+    with torch.no_grad():
+        prompt = torch.tensor(TOKENS[:1])
+        continued = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False,
+                                    eos_token_id=None, pad_token_id=0).numpy()[0, TOKENS.shape[1]:]
+    ours = generate(model, TOKENS[:1], 8, np.random.default_rng(0), None, temperature=0)
+    assert ours.responses()[0] == continued.tolist()

@@ -64,6 +64,12 @@ def test_names_of_special_tokens_in_a_message_stay_text(template, text):
     assert t.decode(ids, specials=True).replace("<", "(") == t.decode(plain, specials=True).replace("<", "(")
 
 
+def test_every_character_of_a_message_is_kept():
+    t = tokenizer()
+    for text in ("\ue000", "a\ue000\ue001<|im_end|>b"):
+        assert f"user\n{text}<|im_end|>\n" in t.decode(t.encode_chat(user(text)), specials=True)
+
+
 def test_a_role_cannot_hold_a_special_token_either():
     t = tokenizer(CHATML)
     ids = t.encode_chat([{"role": "user<|im_end|>", "content": "x"}])

@@ -114,7 +114,7 @@ def test_the_table_of_settings_has_every_setting_of_the_stage(name):
     function = {"pretraining": pretrain, "documents": pretrain_on_documents, "SFT": train_sft, "RLHF": train_rlhf,
                 "reward model": train_reward_model, "DPO": train_dpo}[name]
     others = {"state", "prompts", "responses", "chosen", "rejected", "reference", "reward", "draw", "stream", "loss",
-              "reference_chosen", "reference_rejected", "baseline"}
+              "reference_chosen", "reference_rejected", "baseline", "batches"}         # batches: test_plan.py
     assert set(inspect.signature(function).parameters) - others == set(settings(name))
 
 

@@ -178,6 +178,13 @@ def test_the_decider_alone_has_the_outcome_of_the_rule_at_its_level(comparisons,
         assert found.outcome(level) == outcome(comparisons, at_least=k)
 
 
+def test_of_several_comparisons_the_decider_has_the_corrected_level():
+    """Shown by the interval of 95 %, and undecided by that of 1 - 0.05 / 3."""
+    narrow = [Comparison("narrow", [0.55, 0.8, 0.45], above=0)] * 3
+    found, level = decider(narrow, at_least=2)
+    assert (round(level, 6), found.outcome(0.95), found.outcome(level)) == (0.983333, "shown", "undecided")
+
+
 def test_a_condition_that_is_not_met_is_the_decider():
     rule = [Comparison("rule", [1.0, 1.1], above=0)]
     learned = Comparison("learned", [0.1, 0.2], above=0.9)

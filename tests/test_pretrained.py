@@ -11,7 +11,7 @@ from minilm.checkpoint import CheckpointError
 from minilm.generate import generate
 from minilm.model import Transformer
 from minilm.pretrained import load, save
-from minilm.pretrained.chat_tokenizer import ChatTokenizer
+from minilm.pretrained.chat_tokenizer import CHATML, ChatTokenizer
 from minilm.pretrained.llama_names import gguf_names, hugging_face_names, split
 from test_byte_level import TOKENIZER
 from test_chat_tokenizer import SMOLLM2
@@ -111,6 +111,35 @@ def test_numbers_of_16_bits_are_read_exactly(saved, dtype):
     assert loaded.dtype == np.float32
     q = hugging_face_names(model.config)["blocks.0.qkv"][0]
     assert (next(split(model.config, "blocks.0.qkv", loaded.parameters()["blocks.0.qkv"].data)).T == rounded[q]).all()
+
+
+def test_each_matrix_of_a_folder_is_a_part_of_a_weight_and_stands_as_output_by_input(saved):
+    model, folder = saved
+    c = model.config
+    K, G = c.head_width, c.kv_heads
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    weight = {name: p.data for name, p in model.parameters().items()}
+    q, k, v = (tensors[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv")
+    assert (q.shape, k.shape, v.shape) == ((c.heads * K, c.width), (G * K, c.width), (G * K, c.width))
+    assert (np.concatenate([q, k, v]).T == weight["blocks.0.qkv"]).all()
+    gate, up = (tensors[f"model.layers.0.mlp.{x}_proj.weight"] for x in ("gate", "up"))
+    assert (np.concatenate([gate, up]).T == weight["blocks.0.gate_up"]).all()
+    assert (tensors["model.layers.0.mlp.down_proj.weight"].T == weight["blocks.0.ffn_out"]).all()
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.q_norm.weight"])
+def test_a_tensor_that_minilm_would_ignore_is_an_error(saved, name):
+    _, folder = saved
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    safetensors.save_file({**tensors, name: np.zeros(3, np.float32)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"the tensor {name} is unknown"):
+        load(folder)
+
+
+def test_a_template_in_a_file_of_its_own_comes_before_the_one_in_the_configuration(saved):
+    _, folder = saved
+    (folder / "chat_template.jinja").write_text(CHATML)
+    assert load(folder)[1].template == CHATML
 
 
 def test_several_files_with_an_index_are_one_model(saved):

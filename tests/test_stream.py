@@ -27,9 +27,10 @@ def test_every_response_is_that_of_generate_whatever_came_before(rng, prompts, t
         assert text.tokens == [*given, *drawn[:-1]]     # the last token is computed when something follows it
 
 
-@given(rngs, TOKENS, TOKENS)
-def test_the_logits_are_those_of_the_whole_text(rng, before, tokens):
-    model = small_transformer(rng, layers=2)
+@given(rngs, TOKENS, TOKENS, st.booleans())
+def test_the_logits_are_those_of_the_whole_text(rng, before, tokens, key_smear):
+    model = small_transformer(rng, layers=2, key_smear=key_smear)
+    tokens = before[:2] + tokens
     text = Text(model)
     text.become(before)
     np.testing.assert_allclose(text.become(tokens), model(np.array([tokens])).data[0, -1], rtol=1e-10, atol=1e-10)

@@ -12,8 +12,8 @@ from minilm.backend import concatenate
 from minilm.data import check_dialogues
 from minilm.model import Transformer
 from minilm.objectives.dpo import dpo_loss, dpo_metrics
-from minilm.optim import warmup_cosine
 from minilm.packing import Pack, pack, packs
+from minilm.stages import plan
 from minilm.stages.inputs import check_settings, checked_config
 from minilm.stages.reference import ReferenceLogProbs, checked_log_probs
 from minilm.stages.train_state import TrainState, checked_loss, repeat, shards, stage, train_step
@@ -48,8 +48,8 @@ def reference_log_probs(reference: Transformer, prompts: Sequence, responses: Se
 @stage
 def train_dpo(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: Sequence,
               reference_chosen: np.ndarray, reference_rejected: np.ndarray, steps: int, batch_size: int,
-              beta: float = 0.1, learning_rate: float = 3e-4, loss: Callable = dpo_loss,
-              microbatches: int | None = None) -> Iterator[dict]:
+              beta: float = 0.1, learning_rate: plan.Rate = 3e-4, loss: Callable = dpo_loss,
+              microbatches: int | None = None, batches: Sequence | None = None) -> Iterator[dict]:
     """Train state.model, the policy, on comparisons: token lists, chosen[i] preferred to rejected[i].
 
     reference_chosen, reference_rejected  summed log-probs under the reference, arrays (N,), from reference_log_probs.
@@ -60,6 +60,7 @@ def train_dpo(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: 
                   functools.partial sets its other options. The metrics are scaled by beta in any case.
                   Every worker calls it, so its value may depend on its arguments alone
     microbatches  shards of a step, None for one per worker
+    batches, and a learning_rate that is a function: plan.py
     Yields {"loss", "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins", "logps/chosen", ...}.
     Raises TypeError, ValueError and IndexError before the first step: as train_sft does; for reference log-probs that
     are not finite, above 0, or of other dialogues; for a loss with a parameter of another name and no default, or with
@@ -72,9 +73,10 @@ def train_dpo(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: 
     check_dialogues("train_dpo", config.vocab_size, config.context, prompts, chosen=chosen, rejected=rejected)
     reference_chosen, reference_rejected = checked_log_probs(
         "train_dpo", prompts, chosen=(chosen, reference_chosen), rejected=(rejected, reference_rejected))
+    plan.check_batches("train_dpo", steps, batches, len(prompts))
 
     def step():
-        drawn = state.rng.integers(len(prompts), size=batch_size)
+        drawn = plan.examples(state, batches, len(prompts), batch_size)
 
         def pair_loss(policy, pairs):
             responses = [chosen[i] for i in pairs] + [rejected[i] for i in pairs]
@@ -84,11 +86,11 @@ def train_dpo(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: 
             given = {**dict(zip(LOG_PROBS, sides)), **dict(zip(LENGTHS, lengths)), "beta": beta}
             report = [sides[0].data.copy(), sides[1].data.copy(), reference_chosen[pairs], reference_rejected[pairs]]
             value = checked_loss("train_dpo", loss(**{name: given[name] for name in names}))
-            return value * (len(pairs) / batch_size), report
+            return value * (len(pairs) / len(drawn)), report
 
-        batches = [drawn[s] for s in shards(batch_size, microbatches or state.workers)]
-        rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
-        metrics, log_probs = train_step(state, pair_loss, batches, rate, "DPO", drawn=[
+        parts = [drawn[s] for s in shards(len(drawn), microbatches or state.workers)]
+        rate = plan.rate(state, learning_rate, steps, warmup=10)
+        metrics, log_probs = train_step(state, pair_loss, parts, rate, "DPO", drawn=[
             drawn, reference_chosen[drawn], reference_rejected[drawn],
             *(side[i] for side in (prompts, chosen, rejected) for i in drawn.tolist())])
         return {**metrics, **dpo_metrics(*map(concatenate, zip(*log_probs)), beta=beta)}

@@ -20,12 +20,15 @@ from minilm import checks
 from minilm.backend import to_numpy
 from minilm.fast.flat_parameters import shares_parameters
 from minilm.model import Config, RewardModel
+from minilm.stages import plan
 
 
-def check_settings(function: str, steps: int, learning_rate: float, microbatches: int | None, **counts: int) -> None:
+def check_settings(function: str, steps: int, learning_rate: plan.Rate, microbatches: int | None,
+                   **counts: int) -> None:
     """Raises ValueError or TypeError for a setting that all stages have, and for counts below 1, by name."""
     checks.integer(function, "steps", steps, at_least=0)
-    checks.number(function, "learning_rate", learning_rate, at_least=0)
+    if not callable(learning_rate):
+        checks.number(function, "learning_rate", learning_rate, at_least=0)
     for name, count in {**({} if microbatches is None else {"microbatches": microbatches}), **counts}.items():
         checks.integer(function, name, count, at_least=1)
 

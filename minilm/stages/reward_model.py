@@ -8,19 +8,20 @@ from minilm import checks
 from minilm.backend import concatenate
 from minilm.data import check_dialogues
 from minilm.objectives.reward import reward_loss, reward_metrics
-from minilm.optim import warmup_cosine
 from minilm.packing import pack
+from minilm.stages import plan
 from minilm.stages.inputs import check_settings, checked_config
 from minilm.stages.train_state import TrainState, repeat, shards, stage, train_step
 
 
 @stage
 def train_reward_model(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: Sequence, steps: int,
-                       batch_size: int, learning_rate: float = 1e-3, centering: float = 0.0,
-                       microbatches: int | None = None) -> Iterator[dict]:
+                       batch_size: int, learning_rate: plan.Rate = 1e-3, centering: float = 0.0,
+                       microbatches: int | None = None, batches: Sequence | None = None) -> Iterator[dict]:
     """Train state.model, a RewardModel, on comparisons: token lists, chosen[i] preferred to rejected[i].
 
-    batch_size comparisons a step, in `microbatches` shards (None: one per worker). centering: the weight of
+    batch_size comparisons a step, in `microbatches` shards (None: one per worker); batches and a learning_rate that is
+    a function: plan.py. centering: the weight of
     (r_chosen + r_rejected)^2, as in objectives.reward.reward_loss; 0, as in TRL, unless given.
     The body is trained too: it is the Transformer that RewardModel(transformer, rng) was made from. Give it
     transformer.copy() unless the Transformer itself is to change.
@@ -31,21 +32,22 @@ def train_reward_model(state: TrainState, prompts: Sequence, chosen: Sequence, r
     checks.number("train_reward_model", "centering", centering, at_least=0)
     config = checked_config("train_reward_model", state.model, method="packed_rewards")
     check_dialogues("train_reward_model", config.vocab_size, config.context, prompts, chosen=chosen, rejected=rejected)
+    plan.check_batches("train_reward_model", steps, batches, len(prompts))
 
     def step():
-        drawn = state.rng.integers(len(prompts), size=batch_size)
+        drawn = plan.examples(state, batches, len(prompts), batch_size)
 
         def loss(model, pairs):
             # Chosen and rejected in one forward, in which each prompt is computed once.
             responses = [chosen[i] for i in pairs] + [rejected[i] for i in pairs]
             rewards = model.packed_rewards(pack([prompts[i] for i in pairs] * 2, responses, config.context, last=True))
             r_chosen, r_rejected = rewards[:len(pairs)], rewards[len(pairs):]
-            share = len(pairs) / batch_size
+            share = len(pairs) / len(drawn)
             return reward_loss(r_chosen, r_rejected, centering=centering) * share, (r_chosen.data, r_rejected.data)
 
-        batches = [drawn[s] for s in shards(batch_size, microbatches or state.workers)]
-        rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(10, steps // 10 + 1))
-        metrics, rewards = train_step(state, loss, batches, rate, "reward model", drawn=[
+        parts = [drawn[s] for s in shards(len(drawn), microbatches or state.workers)]
+        rate = plan.rate(state, learning_rate, steps, warmup=10)
+        metrics, rewards = train_step(state, loss, parts, rate, "reward model", drawn=[
             drawn, *(side[i] for side in (prompts, chosen, rejected) for i in drawn.tolist())])
         return {**metrics, **reward_metrics(*map(concatenate, zip(*rewards)))}
     return repeat(step, state, steps)

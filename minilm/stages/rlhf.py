@@ -16,10 +16,9 @@ from minilm.diverged import Diverged
 from minilm.generate import Samples, generate
 from minilm.model import Transformer
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
-from minilm.optim import warmup_cosine
 from minilm.packing import pack
 from minilm.ranks import WorkersDisagree
-from minilm.stages import inputs
+from minilm.stages import inputs, plan
 from minilm.stages.agreement import EVERYONE
 from minilm.stages.train_state import TrainState, repeat, shards, stage, train_step
 from minilm.tensor import no_grad
@@ -29,9 +28,9 @@ SAME_REWARDS = 1e-3         # of the largest: rounding on another kind of CPU ch
 @stage
 def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prompts: Sequence, steps: int,
                prompts_per_step: int, samples_per_prompt: int, max_new_tokens: int,
-               eos: int | Collection[int] | None, beta: float = 0.1, learning_rate: float = 3e-4,
-               temperature: float = 1.0, baseline: str = "leave_one_out",
-               microbatches: int | None = None) -> Iterator[dict]:
+               eos: int | Collection[int] | None, beta: float = 0.1, learning_rate: plan.Rate = 3e-4,
+               temperature: float = 1.0, baseline: str = "leave_one_out", microbatches: int | None = None,
+               batches: Sequence | None = None) -> Iterator[dict]:
     """Maximise the reward minus beta times the KL divergence to `reference`, by the policy gradient.
 
     reference     a frozen copy, such as state.model.copy(): it may not share parameters with the policy
@@ -43,24 +42,27 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
     temperature   of sampling. Policy and reference are both scored at it, without top-k and top-p: otherwise the
                   log-probs would not be those of the distribution that was drawn from
     microbatches  shards of a step, None for one per worker
+    batches, the prompts of each step, and a learning_rate that is a function: plan.py
     Yields {"loss", "grad_norm", "learning_rate", "reward", "kl_sequence", "kl_token", ...} after each step.
     Raises TypeError, ValueError and IndexError before the first step: for settings out of range, for such models, for a
     prompt anywhere in the data set that is bad or too long for max_new_tokens; and later for the results of reward, as
     inputs.checked_rewards does.
     """
-    P, K = prompts_per_step, samples_per_prompt
-    inputs.check_settings("train_rlhf", steps, learning_rate, microbatches, prompts_per_step=P, samples_per_prompt=K,
-                          max_new_tokens=max_new_tokens)
+    K = samples_per_prompt
+    inputs.check_settings("train_rlhf", steps, learning_rate, microbatches, prompts_per_step=prompts_per_step,
+                          samples_per_prompt=K, max_new_tokens=max_new_tokens)
     config = inputs.checked_config("train_rlhf", state.model)
     inputs.check_reference_and_reward("train_rlhf", state.model, reference, reward)
     check_dialogues("train_rlhf", config.vocab_size, config.context, prompts, new_tokens=max_new_tokens)
+    plan.check_batches("train_rlhf", steps, batches, len(prompts))
     checks.number("train_rlhf", "beta", beta, at_least=0)
     checks.temperature("train_rlhf", temperature)
     checks.end_tokens("train_rlhf", eos, config.vocab_size)
     advantages(np.zeros((1, K)), np.zeros((1, K)), beta, baseline)      # raises for a baseline that K does not allow
 
     def step():
-        drawn = state.rng.integers(len(prompts), size=P)
+        drawn = plan.examples(state, batches, len(prompts), prompts_per_step)
+        P = len(drawn)
         batch = [prompts[i] for i in drawn for _ in range(K)]                           # P K prompts
         samples, log_pi_ref = sample_responses(state, reference, batch, prompt_shards(P, K, state.workers),
                                                max_new_tokens, eos, temperature)
@@ -76,7 +78,7 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
             log_probs = policy.response_log_probs(part, temperature)
             return policy_gradient_loss(log_probs, A[rows], part.mask) * (len(rows) / len(A)), None
 
-        rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(5, steps // 10 + 1), floor=0.3)
+        rate = plan.rate(state, learning_rate, steps, warmup=5, floor=0.3)
         metrics, _ = train_step(state, loss, prompt_shards(P, K, microbatches or state.workers), rate, "RLHF",
                                 drawn=[drawn, *batch])
         return {**metrics, **policy_gradient_metrics(rewards, kl, mask),

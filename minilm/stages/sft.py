@@ -6,19 +6,20 @@ from collections.abc import Iterator, Sequence
 
 from minilm.data import check_dialogues
 from minilm.objectives.sft import sft_loss
-from minilm.optim import warmup_cosine
 from minilm.packing import pack
+from minilm.stages import plan
 from minilm.stages.inputs import check_settings, checked_config
 from minilm.stages.train_state import TrainState, repeat, shards, stage, train_step
 
 
 @stage
 def train_sft(state: TrainState, prompts: Sequence, responses: Sequence, steps: int, batch_size: int,
-              learning_rate: float = 1e-3, microbatches: int | None = None) -> Iterator[dict]:
+              learning_rate: plan.Rate = 1e-3, microbatches: int | None = None,
+              batches: Sequence | None = None) -> Iterator[dict]:
     """Finetune state.model on demonstrations, token lists as data.encode_dialogue gives them.
 
-    batch_size demonstrations a step, drawn at random, in `microbatches` shards (None: one per worker). The loss is the
-    mean over the response tokens of the whole step.
+    batch_size demonstrations a step, drawn at random, in `microbatches` shards (None: one per worker); batches and a
+    learning_rate that is a function: plan.py. The loss is the mean over the response tokens of the whole step.
     Yields {"loss", "grad_norm", "learning_rate", "trained_tokens": response tokens} after each step.
     Raises TypeError, ValueError and IndexError for settings out of range and for a bad demonstration anywhere in the
     data set (data.check_dialogues), before the first step.
@@ -26,18 +27,19 @@ def train_sft(state: TrainState, prompts: Sequence, responses: Sequence, steps: 
     check_settings("train_sft", steps, learning_rate, microbatches, batch_size=batch_size)
     config = checked_config("train_sft", state.model)
     check_dialogues("train_sft", config.vocab_size, config.context, prompts, responses=responses)
+    plan.check_batches("train_sft", steps, batches, len(prompts))
 
     def step():
-        drawn = state.rng.integers(len(prompts), size=batch_size)
+        drawn = plan.examples(state, batches, len(prompts), batch_size)
         total = float(sum(len(responses[i]) for i in drawn))
 
         def loss(model, rows):
             batch = pack([prompts[i] for i in rows], [responses[i] for i in rows], config.context)
             return sft_loss(model.response_log_probs(batch), batch.mask, total=total), None
 
-        batches = [drawn[s] for s in shards(batch_size, microbatches or state.workers)]
-        rate = warmup_cosine(state.step, steps, learning_rate, warmup=min(20, steps // 10 + 1))
-        metrics, _ = train_step(state, loss, batches, rate, "SFT",
+        parts = [drawn[s] for s in shards(len(drawn), microbatches or state.workers)]
+        rate = plan.rate(state, learning_rate, steps, warmup=20)
+        metrics, _ = train_step(state, loss, parts, rate, "SFT",
                                 drawn=[drawn, *(side[i] for side in (prompts, responses) for i in drawn.tolist())])
         return {**metrics, "trained_tokens": total}
     return repeat(step, state, steps)

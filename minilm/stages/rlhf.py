@@ -77,7 +77,6 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
             part = pack([batch[i] for i in rows], [responses[i] for i in rows], config.context)
             log_probs = policy.response_log_probs(part, temperature)
             return policy_gradient_loss(log_probs, A[rows], part.mask) * (len(rows) / len(A)), None
-
         rate = plan.rate(state, learning_rate, steps, warmup=5, floor=0.3)
         metrics, _ = train_step(state, loss, prompt_shards(P, K, microbatches or state.workers), rate, "RLHF",
                                 drawn=[drawn, *batch])

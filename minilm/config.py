@@ -61,6 +61,13 @@ class Config:
         return self.heads * self.head_width, self.kv_heads * self.head_width, self.ffn_width
 
 
+def matrix_widths(config: Config, name: str) -> list[int]:
+    """The output widths of the matrices that a weight of a block joins: of queries, keys and values in `qkv`."""
+    queries, keys, F = config.widths
+    kind = name.rpartition(".")[2]
+    return {"qkv": [queries, keys, keys], "gate_up": [F, F]}.get(kind, [config.width])
+
+
 def parameter_starts(config: Config) -> dict[str, tuple[tuple[int, ...], float | None]]:
     """{name of a parameter: (shape, standard deviation of its start, or None for ones)}, in the order of
     Transformer.parameters()."""

@@ -176,6 +176,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     _check_settings(model, prompts, max_new_tokens, workers)
     B = len(prompts)
     uniforms = checks.uniforms("generate", to_numpy(rng) if is_cupy(rng) else rng, (B, max_new_tokens))
+    model = model.merged()
 
     def rows_of(part):
         return _generate(model, [prompts[i] for i in part], uniforms[part], ends, temperature, top_k, top_p, part)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -28,13 +29,19 @@ from minilm.packing import Pack, scatter
 from minilm.tensor import Tensor
 
 
+def linear(x: Tensor, weight: Any) -> Tensor:
+    """x W.  x (..,in), W (in,out); an adapted weight (lora.py) is a function of x."""
+    return weight(x) if callable(weight) else x @ weight
+
+
 def block(parameters: dict, i: int, x: Tensor, attend: Callable, eps: float) -> Tensor:
     """Layer i: x (..,D) -> (..,D). attend(i, qkv) mixes the tokens; everything else is computed token by token."""
     p = f"blocks.{i}."
-    qkv = layers.rms_norm(x, parameters[p + "attention_norm"], eps=eps) @ parameters[p + "qkv"]     # (..,(H+2G)K)
-    x = x + attend(i, qkv) @ parameters[p + "attention_out"]
+    h = layers.rms_norm(x, parameters[p + "attention_norm"], eps=eps)
+    qkv = linear(h, parameters[p + "qkv"])                                                      # (..,(H+2G)K)
+    x = x + linear(attend(i, qkv), parameters[p + "attention_out"])
     h = layers.rms_norm(x, parameters[p + "ffn_norm"], eps=eps)
-    return x + layers.swiglu(h @ parameters[p + "gate_up"]) @ parameters[p + "ffn_out"]
+    return x + linear(layers.swiglu(linear(h, parameters[p + "gate_up"])), parameters[p + "ffn_out"])
 
 
 def hidden_states(parameters: dict, config: Config, tokens: np.ndarray, attend: Callable,
@@ -130,9 +137,13 @@ class Transformer:
         other._parameters = dict(parameters)
         return other
 
+    def merged(self) -> Transformer:
+        """The model to decode with: itself. An adapted one (lora.py) is merged into a plain one."""
+        return self
+
     def copy(self) -> Transformer:
         """A Transformer with copies of the same weights, frozen where these are (for example a reference policy)."""
-        return self.over({name: Tensor(p.data.copy(), p.requires_grad) for name, p in self._parameters.items()})
+        return self.over({name: Tensor(p.data.copy(), p.requires_grad) for name, p in self.parameters().items()})
 
     def __call__(self, tokens, key_mask=None) -> Tensor:
         """Logits (B,T,V). The logits at position t are about token t+1."""

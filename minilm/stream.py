@@ -28,7 +28,7 @@ class Text:
     def __init__(self, model: Transformer):
         if not model.config.causal:
             raise ValueError("Text: only a causal model generates; this one is bidirectional")
-        self.model = model
+        self.model = model.merged()
         self.tokens: list[int] = []
         self._cache = self._empty(FIRST_CAPACITY)
 

@@ -23,8 +23,8 @@ LEVELS = """
     fast.packed_attention  layers
     exact  packing
     evaluate  model
-    fast.cached_decoding  model_file  pretrained  toy
-    generate
+    fast.cached_decoding  lora  model_file  toy
+    generate  pretrained
     stages  stream
 """  # noqa: E501 (one line is one level)
 # The files of the mathematics. All but exact, which trains models too, stand without the fast path.
@@ -184,13 +184,13 @@ def test_the_mathematics_stays_under_1200_lines_of_code():
     assert sum(map(lines_of_code, of(*READER))) < 1200
 
 
-def test_minilm_without_its_world_and_plain_stays_under_4100_lines_of_code():
-    """Ranks and real models are capabilities of their own, each with a limit of its own."""
-    capabilities = {("ranks", "parallel"): 450, ("pretrained", "stream"): 700}
+def test_minilm_without_its_world_and_plain_stays_under_4150_lines_of_code():
+    """Ranks and real models (with adapters) are capabilities of their own, each with a limit of its own."""
+    capabilities = {("ranks", "parallel"): 450, ("lora", "pretrained", "stream"): 900}
     for names, most in capabilities.items():
         assert sum(map(lines_of_code, of(*names))) < most, names
     apart = ("world", "plain", "toy", "kernels", *(name for names in capabilities for name in names))
-    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 4100
+    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 4150
 
 
 def test_plain_stays_under_210_lines_of_code():

@@ -18,12 +18,11 @@ import numpy as np
 from minilm import checkpoint
 from minilm.backend import to_numpy
 from minilm.checkpoint import CheckpointError, one_line
-from minilm.checks import distinct, ordinary_file
 from minilm.model import Config, Transformer
 from minilm.pretrained.byte_level import ByteLevelTokenizer
 from minilm.pretrained.chat_tokenizer import CHATML, ChatTokenizer
-from minilm.pretrained.gguf_file import from_bfloat16
 from minilm.pretrained.llama_names import hugging_face_names, split, transformer
+from minilm.pretrained.safetensors_folder import SafetensorsFolder, read_json, read_text
 from minilm.pretrained.tokenizers_package import PackageTokenizer
 
 # Settings of config.json that Transformer lacks, with the only values for which it computes the same.
@@ -31,7 +30,6 @@ WITHOUT = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (Fal
            "sliding_window": (None,), "use_sliding_window": (False,), "partial_rotary_factor": (1, 1.0),
            "rope_interleaved": (False,), "quantization_config": (None,), "embedding_multiplier": (1, 1.0),
            "logits_scaling": (1, 1.0), "residual_multiplier": (1, 1.0), "num_local_experts": (None, 0)}
-NUMBERS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}    # of safetensors; BF16 has no NumPy dtype
 
 
 def load_folder(path: Path) -> tuple[Transformer, ChatTokenizer]:
@@ -86,69 +84,13 @@ def read_config(path: Path) -> Config:
         raise CheckpointError(f"{path}: config.json: {fault}. Fetch the file again.") from error
 
 
-class SafetensorsFolder:
-    """The tensors of a folder's safetensors files. places: {name: (file, dtype, shape, first byte, size in bytes)}.
-
-    The layout is checked by the package safetensors; the numbers are read here, because its reader for NumPy refuses
-    bfloat16. Raises CheckpointError.
-    """
-
-    def __init__(self, path: Path):
-        self.places: dict[str, tuple] = {}
-        index = path / "model.safetensors.index.json"
-        names = {"model.safetensors"}
-        if index.exists():
-            names = set(read_json(index).get("weight_map", {}).values())
-        for name in sorted(map(str, names)):
-            if Path(name).name != name:
-                raise CheckpointError(f"{index}: names the file {name!r}, outside the folder. Fetch the files again.")
-            for tensor, place in _layout(path / name).items():
-                if tensor in self.places:
-                    raise CheckpointError(f"{path / name}: holds {tensor}, as another file does. Fetch them again.")
-                self.places[tensor] = place
-
-    def array(self, name: str) -> np.ndarray:
-        """A tensor in float32."""
-        file, dtype, shape, start, size = self.places[name]
-        with open(file, "rb") as opened:
-            opened.seek(start)
-            raw = np.fromfile(opened, np.uint8, size)
-        if len(raw) < size:
-            raise CheckpointError(f"{file}: ends within {name}. Fetch it again.")
-        numbers = from_bfloat16(raw) if dtype == "BF16" else raw.view(NUMBERS[dtype])
-        return numbers.astype(np.float32, copy=False).reshape(shape)
-
-
-def _layout(file):
-    """{name of a tensor: its place} of one safetensors file."""
-    safetensors = checkpoint.import_safetensors()
-    try:
-        with safetensors.safe_open(ordinary_file(os.fspath(file)), framework="np"):     # checks sizes and places
-            pass
-        with open(file, "rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({one_line(error)}). Check the path, or fetch it "
-                              "again.") from error
-    header.pop("__metadata__", None)
-    places = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        if entry["dtype"] not in (*NUMBERS, "BF16"):
-            raise CheckpointError(f"{file}: {name} is {entry['dtype']}; weights are {', '.join(NUMBERS)} or BF16. "
-                                  "Choose a file with such weights.")
-        places[name] = (file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
-    return places
-
-
 def read_tokenizer(path: Path) -> ChatTokenizer:
     """The tokenizer of a folder: byte_level.py if it is of SmolLM2's kind, otherwise the package tokenizers."""
     own = read_json(path / "tokenizer_config.json")
     saved = read_json(path / "tokenizer.json")
     template = own.get("chat_template")
     if (path / "chat_template.jinja").exists():
-        template = _text(path / "chat_template.jinja")
+        template = read_text(path / "chat_template.jinja")
     names = {role: value if isinstance(value, str) else value.get("content")
              for role in ("bos_token", "eos_token", "pad_token") if (value := own.get(role))}
     try:
@@ -186,23 +128,3 @@ def save_folder(path: Path, model: Transformer, tokenizer: ChatTokenizer) -> Non
         "rms_norm_eps": c.norm_eps, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
         "torch_dtype": str(model.dtype), "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos,
         "pad_token_id": tokenizer.pad}, indent=1))
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises CheckpointError."""
-    try:
-        found = json.loads(_text(path), object_pairs_hook=distinct)
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}, not an object")
-        return found
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: no JSON that can be read ({one_line(error)}). Fetch it again.") from error
-
-
-def _text(path):
-    try:
-        with open(ordinary_file(os.fspath(path)), "rb") as file:
-            return file.read().decode("utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}. Check the path, or fetch it "
-                              "again.") from error

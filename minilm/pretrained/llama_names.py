@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from minilm.model import Config, Transformer
+from minilm.config import Config, matrix_widths
+from minilm.model import Transformer
 
 # Of a block: minilm's name, the names in a GGUF file, the names in a folder of Hugging Face.
 BLOCK = (("attention_norm", ["attn_norm"], ["input_layernorm"]),
@@ -62,10 +63,8 @@ def transformer(config: Config, names: dict[str, list[str]], read: Callable[[str
 
 def split(config: Config, name: str, weight: np.ndarray) -> Iterator[np.ndarray]:
     """The matrices that a weight (in,out) joins, views (in,..)."""
-    queries, keys, F = config.widths
-    joined = {"qkv": [queries, keys, keys], "gate_up": [F, F]}
     start = 0
-    for width in joined.get(name.rpartition(".")[2], [weight.shape[1]]):
+    for width in matrix_widths(config, name):
         yield weight[:, start:start + width]
         start += width
 

@@ -52,7 +52,7 @@ HINT = "Name what an earlier run wrote with --csv."
 COPIED = ("minilm", "kernels", "tests", "scripts", ".ci", ".github")     # folders; the files beside them are copied too
 # {module: tests of another name that find its bugs}; they run after the tests with its name.
 ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_functions": ("test_tensor",),
-        "data": ("test_evaluate",), "config": ("test_model",),
+        "data": ("test_evaluate",), "config": ("test_model", "test_pretrained"),
         "model": ("test_plain", "test_generate", "test_packing", "test_pretrained"), "tokenizer": ("test_fuzz",),
         "packing": ("test_model",), "generate": ("test_stages",), "evaluate": ("test_stages",),
         "gradients": ("test_exact_gradients",),

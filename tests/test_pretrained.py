@@ -13,6 +13,7 @@ from minilm.model import Transformer
 from minilm.pretrained import load, save
 from minilm.pretrained.chat_tokenizer import CHATML, ChatTokenizer
 from minilm.pretrained.llama_names import gguf_names, hugging_face_names, split
+from minilm.pretrained.safetensors_folder import SafetensorsFolder
 from test_byte_level import TOKENIZER
 from test_chat_tokenizer import SMOLLM2
 
@@ -156,6 +157,16 @@ def test_several_files_with_an_index_are_one_model(saved):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="outside the folder"):
         load(folder)
+
+
+def test_a_file_that_becomes_shorter_after_it_was_opened_is_an_error(saved):
+    _, folder = saved
+    tensors = SafetensorsFolder(folder)
+    file = folder / "model.safetensors"
+    last = max(tensors.places, key=lambda name: tensors.places[name][3])
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match=f"ends within {last}"):
+        tensors.array(last)
 
 
 def change_config(folder, **changes):

@@ -22,7 +22,7 @@ from minilm.model import Config, Transformer
 from minilm.pretrained.byte_level import ByteLevelTokenizer
 from minilm.pretrained.chat_tokenizer import CHATML, ChatTokenizer
 from minilm.pretrained.llama_names import hugging_face_names, split, transformer
-from minilm.pretrained.safetensors_folder import SafetensorsFolder, read_json, read_text
+from minilm.pretrained.safetensors_folder import SafetensorsFolder, read_json, text_of
 from minilm.pretrained.tokenizers_package import PackageTokenizer
 
 # Settings of config.json that Transformer lacks, with the only values for which it computes the same.
@@ -90,7 +90,7 @@ def read_tokenizer(path: Path) -> ChatTokenizer:
     saved = read_json(path / "tokenizer.json")
     template = own.get("chat_template")
     if (path / "chat_template.jinja").exists():
-        template = read_text(path / "chat_template.jinja")
+        template = text_of(path / "chat_template.jinja")
     names = {role: value if isinstance(value, str) else value.get("content")
              for role in ("bos_token", "eos_token", "pad_token") if (value := own.get(role))}
     try:

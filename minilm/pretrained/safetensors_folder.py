@@ -78,7 +78,7 @@ def _layout(file):
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises CheckpointError."""
     try:
-        found = json.loads(read_text(path), object_pairs_hook=distinct)
+        found = json.loads(text_of(path), object_pairs_hook=distinct)
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}, not an object")
         return found
@@ -86,7 +86,7 @@ def read_json(path: Path) -> dict:
         raise CheckpointError(f"{path}: no JSON that can be read ({one_line(error)}). Fetch it again.") from error
 
 
-def read_text(path: Path) -> str:
+def text_of(path: Path) -> str:
     """The text of a UTF-8 file. Raises CheckpointError; ValueError if it is no UTF-8."""
     try:
         with open(ordinary_file(os.fspath(path)), "rb") as file:

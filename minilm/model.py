@@ -85,12 +85,13 @@ class Transformer:
 
     @classmethod
     def of(cls, config: Config, weights: dict[str, np.ndarray]) -> Transformer:
-        """A Transformer of these weights, {name: array}, which it keeps: nothing is drawn and nothing copied.
+        """A Transformer of these weights, {name: array}, which it keeps: nothing is drawn and nothing copied. The body
+        of a RewardModel needs no unembedding.
 
         Raises ValueError for names or shapes that are not those of shapes(config), TypeError for several dtypes or
         others than float32 and float64.
         """
-        shapes = cls.shapes(config)
+        shapes = {name: shape for name, shape in cls.shapes(config).items() if name != "unembedding" or name in weights}
         found = {name: np.shape(weight) for name, weight in weights.items()}
         if wrong := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
             name = wrong[0]
@@ -262,6 +263,16 @@ class RewardModel:
         D = transformer.config.width
         checks.generator("RewardModel", rng)
         self.head = Tensor((rng.normal(size=(D, 1)) * 0.1 * D ** -0.5).astype(transformer.dtype), requires_grad=True)
+
+    @classmethod
+    def of(cls, transformer: Transformer, head: np.ndarray) -> RewardModel:
+        """A RewardModel of this body and head (D,1), which it keeps. Raises ValueError for another shape."""
+        if head.shape != (transformer.config.width, 1):
+            raise ValueError(f"RewardModel.of: head has shape {head.shape}; it must be ({transformer.config.width}, 1)")
+        model = object.__new__(cls)
+        model.transformer = transformer
+        model.head = Tensor(np.ascontiguousarray(head, transformer.dtype), requires_grad=True)
+        return model
 
     def parameters(self) -> dict[str, Tensor]:
         """The Transformer's parameters, without an unembedding of its own, and the head."""

@@ -1,7 +1,7 @@
 """One response, token by token, to a text that grows: for a conversation.
 
-generate draws many responses and returns when all have ended. Here each token is there as soon as it is drawn, and the
-keys and values of the text stay in memory: the next prompt, which continues the text, costs its new tokens alone.
+generate draws many responses and returns when all have ended. Here each token is given as soon as it is drawn, and the
+keys and values of the text stay in memory: of the next prompt, which continues it, only the new tokens are computed.
 Tests: tests/test_stream.py, against generate.
 """
 
@@ -33,8 +33,8 @@ class Text:
         self._cache = self._empty(FIRST_CAPACITY)
 
     def become(self, tokens: Sequence[int]) -> np.ndarray:
-        """Make this the text, and return the logits (V,) of its next token. The tokens that begin the text of before
-        are not computed again.
+        """Make this the text, and return the logits (V,) of its next token. Tokens that the new text and the one before
+        both begin with are not computed again.
 
         Raises ValueError for an empty text or one that is longer than the context, IndexError for a token outside the
         vocabulary.
@@ -53,7 +53,7 @@ class Text:
                 top_p: float | None = None) -> Iterator[int]:
         """Draw a response to a prompt, token by token: those of generate(model, [prompt], ...).
 
-        The text becomes prompt and response. Whoever stops to take tokens leaves the text as it is then.
+        The text becomes prompt and response. A caller may stop early: the text then ends there.
         Raises as generate does, before the first token.
         """
         uniforms = checks.uniforms("respond", rng, (1, max_new_tokens))[0]

@@ -31,6 +31,8 @@ installed.check("numpy", "minilm")
 import argparse
 import contextlib
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -47,6 +49,7 @@ from support.run_folder import UsageError, main_guard
 from support.speakers import FOLDER, RealSpeaker, Speaker, load_speakers, model_files
 from support.terminal import Column, labelled, one_line, trial_note
 
+COMMANDS = "/retry answers again, /reset begins anew, /save FILE writes the conversation"
 MAX_ANSWERS = 100
 MAX_TOKENS = 100_000        # of an answer: each needs a random number
 
@@ -83,19 +86,22 @@ class Conversation:
         """Answer a question, or follow a command."""
         command, _, rest = line.partition(" ")
         if line in ("?", "help"):
-            print(tasks.guide(), end="\n\n")
-        elif command == "/reset":
+            small = any(not isinstance(speaker, RealSpeaker) for speaker in self.speakers)
+            print(*[tasks.guide()] * small, COMMANDS, sep="\n\n", end="\n\n")
+        elif line == "/reset":
             for speaker in self.speakers:
                 speaker.reset()
+            self.question = ""
+            print("a new conversation\n")
         elif command == "/save":
             self.save(rest.strip())
-        elif command == "/retry" and self.question:
+        elif line == "/retry" and self.question:
             self.attempt += 1
             for speaker, messages in zip(self.speakers, self.before):
                 speaker.messages = list(messages)
             self.ask()
-        elif command.startswith("/"):
-            print("commands: /retry (after a question), /reset, /save FILE\n")
+        elif re.fullmatch(r"/\w*", line):
+            print(f"{COMMANDS}\n")
         else:
             self.question, self.attempt = line, 0
             self.asked += 1
@@ -113,41 +119,45 @@ class Conversation:
             top_p = speaker.top_p if o.top_p is None else o.top_p
             try:
                 show = self.stream if isinstance(speaker, RealSpeaker) else self.wrap
-                show(speaker.name, speaker.answers(self.question, uniforms, temperature, o.top_k, top_p))
+                show(speaker, speaker.answers(self.question, uniforms, temperature, o.top_k, top_p))
             except (ValueError, Diverged) as error:
                 print(labelled(speaker.name, f"error: {error}", self.width))
             except KeyboardInterrupt:
                 if not sys.stdin.isatty():
                     raise
-                print(" (stopped)")
+                print(f"{' ' * (self.width + 6)}(stopped)")
         print(flush=True)
 
-    def wrap(self, name: str, answers: Iterator[Iterator[str]]) -> None:
+    def wrap(self, speaker: Speaker, answers: Iterator[Iterator[str]]) -> None:
         """Print answers of one line each."""
         for i, answer in enumerate(answers):
-            print(labelled("" if i else name, "".join(answer), self.width))
+            print(labelled("" if i else speaker.name, "".join(answer), self.width))
 
-    def stream(self, name: str, answers: Iterator[Iterator[str]]) -> None:
+    def stream(self, speaker: RealSpeaker, answers: Iterator[Iterator[str]]) -> None:
         """Print answers of several lines, each piece when it comes; the speed goes to stderr."""
         for i, answer in enumerate(answers):
-            column = Column(f"    {'' if i else name:<{self.width}}  ")
-            count, began = 0, time.monotonic()
-            for piece in answer:
-                count += 1
-                column.write(piece)
-            column.end()
-            if sys.stderr.isatty():
-                speed = count / (time.monotonic() - began)
-                print(f"{column.margin}({count} tokens, {speed:.1f} a second)", file=sys.stderr)
+            column = Column(f"    {'' if i else speaker.name:<{self.width}}  ")
+            times = []
+            try:
+                for piece in answer:
+                    times.append(time.monotonic())
+                    column.write(piece)
+            finally:
+                column.end()                # of a stopped answer, the word that was begun
+            drawn = speaker.drawn
+            if sys.stderr.isatty() and drawn > 1:
+                speed = (drawn - 1) / (times[-1] - times[0])        # the first one includes the prompt's time
+                print(f"{column.margin}({drawn} tokens, {speed:.1f} a second)", file=sys.stderr)
 
     def save(self, file: str) -> None:
         """Write the conversation of each speaker."""
-        if not file:
-            return print("name a file: /save FILE\n")
+        path = os.path.expanduser(file)
+        if not file or "\0" in file or os.path.exists(path):
+            return print("name a file that does not exist yet: /save FILE\n")
         text = "".join(json.dumps({"model": speaker.name, "messages": speaker.messages}, ensure_ascii=False) + "\n"
                        for speaker in self.speakers)
         try:
-            checkpoint.write_text(file, text)
+            checkpoint.write_text(path, text)
             print(f"saved to {file}\n")
         except checkpoint.CheckpointError as error:
             print(f"error: {error}\n")

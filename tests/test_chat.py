@@ -22,7 +22,7 @@ from minilm.pretrained import load, save
 from minilm.tokenizer import Tokenizer
 from minilm.world import tasks
 from support.run_folder import UsageError
-from support.terminal import brief, labelled, one_line, printable
+from support.terminal import Column, brief, columns, labelled, one_line, printable
 from test_pretrained import CHAT, SHAPES, as_gguf
 
 pytest.importorskip("safetensors", reason="what the scripts need: pip install -e '.[run]'")
@@ -253,14 +253,26 @@ def test_a_gguf_file_and_a_folder_of_one_model_answer_alike_side_by_side_with_sm
 
 def test_retry_draws_again_from_the_same_conversation_and_reset_begins_a_new_one(real, tmp_path, monkeypatch, capsys):
     file = tmp_path / "talk.jsonl"
-    lines = ["Hi", "And?", "/retry", f"/save {file}", "/reset", "Hi", "/save", "/unknown", "/retry"]
+    lines = ["Hi", "And?", "/retry", f"/save {file}", "/reset", "Hi", "/save", f"/save {file}", "/unknown"]
     status, printed, _ = talk(monkeypatch, capsys, lines, real / "one", "--temperature", 1, "--max-tokens", 9)
-    first, second, again, _, after, *_ = said(printed.replace("> /reset\n", ""))
-    assert status == 0 and first != second != again and after != first
+    first, second, again, _, reset, after, *_ = said(printed)
+    assert status == 0 and first != second != again and after != first and reset == ["a new conversation"]
     saved = [json.loads(line) for line in file.read_text().splitlines()]
     assert [message["content"] for message in saved[0]["messages"][::2]] == ["Hi", "And?"]
     assert printable(saved[0]["messages"][3]["content"])[:5] in " ".join(again)
-    assert "name a file: /save FILE" in printed and "commands: /retry (after a question)" in printed
+    assert printed.count("name a file that does not exist yet: /save FILE") == 2
+    assert printed.endswith(f"> /unknown\n{chat.COMMANDS}\n\n")
+
+
+def test_after_a_reset_nothing_of_the_conversation_comes_back(real, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "talk.jsonl"
+    talk(monkeypatch, capsys, ["I am Bob", "/reset", "/retry", f"/save {file}", "/save a\0b"], real / "one")
+    assert json.loads(file.read_text())["messages"] == []
+
+
+def test_a_question_that_begins_with_a_slash_is_a_question(real, monkeypatch, capsys):
+    _, printed, _ = talk(monkeypatch, capsys, ["/etc/passwd is what?"], real / "one", "--max-tokens", 3)
+    assert chat.COMMANDS not in printed and "    one  " in printed
 
 
 def test_a_conversation_that_fills_the_context_says_what_to_do(real, monkeypatch, capsys):
@@ -307,6 +319,36 @@ def take_terminal(descriptor):
 
 
 # Text for a terminal.
+
+def column_of(label, *pieces):
+    written = []
+    column = Column(label, written.append)
+    for piece in pieces:
+        column.write(piece)
+    column.end()
+    return "".join(written).split("\n")[:-1]
+
+
+def test_a_column_holds_a_text_that_comes_in_pieces_in_lines_of_at_most_80_columns():
+    words = " ".join(f"word{i}" for i in range(40))
+    whole = column_of("    ab  ", words)
+    assert column_of("    ab  ", *words) == column_of("    ab  ", *words.split("d")[:1], words[3:]) == whole
+    assert all(len(line) <= 80 for line in whole) and all(line.startswith(" " * 8) for line in whole[1:])
+    assert " ".join(line[8:] for line in whole) == words
+    assert column_of("  ", "a\n\n  b\tc ") == ["  a", "  ", "    b    c "]
+
+
+def test_wide_characters_count_two_columns_and_a_long_word_is_cut():
+    lines = column_of("    한  ", "한국어" * 40, " e\u0301" * 50)
+    assert all(columns(line) <= 80 for line in lines) and len(lines) > 3
+    assert "".join(line[7 if i == 0 else 8:] for i, line in enumerate(lines)).startswith("한국어" * 10)
+
+
+def test_only_control_characters_are_escaped():
+    assert printable("a\t\x1b[31m\u202e\n") == "a\\t\\x1b[31m\\u202e\n"
+    for text in ("Bonjour\xa0!", "👨\u200d👩\u200d👧", "日本\u3000語", "می\u200cخواهم"):
+        assert printable(text) == text
+
 
 @pytest.mark.parametrize("text, finished, shown", [
     ("moon.", True, "moon."), ("a\nb", True, "a\\nb"), ("\x1b[31mred\r", True, "\\x1b[31mred\\r"),

@@ -1,5 +1,6 @@
 """minilm/pretrained/chat_tokenizer.py: a conversation becomes the ids of the template; a user's words stay text."""
 import builtins
+import json
 
 import pytest
 from hypothesis import given, strategies as st
@@ -64,6 +65,35 @@ def test_names_of_special_tokens_in_a_message_stay_text(template, text):
     assert t.decode(ids, specials=True).replace("<", "(") == t.decode(plain, specials=True).replace("<", "(")
 
 
+@pytest.mark.parametrize("specials, text", [(["한"], "한 a b"), (["<|x|>", "|x|>"], "<|x|> |x|>")])
+def test_names_of_one_character_or_within_each_other_stay_text_too(specials, text):
+    t = ByteLevelTokenizer([*SPECIALS, *byte_characters().values(), *specials], [], [*SPECIALS, *specials])
+    t = ChatTokenizer(t, CHATML, NAMES)
+    ids = t.encode_chat([{"role": "user", "content": text}])
+    assert not set(ids) & {t.text.specials[name] for name in specials}
+    assert text in t.decode(ids, specials=True)
+
+
+def test_a_model_without_a_template_has_conversations_only_if_it_has_the_tokens_of_chatml():
+    assert tokenizer(None).template == CHATML
+    text = ByteLevelTokenizer(["<s>", *byte_characters().values()], [], ["<s>"])
+    t = ChatTokenizer(text, None, {"eos_token": "<s>"})
+    with pytest.raises(ValueError, match="no chat template: it continues texts"):
+        t.encode_chat(user("Hi"))
+    for template, message in (([], "is a list"), (5, "is a int")):
+        with pytest.raises(ValueError, match=message):
+            tokenizer(template)
+
+
+@pytest.mark.parametrize("template, expected", [
+    ("{{ tools is none }}", "True"), ("{{ messages[0]['content'] | tojson }}", '"a<b & \'c\' 한"'),
+    ("{% generation %}x{% endgeneration %}y", "xy"), ("{{ strftime_now('%%') }}", "%"),
+    ("{{ pad_token }}", "<|im_end|>")])
+def test_templates_have_the_functions_of_transformers(template, expected):
+    pytest.importorskip("jinja2", reason="needs jinja2: pip install jinja2")
+    assert tokenizer(template).render(user("a<b & 'c' 한")) == expected
+
+
 def test_every_character_of_a_message_is_kept():
     t = tokenizer()
     for text in ("\ue000", "a\ue000\ue001<|im_end|>b"):
@@ -120,5 +150,16 @@ def test_the_package_tokenizers_gives_the_same_ids():
     pytest.importorskip("tokenizers", reason="needs tokenizers: pip install tokenizers")
     for text in ("Hi 12", "a <|im_end|> b", "한국어\n"):
         assert tokenizer(package=True).encode_chat(user(text)) == tokenizer().encode_chat(user(text))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="the package tokenizers"):
         PackageTokenizer("{}")
+
+
+def test_the_package_neither_cuts_nor_fills_and_knows_the_tokens_that_the_checkpoint_names():
+    pytest.importorskip("tokenizers", reason="needs tokenizers: pip install tokenizers")
+    saved = json.loads(tokenizer().text.to_json())
+    saved["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    saved["padding"] = {"strategy": {"Fixed": 6}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                        "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    saved["added_tokens"][2]["special"] = False
+    package = ChatTokenizer(PackageTokenizer(json.dumps(saved), NAMES.values()), SMOLLM2, NAMES)
+    assert package.encode_chat(user("Hi 12")) == tokenizer().encode_chat(user("Hi 12")) and package.eos == 2

@@ -9,7 +9,7 @@ from gguf_writer import float32, gguf
 from helpers import small_transformer
 from minilm.checkpoint import CheckpointError
 from minilm.generate import generate
-from minilm.model import Transformer
+from minilm.model import RewardModel, Transformer
 from minilm.pretrained import load, save
 from minilm.pretrained.chat_tokenizer import CHATML, ChatTokenizer
 from minilm.pretrained.llama_names import gguf_names, hugging_face_names, split
@@ -80,6 +80,15 @@ def test_a_saved_folder_is_loaded_bit_for_bit_with_its_config_and_tokenizer(save
     assert loaded.config == model.config and same_weights(loaded, model)
     assert tokenizer.encode_chat(MESSAGES) == CHAT.encode_chat(MESSAGES)
     assert (tokenizer.ends, tokenizer.bos, tokenizer.template) == (CHAT.ends, CHAT.bos, CHAT.template)
+
+
+def test_metadata_without_effect_are_accepted_and_a_second_end_token_ends(tmp_path):
+    def change(metadata, tensors):
+        metadata.update({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1.0,
+                         "llama.attention.causal": True, "llama.vocab_size": 5, "general.name": "x",
+                         "llama.expert_count": 0, "tokenizer.ggml.eot_token_id": 4})
+    (tmp_path / "f.gguf").write_bytes(as_gguf(model_of(SHAPES["as SmolLM2"]), change))
+    assert load(tmp_path / "f.gguf")[1].ends == (0, 1, 4)
 
 
 @shapes
@@ -175,17 +184,20 @@ def change_config(folder, **changes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"model_type": "gemma3"}, "has model_type 'gemma3'; minilm reads 'llama'"),
+    ({"model_type": "gemma3"}, "model_type is 'gemma3', and minilm loads 'llama'"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "has rope_scaling .*llama3"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "has rope_type 'yarn'"),
+    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "has partial_rotary_factor 0.5"),
+    ({"rope_interleaved": True}, "rope_interleaved"), ({"residual_multiplier": 0.2}, "residual_multiplier"),
+    ({"logits_scaling": 8}, "logits_scaling"), ({"embedding_multiplier": 12}, "embedding_multiplier"),
     ({"attention_bias": True}, "has attention_bias True"), ({"mlp_bias": True}, "has mlp_bias True"),
     ({"hidden_act": "gelu"}, "has hidden_act 'gelu'"), ({"sliding_window": 4096}, "has sliding_window 4096"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"hidden_size": "many"}, "config.json: .*width"), ({"hidden_size": 8, "head_dim": None}, "config.json"),
+    ({"hidden_size": "many"}, "width"), ({"hidden_size": 8, "head_dim": None}, "configuration says|width 8 is not"),
     ({"num_hidden_layers": 3}, r"the tensor model.layers.\d.* is missing"),
-    ({"intermediate_size": 9}, "the configuration says"), ({"vocab_size": 9}, "the tokenizer has .* tokens"),
-    ({"rms_norm_eps": float("nan")}, "config.json")], ids=str)
+    ({"intermediate_size": 9}, "the configuration says"), ({"vocab_size": 9}, "the tokenizer has ids up to"),
+    ({"rms_norm_eps": float("nan")}, "norm_eps")], ids=str)
 def test_a_setting_that_minilm_lacks_or_that_does_not_fit_is_an_error_with_its_name(saved, changes, message):
     _, folder = saved
     change_config(folder, **changes)
@@ -206,11 +218,19 @@ def test_the_settings_of_newer_files_and_unknown_ones_without_effect_are_accepte
     (lambda m, t: m.update({"general.architecture": "gemma3"}), "architecture is 'gemma3'"),
     (lambda m, t: m.update({"llama.rope.scaling.type": "yarn"}), "has llama.rope.scaling.type"),
     (lambda m, t: m.update({"llama.expert_count": 8}), "has llama.expert_count"),
+    (lambda m, t: m.update({"llama.rope.scale_linear": 4.0}), "has llama.rope.scale_linear 4.0"),
+    (lambda m, t: m.update({"llama.attention.causal": False}), "has llama.attention.causal False"),
+    (lambda m, t: m.update({"llama.final_logit_softcapping": 30.0}), "has llama.final_logit_softcapping"),
+    (lambda m, t: m.update({"llama.attention.value_length": 2}), "llama.attention.value_length is 2"),
+    (lambda m, t: m.update({"llama.block_count": 4000000000}), "says 4000000000 layers"),
+    (lambda m, t: m.update({"tokenizer.chat_template": 5}), "the chat template is a int"),
+    (lambda m, t: m["tokenizer.ggml.token_type"].__setitem__(9, 4), "has added tokens such as"),
+    (lambda m, t: m.update({"tokenizer.ggml.eot_token_id": 99999}), r"end tokens \[99999\] are no tokens"),
     (lambda m, t: t.update({"rope_freqs.weight": float32(np.ones(2))}), "rope_freqs.weight is unknown"),
     (lambda m, t: t.update({"blk.0.attn_q.bias": float32(np.ones(2))}), "blk.0.attn_q.bias is unknown"),
     (lambda m, t: t.pop("output_norm.weight"), "output_norm.weight is missing"),
     (lambda m, t: t.update({"blk.0.ffn_up.weight": float32(np.ones((3, 3)))}), "blk.0.ffn_up.weight has shape"),
-    (lambda m, t: t.update({"output_norm.weight": float32(np.ones(3))}), "'final_norm' is "),
+    (lambda m, t: t.update({"output_norm.weight": float32(np.ones(3))}), r"output_norm.weight has shape \(3,\)"),
     (lambda m, t: t.update({"output_norm.weight": float32(np.full(t["output_norm.weight"][0], np.nan))}), "final_norm"),
     (lambda m, t: m.pop("llama.block_count"), "'llama.block_count' is missing"),
     (lambda m, t: m.update({"llama.rope.dimension_count": 2}), "llama.rope.dimension_count is 2"),
@@ -241,6 +261,120 @@ def test_a_missing_or_damaged_file_is_one_line(name, data, tmp_path_factory):
         load(folder)
     except CheckpointError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000
+
+
+FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+         "model.safetensors.index.json"]
+
+
+@given(name=st.sampled_from(FILES), data=st.data(),
+       value=st.sampled_from([None, 5, -1, 1.5, 10 ** 30, "x", [], {}, ["a"], {"a": []}]))
+def test_a_value_of_another_type_anywhere_in_a_file_of_json_is_one_line_or_harmless(name, value, data,
+                                                                                     tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save(model_of(SHAPES["as SmolLM2"]), CHAT, folder)
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    names = safetensors.load_file(folder / "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names,
+                                                                                                  "part.safetensors")}))
+    found = json.loads((folder / name).read_text())
+    inner = data.draw(st.sampled_from([found, *(x for x in found.values() if isinstance(x, dict))]))
+    if inner:
+        inner[data.draw(st.sampled_from(sorted(inner)))] = value
+    (folder / name).write_text(json.dumps(found))
+    try:
+        _, tokenizer = load(folder)
+        tokenizer.encode_chat(MESSAGES)
+    except CheckpointError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+    except ValueError as error:         # of a template
+        assert "template" in str(error)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda f: change_config(f, num_hidden_layers=10 ** 9), "says 1000000000 layers, and there are"),
+    (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "utf-8"),
+    (lambda f: change_config(f, eos_token_id=[1, 9999]), "eos_token_id 9999 is no token"),
+    (lambda f: change_config(f, rope_parameters="default"), "rope_parameters is 'default'")])
+def test_other_damage_is_one_line(saved, change, message):
+    _, folder = saved
+    change(folder)
+    with pytest.raises(CheckpointError, match=message) as found:
+        load(folder)
+    assert "\n" not in str(found.value)
+
+
+def test_all_end_tokens_of_a_folder_end_an_answer(saved):
+    _, folder = saved
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 5]}))
+    change_config(folder, eos_token_id=7)
+    assert load(folder)[1].ends == (0, 1, 4, 5, 7)
+
+
+def test_of_several_templates_the_default_one_is_taken_and_names_may_be_objects(saved):
+    _, folder = saved
+    own = json.loads((folder / "tokenizer_config.json").read_text())
+    own["chat_template"] = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
+    own["eos_token"] = {"content": own["eos_token"], "lstrip": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    tokenizer = load(folder)[1]
+    assert tokenizer.template == CHATML and tokenizer.eos == CHAT.eos
+    del own["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    with pytest.raises(ValueError, match="has no chat template"):       # <|im_start|> is no token of this one
+        load(folder)[1].encode_chat(MESSAGES)
+
+
+def test_saving_over_another_model_leaves_nothing_of_it(tmp_path):
+    first, second = model_of(SHAPES["as SmolLM2"]), model_of(SHAPES["untied, padded vocabulary"])
+    save(first, CHAT, tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
+    names = safetensors.load_file(tmp_path / "part.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(
+        names, "part.safetensors")}))
+    (tmp_path / "chat_template.jinja").write_text("old")
+    assert same_weights(load(tmp_path)[0], first)
+    save(second, CHAT, tmp_path)
+    loaded, tokenizer = load(tmp_path)
+    assert same_weights(loaded, second) and tokenizer.template == CHAT.template
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "within"):
+        with pytest.raises(CheckpointError, match="no folder that can be written"):
+            save(model_of(SHAPES["as SmolLM2"]), CHAT, path)
+
+
+def test_a_tied_model_with_another_output_matrix_and_a_tensor_in_two_files_are_errors(tmp_path):
+    model = model_of(SHAPES["as SmolLM2"])
+    save(model, CHAT, tmp_path)
+    tensors = safetensors.load_file(tmp_path / "model.safetensors")
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    safetensors.save_file({**tensors, **buffer, "lm_head.weight": tensors["model.embed_tokens.weight"].copy()},
+                          tmp_path / "model.safetensors")
+    assert same_weights(load(tmp_path)[0], model)
+    safetensors.save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1},
+                          tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for part in "ab":
+        safetensors.save_file(tensors, tmp_path / f"{part}.safetensors")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="as another file does"):
+        load(tmp_path)
+
+
+def test_a_reward_model_is_a_classifier_with_one_number(saved, tmp_path):
+    model, _ = saved
+    reward = RewardModel(model, np.random.default_rng(3))
+    save(reward, CHAT, tmp_path / "reward")
+    loaded, _ = load(tmp_path / "reward")
+    tokens = np.array([[1, 2, 3], [4, 5, 6]])
+    assert type(loaded) is RewardModel
+    assert (loaded.rewards(tokens, tokens > 0).data == reward.rewards(tokens, tokens > 0).data).all()
 
 
 @pytest.mark.parametrize("change, name", [({"key_smear": True}, "key_smear"), ({"causal": False}, "causal"),

@@ -16,17 +16,18 @@ import pathlib
 
 from minilm.checkpoint import CheckpointError, Path
 from minilm.diverged import first_bad_parameter
-from minilm.model import Transformer
+from minilm.model import RewardModel, Transformer
 from minilm.pretrained.chat_tokenizer import ChatTokenizer
 from minilm.pretrained.gguf_checkpoint import load_gguf
 from minilm.pretrained.hugging_face import load_folder, save_folder
 
 
-def load(path: Path) -> tuple[Transformer, ChatTokenizer]:
-    """(model, tokenizer) of a GGUF file, or of a folder of Hugging Face. The weights are float32.
+def load(path: Path) -> tuple[Transformer | RewardModel, ChatTokenizer]:
+    """(model, tokenizer) of a GGUF file, or of a folder of Hugging Face: a RewardModel if that holds a classifier with
+    one number. The weights are float32.
 
-    Raises CheckpointError, in one line that says what to do, for everything that is no Llama checkpoint which
-    Transformer computes exactly: damaged files, other architectures and settings, weights that are not finite.
+    Raises CheckpointError, in one line that says what to do: for damaged files, for other architectures, for settings
+    that Transformer does not compute, for weights that are not finite.
     """
     path = pathlib.Path(os.fspath(path))
     model, tokenizer = load_folder(path) if path.is_dir() else load_gguf(path)
@@ -35,7 +36,7 @@ def load(path: Path) -> tuple[Transformer, ChatTokenizer]:
     return model, tokenizer
 
 
-def save(model: Transformer, tokenizer: ChatTokenizer, path: Path) -> None:
+def save(model: Transformer | RewardModel, tokenizer: ChatTokenizer, path: Path) -> None:
     """Writes a folder that `load` and transformers' from_pretrained open. Existing files there are replaced.
 
     Raises CheckpointError for a folder that cannot be written, ValueError for a model that is no Llama.

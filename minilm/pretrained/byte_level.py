@@ -80,6 +80,7 @@ class ByteLevelTokenizer:
             raise ValueError(f"a token holds {min(unknown)!r}, which stands for no byte")
         self._bytes = [b"" if name in self.specials else bytes(byte_of[c] for c in name) for name in tokens]
         self._ids_of_word: dict[str, list[int]] = {}
+        self._special = re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or r"(?!)")
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. The name of a special token in it is text. Raises as Tokenizer.encode."""
@@ -95,6 +96,15 @@ class ByteLevelTokenizer:
                     known = self._ids_of_word[word] = self._encode_word(word)
                 ids += known
         return ids
+
+    def encode_with_specials(self, text: str) -> list[int]:
+        """The ids of a text in which the names of special tokens are these tokens."""
+        ids: list[int] = []
+        start = 0
+        for found in self._special.finditer(text):
+            ids += [*self.encode(text[start:found.start()]), self.specials[found[0]]]
+            start = found.end()
+        return ids + self.encode(text[start:])
 
     def _encode_word(self, word):
         found = (self._byte_ids[byte] for byte in utf8(word))
@@ -127,7 +137,8 @@ class ByteLevelTokenizer:
         if not same:
             return None
         tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
-        if [vocabulary[token] for token in tokens] != list(range(len(tokens))):
-            raise ValueError("the ids of the tokens are not 0, 1, 2 and so on")
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        joined = [vocabulary["".join(merge)] for merge in merges]
+        if [vocabulary[token] for token in tokens] != list(range(len(tokens))) or joined != sorted(set(joined)):
+            return None
         return cls(tokens, merges, [token["content"] for token in added])

@@ -4,14 +4,17 @@ A template is a program of Jinja in the checkpoint, which writes messages as one
 
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
 
-It comes from the file of somebody else, so it runs in Jinja's sandbox. The template above, ChatML, needs no Jinja.
+Jinja's sandbox keeps it from files and from Python's objects, but not from running for ever. The template above,
+ChatML, needs no Jinja.
 Tests: tests/test_chat_tokenizer.py.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from minilm.pretrained.byte_level import ByteLevelTokenizer
@@ -22,18 +25,27 @@ CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\
 # The same with a system prompt for conversations without one: SmolLM2's.
 DEFAULT_SYSTEM = re.compile(r"\{% if loop\.first and messages\[0\]\['role'\] != 'system' %\}\{\{ '<\|im_start\|>system"
                             r"(?:\n|\\n)([^'\\]*)<\|im_end\|>(?:\n|\\n)' \}\}\{% endif %\}")
+PRIVATE = range(0xe000, 0xf900)     # characters of Unicode without a meaning
 
 
 class ChatTokenizer:
-    """text: encodes and decodes plain text. names: {"bos_token": "<|im_start|>", ...}.
+    """text: encodes and decodes plain text. names: {"bos_token": "<|im_start|>", ...}. ends: more ids of ends.
 
+    template           None: ChatML if its two tokens exist; otherwise the model has no conversations
     pad, bos, eos      ids, or None
-    ends               ids that end an answer: eos, and <|endoftext|>, which ends a document
+    ends               ids that end an answer: eos, <|endoftext|>, which ends a document, and those given
     vocab_size         number of ids
-    Raises ValueError for a name that is no special token.
+    Raises ValueError for a name that is no special token, and for a template that is no string.
     """
 
-    def __init__(self, text: ByteLevelTokenizer | PackageTokenizer, template: str, names: Mapping[str, str]):
+    def __init__(self, text: ByteLevelTokenizer | PackageTokenizer, template: Any, names: Mapping[str, Any],
+                 ends: Collection[int] = ()):
+        if "" in text.specials:
+            raise ValueError("a special token has an empty name")
+        if template is not None and not isinstance(template, str):
+            raise ValueError(f"the chat template is a {type(template).__name__}, and no text")
+        if template is None and {"<|im_start|>", "<|im_end|>"} <= text.specials.keys():
+            template = CHATML
         self.text = text
         self.template = template
         self.names = dict(names)
@@ -42,8 +54,8 @@ class ChatTokenizer:
                 raise ValueError(f"the {role} {name!r} is no special token")
         self.bos, self.eos, self.pad = (text.specials.get(self.names.get(f"{role}_token", ""))
                                         for role in ("bos", "eos", "pad"))
-        ends = {self.eos, text.specials.get("<|endoftext|>")}
-        self.ends = tuple(sorted(i for i in ends if i is not None))
+        known = {self.eos, text.specials.get("<|endoftext|>"), *ends}
+        self.ends = tuple(sorted(i for i in known if i is not None))
         self.vocab_size = text.vocab_size
         self._special = re.compile("|".join(map(re.escape, sorted(text.specials, key=len, reverse=True))) or r"(?!)")
 
@@ -59,63 +71,78 @@ class ChatTokenizer:
         """The ids of a conversation, [{"role": "user", "content": "Hi"}, ...], with the start of the next answer or
         without. The name of a special token in a message is text.
 
-        Raises ValueError for messages that the template refuses, or without role or content; ImportError for a
-        template that needs Jinja, if it is not installed.
+        Raises ValueError for messages that the template refuses, or without role or content, and for a model without a
+        template; ImportError for a template that needs Jinja, if it is not installed.
         """
-        mark = _unused_character(messages)
-
-        def marked(text):       # "<|im_end|>" becomes "<" + mark + "|im_end|>", which is no special token
-            return self._special.sub(lambda found: found[0][0] + mark + found[0][1:], text)
-
-        rendered = self.render([{"role": marked(message["role"]), "content": marked(message["content"])}
-                                for message in messages], answer_follows)
-        return self._encode_rendered(rendered, mark)
-
-    def _encode_rendered(self, rendered, mark):
+        words = _words(messages)
+        found = list(dict.fromkeys(name for part in words for name in self._special.findall(part)))
+        if not found:
+            return self.text.encode_with_specials(self.render(messages, answer_follows))
+        # Each name is one unused character while the template runs, and becomes text again behind it.
+        used = set("".join(words))
+        unused = [chr(i) for i in PRIVATE if chr(i) not in used]
+        mark = dict(zip(found, unused))
+        name_of = {ord(character): name for name, character in mark.items()}
+        hidden = [{key: self._special.sub(lambda name: mark[name[0]], message[key]) for key in ("role", "content")}
+                  for message in messages]
         ids: list[int] = []
         start = 0
-        for found in self._special.finditer(rendered):
-            ids += self.encode(rendered[start:found.start()].replace(mark, ""))
-            ids.append(self.text.specials[found[0]])
-            start = found.end()
-        return ids + self.encode(rendered[start:].replace(mark, ""))
+        rendered = self.render(hidden, answer_follows)
+        for special in self._special.finditer(rendered):
+            ids += self.encode(rendered[start:special.start()].translate(name_of))
+            ids.append(self.text.specials[special[0]])
+            start = special.end()
+        return ids + self.encode(rendered[start:].translate(name_of))
 
     def render(self, messages: Sequence[Mapping[str, str]], answer_follows: bool = True) -> str:
         """The text of a conversation by the template. Raises as encode_chat does."""
+        if self.template is None:
+            raise ValueError("this model has no chat template: it continues texts, and knows no conversations")
         default = DEFAULT_SYSTEM.search(self.template)
         if DEFAULT_SYSTEM.sub("", self.template).replace("\n", "\\n") == CHATML:
             system = [{"role": "system", "content": default[1]}] if default and messages[0]["role"] != "system" else []
             turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in [*system, *messages]]
             return "".join(turns) + "<|im_start|>assistant\n" * answer_follows
-        return _jinja(self.template, messages=list(messages), add_generation_prompt=answer_follows, **self.names)
+        return _jinja(self.template, messages=list(messages), add_generation_prompt=answer_follows, tools=None,
+                      documents=None, **self.names)
 
 
-def _unused_character(messages):
-    """A character that is in none of the messages. Raises ValueError for what is no conversation."""
-    texts = []
+def _words(messages):
+    """All roles and contents. Raises ValueError for what is no conversation."""
+    words = []
     for i, message in enumerate(messages):
         parts = [message.get(key) for key in ("role", "content")] if isinstance(message, Mapping) else [None]
         if not all(isinstance(part, str) for part in parts):
             raise ValueError(f"message {i} is {message!r}; it must be {{'role': .., 'content': ..}}, two strings")
-        texts += parts
-    if not texts:
+        words += parts
+    if not words:
         raise ValueError("a conversation needs at least one message")
-    used = set("".join(texts))
-    return next(character for character in map(chr, range(0xe000, 0xf900)) if character not in used)
+    return words
 
 
 def _jinja(template: str, **variables: Any) -> str:
+    """The template's text, with the functions that transformers gives to templates."""
     try:
+        import jinja2.ext
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise ImportError("this chat template is not ChatML, and needs jinja2: pip install jinja2") from error
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} .. {% endgeneration %} marks an answer, and changes no text."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def refuse(message):
         raise ValueError(message)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=["jinja2.ext.loopcontrols"])     # as in transformers
-    environment.globals["raise_exception"] = refuse
+                                                extensions=["jinja2.ext.loopcontrols", Generation])
+    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
     try:
         return environment.from_string(template).render(variables)
     except Exception as error:          # the template is a program, which may raise anything

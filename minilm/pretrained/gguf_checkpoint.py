@@ -12,15 +12,18 @@ import numpy as np
 from minilm.checkpoint import CheckpointError, one_line
 from minilm.model import Config, Transformer
 from minilm.pretrained.byte_level import ByteLevelTokenizer
-from minilm.pretrained.chat_tokenizer import CHATML, ChatTokenizer
+from minilm.pretrained.chat_tokenizer import ChatTokenizer
 from minilm.pretrained.gguf_file import GGUFFile
 from minilm.pretrained.llama_names import gguf_names, interleaved_to_half, transformer
 
-SPECIAL = 3             # a token type of GGUF: a token that stands for no text
-# Metadata of mathematics that Transformer lacks begin with these.
-WITHOUT = ("llama.rope.scaling", "llama.expert", "llama.attention.sliding_window", "llama.attention.clamp_kqv",
-           "llama.attention.max_alibi_bias", "llama.attention.scale", "llama.logit_scale", "llama.residual_scale",
-           "llama.embedding_scale")
+SPECIAL, ADDED = 3, 4   # token types of GGUF: a token that stands for no text; text that is found before the merges
+# The metadata of a Llama that are read here, and others with the only values for which Transformer computes the same.
+READ = {"block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
+        "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+        "rope.freq_base", "rope.dimension_count", "vocab_size"}
+WITHOUT = {"rope.scaling.type": ("none",), "rope.scaling.factor": (1.0,), "rope.scale_linear": (1.0,),
+           "rope.scaling.finetuned": (False,), "attention.causal": (True,), "expert_count": (0,),
+           "expert_used_count": (0,)}
 
 
 def load_gguf(path: Path) -> tuple[Transformer, ChatTokenizer]:
@@ -31,6 +34,8 @@ def load_gguf(path: Path) -> tuple[Transformer, ChatTokenizer]:
             tokenizer = _tokenizer(file.metadata)
             if tokenizer.vocab_size > config.vocab_size:
                 raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}")
+            if config.layers > len(file.shapes):
+                raise ValueError(f"it says {config.layers} layers, and has {len(file.shapes)} tensors")
             names = gguf_names(config)
             wanted = {part for parts in names.values() for part in parts}
             if wrong := wanted ^ file.shapes.keys():
@@ -39,8 +44,8 @@ def load_gguf(path: Path) -> tuple[Transformer, ChatTokenizer]:
             def read(name):
                 query_or_key = name.split(".")[-2] in ("attn_q", "attn_k")
                 return interleaved_to_half(file.array(name), config.head_width) if query_or_key else file.array(name)
-            return transformer(config, names, read), tokenizer
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            return transformer(config, names, file.shapes, read), tokenizer
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             fault = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
             raise CheckpointError(f"{path}: no model that minilm can build: {fault}. Choose another model, or fetch "
                                   "the file again.") from error
@@ -50,8 +55,10 @@ def _config(file: GGUFFile) -> Config:
     m = file.metadata
     if m["general.architecture"] != "llama":
         raise ValueError(f"its architecture is {m['general.architecture']!r}, and minilm reads 'llama'")
-    if found := [name for name, value in m.items() if name.startswith(WITHOUT) and value not in (0, "none")]:
-        raise ValueError(f"it has {found[0]}, which minilm does not have")
+    for name, value in m.items():
+        key = name.removeprefix("llama.")
+        if key != name and key not in READ and value not in WITHOUT.get(key, ()):
+            raise ValueError(f"it has {name} {value!r}, which minilm does not have")
     heads, width = m["llama.attention.head_count"], m["llama.embedding_length"]
     config = Config(vocab_size=file.shapes["token_embd.weight"][0], width=width, layers=m["llama.block_count"],
                     heads=heads, kv_heads=m.get("llama.attention.head_count_kv", heads),
@@ -72,9 +79,16 @@ def _tokenizer(m: dict) -> ChatTokenizer:
         raise ValueError(f"its tokenizer is {kind[0]!r}, {kind[1]!r}, and minilm reads 'gpt2', 'smollm'; Hugging "
                          "Face's folder of this model can be loaded")
     tokens = m["tokenizer.ggml.tokens"]
-    specials = [token for token, kind in zip(tokens, m["tokenizer.ggml.token_type"]) if kind == SPECIAL]
+    types = m["tokenizer.ggml.token_type"]
+    if ADDED in types:
+        raise ValueError(f"its tokenizer has added tokens such as {tokens[types.index(ADDED)]!r}, which minilm does "
+                         "not have")
+    specials = [token for token, kind in zip(tokens, types) if kind == SPECIAL]
     text = ByteLevelTokenizer(tokens, [merge.split(" ") for merge in m["tokenizer.ggml.merges"]], specials)
     ids = {role: m.get(f"tokenizer.ggml.{name}_token_id")
            for role, name in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))}
     names = {role: tokens[i] for role, i in ids.items() if i is not None}
-    return ChatTokenizer(text, m.get("tokenizer.chat_template", CHATML), names)
+    ends = [m[f"tokenizer.ggml.{name}_token_id"] for name in ("eot", "eom") if f"tokenizer.ggml.{name}_token_id" in m]
+    if any(not 0 <= end < len(tokens) for end in ends):
+        raise ValueError(f"its end tokens {ends} are no tokens")
+    return ChatTokenizer(text, m.get("tokenizer.chat_template"), names, ends)

@@ -1,4 +1,4 @@
-"""A GGUF file: metadata and quantised tensors, read without trusting any number in it.
+"""A GGUF file: metadata and quantised tensors. Each count and size in it is checked against the size of the file.
 
     magic, version | how many tensors, how many metadata | metadata: name, type, value ...
                    | tensors: name, shape, type, offset ... | the bytes of the tensors

@@ -41,24 +41,34 @@ def hugging_face_names(config: Config) -> dict[str, list[str]]:
     return names if config.tied else names | {"unembedding": ["lm_head.weight"]}
 
 
-def transformer(config: Config, names: dict[str, list[str]], read: Callable[[str], np.ndarray]) -> Transformer:
-    """The Transformer of a checkpoint. read(name) gives a tensor of it in float32.
+def transformer(config: Config, names: dict[str, list[str]], found: dict[str, tuple[int, ...]],
+                read: Callable[[str], np.ndarray]) -> Transformer:
+    """The Transformer of a checkpoint. found: {tensor: its shape there}; read(tensor) gives it in float32.
 
-    One matrix at a time is in memory twice. Raises ValueError for tensors of other shapes than the Config's.
+    One matrix at a time is in memory twice. Raises ValueError, before anything is read, for tensors of other shapes
+    than the Config's. A reward model's names lack the unembedding, and so does the Transformer.
     """
-    weights = {}
     shapes = Transformer.shapes(config)
     for name, parts in names.items():
-        if name.endswith(("norm", "embedding")):            # the same shape there and here
+        widths = matrix_widths(config, name)
+        for part, width in zip(parts, widths):
+            wanted = shapes[name] if _as_it_is(name) else (width, shapes[name][0])
+            if found[part] != wanted:
+                raise ValueError(f"{part} has shape {found[part]}, and the configuration says {wanted}")
+    weights = {}
+    for name, parts in names.items():
+        if _as_it_is(name):
             weights[name] = read(parts[0])
             continue
         weights[name] = data = np.empty(shapes[name], np.float32)
         for part, columns in zip(parts, split(config, name, data)):
-            matrix = read(part)
-            if matrix.T.shape != columns.shape:
-                raise ValueError(f"{part} has shape {matrix.shape}; the configuration says {columns.T.shape}")
-            columns[...] = matrix.T
+            columns[...] = read(part).T
     return Transformer.of(config, weights)
+
+
+def _as_it_is(name):
+    """Whether a weight has the same shape there and here."""
+    return name.endswith(("norm", "embedding"))
 
 
 def split(config: Config, name: str, weight: np.ndarray) -> Iterator[np.ndarray]:

@@ -30,8 +30,8 @@ class SafetensorsFolder:
         self.places: dict[str, tuple] = {}
         index = path / f"{name}.safetensors.index.json"
         names = {f"{name}.safetensors"}
-        if index.exists():
-            names = set(read_json(index).get("weight_map", {}).values())
+        if index.exists() and not (path / f"{name}.safetensors").exists():
+            names = set(read_json(index)["weight_map"].values())
         for file in sorted(map(str, names)):
             if Path(file).name != file:
                 raise CheckpointError(f"{index}: names the file {file!r}, outside the folder. Fetch the files again.")
@@ -39,6 +39,10 @@ class SafetensorsFolder:
                 if tensor in self.places:
                     raise CheckpointError(f"{path / file}: holds {tensor}, as another file does. Fetch them again.")
                 self.places[tensor] = place
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: place[2] for name, place in self.places.items()}
 
     def array(self, name: str) -> np.ndarray:
         """A tensor in float32."""

@@ -66,7 +66,8 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
         "workers": ("test_platforms",), "optim": ("test_ranks",), "agreement": ("test_ranks",),
         "train_state": ("test_ranks", "test_platforms", "test_agreement", "test_inputs"),
         "dpo": ("test_inputs",), "rlhf": ("test_ranks", "test_inputs"), "command_line": ("test_commands",),
-        "launch": ("test_launch_limits",), "gguf_file": ("test_pretrained",), "stream": ("test_chat",)}
+        "launch": ("test_launch_limits",), "gguf_file": ("test_pretrained",),
+        "stream": ("test_chat",), "encoding": ("test_training_data",)}
 # Tests of many modules. They run first where the likely ones pass.
 WIDE = ("test_arguments", "test_tensor", "test_layers", "test_inputs", "test_lecture", "test_stages", "test_fuzz")
 # The slowest tests run last: of ranks under mpiexec, of kernels, of the assistant, of benchmarks.

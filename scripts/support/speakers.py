@@ -72,6 +72,12 @@ class RealSpeaker(Speaker):
         super().__init__(name, model, tokenizer)    # type: ignore[arg-type]
         self.system = [{"role": "system", "content": system}] if system else []
         self.text = Text(model)
+        self.drawn = 0                                  # tokens of the last answer
+        try:
+            tokenizer.encode_chat([*self.system, {"role": "user", "content": "Hi"}])
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"{name} holds no conversation: {error}. Choose a model that was finetuned for "
+                             "chat.") from error
 
     def answers(self, question, uniforms, temperature, top_k, top_p):
         before = [*self.messages, {"role": "user", "content": question}]
@@ -89,25 +95,26 @@ class RealSpeaker(Speaker):
         try:
             for token in self.text.respond(prompt, len(uniforms), uniforms[None], ends, temperature, top_k, top_p):
                 tokens.append(token)
-                text = printable(self.tokenizer.decode(tokens))
-                if not text.endswith("\ufffd"):         # half a character waits for its other half
+                self.drawn = len(tokens)
+                text = printable(self.tokenizer.decode(tokens), "\n\t")
+                if not text.endswith("\ufffd"):         # the bytes of a character may come one by one
                     yield text[len(shown):]
                     shown = text
-            text = printable(self.tokenizer.decode(tokens))
+            text = printable(self.tokenizer.decode(tokens), "\n\t")
             yield text[len(shown):] + ("" if tokens[-1] in ends else CUT_OFF) + EMPTY * (not text)
         finally:                                        # also of an answer that was stopped
-            if before is not None:
+            if before is not None and tokens:
                 self.messages = [*before, {"role": "assistant", "content": self.tokenizer.decode(tokens)}]
 
 
 def model_files(paths: list[str]) -> list[str]:
-    """The models behind the paths: of a folder without a config.json, its models of STAGES."""
+    """The models behind the paths: of a folder without a config.json, its models of STAGES, or its GGUF files."""
     files = []
     for path in paths:
         found = [path]
         if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
             stages = [os.path.join(path, f"{stage}.safetensors") for stage in STAGES]
-            found = [file for file in stages if os.path.exists(file)]
+            found = [file for file in stages if os.path.exists(file)] or sorted(map(str, Path(path).glob("*.gguf")))
         if not found or not os.path.exists(path):
             missing = f"the folder {path} holds no model" if os.path.isdir(path) else f"there is no file {path}"
             raise UsageError(f"{missing}. Train the models first: python scripts/assistant.py (it writes to "

@@ -5,6 +5,7 @@ import shutil
 import sys
 import textwrap
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 
 WIDTH = 80
@@ -18,61 +19,82 @@ SHOWN_METRICS = {"loss": "loss", "accuracy": "accuracy", "reward": "raw proxy re
 def one_line(text: str, finished: bool = True) -> str:
     """An answer of a model on one line.
 
-    Newlines and other characters that cannot be printed are escaped, as in Python: a newline is \\n. An
+    Newlines and other control characters are escaped, as in Python: a newline is \\n. An
     empty answer is "(empty)". An answer that was cut off (finished False) ends with " ...".
     """
     return (printable(text, "") or EMPTY) + ("" if finished else CUT_OFF)
 
 
+# Characters that change the direction of the text around them.
+DIRECTIONS = {0x061c, 0x200e, 0x200f, *range(0x202a, 0x202f), *range(0x2066, 0x206a)}
+
+
 def printable(text: str, also: str = "\n") -> str:
-    """The text, with characters that cannot be printed escaped as in Python, but for those in `also`: no answer of a
-    model moves the cursor or changes the colours of a terminal."""
-    return "".join(c if c.isprintable() or c in also else repr(c)[1:-1] for c in text)
+    """The text with control characters escaped as in Python, but for those in `also`: no answer of a model moves the
+    cursor, or changes the colours or the direction of a terminal."""
+    return "".join(repr(c)[1:-1] if c not in also and (unicodedata.category(c) in ("Cc", "Cs") or ord(c) in DIRECTIONS)
+                   else c for c in text)
+
+
+def columns(text: str) -> int:
+    """How many columns a terminal needs for it: two for a wide character (Korean, most emoji), none for a combining
+    one."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else unicodedata.category(c) not in ("Mn", "Me", "Cf")
+               for c in text)
 
 
 def labelled(label: str, text: str, label_width: int) -> str:
     """A label and, indented beside it, a text of at most WIDTH columns, on as many lines as it needs."""
-    return textwrap.fill(text, WIDTH, initial_indent=f"    {label:<{label_width}}  ",
-                         subsequent_indent=" " * (label_width + 6))
+    written: list[str] = []
+    column = Column(f"    {label:<{label_width}}  ", written.append)
+    column.write(text)
+    column.end()
+    return "".join(written).removesuffix("\n")
 
 
 class Column:
-    """A label, and beside it a text that comes in pieces, in lines of at most WIDTH columns (longer words stay whole).
+    """A label, and beside it a text that comes in pieces, in lines of at most WIDTH columns.
 
-    A word is printed when it is complete. margin: the blanks before each line but the first.
+    A word is written when it is complete; a longer word than a line is cut. margin: the blanks before each line but the
+    first. write: takes the text (default: to the terminal).
     """
 
-    def __init__(self, label: str):
-        self.margin = " " * len(label)
-        self._used = len(label)         # columns of this line
+    def __init__(self, label: str, write: Callable[[str], object] | None = None):
+        self.margin = " " * columns(label)
+        self._out = write or (lambda text: print(text, end="", flush=True))
+        self._used = columns(label)     # columns of this line
         self._word = ""                 # with the blank before it
-        print(label, end="", flush=True)
+        self._out(label)
 
     def write(self, piece: str) -> None:
-        """Print the words that the piece completes."""
-        for character in piece:
-            if character in " \n" and self._word:
-                self._print_word()
+        """Write the words that the piece completes."""
+        for character in piece.replace("\t", "    "):
+            if character in " \n" and self._word.strip():
+                self._write_word()
             if character == "\n":
+                self._write_word()
                 self._new_line()
             else:
                 self._word += character
 
     def end(self) -> None:
-        """Print what is left, and end the line."""
-        self._print_word()
-        print(flush=True)
+        """Write what is left, and end the line."""
+        self._write_word()
+        self._out("\n")
 
-    def _print_word(self):
-        if self._used + len(self._word) > WIDTH and self._used > len(self.margin):
+    def _write_word(self):
+        if self._used + columns(self._word) > WIDTH and self._used > len(self.margin):
             self._new_line()
             self._word = self._word.lstrip(" ")
-        print(self._word, end="", flush=True)
-        self._used += len(self._word)
+        for character in self._word:
+            if self._used + columns(character) > WIDTH:
+                self._new_line()
+            self._out(character)
+            self._used += columns(character)
         self._word = ""
 
     def _new_line(self):
-        print(f"\n{self.margin}", end="")
+        self._out(f"\n{self.margin}")
         self._used = len(self.margin)
 
 

@@ -17,18 +17,24 @@ Turns = str | list[dict[str, str]]
 
 
 class ChatEncoding:
-    """Messages go through the chat template; strings are texts to continue, as in TRL."""
+    """Messages go through the chat template; strings are texts to continue, as in TRL.
 
-    def __init__(self, tokenizer: ChatTokenizer):
+    strings_are_messages: a string is one message, of the user or the assistant.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, strings_are_messages: bool = False):
         self.tokenizer = tokenizer
         self.ends = tokenizer.ends
+        self.strings_are_messages = strings_are_messages
 
     def alone(self, prompt: Turns) -> list[int]:
         """The tokens of a prompt, after which a response can be sampled."""
+        prompt = self._turns("user", prompt)
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
 
     def whole(self, prompt: Turns, response: Any) -> list[int]:
         """The tokens of prompt and response. Raises ValueError for strings if there is no end token."""
+        prompt, response = self._turns("user", prompt), self._turns("assistant", response)
         if isinstance(prompt, str):
             return self.text(prompt + response)
         return self.tokenizer.encode_chat([*prompt, *response], answer_follows=False)
@@ -41,6 +47,10 @@ class ChatEncoding:
             raise ValueError("the model's tokenizer has no end token for a text; give messages")
         text = text.removesuffix(self.tokenizer.names["eos_token"])
         return [*self.tokenizer.encode(text), self.tokenizer.eos]
+
+
+    def _turns(self, role, words):
+        return [{"role": role, "content": words}] if self.strings_are_messages and isinstance(words, str) else words
 
 
 class QuestionEncoding:
@@ -66,9 +76,12 @@ class QuestionEncoding:
         return self.whole(text[:1], text[1:])
 
 
-def encoding_of(tokenizer: ChatTokenizer | Tokenizer) -> ChatEncoding | QuestionEncoding:
+def encoding_of(tokenizer: ChatTokenizer | Tokenizer,
+                strings_are_messages: bool = False) -> ChatEncoding | QuestionEncoding:
     """The one that fits the tokenizer."""
-    return QuestionEncoding(tokenizer) if isinstance(tokenizer, Tokenizer) else ChatEncoding(tokenizer)
+    if isinstance(tokenizer, Tokenizer):
+        return QuestionEncoding(tokenizer)
+    return ChatEncoding(tokenizer, strings_are_messages)
 
 
 def _only(turns, role):

@@ -20,12 +20,12 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from minilm.checkpoint import Path, one_line
 from minilm.checks import distinct, ordinary_file
-from minilm.pretrained.encoding import ChatEncoding, QuestionEncoding
+from minilm.pretrained.encoding import ChatEncoding, QuestionEncoding, Turns
 
 Encoding = ChatEncoding | QuestionEncoding
 TURN = re.compile(r"\n\n(Human|Assistant):[ \n]?")      # of HH-RLHF
@@ -39,12 +39,20 @@ class DataError(ValueError):
 class Examples:
     """Token lists: prompts (N), and the lists of N responses by name (responses; chosen and rejected; none).
 
-    lines: the line of each example in the file. notes: what was changed or left out, in words with counts.
+    given: each prompt as it was before it was encoded (a text: ""). lines: the line of each example in the file.
+    notes: what was changed or left out, in words with counts.
     """
     prompts: list[list[int]]
     responses: dict[str, list[list[int]]]
+    given: list[Turns]
     lines: list[int]
     notes: list[str]
+
+    def some(self, places: Sequence[int]) -> Examples:
+        """The examples at these places."""
+        return Examples([self.prompts[i] for i in places], {name: [side[i] for i in places] for name, side
+                                                            in self.responses.items()},
+                        [self.given[i] for i in places], [self.lines[i] for i in places], self.notes)
 
 
 def read_lines(path: Path) -> list[tuple[int, dict]]:
@@ -92,25 +100,28 @@ def pairs(encoding: Encoding, path: Path, max_length: int, cut: bool = True) -> 
 
 def prompts(encoding: Encoding, path: Path, max_length: int) -> Examples:
     """Prompts for train_rlhf, of at most max_length tokens; the others are left out. Raises DataError."""
-    return _examples(path, (), lambda line: (encoding.alone(_prompt_of(line)), []), max_length, cut=False)
+    def encode(line):
+        given = _prompt_of(line)
+        return given, encoding.alone(given), []
+    return _examples(path, (), encode, max_length, cut=False)
 
 
 def _examples(path, names: tuple, encode: Callable, max_length: int, cut: bool = True) -> Examples:
-    found = Examples([], {name: [] for name in names}, [], [])
+    found = Examples([], {name: [] for name in names}, [], [], [])
     notes: Counter[str] = Counter()
     lines = read_lines(path)
     errors = []
     for number, line in lines:
         try:
-            alone, wholes = encode(line)
+            given, alone, wholes = encode(line)
         except (TypeError, ValueError, KeyError) as error:
             errors.append((number, error))
             continue
         length = min([_common(alone, whole) for whole in wholes], default=len(alone))
         notes["have a prompt whose last tokens merge with the response; these are left out, as TRL does"] += (
             length < len(alone))
-        _add(found, notes, number, (wholes[0] if wholes else alone)[:length], [whole[length:] for whole in wholes],
-             max_length, cut)
+        prompt = (wholes[0] if wholes else alone)[:length]
+        _add(found, notes, (number, given), prompt, [whole[length:] for whole in wholes], max_length, cut)
     if errors:
         number, error = errors[0]
         more = f" ({len(errors) - 1} more of {len(lines)} lines are bad)" if len(errors) > 1 else ""
@@ -122,7 +133,7 @@ def _examples(path, names: tuple, encode: Callable, max_length: int, cut: bool =
     return found
 
 
-def _add(found, notes, number, prompt, responses, max_length, cut):
+def _add(found, notes, source, prompt, responses, max_length, cut):
     """Append one example, cut to the length, or note why it is left out."""
     longest = len(prompt) + max(map(len, responses), default=0)
     if longest > max_length:
@@ -135,23 +146,24 @@ def _add(found, notes, number, prompt, responses, max_length, cut):
         notes["are left out: nothing is left of the prompt or of a response"] += 1
         return
     found.prompts.append(prompt)
-    found.lines.append(number)
+    found.lines.append(source[0])
+    found.given.append(source[1])
     for side, response in zip(found.responses.values(), responses):
         side.append(response)
 
 
 def _demonstration(encoding, line):
-    """(tokens of the prompt alone, [tokens of prompt and response])"""
+    """(the prompt, its tokens alone, [tokens of prompt and response])"""
     if "completion" in line:
         prompt, completion = _same_kind(line, "prompt", "completion")
-        return encoding.alone(prompt), [encoding.whole(prompt, completion)]
+        return prompt, encoding.alone(prompt), [encoding.whole(prompt, completion)]
     if "messages" in line:
         whole = encoding.text(_messages(line, "messages"))
     elif "text" in line:
         whole = encoding.text(_string(line, "text"))
     else:
         raise ValueError(f"a demonstration has prompt and completion, messages, or text; this line has {_keys(line)}")
-    return whole[:1], [whole]           # every token is learned but the first, which nothing predicts
+    return "", whole[:1], [whole]           # every token is learned but the first, which nothing predicts
 
 
 def _pair(encoding, line):
@@ -163,7 +175,7 @@ def _pair(encoding, line):
         prompt, chosen, rejected = _without_common_start(*_same_kind(line, "chosen", "rejected"))
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same")
-    return encoding.alone(prompt), [encoding.whole(prompt, response) for response in (chosen, rejected)]
+    return prompt, encoding.alone(prompt), [encoding.whole(prompt, response) for response in (chosen, rejected)]
 
 
 def _prompt_of(line):

@@ -54,7 +54,7 @@ def turning_point(steps: list[dict]) -> dict:
 
 def training_curves(results: dict, path: Path) -> None:
     """One panel for each stage: the loss, accuracy, reward or KL at each step."""
-    plt = _pyplot()
+    plt = pyplot()
     beta = results["main_beta"]
     rlhf = f"rlhf-beta-{beta}"
     panels = (("base", "pretraining: cross-entropy", "loss", "nats per token"),
@@ -67,9 +67,9 @@ def training_curves(results: dict, path: Path) -> None:
     for axis, (name, title, metric, label) in zip(axes.flat, panels):
         steps = [m["step"] for m in results["history"][name]]
         values = [m[metric] for m in results["history"][name]]
-        _curve(axis, steps, values)
+        curve(axis, steps, values)
         axis.set(title=title, xlabel="step", ylabel=label)
-        _widen(axis, "y", values)
+        widen(axis, "y", values)
         if metric == "accuracy":
             axis.axhline(0.5, color="#999999", linestyle=":", linewidth=1)
     _mark_trial(figure, results)
@@ -77,7 +77,7 @@ def training_curves(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def _curve(axis, steps, values):
+def curve(axis, steps, values):
     """Each step, and over it a running mean where there are enough steps for one."""
     if len(steps) <= MARKED:
         axis.plot(steps, values, color=COLOURS["rlhf"], linewidth=1.2, marker="o", markersize=3.5)
@@ -88,7 +88,7 @@ def _curve(axis, steps, values):
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _widen(axis, name, values):
+def widen(axis, name, values):
     """Limits for an axis whose values hardly differ, in a trial run: rounding errors do not fill the axis."""
     if np.ptp(values) < 1e-4:
         axis.set(**{f"{name}lim": (np.mean(values) - 0.05, np.mean(values) + 0.05)})
@@ -96,7 +96,7 @@ def _widen(axis, name, values):
 
 def reward_against_kl(results: dict, path: Path) -> None:
     """Left: the end of each run, by beta. Right: one run without a KL penalty, and where its gold reward turns down."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     _frontier(left, results)
     _drift(right, results)
@@ -191,7 +191,7 @@ def _drift(axis, results):
     axis.plot(kl, proxy - proxy[0], color=COLOURS["proxy"], label="proxy reward (maximised)", **marker)
     axis.plot(kl, gold - gold[0], color=COLOURS["rlhf"], label="gold reward (intended)", **marker)
     axis.legend(**BELOW)
-    _widen(axis, "x", kl)
+    widen(axis, "x", kl)
     point = results["turning_point"]
     peak = point["step"] - steps[0]["step"]
     on_the_right = kl[peak] > (kl.min() + kl.max()) / 2
@@ -208,7 +208,7 @@ def _mark_trial(figure, results):
         figure.suptitle("A trial run: the models have not learned the tasks", color="#8a8a8a", fontsize=10)
 
 
-def _pyplot():
+def pyplot():
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -9,13 +9,13 @@ import numpy as np
 
 from minilm.data import decode_response, encode_prompt
 from minilm.generate import generate
-from minilm.model import Transformer
+from minilm.model import RewardModel, Transformer
 from minilm.model_file import load_model
-from minilm.pretrained import load
 from minilm.pretrained.chat_tokenizer import ChatTokenizer
 from minilm.stream import Text
 from minilm.tokenizer import Tokenizer
 from support.json_files import fault
+from support.models import ADAPTER, is_real, load_any
 from support.run_folder import UsageError
 from support.terminal import CUT_OFF, EMPTY, one_line, printable
 
@@ -112,7 +112,7 @@ def model_files(paths: list[str]) -> list[str]:
     files = []
     for path in paths:
         found = [path]
-        if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        if os.path.isdir(path) and not {"config.json", ADAPTER} & set(os.listdir(path)):
             stages = [os.path.join(path, f"{stage}.safetensors") for stage in STAGES]
             found = [file for file in stages if os.path.exists(file)] or sorted(map(str, Path(path).glob("*.gguf")))
         if not found or not os.path.exists(path):
@@ -123,14 +123,6 @@ def model_files(paths: list[str]) -> list[str]:
     return files
 
 
-def is_real(path: str) -> bool:
-    """Whether minilm.pretrained loads this path: a folder, or a file that begins as GGUF."""
-    if not os.path.isfile(path):
-        return os.path.isdir(path)
-    with open(path, "rb") as file:
-        return file.read(4) == b"GGUF"
-
-
 def load_speakers(files: list[str], system: str | None = None) -> list[Speaker]:
     """The language models among the files. Raises UsageError if there is none, CheckpointError for other files."""
     stems = [Path(file).resolve().name.removesuffix(".safetensors").removesuffix(".gguf") for file in files]
@@ -138,7 +130,10 @@ def load_speakers(files: list[str], system: str | None = None) -> list[Speaker]:
     for file, stem in zip(files, stems):
         name = stem if stems.count(stem) == 1 else file
         if is_real(file):
-            speakers.append(RealSpeaker(name, *load(file), system=system))
+            model, tokenizer = load_any(file)
+            if isinstance(model, RewardModel):
+                raise UsageError(f"{file} gives numbers, not text. Choose a model that writes answers.")
+            speakers.append(RealSpeaker(name, model, tokenizer, system=system))
             continue
         model, tokenizer, metadata = load_model(file)
         if isinstance(model, Transformer) and model.config.causal:

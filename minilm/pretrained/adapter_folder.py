@@ -37,7 +37,7 @@ def save_adapters(model: Adapted, path: Path, base: str = "") -> None:
     """
     folder = pathlib.Path(os.fspath(path))
     os.makedirs(folder, exist_ok=True)
-    tensors = {_peft_name(name): np.ascontiguousarray(to_numpy(p.data).T) for name, p in model.parameters().items()}
+    tensors = {peft_name(name): np.ascontiguousarray(to_numpy(p.data).T) for name, p in model.parameters().items()}
     safetensors = checkpoint.import_safetensors()
     checkpoint.write_bytes(folder / "adapter_model.safetensors", safetensors.numpy.save(tensors, {"format": "pt"}))
     checkpoint.write_text(folder / "adapter_config.json", json.dumps({
@@ -63,7 +63,7 @@ def load_adapters(base: Transformer, path: Path) -> Adapted:
         raise CheckpointError(f"{folder}: adapter_config.json cannot be used ({one_line(error)}). Matrices that can be "
                               f"adapted are {', '.join(TARGETS)}.") from error
     saved = SafetensorsFolder(folder, "adapter_model")
-    names = {_peft_name(name): name for name in model.parameters()}
+    names = {peft_name(name): name for name in model.parameters()}
     if wrong := sorted(saved.places.keys() ^ names.keys()):
         kind = "missing" if wrong[0] in names else "unknown"
         raise CheckpointError(f"{folder}: the tensor {wrong[0]} is {kind}: adapters of another model. Check the "
@@ -75,7 +75,7 @@ def load_adapters(base: Transformer, path: Path) -> Adapted:
         raise CheckpointError(f"{folder}: adapters of another model ({one_line(error)}). Check the folder.") from error
 
 
-def _peft_name(name):
+def peft_name(name: str) -> str:
     """blocks.0.q_proj.lora_a in PEFT's file: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"""
     _, layer, matrix, which = name.split(".")
     part = "self_attn" if matrix[0] in "qkvo" else "mlp"

@@ -7,7 +7,7 @@ import pytest
 from minilm.lora import Adapted
 from minilm.model import RewardModel
 from minilm.pretrained import load, save
-from minilm.pretrained.adapter_folder import peft_name, load_adapters
+from minilm.pretrained.adapter_folder import load_adapters, peft_name
 from minilm.pretrained.encoding import encoding_of
 from minilm.pretrained.llama_names import hugging_face_names, split
 from minilm.pretrained.training_data import demonstrations, pairs

@@ -162,7 +162,7 @@ class Transformer:
         checks.temperature("log_probs", temperature)
         tokens = _rectangle(tokens)
         hidden = _at_temperature(self.hidden(tokens[:, :-1]), temperature)
-        return layers.token_log_probs(hidden, self.unembedding, tokens[:, 1:])
+        return self._token_log_probs(hidden, tokens[:, 1:])
 
     def response_log_probs(self, pack: Pack, temperature: float = 1.0) -> Tensor:
         """log pi of every response token of a packing.Pack (N tokens, M response tokens, R in the longest response):
@@ -173,8 +173,11 @@ class Transformer:
         checks.temperature("response_log_probs", temperature)
         hidden = self.packed_hidden(pack)                                                           # (N,D)
         hidden = _at_temperature(ops.embed(hidden, pack.rows), temperature)                         # (M,D)
-        log_probs = layers.token_log_probs(hidden, self.unembedding, pack.targets)              # (M,)
-        return scatter(log_probs, pack.mask)
+        return scatter(self._token_log_probs(hidden, pack.targets), pack.mask)
+
+    def _token_log_probs(self, hidden, targets):
+        return layers.token_log_probs(hidden, self.unembedding, targets,
+                                      train_unembedding=self.unembedding.requires_grad)
 
     def hidden(self, tokens: np.ndarray, key_mask: np.ndarray | None = None) -> Tensor:
         """Final hidden states, normalised: tokens (B,T) integers -> (B,T,D).

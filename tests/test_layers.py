@@ -419,3 +419,17 @@ def test_the_sequence_log_prob_ignores_nan_outside_the_mask():
     mask = np.array([[0, 1, 1], [1, 0, 0]])
     value, (grad,) = gradients(lambda x: layers.sequence_log_probs(x, mask), log_probs, cotangent=np.array([1.0, 10.0]))
     assert value.tolist() == [-3, -3] and grad.tolist() == [[0, 1, 1], [10, 0, 0]]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, None])
+def test_log_probs_with_a_frozen_unembedding_have_the_same_values_and_gradient_of_the_rows(rng, chunk):
+    hidden, targets = normal(rng, 5, 3), rng.integers(4, size=5)
+    U = rng.normal(size=(4, 3))
+    results = []
+    for frozen in (False, True):
+        unembedding = Tensor(U, requires_grad=not frozen)
+        results.append(gradients(lambda h, u=unembedding, frozen=frozen: layers.token_log_probs(
+            h, u, targets, chunk=chunk, train_unembedding=not frozen), hidden))
+        assert (unembedding.grad is None) == frozen
+    (value, (grad,)), (frozen_value, (frozen_grad,)) = results
+    assert (value == frozen_value).all() and (grad == frozen_grad).all()

@@ -20,10 +20,12 @@ LOGITS_HELD = 1 << 25           # 128 MB in float32
 IN_CACHE = 1 << 18              # numbers that stay in the cache of one core between operations
 
 
-def chunked_log_probs(rows, unembedding, targets, chunk: int | None = None) -> tuple[np.ndarray, Callable]:
+def chunked_log_probs(rows, unembedding, targets, chunk: int | None = None,
+                      train_unembedding: bool = True) -> tuple[np.ndarray, Callable]:
     """(log-probs (N,), vjp) of rows (N,D), unembedding (V,D), targets (N,).
 
-    chunk: tokens at a time; None: as many as fit LOGITS_HELD logits.
+    chunk: tokens at a time; None: as many as fit LOGITS_HELD logits. train_unembedding False: vjp gives the gradient of
+    the rows alone.
     """
     xp = array_module(rows, unembedding)
     N, V = len(rows), len(unembedding)
@@ -52,15 +54,17 @@ def chunked_log_probs(rows, unembedding, targets, chunk: int | None = None) -> t
 
     def vjp(dy):
         drows = xp.empty_like(rows)
-        dunembedding = None if len(chunks) == 1 else xp.zeros_like(unembedding)
+        dunembedding = xp.zeros_like(unembedding) if len(chunks) > 1 and train_unembedding else None
         for s in chunks:
             E, total = kept.pop() if kept else exponentials(s)[:2]
             dlogits = xp.multiply(E, (-dy[s] / total)[:, None], out=E)      # dy (e - p), p = E / total
             dlogits[xp.arange(len(E)), targets[s]] += dy[s]
             xp.matmul(dlogits, unembedding, out=drows[s])
+            if not train_unembedding:
+                continue
             if len(chunks) == 1:
                 dunembedding = DeferredMatmul(dlogits.T, rows[s])
             else:
                 dunembedding += dlogits.T @ rows[s]
-        return drows, dunembedding
+        return (drows, dunembedding) if train_unembedding else (drows,)
     return log_probs, vjp

@@ -60,11 +60,9 @@ def chunked_log_probs(rows, unembedding, targets, chunk: int | None = None,
             dlogits = xp.multiply(E, (-dy[s] / total)[:, None], out=E)      # dy (e - p), p = E / total
             dlogits[xp.arange(len(E)), targets[s]] += dy[s]
             xp.matmul(dlogits, unembedding, out=drows[s])
-            if not train_unembedding:
-                continue
-            if len(chunks) == 1:
+            if train_unembedding and len(chunks) == 1:
                 dunembedding = DeferredMatmul(dlogits.T, rows[s])
-            else:
+            elif train_unembedding:
                 dunembedding += dlogits.T @ rows[s]
         return (drows, dunembedding) if train_unembedding else (drows,)
     return log_probs, vjp

@@ -187,6 +187,7 @@ def change_config(folder, **changes):
     ({"model_type": "gemma3"}, "model_type is 'gemma3', and minilm loads 'llama'"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "has rope_scaling .*llama3"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "has rope_type 'yarn'"),
+    ({"rope_parameters": {"type": "linear", "rope_theta": 1e4}}, "has rope_type 'linear'"),
     ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "has partial_rotary_factor 0.5"),
     ({"rope_interleaved": True}, "rope_interleaved"), ({"residual_multiplier": 0.2}, "residual_multiplier"),
     ({"logits_scaling": 8}, "logits_scaling"), ({"embedding_multiplier": 12}, "embedding_multiplier"),

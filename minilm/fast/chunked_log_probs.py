@@ -51,7 +51,6 @@ def chunked_log_probs(rows, unembedding, targets, chunk: int | None = None,
         E, total, log_probs[s] = exponentials(s)
         if len(chunks) == 1:
             kept.append((E, total))
-
     def vjp(dy):
         drows = xp.empty_like(rows)
         dunembedding = xp.zeros_like(unembedding) if len(chunks) > 1 and train_unembedding else None

@@ -54,7 +54,7 @@ from minilm.stages.train_state import TrainState
 from support import alignment
 from support.align_figure import figure
 from support.align_options import parse
-from support.align_stages import Stage, read_examples, reward_function
+from support.align_stages import Stage, last_words, read_examples, reward_function
 from support.models import load_any, save_any
 from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
 from support.terminal import columns, paragraph, progress
@@ -159,8 +159,10 @@ class Alignment:
         prompts = self.held_out.prompts[:DRAWN_EXAMPLES]
         answers = [self.sampling.draw(model, prompts, self.encoding.ends, "examples")
                    for model in (self.base, self.policy.merged())]
-        return [{"prompt": alignment.text_of(self.encoding, prompt), "before": alignment.text_of(self.encoding, before),
-                 "after": alignment.text_of(self.encoding, after)} for prompt, before, after in zip(prompts, *answers)]
+        texts = [[alignment.text_of(self.encoding, answer) for answer in side] for side in answers]
+        questions = [last_words(given) for given in self.held_out.given[:DRAWN_EXAMPLES]]
+        return [{"prompt": question, "before": before, "after": after}
+                for question, before, after in zip(questions, *texts)]
 
     def finish(self, before: dict, seconds: float) -> None:
         """Model, figure, results, and a table on the terminal."""

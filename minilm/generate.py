@@ -46,13 +46,25 @@ def distribution(logits: np.ndarray, temperature: float = 1.0, top_k: int | None
     if top_k is not None and checks.integer("distribution", "top_k", top_k, at_least=1) < z.shape[-1]:
         z = xp.where(_largest(z, top_k), z, -xp.inf)
     if top_p is not None and checks.number("distribution", "top_p", top_p, above=0, at_most=1) < 1:
-        order = xp.argsort(-z, axis=-1, kind="stable")      # not yet normalised: rounding would tie some
-        p = xp.exp(xp.take_along_axis(z, order, axis=-1))   # in proportion to the probabilities
-        cumulative = p.cumsum(axis=-1, dtype="float64")
-        keep = xp.empty(z.shape, bool)
-        xp.put_along_axis(keep, order, cumulative - p < top_p * cumulative[:, -1:], axis=-1)
-        z = xp.where(keep, z, -xp.inf)
+        z = xp.where(_nucleus(z, top_p), z, -xp.inf)
     return z - xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
+
+
+def _nucleus(z, top_p):
+    """True on the smallest set of each row of (B,V) that has the probability top_p: of equally likely tokens the first.
+
+    Tokens below (1 - top_p)/V have less than 1 - top_p together, so none of them is in the set: only the others are
+    sorted. The factor 1/2 leaves room for rounding.
+    """
+    xp = array_module(z)
+    keep = xp.zeros(z.shape, bool)
+    for row, (row_z, p) in enumerate(zip(z, xp.exp(z))):            # p: in proportion to the probabilities
+        total = p.sum(dtype="float64")
+        likely = xp.flatnonzero(p >= 0.5 * (1 - top_p) / len(p) * total)
+        order = likely[xp.argsort(-row_z[likely], kind="stable")]   # not of normalised ones: rounding would tie some
+        cumulative = p[order].cumsum(dtype="float64")
+        keep[row, order[cumulative - p[order] < top_p * total]] = True
+    return keep
 
 
 def _largest(z, count):

@@ -178,6 +178,21 @@ def test_signed_zeros_tie():
     assert np.isfinite(distribution(np.array([[-0.0, 0.0, -0.0]]), top_k=2)).tolist() == [[True, True, False]]
 
 
+@given(rngs, st.sampled_from([0.01, 0.5, 0.9, 0.999, 1 - 1e-9]), st.booleans())
+def test_top_p_of_a_large_vocabulary_keeps_what_sorting_all_of_it_keeps(rng, top_p, ties):
+    logits = rng.normal(size=(3, 5000)) * rng.choice([0.1, 3.0, 30.0])
+    if ties:
+        logits = logits.round(1)
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    p = np.exp(np.take_along_axis(logits, order, axis=-1))
+    cumulative = p.cumsum(axis=-1)
+    keep = np.empty(logits.shape, bool)
+    np.put_along_axis(keep, order, cumulative - p < top_p * cumulative[:, -1:], axis=-1)
+    found = np.isfinite(distribution(logits, top_p=top_p))
+    assert (found != keep).sum(axis=1).max() <= 1               # rounding of the two sums
+    assert (found.sum(axis=1) > 0).all()
+
+
 def test_the_token_that_crosses_top_p_is_kept():
     logits = np.log([[0.125, 0.5, 0.25, 0.125]])
     for top_p, kept in ((0.001, 1), (0.5, 1), (0.501, 2), (0.75, 2), (0.751, 3), (1.0, 4)):

@@ -66,9 +66,10 @@ def test_peft_opens_what_we_save_and_we_open_what_peft_saves(tmp_path, targets):
 @pytest.mark.parametrize("changes, message", [
     ({"use_rslora": True}, "has use_rslora True"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias 'all'"),
     ({"peft_type": "IA3"}, "has peft_type 'IA3'"), ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-    ({"r": 0}, "rank"), ({"lora_alpha": None}, "alpha"), ({"target_modules": "all-linear"}, "targets is 'all-linear'"),
+    ({"r": 0}, "r is 0, and the tensors have other ranks"), ({"r": []}, "cannot be used"),
+    ({"lora_alpha": None}, "alpha"), ({"target_modules": "all-linear"}, "targets is 'all-linear'"),
     ({"target_modules": ["lm_head"]}, "Matrices that can be adapted are q_proj"), ({"target_modules": 3}, "cannot be"),
-    ({"r": 4}, "another shape"), ({"target_modules": ["q_proj"]}, "is unknown: adapters of another model")], ids=str)
+    ({"r": 4}, "r is 4"), ({"target_modules": ["q_proj"]}, "is unknown: adapters of another model")], ids=str)
 def test_a_setting_that_minilm_lacks_or_that_does_not_fit_is_an_error(folder, changes, message):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))

@@ -56,13 +56,16 @@ def load_adapters(base: Transformer, path: Path) -> Adapted:
         if key in config and config[key] not in values:
             raise CheckpointError(f"{folder}: adapter_config.json has {key} {config[key]!r}, which minilm does not "
                                   "have. Choose another adapter.")
+    saved = SafetensorsFolder(folder, "adapter_model")
+    ranks = {shape[:1] for name, shape in saved.shapes.items() if "lora_A" in name}
     try:
+        if ranks != {(config["r"],)}:           # before matrices of this rank are allocated
+            raise ValueError(f"r is {config['r']!r}, and the tensors have other ranks")
         targets: Any = config["target_modules"]
         model = Adapted(base, config["r"], config["lora_alpha"], np.random.default_rng(0), targets)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: adapter_config.json cannot be used ({one_line(error)}). Matrices that can be "
                               f"adapted are {', '.join(TARGETS)}.") from error
-    saved = SafetensorsFolder(folder, "adapter_model")
     names = {peft_name(name): name for name in model.parameters()}
     if wrong := sorted(saved.places.keys() ^ names.keys()):
         kind = "missing" if wrong[0] in names else "unknown"

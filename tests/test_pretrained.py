@@ -14,6 +14,8 @@ from minilm.pretrained import load, save
 from minilm.pretrained.chat_tokenizer import CHATML, ChatTokenizer
 from minilm.pretrained.llama_names import gguf_names, hugging_face_names, split
 from minilm.pretrained.safetensors_folder import SafetensorsFolder
+from minilm.stages.sft import train_sft
+from minilm.stages.train_state import TrainState
 from test_byte_level import TOKENIZER
 from test_chat_tokenizer import SMOLLM2
 
@@ -398,6 +400,22 @@ def test_a_transformer_is_made_of_given_weights_which_it_keeps():
         Transformer.of(model.config, {**weights, "bias": np.zeros(3, np.float32)})
     with pytest.raises(TypeError, match="all be float32"):
         Transformer.of(model.config, {**weights, "final_norm": weights["final_norm"].astype(float)})
+
+
+def test_a_loaded_model_samples_and_trains_on_the_emulated_device_as_on_the_cpu(tmp_path, emulated):
+    shape = {"heads": 3, "kv_heads": 1, "width": 24, "head_width": 16, "ffn_width": 8, "layers": 1, "vocab_size": V,
+             "tied": True, "rope_base": 1e5, "norm_eps": 1e-5, "context": 64}
+    save(model_of(shape), CHAT, tmp_path)
+    prompt = CHAT.encode_chat(MESSAGES)[-12:]
+    results = []
+    for device in ("cpu", "gpu"):
+        model = load(tmp_path)[0].to_device(device)
+        tokens = generate(model, [prompt, prompt[3:]], 4, np.random.default_rng(0), [1], temperature=0).tokens
+        state = TrainState(model, np.random.default_rng(0))
+        losses = [m["loss"] for m in train_sft(state, [prompt, prompt[3:]], [[5, 6, 1], [7, 1]], 2, 2)]
+        results.append((tokens.tolist(), losses))
+    assert results[0][0] == results[1][0]
+    np.testing.assert_allclose(results[1][1], results[0][1], rtol=1e-4)
 
 
 # Against transformers.

@@ -126,7 +126,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """The message of an error, which may quote a damaged file, on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]
 

@@ -101,14 +101,14 @@ def some_lines(rng):
 
 
 def use(model, tokenizer):
-    tokens = np.array([[1, 2, 3]])
+    tokens = np.array([[1, 2, 3]])[:, :getattr(model, "transformer", model).config.context]
     value = model.rewards(tokens, tokens > 0) if isinstance(model, RewardModel) else model(tokens)
     assert value.shape[0] == 1
     try:
         ids = tokenizer.encode_chat(MESSAGES)
         assert max(ids, default=0) < tokenizer.vocab_size and isinstance(tokenizer.decode(ids), str)
-    except ValueError as error:
-        assert "template" in str(error) or "token" in str(error)
+    except (ImportError, ValueError) as error:
+        assert any(word in str(error) for word in ("template", "token", "surrogate")), error
 
 
 def read_gguf(content):

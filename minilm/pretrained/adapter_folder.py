@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -54,13 +55,13 @@ def load_adapters(base: Transformer, path: Path) -> Adapted:
     config = read_json(folder / "adapter_config.json")
     for key, values in WITHOUT.items():
         if key in config and config[key] not in values:
-            raise CheckpointError(f"{folder}: adapter_config.json has {key} {config[key]!r}, which minilm does not "
-                                  "have. Choose another adapter.")
+            raise CheckpointError(f"{folder}: adapter_config.json has {key} {reprlib.repr(config[key])}, which minilm "
+                                  "does not have. Choose another adapter.")
     saved = SafetensorsFolder(folder, "adapter_model")
     ranks = {shape[:1] for name, shape in saved.shapes.items() if "lora_A" in name}
     try:
         if ranks != {(config["r"],)}:           # before matrices of this rank are allocated
-            raise ValueError(f"r is {config['r']!r}, and the tensors have other ranks")
+            raise ValueError(f"r is {reprlib.repr(config['r'])}, and the tensors have other ranks")
         targets: Any = config["target_modules"]
         model = Adapted(base, config["r"], config["lora_alpha"], np.random.default_rng(0), targets)
     except (KeyError, TypeError, ValueError) as error:

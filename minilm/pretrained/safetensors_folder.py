@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,12 @@ class SafetensorsFolder:
             names = set(read_json(index)["weight_map"].values())
         for file in sorted(map(str, names)):
             if Path(file).name != file:
-                raise CheckpointError(f"{index}: names the file {file!r}, outside the folder. Fetch the files again.")
+                raise CheckpointError(f"{index}: names the file {reprlib.repr(file)}, outside the folder. Fetch the "
+                                      "files again.")
             for tensor, place in _layout(path / file).items():
                 if tensor in self.places:
-                    raise CheckpointError(f"{path / file}: holds {tensor}, as another file does. Fetch them again.")
+                    raise CheckpointError(f"{path / file}: holds {one_line(tensor)}, as another file does. Fetch "
+                                          "them again.")
                 self.places[tensor] = place
 
     @property

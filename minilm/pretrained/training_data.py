@@ -193,7 +193,7 @@ def _prompt_of(line):
 def _without_common_start(chosen, rejected):
     """(prompt, chosen, rejected): the prompt is what both begin with: messages, or characters as TRL cuts them."""
     length = min(_common(chosen, rejected), len(chosen) - 1, len(rejected) - 1)     # no response is empty
-    if isinstance(chosen, str) and length and chosen[length - 1] == " ":
+    if isinstance(chosen, str) and length > 0 and chosen[length - 1] == " ":
         length -= 1                     # a blank belongs to the next word
     if length < 1:
         raise ValueError("chosen and rejected begin differently, so the line has no prompt")

@@ -209,8 +209,8 @@ def make(name, seed=0, size="small"):
     arguments = inspect.signature(function.call).parameters.values()
     made = recipe(rng, SIZES[size])
     if not any(a.kind is a.VAR_KEYWORD for a in arguments):
-        # Without `kernel`, which changes no number.
-        made = {a.name: made.get(a.name, a.default) for a in arguments if a.name != "kernel"}
+        # Without options that change no number.
+        made = {a.name: made.get(a.name, a.default) for a in arguments if a.name not in ("kernel", "train_unembedding")}
     made = {key: value for key, value in {**made, **options}.items() if value is not None}
     inputs = {key: value for key, value in made.items() if isinstance(value, np.ndarray)}
     if function.gradients not in ("", "*") and (shape := function.call(**made).shape):

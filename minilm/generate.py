@@ -54,7 +54,7 @@ def _nucleus(z, top_p):
     """True on the smallest set of each row of (B,V) that has the probability top_p: of equally likely tokens the first.
 
     Tokens below (1 - top_p)/V have less than 1 - top_p together, so none of them is in the set: only the others are
-    sorted. The factor 1/2 leaves room for rounding.
+    sorted. The factor 1/2 is more than rounding can be.
     """
     xp = array_module(z)
     keep = xp.zeros(z.shape, bool)

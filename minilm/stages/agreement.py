@@ -32,7 +32,7 @@ from minilm.fast.workers import in_shared_memory
 from minilm.model import RewardModel, Transformer
 from minilm.ranks import WorkersDisagree
 
-SAMPLED = 1024          # numbers of each parameter that are compared
+SAMPLED = 4096          # numbers of a model that are compared, about as many of each parameter
 
 ALONE = ("The loop that runs the stage, and a reward function, run in worker 0 alone, and their changes do not reach "
          "the others. Use a Generator of your own there, end the stage before a change and start it again after it, or "
@@ -103,8 +103,9 @@ def digest(drawn: Sequence) -> int:
 
 def _parameters_digest(model, group):
     """Of parameters that each rank has for itself. Those in one memory are the same for all, or will be."""
-    samples = [p.data.reshape(-1)[::p.size // SAMPLED + 1] for p in model.parameters().values()
+    private = [p.data.reshape(-1) for p in model.parameters().values()
                if group.everyone or not in_shared_memory(p.data)]
+    samples = [x[::len(private) * x.size // SAMPLED + 1] for x in private]
     return digest([to_numpy(array_module(*samples).concatenate(samples))] if samples else [])
 
 

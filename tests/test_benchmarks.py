@@ -215,6 +215,16 @@ def test_the_ranks_of_an_engine_compute_the_gradient_of_one_process(monkeypatch)
     assert rows[1]["model_ms"] == pytest.approx(rows[0]["ms"] / 2) and min(row["ms"] for row in rows) > 0
 
 
+def test_every_engine_that_can_run_here_is_measured_and_ends_without_a_word():
+    run = subprocess.run([sys.executable, SCRIPTS / "bench" / "processes.py", "--quick", "--works", "exchange"],
+                         capture_output=True, text=True)
+    assert run.returncode == 0 and "Traceback" not in run.stderr and "error" not in run.stderr, run.stderr
+    rows = [line.split("|") for line in run.stdout.splitlines() if line.startswith("| 233,088 | exchange")]
+    engines = [row[3].strip() for row in rows]
+    wanted = ["forked", "mpi"] if bench_processes.network.mpiexec() else ["forked"]
+    assert engines[:len(wanted)] == wanted
+
+
 def test_an_unknown_variable_raises_with_the_known_ones():
     run = subprocess.run([sys.executable, SCRIPTS / "bench" / "scaling.py", "--variables", "T,H"],
                          capture_output=True, text=True)

@@ -128,6 +128,7 @@ def load_ranks():
             for steps in commands:
                 for _ in range(int(steps)):
                     step()
+        ENDS.close()                            # together with rank 0, which leaves when the measurement ends
         sys.exit()
     return make
 
@@ -357,4 +358,4 @@ def in_ranks(role):
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(in_ranks(library_process.role(main, {"ranks": load_ranks})), network.NoNetwork))
+    sys.exit(main_guard(in_ranks(library_process.role(main, {"ranks": load_ranks})), network.NoNetwork, ranks=True))

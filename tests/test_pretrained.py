@@ -396,6 +396,8 @@ def test_a_transformer_is_made_of_given_weights_which_it_keeps():
     assert all(p.data is weights[name] and p.requires_grad for name, p in other.parameters().items())
     with pytest.raises(ValueError, match="'final_norm' is missing; this Config has"):
         Transformer.of(model.config, {name: x for name, x in weights.items() if name != "final_norm"})
+    with pytest.raises(ValueError, match=r"'final_norm' is \(3,\); this Config has \(36,\)"):
+        Transformer.of(model.config, {**weights, "final_norm": np.zeros(3, np.float32)})
     with pytest.raises(ValueError, match=r"'bias' is \(3,\); this Config has none of this name"):
         Transformer.of(model.config, {**weights, "bias": np.zeros(3, np.float32)})
     with pytest.raises(TypeError, match="all be float32"):

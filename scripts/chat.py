@@ -145,7 +145,7 @@ class Conversation:
             finally:
                 column.end()                # of a stopped answer, the word that was begun
             drawn = speaker.drawn
-            if sys.stderr.isatty() and drawn > 1:
+            if sys.stderr.isatty() and drawn > 1 and times[-1] > times[0]:
                 speed = (drawn - 1) / (times[-1] - times[0])        # the first one includes the prompt's time
                 print(f"{column.margin}({drawn} tokens, {speed:.1f} a second)", file=sys.stderr)
 

@@ -313,8 +313,8 @@ LOADERS = {"checkpoint.load": (read_checkpoint, a_checkpoint, CheckpointError),
            "data.read_text": (read_text_file, a_text_file, ValueError), "text": (speak, a_text, ValueError)}
 
 
-def assert_no_fault(loader, count):
-    read, make, errors = LOADERS[loader]
+def assert_no_fault(loader, count, loaders=LOADERS):
+    read, make, errors = loaders[loader]
     faults, counts = fuzzing.search(read, make, errors, count, SEED)
     print(f"{loader}: {counts}")
     assert not faults, "\n".join(f"input {i} of seed {SEED}: {content}\n{fault}" for i, content, fault in faults[:3])

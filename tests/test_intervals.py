@@ -179,7 +179,7 @@ def test_the_decider_alone_has_the_outcome_of_the_rule_at_its_level(comparisons,
 
 
 def test_of_several_comparisons_the_decider_has_the_corrected_level():
-    """Shown by the interval of 95 %, and undecided by that of 1 - 0.05 / 3."""
+    """The 95 % interval shows it; the interval at level 1 - 0.05 / 3 leaves it undecided."""
     narrow = [Comparison("narrow", [0.55, 0.8, 0.45], above=0)] * 3
     found, level = decider(narrow, at_least=2)
     assert (round(level, 6), found.outcome(0.95), found.outcome(level)) == (0.983333, "shown", "undecided")

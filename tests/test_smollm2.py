@@ -24,7 +24,7 @@ QUESTIONS = ["What is the capital of Italy?", "Count from one to ten.", "Write a
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """The GGUF file, fetched by the script, or that of the checkout."""
+    """The GGUF file of the checkout, or one that the script fetches."""
     here = ROOT / get_smollm2.OUT
     if here.exists():
         return here

@@ -48,7 +48,6 @@ class ChatEncoding:
         text = text.removesuffix(self.tokenizer.names["eos_token"])
         return [*self.tokenizer.encode(text), self.tokenizer.eos]
 
-
     def _turns(self, role, words):
         return [{"role": role, "content": words}] if self.strings_are_messages and isinstance(words, str) else words
 

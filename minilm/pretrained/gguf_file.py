@@ -3,7 +3,7 @@
     magic, version | how many tensors, how many metadata | metadata: name, type, value ...
                    | tensors: name, shape, type, offset ... | the bytes of the tensors
 
-The layout is that of ggml's docs/gguf.md (versions 2 and 3, little-endian). A quantised row is cut into blocks of 32
+ggml's docs/gguf.md defines the layout (versions 2 and 3, little-endian). A quantised row is cut into blocks of 32
 numbers, each with its own scale d, and Q4_1 with its own least number m:
 
     Q8_0:  d q, with q from -128 to 127         Q4_0:  d (q - 8), with q from 0 to 15       Q4_1:  d q + m

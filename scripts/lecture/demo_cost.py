@@ -55,7 +55,7 @@ DECODINGS = ("gold", "greedy")          # gold reward: of replies sampled at tem
 KINDS = (("demonstrations", "o", "-", "demonstrations alone"),          # with marker and line of the figure
          ("comparisons", "s", "--", f"{FEW}, then comparisons (DPO)"))
 SIZES = {"quick": {"seeds": 3, "demonstrations": (8, FEW), "pairs": (128,), "steps": 2},
-         "default": {"seeds": 48, "demonstrations": (8, FEW, 128, 512, 2048), "pairs": (128, 512, 2048),
+         "default": {"seeds": 24, "demonstrations": (8, FEW, 128, 512, 2048), "pairs": (128, 512, 2048),
                      "steps": 200}}
 
 

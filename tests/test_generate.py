@@ -615,6 +615,49 @@ def test_only_a_few_rows_on_one_thread_are_computed_by_small_products(rows, one_
     assert len(small_products(rng, rows, one_thread)) == products
 
 
+# The products of a few rows.
+
+@given(rng=rngs, rows=st.integers(1, 5), D=st.integers(1, 40), N=st.integers(1, 9), at_most=st.integers(1, 300))
+def test_the_sum_over_blocks_of_rows_is_the_product(rng, rows, D, N, at_most):
+    x, weight = rng.normal(size=(rows, D)), rng.normal(size=(D, N))
+    with mock.patch.object(few_rows, "IN_A_BLOCK", at_most):
+        assert_close(few_rows.product(x, weight), x @ weight, 1e-12)
+
+
+def test_no_block_of_rows_is_larger_than_allowed(rng):
+    x, weight = rng.normal(size=(3, 50)), rng.normal(size=(50, 4))
+    sizes = []
+
+    class Rows(np.ndarray):             # notes the multiplications of each product
+        def __matmul__(self, other):
+            sizes.append(self.shape[-2] * other.shape[-2] * other.shape[-1])
+            return np.asarray(self) @ other
+
+    with mock.patch.object(few_rows, "IN_A_BLOCK", 100):
+        few_rows.product(x.view(Rows), weight)
+    assert sizes == [3 * 8 * 4, 3 * 2 * 4]
+
+
+@pytest.mark.parametrize("rows, one_thread, by_blocks", [(1, True, False), (2, True, True), (8, True, True),
+                                                         (9, True, False), (2, False, False)])
+def test_only_large_matrices_of_blocks_are_multiplied_in_blocks_and_only_with_few_rows(rows, one_thread, by_blocks):
+    large = np.ones((few_rows.LARGE // 8, 8))
+    weights = {"embedding": large, "blocks.0.qkv": large, "blocks.0.ffn_out": large[1:], "blocks.0.ffn_norm": large[0]}
+    with mock.patch.object(few_rows, "ONE_THREAD", one_thread):
+        found = few_rows.prepared(weights, rows)
+    assert [name for name in found if callable(found[name])] == ["blocks.0.qkv"] * by_blocks
+    assert all(found[name] is weights[name] for name in found if not callable(found[name]))
+
+
+def test_samples_are_the_same_if_few_rows_are_multiplied_in_blocks(rng):
+    model, uniforms = small_transformer(rng), rng.random((3, 9))
+    one = generate(model, PROMPTS, 9, uniforms, EOS)
+    with mock.patch.multiple(few_rows, ONE_THREAD=True, LARGE=1, IN_A_BLOCK=64):
+        other = generate(model, PROMPTS, 9, uniforms, EOS)
+    assert np.array_equal(one.tokens, other.tokens)
+    assert_close(one.log_probs, other.log_probs)
+
+
 @given(rng=rngs, going=st.sampled_from([0.0, 0.5, 1.0]))
 def test_the_time_of_compaction_changes_nothing(rng, going):
     model, uniforms = small_transformer(rng), rng.random((9, 10))

@@ -14,6 +14,7 @@ import numpy as np
 
 from minilm import layers, rotary
 from minilm.backend import array_module, is_cupy
+from minilm.fast import few_rows
 from minilm.model import Config, Transformer, hidden_states
 from minilm.tensor import arrays_only
 
@@ -73,7 +74,7 @@ def forward_cached(model: Transformer, tokens, first, cache: Cache) -> np.ndarra
     parameters = {name: p.data for name, p in model.parameters().items()}
     attend = attend_to_cache(model.config, parameters, tokens.shape[1], first, cache)
     with arrays_only():             # one row per token: NumPy multiplies matrices faster than stacks of vectors
-        hidden = hidden_states(parameters, model.config, tokens.reshape(-1), attend)
+        hidden = hidden_states(few_rows.prepared(parameters, tokens.size), model.config, tokens.reshape(-1), attend)
     return hidden.reshape(*tokens.shape, -1)[:, -1]
 
 

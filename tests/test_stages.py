@@ -105,8 +105,9 @@ KEYS = {        # TRL's names where TRL has the metric
     "pretraining": {"trained_tokens"},
     "SFT": {"trained_tokens"},
     "reward model": {"accuracy", "ties", "margin", "min_reward", "mean_reward", "max_reward"},
-    "RLHF": {"reward", "reward_std", "frac_reward_zero_std", "kl_sequence", "kl_token", "completions/mean_length",
-             "entropy"},
+    "RLHF": {"reward", "reward_std", "frac_reward_zero_std", "kl_sequence", "kl_token", "entropy",
+             "completions/clipped_ratio", *(f"completions/{name}_length" for name in (
+                 "mean", "min", "max", "mean_terminated", "min_terminated", "max_terminated"))},
     "DPO": {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/ties",
                           "logps/chosen", "logps/rejected"},
 }

@@ -13,6 +13,7 @@ Where TRL differs from minilm, a test shows it:
     kl              RLOO logs the mean k1 of a token (our kl_token), GRPO the mean k3
 """
 
+import argparse
 import functools
 import os
 
@@ -26,7 +27,10 @@ from minilm.generate import entropy
 from minilm.gradcheck import FLOOR
 from minilm.model import Config, RewardModel, Transformer
 from minilm.objectives import dpo, kl, policy_gradient, reward, sft
+from minilm.pretrained.training_data import Examples
+from minilm.stages.rlhf import response_lengths
 from minilm.tensor import Tensor
+from support.align_stages import Stage
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # no test needs the network; read when TRL is imported
 torch = pytest.importorskip("torch", reason="parity needs PyTorch: pip install torch")
@@ -349,6 +353,22 @@ def test_rloo_has_trls_advantages_gradients_and_metrics(tmp_path, config, temper
     assert penalised["frac_reward_zero_std"] == logged["frac_reward_zero_std"]
 
 
+@pytest.mark.parametrize("completions", [COMPLETIONS, [c[:-1] + [2] for c in COMPLETIONS]],
+                         ids=["two cut off", "all cut off"])
+def test_metrics_of_lengths_and_num_tokens_are_those_of_rloo(tmp_path, config, completions):
+    policy, reference, _ = weights(config)
+    trainer = theirs.online_trainer("RLOO", tmp_path, config, policy, reference, REWARDS)
+    theirs.rollout(trainer, PROMPTS, completions)
+    trainer.log({})
+    found = response_lengths(completions, np.arange(config.vocab_size) == EOS)
+    assert 0 < found["completions/clipped_ratio"] <= 1
+    logged = trainer.state.log_history[-1]
+    assert_metrics(found, logged)
+    options = argparse.Namespace(epochs=1, batch_size=4, seed=0, samples_per_prompt=3)
+    stage = Stage(options, None, Examples(PROMPTS, {}, [], [], []), (), None)
+    assert stage.tokens(0, found) == logged["num_tokens"]
+
+
 def test_without_a_kl_penalty_every_metric_is_rloos(tmp_path, config):
     ours = Online(config, temperature=1.0)
     trls_A, _, logged = online_by_trl("RLOO", tmp_path, config, beta=0.0, temperature=1.0)
@@ -379,6 +399,21 @@ def test_the_group_baseline_has_grpos_advantages_and_metrics(tmp_path, config):
     assert_close(ours.advantages(beta=0.0, baseline="group"), trls_A, name="advantages")
     metrics = policy_gradient.policy_gradient_metrics(REWARDS, ours.kl, MASK, ours.entropies)
     assert_metrics(metrics, logged, alone={"kl_sequence", "kl_token"})
+
+
+@pytest.mark.parametrize("scale, baseline", [("group", "group"), ("none", "mean")])
+def test_advantages_and_gradients_are_grpos_with_its_mean_over_tokens(tmp_path, config, scale, baseline):
+    """GRPO's first loss, loss_type "grpo", divides log pi(y|x) by the length of y: so do advantages A / length here.
+
+    scale_rewards "group" divides A by the standard deviation of the prompt's rewards, "none" does not.
+    """
+    ours = Online(config, temperature=1.0)
+    A = ours.advantages(beta=0.0, baseline=baseline)
+    trls_A, trls, _ = online_by_trl("GRPO", tmp_path, config, beta=0.0, temperature=1.0, loss_type="grpo",
+                                    scale_rewards=scale)
+    assert_close(A, trls_A, name="advantages")
+    loss = policy_gradient.policy_gradient_loss(ours.log_probs, A.reshape(-1) / MASK.sum(axis=1), MASK)
+    assert_parity(step(loss, ours.policy), trls, but={"loss"})
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.2])

@@ -1,4 +1,5 @@
 """Twenty steps of SFT, reward model and DPO, whole and with adapters, have the losses and metrics of TRL's trainers."""
+import argparse
 import json
 
 import numpy as np
@@ -15,6 +16,7 @@ from minilm.stages.dpo import reference_log_probs, train_dpo
 from minilm.stages.reward_model import train_reward_model
 from minilm.stages.sft import train_sft
 from minilm.stages.train_state import TrainState
+from support.align_stages import Stage
 from test_pretrained import CHAT, SHAPES, model_of
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="needs safetensors: pip install safetensors")
@@ -41,23 +43,30 @@ def work(tmp_path_factory):
         if not name.endswith("norm"):
             p.data *= 0.4
     save(model, CHAT, folder / "model")
-    rng = np.random.default_rng(0)
-
-    def words(count):
-        return " ".join(rng.choice(WORDS, count))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(
-        {"prompt": [{"role": "user", "content": words(3)}], "chosen": [{"role": "assistant", "content": words(4)}],
-         "rejected": [{"role": "assistant", "content": words(6)}]}) + "\n" for _ in range(24)))
-    lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
-    (folder / "sft.jsonl").write_text("".join(
-        json.dumps({"prompt": line["prompt"], "completion": line["chosen"]}) + "\n" for line in lines))
+    write_lines(folder)
     return folder
 
 
-class Recorded:
-    """A trainer of TRL, run: its logs by step, the order of its examples, the model and the first adapters."""
+def write_lines(folder, system=()):
+    """pairs.jsonl and sft.jsonl of 24 lines each; system: messages before each question."""
+    rng = np.random.default_rng(0)
 
-    def __init__(self, libraries, work, out, stage, adapters):
+    def message(role, count):
+        return {"role": role, "content": " ".join(rng.choice(WORDS, count))}
+    lines = [{"prompt": [*system, message("user", 3)], "chosen": [message("assistant", 4)],
+              "rejected": [message("assistant", 6)]} for _ in range(24)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "sft.jsonl").write_text("".join(
+        json.dumps({"prompt": line["prompt"], "completion": line["chosen"]}) + "\n" for line in lines))
+
+
+class Recorded:
+    """A trainer of TRL, run: its logs by step, the order of its examples, the model and the first adapters.
+
+    settings: of its Config, in place of those below. All rows of the embedding are trained: see the test below.
+    """
+
+    def __init__(self, libraries, work, out, stage, adapters, **settings):
         import datasets
         import torch
         import transformers
@@ -67,6 +76,7 @@ class Recorded:
         common = {"output_dir": str(out), "report_to": [], "use_cpu": True, "per_device_train_batch_size": BATCH,
                   "max_steps": STEPS, "learning_rate": 1e-2 if adapters else 2e-3, "logging_steps": 1, "seed": 3,
                   "save_strategy": "no", "gradient_checkpointing": False, "bf16": False, "disable_dropout": True}
+        common |= settings
         if stage == "sft":
             del common["disable_dropout"]
         tokenizer = transformers.AutoTokenizer.from_pretrained(work / "model")
@@ -76,6 +86,7 @@ class Recorded:
         options = {"num_labels": 1} if stage == "reward" else {}
         torch.manual_seed(1)
         model = load_model.from_pretrained(work / "model", dtype=torch.float32, **options)
+        model.get_input_embeddings().padding_idx = None
         if stage == "reward":
             model.config.pad_token_id = tokenizer.pad_token_id
             self.head = model.score.weight.detach().numpy().copy()
@@ -135,32 +146,42 @@ def run_ours(stage, work, theirs, adapters):
         else:
             references = [reference_log_probs(model, examples.prompts, side) for side in sides]
             steps = train_dpo(state, examples.prompts, *sides, *references, STEPS, BATCH, **given)
-    return list(steps), body
+    counts = Stage(argparse.Namespace(epochs=1, batch_size=BATCH, seed=0), None, examples, (), None)
+    counts.batches, ours, tokens = theirs.order, [], 0
+    for metrics in steps:
+        tokens += counts.tokens(len(ours), metrics)
+        ours.append({**metrics, "num_tokens": tokens})
+    return ours, body
 
 
-# TRL's name of a metric, and ours.
-METRICS = {"sft": {"grad_norm": "grad_norm"},
-           "reward": {"accuracy": "accuracy", "margin": "margin", "mean_reward": "mean_reward"},
-           "dpo": {name: name for name in ("rewards/chosen", "rewards/rejected", "rewards/margins",
-                                           "rewards/accuracies", "logps/chosen", "logps/rejected")}}
+# Under TRL's names.
+METRICS = {"sft": (), "reward": ("accuracy", "margin", "min_reward", "mean_reward", "max_reward"),
+           "dpo": ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+                   "logps/rejected")}
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["whole", "adapters"])
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
 def test_losses_and_metrics_of_twenty_steps_are_those_of_trl(libraries, work, tmp_path, stage, adapters):
-    theirs = Recorded(libraries, work, tmp_path, stage, adapters)
+    assert_training_is_theirs(Recorded(libraries, work, tmp_path, stage, adapters), stage, work, adapters, LOSSES,
+                              UPDATES)
+
+
+def assert_training_is_theirs(theirs, stage, work, adapters, losses, updates):
+    """Ours on the examples of a Recorded: losses to a relative difference, metrics, and updates as a whole."""
     ours, model = run_ours(stage, work, theirs, adapters)
     assert len(theirs.logs) == len(ours) == STEPS
     expected, found = (np.array([line["loss"] for line in lines]) for lines in (theirs.logs, ours))
     assert expected[-1] < expected[0]
-    np.testing.assert_allclose(found, expected, rtol=LOSSES)
+    np.testing.assert_allclose(found, expected, rtol=losses)
     np.testing.assert_allclose([m["learning_rate"] for m in ours], [log["learning_rate"] for log in theirs.logs])
-    for name, own in METRICS[stage].items():
+    assert [m["num_tokens"] for m in ours] == [log["num_tokens"] for log in theirs.logs]
+    for name in ("grad_norm", *METRICS[stage]):
         first = name == "rewards/accuracies"        # policy and reference are equal at first: rounding makes the margin
-        found, expected = [m[own] for m in ours[first:]], [log[name] for log in theirs.logs[first:]]
+        found, expected = [m[name] for m in ours[first:]], [log[name] for log in theirs.logs[first:]]
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4, err_msg=name)
     assert isinstance(model, Adapted) == adapters
-    assert difference_of_updates(model, theirs, work, adapters) < UPDATES
+    assert difference_of_updates(model, theirs, work, adapters) < updates
 
 
 def difference_of_updates(model, theirs, work, adapters):
@@ -185,3 +206,21 @@ def weights_by_name(model):
         matrices = [w] if name.endswith(("norm", "embedding")) else [m.T for m in split(model.config, name, w)]
         found |= dict(zip(parts, matrices))
     return found
+
+
+@pytest.mark.parametrize("padding_is_trained", [False, True])
+def test_transformers_gives_the_padding_token_no_gradient_as_an_input(libraries, work, padding_is_trained):
+    """Here that token is <|im_end|>, as in SmolLM2, and every message ends with it. Recorded sets padding_idx to None:
+    then transformers, like minilm, trains its row as it trains any other."""
+    import torch
+    import transformers
+    model, tokenizer = load(work / "model")
+    ids = np.array([tokenizer.encode_chat([{"role": "user", "content": "sun moon"}])])
+    padding = tokenizer.eos
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+    theirs.get_input_embeddings().padding_idx = None if padding_is_trained else padding
+    theirs(torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
+    (-model.log_probs(ids).mean()).backward()
+    ours, expected = model.parameters()["embedding"].grad, theirs.get_input_embeddings().weight.grad.numpy()
+    different = abs(ours - expected).max(axis=1) > 1e-5 * abs(ours).max()
+    assert different.nonzero()[0].tolist() == ([] if padding_is_trained else [padding])

@@ -43,7 +43,8 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
                   log-probs would not be those of the distribution that was drawn from
     microbatches  shards of a step, None for one per worker
     batches, the prompts of each step, and a learning_rate that is a function: plan.py
-    Yields {"loss", "grad_norm", "learning_rate", "reward", "kl_sequence", "kl_token", ...} after each step.
+    Yields {"loss", "grad_norm", "learning_rate", "reward", "kl_sequence", "kl_token", "entropy", ...}, and the metrics
+    of response_lengths, after each step.
     Raises TypeError, ValueError and IndexError before the first step: for settings out of range, for such models, for a
     prompt anywhere in the data set that is bad or too long for max_new_tokens; and later for the results of reward, as
     inputs.checked_rewards does.
@@ -57,7 +58,7 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
     plan.check_batches("train_rlhf", steps, batches, len(prompts))
     checks.number("train_rlhf", "beta", beta, at_least=0)
     checks.temperature("train_rlhf", temperature)
-    checks.end_tokens("train_rlhf", eos, config.vocab_size)
+    ends = checks.end_tokens("train_rlhf", eos, config.vocab_size)
     advantages(np.zeros((1, K)), np.zeros((1, K)), beta, baseline)      # raises for a baseline that K does not allow
 
     def step():
@@ -81,8 +82,23 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
         metrics, _ = train_step(state, loss, prompt_shards(P, K, microbatches or state.workers), rate, "RLHF",
                                 drawn=[drawn, *batch])
         return {**metrics, **policy_gradient_metrics(rewards, kl, mask),
-                "entropy": float(samples.entropies[mask].mean())}
+                "entropy": float(samples.entropies[mask].mean()), **response_lengths(responses, ends)}
     return repeat(step, state, steps)
+
+
+def response_lengths(responses: Sequence, ends: np.ndarray) -> dict[str, float]:
+    """Metrics of N responses, token lists, under TRL's names.
+
+    ends: which tokens end a response, from checks.end_tokens.
+    completions/clipped_ratio    fraction of responses that were cut off: they end with another token
+    completions/mean_length, completions/min_length, completions/max_length
+    completions/mean_terminated_length, and min and max   of the responses that were not cut off; 0 if all were
+    """
+    lengths, last = np.array([(len(response), response[-1]) for response in responses]).T
+    ended = lengths[ends[last]]
+    return {"completions/clipped_ratio": 1 - len(ended) / len(lengths),
+            **{f"completions/{of}{which}_length": float(getattr(n, of)()) for of in ("mean", "min", "max")
+               for which, n in (("", lengths), ("_terminated", ended if len(ended) else np.zeros(1)))}}
 
 
 def ask(state: TrainState, reward: Callable, prompts: Sequence, responses: Sequence) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import struct
 import subprocess
 import sys
 import types
@@ -144,6 +145,50 @@ def test_a_step_of_every_objective_equals_trls_and_is_timed(tmp_path):
     assert header == measuring.HEADER
     assert [row[:3] for row in ratios] == [[f"{work} step", "tiny", "trl-best"] for work in ("SFT", "DPO", "RLOO")]
     assert all(float(ratio) > 0 for row in ratios for ratio in row[3:])
+
+
+@pytest.fixture
+def small_gguf(tmp_path):
+    """A GGUF file that llama.cpp opens, with a Llama of 21 thousand numbers."""
+    pytest.importorskip("safetensors", reason="needs safetensors: pip install safetensors")
+    from test_pretrained import SHAPES, as_gguf, model_of
+    model = model_of({**SHAPES["as SmolLM2"], "context": 512})
+    for name, p in model.parameters().items():
+        if not name.endswith("norm"):
+            p.data *= 0.4
+    uint32, int32 = (b"tokenizer.ggml.token_type" + struct.pack("<II", 9, code) for code in (4, 5))
+    (tmp_path / "model.gguf").write_bytes(as_gguf(model).replace(uint32, int32))
+    return tmp_path / "model.gguf"
+
+
+def ratios_of_align(*options):
+    """The rows of the CSV, without its header."""
+    path = options[1].parent / "ratios.csv"
+    run = subprocess.run([sys.executable, SCRIPTS / "bench" / "align.py", *options, "--rounds", "1", "--csv", path],
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    header, *rows = (line.split(",") for line in path.read_text().splitlines())
+    assert header == measuring.HEADER and all(float(ratio) > 0 for row in rows for ratio in row[3:6])
+    return rows
+
+
+@pytest.mark.parity
+def test_a_step_of_adapters_of_every_objective_equals_trls_with_peft(small_gguf):
+    pytest.importorskip("trl", reason="parity with TRL needs it: pip install trl==1.16.0")
+    pytest.importorskip("peft", reason="needs peft: pip install peft")
+    rows = ratios_of_align("--model", small_gguf, "--works", "sft-adapters,dpo-adapters,rloo-adapters")
+    assert [row[:3] for row in rows] == [[f"{work} step of adapters", "0.0214M", "trl-best"]
+                                         for work in ("SFT", "DPO", "RLOO")]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("peer, package", [("hf", "transformers"), ("llama.cpp", "xllamacpp"),
+                                           ("llama.cpp-as-is", "xllamacpp")])
+def test_a_model_of_a_file_has_the_log_probs_of_transformers_and_llama_cpp(small_gguf, peer, package):
+    for name in (package, "gguf"):
+        pytest.importorskip(name, reason=f"needs {name}: pip install {name}")
+    rows = ratios_of_align("--model", small_gguf, "--works", "sampling", "--peers", peer, "--threads", "1")
+    assert [row[:3] for row in rows] == [["sampling", f"B{B} 1 thread", peer] for B in (1, 4)]
 
 
 def test_the_products_of_a_step_are_those_of_every_weight_for_any_number_of_threads():

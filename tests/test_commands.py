@@ -126,7 +126,7 @@ def test_the_commands_are_found():
     assert len([s for s in SCRIPTS if s.startswith("scripts/lecture/")]) == 24, SCRIPTS
     assert {"scripts/assistant.py", "scripts/chat.py", "scripts/support/figures.py", "scripts/dev/mutants.py",
             "scripts/dev/readme.py", "scripts/dev/golden.py", "scripts/dev/kernel_report.py"} <= set(SCRIPTS)
-    assert len([s for s in SCRIPTS if s.startswith("scripts/bench/")]) == 10, SCRIPTS
+    assert len([s for s in SCRIPTS if s.startswith("scripts/bench/")]) == 12, SCRIPTS
     with_a_guard = {str(path.relative_to(ROOT)) for path in (ROOT / "scripts").rglob("*.py")
                     if re.search(r"^if __name__ == .__main__.:", path.read_text("utf-8"), re.MULTILINE)}
     assert with_a_guard == set(SCRIPTS), "a command that does not end through main_guard"
@@ -166,7 +166,8 @@ def test_an_option_without_its_value_is_one_line_of_error(script, here):
 
 @pytest.mark.parametrize("words", [[], ["torch"], ["nosuch", "{}"], ["minilm", "not JSON"],
                                    ["minilm", "{}", "surplus"]], ids=" ".join)
-@pytest.mark.parametrize("script", ["gemm", "generate", "objectives", "processes", "scaling", "train"])
+@pytest.mark.parametrize("script", ["align", "bandwidth", "gemm", "generate", "objectives", "processes", "scaling",
+                                    "train"])
 def test_the_option_with_which_a_benchmark_starts_its_processes_is_refused_to_others(script, words, here):
     assert_one_line_of_error(in_this_process(f"scripts/bench/{script}.py", "--worker", *words))
 

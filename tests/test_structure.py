@@ -30,8 +30,9 @@ LEVELS = """
 # The files of the mathematics. All but exact, which trains models too, stand without the fast path.
 READER = ("plain", "tensor", "ops", "gradcheck", "objectives", "exact")
 # Folders of scripts that scripts import from, and the helpers that lie beside the benchmarks.
-SHARED_BY_SCRIPTS = {"support", "common", "worlds", "golden_files", "golden_inputs", "gpu_measuring", "hf_llama",
-                     "library_process", "measuring", "mutants_table", "torch_llama", "trl_trainers"}
+SHARED_BY_SCRIPTS = {"support", "common", "worlds", "decoding", "golden_files", "golden_inputs", "gpu_measuring",
+                     "hf_llama", "library_process", "llama_cpp", "measuring", "mutants_table", "objective_steps",
+                     "torch_llama", "trl_trainers"}
 FUNCTION_LINES = 40             # without its docstring
 TUPLE_ASSIGNMENTS = 0.05
 
@@ -184,13 +185,13 @@ def test_the_mathematics_stays_under_1200_lines_of_code():
     assert sum(map(lines_of_code, of(*READER))) < 1200
 
 
-def test_minilm_without_its_world_and_plain_stays_under_4150_lines_of_code():
+def test_minilm_without_its_world_and_plain_stays_under_4200_lines_of_code():
     """Ranks and real models (with adapters) are capabilities of their own, each with a limit of its own."""
     capabilities = {("ranks", "parallel"): 450, ("lora", "pretrained", "stream"): 1200}
     for names, most in capabilities.items():
         assert sum(map(lines_of_code, of(*names))) < most, names
     apart = ("world", "plain", "toy", "kernels", *(name for names in capabilities for name in names))
-    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 4150
+    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 4200
 
 
 def test_plain_stays_under_210_lines_of_code():

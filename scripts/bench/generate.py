@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+import decoding
 import library_process
 import measuring
 from support.run_folder import main_guard
@@ -30,7 +31,6 @@ TOLERANCE = 1e-4        # of log-probs in float32, relative to the largest
 def load_minilm():
     from minilm.fast import workers
     from minilm.fast.malloc import keep_freed_memory
-    from minilm.generate import generate
     from minilm.model import Config, Transformer
     from minilm.tensor import Tensor
     keep_freed_memory()
@@ -39,16 +39,7 @@ def load_minilm():
         weights, prompts = read(spec)
         rng = np.random.default_rng(1)
         model = Transformer(Config(**spec["config"]), rng).over({name: Tensor(a) for name, a in weights.items()})
-        prompts = prompts.tolist()
-
-        def step():
-            return generate(model, prompts, NEW, rng, eos=None, workers=workers.available_cores())
-
-        def check():
-            samples = step()
-            np.save(spec["drawn"], samples.tokens)              # the other libraries score them
-            return {"log_probs": samples.log_probs, "shape": np.array(samples.tokens.shape)}
-        return step, check
+        return decoding.by_minilm(model, prompts, NEW, spec["drawn"], workers.available_cores())
     return make
 
 
@@ -98,13 +89,12 @@ def load_torch():
             return drawn
 
         def check():
-            return {"log_probs": score(torch, spec, prompts, beginning()), "shape": np.array(step().shape)}
+            return {"log_probs": decoding.score(spec["drawn"], prompts, beginning()), "shape": np.array(step().shape)}
         return step, check
     return make
 
 
 def load_hf():
-    import torch
     import transformers
 
     from hf_llama import llama
@@ -112,37 +102,8 @@ def load_hf():
 
     def make(spec):
         weights, prompts = read(spec)
-        model = llama(spec["config"], weights).eval()
-        prompts = torch.from_numpy(prompts)
-        real = torch.ones_like(prompts)
-        settings = transformers.GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                                                 max_new_tokens=NEW, pad_token_id=0, eos_token_id=None)
-
-        @torch.inference_mode()
-        def step():
-            return model.generate(prompts, attention_mask=real, generation_config=settings)[:, PROMPT:]
-
-        def check():
-            cache = transformers.DynamicCache()
-
-            def next_logits(tokens):
-                return model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-            return {"log_probs": score(torch, spec, prompts, next_logits), "shape": np.array(step().shape)}
-        return step, check
+        return decoding.by_transformers(llama(spec["config"], weights).eval(), prompts, NEW, spec["drawn"])
     return make
-
-
-def score(torch, spec, prompts, next_logits):
-    """The log-probs (B,R) of minilm's tokens. next_logits(tokens (B,T)) -> (B,V) continues the earlier calls."""
-    drawn = torch.from_numpy(np.load(spec["drawn"]))
-    tokens = prompts
-    log_probs = []
-    with torch.inference_mode():
-        for t in range(NEW):
-            predicted = torch.log_softmax(next_logits(tokens), -1)
-            tokens = drawn[:, t:t + 1]
-            log_probs.append(predicted.gather(1, tokens))
-    return torch.cat(log_probs, 1).numpy()
 
 
 LOADERS = {"minilm": load_minilm, "hf": load_hf, "hf-tuned": load_hf, "torch": load_torch, "torch-tuned": load_torch}

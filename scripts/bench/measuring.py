@@ -16,12 +16,8 @@ import argparse
 import contextlib
 import csv
 import functools
-import importlib.metadata
-import importlib.util
 import io
 import math
-import os
-import platform
 import statistics
 import sys
 import time
@@ -37,6 +33,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for s
 from library_process import Worker  # noqa: E402
 from support import figures  # noqa: E402
 from support.command_line import Parser, names, output_file, whole  # noqa: E402
+from support.machine import installed, machine  # noqa: E402, F401
 from support.run_folder import UsageError  # noqa: E402
 
 HEADER = ["work", "size", "peer", "time_ratio", "time_ratio_low", "time_ratio_high", "memory_ratio"]
@@ -222,21 +219,6 @@ def check_results(ours, theirs, tolerance):
 
 
 # Results.
-
-def machine(*packages):
-    """The machine and the versions, in one line."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", *packages) if installed(name)]
-    return f"{os.cpu_count()} cores, {model}, Python {platform.python_version()}, {', '.join(versions)}"
-
-
-def installed(package):
-    return importlib.util.find_spec(package) is not None
-
 
 def present(names, packages):
     """The peers whose package is installed. Prints the names of the others."""

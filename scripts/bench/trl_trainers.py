@@ -1,6 +1,7 @@
-"""TRL's trainers with minilm's weights and tokens, and one optimiser step of each: the peer of objectives.py.
+"""TRL's trainers with minilm's weights and tokens, and one optimiser step of each: for objectives.py and align.py.
 
 TRL tokenises, masks, pads, samples, scores and differentiates; only the loop around that, `step`, is written again.
+With `adapters`, (alpha, arrays by minilm's names), it trains these by PEFT, and the model under them is the reference.
 Float32 on the CPU, without gradient checkpointing (TRL is faster without it); all other settings are TRL's defaults.
 Nothing is downloaded, reported or saved.
 """
@@ -18,8 +19,10 @@ import tokenizers  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
+from accelerate.utils import is_peft_model  # noqa: E402
 
 from hf_llama import PAD, gradients, llama  # noqa: E402
+from minilm.pretrained.adapter_folder import peft_name  # noqa: E402
 
 datasets.disable_progress_bars()
 transformers.logging.set_verbosity_error()
@@ -46,7 +49,9 @@ def response(tokens):
 
 # Trainers.
 
-def make(name, model, rows, eos, options, **others):
+def make(name, model, rows, eos, adapters, options, **others):
+    if adapters:
+        others["peft_config"] = lora_config(*adapters)
     with TemporaryDirectory() as folder:
         arguments = getattr(trl, f"{name}Config")(
             output_dir=folder, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False,
@@ -54,37 +59,55 @@ def make(name, model, rows, eos, options, **others):
         trainer = getattr(trl, f"{name}Trainer")(
             model, args=arguments, processing_class=tokenizer(model.config.vocab_size, eos),
             train_dataset=datasets.Dataset.from_list(rows), **others)
+    if adapters:
+        load_adapters(trainer.model, adapters[1])
     trainer.create_optimizer()
     return trainer
 
 
-def sft_trainer(config, weights, data, eos, **options):
+def lora_config(alpha, adapters):
+    import peft
+    return peft.LoraConfig(
+        r=next(iter(adapters.values())).shape[1], lora_alpha=alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
+        target_modules=sorted({name.split(".")[2] for name in adapters}))
+
+
+def load_adapters(model, adapters):
+    """Put minilm's adapters, arrays by name, in the place of those that PEFT has drawn."""
+    import peft
+    unknown = peft.set_peft_model_state_dict(
+        model, {peft_name(name): torch.from_numpy(a.T.copy()) for name, a in adapters.items()}).unexpected_keys
+    assert not unknown, f"adapters that PEFT does not have: {unknown}"
+
+
+def sft_trainer(config, weights, data, eos, adapters=None, **options):
     rows = [{"prompt": text(p), "completion": response(r)} for p, r in zip(data["prompts"], data["responses"])]
-    return make("SFT", llama(config, weights), rows, eos, {
+    return make("SFT", llama(config, weights), rows, eos, adapters, {
         "per_device_train_batch_size": len(rows), "max_length": None, **options})
 
 
-def dpo_trainer(config, weights, data, eos, precompute_ref_log_probs, **options):
+def dpo_trainer(config, weights, data, eos, adapters=None, *, precompute_ref_log_probs, **options):
     """The reference is the initial policy. precompute_ref_log_probs: compute its log-probs once, without a second
     model."""
     rows = [{"prompt": text(p), "chosen": response(c), "rejected": response(r)}
             for p, c, r in zip(data["prompts"], data["chosen"], data["rejected"])]
-    return make("DPO", llama(config, weights), rows, eos, {
+    return make("DPO", llama(config, weights), rows, eos, adapters, {
         "per_device_train_batch_size": len(rows), "precompute_ref_log_probs": precompute_ref_log_probs, **options},
-        ref_model=None if precompute_ref_log_probs else llama(config, weights))
+        ref_model=None if precompute_ref_log_probs or adapters else llama(config, weights))
 
 
-def rloo_trainer(config, weights, reference, data, reward, **options):
+def rloo_trainer(config, weights, reference, data, reward, adapters=None, **options):
     """reward: a function of a list of token lists. The EOS is no token of the model, so responses are as long as in
-    data."""
+    data. reference: weights, or None with adapters."""
     prompts = data["prompts"]
     K = len(data["responses"]) // len(data["prompts"])
     rows = [{"prompt": text(p)} for p in prompts for _ in range(K)]
     model = llama(config, weights)
     with TemporaryDirectory() as folder:        # TRL loads the reference from here
-        llama(config, reference).save_pretrained(folder)
-        model.config._name_or_path = folder
-        return make("RLOO", model, rows, config["vocab_size"], {
+        if reference:
+            llama(config, reference).save_pretrained(folder)
+            model.config._name_or_path = folder
+        return make("RLOO", model, rows, config["vocab_size"], adapters, {
             "per_device_train_batch_size": len(rows), "num_generations": K,
             "max_completion_length": len(data["responses"][0]), **options},
             reward_funcs=lambda completion_ids, **_: reward(completion_ids))
@@ -125,6 +148,16 @@ def check(trainer, rows, responses):
         found["reference"] = torch.stack(
             [batch["ref_chosen_logps"], batch["ref_rejected_logps"]] if trainer.ref_model is None else
             [*trainer.compute_ref_log_probs(trainer.ref_model, batch)]).numpy()
-    found |= gradients(trainer.model)
+    found |= adapter_gradients(trainer.model) if is_peft_model(trainer.model) else gradients(trainer.model)
     trainer.model.zero_grad()
+    return found
+
+
+def adapter_gradients(model):
+    """The gradients by minilm's names and in its layout."""
+    found = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:              # base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight
+            *_, layer, _, matrix, which, _, _ = name.split(".")
+            found[f"blocks.{layer}.{matrix}.lora_{which[-1].lower()}"] = p.grad.numpy().T
     return found

@@ -76,6 +76,7 @@ from minilm.model import Config, Transformer
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from common.written import PARAGRAPHS, RUN_FIRST, read  # noqa: E402
 from support.command_line import MOST_WORKERS, Parser, relying_on, whole  # noqa: E402
+from support.machine import processor  # noqa: E402
 from support.run_folder import main_guard, require  # noqa: E402
 
 # Legible on white and on black.
@@ -329,11 +330,5 @@ def _sources():
 
 
 def _machine():
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return (f"{workers.available_cores()} cores, {model}, Python {platform.python_version()}, "
+    return (f"{workers.available_cores()} cores, {processor()}, Python {platform.python_version()}, "
             f"NumPy {np.__version__}")

@@ -33,7 +33,10 @@ from support import installed
 
 installed.check("numpy", "minilm")
 
+from support import one_blas_thread  # noqa: I001, F401
+
 import argparse
+import functools
 import hashlib
 import json
 import shlex
@@ -96,13 +99,22 @@ class Alignment:
         if isinstance(model, RewardModel):
             return alignment.of_rewards(model, self.held_out)
         merged = model.merged()
+        print(f"measures the model on {len(self.held_out.prompts)} held-out examples", flush=True)
         found = alignment.perplexity_elsewhere(merged, self.encoding)
         if o.stage == "sft":
-            return found | alignment.of_demonstrations(merged, self.held_out)
+            return found | alignment.of_demonstrations(merged, self.held_out, o.workers)
         if o.stage == "dpo":
-            found |= alignment.of_pairs(merged, self.base, self.held_out, o.beta)
+            found |= alignment.of_pairs(merged, self.base, self.held_out, o.beta, o.workers)
         return found | alignment.of_answers(merged, self.base, self.held_out, self.encoding.ends, self.sampling,
-                                            self.judge)
+                                            self.judge, self.rivals)
+
+    @functools.cached_property
+    def rivals(self) -> np.ndarray | None:
+        """The rewards of the base's second answers to the held-out prompts."""
+        if self.judge is None:
+            return None
+        drawn = self.sampling.draw(self.base, self.held_out.prompts, self.encoding.ends, "second answers of the base")
+        return np.array(self.judge(self.held_out.prompts, drawn), float)
 
     def train(self) -> bool:
         """All steps, with a save now and then; False if Ctrl-C ended it."""
@@ -115,7 +127,7 @@ class Alignment:
         tokens = self.metrics[-1]["num_tokens"] if self.metrics else 0
         with progress(o.stage, stage.steps, state.step) as advance:
             for found in stage.run(state):
-                tokens += stage.tokens(state.step - 1)
+                tokens += stage.tokens(state.step - 1, found)
                 self.metrics.append({"step": state.step, "epoch": stage.epoch(state.step), **found,
                                      "num_tokens": tokens})
                 advance(found)

@@ -30,10 +30,7 @@ installed.check("numpy", "minilm")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-# One thread for BLAS, because each worker process has its own part of a batch (stages/train_state.py).
-# NumPy reads these variables when it is imported.
-for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
-    os.environ[variable] = "1"
+from support import one_blas_thread  # noqa: I001, F401
 
 import argparse
 import dataclasses

@@ -10,6 +10,7 @@ import numpy as np
 from minilm import checks, layers
 from minilm.backend import concatenate
 from minilm.data import check_dialogues
+from minilm.fast.workers import parallel_map
 from minilm.model import Transformer
 from minilm.objectives.dpo import dpo_loss, dpo_metrics
 from minilm.packing import Pack, pack, packs
@@ -29,19 +30,20 @@ def summed_log_probs(model: Transformer, batch: Pack) -> Tensor:
     return layers.sequence_log_probs(model.response_log_probs(batch), batch.mask)
 
 
-def reference_log_probs(reference: Transformer, prompts: Sequence, responses: Sequence,
-                        batch_size: int = 64) -> ReferenceLogProbs:
+def reference_log_probs(reference: Transformer, prompts: Sequence, responses: Sequence, batch_size: int = 64,
+                        workers: int = 1) -> ReferenceLogProbs:
     """The same for a frozen model, as an array (N,). Compute it once, because the reference never changes.
 
     The array keeps the digests of the dialogues and of the model, which train_dpo compares (stages/reference.py).
-    Raises as train_sft does.
+    workers: processes that share the batches. Raises as train_sft does.
     """
     checks.integer("reference_log_probs", "batch_size", batch_size, at_least=1)
+    checks.integer("reference_log_probs", "workers", workers, at_least=1)
     config = checked_config("reference_log_probs", reference, "reference")
     check_dialogues("reference_log_probs", config.vocab_size, config.context, prompts, responses=responses)
     with no_grad():
-        values = concatenate([summed_log_probs(reference, batch).data for batch
-                              in packs(prompts, responses, batch_size, config.context)])
+        values = concatenate(parallel_map(lambda batch: summed_log_probs(reference, batch).data,
+                                          list(packs(prompts, responses, batch_size, config.context)), workers))
     return ReferenceLogProbs.of(values, reference, prompts, responses)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 
+from minilm.fast.workers import available_cores
 from minilm.lora import TARGETS
 from support.command_line import MOST_WORKERS, Parser, names, number, whole
 from support.models import is_real
@@ -70,6 +71,6 @@ def parser_of(description: str) -> argparse.ArgumentParser:
                         help=f"which matrices, of {','.join(TARGETS)} (default: all)")
     parser.add_argument("--activation-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--seed", metavar="N", type=whole(0), default=0, help="(default: %(default)s)")
-    parser.add_argument("--workers", metavar="N", type=whole(1, MOST_WORKERS), default=1,
-                        help="processes that share each step (default: %(default)s)")
+    parser.add_argument("--workers", metavar="N", type=whole(1, MOST_WORKERS), default=available_cores(),
+                        help="processes that share each step (default: one for each core)")
     return parser

@@ -82,10 +82,13 @@ class Stage:
         """How often each example was seen in so many steps, on average."""
         return round(sum(map(len, self.batches[:steps])) / len(self.examples.prompts), 4)
 
-    def tokens(self, step: int) -> int:
-        """Of the examples of a step, without padding."""
-        sides = [self.examples.prompts, *self.examples.responses.values()]
-        return sum(len(side[i]) for side in sides for i in self.batches[step])
+    def tokens(self, step: int, metrics: dict) -> int:
+        """Of a step with these metrics, without padding, as TRL counts them: each response with its prompt."""
+        e, places = self.examples, self.batches[step]
+        each = len(e.responses) or self.options.samples_per_prompt
+        drawn = metrics.get("completions/mean_length", 0) * each * len(places)
+        return round(drawn) + sum(each * len(e.prompts[i]) + sum(len(side[i]) for side in e.responses.values())
+                                  for i in places)
 
     def run(self, state: TrainState) -> Iterator[dict]:
         """The stage on this state: the metrics of each step, with TRL's names."""
@@ -96,7 +99,9 @@ class Stage:
         if o.stage == "reward":
             return train_reward_model(state, e.prompts, *e.responses.values(), self.steps, o.batch_size, **given)
         if o.stage == "dpo":
-            references = [reference_log_probs(self.base, e.prompts, side, TOGETHER) for side in e.responses.values()]
+            print(f"reference log-probs of {len(e.prompts)} pairs", flush=True)
+            references = [reference_log_probs(self.base, e.prompts, side, TOGETHER, o.workers)
+                          for side in e.responses.values()]
             return train_dpo(state, e.prompts, *e.responses.values(), *references, self.steps, o.batch_size, o.beta,
                              **given)
         return train_rlhf(state, self.base, self.reward, e.prompts, self.steps, o.batch_size, o.samples_per_prompt,

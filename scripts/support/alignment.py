@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from minilm import data, evaluate
+from minilm.fast.workers import parallel_map
 from minilm.generate import generate
 from minilm.model import RewardModel, Transformer
 from minilm.packing import packs
@@ -37,16 +38,16 @@ class Sampling:
         return responses
 
 
-def of_demonstrations(model: Transformer, held_out: Examples) -> dict:
+def of_demonstrations(model: Transformer, held_out: Examples, workers: int) -> dict:
     """The loss of held-out responses, in nats per token."""
     responses = held_out.responses["responses"]
-    total = log_probs(model, held_out.prompts, responses)
+    total = log_probs(model, held_out.prompts, responses, workers)
     return {"loss": float(-total.sum() / sum(map(len, responses)))}
 
 
-def of_pairs(model: Transformer, base: Transformer, held_out: Examples, beta: float) -> dict:
+def of_pairs(model: Transformer, base: Transformer, held_out: Examples, beta: float, workers: int) -> dict:
     """DPO's accuracy and margin on held-out pairs, with TRL's names."""
-    rewards = [beta * (log_probs(model, held_out.prompts, side) - log_probs(base, held_out.prompts, side))
+    rewards = [beta * np.subtract(*(log_probs(m, held_out.prompts, side, workers) for m in (model, base)))
                for side in held_out.responses.values()]
     return {**with_error("rewards/accuracies", rewards[0] > rewards[1]),
             **with_error("rewards/margins", rewards[0] - rewards[1])}
@@ -60,18 +61,21 @@ def of_rewards(model: RewardModel, held_out: Examples) -> dict:
 
 
 def of_answers(model: Transformer, base: Transformer, held_out: Examples, ends: Sequence[int], sampling: Sampling,
-               judge: Callable | None) -> dict:
+               judge: Callable | None, rivals: np.ndarray | None) -> dict:
     """Of one answer to each held-out prompt, at temperature 1: length and KL from the base; with a judge the reward and
-    the share of prompts on which it beats a second answer of the base (the base itself wins about half)."""
+    the share of prompts on which it beats a second answer of the base (the base itself wins about half).
+
+    rivals (N,): the rewards of these second answers.
+    """
     prompts = held_out.prompts
     answers = sampling.draw(model, prompts, ends, "answers")
     found = {**with_error("tokens", list(map(len, answers))),
              **with_error("ended", [answer[-1] in ends for answer in answers]),
-             **with_error("kl", evaluate.sequence_kl(model, base, prompts, answers, TOGETHER))}
+             **with_error("kl", np.subtract(*(log_probs(m, prompts, answers, sampling.workers)
+                                              for m in (model, base))))}
     if judge is not None:
         rewards = np.array(judge(prompts, answers), float)
-        others = np.array(judge(prompts, sampling.draw(base, prompts, ends, "second answers of the base")), float)
-        found |= {**with_error("reward", rewards), **with_error("win_rate", evaluate.wins(rewards, others))}
+        found |= {**with_error("reward", rewards), **with_error("win_rate", evaluate.wins(rewards, rivals))}
     return found
 
 
@@ -83,10 +87,12 @@ def perplexity_elsewhere(model: Transformer, encoding: ChatEncoding | QuestionEn
         return {"perplexity_elsewhere": float(np.exp(-model.log_probs(np.array([tokens])).data.mean()))}
 
 
-def log_probs(model: Transformer, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> np.ndarray:
+def log_probs(model: Transformer, prompts: Sequence[list[int]], responses: Sequence[list[int]],
+              workers: int) -> np.ndarray:
     """log pi(response | prompt) of each: (N,)."""
     with no_grad():
-        return np.concatenate([summed_log_probs(model, part).data for part in packs(prompts, responses, TOGETHER)])
+        return np.concatenate(parallel_map(lambda part: summed_log_probs(model, part).data,
+                                           list(packs(prompts, responses, TOGETHER)), workers))
 
 
 def with_error(name: str, values: Sequence) -> dict:

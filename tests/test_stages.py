@@ -21,7 +21,7 @@ from minilm.stages import rlhf as rlhf_module
 from minilm.stages.dpo import reference_log_probs, train_dpo
 from minilm.stages.pretraining import pretrain, pretrain_on_documents
 from minilm.stages.reward_model import train_reward_model
-from minilm.stages.rlhf import prompt_shards, train_rlhf
+from minilm.stages.rlhf import prompt_shards, response_lengths, train_rlhf
 from minilm.stages.sft import train_sft
 from minilm.stages.train_state import TrainState, shards, stage, train_step, workers_for
 from minilm.tensor import Tensor, grad_enabled
@@ -111,6 +111,15 @@ KEYS = {        # TRL's names where TRL has the metric
     "DPO": {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/ties",
                           "logps/chosen", "logps/rejected"},
 }
+
+
+def test_metrics_of_lengths_are_of_all_responses_and_of_those_that_end():
+    ends = np.array([False, False, True, True])
+    found = response_lengths([[1, 2], [0, 1, 1, 1], [1, 1, 3], [3]], ends)
+    assert found == {"completions/clipped_ratio": 0.25, "completions/mean_length": 2.5, "completions/min_length": 1,
+                     "completions/max_length": 4, "completions/mean_terminated_length": 2,
+                     "completions/min_terminated_length": 1, "completions/max_terminated_length": 3}
+    assert response_lengths([[1]], ends)["completions/mean_terminated_length"] == 0
 
 
 @every_stage

@@ -234,7 +234,7 @@ def main() -> int:
         try:
             work = Alignment(options, run, stop)
             began = time.monotonic()
-            before = work.measure(work.policy)
+            before = work.measure(work.policy if options.stage == "reward" else work.base)
             if not work.train():
                 print(f"stopped; continue with:\n    {command_to_resume()}")
                 return 130

@@ -202,12 +202,21 @@ PARTS = {
                       commands=("scripts/bench/processes.py",)),
     "predictions": Part("scripts/bench/processes.md", "2 s", commands=("scripts/bench/processes.py --predict",),
                         cheap=True, whole=True),
+    "preferences": Part("scripts/two_preferences.md", "75 min", whole=True,
+                        commands=("scripts/two_preferences.py --out runs/two-preferences",
+                                  "scripts/two_preferences.py --out runs/two-preferences --print"),
+                        figure=("runs/two-preferences/two_preferences.png", "scripts/two_preferences.png")),
+    "bandwidth": Part("scripts/bench/README.md", "10 min, on an idle machine",
+                      commands=("scripts/bench/bandwidth.py",)),
+    "align": Part("scripts/bench/README.md", "40 min, on an idle machine", commands=("scripts/bench/align.py",)),
     "lecture": Part("", "about an hour on two cores", commands=("scripts/lecture/all.py --out runs/claims --resume",
                                                   "scripts/lecture/all.py --readme runs/claims")),
     "vectors": Part("", "2 s", commands=("scripts/dev/golden.py",)),
 }
 COMMANDS = {"bytes": "scripts/bench/attention.py", "assistant": "scripts/support/figures.py runs/a runs/b runs/c",
             "bench": "scripts/bench/table.py runs/bench --print", "tricks": "scripts/bench/tricks.py",
+            "bandwidth": "scripts/bench/bandwidth.py", "align": "scripts/bench/align.py",
+            "preferences": "scripts/two_preferences.py --out runs/two-preferences --print",
             "processes": "scripts/bench/processes.py", "predictions": "scripts/bench/processes.py --predict"}
 
 

@@ -47,8 +47,7 @@ def of_demonstrations(model: Transformer, held_out: Examples, workers: int) -> d
 
 def of_pairs(model: Transformer, base: Transformer, held_out: Examples, beta: float, workers: int) -> dict:
     """DPO's accuracy and margin on held-out pairs, with TRL's names."""
-    rewards = [beta * np.subtract(*(log_probs(m, held_out.prompts, side, workers) for m in (model, base)))
-               for side in held_out.responses.values()]
+    rewards = [beta * log_ratios(model, base, held_out.prompts, side, workers) for side in held_out.responses.values()]
     return {**with_error("rewards/accuracies", rewards[0] > rewards[1]),
             **with_error("rewards/margins", rewards[0] - rewards[1])}
 
@@ -71,8 +70,7 @@ def of_answers(model: Transformer, base: Transformer, held_out: Examples, ends: 
     answers = sampling.draw(model, prompts, ends, "answers")
     found = {**with_error("tokens", list(map(len, answers))),
              **with_error("ended", [answer[-1] in ends for answer in answers]),
-             **with_error("kl", np.subtract(*(log_probs(m, prompts, answers, sampling.workers)
-                                              for m in (model, base))))}
+             **with_error("kl", log_ratios(model, base, prompts, answers, sampling.workers))}
     if judge is not None:
         rewards = np.array(judge(prompts, answers), float)
         found |= {**with_error("reward", rewards), **with_error("win_rate", evaluate.wins(rewards, rivals))}
@@ -85,6 +83,14 @@ def perplexity_elsewhere(model: Transformer, encoding: ChatEncoding | QuestionEn
     tokens = encoding.tokenizer.encode(text)[:min(OTHER_TEXT_TOKENS, model.config.context)]
     with no_grad():
         return {"perplexity_elsewhere": float(np.exp(-model.log_probs(np.array([tokens])).data.mean()))}
+
+
+def log_ratios(model: Transformer, base: Transformer, prompts: Sequence[list[int]], responses: Sequence[list[int]],
+               workers: int) -> np.ndarray:
+    """log(pi(response | prompt) / pi_base(response | prompt)) of each: (N,)."""
+    if model is base:
+        return np.zeros(len(prompts))
+    return np.subtract(*(log_probs(m, prompts, responses, workers) for m in (model, base)))
 
 
 def log_probs(model: Transformer, prompts: Sequence[list[int]], responses: Sequence[list[int]],

@@ -6,8 +6,7 @@ that they depend little on where an answer is cut off.
 
 import re
 
-FEWEST = 5              # words; an answer of fewer gets LOWEST
-LOWEST = -10.0
+FEWEST = 5              # words; an answer of fewer gets the reward of a bad one
 
 
 def words(text: str) -> list[str]:
@@ -23,10 +22,10 @@ def sentences(text: str) -> list[list[str]]:
 def short_words(prompts: list[str], answers: list[str]) -> list[float]:
     """The shorter the words the better: minus the mean number of letters of a word."""
     found = [words(answer) for answer in answers]
-    return [-sum(map(len, some)) / len(some) if len(some) >= FEWEST else LOWEST for some in found]
+    return [-sum(map(len, some)) / len(some) if len(some) >= FEWEST else -6.0 for some in found]
 
 
 def short_sentences(prompts: list[str], answers: list[str]) -> list[float]:
     """The shorter the sentences the better: minus the mean number of words of a sentence, in tens of words."""
     found = [list(map(len, sentences(answer))) for answer in answers]
-    return [-sum(some) / len(some) / 10 if sum(some) >= FEWEST else LOWEST for some in found]
+    return [-sum(some) / len(some) / 10 if sum(some) >= FEWEST else -3.0 for some in found]

@@ -21,6 +21,7 @@ from minilm.model_file import load_model, save_model
 from minilm.pretrained import load, save
 from minilm.tokenizer import Tokenizer
 from minilm.world import tasks
+from support import speakers
 from support.run_folder import UsageError
 from support.terminal import Column, brief, columns, labelled, one_line, printable
 from test_pretrained import CHAT, SHAPES, as_gguf
@@ -104,6 +105,12 @@ def test_models_of_one_name_are_told_apart_by_their_paths(folder, tmp_path):
     save_model(tmp_path / "sft.safetensors", transformer(5), TOKENIZER)
     files = [str(folder / "sft.safetensors"), str(tmp_path / "sft.safetensors"), str(folder / "base.safetensors")]
     assert [speaker.name for speaker in chat.load_speakers(files)] == [*files[:2], "base"]
+
+
+@pytest.mark.parametrize("path, name", [("runs/dpo/model", "dpo"), ("runs/dpo/adapter", "dpo"), ("m/smol.gguf", "smol"),
+                                        ("runs/dpo/model.safetensors", "dpo"), ("runs/base.safetensors", "base")])
+def test_a_model_that_align_wrote_has_the_name_of_its_run(path, name):
+    assert speakers.stem_of(Path(path)) == name
 
 
 def test_a_reward_model_among_several_files_is_left_out_with_a_note(folder, monkeypatch, capsys):

@@ -123,9 +123,16 @@ def model_files(paths: list[str]) -> list[str]:
     return files
 
 
+def stem_of(path: Path) -> str:
+    """A short name of a model: of what align.py wrote, DIR/model and DIR/adapter, the name of DIR."""
+    if path.name in ("model", "adapter", "model.safetensors"):
+        path = path.parent
+    return path.name.removesuffix(".safetensors").removesuffix(".gguf")
+
+
 def load_speakers(files: list[str], system: str | None = None) -> list[Speaker]:
     """The language models among the files. Raises UsageError if there is none, CheckpointError for other files."""
-    stems = [Path(file).resolve().name.removesuffix(".safetensors").removesuffix(".gguf") for file in files]
+    stems = [stem_of(Path(file).resolve()) for file in files]
     speakers: list[Speaker] = []
     for file, stem in zip(files, stems):
         name = stem if stems.count(stem) == 1 else file

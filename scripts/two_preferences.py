@@ -41,7 +41,7 @@ HELD_OUT = 40
 NEW_TOKENS = 48
 SHOWN = 3                # questions, with their answers, on the page
 SHARED = ["--lora-rank", "8", "--held-out", str(HELD_OUT), "--max-new-tokens", str(NEW_TOKENS), "--microbatches", "4"]
-OPTIONS = {"dpo": ["--batch-size", "8", "--learning-rate", "4e-4", "--epochs", "1"],
+OPTIONS = {"dpo": ["--batch-size", "8", "--learning-rate", "6e-4", "--epochs", "1"],
            "rlhf": ["--batch-size", "4", "--samples-per-prompt", "4", "--learning-rate", "5e-4", "--epochs", "0.4",
                     "--beta", "0.05"]}
 TOPICS = """bread|rain|the moon|a bicycle|honey|the heart|paper|volcanoes|chess|salt|trains|bees|glass|sleep|tea|maps|

@@ -29,6 +29,7 @@ from minilm import checkpoint  # noqa: E402
 from support.command_line import Parser, names  # noqa: E402
 from support.run_folder import main_guard  # noqa: E402
 
+ASKED = "What is rain good for?\n"
 ROOT = Path(__file__).resolve().parents[2]
 SPEED = [("training step", "torch"), ("training step", "compile"), ("SFT step", "trl-best"), ("DPO step", "trl-best"),
          ("RLOO step", "trl-best"), ("sampling", "torch")]
@@ -144,6 +145,14 @@ def speed_rows() -> str:
     return "\n".join(lines)
 
 
+def conversation() -> str:
+    """A question to a real model, before and after a run of two_preferences.py, as chat.py answers it."""
+    models = "models/smollm2-135m-instruct.gguf", "runs/two-preferences/seed-0/short_sentences-rlhf/model"
+    chat = [sys.executable, "scripts/chat.py", *models, "--seed", "0", "--max-tokens", "32"]
+    done = subprocess.run(chat, cwd=ROOT, check=True, text=True, input=ASKED, stdout=subprocess.PIPE)
+    return "".join(f"    {line}".rstrip() + "\n" for line in done.stdout.rstrip().splitlines()).rstrip()
+
+
 # The parts.
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +218,7 @@ PARTS = {
     "bandwidth": Part("scripts/bench/README.md", "10 min, on an idle machine",
                       commands=("scripts/bench/bandwidth.py",)),
     "align": Part("scripts/bench/README.md", "40 min, on an idle machine", commands=("scripts/bench/align.py",)),
+    "conversation": Part("README.md", "a minute, after preferences", conversation),
     "lecture": Part("", "about an hour on two cores", commands=("scripts/lecture/all.py --out runs/claims --resume",
                                                   "scripts/lecture/all.py --readme runs/claims")),
     "vectors": Part("", "2 s", commands=("scripts/dev/golden.py",)),

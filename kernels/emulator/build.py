@@ -18,9 +18,9 @@ from pathlib import Path
 from minilm.kernels.emulator.unsupported import hints
 
 HERE = Path(__file__).resolve().parent
-RUNTIME = "scheduler.cpp", "memory.cpp", "undefined.cpp", "endless.cpp"
+RUNTIME = "scheduler.cpp", "memory.cpp", "tensor.cpp", "copies.cpp", "undefined.cpp", "endless.cpp"
 RUNTIME_HEADERS = "bridge.h", "runtime.h", "races.h"
-KERNEL_HEADERS = "bridge.h", "device.h"
+KERNEL_HEADERS = "bridge.h", "device.h", "tensor.h"
 
 # -nostdinc: no header is available, as with NVRTC. -fno-strict-aliasing: nvcc lets a float4* point to floats.
 # -fno-gnu-unique: otherwise two libraries in one process share the static variables of their templates.
@@ -149,7 +149,7 @@ def _compile(code, definitions, mode, runtime, folder):
     text = '#line 1 "kernel.cu"\n' + rewritten(code, mode)
     source = folder / "kernel.cc"
     source.write_text(text, "utf-8")
-    include = "-include", HERE / "device.h", PATHS.format(os.getcwd()), PATHS.format(HERE), *definitions
+    include = "-iquote", HERE, "-include", HERE / "device.h", PATHS.format(os.getcwd()), PATHS.format(HERE), *definitions
     # A macro may define a kernel, so kernels are found after preprocessing; these two words are kept as they are.
     unexpanded = [f"-D{word}={word}" for word in ("__global__", "__launch_bounds__")]
     expanded = _gxx(*FLAGS, *include, *unexpanded, "-E", "-P", source, code=code)

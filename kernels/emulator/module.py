@@ -61,6 +61,7 @@ class Parameter(NamedTuple):
     pointer: bool
     writable: bool
     restrict: bool
+    bf16: bool
 
 
 class UnknownKernel(KeyError):
@@ -265,8 +266,9 @@ def _parameter(code, text):
     pointer = code[0] in "cp"
     letter = code[-2]
     size = int(code[-1])
-    dtype = None if letter == "?" else np.dtype(bool) if letter == "b" else np.dtype(f"{letter}{size}")
-    return Parameter(re.findall(r"\w+", text)[-1], dtype, pointer, code[0] == "p", "__restrict" in text)
+    letters = {"b": "?", "h": "u2"}             # bool; bf16, which NumPy stores as uint16
+    dtype = None if letter == "?" else np.dtype(letters.get(letter, f"{letter}{size}"))
+    return Parameter(re.findall(r"\w+", text)[-1], dtype, pointer, code[0] == "p", "__restrict" in text, letter == "h")
 
 
 @functools.lru_cache(maxsize=None)

@@ -17,6 +17,7 @@ from minilm.kernels import emulator
 from minilm.kernels.emulator import build
 from minilm.kernels.emulator.module import SHARED_UNASKED
 from minilm.kernels.emulator.running import never_written
+from minilm.kernels.launch import with_headers
 
 KERNELS = Path(__file__).resolve().parents[1]
 SHOWN = 8                       # elements of a result that are printed
@@ -141,7 +142,7 @@ class OwnKernel(Program):
         self.folder = path.resolve().parent         # raises for a loop of links, which cannot be read either
         if wrong := [definition for definition in define if not DEFINITION.fullmatch(definition)]:
             raise ValueError(f"--define {wrong[0]}: expected NAME=VALUE, as in --define REAL=double")
-        self.code = f'#line 1 "{path.name}"\n{text}'
+        self.code = with_headers(path.name, text)
         self.options = "--std=c++17", *(f"-D{definition}" for definition in define)
         self.kernel = self._chosen(kernel, build.kernel_names(text))
         self.grid = _extent("--grid", grid)

@@ -1,7 +1,7 @@
 """bfloat16 on the host: the upper half of a float32, stored as uint16, because NumPy has no such dtype.
 
 A kernel declares bf16* (tensor.cuh) and takes arrays of uint16. Rounding is that of the kernels, bit for bit.
-Tests: tests/test_emulator_tensor_cores.py.
+Tests: tests/test_tensor_cores.py.
 """
 
 import numpy as np

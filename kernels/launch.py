@@ -42,7 +42,7 @@ def with_headers(name: str, text: str) -> str:
     before, *after = TENSOR_CORES.split(text, maxsplit=1)
     if after:
         header = (FOLDER / "tensor.cuh").read_text("utf-8")
-        after = [f'#line 1 "tensor.cuh"\n{header}#line {before.count(chr(10)) + 1} "{name}"', *after]
+        after = [f'#line 1 "tensor.cuh"\n{header}#line {before.count(chr(10)) + 2} "{name}"', *after]
     return "".join([f'#line 1 "{name}"\n{before}', *after])
 
 

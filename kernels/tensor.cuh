@@ -12,7 +12,7 @@
 //
 // Two fragments of D side by side, rounded to pairs, are therefore one fragment of A.
 #ifdef EMULATOR
-#include "tensor.h"         // kernels/emulator: the same functions in C++
+#include "tensor_cores.h"         // kernels/emulator: the same functions in C++
 #else
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #error tensor.cuh needs sm_80 or later: tensor cores for bfloat16, and asynchronous copies

@@ -24,7 +24,7 @@ void* dynamic_shared();
 void* shared_array(const void* key, size_t bytes, size_t element, const char* name);    // checked: separate memory
 void declare_shared(void* address, size_t bytes);                                       // fast: a static variable
 [[noreturn]] void trap(const char* what);
-// Tensor cores (tensor.cpp) and asynchronous copies (copies.cpp), for tensor.h.
+// Tensor cores (tensor_cores.cpp) and asynchronous copies (copies.cpp), for tensor_cores.h.
 void warp_mma(Site site, float* d, const unsigned* a, unsigned b0, unsigned b1);
 void warp_ldmatrix(Site site, const char* name, bool transposed, unsigned* result, const void* row);
 void begin_copy(void* to, const void* from, bool real);

@@ -18,9 +18,9 @@ from pathlib import Path
 from minilm.kernels.emulator.unsupported import hints
 
 HERE = Path(__file__).resolve().parent
-RUNTIME = "scheduler.cpp", "memory.cpp", "tensor.cpp", "copies.cpp", "undefined.cpp", "endless.cpp"
+RUNTIME = "scheduler.cpp", "memory.cpp", "tensor_cores.cpp", "copies.cpp", "undefined.cpp", "endless.cpp"
 RUNTIME_HEADERS = "bridge.h", "runtime.h", "races.h"
-KERNEL_HEADERS = "bridge.h", "device.h", "tensor.h"
+KERNEL_HEADERS = "bridge.h", "device.h", "tensor_cores.h"
 
 # -nostdinc: no header is available, as with NVRTC. -fno-strict-aliasing: nvcc lets a float4* point to floats.
 # -fno-gnu-unique: otherwise two libraries in one process share the static variables of their templates.

@@ -5,7 +5,7 @@
 #pragma once
 #include "bridge.h"
 
-#define EMULATOR            // tensor.cuh: functions of tensor.h instead of PTX
+#define EMULATOR            // tensor.cuh: functions of tensor_cores.h instead of PTX
 #define __CUDACC__ 1
 #define __CUDACC_RTC__ 1
 #define __CUDA_ARCH__ 750

@@ -1,5 +1,5 @@
 // Declarations that the parts of the runtime share: scheduler.cpp runs the threads, memory.cpp (with races.h) checks
-// their accesses to memory, undefined.cpp reports undefined behaviour, endless.cpp endless loops; tensor.cpp has tensor
+// their accesses to memory, undefined.cpp reports undefined behaviour, endless.cpp endless loops; tensor_cores.cpp has tensor
 // cores, and copies.cpp asynchronous copies.
 #pragma once
 #include "bridge.h"
@@ -56,7 +56,7 @@ void join_clocks(int warp, unsigned mask);      // after a warp barrier of the l
 int warp_round();
 void meet_warp(Site site, const char* operation, const void* place);
 
-// Memory, for tensor.cpp and copies.cpp.
+// Memory, for tensor_cores.cpp and copies.cpp.
 enum Kind { READ, WRITE, ATOMIC };
 constexpr const char* VERBS[] = {"reads", "writes", "updates (atomically)"};
 void check_access(void* address, size_t bytes, Kind kind, const void* place, bool counted);     // of a checked kernel

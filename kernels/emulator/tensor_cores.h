@@ -1,4 +1,4 @@
-// The functions of tensor.cuh in C++, with the same names. Included by tensor.cuh; tensor.cpp and copies.cpp do the work.
+// The functions of tensor.cuh in C++, with the same names. Included by tensor.cuh; tensor_cores.cpp and copies.cpp do the work.
 #pragma once
 #undef __CUDA_ARCH__
 #define __CUDA_ARCH__ 800

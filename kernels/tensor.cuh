@@ -61,5 +61,7 @@ __device__ __forceinline__ void copy16(void* to, const void* from, bool real) {
                  :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+template <int groups> __device__ __forceinline__ void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(groups) : "memory");
+}
 #endif

@@ -173,7 +173,8 @@ class Function:
                 raise TypeError(f"{me} must be an array on the device, but is {kind}")
             array = value.__minilm_buffer__()
             if array.dtype != parameter.dtype:
-                raise TypeError(f"{me} is an array of {array.dtype}; the kernel declares {parameter.dtype}")
+                declared = "bf16, uint16 on the host" if parameter.bf16 else parameter.dtype
+                raise TypeError(f"{me} is an array of {array.dtype}; the kernel declares {declared}")
             if not array.flags.c_contiguous:
                 raise TypeError(f"{me} is not contiguous: shape {array.shape}, strides {array.strides}")
             return None, array

@@ -23,9 +23,9 @@ EMULATOR_INLINE unsigned bf16_pair(float low, float high) { return bf16(low).bit
 #define ldmatrix4_trans(...) ::emulator::load_matrices(EMULATOR_SITE, "ldmatrix4_trans", true, __VA_ARGS__)
 EMULATOR_INLINE void copy16(void* to, const void* from, bool real) { ::emulator::begin_copy(to, from, real); }
 EMULATOR_INLINE void copies_commit() { ::emulator::commit_copies(); }
-template <int N> EMULATOR_INLINE void copies_wait() {
-    static_assert(N >= 0, "the groups that may be in flight");
-    ::emulator::wait_for_copies(N);
+template <int groups> EMULATOR_INLINE void copies_wait() {
+    static_assert(groups >= 0, "groups is how many may still be in flight");
+    ::emulator::wait_for_copies(groups);
 }
 
 namespace emulator {

@@ -1,5 +1,5 @@
-// Tensor cores, 16-bit floats and asynchronous copies: functions around the PTX of sm_80 and later. All inline PTX is in
-// this file. A .cu file has them after the line #include "tensor.cuh" (launch.py puts this text there).
+// Tensor cores, 16-bit floats and asynchronous copies: functions around the PTX of sm_80 and later. All inline PTX is
+// in this file. A .cu file has them after the line #include "tensor.cuh" (launch.py puts this text there).
 //
 // A warp multiplies 16x16 by 16x8 numbers: D = A B + D. Each lane holds a part of each matrix, its fragment. A register
 // holds a pair of neighbours: in a row of A, in a column of B; the first one is in the low half (PTX ISA, "Matrix
@@ -35,30 +35,33 @@ __device__ __forceinline__ unsigned bf16_pair(float low, float high) {
 
 // D = A B + D, by all 32 lanes of a warp together.
 __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Fragments of four matrices (8,8) in shared memory, by all 32 lanes together. Lane 8m + r gives the address of row r of
+// Fragments of four matrices (8,8) in shared memory, by all 32 lanes together. Lane 8m + i gives the address of row i of
 // matrix m: 16 bytes, aligned to 16. r[m] gets row g, columns 2t and 2t+1 of matrix m; transposed: rows 2t and 2t+1,
-// column g. So the four quarters of A in row-major memory are one ldmatrix4, and two of B one ldmatrix4_trans.
+// column g. So the four quarters of an A stored by rows are one ldmatrix4, and two matrices B stored by rows are one
+// ldmatrix4_trans.
+__device__ __forceinline__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void ldmatrix4(unsigned (&r)[4], const bf16* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 __device__ __forceinline__ void ldmatrix4_trans(unsigned (&r)[4], const bf16* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 
-// Begins to copy 16 bytes from global to shared memory, both aligned to 16; 16 zeros instead if not real. The thread goes
-// on at once. Its copies since the last copies_commit are one group; copies_wait<N> returns when all of its groups but
-// the last N have arrived. Other threads see them only after a barrier that follows the wait.
+// Begins to copy 16 bytes from global to shared memory, both aligned to 16; 16 zeros instead if not real. The thread
+// continues at once. Its copies since the last copies_commit are one group; copies_wait<N> returns when all of its groups
+// but the last N have arrived. Other threads see them only after a barrier that follows the wait.
 __device__ __forceinline__ void copy16(void* to, const void* from, bool real) {
     const int bytes = real ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
+                 :: "r"(shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int groups> __device__ __forceinline__ void copies_wait() {

@@ -234,7 +234,8 @@ KERNEL(sums_of_mma_in_shared_memory) {
 
 
 def in_flight(thread, does, copier):
-    return thread, f"copy in flight: {does}, to which thread ({copier}, 0, 0) copies @; the bytes arrive at its copies_wait"
+    return thread, (f"copy in flight: {does}, to which thread ({copier}, 0, 0) copies @; the bytes arrive at its "
+                    "copies_wait")
 
 
 def race(thread, does, did):
@@ -277,8 +278,8 @@ FOUND = {   # kernel: (thread, message); "@" stands for the other line
     "two_calls_of_mma": (
         1, "divergent warp operations: mma with mask 0xffffffff, while lane 0 waits at mma with mask 0xffffffff (@)"),
     "mma_by_half_of_the_lanes": (
-        0, "deadlock: waits at mma forever, and thread (16, 0, 0) at __syncthreads (@); 0 of the block's 64 threads have "
-        "exited"),
+        0, "deadlock: waits at mma forever, and thread (16, 0, 0) at __syncthreads (@); 0 of the block's 64 threads "
+        "have exited"),
     "mma_after_a_lane_has_exited": (1, "mma with mask 0xffffffff names lane 0, which has exited"),
     "sums_of_mma_in_shared_memory": race(0, "reads shared common[0]", "thread (63, 0, 0) wrote"),
 }

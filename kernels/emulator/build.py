@@ -149,7 +149,8 @@ def _compile(code, definitions, mode, runtime, folder):
     text = '#line 1 "kernel.cu"\n' + rewritten(code, mode)
     source = folder / "kernel.cc"
     source.write_text(text, "utf-8")
-    include = "-iquote", HERE, "-include", HERE / "device.h", PATHS.format(os.getcwd()), PATHS.format(HERE), *definitions
+    include = ("-iquote", HERE, "-include", HERE / "device.h", PATHS.format(os.getcwd()), PATHS.format(HERE),
+               *definitions)
     # A macro may define a kernel, so kernels are found after preprocessing; these two words are kept as they are.
     unexpanded = [f"-D{word}={word}" for word in ("__global__", "__launch_bounds__")]
     expanded = _gxx(*FLAGS, *include, *unexpanded, "-E", "-P", source, code=code)

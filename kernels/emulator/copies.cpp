@@ -1,9 +1,9 @@
 // Asynchronous copies from global to shared memory (cp.async).
 //
-// A device may copy the bytes at any time between copy16 and the wait. Here they arrive at the wait, as late as possible,
-// so a kernel that reads them before it sees the old ones. A checked kernel enters a write into the records of races
-// twice, at copy16 and at the wait: threads that read the old bytes must be done before the one, threads that read the
-// new ones must begin after the other, with a barrier. An access between the two is a fault of its own.
+// A device may copy the bytes at any time between copy16 and the wait. Here they arrive at the wait, as late as
+// possible, so a kernel that reads them before the wait gets the old ones. A checked kernel enters a write into the
+// records of races twice, at copy16 and at the wait: a barrier must come between a read of the old bytes and copy16, and
+// between the wait and a read of the new ones. An access between the two writes is a fault of its own.
 #include "runtime.h"
 #include <cstring>
 #include <unordered_map>
@@ -19,7 +19,7 @@ struct Copy {
     uint64_t group;
 };
 static struct { std::vector<Copy> copies; uint64_t group; } queues[MOST_THREADS];    // group: the one that is open
-static std::unordered_map<size_t, std::pair<int, const void*>> targets;     // of a checked block: address / 16 to thread, place
+static std::unordered_map<size_t, std::pair<int, const void*>> targets;     // checked: address / 16 to thread, place
 size_t copies_in_flight;
 
 void begin_block_copies() {
@@ -33,8 +33,8 @@ void check_copies_in_flight(const char* address, size_t bytes, Kind kind, const 
     if (found == targets.end()) found = targets.find((size_t)(address + bytes - 1) / BYTES);
     if (found == targets.end()) return;
     uint3 i = threads[found->second.first].index;
-    fault(place, found->second.second, "copy in flight: %s %s, to which thread (%u, %u, %u) copies @; the bytes arrive at "
-          "its copies_wait", VERBS[kind], name_of(address), i.x, i.y, i.z);
+    fault(place, found->second.second, "copy in flight: %s %s, to which thread (%u, %u, %u) copies @; the bytes arrive "
+          "at its copies_wait", VERBS[kind], name_of(address), i.x, i.y, i.z);
 }
 
 void begin_copy(void* to, const void* from, bool real) {
@@ -45,7 +45,8 @@ void begin_copy(void* to, const void* from, bool real) {
     if (!in_shared(to, BYTES))
         fault(place, nullptr, "out of bounds: copy16 writes 16 bytes that are not all inside one shared array");
     if (real && !in_argument(from, BYTES))
-        fault(place, nullptr, "out of bounds: copy16 reads 16 bytes that are not all inside one array in global memory");
+        fault(place, nullptr, "out of bounds: copy16 reads 16 bytes that are not all inside one array in global "
+              "memory");
     if (launch->checked) {
         if (real) check_access(const_cast<void*>(from), BYTES, READ, place, true);
         check_access(to, BYTES, WRITE, place, true);
@@ -80,7 +81,7 @@ void wait_for_copies(int groups) {
 void end_thread_copies() {
     const auto& copies = queues[current->number].copies;
     if (copies.empty()) return;
-    fault(copies[0].place, nullptr, "copy in flight: the thread ends and has not waited for this copy16; %zu of its copies "
-          "are in flight", copies.size());
+    fault(copies[0].place, nullptr, "copy in flight: the thread ends and has not waited for this copy16; %zu of its "
+          "copies are in flight", copies.size());
 }
 }

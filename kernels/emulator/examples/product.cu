@@ -2,8 +2,7 @@
 // multiple of 16 bytes. A block of 4 warps computes 64x64 numbers of C. It copies the next tiles of A and B while it
 // multiplies these.
 //
-//     python -m minilm.kernels.emulator kernels/emulator/examples/product.cu --A 6240 --B 4992 --C 4160 \
-//         --M 60 --N 48 --K 104 --grid 1,1
+//     python -m minilm.kernels.emulator kernels/emulator/examples/product.cu --A 6240 --B 4992 --C 2880 --M 60 --N 48 --K 104 --grid 1
 #include "tensor.cuh"
 
 #define ROWS 64

@@ -41,11 +41,13 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsig
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// For the instructions below; the emulator does not have it.
+__device__ __forceinline__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+
 // Fragments of four matrices (8,8) in shared memory, by all 32 lanes together. Lane 8m + i gives the address of row i of
 // matrix m: 16 bytes, aligned to 16. r[m] gets row g, columns 2t and 2t+1 of matrix m; transposed: rows 2t and 2t+1,
 // column g. So the four quarters of an A stored by rows are one ldmatrix4, and two matrices B stored by rows are one
 // ldmatrix4_trans.
-__device__ __forceinline__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void ldmatrix4(unsigned (&r)[4], const bf16* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");

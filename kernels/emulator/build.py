@@ -41,7 +41,8 @@ MODES = {
                 "-fno-gcse", "-fno-tree-dse"),
     "debug": ("-O0", "-ggdb3", "-gdwarf-4"),
 }
-RUNTIME_FLAGS = ("-std=c++17", "-O2", "-g", "-fPIC", "-fno-gnu-unique", "-fno-exceptions", "-march=native", "-w")
+RUNTIME_FLAGS = ("-std=c++17", "-O2", "-g", "-fPIC", "-fno-gnu-unique", "-fno-exceptions", "-march=native",
+                 "-ffp-contract=off", "-w")
 # gdb finds the sources of the emulator by their names alone: checkouts share the cache, so paths would be wrong.
 PATHS = "-fdebug-prefix-map={}=."
 

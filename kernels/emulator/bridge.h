@@ -21,7 +21,7 @@ void warp_shuffle(Site site, Shuffle kind, unsigned mask, const void* value, voi
 void atomic_load(const void* address, void* value, size_t bytes);
 void atomic_store(void* address, const void* value, size_t bytes);
 void* dynamic_shared();
-void* shared_array(const void* key, size_t bytes, size_t element, const char* name);    // checked: separate memory
+void* shared_array(const void* key, size_t bytes, size_t element, size_t alignment, const char* name);  // checked
 void declare_shared(void* address, size_t bytes);                                       // fast: a static variable
 [[noreturn]] void trap(const char* what);
 // Tensor cores (tensor_cores.cpp) and asynchronous copies (copies.cpp), for tensor_cores.h.

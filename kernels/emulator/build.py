@@ -172,7 +172,8 @@ def rewritten(code: str, mode: str) -> str:
         align, kind, name, extent = match.groups()
         lines = "\n" * (match[0].count("\n") - extent.count("\n"))
         if mode == "checked":
-            return f'auto& {name} = ::emulator::shared_variable<{kind}{extent}>("{name}", [] {{}});{lines}'
+            alignment = f"[] {{ struct One {{ {align}{kind} x; }}; return alignof(One); }}"
+            return f'auto& {name} = ::emulator::shared_variable<{kind}{extent}>("{name}", {alignment});{lines}'
         return f"static {align}{kind} {name}{extent}; ::emulator::declare_shared(&{name}, sizeof {name});{lines}"
 
     text = STATIC.sub(static, DYNAMIC.sub(dynamic, code))

@@ -49,7 +49,8 @@ static void fill_uninitialised(void* memory, size_t bytes) {
     memset((char*)memory + 4 * words, 0x5a, bytes % 4);
 }
 
-static char* allocate(size_t bytes) { return (char*)aligned_alloc(256, (bytes / 256 + 1) * 256); }
+constexpr size_t ALIGNMENT = 256;
+static char* allocate(size_t bytes) { return (char*)aligned_alloc(ALIGNMENT, (bytes / ALIGNMENT + 1) * ALIGNMENT); }
 
 bool begin_memory() {
     region_count = 0;
@@ -74,7 +75,7 @@ void begin_block_memory() {
 void end_memory() {
     for (int i = 0; i < region_count; ++i) {
         free(regions[i].cells);
-        if (regions[i].key) free(regions[i].begin);
+        if (regions[i].key) free((void*)((size_t)regions[i].begin / ALIGNMENT * ALIGNMENT));
     }
     free(dynamic_memory);
 }
@@ -97,10 +98,11 @@ void declare_shared(void* address, size_t bytes) {
     add_region({(char*)address, bytes, 0, true, true, "shared memory"});
 }
 
-void* shared_array(const void* key, size_t bytes, size_t element, const char* name) {
+// The array is aligned as it is declared and no better, because a device may place it so.
+void* shared_array(const void* key, size_t bytes, size_t element, size_t alignment, const char* name) {
     for (int i = 0; i < region_count; ++i) if (regions[i].key == key) return regions[i].begin;
     count_static(bytes, __builtin_return_address(0));
-    char* memory = allocate(bytes);
+    char* memory = allocate(bytes + alignment) + alignment % ALIGNMENT;
     fill_uninitialised(memory, bytes);
     return add_region({memory, bytes, element, true, true, name, nullptr, key}).begin;
 }

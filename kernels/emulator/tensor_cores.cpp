@@ -16,6 +16,11 @@ static void unpack(float* to, unsigned pair) {
     memcpy(to + 1, &high, 4);
 }
 
+// Four registers of a lane, which the kernel may have declared in memory of any kind.
+static void check_four(const void* registers, Kind kind, const void* place) {
+    for (int i = 0; launch->checked && i < 4; ++i) check_access((char*)registers + 4 * i, 4, kind, place, true);
+}
+
 // The sums run over k = 0 to 15 in float, after d. A device adds in an order that NVIDIA does not document.
 void warp_mma(Site site, float* d, const unsigned* a, unsigned b0, unsigned b1) {
     const void* place = __builtin_return_address(0);
@@ -24,11 +29,9 @@ void warp_mma(Site site, float* d, const unsigned* a, unsigned b0, unsigned b1) 
     for (int i = 0; i < 4; ++i) unpack(&m.a[g + i % 2 * 8][2 * t + i / 2 * 8], a[i]);
     unpack(&m.b[g][2 * t], b0);
     unpack(&m.b[g][2 * t + 8], b1);
-    if (launch->checked) {
-        check_access(const_cast<unsigned*>(a), 16, READ, place, true);
-        check_access(d, 16, READ, place, true);
-        check_access(d, 16, WRITE, place, true);
-    }
+    check_four(a, READ, place);
+    check_four(d, READ, place);
+    check_four(d, WRITE, place);
     meet_warp(site, "mma", place);
     for (int i = 0; i < 4; ++i)
         for (int k = 0; k < 16; ++k) d[i] += m.a[g + i / 2 * 8][k] * m.b[2 * t + i % 2][k];
@@ -53,7 +56,7 @@ void warp_ldmatrix(Site site, const char* name, bool transposed, unsigned* resul
     auto& all = rows[warp_round()][current->number / LANES];
     all[lane] = (const char*)row;
     meet_warp(site, name, place);
-    if (launch->checked) check_access(result, 16, WRITE, place, true);
+    check_four(result, WRITE, place);
     for (int m = 0; m < 4; ++m) {
         const char* first = transposed ? all[8 * m + 2 * t] + 2 * g : all[8 * m + g] + 4 * t;
         const char* second = transposed ? all[8 * m + 2 * t + 1] + 2 * g : first + 2;

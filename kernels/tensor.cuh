@@ -44,8 +44,8 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsig
 // For the instructions below; the emulator does not have it.
 __device__ __forceinline__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 
-// Fragments of four matrices (8,8) in shared memory, by all 32 lanes together. Lane 8m + i gives the address of row i of
-// matrix m: 16 bytes, aligned to 16. r[m] gets row g, columns 2t and 2t+1 of matrix m; transposed: rows 2t and 2t+1,
+// Fragments of four matrices (8,8) in shared memory, by all 32 lanes together. Lane 8m + i gives the address of row i
+// of matrix m: 16 bytes, aligned to 16. r[m] gets row g, columns 2t and 2t+1 of matrix m; transposed: rows 2t and 2t+1,
 // column g. So the four quarters of an A stored by rows are one ldmatrix4, and two matrices B stored by rows are one
 // ldmatrix4_trans.
 __device__ __forceinline__ void ldmatrix4(unsigned (&r)[4], const bf16* row) {
@@ -58,8 +58,8 @@ __device__ __forceinline__ void ldmatrix4_trans(unsigned (&r)[4], const bf16* ro
 }
 
 // Begins to copy 16 bytes from global to shared memory, both aligned to 16; 16 zeros instead if not real. The thread
-// continues at once. Its copies since the last copies_commit are one group; copies_wait<N> returns when all of its groups
-// but the last N have arrived. Other threads see them only after a barrier that follows the wait.
+// continues at once. Its copies since the last copies_commit are one group; copies_wait<N> returns when all of its
+// groups but the last N have arrived. Other threads see them only after a barrier that follows the wait.
 __device__ __forceinline__ void copy16(void* to, const void* from, bool real) {
     const int bytes = real ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"

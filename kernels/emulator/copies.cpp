@@ -2,8 +2,8 @@
 //
 // A device may copy the bytes at any time between copy16 and the wait. Here they arrive at the wait, as late as
 // possible, so a kernel that reads them before the wait gets the old ones. A checked kernel enters a write into the
-// records of races twice, at copy16 and at the wait: a barrier must come between a read of the old bytes and copy16, and
-// between the wait and a read of the new ones. An access between the two writes is a fault of its own.
+// records of races twice, at copy16 and at the wait: a barrier must come between a read of the old bytes and copy16,
+// and between the wait and a read of the new ones. An access between the two writes is a fault of its own.
 #include "runtime.h"
 #include <cstring>
 #include <unordered_map>
@@ -23,7 +23,10 @@ static std::unordered_map<size_t, std::pair<int, const void*>> targets;     // c
 size_t copies_in_flight;
 
 void begin_block_copies() {
-    for (int i = 0; i < thread_count; ++i) queues[i].copies.clear(), queues[i].group = 0;
+    for (int i = 0; i < thread_count; ++i) {
+        queues[i].copies.clear();
+        queues[i].group = 0;
+    }
     targets.clear();
     copies_in_flight = 0;
 }

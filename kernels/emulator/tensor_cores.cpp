@@ -1,4 +1,4 @@
-// Tensor cores: mma.sync m16n8k16 of bf16 numbers, and ldmatrix. kernels/tensor.cuh shows which lane holds which numbers.
+// Tensor cores: mma.sync m16n8k16 of bf16 numbers, and ldmatrix. kernels/tensor.cuh shows which lane holds what.
 //
 // All lanes of a warp must reach the same call, as for a shuffle. Neither operation orders other accesses to memory.
 #include "runtime.h"
@@ -25,13 +25,13 @@ static void check_four(const void* registers, Kind kind, const void* place) {
 void warp_mma(Site site, float* d, const unsigned* a, unsigned b0, unsigned b1) {
     const void* place = __builtin_return_address(0);
     int lane = current->number % LANES, g = lane / 4, t = lane % 4;
+    check_four(a, READ, place);
+    check_four(d, READ, place);
+    check_four(d, WRITE, place);
     auto& m = matrices[warp_round()][current->number / LANES];
     for (int i = 0; i < 4; ++i) unpack(&m.a[g + i % 2 * 8][2 * t + i / 2 * 8], a[i]);
     unpack(&m.b[g][2 * t], b0);
     unpack(&m.b[g][2 * t + 8], b1);
-    check_four(a, READ, place);
-    check_four(d, READ, place);
-    check_four(d, WRITE, place);
     meet_warp(site, "mma", place);
     for (int i = 0; i < 4; ++i)
         for (int k = 0; k < 16; ++k) d[i] += m.a[g + i / 2 * 8][k] * m.b[2 * t + i % 2][k];
@@ -39,9 +39,10 @@ void warp_mma(Site site, float* d, const unsigned* a, unsigned b0, unsigned b1) 
 
 static void check_row(const void* row, const char* name, const void* place) {
     int lane = current->number % LANES;
-    if (!in_shared(row, 1)) fault(place, nullptr, "out of bounds: lane %d gives %s a row outside of shared memory", lane, name);
+    if (!in_shared(row, 1))
+        fault(place, nullptr, "out of bounds: lane %d gives %s a row outside of shared memory", lane, name);
     if ((size_t)row % 16)
-        fault(place, nullptr, "misaligned: lane %d gives %s a row at %s, which is not a multiple of 16 bytes", lane, name,
+        fault(place, nullptr, "misaligned: lane %d gives %s a row at %s, which is not aligned to 16 bytes", lane, name,
               name_of(row));
     if (!in_shared(row, 16))
         fault(place, nullptr, "out of bounds: lane %d gives %s a row at %s, which ends beyond the array", lane, name,

@@ -1,4 +1,5 @@
-// The functions of tensor.cuh in C++, with the same names. Included by tensor.cuh; tensor_cores.cpp and copies.cpp do the work.
+// The functions of tensor.cuh in C++, with the same names. Included by tensor.cuh; implemented in tensor_cores.cpp and
+// copies.cpp.
 #pragma once
 #undef __CUDA_ARCH__
 #define __CUDA_ARCH__ 800
@@ -16,7 +17,9 @@ struct bf16 {
     EMULATOR_INLINE explicit bf16(float x) : bits(::emulator::bf16_bits(__float_as_uint(x))) {}
     EMULATOR_INLINE explicit operator float() const { return __uint_as_float((unsigned)bits << 16); }
 };
-EMULATOR_INLINE unsigned bf16_pair(float low, float high) { return bf16(low).bits | (unsigned)bf16(high).bits << 16; }
+EMULATOR_INLINE unsigned bf16_pair(float low, float high) {
+    return bf16(low).bits | (unsigned)bf16(high).bits << 16;
+}
 
 #define mma(...) ::emulator::multiply(EMULATOR_SITE, __VA_ARGS__)
 #define ldmatrix4(...) ::emulator::load_matrices(EMULATOR_SITE, "ldmatrix4", false, __VA_ARGS__)

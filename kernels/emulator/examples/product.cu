@@ -1,16 +1,16 @@
-// C (M,N) = A (M,K) B (K,N) on tensor cores: bf16 in, float out. K and N are multiples of 8, so that every row begins at a
-// multiple of 16 bytes. A block of 4 warps computes 64x64 numbers of C. It copies the next tiles of A and B while it
-// multiplies these.
+// C (M,N) = A (M,K) B (K,N) on tensor cores: bf16 in, float out. K and N are multiples of 8, so that every row begins
+// at a multiple of 16 bytes. A block of 4 warps computes 64x64 numbers of C. It copies the next tiles of A and B while
+// it multiplies these.
 //
-//     python -m minilm.kernels.emulator kernels/emulator/examples/product.cu --A 6240 --B 4992 --C 2880 --M 60 --N 48 --K 104 --grid 1
+//     python -m minilm.kernels.emulator product.cu --A 6240 --B 4992 --C 2880 --M 60 --N 48 --K 104 --grid 1
 #include "tensor.cuh"
 
 #define ROWS 64
 #define COLUMNS 64
 #define STEP 32                     // columns of A and rows of B in a tile
 
-// The place of 8 numbers in a tile whose rows have CHUNKS of them. The chunks of a row are exchanged (xor), so that the 8
-// rows that ldmatrix reads at once lie in different banks of shared memory.
+// The place of 8 numbers (a chunk) in a tile whose rows have CHUNKS of them. The chunks of a row are exchanged (xor),
+// so that the 8 rows that ldmatrix reads at once lie in different banks of shared memory.
 template <int CHUNKS> __device__ __forceinline__ int at(int row, int chunk) {
     return 8 * (row * CHUNKS + (chunk ^ row * CHUNKS / 8 % CHUNKS));
 }
@@ -25,7 +25,7 @@ __device__ __forceinline__ void load(bf16* tile, const bf16* from, int width, in
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 1)
 product(const bf16* __restrict__ A, const bf16* __restrict__ B, float* __restrict__ C, int M, int N, int K) {
     __shared__ __align__(16) bf16 a[2][ROWS * STEP];
     __shared__ __align__(16) bf16 b[2][STEP * COLUMNS];

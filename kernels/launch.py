@@ -11,6 +11,7 @@ A module of minilm.kernels, X.cu and X.py, has two functions for the tools:
 
 import functools
 import operator
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ FOLDER = Path(__file__).resolve().parent
 REALS = {"float32": "float", "float64": "double"}
 MOST_BLOCKS = 2 ** 31 - 1, 65_535, 65_535               # of a grid along x, y and z
 MOST_COUNT = 2 ** 31 - 2 ** 24          # kernels count in 32 bits, and a loop steps beyond the end by less than 2^24
+TENSOR_CORES = re.compile(r'^#include "tensor\.cuh"$', re.MULTILINE)
 SHARED_UNASKED = 48 * 1024      # bytes of dynamic shared memory of a block; more must be requested from the driver
 
 
@@ -31,7 +33,17 @@ SHARED_UNASKED = 48 * 1024      # bytes of dynamic shared memory of a block; mor
 def source(module: str, text: str | None = None) -> str:
     """The prelude and kernels/<module>.cu (or `text` in its place), with #line directives for error messages."""
     text = (FOLDER / f"{module}.cu").read_text("utf-8") if text is None else text
-    return f'#line 1 "prelude.cuh"\n{(FOLDER / "prelude.cuh").read_text("utf-8")}\n#line 1 "{module}.cu"\n{text}'
+    return f'#line 1 "prelude.cuh"\n{(FOLDER / "prelude.cuh").read_text("utf-8")}\n{with_headers(f"{module}.cu", text)}'
+
+
+def with_headers(name: str, text: str) -> str:
+    """The text of a .cu file with #line directives. A line `#include "tensor.cuh"` becomes that file: neither CuPy nor
+    the emulator then needs a path."""
+    before, *after = TENSOR_CORES.split(text, maxsplit=1)
+    if after:
+        header = (FOLDER / "tensor.cuh").read_text("utf-8")
+        after = [f'#line 1 "tensor.cuh"\n{header}#line {before.count(chr(10)) + 2} "{name}"', *after]
+    return "".join([f'#line 1 "{name}"\n{before}', *after])
 
 
 def options(dtype: DTypeLike, constants: dict[str, Any]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Launches of kernels that a test gives as text, on the emulator."""
 import numpy as np
 
-from minilm.kernels import emulator
+from minilm.kernels import emulator, launch
 
 SCHEDULES = "forward", "reversed", 1, 2, 3
 
@@ -17,7 +17,7 @@ class Device:
 
 
 def kernel(code, name, *options):
-    return emulator.RawModule(code=f'#line 1 "test.cu"\n{code}', options=options).get_function(name)
+    return emulator.RawModule(code=launch.with_headers("test.cu", code), options=options).get_function(name)
 
 
 def run(code, name, *args, grid=(1,), block=(64,), shared=0, options=()):

@@ -214,6 +214,7 @@ def test_unsupported_features_are_named_with_their_lines_and_what_to_use_instead
 
 
 @pytest.mark.parametrize("line, name", [
+    ('#include "tensor.cuh"', '#include "tensor.cuh"'),
     ("#include <cuda_runtime.h>", "#include <cuda_runtime.h>"), ("#include <mma.h>", "#include <mma.h>"),
     ("using namespace nvcuda;", "nvcuda"), ("namespace cg = cooperative_groups;", "cooperative_groups"),
     ("__device__ half twice(half x) { return x; }", "half"), ("__nv_bfloat16 x;", "__nv_bfloat16"),

@@ -18,16 +18,20 @@ for module in ("fcntl", "safetensors"):
 import mutants
 import mutants_table
 from helpers import has_ended
+from minilm.kernels import emulator, launch
+from minilm.kernels.emulator import build
 from support.run_folder import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "dev" / "mutants.py"
 MUTANTS = mutants_table.read_tables(mutants.TABLES)
+PYTHON = sorted({m.file for m in MUTANTS if m.file.endswith(".py")})
+C = sorted({m.file for m in MUTANTS} - set(PYTHON))
 
 
 # The table.
 
-@pytest.mark.parametrize("file", sorted({m.file for m in MUTANTS}))
+@pytest.mark.parametrize("file", PYTHON)
 def test_every_mutant_is_other_code_that_compiles(file):
     right = (ROOT / file).read_text("utf-8")
     tree = ast.dump(ast.parse(right))
@@ -35,6 +39,22 @@ def test_every_mutant_is_other_code_that_compiles(file):
         wrong = mutants_table.mutated(right, mutant)
         assert ast.dump(ast.parse(wrong)) != tree, mutant
         compile(wrong, str(mutant), "exec")
+
+
+@pytest.mark.skipif(emulator.available() is not None, reason=f"{emulator.available()}")
+@pytest.mark.parametrize("file", C)
+def test_every_mutant_of_the_emulator_compiles_too(file, tmp_path):
+    """Otherwise any test would kill it. A header is compiled with the product that includes it."""
+    path = ROOT / file
+    is_runtime = path.suffix == ".cpp"
+    flags = build.RUNTIME_FLAGS if is_runtime else (*build.FLAGS, "-include", build.HERE / "device.h")
+    for mutant in (m for m in MUTANTS if m.file == file):
+        wrong = mutants_table.mutated(path.read_text("utf-8"), mutant)
+        code = wrong if path.suffix == ".cu" else (build.HERE / "examples" / "product.cu").read_text("utf-8")
+        (tmp_path / path.name).write_text(wrong, "utf-8")
+        source = tmp_path / "source.cc"
+        source.write_text(wrong if is_runtime else build.rewritten(launch.with_headers("product.cu", code), "fast"))
+        build._gxx(*flags, "-iquote", tmp_path, "-iquote", build.HERE, "-fsyntax-only", source)
 
 
 def unbound_names(source):
@@ -53,7 +73,7 @@ def test_unbound_names_are_found():
                          "len, c, v") == {"c", "v"}
 
 
-@pytest.mark.parametrize("file", sorted({m.file for m in MUTANTS}))
+@pytest.mark.parametrize("file", PYTHON)
 def test_no_mutant_dies_of_a_name_that_does_not_exist(file):
     """Such a mutant would be killed by any test, whatever the tests check."""
     right = (ROOT / file).read_text("utf-8")

@@ -32,15 +32,16 @@ with the last tile"; the first command then prints (g++ 12; another compiler may
 Supported CUDA: the language as NVRTC compiles it without headers; __global__, __device__, __shared__ (one variable in a
 declaration), __launch_bounds__, templates; __syncthreads and its votes, __syncwarp, ballots, votes and shuffles with a
 mask; atomics on int, unsigned, unsigned long long, float, double; float2, float4, double2, double4, int2, int4, uint2,
-uint4; the functions of mathematics and conversion; __ldg, printf, assert, __trap. Not supported, and named in the
-error: headers, cooperative groups, tensor cores, 16-bit floats, inline PTX, textures, clocks, allocation on the device,
-blocks that are not whole warps.
+uint4; the functions of mathematics and conversion; __ldg, printf, assert, __trap; bf16, tensor cores and asynchronous
+copies through the functions of kernels/tensor.cuh. Not supported, and named in the error: other headers, cooperative
+groups, half, other inline PTX, textures, clocks, allocation on the device, blocks that are not whole warps.
 
 The emulator is no GPU. It says nothing about speed, occupancy or coalescing. Its exp and its sums differ from those of
 a device in the last bits; multiplications and additions are fused only where the source has fma.
 
 Reading order: device.h (the interface of a kernel), scheduler.cpp (threads and barriers), races.h and memory.cpp (the
-checkers), endless.cpp, build.py, module.py, running.py, fault.py, programs.py.
+checkers), tensor_cores.cpp and copies.cpp (tensor.cuh), endless.cpp, build.py, module.py, running.py, fault.py,
+programs.py.
 """
 
 from minilm.kernels.emulator.build import CompileError, available

@@ -21,9 +21,15 @@ void warp_shuffle(Site site, Shuffle kind, unsigned mask, const void* value, voi
 void atomic_load(const void* address, void* value, size_t bytes);
 void atomic_store(void* address, const void* value, size_t bytes);
 void* dynamic_shared();
-void* shared_array(const void* key, size_t bytes, size_t element, const char* name);    // checked: separate memory
+void* shared_array(const void* key, size_t bytes, size_t element, size_t alignment, const char* name);  // checked
 void declare_shared(void* address, size_t bytes);                                       // fast: a static variable
 [[noreturn]] void trap(const char* what);
+// Tensor cores (tensor_cores.cpp) and asynchronous copies (copies.cpp), for tensor_cores.h.
+void warp_mma(Site site, float* d, const unsigned* a, unsigned b0, unsigned b1);
+void warp_ldmatrix(Site site, const char* name, bool transposed, unsigned* result, const void* row);
+void begin_copy(void* to, const void* from, bool real);
+void commit_copies();
+void wait_for_copies(int groups);
 
 // One launch. module.py fills it in through a ctypes.Structure with the same fields.
 struct Buffer {                     // an array given as an argument

@@ -18,9 +18,9 @@ from pathlib import Path
 from minilm.kernels.emulator.unsupported import hints
 
 HERE = Path(__file__).resolve().parent
-RUNTIME = "scheduler.cpp", "memory.cpp", "undefined.cpp", "endless.cpp"
+RUNTIME = "scheduler.cpp", "memory.cpp", "tensor_cores.cpp", "copies.cpp", "undefined.cpp", "endless.cpp"
 RUNTIME_HEADERS = "bridge.h", "runtime.h", "races.h"
-KERNEL_HEADERS = "bridge.h", "device.h"
+KERNEL_HEADERS = "bridge.h", "device.h", "tensor_cores.h"
 
 # -nostdinc: no header is available, as with NVRTC. -fno-strict-aliasing: nvcc lets a float4* point to floats.
 # -fno-gnu-unique: otherwise two libraries in one process share the static variables of their templates.
@@ -41,7 +41,8 @@ MODES = {
                 "-fno-gcse", "-fno-tree-dse"),
     "debug": ("-O0", "-ggdb3", "-gdwarf-4"),
 }
-RUNTIME_FLAGS = ("-std=c++17", "-O2", "-g", "-fPIC", "-fno-gnu-unique", "-fno-exceptions", "-march=native", "-w")
+RUNTIME_FLAGS = ("-std=c++17", "-O2", "-g", "-fPIC", "-fno-gnu-unique", "-fno-exceptions", "-march=native",
+                 "-ffp-contract=off", "-w")
 # gdb finds the sources of the emulator by their names alone: checkouts share the cache, so paths would be wrong.
 PATHS = "-fdebug-prefix-map={}=."
 
@@ -149,7 +150,8 @@ def _compile(code, definitions, mode, runtime, folder):
     text = '#line 1 "kernel.cu"\n' + rewritten(code, mode)
     source = folder / "kernel.cc"
     source.write_text(text, "utf-8")
-    include = "-include", HERE / "device.h", PATHS.format(os.getcwd()), PATHS.format(HERE), *definitions
+    include = ("-iquote", HERE, "-include", HERE / "device.h", PATHS.format(os.getcwd()), PATHS.format(HERE),
+               *definitions)
     # A macro may define a kernel, so kernels are found after preprocessing; these two words are kept as they are.
     unexpanded = [f"-D{word}={word}" for word in ("__global__", "__launch_bounds__")]
     expanded = _gxx(*FLAGS, *include, *unexpanded, "-E", "-P", source, code=code)
@@ -170,7 +172,8 @@ def rewritten(code: str, mode: str) -> str:
         align, kind, name, extent = match.groups()
         lines = "\n" * (match[0].count("\n") - extent.count("\n"))
         if mode == "checked":
-            return f'auto& {name} = ::emulator::shared_variable<{kind}{extent}>("{name}", [] {{}});{lines}'
+            alignment = f"[] {{ struct One {{ {align}{kind} x; }}; return alignof(One); }}"
+            return f'auto& {name} = ::emulator::shared_variable<{kind}{extent}>("{name}", {alignment});{lines}'
         return f"static {align}{kind} {name}{extent}; ::emulator::declare_shared(&{name}, sizeof {name});{lines}"
 
     text = STATIC.sub(static, DYNAMIC.sub(dynamic, code))

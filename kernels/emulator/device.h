@@ -5,6 +5,7 @@
 #pragma once
 #include "bridge.h"
 
+#define EMULATOR            // tensor.cuh: functions of tensor_cores.h instead of PTX
 #define __CUDACC__ 1
 #define __CUDACC_RTC__ 1
 #define __CUDA_ARCH__ 750
@@ -75,12 +76,12 @@ EMULATOR_INLINE T shuffle(Site site, unsigned mask, T value, int lane, int width
     return result;
 }
 // A __shared__ variable of a checked build has memory of its own, so that its bounds are exact.
-// `Here` is the type of a lambda, a different one for every declaration.
+// `alignment` is a lambda; its type is a different one for every declaration.
 template <class T> struct Scalar { typedef T type; };
 template <class T, size_t n> struct Scalar<T[n]> : Scalar<T> {};
-template <class T, class Here> EMULATOR_INLINE T& shared_variable(const char* name, Here) {
+template <class T, class Here> EMULATOR_INLINE T& shared_variable(const char* name, Here alignment) {
     static char key;
-    return *(T*)shared_array(&key, sizeof(T), sizeof(typename Scalar<T>::type), name);
+    return *(T*)shared_array(&key, sizeof(T), sizeof(typename Scalar<T>::type), alignment(), name);
 }
 }
 

@@ -49,7 +49,8 @@ static void fill_uninitialised(void* memory, size_t bytes) {
     memset((char*)memory + 4 * words, 0x5a, bytes % 4);
 }
 
-static char* allocate(size_t bytes) { return (char*)aligned_alloc(256, (bytes / 256 + 1) * 256); }
+constexpr size_t ALIGNMENT = 256;
+static char* allocate(size_t bytes) { return (char*)aligned_alloc(ALIGNMENT, (bytes / ALIGNMENT + 1) * ALIGNMENT); }
 
 bool begin_memory() {
     region_count = 0;
@@ -74,7 +75,7 @@ void begin_block_memory() {
 void end_memory() {
     for (int i = 0; i < region_count; ++i) {
         free(regions[i].cells);
-        if (regions[i].key) free(regions[i].begin);
+        if (regions[i].key) free((void*)((size_t)regions[i].begin / ALIGNMENT * ALIGNMENT));
     }
     free(dynamic_memory);
 }
@@ -94,20 +95,19 @@ void declare_shared(void* address, size_t bytes) {
     for (int i = 0; i < region_count; ++i) if (regions[i].begin == address) return;
     count_static(bytes, __builtin_return_address(0));
     fill_uninitialised(address, bytes);
-    add_region({(char*)address, bytes, 0, true, true, ""});
+    add_region({(char*)address, bytes, 0, true, true, "shared memory"});
 }
 
-void* shared_array(const void* key, size_t bytes, size_t element, const char* name) {
+// The array is aligned as it is declared and no better, because a device may place it so.
+void* shared_array(const void* key, size_t bytes, size_t element, size_t alignment, const char* name) {
     for (int i = 0; i < region_count; ++i) if (regions[i].key == key) return regions[i].begin;
     count_static(bytes, __builtin_return_address(0));
-    char* memory = allocate(bytes);
+    char* memory = allocate(bytes + alignment) + alignment % ALIGNMENT;
     fill_uninitialised(memory, bytes);
     return add_region({memory, bytes, element, true, true, name, nullptr, key}).begin;
 }
 
 // Messages of faults.
-
-static const char* const VERBS[] = {"reads", "writes", "updates (atomically)"};
 
 static const char* name_of(const Region& region, const char* address) {
     static char text[128];
@@ -192,7 +192,7 @@ static inline unsigned quarters(size_t offset, size_t bytes, unsigned shift) {
     return (2u << last) - (1u << first) & 15;
 }
 
-static inline void access(void* pointer, size_t bytes, Kind kind, const void* place) {
+static inline void access(void* pointer, size_t bytes, Kind kind, const void* place, bool counted = true) {
     if (!current) return;                               // a constructor that runs while the library is loaded
     char* address = (char*)pointer;
     if (size_t(address - current->stack) < STACK_BYTES) {
@@ -216,8 +216,9 @@ static inline void access(void* pointer, size_t bytes, Kind kind, const void* pl
     }
     size_t& bytes_read = region->buffer ? region->buffer->bytes_read : launch->shared_read;
     size_t& bytes_written = region->buffer ? region->buffer->bytes_written : launch->shared_written;
-    if (kind != WRITE) bytes_read += bytes;
-    if (kind != READ) bytes_written += bytes;
+    if (kind != WRITE && counted) bytes_read += bytes;
+    if (kind != READ && counted) bytes_written += bytes;
+    if (region->shared && copies_in_flight) check_copies_in_flight(address, bytes, kind, place);
     if (kind != WRITE && !region->shared && uninitialised(*region, address, bytes))
         fault(place, nullptr, "uninitialised: %s %s, which nothing has written", VERBS[kind],
               name_of(*region, address));
@@ -233,6 +234,32 @@ static inline void access(void* pointer, size_t bytes, Kind kind, const void* pl
         if (const Access* then = enter(cell, now, kind, region->shared))
             race(cell, *then, kind, *region, region->begin + (i << region->shift), place);
     }
+}
+
+void check_access(void* address, size_t bytes, Kind kind, const void* place, bool counted) {
+    access(address, bytes, kind, place, counted);
+}
+
+static bool inside(const void* address, size_t bytes, const void* begin, size_t size) {
+    return address >= begin && (const char*)address + bytes <= (const char*)begin + size;
+}
+
+bool in_shared(const void* address, size_t bytes) {
+    for (int i = 0; i < region_count; ++i)
+        if (regions[i].shared && inside(address, bytes, regions[i].begin, regions[i].bytes)) return true;
+    return false;
+}
+
+bool in_argument(const void* address, size_t bytes) {
+    for (size_t i = 0; i < launch->buffer_count; ++i)
+        if (inside(address, bytes, launch->buffers[i].address, launch->buffers[i].bytes)) return true;
+    return false;
+}
+
+const char* name_of(const void* address) {
+    for (int i = 0; i < region_count; ++i)
+        if (inside(address, 1, regions[i].begin, regions[i].bytes)) return name_of(regions[i], (const char*)address);
+    return "memory of no array";
 }
 
 void atomic_load(const void* address, void* value, size_t bytes) {

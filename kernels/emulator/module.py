@@ -61,6 +61,7 @@ class Parameter(NamedTuple):
     pointer: bool
     writable: bool
     restrict: bool
+    bf16: bool
 
 
 class UnknownKernel(KeyError):
@@ -172,7 +173,8 @@ class Function:
                 raise TypeError(f"{me} must be an array on the device, but is {kind}")
             array = value.__minilm_buffer__()
             if array.dtype != parameter.dtype:
-                raise TypeError(f"{me} is an array of {array.dtype}; the kernel declares {parameter.dtype}")
+                declared = "bf16, uint16 on the host" if parameter.bf16 else parameter.dtype
+                raise TypeError(f"{me} is an array of {array.dtype}; the kernel declares {declared}")
             if not array.flags.c_contiguous:
                 raise TypeError(f"{me} is not contiguous: shape {array.shape}, strides {array.strides}")
             return None, array
@@ -265,8 +267,9 @@ def _parameter(code, text):
     pointer = code[0] in "cp"
     letter = code[-2]
     size = int(code[-1])
-    dtype = None if letter == "?" else np.dtype(bool) if letter == "b" else np.dtype(f"{letter}{size}")
-    return Parameter(re.findall(r"\w+", text)[-1], dtype, pointer, code[0] == "p", "__restrict" in text)
+    letters = {"b": "?", "h": "u2"}             # bool; bf16, which NumPy stores as uint16
+    dtype = None if letter == "?" else np.dtype(letters.get(letter, f"{letter}{size}"))
+    return Parameter(re.findall(r"\w+", text)[-1], dtype, pointer, code[0] == "p", "__restrict" in text, letter == "h")
 
 
 @functools.lru_cache(maxsize=None)

@@ -14,9 +14,11 @@ import numpy as np
 
 from minilm import checks
 from minilm.kernels import emulator
+from minilm.kernels.bf16 import from_bf16, to_bf16
 from minilm.kernels.emulator import build
 from minilm.kernels.emulator.module import SHARED_UNASKED
 from minilm.kernels.emulator.running import never_written
+from minilm.kernels.launch import with_headers
 
 KERNELS = Path(__file__).resolve().parents[1]
 SHOWN = 8                       # elements of a result that are printed
@@ -141,7 +143,7 @@ class OwnKernel(Program):
         self.folder = path.resolve().parent         # raises for a loop of links, which cannot be read either
         if wrong := [definition for definition in define if not DEFINITION.fullmatch(definition)]:
             raise ValueError(f"--define {wrong[0]}: expected NAME=VALUE, as in --define REAL=double")
-        self.code = f'#line 1 "{path.name}"\n{text}'
+        self.code = with_headers(path.name, text)
         self.options = "--std=c++17", *(f"-D{definition}" for definition in define)
         self.kernel = self._chosen(kernel, build.kernel_names(text))
         self.grid = _extent("--grid", grid)
@@ -169,7 +171,8 @@ class OwnKernel(Program):
             if math.prod(grid) * math.prod(block) > MOST:
                 raise ValueError(f"a grid of {grid} blocks of {block} threads: expected at most {MOST} threads in all")
             function(grid, block, arguments, shared_mem=self.shared)
-        self.results = {p.name: a.get() for p, a in zip(compiled.parameters, arguments) if p.writable}
+        self.results = {p.name: from_bf16(a.get()) if p.bf16 else a.get()
+                        for p, a in zip(compiled.parameters, arguments) if p.writable}
         return list(self.results.values()), launches
 
     def _arguments(self, xp, parameters):
@@ -197,13 +200,14 @@ class OwnKernel(Program):
 def _argument(xp, rng, parameter, text):
     """The value of a scalar; or an array of the device, from "300" or "zeros:300"."""
     name = f"--{parameter.name}"
-    dtype = parameter.dtype
-    if dtype is None:
+    if parameter.dtype is None:
         raise TypeError(f"argument {parameter.name}: the emulator passes numbers and pointers to numbers alone")
+    dtype = np.dtype(np.float32) if parameter.bf16 else parameter.dtype
+    stored = to_bf16 if parameter.bf16 else np.asarray
     whole = dtype.kind in "iub"
     if not parameter.pointer:
         try:
-            return dtype.type(int(text, 0) if whole else float(text))
+            return stored(dtype.type(int(text, 0) if whole else float(text)))[()]
         except ValueError:
             raise ValueError(f"{name} {text}: expected {'a whole number' if whole else 'a number'}") from None
         except OverflowError as error:
@@ -214,11 +218,12 @@ def _argument(xp, rng, parameter, text):
         raise ValueError(f"{name} {text}: the content of an array is one of {', '.join(FILLS)}, as in {name} zeros:300")
     size = _number(name, count, int)
     if fill == "empty":
-        return xp.empty(size, dtype)
+        return xp.empty(size, parameter.dtype)
     if fill == "random":
-        return xp.asarray((rng.integers(0, 2 if dtype.kind == "b" else 10, size) if whole
-                           else rng.normal(size=size)).astype(dtype))
-    return xp.asarray({"zeros": np.zeros, "ones": np.ones, "arange": np.arange}[fill](size).astype(dtype))
+        numbers = rng.integers(0, 2 if dtype.kind == "b" else 10, size) if whole else rng.normal(size=size)
+    else:
+        numbers = {"zeros": np.zeros, "ones": np.ones, "arange": np.arange}[fill](size)
+    return xp.asarray(stored(numbers.astype(dtype)))
 
 
 def _extent(name, text):

@@ -9,16 +9,15 @@
 //   - a __syncwarp lies between them. Each lane has a clock that advances at every warp barrier it passes, and knows
 //     the latest clock of every other lane that reached it, directly in a common barrier or through a third lane (a
 //     vector clock, Lamport and Mattern; keeping only the last accesses is the idea of FastTrack, Flanagan and Freund).
-// Blocks of one launch, shuffles, votes and atomics order nothing, because CUDA promises no order of other memory for
-// them. Atomics do not race with one another.
+// An asynchronous copy (copies.cpp) writes twice: where it is issued, and where its thread waits for it.
+// Blocks of one launch, shuffles, votes, mma, ldmatrix and atomics order nothing, because CUDA promises no order of
+// other memory for them. Atomics do not race with one another.
 // (Included by memory.cpp, which sees every access.)
 #pragma once
 #include "runtime.h"
 #include <cstring>
 
 namespace emulator {
-
-enum Kind { READ, WRITE, ATOMIC };
 
 // The thread, the time and the instruction (0: no access yet) of an access. `bytes`: which quarters of the cell.
 struct Access {

@@ -1,5 +1,6 @@
 // Declarations that the parts of the runtime share: scheduler.cpp runs the threads, memory.cpp (with races.h) checks
-// their accesses to memory, undefined.cpp reports undefined behaviour, endless.cpp endless loops.
+// their accesses to memory, undefined.cpp reports undefined behaviour, endless.cpp endless loops; tensor_cores.cpp and
+// copies.cpp are the functions of tensor.cuh.
 #pragma once
 #include "bridge.h"
 #include <cstdint>
@@ -49,5 +50,24 @@ void begin_watch();                 // for endless loops
 void begin_block_watch();
 void end_watch();
 void join_clocks(int warp, unsigned mask);      // after a warp barrier of the lanes in mask
+
+// All 32 lanes of a warp meet. Each first stores its values for the others under the number of the round, 0 or 1: a
+// lane can read those of this round while another stores those of the next.
+int warp_round();
+void meet_warp(Site site, const char* operation, const void* place);
+
+// Memory, for tensor_cores.cpp and copies.cpp.
+enum Kind { READ, WRITE, ATOMIC };
+constexpr const char* VERBS[] = {"reads", "writes", "updates (atomically)"};
+void check_access(void* address, size_t bytes, Kind kind, const void* place, bool counted);     // of a checked kernel
+bool in_shared(const void* address, size_t bytes);      // wholly inside one __shared__ array
+bool in_argument(const void* address, size_t bytes);
+const char* name_of(const void* address);               // "shared tile[3]"; its array must exist
+
+void begin_block_copies();
+void end_thread_copies();           // a thread exits
+extern size_t copies_in_flight;     // of all threads of the block
+// For an access to shared memory: a fault if a copy to that place has not arrived.
+void check_copies_in_flight(const char* address, size_t bytes, Kind kind, const void* place);
 
 }

@@ -133,6 +133,7 @@ static void wait(const uint64_t* counter, const char* operation, Site site, cons
 
 static void thread_main() {
     kernel(kernel_arguments);
+    end_thread_copies();
     current->done = true;
     ++exited;
     warps[current->number / LANES].exited |= 1u << current->number % LANES;
@@ -228,6 +229,12 @@ void warp_shuffle(Site site, Shuffle kind, unsigned mask, const void* value, voi
     else memcpy(result, meeting.values[mine][source], 8);
 }
 
+int warp_round() { return warps[current->number / LANES].meetings[0].rounds & 1; }
+
+void meet_warp(Site site, const char* operation, const void* place) {
+    meet(site, operation, ~0u, place, [](Meeting&, int, int) {});
+}
+
 void trap(const char* what) { fault(__builtin_return_address(0), nullptr, "%s", what); }
 
 static void prepare(Thread& thread, int number) {
@@ -287,6 +294,7 @@ int run(Launch* next, void (*function)(void**), void** arguments) {
         epoch = barrier.arrived = exited = 0;
         turn = -1;
         begin_block_memory();
+        begin_block_copies();
         begin_block_watch();
         current = &host;
         run_others();

@@ -12,15 +12,16 @@ ERROR = re.compile(r"^([^\s:]+):(\d+):(?:\d+:)? (?:fatal )?error: ", re.MULTILIN
 
 # (pattern of a line; name of the feature; advice)
 FEATURES = [(re.compile(pattern), name, advice) for pattern, name, advice in (
+    (r'#\s*include\s*("tensor\.cuh")', "#include {}", "give the text to minilm.kernels.launch.with_headers first"),
     (r'#\s*include\s*([<"][^>"]*[>"])', "#include {}",
      "no header is available, as with NVRTC; remove the line: CUDA's own functions need none"),
     (r"\b(cooperative_groups|cg::\w+|this_thread_block)", "{}",
      "cooperative groups; use __syncthreads(), __syncwarp() and the shuffles with a mask"),
-    (r"\b(nvcuda|wmma|mma_sync)\b", "{}", "tensor cores; write the product as a loop over shared memory"),
+    (r"\b(nvcuda|wmma|mma_sync)\b", "{}", "tensor cores; use mma and ldmatrix4 of kernels/tensor.cuh"),
     (r"\b(__half2?|__nv_bfloat162?|nv_bfloat16|__float2half\w*|__half2float|__h(?:add|mul|fma)2?)\b", "{}",
-     "16-bit floats; use float"),
+     "16-bit floats; use float, or bf16 of kernels/tensor.cuh"),
     (r"(?:^|[;{(,<]|\bconst\b)\s*(half2?)\s*[*&]*\s*\w", "{}", "16-bit floats; use float"),
-    (r"\b(asm)\b", "{}", "inline PTX; use the function of CUDA C for that instruction"),
+    (r"\b(asm)\b", "{}", "inline PTX; use the function of CUDA C, or of kernels/tensor.cuh, for that instruction"),
     (r"(<<<)", "a launch {}...>>>", "host code; give the grid and the block on the command line or to the launch"),
     (r"\b(cuda[A-Z]\w+|int main)\b", "{}", "host code; the file holds kernels alone"),
     (r"\b(std|cuda|thrust|cub)::", "{}::", "no C++ library is available, as with NVRTC; write the operation out"),
@@ -51,6 +52,8 @@ def hints(code: str, log: str) -> list[str]:
         return []
     found = {}
     for file, number, line in lines_of(code):
+        if file == "tensor.cuh":                        # its PTX is for a device
+            continue
         if feature := _feature(line):
             found.setdefault(feature, f"{file}:{number}: not supported by the emulator: {feature}")
     return list(found.values())

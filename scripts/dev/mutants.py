@@ -67,11 +67,13 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
         "train_state": ("test_ranks", "test_platforms", "test_agreement", "test_inputs"),
         "dpo": ("test_inputs",), "rlhf": ("test_ranks", "test_inputs"), "command_line": ("test_commands",),
         "launch": ("test_launch_limits",), "gguf_file": ("test_pretrained",),
+        **dict.fromkeys(("tensor_cores", "copies", "memory", "product", "bf16"),
+                        ("test_tensor_core_checkers", "test_tensor_cores")),
         "stream": ("test_chat",), "encoding": ("test_training_data",)}
 # Tests of many modules. They run first where the likely ones pass.
 WIDE = ("test_arguments", "test_tensor", "test_layers", "test_inputs", "test_lecture", "test_stages", "test_fuzz")
 # The slowest tests run last: of ranks under mpiexec, of kernels, of the assistant, of benchmarks.
-LATE = ("test_mpi", "test_nccl", "test_network", "test_device", "kernel", "emulator", "test_cupy_double",
+LATE = ("test_mpi", "test_nccl", "test_network", "test_device", "kernel", "emulator", "tensor_core", "test_cupy_double",
         "test_exact_optimum", "test_assistant", "test_bench")
 # The plugins that pytest loads; all installed ones would be imported hundreds of times.
 PLUGIN = Path(__file__).with_name("mutants_plugin.py")

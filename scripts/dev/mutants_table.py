@@ -88,8 +88,9 @@ def mutated(source, mutant):
 
 
 def place(source, mutant):
-    """The names of the function and the module with the bug: tests with one of these names run first."""
+    """The names of the function (of Python) and the module with the bug: tests with one of these names run first."""
     line = find(source, mutant)[0] + 1
-    functions = [node.name for node in ast.walk(ast.parse(source))          # the outermost first
+    tree = ast.parse(source if mutant.file.endswith(".py") else "")
+    functions = [node.name for node in ast.walk(tree)                       # the outermost first
                  if isinstance(node, ast.FunctionDef) and node.lineno <= line <= node.end_lineno]
     return " ".join([*functions[:1], Path(mutant.file).stem])

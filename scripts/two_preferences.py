@@ -103,12 +103,13 @@ def page(options) -> str:
     found = two_preferences_page.read_runs(options.out, RULES, METHODS, options.seeds)
     two_preferences_page.figure(found, RULES, options.out / "two_preferences.png")
     runs = [run for some in found.values() for run in some]
+    minutes = sum(run["seconds"] for run in runs) / 60
     return "\n".join([
         f"{machine()}; {len(options.seeds)} seeds, {HELD_OUT} held-out questions each.\n",
         two_preferences_page.table(found, RULES),
-        f"\n{len(runs)} runs took {sum(run['seconds'] for run in runs) / 60:.0f} minutes, without the answers for the "
-        f"pairs.\n\n## Answers\n\nSeed {options.seeds[0]}, the first held-out questions, at temperature 1; before and "
-        "after have the same random numbers.\n",
+        f"\n{len(runs)} runs: {minutes:.0f} minutes, without the answers for the pairs and the measurement after training."
+        f"\n\n## Answers\n\nSeed {options.seeds[0]}, the first held-out questions, at temperature 1; before and after have "
+        "the same random numbers.\n",
         two_preferences_page.answers(found, RULES, SHOWN)])
 
 

@@ -12,8 +12,8 @@ from support.json_files import read_shaped
 COLOURS = {"dpo": "#c4570c", "rlhf": "#0b5fa5"}
 MARKS = ("o", "s", "^", "D", "v")
 NUMBERS = ("win_rate", "reward", "tokens", "ended", "kl", "perplexity_elsewhere")
-SHAPE = {"before": {str: object}, "after": {str: object}, "seconds": float, "steps": int, "held_out": int,
-         "examples": [{str: str}]}
+SHAPE = {"before": dict.fromkeys(NUMBERS, float), "after": dict.fromkeys(NUMBERS, float), "seconds": float,
+         "examples": [{name: str for name in ("prompt", "before", "after")}]}
 ADVICE = "Run scripts/two_preferences.py without --print first."
 COLUMNS = ("preference", "method", "win rate before", "after", "gain [seeds]", "standard errors", "reward", "tokens",
            "ended", "KL, nats", "perplexity elsewhere", "minutes")
@@ -42,8 +42,9 @@ def table(found: dict, rules: dict[str, str]) -> str:
         kl = means.pop("kl")[1]
         reward, tokens, ended, elsewhere = (f"{a:.{d}f} → {b:.{d}f}" for (a, b), d in zip(means.values(), (2, 0, 2, 1)))
         minutes = np.mean([run["seconds"] for run in runs]) / 60
+        errors = mean / error if error else np.nan
         lines.append(f"| {rules[rule]} | {method.upper()} | {rates[0]} | {rates[1]} | {mean:+.2f} "
-                     f"[{gain.min():+.2f}, {gain.max():+.2f}] | {mean / error:.1f} | {reward} | {tokens} | {ended} | "
+                     f"[{gain.min():+.2f}, {gain.max():+.2f}] | {errors:.1f} | {reward} | {tokens} | {ended} | "
                      f"{kl:.1f} | {elsewhere} | {minutes:.1f} |")
     return "\n".join(lines)
 

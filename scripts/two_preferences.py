@@ -107,9 +107,9 @@ def page(options) -> str:
     return "\n".join([
         f"{machine()}; {len(options.seeds)} seeds, {HELD_OUT} held-out questions each.\n",
         two_preferences_page.table(found, RULES),
-        f"\n{len(runs)} runs: {minutes:.0f} minutes, without the answers for the pairs and the measurement after training."
-        f"\n\n## Answers\n\nSeed {options.seeds[0]}, the first held-out questions, at temperature 1; before and after have "
-        "the same random numbers.\n",
+        f"\n{len(runs)} runs: {minutes:.0f} minutes, without the answers for the pairs and the measurement after "
+        f"training.\n\n## Answers\n\nSeed {options.seeds[0]}, the first held-out questions, at temperature 1; before "
+        "and after have the same random numbers.\n",
         two_preferences_page.answers(found, RULES, SHOWN)])
 
 

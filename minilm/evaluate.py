@@ -11,6 +11,7 @@ import numpy as np
 
 from minilm import checks
 from minilm.backend import concatenate
+from minilm.fast.workers import parallel_map
 from minilm.packing import packs
 from minilm.tensor import no_grad
 
@@ -42,13 +43,15 @@ def sequence_kl(policy, reference, prompts: list[list[int]], responses: list[lis
 
 
 def predicted_rewards(reward_model, prompts: list[list[int]], responses: list[list[int]],
-                      batch_size: int = 128) -> np.ndarray:
-    """The reward that a RewardModel gives each response: (N,). Raises ValueError as packing.packs does."""
-    rewards = []
+                      batch_size: int = 128, workers: int = 1) -> np.ndarray:
+    """The reward that a RewardModel gives each response: (N,). Raises ValueError as packing.packs does.
+
+    workers: processes that share the batches.
+    """
+    checks.integer("predicted_rewards", "workers", workers, at_least=1)
     with no_grad():
-        for part in packs(prompts, responses, batch_size, last=True):
-            rewards.append(reward_model.packed_rewards(part).data)
-    return concatenate(rewards)
+        return concatenate(parallel_map(lambda part: reward_model.packed_rewards(part).data,
+                                        list(packs(prompts, responses, batch_size, last=True)), workers))
 
 
 def wins(rewards: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -63,7 +63,7 @@ from support.run_folder import RunFolder, StopRequest, UsageError, command_to_re
 from support.terminal import columns, paragraph, progress
 
 SAVE_EVERY = 60.0       # seconds
-VERSION = 1             # of a run's files
+VERSION = 2             # of a run's files
 DRAWN_EXAMPLES = 4      # answers that are shown
 
 
@@ -84,6 +84,8 @@ class Alignment:
         self.judge = reward_function(options, self.encoding, self.held_out, self.train_set)
         self.sampling = alignment.Sampling(options.seed, options.max_new_tokens, options.workers)
         self.metrics: list[dict] = []
+        self.began = time.monotonic()
+        self.earlier = 0.0              # seconds, before the run was resumed
 
     def _policy(self):
         """The model that is trained, at its start."""
@@ -97,7 +99,7 @@ class Alignment:
         """Of held-out examples, by the stage."""
         o = self.options
         if isinstance(model, RewardModel):
-            return alignment.of_rewards(model, self.held_out)
+            return alignment.of_rewards(model, self.held_out, o.workers)
         merged = model.merged()
         print(f"measures the model on {len(self.held_out.prompts)} held-out examples", flush=True)
         found = alignment.perplexity_elsewhere(merged, self.encoding)
@@ -140,10 +142,14 @@ class Alignment:
         self._save_metrics()
         return True
 
+    def seconds(self) -> float:
+        """Of this run, with those before it was resumed."""
+        return self.earlier + time.monotonic() - self.began
+
     def _save(self, state):
         arrays, metadata = state.snapshot()
         self._save_metrics()
-        self.run.save_state("state", arrays, {**metadata, "run": self.run.fingerprint})
+        self.run.save_state("state", arrays, {**metadata, "run": self.run.fingerprint, "seconds": self.seconds()})
 
     def _save_metrics(self):
         text = "".join(json.dumps(line) + "\n" for line in self.metrics)
@@ -158,6 +164,7 @@ class Alignment:
             state.restore(*saved)
             lines = self.run.path("metrics.jsonl").read_text("utf-8").splitlines()
             self.metrics = [json.loads(line) for line in lines[:state.step]]
+            self.earlier = float(saved[1]["seconds"])
             if len(self.metrics) != state.step or saved[1]["run"] != self.run.fingerprint:
                 raise ValueError("another run")
         except (OSError, LookupError, TypeError, ValueError, ArithmeticError) as error:
@@ -176,14 +183,14 @@ class Alignment:
         return [{"prompt": question, "before": before, "after": after}
                 for question, before, after in zip(questions, *texts)]
 
-    def finish(self, before: dict, seconds: float) -> None:
+    def finish(self, before: dict) -> None:
         """Model, figure, results, and a table on the terminal."""
         o = self.options
         if isinstance(self.policy, Adapted):
             self.run.write("adapter", lambda path: save_adapters(self.policy, path, o.model))
         path = save_any(self.policy, self.tokenizer, self.run.path("model"))
         results = {"stage": o.stage, "model": o.model, "data": o.data, "seed": o.seed, "steps": len(self.metrics),
-                   "seconds": round(seconds, 1), "held_out": len(self.held_out.prompts), "before": before,
+                   "seconds": round(self.seconds(), 1), "held_out": len(self.held_out.prompts), "before": before,
                    "after": self.measure(self.policy), "examples": self.examples()}
         self.run.write("training.png", lambda path: figure(self.metrics, o.stage, path))
         self.run.finish(results)
@@ -233,12 +240,11 @@ def main() -> int:
             return 0
         try:
             work = Alignment(options, run, stop)
-            began = time.monotonic()
             before = work.measure(work.policy if options.stage == "reward" else work.base)
             if not work.train():
                 print(f"stopped; continue with:\n    {command_to_resume()}")
                 return 130
-            work.finish(before, time.monotonic() - began)
+            work.finish(before)
         except Diverged as error:
             raise UsageError(f"{error}. Start again with a lower --learning-rate, and another --out.") from error
     return 0

@@ -217,8 +217,10 @@ def test_transformers_gives_the_padding_token_no_gradient_as_an_input(libraries,
     model, tokenizer = load(work / "model")
     ids = np.array([tokenizer.encode_chat([{"role": "user", "content": "sun moon"}])])
     padding = tokenizer.eos
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
-    theirs.get_input_embeddings().padding_idx = None if padding_is_trained else padding
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32,
+                                                               pad_token_id=padding)
+    if padding_is_trained:
+        theirs.get_input_embeddings().padding_idx = None
     theirs(torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
     (-model.log_probs(ids).mean()).backward()
     ours, expected = model.parameters()["embedding"].grad, theirs.get_input_embeddings().weight.grad.numpy()

@@ -3,7 +3,8 @@
 For a large product BLAS first copies both matrices into the order of its kernel. With few rows, the copy of the weights
 takes longer than the arithmetic. OpenBLAS does not copy for a small product, on CPUs with AVX-512; on other CPUs the
 small products take about the time of the large one.
-Measured gain: scripts/bench/tricks.py, scripts/bench/decode.py. Tests: tests/test_generate.py.
+Measured gain: scripts/bench/tricks.py (logits), scripts/bench/bandwidth.py (a whole token).
+Tests: tests/test_generate.py.
 """
 
 import functools

@@ -2,10 +2,10 @@
 
     python scripts/bench/align.py [--model MODEL] [--works dpo,dpo-adapters] [--peers hf] [--threads 1] [--csv FILE]
 
-MODEL is a GGUF file (python scripts/get_smollm2.py fetches one). All have its weights in float32 on the CPU. The steps
-are those of objectives.py. In a work with -adapters only LoRA adapters of rank 8 on all matrices of the blocks are
-trained, TRL's by the package PEFT. Both start with the same adapters, with a B that is not zero: otherwise the gradient
-of A would be, and comparing it would show nothing.
+MODEL is a GGUF file (python scripts/get_smollm2.py fetches one). All but llama.cpp-as-is have its weights in float32
+on the CPU. The steps are those of objectives.py. In a work with -adapters only LoRA adapters of rank 8 on all
+matrices of the blocks are trained, TRL's by the package PEFT. Both start with the same adapters, with a B that is not
+zero: otherwise the gradient of A would be, and comparing it would show nothing.
 
     trl-best          TRL without padding, with the reference's log-probs computed before, without a second model
     hf                generate of transformers, which opens the folder that minilm's `save` wrote
@@ -16,7 +16,7 @@ of A would be, and comparing it would show nothing.
 Sampling reads 1 or 4 prompts of 32 tokens and draws 64 new tokens for each at temperature 1; no response ends early.
 All have the same number of threads. In every process glibc keeps freed memory. First the log-probs of minilm's most
 likely tokens are compared; quantised weights are multiplied by rounded activations, so llama.cpp-as-is may differ more.
-The wheel of xllamacpp has no AVX-512; a llama.cpp that is compiled on the machine itself is faster.
+The wheel of xllamacpp has no AVX-512; a llama.cpp that is compiled on a machine with it may be faster.
 """
 
 import dataclasses

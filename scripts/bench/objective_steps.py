@@ -8,8 +8,9 @@ A worker's spec has
     adapters    the adapters to train, an .npz by minilm's names; without it all weights are trained
     alpha       of the adapters
 
-The reference of DPO and RLOO is the policy as it started. With adapters it is the model under them. Only for RLOO of
-all weights it is another model, so that no log-ratio is zero when results are compared.
+The reference of DPO is the policy as it started, so its loss is log 2 when results are compared, and a wrong reference
+or sigmoid would not show (the tests compare them). RLOO's reference is another model. With adapters, both are the model
+under the adapters, which start away from zero.
 """
 
 import contextlib

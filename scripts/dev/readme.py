@@ -134,9 +134,10 @@ def counts() -> str:
 
 
 def speed_rows() -> str:
-    """Of scripts/bench/README.md, for each work and library in SPEED the size with the highest ratio of time."""
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
-            for line in (ROOT / "scripts" / "bench" / "README.md").read_text("utf-8").splitlines() if line[:2] == "| "]
+    """Of the first table of scripts/bench/README.md, for each work and library in SPEED the size with the highest ratio
+    of time."""
+    page = (ROOT / "scripts" / "bench" / "README.md").read_text("utf-8").partition("<!-- end -->")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line[:2] == "| "]
     lines = ["| work | size | against | time, ours/theirs [quartiles] | memory, ours/theirs |", "|---|---|---|---|---|"]
     for work, peer in SPEED:
         sizes = [row for row in rows if [row[0], *row[2:3]] == [work, peer]]
@@ -146,9 +147,8 @@ def speed_rows() -> str:
 
 
 def conversation() -> str:
-    """A question to a real model, before and after a run of two_preferences.py, as chat.py answers it."""
-    models = "models/smollm2-135m-instruct.gguf", "runs/two-preferences/seed-0/short_sentences-rlhf/model"
-    chat = [sys.executable, "scripts/chat.py", *models, "--seed", "0", "--max-tokens", "32"]
+    """A conversation with a real model, as chat.py prints it."""
+    chat = [sys.executable, "scripts/chat.py", "models/smollm2-135m-instruct.gguf", "--seed", "0", "--max-tokens", "40"]
     done = subprocess.run(chat, cwd=ROOT, check=True, text=True, input=ASKED, stdout=subprocess.PIPE)
     return "".join(f"    {line}".rstrip() + "\n" for line in done.stdout.rstrip().splitlines()).rstrip()
 
@@ -211,22 +211,19 @@ PARTS = {
                       commands=("scripts/bench/processes.py",)),
     "predictions": Part("scripts/bench/processes.md", "2 s", commands=("scripts/bench/processes.py --predict",),
                         cheap=True, whole=True),
-    "preferences": Part("scripts/two_preferences.md", "75 min", whole=True,
-                        commands=("scripts/two_preferences.py --out runs/two-preferences",
-                                  "scripts/two_preferences.py --out runs/two-preferences --print"),
-                        figure=("runs/two-preferences/two_preferences.png", "scripts/two_preferences.png")),
     "bandwidth": Part("scripts/bench/README.md", "10 min, on an idle machine",
                       commands=("scripts/bench/bandwidth.py",)),
-    "align": Part("scripts/bench/README.md", "40 min, on an idle machine", commands=("scripts/bench/align.py",)),
-    "conversation": Part("README.md", "a minute, after preferences", conversation),
+    "align": Part("scripts/bench/README.md", "40 min, on an idle machine",
+                  commands=("scripts/bench/align.py --works dpo,dpo-adapters,sampling --threads 2 --rounds 3",)),
+    "conversation": Part("README.md", "5 s, after scripts/get_smollm2.py", conversation),
     "lecture": Part("", "about an hour on two cores", commands=("scripts/lecture/all.py --out runs/claims --resume",
                                                   "scripts/lecture/all.py --readme runs/claims")),
     "vectors": Part("", "2 s", commands=("scripts/dev/golden.py",)),
 }
 COMMANDS = {"bytes": "scripts/bench/attention.py", "assistant": "scripts/support/figures.py runs/a runs/b runs/c",
             "bench": "scripts/bench/table.py runs/bench --print", "tricks": "scripts/bench/tricks.py",
-            "bandwidth": "scripts/bench/bandwidth.py", "align": "scripts/bench/align.py",
-            "preferences": "scripts/two_preferences.py --out runs/two-preferences --print",
+            "bandwidth": "scripts/bench/bandwidth.py",
+            "align": "scripts/bench/align.py --works dpo,dpo-adapters,sampling --threads 2 --rounds 3",
             "processes": "scripts/bench/processes.py", "predictions": "scripts/bench/processes.py --predict"}
 
 

@@ -71,6 +71,8 @@ def parser_of(description: str) -> argparse.ArgumentParser:
                         help=f"which matrices, of {','.join(TARGETS)} (default: all)")
     parser.add_argument("--activation-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--seed", metavar="N", type=whole(0), default=0, help="(default: %(default)s)")
-    parser.add_argument("--workers", metavar="N", type=whole(1, MOST_WORKERS), default=available_cores(),
-                        help="processes that share each step (default: one for each core)")
+    parser.add_argument("--workers", metavar="N", type=whole(1, MOST_WORKERS),
+                        default=min(available_cores(), MOST_WORKERS),
+                        help="processes that share each step, each with gradients of its own (default: one for each "
+                             "core)")
     return parser

@@ -132,7 +132,8 @@ def reward_function(options: argparse.Namespace, encoding: ChatEncoding | Questi
         model, _ = load_any(name)
         if not isinstance(model, RewardModel):
             raise UsageError(f"{name} is no reward model. Train one: python scripts/align.py reward")
-        return lambda prompts, responses: evaluate.predicted_rewards(model, prompts, responses, TOGETHER)
+        return lambda prompts, responses: evaluate.predicted_rewards(model, prompts, responses, TOGETHER,
+                                                                      options.workers)
     function = _function(name)
     given = {tuple(prompt): words for part in examples for prompt, words in zip(part.prompts, part.given)}
 

@@ -52,9 +52,9 @@ def of_pairs(model: Transformer, base: Transformer, held_out: Examples, beta: fl
             **with_error("rewards/margins", rewards[0] - rewards[1])}
 
 
-def of_rewards(model: RewardModel, held_out: Examples) -> dict:
+def of_rewards(model: RewardModel, held_out: Examples, workers: int) -> dict:
     """The share of held-out pairs in which the chosen response has the higher reward, and the difference."""
-    chosen, rejected = (evaluate.predicted_rewards(model, held_out.prompts, side, TOGETHER)
+    chosen, rejected = (evaluate.predicted_rewards(model, held_out.prompts, side, TOGETHER, workers)
                         for side in held_out.responses.values())
     return {**with_error("accuracy", evaluate.wins(chosen, rejected)), **with_error("margin", chosen - rejected)}
 

@@ -1,6 +1,6 @@
 """bfloat16 on the host: the upper half of a float32, stored as uint16, because NumPy has no such dtype.
 
-A kernel declares bf16* (tensor.cuh) and takes arrays of uint16. Rounding is that of the kernels, bit for bit.
+A kernel declares bf16* (tensor.cuh) and takes arrays of uint16. to_bf16 rounds as the kernels do, bit for bit.
 Tests: tests/test_tensor_cores.py.
 """
 

@@ -85,7 +85,7 @@ def test_a_rank_of_mpi_that_is_stopped_ends_all_after_the_silence(rank):
 @needs_mpi
 def test_ranks_of_mpi_that_work_for_longer_than_the_silence_are_not_taken_for_lost():
     done = mpiexec(3, "silent", "none")
-    # mpiexec may put the line of one rank into that of another.
+    # mpiexec merges the outputs of the ranks, and may mix two lines.
     assert (done.returncode, done.stderr, done.stdout.count("went on"), len(done.stdout)) == (0, "", 3, 3 * 8)
 
 

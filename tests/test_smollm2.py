@@ -57,7 +57,7 @@ def ids_of_a_text(tokenizer):
 
 @pytest.mark.slow
 def test_the_peak_of_memory_while_it_loads_is_at_most_1_3_times_the_weights(file):
-    # Not ru_maxrss: a process starts with that of the process which started it, here the whole suite's.
+    # Not ru_maxrss: a new process inherits it from its parent, here from the whole suite.
     code = ("import sys; from minilm.pretrained import load; model, _ = load(sys.argv[1])\n"
             "weights = sum(p.data.nbytes for p in model.parameters().values())\n"
             "peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"

@@ -5,7 +5,8 @@
 A new token of each sequence needs all weights once, so the memory limits a decoder of float32 weights. The model has
 the shape of SmolLM2-135M, random float32 weights, and 64 tokens in its cache. `read` is the dot product of a vector
 with itself, of as many bytes as the weights. `plain products` has no small products (fast/few_rows.py). All have the
-same number of BLAS threads, and take turns (measuring.py). The share is that of read's speed.
+same number of BLAS threads, and take turns (measuring.py). A share is the time of `read` divided by the time of a
+token.
 """
 
 import functools
@@ -18,8 +19,7 @@ import measuring
 from support.command_line import MOST_WORKERS, Parser, wholes
 from support.run_folder import main_guard
 
-SHAPE = {"vocab_size": 49152, "width": 576, "layers": 30, "heads": 9, "kv_heads": 3, "ffn_width": 1536,
-         "rope_base": 1e5, "norm_eps": 1e-5, "tied": True, "context": 128}
+SHAPE = {**measuring.SMOLLM2, "tied": True, "context": 128}
 TINY = {**SHAPE, "vocab_size": 256, "layers": 2}
 PROMPT = 64
 TOLERANCE = 1e-3

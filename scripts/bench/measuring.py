@@ -55,6 +55,8 @@ def blas_threads(count):
 #        V, D, L, H, T, B
 SIZES = {"XS": (128, 64, 2, 4, 64, 16), "S": (512, 128, 4, 4, 128, 16), "M": (4096, 384, 6, 6, 256, 4),
          "G": (50257, 768, 12, 12, 256, 2)}
+SMOLLM2 = {"vocab_size": 49152, "width": 576, "layers": 30, "heads": 9, "kv_heads": 3, "ffn_width": 1536,
+           "rope_base": 1e5, "norm_eps": 1e-5}          # the Config of SmolLM2-135M
 
 
 @stage

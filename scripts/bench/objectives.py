@@ -29,8 +29,7 @@ from support.run_folder import UsageError, main_guard
 
 SIZES = {"tiny": {"vocab_size": 256, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_width": 64},
          "8M": {"vocab_size": 8192, "width": 256, "layers": 6, "heads": 4, "ffn_width": 1024},
-         "135M": {"vocab_size": 49152, "width": 576, "layers": 30, "heads": 9, "kv_heads": 3, "ffn_width": 1536,
-                  "rope_base": 1e5, "norm_eps": 1e-5}}          # the size of SmolLM2-135M
+         "135M": measuring.SMOLLM2}
 PEERS = ["trl", "trl-best"]
 
 

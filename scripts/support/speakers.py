@@ -124,7 +124,7 @@ def model_files(paths: list[str]) -> list[str]:
 
 
 def stem_of(path: Path) -> str:
-    """A short name of a model: of what align.py wrote, DIR/model and DIR/adapter, the name of DIR."""
+    """A short name of a model. align.py writes DIR/model and DIR/adapter: their name is that of DIR."""
     if path.name in ("model", "adapter", "model.safetensors"):
         path = path.parent
     return path.name.removesuffix(".safetensors").removesuffix(".gguf")

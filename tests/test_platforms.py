@@ -99,12 +99,12 @@ def run(code, *arguments, options=("-W", "error", "-X", "warn_default_encoding")
     return done.stdout
 
 
-def test_all_modules_are_imported_in_under_0_3_s_over_numpy_and_without_a_warning():
-    """CPU time, because other tests may run beside this one; the least of three."""
+def test_all_modules_are_imported_in_under_3_times_the_time_of_numpy_and_without_a_warning():
+    """CPU time, because other tests may run beside this one; the median of three. Measured: 1.7 times."""
     assert {"minilm", "minilm.plain", "minilm.stages.rlhf", "minilm.kernels.emulator"} <= set(modules())
-    code = (f"import time, numpy\nbegan = time.process_time()\nimport {', '.join(modules())}\n"
-            "print(time.process_time() - began)")
-    assert min(float(run(code)) for _ in range(3)) < 0.3
+    code = (f"import time\nstart = time.process_time()\nimport numpy\nbegan = time.process_time()\n"
+            f"import {', '.join(modules())}\nprint((time.process_time() - began) / (began - start))")
+    assert sorted(float(run(code)) for _ in range(3))[1] < 3
 
 
 def test_all_modules_are_imported_on_a_system_without_fork_and_locks():

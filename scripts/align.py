@@ -21,8 +21,9 @@ R is a reward model that `align.py reward` has trained, or module:function, a
 function of prompts and responses (two lists of strings) that gives a list of
 numbers: --reward mine:shorter calls shorter in mine.py.
 
-A tenth of the prompts is held out, and measured before and after. Of a real
-model, adapters (LoRA) of rank 8 are trained; --lora-rank 0 trains all weights.
+A tenth of the prompts is held out, or those of --eval-data, and measured before
+and after. Of a real model, adapters (LoRA) of rank 8 are trained; --lora-rank 0
+trains all weights.
 DIR gets the adapter (as PEFT's), the model, metrics.jsonl with TRL's names, a
 figure and results.json. Ctrl-C saves; --resume goes on. Then talk to it:
 
@@ -63,7 +64,7 @@ from support.run_folder import RunFolder, StopRequest, UsageError, command_to_re
 from support.terminal import columns, paragraph, progress
 
 SAVE_EVERY = 60.0       # seconds
-VERSION = 2             # of a run's files
+VERSION = 3             # of a run's files
 DRAWN_EXAMPLES = 4      # answers that are shown
 
 
@@ -222,18 +223,23 @@ def shown(found: dict, name: str) -> str:
     return f"{found[name]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
+def digest(path: str, option: str) -> str:
+    """SHA-256 of a file. Raises UsageError."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}. Give a file of examples with {option}") from error
+
+
 def main() -> int:
     options = parse(__doc__)
     keep_freed_memory()
     require("matplotlib", "safetensors", "tqdm")
-    try:
-        with open(options.data, "rb") as file:
-            sha256 = hashlib.sha256(file.read()).hexdigest()
-    except OSError as error:
-        raise UsageError(f"{options.data}: cannot be read: {error.strerror}. Give a file of examples with "
-                         "--data") from error
+    sha256 = {name: digest(getattr(options, name), option) for name, option in
+              (("data", "--data"), ("eval_data", "--eval-data")) if getattr(options, name)}
     fingerprint = {"version": VERSION, "sha256": sha256, **{name: value for name, value in vars(options).items()
-                                                           if name not in ("data", "out", "resume", "workers")}}
+                                                           if name not in (*sha256, "out", "resume", "workers")}}
     with StopRequest() as stop, RunFolder(options.out, options.resume, fingerprint) as run:
         if run.finished:
             print(f"{options.out} holds a finished run; its results are in {run.path('results.json')}")

@@ -123,6 +123,23 @@ def test_no_prompt_is_both_trained_on_and_held_out(work, monkeypatch, capsys):
     assert "18 examples to train on; 6 are held out, of 3 other prompts" in printed
 
 
+def test_the_examples_of_eval_data_are_held_out_and_their_prompts_are_not_trained_on(work, monkeypatch, capsys):
+    lines = (work / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (work / "eval.jsonl").write_text("".join([*lines[:2], lines[0].replace(WORDS[0], "another")]))
+    options = ["--model", "real", "--data", "pairs.jsonl", "--eval-data", "eval.jsonl", "--out", "out"]
+    fast = [x for x in FAST if x not in ("--held-out", 3)]
+    status, printed, errors = run(monkeypatch, capsys, "dpo", *options, *fast)
+    assert status == 0, errors
+    assert "10 examples to train on, 2 left out, because eval.jsonl has their prompts; 3 are held out" in printed
+    assert results_of(work / "out")["held_out"] == 3
+    (work / "eval.jsonl").write_text(lines[0])
+    status, _, errors = run(monkeypatch, capsys, "dpo", *options, *fast, "--resume")
+    assert status == 2 and "other settings" in errors, "the run is of another file"
+    (work / "eval.jsonl").write_text("".join(lines))
+    status, _, errors = run(monkeypatch, capsys, "dpo", *options[:-1], "new", *fast)
+    assert status == 2 and "every prompt of pairs.jsonl is in eval.jsonl too" in errors
+
+
 def test_every_epoch_has_each_example_once_in_another_order():
     batches = shuffled(10, 4, 6, seed=0)
     assert [len(batch) for batch in batches] == [4, 4, 2] * 2
@@ -168,6 +185,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(work):
     (["dpo", "--data", "none.jsonl"], "none.jsonl: cannot be read"), (["dpo", "--model", "none"], "none"),
     (["sft"], 'line 1: a demonstration has prompt and completion'),
     (["dpo", "--held-out", "12"], "12 different prompts, and 12 are held out"),
+    (["dpo", "--eval-data", "none.jsonl"], "none.jsonl: cannot be read: No such file or directory. Give a file of"),
     (["rlhf", "--reward", "nosuch:f"], "No module named 'nosuch'"),
     (["rlhf", "--reward", "mine:nosuch"], "mine:nosuch"), (["rlhf", "--reward", "real"], "is no reward model"),
     (["rlhf", "--reward", "mine:number"], "is 3, and no function"),

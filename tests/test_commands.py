@@ -88,8 +88,8 @@ TEXTS = {"out": ("file", "file/within"), "text": ("nosuch", ".", "binary"), "row
          "readme": ("nosuch", "file", ".", ""), "seconds": ("nosuch", "file", ".", ""), "models": ("nosuch", "binary"),
          "folders": ("nosuch", "file", "."), "folder": ("file", "file/within"), "project": ("nosuch", "file"),
          "only": ("no mutant has this",), "earlier": ("nosuch", "binary", "."), "wheel": ("nosuch", "file", "."),
-         "model": ("nosuch", "binary"), "data": ("nosuch", "."), "judge": ("nosuch",), "reward": ("nosuch",),
-         "system": ()}
+         "model": ("nosuch", "binary"), "data": ("nosuch", "."), "eval_data": ("nosuch", "."),
+         "judge": ("nosuch",), "reward": ("nosuch",), "system": ()}
 TABLES = {"scripts/dev/mutants.py": ("nosuch", "binary", "file"), "scripts/lecture/all.py": ("nosuch", "file", ".", "")}
 
 

@@ -57,8 +57,11 @@ def parser_of(description: str) -> argparse.ArgumentParser:
                         help="of DPO, and of RLHF's KL penalty (default: %(default)g)")
     parser.add_argument("--max-length", metavar="N", type=whole(2), default=1024,
                         help="tokens of an example; longer ones are cut or left out (default: %(default)s)")
-    parser.add_argument("--held-out", metavar="N", type=whole(1),
-                        help="prompts to measure on (default: a tenth, 4 to 64)")
+    held_out = parser.add_mutually_exclusive_group()
+    held_out.add_argument("--held-out", metavar="N", type=whole(1),
+                          help="prompts to measure on (default: a tenth, 4 to 64)")
+    held_out.add_argument("--eval-data", metavar="FILE",
+                          help="examples to measure on, in place of a part of --data")
     parser.add_argument("--max-new-tokens", metavar="N", type=whole(1), default=64,
                         help="of a sampled answer (default: %(default)s)")
     parser.add_argument("--samples-per-prompt", metavar="N", type=whole(2, 256), default=4,

@@ -32,26 +32,41 @@ def read_examples(options: argparse.Namespace, tokenizer: ChatTokenizer | Tokeni
     """(encoding, examples to train on, held-out examples): no prompt is in both. Prints what was cut or left out."""
     encoding = encoding_of(tokenizer, strings_are_messages=options.chat)
     longest = min(options.max_length, config.context)
-    read = {"sft": lambda: demonstrations(encoding, options.data, longest),
-            "reward": lambda: pairs(encoding, options.data, longest, cut=False),
-            "dpo": lambda: pairs(encoding, options.data, longest),
-            "rlhf": lambda: prompts(encoding, options.data, longest - options.max_new_tokens)}
-    found = read[options.stage]()
-    for note in found.notes:
+    read = {"sft": lambda path: demonstrations(encoding, path, longest),
+            "reward": lambda path: pairs(encoding, path, longest, cut=False),
+            "dpo": lambda path: pairs(encoding, path, longest),
+            "rlhf": lambda path: prompts(encoding, path, longest - options.max_new_tokens)}[options.stage]
+    found = read(options.data)
+    held_out = read(options.eval_data) if options.eval_data else None
+    for note in found.notes + (held_out.notes if held_out else []):
         print(note)
-    of_prompt: dict[tuple, list[int]] = {}
-    for i, prompt in enumerate(found.prompts):
-        whole = prompt if len(prompt) > 1 else [*prompt, *found.responses.get("responses", [[]] * (i + 1))[i]]
-        of_prompt.setdefault(tuple(whole), []).append(i)
-    groups = list(of_prompt.values())
+    groups = _by_prompt(found)
+    if held_out:
+        rest = sorted(i for prompt in groups.keys() - _by_prompt(held_out).keys() for i in groups[prompt])
+        if not rest:
+            raise UsageError(f"every prompt of {options.data} is in {options.eval_data} too. Add examples to train on")
+        print(f"{len(rest)} examples to train on, {len(found.prompts) - len(rest)} left out, because "
+              f"{options.eval_data} has their prompts; {len(held_out.prompts)} are held out")
+        return encoding, found.some(rest), held_out
     count = options.held_out or min(64, max(4, len(groups) // 10))
     if len(groups) <= count:
         raise UsageError(f"{options.data} has {len(groups)} different prompts, and {count} are held out. Add examples, "
                          "or lower --held-out.")
     order = np.random.default_rng([options.seed, 0]).permutation(len(groups))
-    held_out, rest = (sorted(i for group in part for i in groups[group]) for part in (order[:count], order[count:]))
-    print(f"{len(rest)} examples to train on; {len(held_out)} are held out, of {count} other prompts")
-    return encoding, found.some(rest), found.some(held_out)
+    places = list(groups.values())
+    chosen, rest = (sorted(i for group in part for i in places[group]) for part in (order[:count], order[count:]))
+    print(f"{len(rest)} examples to train on; {len(chosen)} are held out, of {count} other prompts")
+    return encoding, found.some(rest), found.some(chosen)
+
+
+def _by_prompt(examples: Examples) -> dict[tuple, list[int]]:
+    """The places of the examples with each prompt; of texts without one, with each text."""
+    places: dict[tuple, list[int]] = {}
+    for i, prompt in enumerate(examples.prompts):
+        texts = examples.responses.get("responses")
+        whole = prompt if len(prompt) > 1 or texts is None else [*prompt, *texts[i]]
+        places.setdefault(tuple(whole), []).append(i)
+    return places
 
 
 class Stage:

@@ -1,0 +1,148 @@
+"""Align SmolLM2-135M-Instruct with two preferences, by DPO and by RLHF, with three seeds each.
+
+    python scripts/two_preferences.py --out runs/two-preferences
+    python scripts/two_preferences.py --out runs/two-preferences --print    # the page of a finished run
+
+The preferences are rules, so that no person has to judge: short words, and few words (support/rules.py). The
+model answers 240 questions twice; for DPO each rule orders the two answers. Then align.py trains adapters of rank 8:
+DPO on these pairs, RLHF with the rule as the reward. Win rates are on questions about topics that were not trained on.
+Ctrl-C saves; the same command with --resume goes on. scripts/two_preferences.md is this script's page.
+"""
+
+from support import installed
+
+installed.check("numpy", "minilm")
+
+from support import one_blas_thread  # noqa: I001, F401
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from minilm import checkpoint
+from minilm.checkpoint import CheckpointError
+from minilm.fast import workers
+from minilm.fast.malloc import keep_freed_memory
+from minilm.fast.workers import WorkerFailed
+from minilm.pretrained.encoding import encoding_of
+from support import alignment, rules, two_preferences_page
+from support.command_line import MOST_WORKERS, Parser, whole, wholes
+from support.models import load_any
+from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
+
+ALIGN = Path(__file__).with_name("align.py")
+VERSION = 1
+RULES = {"short_words": "short words", "few_words": "few words"}
+METHODS = ("dpo", "rlhf")
+NEW_TOKENS = 64
+SHARED = ["--chat", "--lora-rank", "8", "--max-new-tokens", str(NEW_TOKENS), "--microbatches", "4"]
+OPTIONS = {"dpo": ["--batch-size", "8", "--learning-rate", "6e-4", "--epochs", "1"],
+           "rlhf": ["--batch-size", "4", "--samples-per-prompt", "4", "--learning-rate", "5e-4", "--epochs", "0.4",
+                    "--beta", "0.05"]}
+TOPICS = """bread|rain|the moon|a bicycle|honey|the heart|paper|volcanoes|chess|salt|trains|bees|glass|sleep|tea|maps|
+bridges|the alphabet|wool|clouds|a library|coffee|the sun|music|soap|rice|a kite|ships|snow|a garden|money|dogs|
+whales|a clock|cheese|the sea|a piano|trees|a camera|birds|the brain|gold|a telephone|fire|wind|a school|milk|
+earthquakes|shoes|stars|a newspaper|ice|cats|a market|rivers|an oven|a mirror|spiders|an island|the wheel"""
+QUESTIONS = ("what should a child know about {}?", "why do people care about {}?", "what is surprising about {}?",
+             "how would you explain {} to a visitor?")
+HELD_OUT = 5            # every fifth topic
+
+
+def questions() -> list[tuple[str, bool]]:
+    """240 questions, 4 on each of 60 topics, and whether each is held out."""
+    return [(f"Answer in one short sentence: {form.format(topic.strip())}", i % HELD_OUT == 0)
+            for i, topic in enumerate(TOPICS.split("|")) for form in QUESTIONS]
+
+
+def write_data(model: str, folder: Path, workers: int) -> None:
+    """PREFERENCE-train.jsonl and -eval.jsonl: pairs of the model's own answers, in the order of each rule.
+
+    A question is left out if one of its answers did not end, or if a rule has no order for them. So all rules and
+    methods have the same held-out questions.
+    """
+    policy, tokenizer = load_any(model)
+    encoding = encoding_of(tokenizer, strings_are_messages=True)
+    asked = questions()
+    prompts = [encoding.alone(question) for question, _ in asked]
+    sampling = alignment.Sampling(0, NEW_TOKENS, workers)
+    drawn = []
+    for name in ("first answers", "second answers"):
+        print(f"{name} of the untrained model to {len(asked)} questions", flush=True)
+        drawn.append(sampling.draw(policy, prompts, encoding.ends, name))
+    texts = [[alignment.text_of(encoding, answer) for answer in answers] for answers in drawn]
+    rewards = {rule: list(zip(*(getattr(rules, rule)(prompts, answers) for answers in texts))) for rule in RULES}
+    kept = [i for i, both in enumerate(zip(*drawn)) if all(answer[-1] in encoding.ends for answer in both)
+            and all(len(set(rewards[rule][i])) == 2 for rule in RULES)]
+    for rule, (part, held_out) in itertools.product(RULES, (("train", False), ("eval", True))):
+        lines = []
+        for i in (i for i in kept if asked[i][1] == held_out):
+            first, second = rewards[rule][i]
+            better, worse = (0, 1) if first > second else (1, 0)
+            lines.append({"prompt": asked[i][0], "chosen": texts[better][i], "rejected": texts[worse][i]})
+        checkpoint.write_text(folder / f"{rule}-{part}.jsonl",
+                              "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    print(f"{len(kept)} of {len(asked)} questions have two answers that ended and that both rules can order")
+
+
+def align(options, rule: str, method: str, seed: int) -> bool:
+    """One run of align.py, unless it is there; False if it was stopped."""
+    out = run_of(options.out, rule, method, seed)
+    if (out / "results.json").exists():
+        return True
+    print(f"\nseed {seed}: {RULES[rule]}, {method}", flush=True)
+    data = [f"--data={options.out / f'{rule}-train.jsonl'}", f"--eval-data={options.out / f'{rule}-eval.jsonl'}"]
+    judge = "--reward" if method == "rlhf" else "--judge"
+    # Ctrl-C reaches this process and align.py: it saves and ends, and this one waits for it.
+    ended = subprocess.run([sys.executable, ALIGN, method, f"--model={options.model}", *data, f"--out={out}", judge,
+                            f"support.rules:{rule}", *SHARED, *OPTIONS[method], "--seed", str(seed), "--workers",
+                            str(options.workers), "--resume"])
+    if ended.returncode not in (0, 130):
+        raise UsageError(f"align.py ended with exit status {ended.returncode}; its message is above")
+    return ended.returncode == 0
+
+
+def run_of(folder: Path, rule: str, method: str, seed: int) -> Path:
+    """The folder of one run."""
+    return folder / f"seed-{seed}" / f"{rule}-{method}"
+
+
+def parser() -> Parser:
+    found = Parser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder for all runs")
+    found.add_argument("--resume", action="store_true", help="continue the runs in this folder")
+    found.add_argument("--model", default="models/smollm2-135m-instruct.gguf", metavar="MODEL",
+                       help="(default: %(default)s)")
+    found.add_argument("--seeds", default=[0, 1, 2], metavar="N,...", type=wholes(0, 10**6),
+                       help="with commas (default: 0,1,2)")
+    found.add_argument("--workers", metavar="N", type=whole(1, MOST_WORKERS),
+                       default=min(workers.available_cores(), MOST_WORKERS),
+                       help="processes that share each step (default: one for each core)")
+    found.add_argument("--print", action="store_true", help="train nothing; print the page of the runs in DIR")
+    return found
+
+
+def main() -> int:
+    options = parser().parse_args()
+    require("matplotlib", "safetensors", "tqdm")
+    if not options.print:
+        keep_freed_memory()
+        fingerprint = {"version": VERSION, "model": options.model, "seeds": options.seeds}
+        with StopRequest() as stop, RunFolder(options.out, options.resume, fingerprint) as run:
+            data = [run.path(f"{rule}-{part}.jsonl") for rule in RULES for part in ("train", "eval")]
+            if not all(path.exists() for path in data):
+                write_data(options.model, run.folder, options.workers)
+            for seed, rule, method in itertools.product(options.seeds, RULES, METHODS):
+                if stop.requested or not align(options, rule, method, seed):
+                    print(f"stopped; continue with:\n    {command_to_resume()}")
+                    return 130
+    found = {(rule, method): [run_of(options.out, rule, method, seed) / "results.json" for seed in options.seeds]
+             for rule in RULES for method in METHODS}
+    print(two_preferences_page.page(found, RULES, options.seeds, options.out / "two_preferences.png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main, CheckpointError, WorkerFailed))

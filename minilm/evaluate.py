@@ -28,18 +28,20 @@ def mean_and_error(values: np.ndarray | list[float]) -> tuple[float, float]:
 
 
 def sequence_kl(policy, reference, prompts: list[list[int]], responses: list[list[int]],
-                batch_size: int = 128, temperature: float = 1.0) -> np.ndarray:
+                batch_size: int = 128, temperature: float = 1.0, workers: int = 1) -> np.ndarray:
     """k1 = log pi(y|x) - log pi_ref(y|x) of each response, in nats: (N,). pi is the policy at that temperature.
 
     If the responses are drawn from pi, the mean is an unbiased estimate of KL(pi || pi_ref) of whole responses, with
-    the reference at temperature 1. Single values may be negative. Raises ValueError as packing.packs does.
+    the reference at temperature 1. Single values may be negative. workers: processes that share the batches. Raises
+    ValueError as packing.packs does.
     """
-    k1 = []
+    def of_batch(part):
+        ratio = policy.response_log_probs(part, temperature).data - reference.response_log_probs(part).data
+        return ratio.sum(axis=1)
+
+    checks.integer("sequence_kl", "workers", workers, at_least=1)
     with no_grad():
-        for part in packs(prompts, responses, batch_size):
-            ratio = policy.response_log_probs(part, temperature).data - reference.response_log_probs(part).data
-            k1.append(ratio.sum(axis=1))
-    return concatenate(k1)
+        return concatenate(parallel_map(of_batch, list(packs(prompts, responses, batch_size)), workers))
 
 
 def predicted_rewards(reward_model, prompts: list[list[int]], responses: list[list[int]],

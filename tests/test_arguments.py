@@ -140,7 +140,7 @@ CALLS = {f"{call.of.__module__.rpartition('.')[2]}.{call.of.__name__}": call for
     Call(evaluate.mean_and_error, finite="values", free="values", values=normal(size=N)),
     Call(evaluate.wins, "rewards others", finite="rewards others", rewards=normal(size=N), others=normal(size=N)),
     Call(evaluate.best_of_n_kl, settings={"n": COUNT}, n=4),
-    Call(evaluate.sequence_kl, settings={"batch_size": COUNT, "temperature": ABOVE_0},
+    Call(evaluate.sequence_kl, settings={"batch_size": COUNT, "temperature": ABOVE_0, "workers": COUNT},
          free="policy reference prompts responses", policy=MODEL, reference=MODEL, **DIALOGUES),
     Call(lambda **given: list(packing.packs(**given)), of=packing.packs, settings={"batch_size": COUNT},
          free="prompts responses context last", **DIALOGUES, batch_size=2),

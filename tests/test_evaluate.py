@@ -61,13 +61,14 @@ def test_the_divergence_of_a_model_from_itself_is_0(rng):
 
 
 @given(rng=rngs, batch_size=st.integers(1, 6))
-def test_divergence_and_reward_do_not_depend_on_batch_size_and_order(rng, batch_size):
+def test_divergence_and_reward_do_not_depend_on_batch_size_order_and_workers(rng, batch_size):
     policy, reference = small_transformer(rng), small_transformer(rng)
     rewarder = RewardModel(policy, rng)
-    for measure in (lambda *args: evaluate.sequence_kl(policy, reference, *args),
-                    lambda *args: evaluate.predicted_rewards(rewarder, *args)):
+    for measure in (lambda *args, **options: evaluate.sequence_kl(policy, reference, *args, **options),
+                    lambda *args, **options: evaluate.predicted_rewards(rewarder, *args, **options)):
         alone = np.concatenate([measure([p], [r]) for p, r in zip(PROMPTS, RESPONSES)])
         assert_close(measure(PROMPTS, RESPONSES, batch_size), alone)
+        assert_close(measure(PROMPTS, RESPONSES, batch_size, workers=2), alone)
         assert_close(measure(PROMPTS[::-1], RESPONSES[::-1], batch_size)[::-1], alone)
         assert len(set(alone.round(12))) == len(alone), "the values differ between responses"
 

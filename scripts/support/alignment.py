@@ -90,7 +90,7 @@ def log_ratios(model: Transformer, base: Transformer, prompts: Sequence[list[int
     """log(pi(response | prompt) / pi_base(response | prompt)) of each: (N,)."""
     if model is base:
         return np.zeros(len(prompts))
-    return np.subtract(*(log_probs(m, prompts, responses, workers) for m in (model, base)))
+    return evaluate.sequence_kl(model, base, prompts, responses, TOGETHER, workers=workers)
 
 
 def log_probs(model: Transformer, prompts: Sequence[list[int]], responses: Sequence[list[int]],

@@ -215,6 +215,10 @@ PARTS = {
                       commands=("scripts/bench/bandwidth.py",)),
     "align": Part("scripts/bench/README.md", "40 min, on an idle machine",
                   commands=("scripts/bench/align.py --works dpo,dpo-adapters,sampling --threads 2 --rounds 3",)),
+    "preferences": Part("scripts/two_preferences.md", "40 min, after scripts/get_smollm2.py", whole=True,
+                        commands=("scripts/two_preferences.py --out runs/two-preferences --resume",
+                                  "scripts/two_preferences.py --out runs/two-preferences --print"),
+                        figure=("runs/two-preferences/two_preferences.png", "scripts/two_preferences.png")),
     "conversation": Part("README.md", "5 s, after scripts/get_smollm2.py", conversation),
     "lecture": Part("", "about an hour on two cores", commands=("scripts/lecture/all.py --out runs/claims --resume",
                                                   "scripts/lecture/all.py --readme runs/claims")),
@@ -224,6 +228,7 @@ COMMANDS = {"bytes": "scripts/bench/attention.py", "assistant": "scripts/support
             "bench": "scripts/bench/table.py runs/bench --print", "tricks": "scripts/bench/tricks.py",
             "bandwidth": "scripts/bench/bandwidth.py",
             "align": "scripts/bench/align.py --works dpo,dpo-adapters,sampling --threads 2 --rounds 3",
+            "preferences": "scripts/two_preferences.py --out runs/two-preferences --print",
             "processes": "scripts/bench/processes.py", "predictions": "scripts/bench/processes.py --predict"}
 
 

@@ -132,7 +132,7 @@ def forward(q: Operand, k: Operand, v: Operand, o: Operand, lse: Array, plan: Pl
     tiles = plan.query_tiles(rows)
     launch(_kernel(xp, "attention_forward", dtype, width), (len(tiles), heads), (threads(rows),),
            q.array, k.array, v.array, o.array, lse, plan.device("segments", plan.segments, 7),
-           plan.device(("tiles", rows), tiles, 2), _places(plan, {"q": q, "k": k, "v": v, "o": o}),
+           plan.device(("tiles", rows), tiles, 2), places_of(plan, {"q": q, "k": k, "v": v, "o": o}),
            lse_head, heads // kv_heads, float(scale), shared=shared_bytes("attention_forward", dtype, width))
 
 
@@ -144,7 +144,7 @@ def backward(q: Operand, k: Operand, v: Operand, o: Operand, do: Operand, lse: A
     xp = plan.xp
     group = heads // kv_heads
     rows, cols = BACKWARD[dtype.name][width]
-    places = _places(plan, operands)
+    places = places_of(plan, operands)
     segments = plan.device("segments", plan.segments, 7)
     tiles = plan.query_tiles(rows)
     key_tiles, users = plan.key_tiles(cols)
@@ -286,7 +286,8 @@ def _kernel(xp, name, dtype, width):
     return function(xp, "attention", name, dtype, **constants(name, dtype, width))
 
 
-def _places(plan, operands):
+def places_of(plan: Plan, operands: dict[str, Operand]) -> Array:
+    """The table of the kernels' function `at`: offset, token and head of each operand, on the device."""
     rows = [[getattr(operands[name], field) if name in operands else 0 for field in ("offset", "token", "head")]
             for name in OPERANDS]
     return plan.device(("places", *map(tuple, rows)), rows, 3)
@@ -294,22 +295,29 @@ def _places(plan, operands):
 
 def _check(plan, heads, kv_heads, width, operands, lse, lse_head):
     """The dtype of the operands. Raises TypeError and ValueError: the kernel itself checks nothing."""
-    if width not in WIDTHS:
-        raise ValueError(f"attention: head width {width}; this kernel supports {', '.join(map(str, WIDTHS))}")
-    if heads % kv_heads:
-        raise ValueError(f"attention: {kv_heads} key/value heads do not divide {heads} query heads")
+    check_operands("attention", plan, heads, kv_heads, width, WIDTHS, operands, lse, lse_head)
     dtype = np.dtype(operands["q"].array.dtype)
     real(dtype)
-    operands = {**operands, "lse": Operand(lse, 0, 1, lse_head)}
-    for name, x in operands.items():
-        if x.array.dtype != dtype:
-            raise TypeError(f"attention: {name} is {x.array.dtype} but q is {dtype}")
+    for name, array in {**{name: x.array for name, x in operands.items()}, "lse": lse}.items():
+        if array.dtype != dtype:
+            raise TypeError(f"attention: {name} is {array.dtype} but q is {dtype}")
+    return dtype
+
+
+def check_operands(kernel: str, plan: Plan, heads: int, kv_heads: int, width: int, widths: tuple[int, ...],
+                   operands: dict[str, Operand], lse: Array, lse_head: int) -> None:
+    """Raise ValueError for a head width not among `widths`, for heads that form no groups, for an array that is not
+    contiguous or has too few numbers."""
+    if width not in widths:
+        raise ValueError(f"{kernel}: head width {width}; this kernel supports {', '.join(map(str, widths))}")
+    if heads % kv_heads:
+        raise ValueError(f"{kernel}: {kv_heads} key/value heads do not divide {heads} query heads")
+    for name, x in {**operands, "lse": Operand(lse, 0, 1, lse_head)}.items():
         if not x.array.flags.c_contiguous:
-            raise ValueError(f"attention: {name} is not contiguous; pass a contiguous copy")
+            raise ValueError(f"{kernel}: {name} is not contiguous; pass a contiguous copy")
         of_keys = name in ("k", "v", "dk", "dv")
         last = x.offset + ((plan.keys if of_keys else plan.queries) - 1) * x.token
         last += ((kv_heads if of_keys else heads) - 1) * x.head + (1 if name == "lse" else width)
         if len(plan.segments) and last > x.array.size:
-            raise ValueError(f"attention: the segments reach to number {last} of {name}, which has {x.array.size} "
+            raise ValueError(f"{kernel}: the segments reach to number {last} of {name}, which has {x.array.size} "
                              "numbers")
-    return dtype

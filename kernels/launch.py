@@ -25,7 +25,7 @@ FOLDER = Path(__file__).resolve().parent
 REALS = {"float32": "float", "float64": "double"}
 MOST_BLOCKS = 2 ** 31 - 1, 65_535, 65_535               # of a grid along x, y and z
 MOST_COUNT = 2 ** 31 - 2 ** 24          # kernels count in 32 bits, and a loop steps beyond the end by less than 2^24
-TENSOR_CORES = re.compile(r'^#include "tensor\.cuh"$', re.MULTILINE)
+HEADERS = re.compile(r'^#include "(tensor|segments)\.cuh"$', re.MULTILINE)
 SHARED_UNASKED = 48 * 1024      # bytes of dynamic shared memory of a block; more must be requested from the driver
 
 
@@ -37,13 +37,18 @@ def source(module: str, text: str | None = None) -> str:
 
 
 def with_headers(name: str, text: str) -> str:
-    """The text of a .cu file with #line directives. A line `#include "tensor.cuh"` becomes that file: neither CuPy nor
-    the emulator then needs a path."""
-    before, *after = TENSOR_CORES.split(text, maxsplit=1)
-    if after:
-        header = (FOLDER / "tensor.cuh").read_text("utf-8")
-        after = [f'#line 1 "tensor.cuh"\n{header}#line {before.count(chr(10)) + 2} "{name}"', *after]
-    return "".join([f'#line 1 "{name}"\n{before}', *after])
+    """The text of a .cu file with #line directives. A line `#include "tensor.cuh"` (or "segments.cuh") becomes that
+    file, the first time: neither CuPy nor the emulator then needs a path."""
+    known = set()
+
+    def header(found):
+        if found[1] in known:
+            return ""
+        known.add(found[1])
+        after = text.count("\n", 0, found.end()) + 2
+        file = f"{found[1]}.cuh"
+        return f'#line 1 "{file}"\n{(FOLDER / file).read_text("utf-8")}#line {after} "{name}"'
+    return f'#line 1 "{name}"\n{HEADERS.sub(header, text)}'
 
 
 def options(dtype: DTypeLike, constants: dict[str, Any]) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ def test_help_lists_the_modules_and_their_sizes(capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["attentoin"], "no module attentoin; there are attention, .*Did you mean attention?"),
+    (["attentoin"], "no module attentoin; there are attention, .*Did you mean attention or attention_bf16?"),
     (["attention", "--t", "3"], "attention has no size --t; it has --B 2 .*Did you mean T?"),
     (["attention", "--T", "abc"], "--T abc: expected a whole number"),
     (["attention", "--T", "-1"], "--T -1: expected a number of at least 0"),

@@ -1,7 +1,7 @@
 # gdb reads this file for python -m minilm.kernels.emulator MODULE --debug.
 # The threads of a kernel take turns on one core, so gdb sees one thread; these commands show which one it is.
 # next and step follow one thread of the kernel, over barriers too. Stop in another thread with a condition:
-#     break attention.cu:57 if blockIdx.x == 1 && threadIdx.x == 5
+#     break attention.cu:40 if blockIdx.x == 1 && threadIdx.x == 5
 set confirm off
 set breakpoint pending on
 set print thread-events off

@@ -11,8 +11,8 @@ LINE_DIRECTIVE = re.compile(r'#line (\d+) "([^"]+)"')
 class Fault(RuntimeError):
     """A mistake of a kernel. str(fault) is one line: place, kernel, block, thread, what the thread did.
 
-    where and other: the place of the access and of the earlier access it conflicts with, "attention.cu:58 (called at
-    attention.cu:131)", or None. block and thread: three integers each, or None. code: the text of the module.
+    where and other: the place of the access and of the earlier access it conflicts with, "attention.cu:45 (called at
+    attention.cu:118)", or None. block and thread: three integers each, or None. code: the text of the module.
     """
 
     def __init__(self, what, kernel, where=None, block=None, thread=None, other=None, code=""):

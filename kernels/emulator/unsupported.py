@@ -12,7 +12,8 @@ ERROR = re.compile(r"^([^\s:]+):(\d+):(?:\d+:)? (?:fatal )?error: ", re.MULTILIN
 
 # (pattern of a line; name of the feature; advice)
 FEATURES = [(re.compile(pattern), name, advice) for pattern, name, advice in (
-    (r'#\s*include\s*("tensor\.cuh")', "#include {}", "give the text to minilm.kernels.launch.with_headers first"),
+    (r'#\s*include\s*("(?:tensor|segments)\.cuh")', "#include {}",
+     "give the text to minilm.kernels.launch.with_headers first"),
     (r'#\s*include\s*([<"][^>"]*[>"])', "#include {}",
      "no header is available, as with NVRTC; remove the line: CUDA's own functions need none"),
     (r"\b(cooperative_groups|cg::\w+|this_thread_block)", "{}",

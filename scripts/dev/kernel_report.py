@@ -149,6 +149,11 @@ def modules():
         yield path.stem, launch.source(path.stem), getattr(module, "variants", None)
 
 
+def least_architecture(code):
+    """The first architecture on which a text can be compiled: tensor.cuh needs sm_80."""
+    return 80 if '#line 1 "tensor.cuh"' in code else 0
+
+
 def chosen(wanted=None):
     """The modules to report on. Those without variants() are named and left out. Raises UsageError."""
     found = list(modules())
@@ -167,7 +172,7 @@ def chosen(wanted=None):
 def report(compiler, architectures, wanted=None, progress=lambda done, total, module: None):
     """Lines of the report, one by one. progress(done, total, module) is called before each compilation."""
     jobs = [(module, code, variant, architecture) for module, code, variants in chosen(wanted)
-            for variant in variants for architecture in architectures]
+            for variant in variants for architecture in architectures if architecture >= least_architecture(code)]
     total = len({(module, tuple(options), architecture) for module, _, (_, options, *_), architecture in jobs})
     compiled = {}
     for module, code, (kernel, options, threads, dynamic_bytes), architecture in jobs:

@@ -1,0 +1,127 @@
+"""FlashAttention on tensor cores: the launches of attention_bf16.cu. Plan, Operand and the segments are attention.py's.
+
+Arrays of bf16 are uint16 (bf16.py); the log-sum-exp is float32. It needs a device of sm_80 or later.
+Tests: tests/test_attention_bf16.py.
+"""
+
+import itertools
+
+import numpy as np
+
+from minilm.kernels.attention import Operand, Plan, batch_operands, batch_plan, check_operands, places_of
+from minilm.kernels.bf16 import to_bf16
+from minilm.kernels.launch import Array, Variants, function, launch, options
+
+WIDTHS = (32, 64, 128)
+THREADS = 128
+# {kernel: {head width: (rows, columns) of a tile}}: without spills on every architecture, two or three blocks at once.
+# Rows are queries, and keys for attention_bf16_dk_dv.
+TILES = {"attention_bf16_forward": {32: (128, 64), 64: (128, 64), 128: (64, 64)},
+         "attention_bf16_delta": {32: (64, 64), 64: (64, 64), 128: (64, 64)},
+         "attention_bf16_dq": {32: (64, 64), 64: (64, 64), 128: (64, 32)},
+         "attention_bf16_dk_dv": {32: (64, 64), 64: (64, 64), 128: (64, 32)}}
+
+
+def forward(q: Operand, k: Operand, v: Operand, o: Operand, lse: Array, plan: Plan, heads: int, kv_heads: int,
+            width: int, lse_head: int, scale: float) -> None:
+    """Write attention into o (bf16), and the log-sum-exp of every query's scores into lse (float32), as
+    attention.forward does. scale > 0. Raises TypeError for another dtype, ValueError for an unsupported shape."""
+    operands = {"q": q, "k": k, "v": v, "o": o}
+    _check(plan, heads, kv_heads, width, operands, lse, lse_head, scale)
+    rows, _ = TILES["attention_bf16_forward"][width]
+    tiles = plan.query_tiles(rows)
+    _launch("attention_bf16_forward", plan, width, (len(tiles), heads), q.array, k.array, v.array, o.array, lse,
+            plan.device("segments", plan.segments, 7), plan.device(("tiles", rows), tiles, 2),
+            places_of(plan, operands), lse_head, heads // kv_heads, float(scale))
+
+
+def backward(q: Operand, k: Operand, v: Operand, o: Operand, do: Operand, lse: Array, dq: Operand, dk: Operand,
+             dv: Operand, plan: Plan, heads: int, kv_heads: int, width: int, lse_head: int, scale: float) -> None:
+    """Write the gradients into dq, dk, dv, as attention.backward does. The same bits every time."""
+    operands = {"q": q, "k": k, "v": v, "o": o, "do": do, "dq": dq, "dk": dk, "dv": dv}
+    _check(plan, heads, kv_heads, width, operands, lse, lse_head, scale)
+    rows, _ = TILES["attention_bf16_dq"][width]
+    keys, _ = TILES["attention_bf16_dk_dv"][width]
+    places = places_of(plan, operands)
+    segments = plan.device("segments", plan.segments, 7)
+    tiles = plan.query_tiles(rows)
+    key_tiles, users = plan.key_tiles(keys)
+    on_device = plan.device(("tiles", rows), tiles, 2)
+    delta = plan.xp.empty(lse.shape, np.float32)
+    _launch("attention_bf16_delta", plan, width, (len(tiles), heads), o.array, do.array, delta, segments, on_device,
+            places, lse_head)
+    _launch("attention_bf16_dq", plan, width, (len(tiles), heads), q.array, k.array, v.array, do.array, lse, delta,
+            dq.array, segments, on_device, places, lse_head, heads // kv_heads, float(scale))
+    _launch("attention_bf16_dk_dv", plan, width, (len(key_tiles), kv_heads), q.array, k.array, v.array, do.array, lse,
+            delta, dk.array, dv.array, segments, plan.device(("keys", keys), key_tiles, 5),
+            plan.device("users", users, 2), places, lse_head, heads // kv_heads, float(scale))
+
+
+def batch_forward(q: Array, k: Array, v: Array, plan: Plan, scale: float) -> tuple[Array, Array]:
+    """q (B,H,T,K); k, v (B,G,S,K), bf16 -> (B,H,T,K), bf16, and the log-sum-exp (B,H,T), float32."""
+    _, H, T, K = q.shape
+    o = plan.xp.empty(q.shape, np.uint16)
+    lse = plan.xp.empty(q.shape[:3], np.float32)
+    forward(**batch_operands(q=q, k=k, v=v, o=o), lse=lse, plan=plan, heads=H, kv_heads=k.shape[1], width=K, lse_head=T,
+            scale=scale)
+    return o, lse
+
+
+def batch_backward(q: Array, k: Array, v: Array, o: Array, do: Array, lse: Array, plan: Plan,
+                   scale: float) -> tuple[Array, Array, Array]:
+    """The gradients dq, dk, dv of batch_forward, bf16, for the gradient do (B,H,T,K) of its output."""
+    _, H, T, K = q.shape
+    dq = plan.xp.empty(q.shape, np.uint16)
+    dk, dv = (plan.xp.zeros(k.shape, np.uint16) for _ in range(2))      # the kernel does not write those of padding
+    backward(**batch_operands(q=q, k=k, v=v, o=o, do=do, dq=dq, dk=dk, dv=dv), lse=lse, plan=plan, heads=H,
+             kv_heads=k.shape[1], width=K, lse_head=T, scale=scale)
+    return dq, dk, dv
+
+
+def shared_bytes(name: str, width: int) -> int:
+    """Bytes of dynamic shared memory of a block."""
+    rows, cols = TILES[name][width]
+    numbers = {"attention_bf16_forward": rows + 4 * cols, "attention_bf16_delta": 0,
+               "attention_bf16_dq": 2 * rows + 4 * cols, "attention_bf16_dk_dv": 2 * rows + 4 * cols}[name] * width
+    return 2 * numbers + (16 * cols if name == "attention_bf16_dk_dv" else 0)
+
+
+def constants(name: str, width: int) -> dict[str, int]:
+    """The constants of attention_bf16.cu for that kernel, for -D."""
+    rows, cols = TILES[name][width]
+    return {"HEAD": width, "ROWS": rows, "COLS": cols}
+
+
+def variants() -> Variants:
+    """(kernel, compiler options, threads of a block, bytes of dynamic shared memory) of every launch configuration."""
+    for name, width in itertools.product(TILES, WIDTHS):
+        yield name, options("float32", constants(name, width)), THREADS, shared_bytes(name, width)
+
+
+def example(xp, rng: np.random.Generator, B: int = 1, H: int = 2, G: int = 1, T: int = 70,
+            K: int = 32) -> tuple[Array, ...]:
+    """Causal attention, forward and backward, on random numbers."""
+    q, k, v, do = (xp.asarray(to_bf16(rng.normal(size=(B, heads, T, K)))) for heads in (H, G, G, H))
+    plan = batch_plan(xp, q.shape, k.shape, causal=True)
+    o, lse = batch_forward(q, k, v, plan, K ** -0.5)
+    return o, lse, *batch_backward(q, k, v, o, do, lse, plan, K ** -0.5)
+
+
+def _launch(name, plan, width, grid, *arguments):
+    kernel = function(plan.xp, "attention_bf16", name, np.float32, **constants(name, width))
+    launch(kernel, grid, (THREADS,), *arguments, shared=shared_bytes(name, width))
+
+
+def _check(plan, heads, kv_heads, width, operands, lse, lse_head, scale):
+    """Raises TypeError and ValueError: the kernel itself checks nothing."""
+    check_operands("attention_bf16", plan, heads, kv_heads, width, WIDTHS, operands, lse, lse_head)
+    for name, x in operands.items():
+        if x.array.dtype != np.uint16:
+            raise TypeError(f"attention_bf16: {name} is {x.array.dtype}; it takes bf16 as uint16 (bf16.to_bf16)")
+        if any(number % 8 for number in x[1:]):
+            raise ValueError(f"attention_bf16: {name} begins at {x.offset}, with steps of {x.token} and {x.head}; each "
+                             "must be a multiple of 8 numbers, because the kernel copies 16 bytes at a time")
+    if lse.dtype != np.float32:
+        raise TypeError(f"attention_bf16: lse is {lse.dtype}; it takes float32")
+    if not scale > 0:
+        raise ValueError(f"attention_bf16: scale is {scale}; it must be above 0")

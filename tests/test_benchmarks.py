@@ -338,6 +338,18 @@ def test_the_plain_peer_of_the_kernels_gives_the_same_results_every_time(emulate
                 assert_close(a.get(), b.get())
 
 
+def test_the_kernels_in_bf16_that_are_timed_agree_with_those_in_float32(emulated, rng):
+    arrays = [rng.normal(size=(2, 2, 70, 32)).astype(np.float32) for _ in range(4)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_attention, "K", 32)
+        plan = bench_attention.attention.batch_plan(emulated, arrays[0].shape, arrays[0].shape, True)
+        exact, rounded = (bench_attention.both(lambda: call(*map(emulated.asarray, given), plan)) for call, given in (
+            (bench_attention.ours, arrays), (bench_attention.ours_bf16, map(bench_attention.to_bf16, arrays))))
+    for a, b in zip(exact, rounded, strict=True):
+        a, b = a.get(), b.get()
+        assert b.dtype == np.float32 and abs(a - b).max() < bench_attention.BF16_TOLERANCE * abs(a).max()
+
+
 class OutOfMemoryError(Exception):
     pass
 
@@ -366,7 +378,7 @@ def test_without_a_gpu_the_bytes_are_printed_and_the_reason_why_nothing_is_timed
         script.main()
         printed = capfd.readouterr().out
         assert line in printed and "Not timed: no GPU here" in printed
-    assert [report[3] for report in reports] == ["attention,decode", "log_probs"]
+    assert [report[3] for report in reports] == ["attention,attention_bf16,decode", "log_probs"]
 
 
 @pytest.mark.parametrize("script, option", [("bench_attention", "--lengths"), ("bench_log_probs", "--vocabularies")])

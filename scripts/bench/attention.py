@@ -4,7 +4,7 @@
 
 Without a GPU it prints the bytes moved, from the formula that the tests compare with the emulator's count, beside
 those of attention with a matrix of scores and the least possible. The plan of the tiles is made before the timing,
-because a model makes one for all its layers.
+because a model makes one for all its layers. On a GPU of sm_80 or later it also times bf16 on tensor cores.
 """
 
 import functools
@@ -13,7 +13,9 @@ import sys
 import numpy as np
 
 import gpu_measuring as measuring
-from minilm.kernels import attention
+from minilm.backend import array_module
+from minilm.kernels import attention, attention_bf16
+from minilm.kernels.bf16 import from_bf16, to_bf16
 from support.run_folder import main_guard
 
 B = 4
@@ -21,6 +23,7 @@ H = 8
 G = 8
 K = 64
 TOLERANCE = 1e-4
+BF16_TOLERANCE = 2e-2
 
 
 def traffic(T, B=B, H=H, G=G, K=K, dtype="float32"):
@@ -66,8 +69,8 @@ def pytorch(backend, q, k, v, do):
     """A call of PyTorch's scaled_dot_product_attention with one of its kernels ("MATH": unfused)."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    leaves = [torch.from_dlpack(a).requires_grad_() for a in (q, k, v)]
-    gradient = torch.from_dlpack(do)
+    q, k, v, gradient = (torch.from_dlpack(a) for a in (q, k, v, do))
+    leaves = [a.requires_grad_() for a in (q, k, v)]
 
     def call():
         with sdpa_kernel(getattr(SDPBackend, backend)):
@@ -76,32 +79,64 @@ def pytorch(backend, q, k, v, do):
     return call
 
 
+def ours_bf16(q, k, v, do, plan):
+    """Of arrays of uint16; the results too."""
+    o, lse = attention_bf16.batch_forward(q, k, v, plan, K ** -0.5)
+    return o, lambda: attention_bf16.batch_backward(q, k, v, o, do, lse, plan, K ** -0.5)
+
+
+def pytorch_bf16(backend, *arrays):
+    """The same by PyTorch: its tensors are the same memory."""
+    import torch
+    return pytorch(backend, *(torch.from_dlpack(a.view(np.int16)).view(torch.bfloat16) for a in arrays))
+
+
 def both(call):
-    """The output and the gradients."""
+    """The output and the gradients; those in bf16 as float32."""
     o, backward = call()
-    return o, *backward()
+    return [a.float() if hasattr(a, "float") else array_module(a).asarray(from_bf16(a.get()))
+            if a.dtype == np.uint16 else a for a in (o, *backward())]
 
 
-def time_on(cupy, T, ceiling):
-    rng = cupy.random.default_rng(0)
-    q, k, v, do = (rng.standard_normal((B, heads, T, K), dtype=cupy.float32) for heads in (H, G, G, H))
-    plan = attention.batch_plan(cupy, q.shape, k.shape, True)
-    peers = {"minilm": functools.partial(ours, q, k, v, do, plan), "plain CuPy": functools.partial(plain, q, k, v, do)}
+def installed_torch():
     try:
         import torch  # noqa: F401
     except ImportError:
         print("PyTorch: not installed, skipped")
-    else:
-        peers |= {f"torch, {backend.lower()}": pytorch(backend, q, k, v, do)
+        return False
+    return True
+
+
+def time_on(cupy, T, ceiling):
+    rng = cupy.random.default_rng(0)
+    q, k, v, do = arrays = [rng.standard_normal((B, heads, T, K), dtype=cupy.float32) for heads in (H, G, G, H)]
+    plan = attention.batch_plan(cupy, q.shape, k.shape, True)
+    peers = {"minilm": functools.partial(ours, *arrays, plan), "plain CuPy": functools.partial(plain, *arrays)}
+    if installed_torch():
+        peers |= {f"torch, {backend.lower()}": pytorch(backend, *arrays)
                   for backend in ("EFFICIENT_ATTENTION", "MATH")}
-    peers = measuring.those_that_agree(cupy, peers, both, TOLERANCE)
-    moved = traffic(T)
+    compare(cupy, f"T = {T}", peers, TOLERANCE, T, ceiling, traffic(T))
+    if int(cupy.cuda.Device().compute_capability) < 80:
+        print("\nbf16: needs a device of sm_80 or later")
+        return
+    bits = [cupy.asarray(to_bf16(a.get())) for a in arrays]
+    peers = {"minilm, bf16": functools.partial(ours_bf16, *bits, plan)}
+    if installed_torch():
+        peers |= {f"torch, bf16, {backend.lower()}": pytorch_bf16(backend, *bits)
+                  for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION")}
+    compare(cupy, f"T = {T}, bf16 (the share is of a product in float16)", peers, BF16_TOLERANCE, T,
+            (ceiling[0], measuring.product_rate(cupy, cupy.float16)))
+
+
+def compare(cupy, title, peers, tolerance, T, ceiling, moved=None):
+    """Tables of those {name: call} that agree, forward and backward."""
+    peers = measuring.those_that_agree(cupy, peers, both, tolerance)
     pairs = 2 * B * H * K * T * (T + 1) // 2          # operations of one product of the causal half
     for direction, products in (("forward", 2), ("backward", 5)):
-        print(f"\nT = {T}, {direction}\n\n{measuring.HEADER}")
+        print(f"\n{title}, {direction}\n\n{measuring.HEADER}")
         for name, call in peers.items():
             timed = call if direction == "forward" else call()[1]
-            bytes_moved = moved[direction][0] if name == "minilm" else None
+            bytes_moved = moved[direction][0] if moved and name == "minilm" else None
             extra = None if name.startswith("torch") else measuring.extra_bytes(cupy, timed)
             line = measuring.row(name, measuring.seconds(timed), bytes_moved, products * pairs, extra, ceiling)
             print(line, flush=True)
@@ -109,7 +144,7 @@ def time_on(cupy, T, ceiling):
 
 def main():
     measuring.main(__doc__.partition("\n")[0], "--lengths", "128,256,512,1024,2048,4096,8192", print_traffic, time_on,
-                   "attention,decode")
+                   "attention,attention_bf16,decode")
 
 
 if __name__ == "__main__":

@@ -81,9 +81,9 @@ def copy_rate(cupy):
     return 2 * a.nbytes / seconds(lambda: cupy.copyto(b, a))[0]
 
 
-def product_rate(cupy):
-    """Operations per second of a matrix product of width 8192."""
-    x = cupy.ones((8192, 8192), cupy.float32)
+def product_rate(cupy, dtype=np.float32):
+    """Operations per second of a matrix product of width 8192; in float16 by tensor cores, as fast as in bf16."""
+    x = cupy.ones((8192, 8192), dtype)
     return 2 * 8192 ** 3 / seconds(lambda: x @ x)[0]
 
 

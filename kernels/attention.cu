@@ -24,7 +24,7 @@
 //
 // Bytes. Forward reads Q once, and for each tile of queries the keys and values that the tile sees; it writes O and L.
 // The minimum would read K and V once. Larger tiles come closer to it; so does the L2 cache, which the counts of
-// attention.py leave out. Possible and not done: tensor cores, asynchronous copies into a second buffer, float4 loads.
+// attention.py leave out. Not done here: float4 loads; tensor cores and asynchronous copies, as in attention_bf16.cu.
 
 #include "segments.cuh"
 

@@ -24,7 +24,7 @@ FORWARD = {"float32": {16: (64, 32), 32: (64, 32), 64: (64, 32), 128: (32, 32)},
 BACKWARD = {"float32": {16: (32, 32), 32: (32, 32), 64: (32, 32), 128: (16, 32)},
             "float64": {16: (32, 32), 32: (32, 32), 64: (16, 32), 128: (8, 16)}}
 KERNELS = ("attention_forward", "attention_delta", "attention_dq", "attention_dk_dv")
-OPERANDS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")         # in the order of the enum in attention.cu
+OPERANDS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")         # in the order of the enum in segments.cuh
 
 
 class Operand(NamedTuple):

@@ -2,28 +2,33 @@
 // sums and the log-sum-exp are float. P and dS are rounded to bf16 for their products with V, dO, K and Q. Read
 // attention.cu first: this file says only what is different.
 //
-// Fragments. A block has 4 warps. A warp has 16 rows of the block's tile (32 if ROWS is 128) and all its columns. The
-// scores of 16 rows and 8 columns are one accumulator of mma: with g = lane / 4 and t = lane % 4, element e of a lane is
-// row g + e / 2 * 8, column 2t + e % 2. So 4 neighbouring lanes share a row. Two such accumulators, rounded, are the left
-// factor of the next product (tensor.cuh): P and dS go through no shared memory. attention_dk_dv therefore computes
-// S^T = K Q^T and dP^T = V dO^T, whose rows are keys.
+// Fragments. A block has 4 warps. A warp has 16 rows of the block's tile (forward: 32 if QUERIES is 128) and all its
+// columns. The scores of 16 rows and 8 columns are one accumulator of mma: with g = lane / 4 and t = lane % 4, element e
+// of a lane is row g + e / 2 * 8, column 2t + e % 2. So 4 neighbouring lanes share a row. Two such accumulators, rounded,
+// are the left factor of the next product (tensor.cuh): P and dS go through no shared memory. attention_bf16_dk_dv
+// therefore computes S^T = K Q^T and dP^T = V dO^T, whose rows are keys.
 //
-// Tiles. A row of HEAD numbers is CHUNKS chunks of 8 numbers (16 bytes). Chunk c of a row lies at the place c ^ (a
+// Tiles. A row of HEAD numbers is CHUNKS chunks of 8 numbers (16 bytes). The chunks of a row are exchanged (xor with a
 // number of the row), so that the 8 rows of a matrix of ldmatrix lie in different banks of shared memory.
 //
-// Copies. While a tile is multiplied the next one arrives. Every loop has one group of copies in flight when it waits
-// for the group before it; groups without copies keep that count at the last tile. A tile is overwritten only after a
-// barrier that follows its last reader.
+// Copies. The next tile arrives while this one is multiplied. Copies are counted in groups: at each wait, the group that
+// is needed is the last but one, also after the last tile, because a group may be empty. A tile is overwritten only
+// after a barrier that follows its last reader.
 //
-// Bytes. As in attention.cu, but for the larger tiles, and with 2 bytes for a number. Left out: warps that only copy,
-// wgmma and TMA of sm_90 (FlashAttention-3), dQ, dK and dV in one pass (its sums have no fixed order).
+// Rounding. The exponents are written with fmaf, because a GPU may contract a b - c, and the emulator does not.
+//
+// Bytes. As in attention.cu with these tiles, and 2 bytes for a number.
+//
+// Not done here: wgmma and TMA of sm_90, with warps that do nothing but copy (FlashAttention-3); dQ, dK and dV in one
+// kernel, which needs atomic sums and gives other bits every time.
 #include "tensor.cuh"
 #include "segments.cuh"
 
 #define THREADS 128
+#define ROWS 64                         // queries of a block of dq, keys of a block of dk_dv: 16 for each warp
+#define PIECES (QUERIES / 64)           // forward: pieces of 16 queries, for each warp
 #define CHUNKS (HEAD / 8)
-#define PIECES (ROWS / 64)              // of 16 rows, of a warp
-#define LOG2E 1.4426950408889634f       // exp(x) = exp2(LOG2E x), and exp2 is one instruction
+#define LOG2E 1.4426950408889634f       // exp(x) = exp2(LOG2E x), and exp2 is one instruction (with -ftz=true, as CuPy)
 
 // The place of a chunk in a tile.
 __device__ __forceinline__ int place(int row, int chunk) {
@@ -36,6 +41,7 @@ __device__ __forceinline__ void copy_rows(bf16* tile, const bf16* __restrict__ f
                                           int operand, int token, int head, int count) {
     const bf16* first = from + at(places, operand, token, head);
     const int stride = places[3 * operand + 1];
+    static_assert(MOST * CHUNKS % THREADS == 0, "each thread copies the same number of chunks");
 #pragma unroll
     for (int i = 0; i < MOST * CHUNKS / THREADS; ++i) {
         const int row = (threadIdx.x + THREADS * i) / CHUNKS, chunk = (threadIdx.x + THREADS * i) % CHUNKS;
@@ -50,7 +56,7 @@ __device__ __forceinline__ void left_of(unsigned (&left)[4], const bf16* tile, i
     ldmatrix4(left, tile + place(row + lane % 16, columns / 8 + lane / 16));
 }
 
-// product (16 PIECES rows, 8 N columns) = rows of a, from `row` on, times rows of b: Q K^T, dO V^T, and their transposes.
+// product (16 M rows, 8 N columns) = rows of a, from `row` on, times rows of b: Q K^T, dO V^T, and their transposes.
 template <int M, int N>
 __device__ __forceinline__ void rows_by_rows(float (&product)[M][N][4], const bf16* a, int row, const bf16* b) {
     const int lane = threadIdx.x % 32;
@@ -158,10 +164,10 @@ attention_bf16_forward(const bf16* __restrict__ q, const bf16* __restrict__ k, c
                        float scale) {
     const int lane = threadIdx.x % 32, row0 = threadIdx.x / 32 * 16 * PIECES, head = blockIdx.y;
     const Segment s = segment_of(segments, tiles[2 * blockIdx.x]);
-    const int i0 = tiles[2 * blockIdx.x + 1], queries = min(ROWS, s.queries - i0), queries_end = i0 + queries;
+    const int i0 = tiles[2 * blockIdx.x + 1], queries = min(QUERIES, s.queries - i0), queries_end = i0 + queries;
     const int key_tiles = key_tiles_of(s, queries_end);
     extern __shared__ __align__(16) bf16 shared[];
-    bf16 *sQ = shared, *sK = sQ + ROWS * HEAD, *sV = sK + 2 * COLS * HEAD;      // two tiles of K, and of V
+    bf16 *sQ = shared, *sK = sQ + QUERIES * HEAD, *sV = sK + 2 * COLS * HEAD;      // two tiles of K, and of V
 
     float m[PIECES][2], l[PIECES][2], acc[PIECES][CHUNKS][4];
     clear(acc);
@@ -172,7 +178,7 @@ attention_bf16_forward(const bf16* __restrict__ q, const bf16* __restrict__ k, c
             m[p][half] = NEGATIVE_INFINITY;
             l[p][half] = 0;                             // of this lane's columns, until the end
         }
-    copy_rows<ROWS>(sQ, q, places, Q, s.query + i0, head, queries);
+    copy_rows<QUERIES>(sQ, q, places, Q, s.query + i0, head, queries);
     if (key_tiles) {
         const Keys first = keys_of(s, i0, queries_end, 0);
         copy_rows<COLS>(sK, k, places, K, first.token, head / group, first.count);
@@ -194,7 +200,8 @@ attention_bf16_forward(const bf16* __restrict__ q, const bf16* __restrict__ k, c
         }
         copies_commit();
 
-        const bool all_seen = keys.count == COLS && row0 + keys.diagonal >= COLS - 1;       // by every row of the warp
+        // Whether every row of the warp sees every key of the tile.
+        const bool all_seen = keys.count == COLS && row0 + keys.diagonal >= COLS - 1;
 #pragma unroll
         for (int p = 0; p < PIECES; ++p)
 #pragma unroll
@@ -210,15 +217,17 @@ attention_bf16_forward(const bf16* __restrict__ q, const bf16* __restrict__ k, c
                         highest = fmaxf(highest, S[p][n][e]);
                     }
                 highest = row_max(highest);
-                // m is before the scale, so that one multiplication and addition makes each exponent.
-                const float shift = highest == NEGATIVE_INFINITY ? 0 : highest * (scale * LOG2E);
-                const float rescale = exp2f(m[p][half] * (scale * LOG2E) - shift);
+                // m is the largest product before the scale: one fmaf then makes each exponent. The factor for what was
+                // summed before is exactly 1 if m stays, else its rounding would grow with every tile.
+                const bool none = highest == NEGATIVE_INFINITY;
+                const float shift = none ? 0 : highest * (scale * LOG2E);
+                const float rescale = none ? 1 : exp2f((m[p][half] - highest) * (scale * LOG2E));
                 float sum = 0;
 #pragma unroll
                 for (int n = 0; n < COLS / 8; ++n)
 #pragma unroll
                     for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                        S[p][n][e] = exp2f(S[p][n][e] * (scale * LOG2E) - shift);
+                        S[p][n][e] = exp2f(fmaf(S[p][n][e], scale * LOG2E, -shift));
                         sum += S[p][n][e];
                     }
                 l[p][half] = rescale * l[p][half] + sum;
@@ -309,7 +318,7 @@ attention_bf16_dq(const bf16* __restrict__ q, const bf16* __restrict__ k, const 
             for (int e = 0; e < 4; ++e) {
                 const int row = row0 + lane / 4 + e / 2 * 8, col = 8 * n + lane % 4 * 2 + e % 2;
                 const bool seen = col < keys.count && col <= row + keys.diagonal;
-                const float p = seen ? exp2f(S[0][n][e] * (scale * LOG2E) - L[e / 2]) : 0;
+                const float p = seen ? exp2f(fmaf(S[0][n][e], scale * LOG2E, -L[e / 2])) : 0;
                 S[0][n][e] = p * (dP[0][n][e] - D[e / 2]);              // dS
             }
         add_scores_by_tile(acc, S, sK);
@@ -405,7 +414,7 @@ attention_bf16_dk_dv(const bf16* __restrict__ q, const bf16* __restrict__ k, con
             for (int e = 0; e < 4; ++e) {
                 const int row = row0 + lane / 4 + e / 2 * 8, col = 8 * n + lane % 4 * 2 + e % 2;
                 const bool seen = row <= col + now.diagonal;        // of a query that is not there, dO, L and D are 0
-                const float p = seen ? exp2f(P[0][n][e] * (scale * LOG2E) - L[col]) : 0;
+                const float p = seen ? exp2f(fmaf(P[0][n][e], scale * LOG2E, -L[col])) : 0;
                 P[0][n][e] = p;
                 dS[0][n][e] = p * (dS[0][n][e] - D[col]);
             }

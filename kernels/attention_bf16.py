@@ -14,12 +14,12 @@ from minilm.kernels.launch import Array, Variants, function, launch, options
 
 WIDTHS = (32, 64, 128)
 THREADS = 128
-# {kernel: {head width: (rows, columns) of a tile}}: without spills on every architecture, two or three blocks at once.
-# Rows are queries, and keys for attention_bf16_dk_dv.
-TILES = {"attention_bf16_forward": {32: (128, 64), 64: (128, 64), 128: (64, 64)},
-         "attention_bf16_delta": {32: (64, 64), 64: (64, 64), 128: (64, 64)},
-         "attention_bf16_dq": {32: (64, 64), 64: (64, 64), 128: (64, 32)},
-         "attention_bf16_dk_dv": {32: (64, 64), 64: (64, 64), 128: (64, 32)}}
+ROWS = 64                       # of a tile of the backward kernels: queries, and keys for attention_bf16_dk_dv
+# {head width: queries of a tile of the forward kernel}, {kernel: {head width: columns of a tile}}: as many as leave
+# no spills on any architecture and two blocks for a multiprocessor of sm_80 or sm_90.
+QUERIES = {32: 128, 64: 128, 128: 64}
+COLS = {"attention_bf16_forward": {32: 64, 64: 64, 128: 64}, "attention_bf16_delta": {32: 64, 64: 64, 128: 64},
+        "attention_bf16_dq": {32: 64, 64: 64, 128: 32}, "attention_bf16_dk_dv": {32: 64, 64: 64, 128: 32}}
 
 
 def forward(q: Operand, k: Operand, v: Operand, o: Operand, lse: Array, plan: Plan, heads: int, kv_heads: int,
@@ -28,7 +28,7 @@ def forward(q: Operand, k: Operand, v: Operand, o: Operand, lse: Array, plan: Pl
     attention.forward does. scale > 0. Raises TypeError for another dtype, ValueError for an unsupported shape."""
     operands = {"q": q, "k": k, "v": v, "o": o}
     _check(plan, heads, kv_heads, width, operands, lse, lse_head, scale)
-    rows, _ = TILES["attention_bf16_forward"][width]
+    rows = QUERIES[width]
     tiles = plan.query_tiles(rows)
     _launch("attention_bf16_forward", plan, width, (len(tiles), heads), q.array, k.array, v.array, o.array, lse,
             plan.device("segments", plan.segments, 7), plan.device(("tiles", rows), tiles, 2),
@@ -40,20 +40,18 @@ def backward(q: Operand, k: Operand, v: Operand, o: Operand, do: Operand, lse: A
     """Write the gradients into dq, dk, dv, as attention.backward does. The same bits every time."""
     operands = {"q": q, "k": k, "v": v, "o": o, "do": do, "dq": dq, "dk": dk, "dv": dv}
     _check(plan, heads, kv_heads, width, operands, lse, lse_head, scale)
-    rows, _ = TILES["attention_bf16_dq"][width]
-    keys, _ = TILES["attention_bf16_dk_dv"][width]
     places = places_of(plan, operands)
     segments = plan.device("segments", plan.segments, 7)
-    tiles = plan.query_tiles(rows)
-    key_tiles, users = plan.key_tiles(keys)
-    on_device = plan.device(("tiles", rows), tiles, 2)
+    tiles = plan.query_tiles(ROWS)
+    key_tiles, users = plan.key_tiles(ROWS)
+    on_device = plan.device(("tiles", ROWS), tiles, 2)
     delta = plan.xp.empty(lse.shape, np.float32)
     _launch("attention_bf16_delta", plan, width, (len(tiles), heads), o.array, do.array, delta, segments, on_device,
             places, lse_head)
     _launch("attention_bf16_dq", plan, width, (len(tiles), heads), q.array, k.array, v.array, do.array, lse, delta,
             dq.array, segments, on_device, places, lse_head, heads // kv_heads, float(scale))
     _launch("attention_bf16_dk_dv", plan, width, (len(key_tiles), kv_heads), q.array, k.array, v.array, do.array, lse,
-            delta, dk.array, dv.array, segments, plan.device(("keys", keys), key_tiles, 5),
+            delta, dk.array, dv.array, segments, plan.device(("keys", ROWS), key_tiles, 5),
             plan.device("users", users, 2), places, lse_head, heads // kv_heads, float(scale))
 
 
@@ -80,21 +78,20 @@ def batch_backward(q: Array, k: Array, v: Array, o: Array, do: Array, lse: Array
 
 def shared_bytes(name: str, width: int) -> int:
     """Bytes of dynamic shared memory of a block."""
-    rows, cols = TILES[name][width]
-    numbers = {"attention_bf16_forward": rows + 4 * cols, "attention_bf16_delta": 0,
-               "attention_bf16_dq": 2 * rows + 4 * cols, "attention_bf16_dk_dv": 2 * rows + 4 * cols}[name] * width
-    return 2 * numbers + (16 * cols if name == "attention_bf16_dk_dv" else 0)
+    cols = COLS[name][width]
+    rows = {"attention_bf16_forward": QUERIES[width] + 4 * cols, "attention_bf16_delta": 0,
+            "attention_bf16_dq": 2 * ROWS + 4 * cols, "attention_bf16_dk_dv": 2 * ROWS + 4 * cols}[name]
+    return 2 * rows * width + (16 * cols if name == "attention_bf16_dk_dv" else 0)
 
 
 def constants(name: str, width: int) -> dict[str, int]:
     """The constants of attention_bf16.cu for that kernel, for -D."""
-    rows, cols = TILES[name][width]
-    return {"HEAD": width, "ROWS": rows, "COLS": cols}
+    return {"HEAD": width, "QUERIES": QUERIES[width], "COLS": COLS[name][width]}
 
 
 def variants() -> Variants:
     """(kernel, compiler options, threads of a block, bytes of dynamic shared memory) of every launch configuration."""
-    for name, width in itertools.product(TILES, WIDTHS):
+    for name, width in itertools.product(COLS, WIDTHS):
         yield name, options("float32", constants(name, width)), THREADS, shared_bytes(name, width)
 
 
@@ -121,7 +118,9 @@ def _check(plan, heads, kv_heads, width, operands, lse, lse_head, scale):
         if any(number % 8 for number in x[1:]):
             raise ValueError(f"attention_bf16: {name} begins at {x.offset}, with steps of {x.token} and {x.head}; each "
                              "must be a multiple of 8 numbers, because the kernel copies 16 bytes at a time")
+        if x.array.data.ptr % 16:
+            raise ValueError(f"attention_bf16: the memory of {name} begins at no multiple of 16 bytes; pass a copy")
     if lse.dtype != np.float32:
         raise TypeError(f"attention_bf16: lse is {lse.dtype}; it takes float32")
-    if not scale > 0:
-        raise ValueError(f"attention_bf16: scale is {scale}; it must be above 0")
+    if not 0 < np.float32(scale) < np.inf:
+        raise ValueError(f"attention_bf16: scale is {scale}; it must be above 0, and finite, in float32")

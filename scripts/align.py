@@ -21,9 +21,9 @@ R is a reward model that `align.py reward` has trained, or module:function, a
 function of prompts and responses (two lists of strings) that gives a list of
 numbers: --reward mine:shorter calls shorter in mine.py.
 
-A tenth of the prompts is held out, or those of --eval-data, and measured before
-and after. Of a real model, adapters (LoRA) of rank 8 are trained; --lora-rank 0
-trains all weights.
+The model is measured before and after on examples that are held out: those of
+--eval-data, or a tenth of the prompts. Of a real model, adapters (LoRA) of rank
+8 are trained; --lora-rank 0 trains all weights.
 DIR gets the adapter (as PEFT's), the model, metrics.jsonl with TRL's names, a
 figure and results.json. Ctrl-C saves; --resume goes on. Then talk to it:
 
@@ -59,6 +59,7 @@ from support import alignment
 from support.align_figure import figure
 from support.align_options import parse
 from support.align_stages import Stage, last_words, read_examples, reward_function
+from support.machine import machine
 from support.models import load_any, save_any
 from support.run_folder import RunFolder, StopRequest, UsageError, command_to_resume, main_guard, require
 from support.terminal import columns, paragraph, progress
@@ -190,9 +191,10 @@ class Alignment:
         if isinstance(self.policy, Adapted):
             self.run.write("adapter", lambda path: save_adapters(self.policy, path, o.model))
         path = save_any(self.policy, self.tokenizer, self.run.path("model"))
-        results = {"stage": o.stage, "model": o.model, "data": o.data, "seed": o.seed, "steps": len(self.metrics),
-                   "seconds": round(self.seconds(), 1), "held_out": len(self.held_out.prompts), "before": before,
-                   "after": self.measure(self.policy), "examples": self.examples()}
+        results = {"stage": o.stage, "model": o.model, "data": o.data, "eval_data": o.eval_data, "seed": o.seed,
+                   "steps": len(self.metrics), "seconds": round(self.seconds(), 1), "machine": machine(),
+                   "held_out": len(self.held_out.prompts), "before": before, "after": self.measure(self.policy),
+                   "examples": self.examples()}
         self.run.write("training.png", lambda path: figure(self.metrics, o.stage, path))
         self.run.finish(results)
         self.run.drop_state("state")

@@ -6,7 +6,8 @@
 The preferences are rules, so that no person has to judge: short words, and few words (support/rules.py). The
 model answers 240 questions twice; for DPO each rule orders the two answers. Then align.py trains adapters of rank 8:
 DPO on these pairs, RLHF with the rule as the reward. Win rates are on questions about topics that were not trained on.
-Ctrl-C saves; the same command with --resume goes on. scripts/two_preferences.md is this script's page.
+Ctrl-C saves (but not the first answers); the same command with --resume goes on. scripts/two_preferences.md is this
+script's page.
 """
 
 from support import installed
@@ -57,11 +58,12 @@ def questions() -> list[tuple[str, bool]]:
             for i, topic in enumerate(TOPICS.split("|")) for form in QUESTIONS]
 
 
-def write_data(model: str, folder: Path, workers: int) -> None:
-    """PREFERENCE-train.jsonl and -eval.jsonl: pairs of the model's own answers, in the order of each rule.
+def write_data(model: str, folder: Path, workers: int, stop: StopRequest) -> bool:
+    """PREFERENCE-train.jsonl and -eval.jsonl: pairs of the model's own answers, in the order of each rule; False if
+    the user stopped it.
 
-    A question is left out if one of its answers did not end, or if a rule has no order for them. So all rules and
-    methods have the same held-out questions.
+    A question to train on is left out if one of its answers did not end, or if a rule has no order for them: all rules
+    and methods have the same questions. All held-out questions stay; their pairs are only measured.
     """
     policy, tokenizer = load_any(model)
     encoding = encoding_of(tokenizer, strings_are_messages=True)
@@ -70,21 +72,25 @@ def write_data(model: str, folder: Path, workers: int) -> None:
     sampling = alignment.Sampling(0, NEW_TOKENS, workers)
     drawn = []
     for name in ("first answers", "second answers"):
+        if stop.requested:
+            return False
         print(f"{name} of the untrained model to {len(asked)} questions", flush=True)
         drawn.append(sampling.draw(policy, prompts, encoding.ends, name))
     texts = [[alignment.text_of(encoding, answer) for answer in answers] for answers in drawn]
     rewards = {rule: list(zip(*(getattr(rules, rule)(prompts, answers) for answers in texts))) for rule in RULES}
-    kept = [i for i, both in enumerate(zip(*drawn)) if all(answer[-1] in encoding.ends for answer in both)
-            and all(len(set(rewards[rule][i])) == 2 for rule in RULES)]
+    kept = [i for i, both in enumerate(zip(*drawn)) if asked[i][1] or (
+        all(answer[-1] in encoding.ends for answer in both) and all(len(set(rewards[rule][i])) == 2 for rule in RULES))]
     for rule, (part, held_out) in itertools.product(RULES, (("train", False), ("eval", True))):
         lines = []
-        for i in (i for i in kept if asked[i][1] == held_out):
+        for i in (i for i in kept if asked[i][1] == held_out and texts[0][i] != texts[1][i]):
             first, second = rewards[rule][i]
             better, worse = (0, 1) if first > second else (1, 0)
             lines.append({"prompt": asked[i][0], "chosen": texts[better][i], "rejected": texts[worse][i]})
         checkpoint.write_text(folder / f"{rule}-{part}.jsonl",
                               "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    print(f"{len(kept)} of {len(asked)} questions have two answers that ended and that both rules can order")
+    print(f"{len(kept) - sum(held_out for _, held_out in asked)} questions to train on have two answers that ended and "
+          "that both rules can order")
+    return True
 
 
 def align(options, rule: str, method: str, seed: int) -> bool:
@@ -129,18 +135,19 @@ def main() -> int:
     require("matplotlib", "safetensors", "tqdm")
     if not options.print:
         keep_freed_memory()
-        fingerprint = {"version": VERSION, "model": options.model, "seeds": options.seeds}
+        fingerprint = {"version": VERSION, "model": options.model}
         with StopRequest() as stop, RunFolder(options.out, options.resume, fingerprint) as run:
             data = [run.path(f"{rule}-{part}.jsonl") for rule in RULES for part in ("train", "eval")]
-            if not all(path.exists() for path in data):
-                write_data(options.model, run.folder, options.workers)
+            done = all(path.exists() for path in data) or write_data(options.model, run.folder, options.workers, stop)
             for seed, rule, method in itertools.product(options.seeds, RULES, METHODS):
-                if stop.requested or not align(options, rule, method, seed):
+                if not done or stop.requested or not align(options, rule, method, seed):
                     print(f"stopped; continue with:\n    {command_to_resume()}")
                     return 130
-    found = {(rule, method): [run_of(options.out, rule, method, seed) / "results.json" for seed in options.seeds]
+    RunFolder.recorded(options.out)
+    seeds = sorted(int(path.name.removeprefix("seed-")) for path in options.out.glob("seed-*"))
+    found = {(rule, method): [run_of(options.out, rule, method, seed) / "results.json" for seed in seeds]
              for rule in RULES for method in METHODS}
-    print(two_preferences_page.page(found, RULES, options.seeds, options.out / "two_preferences.png"))
+    print(two_preferences_page.page(found, RULES, seeds, options.out / "two_preferences.png"))
     return 0
 
 

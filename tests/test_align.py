@@ -130,8 +130,14 @@ def test_the_examples_of_eval_data_are_held_out_and_their_prompts_are_not_traine
     fast = [x for x in FAST if x not in ("--held-out", 3)]
     status, printed, errors = run(monkeypatch, capsys, "dpo", *options, *fast)
     assert status == 0, errors
-    assert "10 examples to train on, 2 left out, because eval.jsonl has their prompts; 3 are held out" in printed
-    assert results_of(work / "out")["held_out"] == 3
+    assert "10 examples to train on (2 are left out: eval.jsonl has their prompts); 3 are held out" in printed
+    results = results_of(work / "out")
+    assert (results["held_out"], results["eval_data"]) == (3, "eval.jsonl") and "cores" in results["machine"]
+    # A prompt as a string is the same prompt: by its tokens. One whose end is cut is the same by its words.
+    (work / "eval.jsonl").write_text(lines[0].replace(json.dumps(user(WORDS[0])), json.dumps(WORDS[0])).replace(
+        json.dumps(assistant(WORDS[0])), '"x"').replace(json.dumps(assistant(f"Why {WORDS[0]}?")), '"y"'))
+    _, printed, _ = run(monkeypatch, capsys, "dpo", *options[:-1], "chat", "--chat", *fast)
+    assert "11 examples to train on (1 are left out" in printed
     (work / "eval.jsonl").write_text(lines[0])
     status, _, errors = run(monkeypatch, capsys, "dpo", *options, *fast, "--resume")
     assert status == 2 and "other settings" in errors, "the run is of another file"

@@ -13,7 +13,7 @@ from helpers import small_transformer
 from minilm.pretrained import save
 from support import alignment, rules
 from support.align_options import parser_of
-from support.run_folder import main_guard
+from support.run_folder import StopRequest, main_guard
 from test_pretrained import CHAT, SHAPES
 
 METRICS = {"win_rate": 0.5, "reward": -1.0, "tokens": 40.0, "ended": 0.1, "kl": 0.0, "perplexity_elsewhere": 10.0}
@@ -28,7 +28,8 @@ out, = (word.removeprefix("--out=") for word in sys.argv if word.startswith("--o
 seed = int(sys.argv[sys.argv.index("--seed") + 1])
 os.makedirs(out)
 run = {"before": METRICS, "after": {**METRICS, "win_rate": 0.6 + 0.1 * seed, "kl": 2.0}, "seconds": 60.0 + seed * 60,
-       "held_out": 40, "examples": [{"prompt": "Why?", "before": "Long ago.", "after": ""}] * 3}
+       "steps": 20 + seed % 2, "machine": "2 cores, made up", "held_out": 40,
+       "examples": [{"prompt": "Why?", "before": "Long ago.", "after": ""}] * 3}
 Path(out, "results.json").write_text(json.dumps(run))
 """
 
@@ -36,12 +37,12 @@ Path(out, "results.json").write_text(json.dumps(run))
 def test_short_words_have_more_reward_repeated_ones_count_once_and_an_answer_of_four_words_has_the_least():
     found = rules.short_words([], ["a bb, ccc! dddd eeeee", "It's ok to do so so SO", "one two three four five five"])
     assert found == [-3.0, -2.4, -3.8]
-    assert rules.short_words([], ["a a a a a a b c d", ""]) == [rules.LEAST] * 2
+    assert rules.short_words([], ["a a a a a a b c d", ""]) == [rules.LEAST["short_words"]] * 2
 
 
 def test_few_words_have_more_reward_and_an_answer_of_four_words_has_the_least():
     found = rules.few_words([], ["One, two, three, four five.", "one two three four five " * 5, "No no no no no.", ""])
-    assert found == pytest.approx([-0.5, -2.5, rules.LEAST, rules.LEAST])
+    assert found == pytest.approx([-0.5, -2.5, rules.LEAST["few_words"], rules.LEAST["few_words"]])
 
 
 def test_no_topic_is_both_trained_on_and_held_out():
@@ -74,22 +75,29 @@ def write_data(work, monkeypatch, *answers):
                         lambda self, model, prompts, ends, name: [[text, ends[0]] if text[-1] == "." else [text, -1]
                                                                   for text in drawn[name]])
     monkeypatch.setattr(alignment, "text_of", lambda encoding, answer: answer[0])
-    two_preferences.write_data("model", work, 1)
+    assert two_preferences.write_data("model", work, 1, StopRequest())
     return {path.stem: [json.loads(line) for line in path.read_text("utf-8").splitlines()]
             for path in work.glob("*.jsonl")}
 
 
 def test_each_pair_has_the_order_of_its_rule_and_all_rules_have_the_same_questions(work, monkeypatch, capsys):
     short, long = "It is a bee in the sun.", "Certainly, pollinating insects matter everywhere."
-    found = write_data(work, monkeypatch, (short, long), (long, short), (short, short), (long, short),
-                       (short, long[:-1]), (short, long))
+    found = write_data(work, monkeypatch, (short, long), (long, short), (short, long[:-1]), (long, short),
+                       (short, long[:-1]), (short, short))
     pair = {"prompt": "Why 0?", "chosen": short, "rejected": long}
     assert found["short_words-train"] == [pair, {**pair, "prompt": "Why 1?"}]
     assert found["few_words-train"][0] == {"prompt": "Why 0?", "chosen": long, "rejected": short}
     asked = {name: [line["prompt"] for line in lines] for name, lines in found.items()}
     assert asked == {"short_words-train": ["Why 0?", "Why 1?"], "few_words-train": ["Why 0?", "Why 1?"],
-                     "short_words-eval": ["Why 3?", "Why 5?"], "few_words-eval": ["Why 3?", "Why 5?"]}
-    assert "4 of 6 questions have two answers that ended" in capsys.readouterr().out
+                     "short_words-eval": ["Why 3?", "Why 4?"], "few_words-eval": ["Why 3?", "Why 4?"]}
+    assert "\n2 questions to train on have two answers that ended" in capsys.readouterr().out
+
+
+def test_a_question_to_train_on_without_an_order_is_left_out_and_a_held_out_one_stays(work, monkeypatch):
+    one, other = "It is a bee in the sun.", "It is a fly in the fog."
+    found = write_data(work, monkeypatch, (one, other), (one, "It is a cow in a field here."), (one, one), (one, other))
+    assert {name: len(lines) for name, lines in found.items()} == {
+        "short_words-train": 1, "few_words-train": 1, "short_words-eval": 1, "few_words-eval": 1}
 
 
 def run(monkeypatch, capsys, *words):
@@ -101,10 +109,13 @@ def run(monkeypatch, capsys, *words):
 @pytest.fixture
 def study(work, monkeypatch, capsys):
     """study(*options): status, output, errors of the script, with align.py and the answers made up."""
-    def data(model, folder, workers):
+    def data(model, folder, workers, stop):
+        if (work / "stops").exists():
+            return False
         for rule in two_preferences.RULES:
             for part in ("train", "eval"):
                 (folder / f"{rule}-{part}.jsonl").write_text("{}\n")
+        return True
     monkeypatch.setattr(two_preferences, "write_data", data)
     return lambda *words: run(monkeypatch, capsys, *words)
 
@@ -114,7 +125,7 @@ def commands(work):
     return [parser_of("").parse_args(line) for line in lines]
 
 
-def test_twelve_runs_are_commands_of_align_and_a_page_has_their_gain_its_interval_and_its_standard_errors(study, work):
+def test_twelve_runs_are_commands_of_align_and_a_page_has_their_gain_and_its_interval(study, work):
     status, page, errors = study()
     assert status == 0, errors
     done = commands(work)
@@ -127,11 +138,11 @@ def test_twelve_runs_are_commands_of_align_and_a_page_has_their_gain_its_interva
     row, = (line for line in page.splitlines() if line.startswith("| short words | DPO |"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     # Gains 0.1, 0.2, 0.3: mean 0.2, standard error 0.1 / sqrt 3, and Student's t with 2 degrees of freedom is 4.303.
-    error = 0.1 / 3 ** 0.5
-    assert cells[2:5] == ["0.50 → 0.70", f"+0.20 [{0.2 - 4.303 * error:+.2f}, {0.2 + 4.303 * error:+.2f}]",
-                          f"{0.2 / error:.1f}"]
+    half = 4.303 * 0.1 / 3 ** 0.5
+    assert cells[2:5] == ["20/21", "0.50 → 0.70", f"+0.20 [{0.2 - half:+.2f}, {0.2 + half:+.2f}]"]
     assert cells[5:] == ["40 → 40", "0.10 → 0.10", "2.0", "10.0 → 10.0", "2.0"]
-    assert "12 runs of 1 to 3 minutes" in page and page.count("*after:* (nothing)") == 12 * 2
+    assert "2 cores, made up. 3 seeds, 40 held-out questions; 12 runs, 24 minutes in all." in page
+    assert page.count("*after:* (nothing)") == 12 * 2
     assert "(seed 2)" in page and (work / "out" / "two_preferences.png").stat().st_size > 1000
     status, again, _ = study("--print")
     assert status == 0 and page.endswith(again) and len(again) > 1000
@@ -146,8 +157,18 @@ def test_a_run_that_was_stopped_ends_the_study_and_the_same_command_with_resume_
     assert status == 2 and "--resume" in errors
     assert study("--resume")[0] == 0 and len(commands(work)) == 13
     assert study("--resume")[0] == 0 and len(commands(work)) == 13, "no run is repeated"
-    status, _, errors = study("--resume", "--seeds", "0,1")
+    status, page, _ = study("--resume", "--seeds", "3")
+    assert status == 0 and len(commands(work)) == 17 and "4 seeds, 40 held-out questions; 16 runs" in page
+    status, _, errors = study("--resume", "--model", "other")
     assert status == 2 and "other settings" in errors
+
+
+def test_ctrl_c_during_the_first_answers_ends_before_any_training(study, work):
+    (work / "stops").touch()
+    status, printed, _ = study()
+    assert status == 130 and "--resume" in printed and not (work / "commands").exists()
+    status, _, errors = study("--print")
+    assert status == 2 and "out holds no run of a seed" in errors
 
 
 def test_a_run_that_failed_ends_the_study_with_its_status(study, work):

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import math
 import os
 import sys
@@ -40,14 +41,19 @@ def read_examples(options: argparse.Namespace, tokenizer: ChatTokenizer | Tokeni
     held_out = read(options.eval_data) if options.eval_data else None
     for note in found.notes + (held_out.notes if held_out else []):
         print(note)
-    groups = _by_prompt(found)
+    names = _names(found)
     if held_out:
-        rest = sorted(i for prompt in groups.keys() - _by_prompt(held_out).keys() for i in groups[prompt])
+        seen = set.union(*_names(held_out))
+        rest = [i for i, known in enumerate(names) if not known & seen]
         if not rest:
             raise UsageError(f"every prompt of {options.data} is in {options.eval_data} too. Add examples to train on")
-        print(f"{len(rest)} examples to train on, {len(found.prompts) - len(rest)} left out, because "
-              f"{options.eval_data} has their prompts; {len(held_out.prompts)} are held out")
+        left_out = len(names) - len(rest)
+        why = f" ({left_out} are left out: {options.eval_data} has their prompts)" if left_out else ""
+        print(f"{len(rest)} examples to train on{why}; {len(held_out.prompts)} are held out")
         return encoding, found.some(rest), held_out
+    groups: dict[tuple, list[int]] = {}
+    for i in range(len(found.prompts)):
+        groups.setdefault(_tokens(found, i), []).append(i)
     count = options.held_out or min(64, max(4, len(groups) // 10))
     if len(groups) <= count:
         raise UsageError(f"{options.data} has {len(groups)} different prompts, and {count} are held out. Add examples, "
@@ -59,14 +65,15 @@ def read_examples(options: argparse.Namespace, tokenizer: ChatTokenizer | Tokeni
     return encoding, found.some(rest), found.some(chosen)
 
 
-def _by_prompt(examples: Examples) -> dict[tuple, list[int]]:
-    """The places of the examples with each prompt; of texts without one, with each text."""
-    places: dict[tuple, list[int]] = {}
-    for i, prompt in enumerate(examples.prompts):
-        texts = examples.responses.get("responses")
-        whole = prompt if len(prompt) > 1 or texts is None else [*prompt, *texts[i]]
-        places.setdefault(tuple(whole), []).append(i)
-    return places
+def _tokens(examples: Examples, i: int) -> tuple[int, ...]:
+    """The tokens of the prompt of an example; of a text without a prompt those of the text."""
+    prompt, texts = examples.prompts[i], examples.responses.get("responses")
+    return tuple(prompt if len(prompt) > 1 or texts is None else [*prompt, *texts[i]])
+
+
+def _names(examples: Examples) -> list[set]:
+    """What tells the prompt of each example: its tokens, which may be cut, and the prompt as it was given."""
+    return [{_tokens(examples, i), *([json.dumps(given)] if given else [])} for i, given in enumerate(examples.given)]
 
 
 class Stage:

@@ -8,7 +8,7 @@ answer of fewer than FEWEST different words has less reward than any other.
 import re
 
 FEWEST = 5
-LEAST = -20.0           # less than the reward of any answer of real words
+LEAST = {"short_words": -10.0, "few_words": -7.0}       # a little less than any answer has; less would drown the rest
 
 
 def words(text: str) -> list[str]:
@@ -17,12 +17,12 @@ def words(text: str) -> list[str]:
 
 
 def short_words(prompts: list[str], answers: list[str]) -> list[float]:
-    """Minus the mean number of letters of the different words."""
+    """Minus the mean number of characters of the different words."""
     found = [set(words(answer)) for answer in answers]
-    return [-sum(map(len, some)) / len(some) if len(some) >= FEWEST else LEAST for some in found]
+    return [-sum(map(len, some)) / len(some) if len(some) >= FEWEST else LEAST["short_words"] for some in found]
 
 
 def few_words(prompts: list[str], answers: list[str]) -> list[float]:
     """Minus the number of words, in tens."""
     found = [words(answer) for answer in answers]
-    return [-len(some) / 10 if len(set(some)) >= FEWEST else LEAST for some in found]
+    return [-len(some) / 10 if len(set(some)) >= FEWEST else LEAST["few_words"] for some in found]

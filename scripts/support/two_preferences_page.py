@@ -6,19 +6,19 @@ from pathlib import Path
 import numpy as np
 
 from lecture.common.intervals import confidence_interval
-from minilm import evaluate
 from support.figures import pyplot, save
 from support.json_files import read_shaped
-from support.machine import machine
+from support.run_folder import UsageError
 
 COLOURS = {"dpo": "#c4570c", "rlhf": "#0b5fa5"}
 MARKS = ("o", "s", "^", "D", "v")
 SHOWN = 2               # questions, with their answers, of each seed
 NUMBERS = ("win_rate", "tokens", "ended", "kl", "perplexity_elsewhere")
 SHAPE = {"before": dict.fromkeys(NUMBERS, float), "after": dict.fromkeys(NUMBERS, float), "seconds": float,
-         "held_out": int, "examples": [{name: str for name in ("prompt", "before", "after")}]}
+         "held_out": int, "steps": int, "machine": str,
+         "examples": [{name: str for name in ("prompt", "before", "after")}]}
 ADVICE = "Run scripts/two_preferences.py without --print first."
-COLUMNS = ("preference", "method", "win rate", "gain [95% interval]", "standard errors", "tokens", "ended", "KL, nats",
+COLUMNS = ("preference", "method", "steps", "win rate", "gain [95% interval]", "tokens", "ended", "KL, nats",
            "perplexity elsewhere", "minutes")
 
 
@@ -27,12 +27,14 @@ def page(paths: dict, rules: dict[str, str], seeds: Sequence[int], picture: Path
 
     Raises UsageError for a file that is not there or damaged.
     """
+    if not seeds:
+        raise UsageError(f"{picture.parent} holds no run of a seed. {ADVICE}")
     found = {key: [read_shaped(path, SHAPE, ADVICE) for path in some] for key, some in paths.items()}
     figure(found, rules, picture)
     runs = [run for some in found.values() for run in some]
     return "\n".join([
-        f"{machine()}; {len(seeds)} seeds; {runs[0]['held_out']} held-out questions; {len(runs)} runs of "
-        f"{min(run['seconds'] for run in runs) / 60:.0f} to {max(run['seconds'] for run in runs) / 60:.0f} minutes.\n",
+        f"{'; '.join(sorted({run['machine'] for run in runs}))}. {len(seeds)} seeds, {runs[0]['held_out']} held-out "
+        f"questions; {len(runs)} runs, {sum(run['seconds'] for run in runs) / 60:.0f} minutes in all.\n",
         table(found, rules),
         f"\n## Answers\n\nThe first {SHOWN} held-out questions, at temperature 1; the answers before and after have "
         "the same random numbers.\n",
@@ -49,15 +51,15 @@ def table(found: dict, rules: dict[str, str]) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for (rule, method), runs in found.items():
         gain = of(runs, "after", "win_rate") - of(runs, "before", "win_rate")
-        mean, error = evaluate.mean_and_error(gain)
         low, high = confidence_interval(gain.tolist())
         interval = f"[{low:+.2f}, {high:+.2f}]" if np.isfinite(high - low) else "no interval"
+        steps = "/".join(map(str, sorted({run["steps"] for run in runs})))
         rate, tokens, ended, elsewhere = (
             " → ".join(f"{of(runs, when, name).mean():.{digits}f}" for when in ("before", "after"))
             for name, digits in (("win_rate", 2), ("tokens", 0), ("ended", 2), ("perplexity_elsewhere", 1)))
         minutes = np.mean([run["seconds"] for run in runs]) / 60
-        lines.append(f"| {rules[rule]} | {method.upper()} | {rate} | {mean:+.2f} {interval} | "
-                     f"{f'{mean / error:.1f}' if error else '-'} | {tokens} | {ended} | "
+        lines.append(f"| {rules[rule]} | {method.upper()} | {steps} | {rate} | {gain.mean():+.2f} {interval} | "
+                     f"{tokens} | {ended} | "
                      f"{of(runs, 'after', 'kl').mean():.1f} | {elsewhere} | {minutes:.1f} |")
     return "\n".join(lines)
 

@@ -23,7 +23,7 @@ safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
 import fuzzing
 import golden_files
-from common import experiment, markdown, page
+from common import experiment, markdown, page, record
 from helpers import peak_memory, small_transformer
 from minilm import checkpoint, data
 from minilm.checkpoint import CheckpointError
@@ -40,6 +40,9 @@ GOLDEN = HERE / "golden"
 SCRATCH = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
 SETTINGS = {"version": 2, "text": "ab12", "scale": 0.1, "size": "small", "seed": 0, "workers": 2, "device": "cpu"}
 CASES = ("dpo_loss", "sft_loss", "adamw")        # of the golden vectors
+RECORD = {"rows": {"dpo": {"claim": "Some a | b.", "rule": "It ends high.", "outcome": "shown", "measured": "0.5",
+                           "size": "full", "date": "2020-01-02", "machine": "2 cores", "seeds": 3, "seconds": 2.5}},
+          "roundings": {"float64": {"dpo": {"outcome": "undecided", "equal": False}}}}
 LONG, SHORT = 20_000, 300
 SEED = int(os.environ.get("FUZZ_SEED", 0))
 TOKENIZER = Tokenizer.train("a cat and a cat, the cats sat", 275)
@@ -68,7 +71,7 @@ def files():
             "reward model": written(lambda path: save_model(path, reward_model, TOKENIZER)),
             "results": json.loads((HERE / "corpus" / "results.json").read_text("utf-8")),
             "experiment": json.loads((HERE / "corpus" / "experiment.json").read_text("utf-8")),
-            "golden index": {**index, "cases": {name: index["cases"][name] for name in CASES}},
+            "record": RECORD, "golden index": {**index, "cases": {name: index["cases"][name] for name in CASES}},
             "text": (HERE / "README.md").read_bytes()[:800], "answers": [
                 "What is 2 + 3?", "Sure! The answer is 5. I hope this helps!", "First 47 + 30 = 77 , then 77 + 5 = 82.",
                 "Well, um, I think the answer is caf\u00e9 \u03c0\u2217 \U0001f600\r\n", ""]}
@@ -194,6 +197,10 @@ def an_experiment(rng):
     return fuzzing.damaged_json(files()["experiment"], rng)
 
 
+def a_record(rng):
+    return fuzzing.damaged_json(files()["record"], rng)
+
+
 def a_golden_index(rng):
     return fuzzing.damaged_json(files()["golden index"], rng)
 
@@ -270,7 +277,14 @@ def read_experiment(content):
     with folder_of("sampling.json", content) as folder:
         result = experiment.read(Path(folder) / "sampling.json")
     stages, done, pictures = {"Stage": ["sampling"]}, {"sampling": result}, {"sampling": (bytes(24), bytes(24))}
-    assert page.html(stages, done, pictures, "default") and markdown.readme(stages, "default", {"as run": done})
+    assert page.html(stages, done, pictures, "default") and markdown.readme(stages, record.of_run({"as run": done}))
+
+
+def read_record(content):
+    """As all.py --readme reads and writes the results.json of the lecture."""
+    with folder_of("results.json", content) as folder:
+        found = record.read(Path(folder) / "results.json")
+    assert markdown.readme({"Stage": list(RECORD["rows"])}, record.updated(found, RECORD, list(RECORD["rows"])))
 
 
 def read_golden_index(content):
@@ -308,6 +322,7 @@ LOADERS = {"checkpoint.load": (read_checkpoint, a_checkpoint, CheckpointError),
            "Tokenizer.from_json": (read_tokenizer, a_tokenizer, ValueError),
            "run.json": (read_run, a_run, UsageError), "results.json": (read_results_json, some_results, UsageError),
            "an experiment's results": (read_experiment, an_experiment, UsageError),
+           "the lecture's record": (read_record, a_record, UsageError),
            "the golden index": (read_golden_index, a_golden_index, UsageError),
            "a golden case": (read_golden_case, a_golden_case, UsageError),
            "data.read_text": (read_text_file, a_text_file, ValueError), "text": (speak, a_text, ValueError)}

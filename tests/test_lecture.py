@@ -27,6 +27,7 @@ from common import (
     experiment,  # noqa: E402
     markdown,  # noqa: E402
     page,  # noqa: E402
+    record,
     text as plain_text,
 )
 from support.run_folder import main_guard  # noqa: E402
@@ -452,17 +453,17 @@ def test_every_experiment_runs_again_under_the_roundings_asked_for_and_the_outco
 
 
 def test_an_experiment_that_ran_under_one_rounding_alone_is_compared_with_nothing():
-    outcomes = {"one": "shown", "two": "undecided"}
-    results = {name: {"outcome": outcome, "by_seed": [0.5]} for name, outcome in outcomes.items()}
-    other = {"one": {"outcome": "shown", "by_seed": [0.25]}}
-    text = markdown.roundings(("one", "two", "three"), {"as run": results, "float64": other})
+    rows = {"one": {"outcome": "shown"}, "two": {"outcome": "undecided"}}
+    again = {"one": {"outcome": "shown", "equal": False}}
+    text = markdown.roundings(("one", "two", "three"), {"rows": rows, "roundings": {"float64": again}})
     assert "| one | shown | shown | the same |" in text and "| two | undecided | not run |  |" in text
-    assert text.endswith("\n\nfloat64: 1 of 1 outcomes are the same. In 0 of 1 experiments every number is the same.\n")
+    assert text.endswith("\n\nfloat64: 1 of 1 outcomes are the same. In 0 of 1 experiments every number is the same. "
+                         "Not run: two.\n")
 
 
 def test_trials_have_no_outcomes_to_compare_but_their_numbers_are_compared():
-    trials = {"one": {"outcome": experiment.TRIAL, "by_seed": [0.5]}}
-    text = markdown.roundings(("one",), {"as run": trials, "float64": trials})
+    trials = {"one": {"outcome": experiment.TRIAL, "equal": True}}
+    text = markdown.roundings(("one",), {"rows": trials, "roundings": {"float64": trials}})
     assert "float64: trials have no outcomes to compare. In 1 of 1 experiments every number is the same." in text
     assert "outcomes are the same" not in text
 
@@ -733,12 +734,50 @@ def test_the_measured_cell_ends_with_the_comparison_on_which_the_outcome_depends
     assert markdown.decided_by({}) == ""
 
 
+def test_an_experiment_that_ran_again_replaces_its_row_alone_and_its_outcomes_under_other_roundings(run, tmp_path):
+    assert run("--out", run.folder, "--rounding", "float64,coretype") == 0 and run("--readme", run.folder) == 0
+    before = record.read(run.scripts / "results.json")
+    run.write("two", outcome="not shown", date="2020-02-03", seconds=62.0)
+    again = tmp_path / "again"
+    assert run("--out", again, "--rows", "two", "--rounding", "coretype") == 0 and run("--readme", again) == 0
+    after = record.read(run.scripts / "results.json")
+    assert list(after["rows"]) == ["one", "two", "three"]
+    assert {name for name in after["rows"] if after["rows"][name] != before["rows"][name]} == {"two"}
+    assert after["rows"]["two"]["outcome"] == "not shown"
+    assert {name: set(found) for name, found in after["roundings"].items()} == {
+        "float64": {"one", "three"}, "coretype": {"one", "two", "three"}}, "that of two in float64 is of the run before"
+    text = (run.scripts / "README.md").read_text()
+    assert "3 of 3 claims tested: 2 shown, 1 not shown.\n\n2020-01-02 to 2020-02-03, size default, " in text
+    assert ", 1 minutes in all" in text
+    assert text.endswith("- float64: 2 of 2 outcomes are the same. In 2 of 2 experiments every number is the same. "
+                         "Not run: two.\n"
+                         "- coretype: 3 of 3 outcomes are the same. In 3 of 3 experiments every number is the same.\n")
+
+
+def test_a_damaged_record_is_an_error_and_nothing_is_written(run, capsys, drawing):
+    assert run("--out", run.folder) == 0 and run("--readme", run.folder) == 0
+    path, others = run.scripts / "results.json", [run.scripts / "README.md", *run.figures.iterdir()]
+    before = [other.read_bytes() for other in others]
+    for figure in run.folder.glob("*.png"):
+        drawing.new("RGB", (30, 20)).save(figure)
+    whole = path.read_text()
+    for text, message in ((whole[:-3], "results.json"), ('{"rows": {}}', "lacks 'roundings'"),
+                          (whole.replace('"outcome": "shown"', '"outcome": "nice"'), "outcome of 'one' is 'nice'")):
+        path.write_text(text)
+        capsys.readouterr()
+        assert run("--readme", run.folder) == 2
+        err = capsys.readouterr().err
+        assert re.search(message, err) and "Take the file of the repository again" in err
+        assert path.read_text() == text and [other.read_bytes() for other in others] == before
+
+
 def test_the_readmes_figures_are_small_and_from_a_palette(run, drawing, capsys, monkeypatch):
     monkeypatch.setattr(lecture, "FIGURE_BYTES", 1000)
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     assert run("--out", run.folder, "--rows", "one") == 0
     drawing.fromarray(np.repeat(noise, 2, axis=1)).save(run.folder / "one.png")
     assert run("--readme", run.folder) == 2 and "one.png; draw them smaller" in capsys.readouterr().err
+    assert not (run.scripts / "README.md").exists() and not (run.scripts / "results.json").exists()
     drawing.fromarray(noise[:20]).save(run.folder / "one.png")
     assert run("--readme", run.folder) == 0
     picture = drawing.open(run.figures / "one.png")
@@ -758,13 +797,23 @@ def test_what_is_made_compact_keeps_its_colours(drawing):
     assert half.shape == (10, 10, 3) and (half == flat[::2, ::2]).all()
 
 
-def test_the_readme_of_the_folder_has_every_claim_with_its_script_and_figure():
-    lines = (LECTURE / "README.md").read_text("utf-8").splitlines()
-    for name in lecture.EXPERIMENTS:
-        _, sections = experiment.paragraphs(ast.get_docstring(ast.parse(lecture.script(name).read_text("utf-8"))))
-        line, = (line for line in lines if line.endswith(f"| [{name}.py]({name}.py), [figure](figures/{name}.png) |"))
-        assert line.startswith(f"| {markdown.as_cell(sections['Claim'])} |")
-        assert (LECTURE / "figures" / f"{name}.png").exists()
+def test_the_readme_of_the_folder_is_made_of_its_record_and_every_claim_has_its_figure():
+    found = record.read(LECTURE / "results.json")
+    assert (LECTURE / "README.md").read_text("utf-8") == markdown.readme(lecture.STAGES, found)
+    assert list(found["rows"]) == list(lecture.EXPERIMENTS)
+    assert all((LECTURE / "figures" / f"{name}.png").exists() for name in lecture.EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", lecture.EXPERIMENTS)
+def test_the_record_has_the_claim_the_rule_and_the_number_of_seeds_of_the_experiments_file(name):
+    tree = ast.parse(lecture.script(name).read_text("utf-8"))
+    _, sections = experiment.paragraphs(ast.get_docstring(tree))
+    row = record.read(LECTURE / "results.json")["rows"][name]
+    assert (row["claim"], row["rule"]) == (sections["Claim"], plain_text.first_sentence(sections["Rule"]))
+    size, = (value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SIZES"
+             for key, value in zip(node.value.keys, node.value.values) if ast.literal_eval(key) == row["size"])
+    assert {ast.unparse(key): ast.unparse(value) for key, value in zip(size.keys, size.values)}["'seeds'"] == str(
+        row["seeds"])
 
 
 # The real ones: longer.

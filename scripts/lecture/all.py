@@ -4,8 +4,8 @@
     all.py --quick               a trial of every experiment: it runs, and decides nothing
     all.py --rows dpo,rlhf --out runs/two
     all.py --rounding float64,coretype,workers       are the outcomes the same under other roundings?
-    all.py --table runs/claims   print scripts/lecture/README.md from the run in this folder
-    all.py --readme runs/claims  write it, and its figures
+    all.py --readme runs/claims  write the run in this folder into scripts/lecture/README.md, and its figures
+    all.py --table runs/claims   print what --readme would write
     all.py --seconds runs/claims write the times of this run to scripts/lecture/seconds.json
 
 Writes claims.json, claims.md and index.html to the folder --out, anew after every experiment, beside the
@@ -25,7 +25,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import markdown, page
+from common import markdown, page, record
 from common.experiment import STYLES, read
 from common.text import first_sentence
 from minilm import checkpoint
@@ -96,8 +96,9 @@ def parsed():
                         help=f"run everything again under other roundings, of {','.join(ROUNDINGS)}")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--table", metavar="DIR",
-                        help="print README.md of the run in this folder; runs nothing")
-    output.add_argument("--readme", metavar="DIR", help="write README.md and its figures; runs nothing")
+                        help="print README.md with the run in this folder; runs nothing")
+    output.add_argument("--readme", metavar="DIR",
+                        help="write the run in this folder into README.md, and its figures; runs nothing")
     output.add_argument("--seconds", metavar="DIR", help="write seconds.json, from which times are estimated")
     return parser.parse_args()
 
@@ -239,8 +240,7 @@ def share_left(todo, done, size):
 
 
 def write_table(folder):
-    size, done = recorded(folder)
-    print(markdown.readme(STAGES, size, under_roundings(folder, size, done)), end="")
+    print(markdown.readme(STAGES, updated_record(*recorded(folder), folder)), end="")
     return 0
 
 
@@ -282,7 +282,7 @@ def publish(folder, size, done):
                      **{key: result.get(key, []) for key in kept}} for name, result in done.items()}
     pictures = {name: [picture(folder / f"{name}{style}.png") for style in STYLES] for name in done}
     checkpoint.write_text(folder / "claims.json", json.dumps(claims, indent=1) + "\n")
-    checkpoint.write_text(folder / "claims.md", markdown.table(STAGES, done))
+    checkpoint.write_text(folder / "claims.md", markdown.table(STAGES, record.of_run({"as run": done})["rows"]))
     checkpoint.write_text(folder / "index.html", page.html(STAGES, done, pictures, size))
 
 
@@ -298,39 +298,45 @@ def picture(path, *how):
 
 def compare_roundings(folder, size):
     """rounding.md, and the same on the terminal: the outcome of every experiment under every rounding."""
-    text = markdown.roundings(EXPERIMENTS, under_roundings(folder, size, results(folder, size)))
+    text = markdown.roundings(EXPERIMENTS, run_record(size, results(folder, size), folder))
     checkpoint.write_text(folder / "rounding.md", text)
     print(f"\n{text}\n{folder / 'rounding.md'}")
 
 
-def under_roundings(folder, size, done):
-    """{rounding: {name: what the experiment wrote}}, done as it was run, and the roundings that have results."""
+def run_record(size, done, folder):
+    """The record of a run (common/record.py), as it ran and under the roundings that have results."""
     again = {name: results(Path(folder) / "rounding" / name, size) for name in ROUNDINGS}
-    return {"as run": done} | {name: found for name, found in again.items() if found}
+    return record.of_run({"as run": done} | {name: found for name, found in again.items() if found})
+
+
+def updated_record(size, done, folder):
+    """results.json beside this script, with the rows of a run in place of its own, in the order of the lecture."""
+    return record.updated(record.read(HERE / "results.json"), run_record(size, done, folder), EXPERIMENTS)
 
 
 def write_readme(folder):
-    """README.md beside this script, and its figures: the light ones, small enough for the repository."""
+    """results.json and README.md beside this script, and the light figures, small enough for the repository."""
     size, done = recorded(folder)
     if size == "quick":
         raise UsageError(f"{folder} holds a trial (--quick), which decides nothing; README.md shows none")
-    figures = HERE / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    large = []
-    for name in done:
-        attempts = (picture(Path(folder) / f"{name}.png", colours, scale)
-                    for scale in (1, 0.75, 0.6, 0.5) for colours in (256, 64))
-        small = next((p for p in attempts if len(p) < FIGURE_BYTES), None)
-        if small is None:
-            large.append(f"{name}.png")
-        else:
-            checkpoint.write_bytes(figures / f"{name}.png", small)
-    checkpoint.write_text(HERE / "README.md", markdown.readme(STAGES, size, under_roundings(folder, size, done)))
-    print(f"{HERE / 'README.md'}, {figures}: {len(done) - len(large)} figures")
-    if large:
+    new = updated_record(size, done, folder)
+    figures = {name: small_picture(Path(folder) / f"{name}.png") for name in done}
+    if large := [f"{name}.png" for name, small in figures.items() if small is None]:
         raise UsageError(f"even reduced these have more than {FIGURE_BYTES} bytes: {', '.join(large)}; "
-                         "draw them smaller")
+                         "draw them smaller. Nothing was written")
+    (HERE / "figures").mkdir(parents=True, exist_ok=True)
+    for name, small in figures.items():
+        checkpoint.write_bytes(HERE / "figures" / f"{name}.png", small)
+    record.write(HERE / "results.json", new)
+    checkpoint.write_text(HERE / "README.md", markdown.readme(STAGES, new))
+    print(f"{HERE / 'README.md'}, {HERE / 'results.json'}, {HERE / 'figures'}: {len(done)} experiments")
     return 0
+
+
+def small_picture(path):
+    """The figure in a file, reduced until it has fewer than FIGURE_BYTES; None if it cannot be."""
+    attempts = (picture(path, colours, scale) for scale in (1, 0.75, 0.6, 0.5) for colours in (256, 64))
+    return next((small for small in attempts if len(small) < FIGURE_BYTES), None)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 
 from common import glossary
 from common.intervals import LEVEL, TRIAL, Comparison, as_number, confidence_interval, decider
-from common.text import first_sentence
 
 HEADER = """# The lecture, claim by claim
 
@@ -61,18 +60,16 @@ ROUNDINGS = """
 """
 
 
-def table(stages: dict, done: dict) -> str:
-    """The claims that were tested: {stage: names}, {name: what the experiment wrote}."""
+def table(stages: dict, rows: dict) -> str:
+    """The claims that were tested: {stage: names}, {name: record.row}."""
     lines = []
     for title, names in stages.items():
-        if names := [name for name in names if name in done]:
+        if names := [name for name in names if name in rows]:
             lines += [f"**{title}**", "",
                       "| the lecture's claim | the rule tested here | outcome | measured | |",
                       "|---|---|---|---|---|"]
         for name in names:
-            result = done[name]
-            cells = map(as_cell, (result["Claim"], first_sentence(result["Rule"]), result["outcome"],
-                                  f"{first_sentence(result['words'])} {decided_by(result)}"))
+            cells = map(as_cell, (rows[name][key] for key in ("claim", "rule", "outcome", "measured")))
             lines.append(f"| {' | '.join(cells)} | [{name}.py]({name}.py), [figure](figures/{name}.png) |")
         lines += [""] * bool(names)
     return "\n".join(lines)
@@ -105,64 +102,63 @@ def words() -> str:
                    for term, text in glossary.IN_THE_TABLE.items())
 
 
-def readme(stages: dict, size: str, by_rounding: dict) -> str:
-    """The text of scripts/lecture/README.md, from {rounding: {name: what it wrote}}; the first is the run as it is."""
-    done = next(iter(by_rounding.values()))
+def readme(stages: dict, record: dict) -> str:
+    """The text of scripts/lecture/README.md, from its record (record.py)."""
     claims = sum(map(len, stages.values()))
-    parts = [HEADER.format(claims=claims), words(), "\n", table(stages, done), "\n", summary(claims, size, done), "\n",
+    rows = record["rows"]
+    parts = [HEADER.format(claims=claims), words(), "\n", table(stages, rows), "\n", summary(claims, rows), "\n",
              READING.format(claims=claims), RUNNING]
-    if len(by_rounding) > 1:
-        parts += [ROUNDINGS, textwrap.indent(agreement(by_rounding), "- ")]
+    if record["roundings"]:
+        parts += [ROUNDINGS, textwrap.indent(agreement(record), "- ")]
     return re.sub(r"\n{3,}", "\n\n", "".join(parts))
 
 
-def summary(claims: int, size: str, done: dict) -> str:
+def summary(claims: int, rows: dict) -> str:
     """How many claims have which outcome, and where and when that was measured."""
-    count = collections.Counter(result["outcome"] for result in done.values())
-    outcomes = ", ".join(f"{number} {outcome}" for outcome, number in count.items())
-    lines = [f"{len(done)} of {claims} claims tested: {outcomes or 'none'}."]
-    if done:
-        dates, machines = (sorted({result[key] for result in done.values()}) for key in ("date", "machine"))
-        seeds = sorted({len(result["seeds"]) for result in done.values()})
-        minutes = sum(result["seconds"] for result in done.values()) / 60
-        lines.append(f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, size {size}, "
-                     f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds per experiment, "
+    count = collections.Counter(row["outcome"] for row in rows.values())
+    outcomes = ", ".join(f"{number} {outcome}" for outcome, number in count.most_common())
+    lines = [f"{len(rows)} of {claims} claims tested: {outcomes or 'none'}."]
+    if rows:
+        dates, machines, sizes, seeds = (sorted({row[key] for row in rows.values()})
+                                         for key in ("date", "machine", "size", "seeds"))
+        minutes = sum(row["seconds"] for row in rows.values()) / 60
+        lines.append(f"{_range(dates)}, size {' and '.join(sizes)}, {_range(seeds)} seeds per experiment, "
                      f"{minutes:.0f} minutes in all on {'; '.join(machines)}.")
     return "\n\n".join(lines) + "\n"
 
 
-def roundings(names: Iterable[str], by_rounding: dict) -> str:
-    """The outcomes of the experiments, from {rounding: {name: what it wrote}}, and whether they agree."""
-    outcomes = {rounding: _outcomes(done) for rounding, done in by_rounding.items()}
-    lines = [f"| experiment | {' | '.join(outcomes)} | |", "|---" * (len(outcomes) + 2) + "|"]
+def _range(values):
+    return " to ".join(map(str, dict.fromkeys((values[0], values[-1]))))
+
+
+def roundings(names: Iterable[str], record: dict) -> str:
+    """The outcomes of the experiments, as they ran and under every rounding, and whether they agree."""
+    columns = {"as run": record["rows"], **record["roundings"]}
+    lines = [f"| experiment | {' | '.join(columns)} | |", "|---" * (len(columns) + 2) + "|"]
     for name in names:
-        row = [found.get(name, "not run") for found in outcomes.values()]
-        run = [outcome for outcome in row if outcome != "not run"]
+        cells = [found[name]["outcome"] if name in found else "not run" for found in columns.values()]
+        run = [cell for cell in cells if cell != "not run"]
         if run:
             same = "the same" if len(set(run)) == 1 else "**differs**"
-            lines.append(f"| {name} | {' | '.join(row)} | {same if len(run) > 1 else ''} |")
-    return "\n".join([*lines, "", agreement(by_rounding)])
+            lines.append(f"| {name} | {' | '.join(cells)} | {same if len(run) > 1 else ''} |")
+    return "\n".join([*lines, "", agreement(record)])
 
 
-def agreement(by_rounding: dict) -> str:
-    """How many outcomes, and how many experiments with all their numbers, are those of the first; for each rounding."""
-    first, *others = by_rounding.values()
+def agreement(record: dict) -> str:
+    """How many outcomes, and how many experiments with all their numbers, are those as run; for each rounding."""
+    then = {name: row["outcome"] for name, row in record["rows"].items()}
     sentences = []
-    for rounding, done in zip(list(by_rounding)[1:], others):
-        both = [name for name in first if name in done]
-        then, now = _outcomes(first), _outcomes(done)
-        decided = [name for name in both if TRIAL not in (then[name], now[name])]
+    for rounding, again in record["roundings"].items():
+        now = {name: again[name]["outcome"] for name in then if name in again}
+        decided = [name for name in now if TRIAL not in (then[name], now[name])]
         differ = [f"{name} ({now[name]} instead of {then[name]})" for name in decided if now[name] != then[name]]
         which = f" (not {', '.join(differ)})" if differ else ""
+        missing = f" Not run: {', '.join(name for name in then if name not in again)}." if len(now) < len(then) else ""
         outcomes = f"{len(decided) - len(differ)} of {len(decided)} outcomes are the same{which}"
-        equal = sum(first[name]["by_seed"] == done[name]["by_seed"] for name in both)
+        equal = sum(again[name]["equal"] for name in now)
         sentences.append(f"{rounding}: {outcomes if decided else 'trials have no outcomes to compare'}. "
-                         f"In {equal} of {len(both)} experiments every number is the same.\n")
+                         f"In {equal} of {len(now)} experiments every number is the same.{missing}\n")
     return "".join(sentences)
-
-
-def _outcomes(done):
-    return {name: result["outcome"] for name, result in done.items()}
 
 
 def as_cell(text: str) -> str:

@@ -16,7 +16,8 @@ SECTIONS = ("Claim", "Test", "Rule", "Limits", "Source")
 PARAGRAPHS = (*SECTIONS, "Figure")      # of a docstring; results that were written earlier lack the last
 SEVERAL = ([{"name": str, "mean": (float, None), "interval": [(float, None)], "asked": str, "outcome": str,
              "by_seed": ([(float, None)], [])}], [])
-MARGIN = re.compile(r"(above|below) -?[0-9]+(\.[0-9]+)?( and below -?[0-9]+(\.[0-9]+)?)?")
+NUMBER = r"-?[0-9]{1,15}(\.[0-9]{1,15})?"
+MARGIN = re.compile(rf"(above|below) {NUMBER}( and below {NUMBER})?")
 TABLE = [[(str, float, None)]]
 SHAPE = {**dict.fromkeys((*SECTIONS, "title", "outcome", "words", "date", "machine", "size"), str),
          "settings": {str: object}, "by_seed": ([object], []), "seeds": [int], "seconds": float, "workers": int,

@@ -144,6 +144,18 @@ def test_large_equal_scores_have_equal_weights_over_many_tiles(xp, rng):
     agree(run(xp, segments, *arrays, 1.0), by_segment(segments, *arrays, 1.0), names=("o", "lse", "dv"))
 
 
+def test_contracted_products_change_results_by_rounding_alone(emulated, rng):
+    """As compilers for a GPU make them. A factor exp2(m c - shift) with a rounded shift is not 1 then; it is found."""
+    segments, arrays = large_and_equal(rng)
+    expected = by_segment(segments, *arrays, 1.0)
+    with emulator.contracted():
+        agree(run(emulated, segments, *arrays, 1.0), expected, names=("o", "lse", "dv"))
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
+            kernel_mutants.plant(patch, attention_bf16, ("", "exp2f((m[p][half] - highest) * (scale * LOG2E))",
+                                                         "exp2f(m[p][half] * (scale * LOG2E) - shift)", ""))
+            agree(run(emulated, segments, *arrays, 1.0), expected, names=("o", "lse", "dv"))
+
+
 def test_a_batch_of_sequences_gives_the_results_of_layers_attention(xp, rng):
     from minilm.layers import attention as layer
     shapes = (3, 4, 9, 32), (3, 2, 12, 32), (3, 2, 12, 32), (3, 4, 9, 32)

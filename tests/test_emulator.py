@@ -3,6 +3,7 @@ import math
 import multiprocessing
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,6 +190,31 @@ def test_mathematical_functions_are_those_of_their_names(real, dtype, rng):
 
 def one(body, before=""):
     return f'{before}\nextern "C" __global__ void one(float* y) {{ {body} }}'
+
+
+CONTRACTED = r"""
+extern "C" __global__ void sums(const float* a, const float* b, const float* c, float* written, float* fused) {
+    const int i = threadIdx.x;
+    written[i] = a[i] * b[i] + c[i];
+    fused[i] = fmaf(a[i], b[i], c[i]);
+}
+"""
+
+
+def test_a_product_and_a_sum_are_rounded_twice_or_once_as_the_mode_says(rng):
+    a, b = rng.normal(size=(2, 256)).astype(np.float32)
+    exact, rounded = a.astype(np.float64) * b, a * b
+    results = []
+    for how in emulator.fast, emulator.checked, emulator.contracted:
+        written, fused = zeros(256), zeros(256)
+        with how():
+            run(CONTRACTED, "sums", a, b, -rounded, written, fused, block=(256,))
+        assert np.array_equal(fused, (exact - rounded).astype(np.float32)), "the rounding error of the product"
+        results.append(written)
+    assert not results[0].any() and not results[1].any()
+    if " fma " not in Path("/proc/cpuinfo").read_text("utf-8"):
+        pytest.skip("this processor has no FMA instructions")
+    assert np.array_equal(results[2], fused) and fused.any()
 
 
 @pytest.mark.parametrize("code", [

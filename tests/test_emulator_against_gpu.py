@@ -42,3 +42,13 @@ def test_the_example_of_a_module_has_no_fault_and_the_same_results_fast_and_chec
     assert launches and all(np.isfinite(a).all() for a in checked)
     for a, b in zip(checked, example(name, emulated, dtype), strict=True):
         assert a.tobytes() == b.tobytes() and a.dtype in (dtype, np.int64, np.float64)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-10), ("float32", 1e-5)])
+@pytest.mark.parametrize("name", MODULES)
+def test_contracted_products_change_results_by_rounding_alone(name, dtype, tolerance, emulated):
+    """Compilers for a GPU round a * b + c once."""
+    with emulator.contracted():
+        contracted = example(name, emulated, dtype)
+    for i, (a, b) in enumerate(zip(contracted, example(name, emulated, dtype), strict=True)):
+        assert_close(a, b, tolerance, f"{name}, result {i}")

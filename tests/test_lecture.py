@@ -754,6 +754,14 @@ def test_an_experiment_that_ran_again_replaces_its_row_alone_and_its_outcomes_un
                          "- coretype: 3 of 3 outcomes are the same. In 3 of 3 experiments every number is the same.\n")
 
 
+def test_times_and_memory_are_no_numbers_that_must_be_the_same():
+    one, other, third = ({**RESULT, "seconds": 1.0, "Claim": "A.", "Rule": "B.", "words": "C.", "size": "full",
+                          "by_seed": [{"gold": gold, "seconds": seconds}]}
+                         for gold, seconds in ((0.5, 1.0), (0.5, 2.0), (0.25, 1.0)))
+    found = record.of_run({"as run": {"dpo": one}, "workers": {"dpo": other}, "float64": {"dpo": third}})
+    assert [found["roundings"][name]["dpo"]["equal"] for name in ("workers", "float64")] == [True, False]
+
+
 def test_a_damaged_record_is_an_error_and_nothing_is_written(run, capsys, drawing):
     assert run("--out", run.folder) == 0 and run("--readme", run.folder) == 0
     path, others = run.scripts / "results.json", [run.scripts / "README.md", *run.figures.iterdir()]

@@ -37,7 +37,8 @@ copies through the functions of kernels/tensor.cuh. Not supported, and named in 
 groups, half, other inline PTX, textures, clocks, allocation on the device, blocks that are not whole warps.
 
 The emulator is no GPU. It says nothing about speed, occupancy or coalescing. Its exp and its sums differ from those of
-a device in the last bits; multiplications and additions are fused only where the source has fma.
+a device in the last bits; multiplications and additions are fused only where the source has fma, or, as compilers for
+a GPU do, everywhere: with contracted().
 
 Reading order: device.h (the interface of a kernel), scheduler.cpp (threads and barriers), races.h and memory.cpp (the
 checkers), tensor_cores.cpp and copies.cpp (tensor.cuh), endless.cpp, build.py, module.py, running.py, fault.py,
@@ -48,7 +49,7 @@ from minilm.kernels.emulator.build import CompileError, available
 from minilm.kernels.emulator.cupy import as_cupy
 from minilm.kernels.emulator.fault import Fault
 from minilm.kernels.emulator.module import RawModule
-from minilm.kernels.emulator.running import Launch, checked, debug, fast, poison, shared_traffic, traffic
+from minilm.kernels.emulator.running import Launch, checked, contracted, debug, fast, poison, shared_traffic, traffic
 
-__all__ = ["CompileError", "Fault", "Launch", "RawModule", "as_cupy", "available", "checked", "debug", "fast",
-           "poison", "shared_traffic", "traffic"]
+__all__ = ["CompileError", "Fault", "Launch", "RawModule", "as_cupy", "available", "checked", "contracted", "debug",
+           "fast", "poison", "shared_traffic", "traffic"]

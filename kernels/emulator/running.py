@@ -1,4 +1,4 @@
-"""The mode in which launches run (fast, checked, debug), the order of their threads, and the records they leave."""
+"""The mode of launches (fast, contracted, checked, debug), the order of their threads, and the records they leave."""
 
 import contextlib
 import contextvars
@@ -73,6 +73,12 @@ def fast(schedule: str | int = "forward", seconds: float = SECONDS) -> AbstractC
     Launch records. seconds: of processor time; a block that takes more is in an endless loop."""
     return _running(mode="fast", schedule=schedule, launches=[],
                     seconds=checks.number("fast", "seconds", seconds, above=0))
+
+
+def contracted() -> AbstractContextManager[list[Launch]]:
+    """In the `with` block every launch runs fast, and a * b + c is rounded once, as compilers for a GPU do by default:
+    results that differ much from those of fast() depend on it. The processor needs FMA instructions."""
+    return _running(mode="contracted", schedule="forward", launches=[])
 
 
 def debug() -> AbstractContextManager[list[Launch]]:

@@ -51,7 +51,8 @@ RUNNING = """
 
 `all.py --rounding float64,coretype,workers` repeats every experiment with other rounding errors and
 compares the outcomes: with models in float64; with another matrix kernel of OpenBLAS (OPENBLAS_CORETYPE);
-and with another number of worker processes, which must change nothing. How to write an experiment:
+and with another number of worker processes, which must change nothing. "Every number" is without times and
+memory. How to write an experiment:
 [experiment.py](common/experiment.py).
 """
 ROUNDINGS = """

@@ -18,6 +18,7 @@ ROW = {**dict.fromkeys(("claim", "rule", "outcome", "measured", "size", "date", 
        "seeds": int, "seconds": float}
 SHAPE = {"rows": {str: ROW}, "roundings": {str: {str: {"outcome": str, "equal": bool}}}}
 EMPTY = {"rows": {}, "roundings": {}}
+COSTS = "seconds", "memory"         # among the numbers of an experiment: they differ from run to run
 HINT = "Take the file of the repository again."
 
 
@@ -31,13 +32,18 @@ def row(result: dict) -> dict:
 def of_run(by_rounding: dict) -> dict:
     """The record of one run, from {rounding: {name: what it wrote}}; the first rounding is the run as it is.
 
-    "equal" says that every number is that of the run as it is.
+    "equal" says that every number but the costs is that of the run as it is.
     """
     (_, done), *others = by_rounding.items()
     roundings = {rounding: {name: {"outcome": again[name]["outcome"],
-                                   "equal": again[name]["by_seed"] == done[name]["by_seed"]}
+                                   "equal": _numbers(again[name]) == _numbers(done[name])}
                             for name in done if name in again} for rounding, again in others}
     return {"rows": {name: row(result) for name, result in done.items()}, "roundings": roundings}
+
+
+def _numbers(result):
+    return [{name: value for name, value in seed.items() if name not in COSTS} if isinstance(seed, dict) else seed
+            for seed in result["by_seed"]]
 
 
 def updated(record: dict, new: dict, names: Sequence[str]) -> dict:

@@ -136,9 +136,9 @@ def mean(values: Sequence[float], digits: int = 2) -> str:
 
 def curve(axis, x: Sequence[float], by_seed: Sequence, label: str, colour: str, marker: str = "o",
           **style) -> None:
-    """One faint line per seed, and their mean: by_seed (seeds, len(x))."""
+    """One faint line per seed, fainter if they are many, and their mean: by_seed (seeds, len(x))."""
     for y in by_seed:
-        axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
+        axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.35 * min(1, 12 / len(by_seed)))
     axis.plot(x, np.mean(by_seed, axis=0), color=colour, marker=marker, markersize=4, linewidth=1.8,
               label=label, **style)
 

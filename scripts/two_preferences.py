@@ -4,10 +4,10 @@
     python scripts/two_preferences.py --out runs/two-preferences --print    # the page of a finished run
 
 The preferences are rules, so that no person has to judge: short words, and few words (support/rules.py). The
-model answers 240 questions twice; for DPO each rule orders the two answers. Then align.py trains adapters of rank 8:
-DPO on these pairs, RLHF with the rule as the reward. Win rates are on questions about topics that were not trained on.
-Ctrl-C saves (but not the first answers); the same command with --resume goes on. scripts/two_preferences.md is this
-script's page.
+model answers 240 questions four times; DPO gets the best and the worst answer by the rule. align.py trains adapters of
+rank 8: DPO on these pairs, RLHF with the rule as the reward. Win rates are on questions about topics that were not
+trained on. Ctrl-C saves (but not the first answers); the same command with --resume goes on.
+scripts/two_preferences.md is this script's page.
 """
 
 from support import installed
@@ -39,6 +39,7 @@ VERSION = 1
 RULES = {"short_words": "short words", "few_words": "few words"}
 METHODS = ("dpo", "rlhf")
 NEW_TOKENS = 64
+ANSWERS = 4             # to each question, of which DPO gets the best and the worst
 SHARED = ["--chat", "--lora-rank", "8", "--max-new-tokens", str(NEW_TOKENS), "--microbatches", "4"]
 OPTIONS = {"dpo": ["--batch-size", "8", "--learning-rate", "6e-4", "--epochs", "1"],
            "rlhf": ["--batch-size", "4", "--samples-per-prompt", "4", "--learning-rate", "5e-4", "--epochs", "0.4",
@@ -59,10 +60,10 @@ def questions() -> list[tuple[str, bool]]:
 
 
 def write_data(model: str, folder: Path, workers: int, stop: StopRequest) -> bool:
-    """PREFERENCE-train.jsonl and -eval.jsonl: pairs of the model's own answers, in the order of each rule; False if
-    the user stopped it.
+    """PREFERENCE-train.jsonl and -eval.jsonl: for each question the best and the worst of the model's own answers, by
+    each rule; False if the user stopped it.
 
-    A question to train on is left out if one of its answers did not end, or if a rule has no order for them: all rules
+    To train on, only answers that ended are taken, and only questions for which each rule orders two of them: all rules
     and methods have the same questions. All held-out questions stay; their pairs are only measured.
     """
     policy, tokenizer = load_any(model)
@@ -71,25 +72,27 @@ def write_data(model: str, folder: Path, workers: int, stop: StopRequest) -> boo
     prompts = [encoding.alone(question) for question, _ in asked]
     sampling = alignment.Sampling(0, NEW_TOKENS, workers)
     drawn = []
-    for name in ("first answers", "second answers"):
+    for i in range(ANSWERS):
         if stop.requested:
             return False
-        print(f"{name} of the untrained model to {len(asked)} questions", flush=True)
-        drawn.append(sampling.draw(policy, prompts, encoding.ends, name))
-    texts = [[alignment.text_of(encoding, answer) for answer in answers] for answers in drawn]
-    rewards = {rule: list(zip(*(getattr(rules, rule)(prompts, answers) for answers in texts))) for rule in RULES}
-    kept = [i for i, both in enumerate(zip(*drawn)) if asked[i][1] or (
-        all(answer[-1] in encoding.ends for answer in both) and all(len(set(rewards[rule][i])) == 2 for rule in RULES))]
+        print(f"answers {i + 1}/{ANSWERS} of the untrained model to {len(asked)} questions", flush=True)
+        drawn.append(sampling.draw(policy, prompts, encoding.ends, f"answers {i}"))
+    pairs: dict[str, list] = {rule: [] for rule in RULES}
+    for (question, held_out), *answers in zip(asked, *drawn):
+        texts = [alignment.text_of(encoding, answer) for answer in answers if held_out or answer[-1] in encoding.ends]
+        for rule, found in pairs.items():
+            ranked = sorted(zip(getattr(rules, rule)([question] * len(texts), texts), texts), key=lambda one: one[0])
+            found.append((ranked[0], ranked[-1]) if ranked else None)
+    kept = [i for i, (_, held_out) in enumerate(asked) if all(
+        found[i] and found[i][0][1] != found[i][1][1] and (held_out or found[i][0][0] < found[i][1][0])
+        for found in pairs.values())]
     for rule, (part, held_out) in itertools.product(RULES, (("train", False), ("eval", True))):
-        lines = []
-        for i in (i for i in kept if asked[i][1] == held_out and texts[0][i] != texts[1][i]):
-            first, second = rewards[rule][i]
-            better, worse = (0, 1) if first > second else (1, 0)
-            lines.append({"prompt": asked[i][0], "chosen": texts[better][i], "rejected": texts[worse][i]})
+        lines = [{"prompt": asked[i][0], "chosen": pairs[rule][i][1][1], "rejected": pairs[rule][i][0][1]}
+                 for i in kept if asked[i][1] == held_out]
         checkpoint.write_text(folder / f"{rule}-{part}.jsonl",
                               "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    print(f"{len(kept) - sum(held_out for _, held_out in asked)} questions to train on have two answers that ended and "
-          "that both rules can order")
+    count = sum(not asked[i][1] for i in kept)
+    print(f"{count} questions to train on have answers that ended and that both rules order")
     return True
 
 

@@ -131,10 +131,10 @@ def test_scores_of_1e4_equal_scores_and_one_far_above_are_right(case, xp, rng):
 
 
 def large_and_equal(rng):
-    """(segments, arrays): 2000 keys with scores of 14080, which float32 has exactly."""
+    """(segments, arrays): 2000 keys with scores of 7168, which float32 has exactly."""
     T = 2000
-    q, k, v, do = rounded(rng, T, T, 1, 1, 64)
-    q[:] = k[:] = np.r_[np.full(55, 16.0), np.zeros(9)]
+    q, k, v, do = rounded(rng, T, T, 1, 1, 32)
+    q[:] = k[:] = np.r_[np.full(28, 16.0), np.zeros(4)]
     return [(0, 20, 0, T, T, 0, 0)], (q, k, v, do)
 
 
@@ -323,7 +323,7 @@ MUTANTS = [
      "checker"),
     ("rows past the last query are written", "if (row >= queries) continue;\n", "\n", "checker"),
     ("rows past the last key are written", "if (row >= count) continue;\n", "\n", "checker"),
-    ("D of the first numbers of a head", "d < HEAD; d += 32", "d < HEAD; d = HEAD", "numbers"),
+    ("D of the first half of a head's numbers", "d < HEAD; d += 32", "d < HEAD / 2; d += 32", "numbers"),
 ]
 
 
@@ -332,7 +332,7 @@ MUTANTS = [
 def test_a_bug_is_found_by_a_checker_or_by_the_numbers(mutant, emulated, rng, monkeypatch):
     kernel_mutants.plant(monkeypatch, attention_bf16, mutant)
     segments = [*LONG, (350, 3, 350, 2, -2, 0, 0), (353, 3, 353, 0, 0, 0, 0)]
-    arrays = rounded(rng, 356, 356, 4, 2, 64)
+    arrays = rounded(rng, 356, 356, 4, 2, 32)
     large, others = large_and_equal(rng)
 
     def check():

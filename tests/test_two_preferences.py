@@ -68,9 +68,10 @@ def work(tmp_path, monkeypatch):
 
 
 def write_data(work, monkeypatch, *answers):
-    """The files of data after the untrained model gave these (first answer, second answer) to the first questions."""
+    """The files of data after the untrained model gave these answers to the questions; three of them to train on."""
+    monkeypatch.setattr(two_preferences, "ANSWERS", len(answers[0]))
     monkeypatch.setattr(two_preferences, "questions", lambda: [(f"Why {i}?", i >= 3) for i in range(len(answers))])
-    drawn = {name: list(texts) for name, texts in zip(("first answers", "second answers"), zip(*answers))}
+    drawn = {f"answers {i}": list(texts) for i, texts in enumerate(zip(*answers))}
     monkeypatch.setattr(alignment.Sampling, "draw",
                         lambda self, model, prompts, ends, name: [[text, ends[0]] if text[-1] == "." else [text, -1]
                                                                   for text in drawn[name]])
@@ -80,17 +81,23 @@ def write_data(work, monkeypatch, *answers):
             for path in work.glob("*.jsonl")}
 
 
-def test_each_pair_has_the_order_of_its_rule_and_all_rules_have_the_same_questions(work, monkeypatch, capsys):
-    short, long = "It is a bee in the sun.", "Certainly, pollinating insects matter everywhere."
-    found = write_data(work, monkeypatch, (short, long), (long, short), (short, long[:-1]), (long, short),
-                       (short, long[:-1]), (short, short))
-    pair = {"prompt": "Why 0?", "chosen": short, "rejected": long}
-    assert found["short_words-train"] == [pair, {**pair, "prompt": "Why 1?"}]
-    assert found["few_words-train"][0] == {"prompt": "Why 0?", "chosen": long, "rejected": short}
+SHORT, LONG = "It is a bee in the sun.", "Certainly, pollinating insects matter everywhere."
+MIDDLE = "Bees carry some pollen around, mostly."
+
+
+def test_each_pair_is_the_best_and_the_worst_answer_by_its_rule_and_all_rules_have_the_same_questions(
+        work, monkeypatch, capsys):
+    found = write_data(work, monkeypatch, (SHORT, MIDDLE, LONG), (LONG, SHORT, MIDDLE), (SHORT, MIDDLE, LONG[:-1]),
+                       (LONG, MIDDLE, SHORT), (SHORT, MIDDLE, LONG[:-1]), (SHORT, SHORT, SHORT))
+    pair = {"prompt": "Why 0?", "chosen": SHORT, "rejected": LONG}
+    assert found["short_words-train"] == [pair, {**pair, "prompt": "Why 1?"},
+                                          {**pair, "prompt": "Why 2?", "rejected": MIDDLE}], "LONG did not end"
+    assert found["few_words-train"][0] == {"prompt": "Why 0?", "chosen": LONG, "rejected": SHORT}
+    assert {line["rejected"] for line in found["short_words-eval"]} == {LONG, LONG[:-1]}, "held out, all are taken"
     asked = {name: [line["prompt"] for line in lines] for name, lines in found.items()}
-    assert asked == {"short_words-train": ["Why 0?", "Why 1?"], "few_words-train": ["Why 0?", "Why 1?"],
-                     "short_words-eval": ["Why 3?", "Why 4?"], "few_words-eval": ["Why 3?", "Why 4?"]}
-    assert "\n2 questions to train on have two answers that ended" in capsys.readouterr().out
+    assert asked == {f"{rule}-{part}": names for rule in two_preferences.RULES
+                     for part, names in (("train", ["Why 0?", "Why 1?", "Why 2?"]), ("eval", ["Why 3?", "Why 4?"]))}
+    assert "\n3 questions to train on have answers that ended" in capsys.readouterr().out
 
 
 def test_a_question_to_train_on_without_an_order_is_left_out_and_a_held_out_one_stays(work, monkeypatch):
@@ -98,6 +105,11 @@ def test_a_question_to_train_on_without_an_order_is_left_out_and_a_held_out_one_
     found = write_data(work, monkeypatch, (one, other), (one, "It is a cow in a field here."), (one, one), (one, other))
     assert {name: len(lines) for name, lines in found.items()} == {
         "short_words-train": 1, "few_words-train": 1, "short_words-eval": 1, "few_words-eval": 1}
+
+
+def test_a_question_without_an_answer_that_ended_is_left_out(work, monkeypatch):
+    found = write_data(work, monkeypatch, (SHORT, LONG), (SHORT[:-1], LONG[:-1]), (SHORT, LONG[:-1]), (SHORT, LONG))
+    assert [line["prompt"] for line in found["short_words-train"]] == ["Why 0?"]
 
 
 def run(monkeypatch, capsys, *words):

@@ -41,8 +41,9 @@ METHODS = ("dpo", "rlhf")
 NEW_TOKENS = 64
 ANSWERS = 4             # to each question, of which DPO gets the best and the worst
 SHARED = ["--chat", "--lora-rank", "8", "--max-new-tokens", str(NEW_TOKENS), "--microbatches", "4"]
-OPTIONS = {"dpo": ["--batch-size", "8", "--learning-rate", "6e-4", "--epochs", "1"],
-           "rlhf": ["--batch-size", "4", "--samples-per-prompt", "4", "--learning-rate", "5e-4", "--epochs", "0.4",
+# Tried with seed 9 on topics that are trained on, for short words.
+OPTIONS = {"dpo": ["--batch-size", "8", "--learning-rate", "1e-3", "--epochs", "2"],
+           "rlhf": ["--batch-size", "8", "--samples-per-prompt", "4", "--learning-rate", "1e-3", "--epochs", "1.2",
                     "--beta", "0.05"]}
 TOPICS = """bread|rain|the moon|a bicycle|honey|the heart|paper|volcanoes|chess|salt|trains|bees|glass|sleep|tea|maps|
 bridges|the alphabet|wool|clouds|a library|coffee|the sun|music|soap|rice|a kite|ships|snow|a garden|money|dogs|

@@ -10,6 +10,7 @@ all of them, in the order of the segments.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -185,24 +186,28 @@ def batch_operands(**arrays: Array) -> dict[str, Operand]:
     return {name: Operand(a, 0, a.shape[3], a.shape[2] * a.shape[3]) for name, a in arrays.items()}
 
 
-def batch_forward(q: Array, k: Array, v: Array, plan: Plan, scale: float) -> tuple[Array, Array]:
-    """q (B,H,T,K); k, v (B,G,S,K) -> (B,H,T,K) and the log-sum-exp."""
+def batch_forward(q: Array, k: Array, v: Array, plan: Plan, scale: float, run: Callable = forward,
+                  sums: DTypeLike = None) -> tuple[Array, Array]:
+    """q (B,H,T,K); k, v (B,G,S,K) -> (B,H,T,K) and the log-sum-exp (B,H,T), of the dtype `sums` (None: that of q).
+
+    run: forward, or the function of the same arguments of another module.
+    """
     _, H, T, K = q.shape
     o = plan.xp.empty(q.shape, q.dtype)
-    lse = plan.xp.empty(q.shape[:3], q.dtype)
-    forward(**batch_operands(q=q, k=k, v=v, o=o), lse=lse, plan=plan, heads=H, kv_heads=k.shape[1], width=K, lse_head=T,
-            scale=scale)
+    lse = plan.xp.empty(q.shape[:3], sums or q.dtype)
+    run(**batch_operands(q=q, k=k, v=v, o=o), lse=lse, plan=plan, heads=H, kv_heads=k.shape[1], width=K, lse_head=T,
+        scale=scale)
     return o, lse
 
 
-def batch_backward(q: Array, k: Array, v: Array, o: Array, do: Array, lse: Array, plan: Plan,
-                   scale: float) -> tuple[Array, Array, Array]:
-    """The gradients dq, dk, dv of batch_forward, for the gradient do (B,H,T,K) of its output."""
+def batch_backward(q: Array, k: Array, v: Array, o: Array, do: Array, lse: Array, plan: Plan, scale: float,
+                   run: Callable = backward) -> tuple[Array, Array, Array]:
+    """The gradients dq, dk, dv of batch_forward, for the gradient do (B,H,T,K) of its output. run: as there."""
     _, H, T, K = q.shape
     dq = plan.xp.empty(q.shape, q.dtype)
     dk, dv = (plan.xp.zeros(k.shape, k.dtype) for _ in range(2))        # the kernel does not write those of padding
-    backward(**batch_operands(q=q, k=k, v=v, o=o, do=do, dq=dq, dk=dk, dv=dv), lse=lse, plan=plan, heads=H,
-             kv_heads=k.shape[1], width=K, lse_head=T, scale=scale)
+    run(**batch_operands(q=q, k=k, v=v, o=o, do=do, dq=dq, dk=dk, dv=dv), lse=lse, plan=plan, heads=H,
+        kv_heads=k.shape[1], width=K, lse_head=T, scale=scale)
     return dq, dk, dv
 
 

@@ -8,7 +8,8 @@ import itertools
 
 import numpy as np
 
-from minilm.kernels.attention import Operand, Plan, batch_operands, batch_plan, check_operands, places_of
+from minilm.kernels import attention
+from minilm.kernels.attention import Operand, Plan, batch_plan, check_operands, places_of
 from minilm.kernels.bf16 import to_bf16
 from minilm.kernels.launch import Array, Variants, function, launch, options
 
@@ -57,23 +58,13 @@ def backward(q: Operand, k: Operand, v: Operand, o: Operand, do: Operand, lse: A
 
 def batch_forward(q: Array, k: Array, v: Array, plan: Plan, scale: float) -> tuple[Array, Array]:
     """q (B,H,T,K); k, v (B,G,S,K), bf16 -> (B,H,T,K), bf16, and the log-sum-exp (B,H,T), float32."""
-    _, H, T, K = q.shape
-    o = plan.xp.empty(q.shape, np.uint16)
-    lse = plan.xp.empty(q.shape[:3], np.float32)
-    forward(**batch_operands(q=q, k=k, v=v, o=o), lse=lse, plan=plan, heads=H, kv_heads=k.shape[1], width=K, lse_head=T,
-            scale=scale)
-    return o, lse
+    return attention.batch_forward(q, k, v, plan, scale, forward, np.float32)
 
 
 def batch_backward(q: Array, k: Array, v: Array, o: Array, do: Array, lse: Array, plan: Plan,
                    scale: float) -> tuple[Array, Array, Array]:
     """The gradients dq, dk, dv of batch_forward, bf16, for the gradient do (B,H,T,K) of its output."""
-    _, H, T, K = q.shape
-    dq = plan.xp.empty(q.shape, np.uint16)
-    dk, dv = (plan.xp.zeros(k.shape, np.uint16) for _ in range(2))      # the kernel does not write those of padding
-    backward(**batch_operands(q=q, k=k, v=v, o=o, do=do, dq=dq, dk=dk, dv=dv), lse=lse, plan=plan, heads=H,
-             kv_heads=k.shape[1], width=K, lse_head=T, scale=scale)
-    return dq, dk, dv
+    return attention.batch_backward(q, k, v, o, do, lse, plan, scale, backward)
 
 
 def shared_bytes(name: str, width: int) -> int:

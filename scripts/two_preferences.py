@@ -134,20 +134,26 @@ def parser() -> Parser:
     return found
 
 
+def train(options) -> bool:
+    """All runs that are not there yet; False if the user stopped them."""
+    keep_freed_memory()
+    fingerprint = {"version": VERSION, "model": options.model}
+    with StopRequest() as stop, RunFolder(options.out, options.resume, fingerprint) as run:
+        data = [run.path(f"{rule}-{part}.jsonl") for rule in RULES for part in ("train", "eval")]
+        if not all(path.exists() for path in data) and not write_data(options.model, run.folder, options.workers, stop):
+            return False
+        return all(not stop.requested and align(options, rule, method, seed)
+                   for seed, rule, method in itertools.product(options.seeds, RULES, METHODS))
+
+
 def main() -> int:
     options = parser().parse_args()
     require("matplotlib", "safetensors", "tqdm")
-    if not options.print:
-        keep_freed_memory()
-        fingerprint = {"version": VERSION, "model": options.model}
-        with StopRequest() as stop, RunFolder(options.out, options.resume, fingerprint) as run:
-            data = [run.path(f"{rule}-{part}.jsonl") for rule in RULES for part in ("train", "eval")]
-            done = all(path.exists() for path in data) or write_data(options.model, run.folder, options.workers, stop)
-            for seed, rule, method in itertools.product(options.seeds, RULES, METHODS):
-                if not done or stop.requested or not align(options, rule, method, seed):
-                    print(f"stopped; continue with:\n    {command_to_resume()}")
-                    return 130
-    RunFolder.recorded(options.out)
+    if options.print:
+        RunFolder.recorded(options.out)         # an error if there is no run
+    elif not train(options):
+        print(f"stopped; continue with:\n    {command_to_resume()}")
+        return 130
     seeds = sorted(int(path.name.removeprefix("seed-")) for path in options.out.glob("seed-*"))
     found = {(rule, method): [run_of(options.out, rule, method, seed) / "results.json" for seed in seeds]
              for rule in RULES for method in METHODS}

@@ -94,8 +94,13 @@ def pytorch_bf16(backend, *arrays):
 def both(call):
     """The output and the gradients; those in bf16 as float32."""
     o, backward = call()
-    return [a.float() if hasattr(a, "float") else array_module(a).asarray(from_bf16(a.get()))
-            if a.dtype == np.uint16 else a for a in (o, *backward())]
+    return [as_float(a) for a in (o, *backward())]
+
+
+def as_float(a):
+    if hasattr(a, "float"):                     # PyTorch's
+        return a.float()
+    return array_module(a).asarray(from_bf16(a.get())) if a.dtype == np.uint16 else a
 
 
 def installed_torch():

@@ -32,7 +32,7 @@ def row(result: dict) -> dict:
 def of_run(by_rounding: dict) -> dict:
     """The record of one run, from {rounding: {name: what it wrote}}; the first rounding is the run as it is.
 
-    "equal" says that every number but the costs is that of the run as it is.
+    "equal": whether every number, COSTS apart, is the same as in the run as it is.
     """
     (_, done), *others = by_rounding.items()
     roundings = {rounding: {name: {"outcome": again[name]["outcome"],

@@ -105,7 +105,7 @@ def test_an_error_of_one_rank_alone_ends_all_with_its_words(tmp_path, rank):
     began = time.monotonic()
     done = run(under_mpiexec(3), "--out", tmp_path / "run", LONE=str(rank))
     assert done.returncode != 0 and "UsageError: matplotlib is not on this host" in done.stderr, done.stderr
-    assert time.monotonic() - began < 30 and not (tmp_path / "run").exists()
+    assert time.monotonic() - began < 60 and not (tmp_path / "run").exists()
 
 
 @needs_mpi

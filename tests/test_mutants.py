@@ -304,7 +304,7 @@ def test_an_interrupted_run_leaves_no_process_and_no_copy_behind(project, number
         time.sleep(0.1)
     child = int(marker.read_text())
     process.send_signal(number)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 130 and error == "interrupted\n"
     assert not list(scratch.iterdir())
     for _ in range(50):

@@ -39,7 +39,7 @@ def start(link, *words):
 @needs_mpi
 def test_two_hosts_train_as_one_process_does_and_gradients_and_parameters_go_over_the_link(link, tmp_path):
     with start(link, "train", "SFT", "float64", STEPS, tmp_path / "mpi.npz") as process:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     one = make_training("SFT", dtype=np.float64)
     run("SFT", one, STEPS)
@@ -57,11 +57,11 @@ def test_a_network_that_is_lost_ends_all_ranks_with_words(link):
         assert process.stdout.readline() == "ready\n"
         link.down()
         try:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=120)
         finally:
             process.kill()
     assert process.returncode != 0 and "went on" not in out
-    assert "has sent nothing for" in err and time.monotonic() - began < 30
+    assert "has sent nothing for" in err and time.monotonic() - began < 60
 
 
 @needs_mpi
@@ -74,6 +74,6 @@ def test_the_hosts_and_their_processes_are_removed_after_an_error():
                                                      text=True).stdout.split():
             assert waiting.poll() is None
         raise ZeroDivisionError
-    assert waiting.wait(timeout=10) < 0
+    assert waiting.wait(timeout=60) < 0
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     assert not any(name in left for name in link.namespaces)

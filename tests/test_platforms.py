@@ -99,12 +99,15 @@ def run(code, *arguments, options=("-W", "error", "-X", "warn_default_encoding")
     return done.stdout
 
 
-def test_all_modules_are_imported_in_under_3_times_the_time_of_numpy_and_without_a_warning():
-    """CPU time, because other tests may run beside this one; the median of three. Measured: 1.7 times."""
+def test_the_import_of_all_modules_warns_of_nothing_and_loads_numpy_alone_and_little_of_the_standard_library():
+    """The modules loaded are counted, not the seconds: the time of an import is another on each machine."""
     assert {"minilm", "minilm.plain", "minilm.stages.rlhf", "minilm.kernels.emulator"} <= set(modules())
-    code = (f"import time\nstart = time.process_time()\nimport numpy\nbegan = time.process_time()\n"
-            f"import {', '.join(modules())}\nprint((time.process_time() - began) / (began - start))")
-    assert sorted(float(run(code)) for _ in range(3))[1] < 3
+    code = (f"import sys, numpy\nbefore = set(sys.modules)\nimport {', '.join(modules())}\n"
+            "print(*sorted(set(sys.modules) - before))")
+    loaded = [name for name in run(code).split() if name.split(".")[0] not in ("minilm", "numpy", "cython_runtime")]
+    others = [name for name in loaded if name.split(".")[0] not in sys.stdlib_module_names]
+    assert [name for name in others if not name.startswith(("_cython", "__mp_main__"))] == []
+    assert len(loaded) - len(others) < 100          # 60 with Python 3.13
 
 
 def test_all_modules_are_imported_on_a_system_without_fork_and_locks():

@@ -417,14 +417,14 @@ def test_an_array_of_the_ranks_keeps_one_file_open():
 
 @pytest.mark.parametrize("end", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(3), lambda: 1 / 0,
                                  lambda: exit(1)], ids=["SIGKILL", "_exit", "exception", "sys.exit"])
-def test_a_rank_that_ends_ends_all_within_seconds(end):
+def test_a_rank_that_ends_ends_all_within_a_minute(end):
     began = time.monotonic()
     with pytest.raises(WorkerFailed, match="killed|raised an error|has ended"):
         with ForkedRanks(3) as ranks:
             if ranks.rank == 1:
                 end()
             ranks.all_gather(None)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 def test_sigterm_and_ctrl_c_reach_rank_0_alone():

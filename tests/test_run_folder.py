@@ -342,13 +342,13 @@ def test_a_stopped_and_resumed_job_gives_the_same_result_as_an_uninterrupted_one
     job = start(JOB, stopped, 0.5)
     assert job.stdout.readline() == "step 0\n"
     job.send_signal(signal.SIGINT)
-    output, errors = job.communicate(timeout=20)
+    output, errors = job.communicate(timeout=120)
     assert job.returncode == 3 and errors == "\nstopping after this step; press again to stop at once\n"
     assert "step 39" not in output and not (stopped / "results.json").exists()
     resumed = start(JOB, stopped, 0)
-    output, errors = resumed.communicate(timeout=20)
+    output, errors = resumed.communicate(timeout=120)
     assert (resumed.returncode, errors) == (0, "") and "step 0\n" not in output
-    assert uninterrupted.communicate(timeout=20)[1] == ""
+    assert uninterrupted.communicate(timeout=120)[1] == ""
     assert (stopped / "results.json").read_bytes() == (whole / "results.json").read_bytes()
 
 

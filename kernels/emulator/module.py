@@ -253,14 +253,21 @@ class Compiled:
         """The innermost line of the source and the line of the kernel that called it, from addr2line; or None."""
         if not places:
             return None
-        # A return address points to the next instruction, hence - 1. -i lists the callers of inlined functions.
-        result = subprocess.run(["addr2line", "-i", "-e", str(self.path), *(hex(place - 1) for place in places)],
+        # A return address points to the next instruction, hence - 1. -a begins each place with its address, and -i lists
+        # the callers of inlined functions: the last is the function itself. One of the runtime is not the kernel.
+        result = subprocess.run(["addr2line", "-a", "-i", "-e", str(self.path), *(hex(place - 1) for place in places)],
                                 capture_output=True, text=True)
-        lines = [line.rpartition("/")[2].split(" ")[0] for line in result.stdout.splitlines()]
-        lines = [line for line in lines if line.partition(":")[0] not in OWN_FILES]
+        chains = [[line.rpartition("/")[2].split(" ")[0] for line in chain.splitlines()[1:]]
+                  for chain in re.split(r"^(?=0x)", result.stdout, flags=re.M)[1:]]
+        lines = [line for chain in chains if _file(chain[-1]) not in build.RUNTIME
+                 for line in chain if _file(line) not in OWN_FILES]
         if not lines:
             return None
         return lines[0] if lines[-1] == lines[0] else f"{lines[0]} (called at {lines[-1]})"
+
+
+def _file(line):
+    return line.partition(":")[0]
 
 
 def _parameter(code, text):

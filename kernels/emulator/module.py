@@ -253,8 +253,8 @@ class Compiled:
         """The innermost line of the source and the line of the kernel that called it, from addr2line; or None."""
         if not places:
             return None
-        # A return address points to the next instruction, hence - 1. -a begins each place with its address, and -i lists
-        # the callers of inlined functions: the last is the function itself. One of the runtime is not the kernel.
+        # A return address points to the next instruction, hence - 1. -a shows the address of each place, and -i the
+        # callers of inlined functions: the last is the function itself. One of the runtime is not the kernel.
         result = subprocess.run(["addr2line", "-a", "-i", "-e", str(self.path), *(hex(place - 1) for place in places)],
                                 capture_output=True, text=True)
         chains = [[line.rpartition("/")[2].split(" ")[0] for line in chain.splitlines()[1:]]

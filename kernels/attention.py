@@ -188,9 +188,9 @@ def batch_operands(**arrays: Array) -> dict[str, Operand]:
 
 def batch_forward(q: Array, k: Array, v: Array, plan: Plan, scale: float, run: Callable = forward,
                   sums: DTypeLike = None) -> tuple[Array, Array]:
-    """q (B,H,T,K); k, v (B,G,S,K) -> (B,H,T,K) and the log-sum-exp (B,H,T), of the dtype `sums` (None: that of q).
+    """Attention of q (B,H,T,K) to k, v (B,G,S,K): the output (B,H,T,K) and the log-sum-exp (B,H,T).
 
-    run: forward, or the function of the same arguments of another module.
+    run: forward, or a function of the same arguments of another module. sums: dtype of the log-sum-exp; None is q's.
     """
     _, H, T, K = q.shape
     o = plan.xp.empty(q.shape, q.dtype)

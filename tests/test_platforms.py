@@ -107,7 +107,7 @@ def test_the_import_of_all_modules_warns_of_nothing_and_loads_numpy_alone_and_li
     loaded = [name for name in run(code).split() if name.split(".")[0] not in ("minilm", "numpy", "cython_runtime")]
     others = [name for name in loaded if name.split(".")[0] not in sys.stdlib_module_names]
     assert [name for name in others if not name.startswith(("_cython", "__mp_main__"))] == []
-    assert len(loaded) - len(others) < 100          # 60 with Python 3.13
+    assert len(loaded) - len(others) < 100          # 50 with Python 3.11
 
 
 def test_all_modules_are_imported_on_a_system_without_fork_and_locks():

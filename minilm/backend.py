@@ -73,23 +73,9 @@ def plain_argument(x: Any, copy: bool = False) -> Any:
 
 
 def concatenate(arrays: Iterable) -> np.ndarray:
-    """Arrays of either device, one after the other, as one NumPy array."""
+    """Arrays of either device, one after the other, as one NumPy array. Those of a GPU are joined there: the host waits
+    once."""
+    arrays = list(arrays)
+    if all(map(is_cupy, arrays)):
+        return to_numpy(array_module(*arrays).concatenate(arrays))
     return np.concatenate([to_numpy(a) for a in arrays])
-
-
-def segment_sum(indices: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct indices of indices (n,), ascending, and for each the sum of its values, out of values (n,..).
-
-    Sorted first, so that the order of summation, and with it the last bits, are the same in every run: np.add.at
-    visits the elements one by one, and CuPy's add.at in an order that changes from run to run.
-    """
-    if not len(indices):
-        return indices, values
-    xp = array_module(values)
-    # CuPy computes a row's sum as a difference of two running sums: in float32 a small sum would lose its digits.
-    wide = "float64" if is_cupy(values) else None
-    rows = values.reshape(len(indices), -1)
-    order = xp.argsort(indices, kind="stable")
-    distinct, starts = xp.unique(indices[order], return_index=True)
-    sums = xp.add.reduceat(rows[order], starts, axis=0, dtype=wide).astype(values.dtype, copy=False)
-    return distinct, sums.reshape(-1, *values.shape[1:])

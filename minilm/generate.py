@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from minilm import checks
-from minilm.backend import array_module, is_cupy, to_numpy
+from minilm.backend import array_module, concatenate, is_cupy, to_numpy
 from minilm.diverged import Diverged, first_bad_parameter, first_nonfinite
 from minilm.fast import few_rows
 from minilm.fast.cached_decoding import Cache, forward_cached
@@ -129,6 +129,14 @@ def _draw(logits, uniforms, temperature, top_k, top_p, kernel=True):
     p = xp.exp(scores)
     drawn = _inverse_cdf(p, uniforms) if temperature else logits.argmax(axis=-1)
     return drawn, scores[xp.arange(len(drawn)), drawn], entropy(p, scores)
+
+
+def _on_host(draws):
+    """The tokens, log-probs and entropies of _draw. From a GPU they come in one array, so that the host waits once."""
+    if not is_cupy(draws[0]):
+        return draws
+    drawn, log_probs, entropies = concatenate(x.astype(np.float64) for x in draws).reshape(3, -1)
+    return drawn.astype(np.int64), log_probs, entropies
 
 
 @dataclasses.dataclass
@@ -249,7 +257,7 @@ def _generate(model, prompts, uniforms, ends, temperature, top_k, top_p, numbers
             hidden = forward_cached(model, drawn[:, None], first, cache)
         logits = few_rows.logits(hidden, model.unembedding.data)
         draws = _draw(logits, xp.asarray(uniforms[rows, t]), temperature, top_k, top_p)
-        drawn, drawn_log_probs, drawn_entropies = map(to_numpy, draws)
+        drawn, drawn_log_probs, drawn_entropies = _on_host(draws)
         wrong = ~np.isfinite(drawn_log_probs) & unfinished
         if wrong.any():
             row = rows[wrong][0]
@@ -294,9 +302,8 @@ def _prefill(model, prompts, max_new_tokens):
     for i, prompt in enumerate(number):
         first[i] = longest - len(prompt)
         padded[i, first[i]:] = prompt
-    places = xp.asarray(places)
-    first = xp.asarray(first) if first.any() else None
+    padding = first if first.any() else None
     cache = Cache(model.config, len(number), longest, xp, model.dtype)
-    hidden = forward_cached(model, padded, first, cache)[places]
-    cache = cache.repeat(places, longest + max_new_tokens)
-    return hidden, cache, None if first is None else first[places]
+    hidden = forward_cached(model, padded, padding, cache)[xp.asarray(places)]
+    cache = cache.repeat(xp.asarray(places), longest + max_new_tokens)
+    return hidden, cache, None if padding is None else xp.asarray(first[places])

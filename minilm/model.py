@@ -190,7 +190,7 @@ class Transformer:
         """
         c = self.config
         tokens = self.checked_tokens(tokens)
-        key_mask = None if key_mask is None else checks.mask("hidden", key_mask, tokens.shape, "key_mask")
+        key_mask = None if key_mask is None else to_numpy(checks.mask("hidden", key_mask, tokens.shape, "key_mask"))
         B, T = tokens.shape
         if key_mask is None and c.causal and T:
             # One node of the graph from qkv to the mixed values instead of about ten (gain: scripts/bench/tricks.py).
@@ -217,10 +217,10 @@ class Transformer:
     def attend_to_padded(self, T, key_mask):
         """attend(i, qkv) of hidden_states for B sequences of T tokens: qkv (B,T,(H+2G)K) -> (B,T,H K)
 
-        key_mask (B,T): 0 on padding, or None. The layers of layers.py one by one.
+        key_mask (B,T): 0 on padding, or None; NumPy's, so that no kernel waits for it. The layers of layers.py one by
+        one.
         """
         c = self.config
-        key_mask = None if key_mask is None else self._on_device(key_mask)
         cos, sin = rotary.rope_tables(self._on_device(np.arange(T)), c.head_width, c.rope_base, self.dtype)
 
         def attend(i, qkv):
@@ -240,7 +240,7 @@ class Transformer:
     def _smeared(self, i, k, key_mask):
         B, G, _, K = k.shape
         if key_mask is not None:          # a padding token is no predecessor: its key counts as zero
-            k = ops.where(key_mask[:, None, :, None].astype(bool), k, 0.0)
+            k = ops.where(self._on_device(key_mask)[:, None, :, None].astype(bool), k, 0.0)
         no_key = array_module(k.data).zeros((B, G, K), self.dtype)
         return rotary.smear(k, self._parameters[f"blocks.{i}.key_smear"], no_key)
 

@@ -15,8 +15,9 @@ import sys
 import numpy as np
 
 from minilm import checks, tensor
-from minilm.backend import array_module, segment_sum
+from minilm.backend import array_module, to_numpy
 from minilm.fast.deferred import DeferredMatmul
+from minilm.segment_sum import segment_sum
 from minilm.tensor import Tensor, primitive
 
 
@@ -297,16 +298,17 @@ def getitem(x, index):
             dx = xp.zeros_like(x)
             dx[index] = dy
             return dx
-        picked = xp.arange(x.size).reshape(x.shape)[index].reshape(-1)
+        picked = to_numpy(xp.arange(x.size).reshape(x.shape)[index]).reshape(-1)
         return _rows_added(x.reshape(-1), picked, dy.reshape(-1)).reshape(x.shape)
     return x[index], vjp
 
 
 def _rows_added(x, rows, values):
-    """Zeros like x, with each value added in its row: the gradient of x[rows]."""
+    """Zeros like x, with each value added in its row: the gradient of x[rows]; rows are NumPy's."""
+    xp = array_module(x)
     distinct, sums = segment_sum(rows, values)
-    dx = array_module(x).zeros_like(x)
-    dx[distinct] = sums
+    dx = xp.zeros_like(x)
+    dx[xp.asarray(distinct)] = sums
     return dx
 
 
@@ -318,11 +320,10 @@ def _is_basic(index):
 @primitive
 def embed(table, indices):
     """Rows of a table (V,D) for integer indices (...), giving (...,D)."""
-    xp = array_module(table)
-    at = xp.asarray(checks.indices("embed", "indices", indices, len(table)))
+    rows = to_numpy(checks.indices("embed", "indices", indices, len(table)))
     def vjp(dy):
-        return _rows_added(table, at.reshape(-1), dy.reshape(-1, table.shape[1]))
-    return table[at], vjp
+        return _rows_added(table, rows.reshape(-1), dy.reshape(-1, table.shape[1]))
+    return table[array_module(table).asarray(rows)], vjp
 
 
 @primitive

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from minilm import checks
-from minilm.backend import array_module
+from minilm.backend import array_module, to_numpy
 from minilm.data import ANY_TOKEN, check_dialogues
 from minilm.fast.packed_attention import Segment
 from minilm.tensor import primitive
@@ -101,13 +101,13 @@ def scatter(values, mask):
     Raises ValueError for another number of values, and for a mask of other values than 0 and 1.
     """
     xp = array_module(values)
-    mask = checks.mask("scatter", mask)
+    mask = to_numpy(checks.mask("scatter", mask))
     shape = getattr(values, "shape", ())
     if shape != (mask.sum(),):
         raise ValueError(f"scatter: values {shape} for {mask.sum()} places of the mask; pass one for each")
-    mask = xp.asarray(mask)
-    out = xp.zeros(mask.shape, values.dtype)
-    out[mask] = values
+    places = xp.asarray(np.flatnonzero(mask))      # a mask as an index on a GPU would make the host wait
+    out = xp.zeros(mask.size, values.dtype)
+    out[places] = values
     def vjp(dy):
-        return dy[mask]
-    return out, vjp
+        return dy.reshape(-1)[places]
+    return out.reshape(mask.shape), vjp

@@ -180,15 +180,13 @@ def test_tokens_outside_the_vocabulary_raise_before_they_are_moved(rng):
 
 
 def test_a_small_gradient_of_an_embedding_keeps_its_digits_beside_large_ones(rng, cupy):
-    """CuPy sums the rows of equal tokens as a difference of running sums."""
+    """CuPy's add.reduceat, a difference of running sums, would lose them."""
     tokens = np.repeat([0, 1], [1000, 1])
     dy = np.where(tokens[:, None] == 0, 1000.0, 0.001).astype(np.float32) * np.ones((1, 4), np.float32)
     table = Tensor(cupy.zeros((2, 4), np.float32), requires_grad=True)
     ops.embed(table, tokens).backward(cupy.asarray(dy))
     assert table.grad.dtype == np.float32
     assert_close(host(table.grad)[1], np.full(4, np.float32(0.001)), tolerance=1e-6)
-    naive = cupy.add.reduceat(cupy.asarray(dy), cupy.asarray([0, 1000]), axis=0)
-    assert np.abs(host(naive)[1] / 0.001 - 1).max() > 0.1, "the mock does not sum as CuPy does"
 
 
 FORMULAS = {
@@ -492,7 +490,7 @@ def test_only_a_few_numbers_per_step_are_copied_to_the_cpu(mock, rng, monkeypatc
     policy = small_transformer(rng, vocab_size=64, width=32, layers=2, key_smear=True).to_device("gpu")
     for name in ("SFT", "DPO", "RLHF", "pretraining"):
         run_stage(name, policy)
-    assert sizes and max(sizes) <= len(PROMPTS) * 2, sorted(sizes)[-5:]
+    assert sizes and max(sizes) <= 3 * 2 * 3, sorted(sizes)[-5:]        # three numbers for each of 2 x 3 responses
 
 
 def test_a_numpy_array_beside_a_tensor_on_the_gpu_raises_with_the_primitive(cupy):

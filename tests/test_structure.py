@@ -18,8 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = """
     backend  fast.malloc  in_place  modes  numpy_functions  ranks
     checks  fast.deferred  fast.few_rows  fast.tiled_attention  fast.workers  tensor
-    checkpoint  config  diverged  fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  kernels  ops  parallel  tokenizer
-    data  gradcheck  objectives  optim  plain  rotary  world
+    checkpoint  config  diverged  fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  kernels  parallel  tokenizer
+    data  optim  segment_sum
+    ops
+    gradcheck  objectives  plain  rotary  world
     fast.packed_attention  layers
     exact  packing
     evaluate  model

@@ -11,11 +11,14 @@ one place raises ValueError, because on a GPU either of them may remain. The moc
 Tests: tests/test_cupy_double.py, which compares the names and arguments with the real package; tests/test_device.py.
 """
 
+import functools
 import operator
 import weakref
 from types import SimpleNamespace
 
 import numpy as np
+
+from minilm.kernels.emulator.work import ask, wait
 
 NUMBERS = bool, int, float, complex, np.bool_, np.number
 ADDRESSES = weakref.WeakValueDictionary()       # {address: the NumPy array there} of arrays that were asked for theirs
@@ -57,11 +60,13 @@ class ndarray:
         return self._backing
 
     def get(self):
+        wait()
         return self._backing.copy()
 
     def item(self):
         if self.size != 1:
             raise ValueError("can only convert an array of size 1 to a Python scalar")
+        wait()
         return self._backing.item()
 
     def __float__(self):
@@ -73,11 +78,13 @@ class ndarray:
     def _one(self):
         if self.size != 1:
             raise TypeError("only an array of one element can be converted to a number")
+        wait()
         return self._backing.item()
 
     def __bool__(self):
         if self.size != 1:
             raise ValueError("The truth value of an array with more or fewer elements than one is ambiguous")
+        wait()
         return bool(self._backing.item())
 
     def __repr__(self):
@@ -115,6 +122,7 @@ class ndarray:
 
     @real.setter
     def real(self, value):
+        ask("operations")
         self._backing.real = backing(value)
 
     @property
@@ -123,6 +131,7 @@ class ndarray:
 
     @imag.setter
     def imag(self, value):
+        ask("operations")
         self._backing.imag = backing(value)
 
     # Indexing.
@@ -137,12 +146,19 @@ class ndarray:
 
     def __getitem__(self, key):
         index = _index(key)
+        if any(isinstance(part, np.ndarray) for part in index):
+            ask("operations")
+        if _has_mask(index):
+            wait()
         found = self._backing[index]
         # CuPy gathers in C order; NumPy may choose another order.
         return ndarray(np.ascontiguousarray(found) if any(isinstance(part, np.ndarray) for part in index) else found)
 
     def __setitem__(self, key, value):
         index = _index(key)
+        ask("operations")
+        if _has_mask(index):
+            wait()
         value = backing(value)
         if np.size(value) > 1 and any(isinstance(part, np.ndarray) and part.dtype != bool for part in index):
             places = np.arange(self.size).reshape(self.shape)[index]
@@ -165,7 +181,10 @@ class ndarray:
         return ndarray(self._backing.view(dtype))
 
     def reshape(self, *shape):
-        return ndarray(self._backing.reshape(*shape))
+        found = self._backing.reshape(*shape)
+        if not np.may_share_memory(found, self._backing):       # a copy, because no view has this shape
+            ask("operations")
+        return ndarray(found)
 
     def transpose(self, *axes):
         return ndarray(self._backing.transpose(*axes))
@@ -255,8 +274,25 @@ def _index_part(part):
     raise TypeError(f"an index of type {type(part)}: move it to the GPU with asarray")
 
 
+def _has_mask(index):
+    return any(isinstance(part, np.ndarray) and part.dtype == bool for part in index)
+
+
+def operation(function):
+    """A function of arrays that launches a kernel of CuPy."""
+    @functools.wraps(function)
+    def counted(*arguments, **options):
+        ask("operations")
+        return function(*arguments, **options)
+    return counted
+
+
+for _name in ("take astype copy fill conj clip sum mean max min all any argmax cumsum").split():
+    setattr(ndarray, _name, operation(getattr(ndarray, _name)))
+
+
 def _unary(function):
-    return lambda x: ndarray(function(x._backing))
+    return operation(lambda x: ndarray(function(x._backing)))
 
 
 def _operators():
@@ -265,13 +301,22 @@ def _operators():
         return not isinstance(y, ndarray) and getattr(y, "__array_ufunc__", False) is None
 
     def define(name, function, in_place):
+        kind = "products" if name == "matmul" else "operations"
+
         def forward(x, y):
-            return NotImplemented if reflects(y) else ndarray(function(x._backing, backing(y)))
+            if reflects(y):
+                return NotImplemented
+            ask(kind)
+            return ndarray(function(x._backing, backing(y)))
 
         def reflected(x, y):
-            return NotImplemented if reflects(y) else ndarray(function(backing(y), x._backing))
+            if reflects(y):
+                return NotImplemented
+            ask(kind)
+            return ndarray(function(backing(y), x._backing))
 
         def assigned(x, y):
+            ask(kind)
             in_place(x._backing, backing(y), out=x._backing)
             return x
 

@@ -5,8 +5,7 @@
 
 The mock has only the functions that minilm uses. Each takes the arguments of CuPy's function, or fewer of them
 (tests/test_cupy_double.py compares them with the real package), and follows CuPy where CuPy differs from NumPy: argsort
-is stable, and add.reduceat takes differences of a running sum. Memory of empty() is marked as never written
-(running.poison), so that reading it shows.
+is stable. Memory of empty() is marked as never written (running.poison), so that reading it shows.
 """
 
 import contextlib
@@ -17,8 +16,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from minilm.kernels.emulator.arrays import _given, _to, backing, ndarray
+from minilm.kernels.emulator.arrays import _given, _to, backing, ndarray, operation
 from minilm.kernels.emulator.running import poison
+from minilm.kernels.emulator.work import ask
 
 FUNCTIONS = {"finfo": np.finfo, "inf": np.inf}
 # Other libraries look at these to tell whether an array is CuPy's, or whether CuPy is installed.
@@ -27,36 +27,42 @@ TYPES = {"ndarray": ndarray, "generic": np.generic, "dtype": np.dtype,
                                                  *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)))}}
 
 
-def _function(function):
+def _view(function):
+    """A function that launches nothing, or counts by itself what it asks for."""
     FUNCTIONS[function.__name__] = function
     return function
 
 
+def _function(function):
+    return _view(operation(function))
+
+
 # New arrays.
 
-@_function
+@_view
 def array(obj, dtype=None):
+    ask("operations" if isinstance(obj, ndarray) else "copies")
     return ndarray(np.array(obj._backing if isinstance(obj, ndarray) else obj, dtype))
 
 
-@_function
+@_view
 def asarray(a, dtype=None):
     return a if isinstance(a, ndarray) and dtype in (None, a.dtype) else array(a, dtype)
 
 
-@_function
+@_view
 def ascontiguousarray(a):
-    return ndarray(np.ascontiguousarray(backing(a)))
+    return a if backing(a).flags.c_contiguous else a.copy()
 
 
-@_function
+@_view
 def empty(shape, dtype=float):
     host = np.ones(shape, dtype)
     poison(host.reshape(-1))            # the checkers recognise the mark; in arithmetic it is a NaN
     return ndarray(host)
 
 
-@_function
+@_view
 def empty_like(prototype, /):
     return empty(prototype.shape, prototype.dtype)
 
@@ -98,12 +104,12 @@ def tri(N, M=None, k=0, dtype=float):
 
 # Memory.
 
-@_function
+@_view
 def may_share_memory(a, b):
     return np.may_share_memory(backing(a), backing(b))
 
 
-@_function
+@_view
 def shares_memory(a, b):
     return np.shares_memory(backing(a), backing(b))
 
@@ -117,25 +123,13 @@ class ufunc:
     def __call__(self, *inputs, out=None):
         if len(inputs) != self.function.nin:
             raise TypeError(f"{self.function.__name__} takes {self.function.nin} arguments, and out= by name")
+        ask("operations")
         return _to(out, self.function(*map(backing, inputs), out=_given(out)))
 
 
-class add(ufunc):
-    def reduceat(self, array, indices, axis=0, dtype=None):
-        at = backing(indices)
-        n = array.shape[axis]
-        sums = np.cumsum(backing(array), axis, dtype)
-        sums = np.concatenate([np.zeros_like(sums.take([0], axis)), sums], axis)
-        ends = np.append(at[1:], n)
-        if (at >= ends).any():
-            raise ValueError("add.reduceat: every segment must have at least one element")
-        return ndarray(sums.take(ends, axis) - sums.take(at, axis))
-
-
 for _name in ("exp", "expm1", "log", "sqrt", "tanh", "sin", "cos", "abs", "isfinite",
-              "subtract", "multiply", "divide", "minimum", "maximum", "logaddexp"):
+              "add", "subtract", "multiply", "divide", "minimum", "maximum", "logaddexp"):
     FUNCTIONS[_name] = ufunc(_name)
-FUNCTIONS["add"] = add("add")
 
 
 @_function
@@ -157,8 +151,9 @@ def copyto(dst, src, *, where):
 
 # Products.
 
-@_function
+@_view
 def matmul(x1, x2, /, *, out=None):
+    ask("products")
     return _to(out, np.matmul(backing(x1), backing(x2), out=_given(out)))
 
 
@@ -179,12 +174,12 @@ def tile(A, reps):
     return ndarray(np.tile(backing(A), reps))
 
 
-@_function
+@_view
 def expand_dims(a, axis):
     return ndarray(np.expand_dims(backing(a), axis))
 
 
-@_function
+@_view
 def broadcast_to(array, shape):
     return ndarray(np.broadcast_to(backing(array), shape))
 
@@ -213,12 +208,6 @@ def argsort(a, axis=-1, kind=None):
 @_function
 def partition(a, kth, axis=-1):
     return ndarray(np.partition(backing(a), kth, axis))
-
-
-@_function
-def unique(ar, return_index=False):
-    found = np.unique(backing(ar), return_index)
-    return tuple(map(ndarray, found)) if return_index else ndarray(found)
 
 
 class _CuPy(types.ModuleType):

@@ -20,6 +20,7 @@ import numpy as np
 from minilm.kernels.emulator import build
 from minilm.kernels.emulator.fault import Fault
 from minilm.kernels.emulator.running import ORDERS, Launch, note, setting_of_now
+from minilm.kernels.emulator.work import ask
 
 STACK_BYTES = 256 << 10                 # of a thread; these three as in runtime.h
 MOST_THREADS = 1024                     # of a block
@@ -129,6 +130,7 @@ class Function:
             record = compiled.launch(setting, grid, block, values, arrays, shared_mem,
                                      max(SHARED_UNASKED, SHARED_MOST if self._most_dynamic > SHARED_UNASKED else 0))
         note(record)
+        ask("launches")
 
     def _extent(self, what, extent, most):
         if not isinstance(extent, (tuple, list)) or not 1 <= len(extent) <= 3:

@@ -33,6 +33,7 @@ class Setting(NamedTuple):
     launches: list = None
     steps: int = STEPS
     seconds: float = SECONDS
+    work: object = None         # see work.py
 
 
 setting_of_now = contextvars.ContextVar("emulator", default=Setting())       # noqa: B039, a Setting never changes

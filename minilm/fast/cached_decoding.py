@@ -69,7 +69,8 @@ class Cache:
 def forward_cached(model: Transformer, tokens, first, cache: Cache) -> np.ndarray:
     """The final hidden state (B,D) of the last of tokens (B,T), which continue the sequences in the cache.
 
-    first (B,): the position of each row's first real token, after padding on the left; None without padding.
+    first (B,): the position of each row's first real token, after padding on the left; None without padding. For one
+    token it is on the device of the model, for several NumPy's.
     """
     parameters = {name: p.data for name, p in model.parameters().items()}
     attend = attend_to_cache(model.config, parameters, tokens.shape[1], first, cache)
@@ -88,7 +89,7 @@ def attend_to_cache(c, parameters, T: int, first, cache: Cache) -> Callable:
     start = cache.length
     cos, sin = rotary.rope_tables(xp.arange(start, start + T), c.head_width, c.rope_base, parameters["embedding"].dtype)
     rotation = cos + 1j * sin
-    real = None if first is None or T == 1 else xp.arange(start + T) >= first[:, None]
+    real = None if first is None or T == 1 else np.arange(start + T) >= first[:, None]
 
     def attend(layer, qkv):
         B = len(qkv) // T
@@ -96,7 +97,7 @@ def attend_to_cache(c, parameters, T: int, first, cache: Cache) -> Callable:
         if c.key_smear:
             k = heads[:, H:HG]
             if real is not None:            # a padding token is no predecessor: its key counts as zero
-                k = xp.where(real[:, None, start:, None], k, 0)
+                k = xp.where(xp.asarray(real[:, None, start:, None]), k, 0)
             heads[:, H:HG] = rotary.smear(k, parameters[f"blocks.{layer}.key_smear"], cache.previous_key(layer, k))
         q_and_k = rotary.rotate(heads[:, :HG], rotation, c.rope_pairing)
         q = q_and_k[:, :H]

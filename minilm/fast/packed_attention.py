@@ -14,9 +14,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minilm.backend import array_module, is_cupy, segment_sum
+from minilm.backend import array_module, is_cupy
 from minilm.fast.tiled_attention import tiled_attention
 from minilm.rotary import mix_keys, pair_slices, rope_tables
+from minilm.segment_sum import segment_sum
 from minilm.tensor import primitive
 
 # Two segments share a call if the padding adds at most half of the smaller one's scores, plus this many: about the
@@ -87,12 +88,12 @@ def _segment_attention():
 def _attend_on_gpu(config, parameters, segments, cos, sin, shape):
     from minilm.kernels import layers as on_gpu
     plan = on_gpu.segment_plan(segments, cos)
-    starts, before = segment_starts(segments, cos)
+    edges = Edges(segments, cos)
 
     def attend(layer, qkv):
         if config.key_smear:
             amount = parameters[f"blocks.{layer}.key_smear"]
-            qkv = smear_keys(qkv, amount, starts, before, config.heads, config.kv_heads)
+            qkv = smear_keys(qkv, amount, edges, config.heads, config.kv_heads)
         rows = qkv.reshape(-1, qkv.shape[-1])
         mixed = _segment_attention()(rows, cos, sin, plan=plan, **shape)
         return mixed.reshape(*qkv.shape[:-1], mixed.shape[-1])
@@ -174,7 +175,7 @@ def _smeared_and_rotated(x, H, amount, rotation, groups, pairing):
     """Queries (H,N,K) and keys (G,N,K) ready for attention with scale 1, and the vjp; amount may be None."""
     k = x[H:]
     if amount is not None:
-        k, smeared_vjp = smear_segments(k, amount, *segment_starts([s for group in groups for s in group.segments], x))
+        k, smeared_vjp = smear_segments(k, amount, Edges([s for group in groups for s in group.segments], x))
     scaled = rotation * x.shape[-1] ** -0.5
 
     def vjp(dq, dk, dx):
@@ -239,39 +240,51 @@ def _add_back(flat, rows, group):
 
 # Key smearing: the key before a response's first key is the last key of its prompt.
 
-def segment_starts(segments: list[Segment], like) -> tuple[np.ndarray, np.ndarray]:
-    """For each segment its first row, and the row of the token before it (-1: none), on the device of `like`."""
-    xp = array_module(like)
-    return xp.array([s.start for s in segments], int), xp.array([s.prefix_stop - 1 for s in segments], int)
+class Edges:
+    """Where segments begin, for smearing. Rows of a pack, integers on the device of `like`:
+
+    first     the first row of each segment
+    after     those of them that follow another token: the first rows of responses
+    before    the rows that they follow, the last of their prompts; `last_rows` are the same as NumPy's
+    """
+
+    def __init__(self, segments: list[Segment], like):
+        xp = array_module(like)
+        follow = [s for s in segments if s.prefix_stop]
+        self.last_rows = np.array([s.prefix_stop - 1 for s in follow], int)
+        self.first = xp.array([s.start for s in segments], int)
+        self.after = xp.array([s.start for s in follow], int)
+        self.before = xp.asarray(self.last_rows)
 
 
-def smear_segments(k, amount, starts, before) -> tuple[np.ndarray, Callable]:
-    """rotary.smear of keys (G,N,K), and the vjp for k and amount; starts and before as segment_starts gives them."""
-    xp, follows = array_module(k), before >= 0
+def smear_segments(k, amount, edges: Edges) -> tuple[np.ndarray, Callable]:
+    """rotary.smear of keys (G,N,K), and the vjp for k and amount."""
+    xp = array_module(k)
     previous = xp.empty(k.shape, k.dtype)
     previous[:, 1:] = k[:, :-1]
-    previous[:, starts] = xp.where(follows[:, None], k[:, before], 0)
+    previous[:, edges.first] = 0
+    previous[:, edges.after] = k[:, edges.before]
     mixed, mix_vjp = mix_keys(k, previous, amount)
 
     def vjp(dy):
         dk, dprevious, damount = mix_vjp(dy)
-        at_starts = dprevious[:, starts]
-        dprevious[:, starts] = 0
+        of_responses = dprevious[:, edges.after].swapaxes(0, 1)
+        dprevious[:, edges.first] = 0
         dk[:, :-1] += dprevious[:, 1:]
         # A prompt's last key is the previous key of each of its responses: their gradients add up.
-        ends, of_responses = segment_sum(before[follows], at_starts[:, follows].swapaxes(0, 1))
-        dk[:, ends] += of_responses.swapaxes(0, 1)
+        ends, sums = segment_sum(edges.last_rows, of_responses)
+        dk[:, xp.asarray(ends)] += sums.swapaxes(0, 1)
         return dk, damount
     return mixed, vjp
 
 
 @primitive
-def smear_keys(qkv, amount, starts, before, heads: int, kv_heads: int):
+def smear_keys(qkv, amount, edges: Edges, heads: int, kv_heads: int):
     """qkv (..,(H+2G)K) with its keys smeared and nothing else changed (on a GPU, before the attention kernel)."""
     shape, n = qkv.shape, heads + 2 * kv_heads
     by_head = qkv.reshape(-1, n, shape[-1] // n)
     keys = slice(heads, heads + kv_heads)
-    mixed, smeared_vjp = smear_segments(by_head[:, keys].swapaxes(0, 1), amount, starts, before)
+    mixed, smeared_vjp = smear_segments(by_head[:, keys].swapaxes(0, 1), amount, edges)
     out = by_head.copy()
     out[:, keys] = mixed.swapaxes(0, 1)
 

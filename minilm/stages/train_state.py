@@ -193,12 +193,12 @@ def train_step(state: TrainState, loss: Callable, batch_shards: Sequence, learni
 
     def forward_backward(shard):
         value, report = loss(model, shard)
-        checked_loss(where, value)
-        if not math.isfinite(value.item()):
+        number = checked_loss(where, value).item()
+        if not math.isfinite(number):
             bad = first_bad_parameter(parameters, "data") or first_nonfinite(lambda: loss(model, shard))
-            raise Diverged(f"{where}: the loss is {value.item()}; first bad tensor: {bad}")
+            raise Diverged(f"{where}: the loss is {number}; first bad tensor: {bad}")
         value.backward()
-        return value.item(), report
+        return number, report
 
     results, found = state.group.each(forward_backward, batch_shards, then=state.optimizer.flat.collect)
     losses, reports = zip(*results)

@@ -1,0 +1,65 @@
+"""Counts what a program asks of the device, and where the host waits for it.
+
+    with as_cupy(), counted() as work:
+        step()
+    work.launches, work.waits           # 51, ["minilm/optim.py:99", ..]
+
+A GPU works through a queue, and the host only adds to it. Where the host needs a number of the device, it waits until
+the queue is empty, and then the device waits for the host. The waits are those of CuPy: .get(), .item(), float(), int()
+and bool(), and a mask as an index, because the host needs the size of the result.
+Tests: tests/test_work.py.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minilm.kernels.emulator.running import setting_of_now
+
+HERE = str(Path(__file__).parent)
+
+
+@dataclass
+class Work:
+    """launches     of kernels in .cu files
+    products     of matrices
+    operations   other functions of CuPy, which launch a kernel or a few
+    copies       of arrays of the host to the device
+    waits        "file:line" of each place where the host waited, in the order of time
+    """
+    launches: int = 0
+    products: int = 0
+    operations: int = 0
+    copies: int = 0
+    waits: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Work]:
+    """In the `with` block what is asked of the device is counted: a Work, which grows."""
+    work = Work()
+    token = setting_of_now.set(setting_of_now.get()._replace(work=work))
+    try:
+        yield work
+    finally:
+        setting_of_now.reset(token)
+
+
+def ask(kind: str) -> None:
+    """Count a launch, a product, an operation or a copy, given as the name of the field."""
+    work = setting_of_now.get().work
+    if work is not None:
+        setattr(work, kind, getattr(work, kind) + 1)
+
+
+def wait() -> None:
+    """Note that the host waits, and the line outside of the emulator that makes it wait."""
+    work = setting_of_now.get().work
+    if work is None:
+        return
+    frame = sys._getframe()
+    while frame.f_back and frame.f_code.co_filename.startswith(HERE):
+        frame = frame.f_back
+    work.waits.append(f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno}")

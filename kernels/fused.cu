@@ -24,6 +24,7 @@
 //   swiglu_backward     3 N F                  2 N F            the minimum if s is computed again
 //   rope                N (H + G + 1) K        N (H + G) K      the minimum with tables
 //   adamw               4 P                    3 P              the minimum
+//   clip                P, or 0                P, or 0          0 if the norm is small; the minimum would be 0, in adamw
 // __launch_bounds__(.., 1) asks for one block a multiprocessor; otherwise NVRTC limits a thread to 64 registers and
 // spills.
 // Possible and not done: the residual addition before a norm; the rotation inside attention, when it loads Q and K.
@@ -277,15 +278,19 @@ rope(const real* x, const real* __restrict__ cos, const real* __restrict__ sin, 
 
 // ---- Flat arrays of n numbers: vectors first, then the remaining numbers one by one ----
 
-// The sum over the block of f.at<N>(i), where f processes numbers i to i + N - 1.
-template <class F> __device__ __forceinline__ real block_sum_of(F f, size_t n, bool by_vectors) {
-    __shared__ real scratch[32];
+// The sum of f.at<N>(i) over this thread's part of the array, where f processes numbers i to i + N - 1.
+template <class F> __device__ __forceinline__ real sum_of(F f, size_t n, bool by_vectors) {
     const size_t thread = (size_t)blockIdx.x * blockDim.x + threadIdx.x, threads = (size_t)gridDim.x * blockDim.x;
     const size_t vectors = by_vectors ? n / VECTOR : 0;
     real sum = 0;
     for (size_t i = thread; i < vectors; i += threads) sum += f.template at<VECTOR>(i * VECTOR);
     for (size_t i = vectors * VECTOR + thread; i < n; i += threads) sum += f.template at<1>(i);
-    return block_sum(sum, scratch);
+    return sum;
+}
+
+template <class F> __device__ __forceinline__ real block_sum_of(F f, size_t n, bool by_vectors) {
+    __shared__ real scratch[32];
+    return block_sum(sum_of(f, n, by_vectors), scratch);
 }
 
 struct Squares {
@@ -298,19 +303,29 @@ struct Squares {
     }
 };
 
+struct Scale {
+    real* g;
+    real factor;
+    template <int N> __device__ __forceinline__ real at(size_t i) const {
+        Vector<N> part = load<N>(g + i);
+        for (int e = 0; e < N; ++e) part.at[e] *= factor;
+        store<N>(g + i, part);
+        return 0;
+    }
+};
+
 struct Step {                                   // of AdamW
     real* p; const real* g; real* m; real* v;
     size_t decayed;
-    real scale, towards_g, towards_square, decay, rate, eps;
+    real towards_g, towards_square, decay, rate, eps;
 
     template <int N> __device__ __forceinline__ real at(size_t i) const {
         Vector<N> pi = load<N>(p + i), mi = load<N>(m + i), vi = load<N>(v + i);
         const Vector<N> gi = load<N>(g + i);
         real sum = 0;
         for (int e = 0; e < N; ++e) {
-            const real gradient = gi.at[e] * scale;
-            mi.at[e] += (gradient - mi.at[e]) * towards_g;
-            vi.at[e] += (gradient * gradient - vi.at[e]) * towards_square;
+            mi.at[e] += (gi.at[e] - mi.at[e]) * towards_g;
+            vi.at[e] += (gi.at[e] * gi.at[e] - vi.at[e]) * towards_square;
             if (i + e < decayed) pi.at[e] *= decay;
             pi.at[e] -= mi.at[e] / (sqrt(vi.at[e]) + eps) * rate;
             sum += pi.at[e] * pi.at[e];
@@ -329,13 +344,23 @@ squares(const real* __restrict__ g, real* __restrict__ partial, long long n) {
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-// One step of p, m, v (n,) in place. partial (gridDim.x,): the sum of squares of the new p from each block.
+// g (n,) times max_norm / norm if norm, one number, is larger. For one that is NaN it is not.
+extern "C" __global__ void __launch_bounds__(256, 1)
+clip(real* __restrict__ g, const real* __restrict__ norm, real max_norm, long long n) {
+    const real length = *norm;
+    if (length > max_norm) sum_of(Scale{g, max_norm / length}, n, aligned(0, g));
+}
+
+// One step of p, m, v (n,) in place, unless only_if, one number, is not finite. partial (gridDim.x,): the sum of squares
+// of the new p from each block.
 extern "C" __global__ void __launch_bounds__(256, 1)
 adamw(real* __restrict__ p, const real* __restrict__ g, real* __restrict__ m, real* __restrict__ v,
-      real* __restrict__ partial, long long n, long long decayed, real scale, real towards_g, real towards_square,
-      real decay, real rate, real eps) {
-    const Step step = {p, g, m, v, size_t(decayed), scale, towards_g, towards_square, decay, rate, eps};
-    const real sum = block_sum_of(step, n, aligned(0, p, g, m, v));
+      const real* __restrict__ only_if, real* __restrict__ partial, long long n, long long decayed, real towards_g,
+      real towards_square, real decay, real rate, real eps) {
+    const bool refused = !isfinite(*only_if);
+    const Step step = {p, g, m, v, size_t(decayed), towards_g, towards_square, decay, rate, eps};
+    const bool vectors = aligned(0, p, g, m, v);
+    const real sum = refused ? block_sum_of(Squares{p}, n, vectors) : block_sum_of(step, n, vectors);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 

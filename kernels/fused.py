@@ -94,25 +94,35 @@ def rope(qkv: Array, cos: Array, sin: Array, heads: int, kv_heads: int, pairing:
 
 
 def adamw_step(p: Array, g: Array, m: Array, v: Array, decayed: int, learning_rate: float, betas: tuple[float, float],
-               eps: float, weight_decay: float, steps: int, scale: float = 1.0) -> Array:
+               eps: float, weight_decay: float, steps: int, only_if: Array | None = None) -> Array:
     """One step of AdamW on flat arrays, in place in p, m and v: the same as minilm.optim.AdamW.step.
 
-    steps: the number of this step, from 1. scale: multiplies g first (for clipping). The first `decayed` parameters
-    decay. Returns the squared norm of p after the step, as an array without axes.
+    steps: the number of this step, from 1. The first `decayed` parameters decay. only_if: an array of one number;
+    unless it is finite, nothing is changed. Returns the squared norm of p after the step, as an array without axes.
     Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2.
     """
     xp = array_module(p, g, m, v)
     real(p.dtype)
     for name, array in (("p", p), ("g", g), ("m", m), ("v", v)):
         check(name, array, p.dtype, (p.size,))
+    only_if = xp.zeros((), p.dtype) if only_if is None else only_if
+    check("only_if", only_if, p.dtype, ())
     if not 0 <= decayed <= p.size or steps < 1:
         raise ValueError(f"decayed is {decayed} and steps is {steps}; decayed must be from 0 to {p.size}, the number "
                          "of parameters, and steps at least 1")
     b1, b2 = betas
     second = math.sqrt(1 - b2 ** steps)         # the bias corrections of both moments are moved into rate and eps
-    return _sum_of_blocks(xp, "adamw", p.size, p.dtype, p, g, m, v, after=(
-        np.int64(p.size), np.int64(decayed), float(scale), 1.0 - b1, 1.0 - b2, 1.0 - learning_rate * weight_decay,
+    return _sum_of_blocks(xp, "adamw", p.size, p.dtype, p, g, m, v, only_if, after=(
+        np.int64(p.size), np.int64(decayed), 1.0 - b1, 1.0 - b2, 1.0 - learning_rate * weight_decay,
         float(learning_rate * second / (1 - b1 ** steps)), float(eps * second)))
+
+
+def clip(g: Array, norm: Array, max_norm: float) -> None:
+    """g times max_norm / norm, in place, if norm is larger than max_norm: a flat array (P,), an array without axes."""
+    check("g", g, g.dtype, (g.size,))
+    check("norm", norm, g.dtype, ())
+    launch(_kernel(array_module(g, norm), "clip", g.dtype), (_flat_blocks(g.size),), (BLOCK,), g, norm,
+           float(max_norm), np.int64(g.size))
 
 
 def squared_norm(g: Array) -> Array:
@@ -226,11 +236,20 @@ def rope_bytes(N: int, heads: int, kv_heads: int, K: int, dtype: DTypeLike) -> B
 
 
 def adamw_step_bytes(P: int, dtype: DTypeLike) -> Bytes:
+    """Each thread reads only_if; on a GPU that is one transaction for a warp."""
     size = np.dtype(dtype).itemsize
     partial = _flat_blocks(P) * size
     both = P * size, P * size
-    return {"adamw": {"p": both, "g": (P * size, 0), "m": both, "v": both, "partial": (0, partial)},
+    return {"adamw": {"p": both, "g": (P * size, 0), "m": both, "v": both,
+                      "only_if": (partial * BLOCK, 0), "partial": (0, partial)},
             "total": {"x": (partial, 0), "y": (0, size)}}
+
+
+def clip_bytes(P: int, dtype: DTypeLike, clips: bool = True) -> Bytes:
+    """Each thread reads the norm; on a GPU that is one transaction for a warp. Nothing else if it is small enough."""
+    size = np.dtype(dtype).itemsize
+    moved = P * size * clips
+    return {"clip": {"g": (moved, moved), "norm": (_flat_blocks(P) * BLOCK * size, 0)}}
 
 
 def squared_norm_bytes(P: int, dtype: DTypeLike) -> Bytes:
@@ -247,7 +266,7 @@ def variants() -> Variants:
             along, rows = _grid_of_rows(1, D, np.dtype(dtype))[1]
             yield "rms_norm_forward", options(dtype, {}), along * rows, 0
             yield "rms_norm_backward", options(dtype, {}), along * rows, rows * D * np.dtype(dtype).itemsize
-        for name in ("column_sums", "swiglu_forward", "swiglu_backward", "squares", "adamw", "total"):
+        for name in ("column_sums", "swiglu_forward", "swiglu_backward", "squares", "clip", "adamw", "total"):
             yield name, options(dtype, {}), BLOCK, 0
         yield "rope", options(dtype, {}), ROPE_BLOCK, 0
 
@@ -263,6 +282,7 @@ def example(xp, rng: np.random.Generator, N: int = 3, D: int = 33, F: int = 5, H
     g = normal(P)
     m = normal(P)
     v = xp.zeros(P, dtype)
+    clip(g, xp.sqrt(squared_norm(g)), 1.0)
     return (y, *rms_norm_backward(y, x, weight, r), swiglu_forward(gate_up), swiglu_backward(normal((N, F)), gate_up),
             rope(qkv, xp.cos(angles), xp.sin(angles), H, G, scale=K ** -0.5), squared_norm(g),
             adamw_step(p, g, m, v, P // 2, 0.1, (0.9, 0.95), 1e-8, 0.01, 1), p, m, v)

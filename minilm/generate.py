@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from minilm.model import Transformer
 UNFINISHED = 0.75
 # The smallest sum c of probabilities. Below it numbers have fewer bits, and u c may round to c although u < 1.
 SMALLEST = 2 * float(np.finfo(float).tiny)
+# The host waits for so many tokens of a GPU at a time. Rows that end before the last of them are computed on.
+TOKENS_A_READ = 8
 # With fewer rows, a product takes hardly less time than with twice as many.
 ROWS_PER_WORKER = 4
 
@@ -132,11 +135,13 @@ def _draw(logits, uniforms, temperature, top_k, top_p, kernel=True):
 
 
 def _on_host(draws):
-    """The tokens, log-probs and entropies of _draw. From a GPU they come in one array, so that the host waits once."""
-    if not is_cupy(draws[0]):
-        return draws
-    drawn, log_probs, entropies = concatenate(x.astype(np.float64) for x in draws).reshape(3, -1)
-    return drawn.astype(np.int64), log_probs, entropies
+    """Tokens, log-probs and entropies of several calls of _draw, each (n,B). From a GPU they come in one array, so that
+    the host waits once."""
+    if not is_cupy(draws[0][0]):
+        return [np.stack(x) for x in zip(*draws)]
+    xp = array_module(draws[0][0])
+    found = concatenate(xp.concatenate(x).astype(np.float64) for x in zip(*draws)).reshape(3, len(draws), -1)
+    return found[0].astype(np.int64), found[1], found[2]
 
 
 @dataclasses.dataclass
@@ -157,6 +162,17 @@ class Samples:
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         return self.tokens, self.mask, self.log_probs, self.entropies
+
+    def record(self, t: int, rows: np.ndarray, unfinished: np.ndarray, drawn: Sequence[np.ndarray]) -> None:
+        """Write token t of the unfinished ones of n rows. drawn: tokens, log-probs and entropies, each (n,)."""
+        now = rows[unfinished]
+        self.mask[now, t] = 1
+        for array, values in zip((self.tokens, self.log_probs, self.entropies), drawn):
+            array[now, t] = values[unfinished]
+
+    def until(self, t: int) -> Samples:
+        """The first t tokens."""
+        return Samples(*(array[:, :t] for array in self.arrays()))
 
     @classmethod
     def concatenate(cls, pieces: Sequence[tuple[np.ndarray, ...]], order: np.ndarray) -> Samples:
@@ -243,42 +259,39 @@ def _generate(model, prompts, uniforms, ends, temperature, top_k, top_p, numbers
     """
     xp = array_module(model.unembedding.data)
     B, max_new_tokens = uniforms.shape
+    at_a_time = 1 if xp is np else TOKENS_A_READ
     hidden, cache, first = _prefill(model, prompts, max_new_tokens)
-    tokens = np.zeros((B, max_new_tokens), np.int64)
-    mask = np.zeros((B, max_new_tokens))
-    log_probs = np.zeros((B, max_new_tokens), model.dtype)
-    entropies = np.zeros((B, max_new_tokens), model.dtype)
+    made = Samples(np.zeros((B, max_new_tokens), np.int64), np.zeros((B, max_new_tokens)),
+                   *(np.zeros((B, max_new_tokens), model.dtype) for _ in range(2)))
     rows = np.arange(B)                     # the rows that are computed,
     unfinished = np.ones(B, bool)           # and which of these have not ended
-    drawn = np.zeros(B, np.int64)
-    used = 0
-    for t in range(max_new_tokens):
-        if t:
-            hidden = forward_cached(model, drawn[:, None], first, cache)
-        logits = few_rows.logits(hidden, model.unembedding.data)
-        draws = _draw(logits, xp.asarray(uniforms[rows, t]), temperature, top_k, top_p)
-        drawn, drawn_log_probs, drawn_entropies = _on_host(draws)
-        wrong = ~np.isfinite(drawn_log_probs) & unfinished
-        if wrong.any():
-            row = rows[wrong][0]
-            raise _diverged(model, [*prompts[row], *tokens[row, :t]], t, numbers[row])
-        now = rows[unfinished]
-        tokens[now, t] = drawn[unfinished]
-        mask[now, t] = 1
-        log_probs[now, t] = drawn_log_probs[unfinished]
-        entropies[now, t] = drawn_entropies[unfinished]
-        used = t + 1
-        unfinished &= ~ends[drawn]
-        if not unfinished.any():
-            break
-        if unfinished.sum() <= UNFINISHED * len(unfinished):
+    last: Any = None                        # their last tokens, on the device of the model
+    start = 0
+    while start < max_new_tokens and unfinished.any():
+        columns = xp.asarray(np.ascontiguousarray(uniforms[rows, start:start + at_a_time].T))
+        draws: list = []
+        for column in columns:
+            if start or draws:
+                hidden = forward_cached(model, last[:, None], first, cache)
+            logits = few_rows.logits(hidden, model.unembedding.data)
+            draws.append(_draw(logits, column, temperature, top_k, top_p))
+            last = draws[-1][0]
+        for drawn in zip(*_on_host(draws)):
+            wrong = ~np.isfinite(drawn[1]) & unfinished
+            if wrong.any():
+                row = rows[wrong][0]
+                raise _diverged(model, [*prompts[row], *made.tokens[row, :start]], start, numbers[row])
+            made.record(start, rows, unfinished, drawn)
+            start += unfinished.any()
+            unfinished &= ~ends[drawn[0]]
+        if unfinished.any() and unfinished.sum() <= UNFINISHED * len(unfinished):
             stay = xp.asarray(np.flatnonzero(unfinished))
             cache.select(stay)
             first = None if first is None else first[stay]
+            last = last[stay]
             rows = rows[unfinished]
-            drawn = drawn[unfinished]
             unfinished = unfinished[unfinished]
-    return Samples(tokens[:, :used], mask[:, :used], log_probs[:, :used], entropies[:, :used])
+    return made.until(start)
 
 
 def _diverged(model, text, t, row):

@@ -50,7 +50,11 @@ def hidden_states(parameters: dict, config: Config, tokens: np.ndarray, attend: 
 
     attend(i, qkv): from queries, keys and values (..,(H+2G)K) of layer i to the mixed values (..,H K).
     """
-    x = ops.embed(parameters["embedding"], tokens)
+    return after_blocks(parameters, config, ops.embed(parameters["embedding"], tokens), attend, checkpointing)
+
+
+def after_blocks(parameters: dict, config: Config, x: Any, attend: Callable, checkpointing: bool = False) -> Tensor:
+    """hidden_states from the embedded tokens x (..,D)."""
     for i in range(config.layers):
         layer = functools.partial(block, parameters, i, attend=attend, eps=config.norm_eps)
         x = activation_checkpoint(layer, x) if checkpointing else layer(x)

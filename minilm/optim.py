@@ -5,13 +5,16 @@ Tests: tests/test_optim.py, tests/test_plain.py.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from minilm import checks
-from minilm.backend import is_cupy
+from minilm.backend import array_module, is_cupy
 from minilm.fast.flat_parameters import FlatParameters
 from minilm.fast.workers import ProcessGroup
 from minilm.in_place import mark_changed
@@ -58,8 +61,11 @@ class AdamW:
         self.data = self.flat.data
         self.updates = np.zeros(len(parameters), np.int64)      # of each parameter, in the order of the flat arrays
         self._trained: Any = None       # of the last step, see _runs
+        self.trained_parameters: dict[str, Tensor] = {}         # that the last clip and step found a gradient for
         self.m = self.flat.own_zeros()
         self.v = self.flat.own_zeros()
+        self._refused: Any = None                               # 0 or NaN, see step_if_finite
+        self.accept()
 
     @property
     def grad(self) -> np.ndarray:
@@ -87,8 +93,9 @@ class AdamW:
     def clip(self, max_norm: float) -> float:
         """Scale the gradient so that its norm over all parameters is at most max_norm.
 
-        Returns the norm before scaling (Pascanu et al. 2013, arXiv:1211.5063). PyTorch divides by the norm plus 1e-6;
-        here it is the norm alone. max_norm is above 0; infinity measures the norm and scales nothing.
+        Returns the norm before scaling (Pascanu et al. 2013, arXiv:1211.5063): a float; on one GPU an array without
+        axes. PyTorch divides by the norm plus 1e-6; here it is the norm alone. max_norm is above 0; infinity measures
+        the norm and scales nothing.
         """
         if max_norm != math.inf:
             checks.number("clip", "max_norm", max_norm, above=0)
@@ -96,32 +103,51 @@ class AdamW:
         grad = self.grad
         if is_cupy(grad):
             from minilm.kernels import fused
-            squares = sum(s.item() for s in [fused.squared_norm(grad[b]) for b in blocks])
+            norm = self._norm([fused.squared_norm(grad[b]) for b in blocks])
+            if is_cupy(norm):
+                for b in blocks if max_norm < math.inf else ():
+                    fused.clip(grad[b], norm, max_norm)
+                return norm
         else:
-            squares = sum(float(grad[b] @ grad[b]) for b in blocks)
-        norm = math.sqrt(sum(self.group.all_gather(squares)))
+            norm = self._norm([float(grad[b] @ grad[b]) for b in blocks])
         if norm > max_norm:
             for b in blocks:
                 grad[b] *= max_norm / norm
         return norm
 
+    def _norm(self, squares):
+        """The root of the sum of these numbers of all ranks. One GPU keeps it, so that the host need not wait."""
+        total = functools.reduce(operator.add, squares) if squares else 0.0
+        if is_cupy(total) and self.group.size == 1:
+            return array_module(total).sqrt(total)
+        return math.sqrt(sum(self.group.all_gather(float(total))))
+
+    def step_if_finite(self, learning_rate: float, numbers: Iterable) -> Any:
+        """step() on one GPU, which the GPU leaves out unless these arrays without axes are finite, and those of all
+        calls since accept(). It counts as an update in any case."""
+        for number in numbers:
+            self._refused = self._refused + 0 * number          # 0 or NaN
+        return self.step(learning_rate)
+
+    def accept(self) -> None:
+        """Forget the numbers of step_if_finite that were not finite."""
+        self._refused = array_module(self.data).zeros((), self.data.dtype)
+
     def step(self, learning_rate: float | None = None) -> float:
         """One update from the accumulated gradients (which stay until zero_grad).
 
-        Returns the norm of the updated parameters after it: finite only if each of them is.
+        Returns the norm of the updated parameters after it, which is finite only if each of them is: as clip does.
         """
         lr = self.learning_rate if learning_rate is None else learning_rate
         self._check_settings(lr)
         runs = self._runs()
         self.updates += self._trained
         parts = [(block, int(self.updates[i])) for run, i in runs for block in self.flat.blocks(run)]
-        if is_cupy(self.data):
-            squares = sum(s.item() for s in [self._update_on_gpu(block, lr, t) for block, t in parts])
-        else:
-            squares = sum([self._update(block, lr, t) for block, t in parts], 0.0)
+        update = self._update_on_gpu if is_cupy(self.data) else self._update
+        squares = [update(block, lr, t) for block, t in parts]
         self.group.share(self.data)
-        mark_changed(self._trained_parameters, "AdamW.step")
-        return math.sqrt(sum(self.group.all_gather(squares)))
+        mark_changed(self.trained_parameters, "AdamW.step")
+        return self._norm(squares)
 
     def _runs(self):
         """[(slice, place of its first parameter)] of neighbours that this step trains and that have had equally many
@@ -130,7 +156,7 @@ class AdamW:
         if trained is not self._trained:
             self._trained = trained
             self._runs_of_trained = self.flat.runs((self.updates + 1) * trained)
-            self._trained_parameters = self.flat.selected(trained)
+            self.trained_parameters = self.flat.selected(trained)
         return self._runs_of_trained
 
     def _views(self, block):
@@ -142,7 +168,8 @@ class AdamW:
         from minilm.kernels import fused
         decayed = min(max(0, self.flat.n_decay - block.start), block.stop - block.start)
         p, g, m, v = self._views(block)
-        return fused.adamw_step(p, g, m, v, decayed, lr, self.betas, self.eps, self.weight_decay, t)
+        return fused.adamw_step(p, g, m, v, decayed, lr, self.betas, self.eps, self.weight_decay, t,
+                                self._refused)
 
     def _update(self, block, lr, t):
         """The formula above, the t-th update, on one block of the flat arrays, in place. Returns the squared norm of p.
@@ -190,6 +217,7 @@ class AdamW:
             kept[...] = self.flat.as_flat(arrays[name])[self.flat.own]
         self.updates[...] = steps
         self._trained = None
+        self.accept()
 
 
 def warmup_cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.1) -> float:

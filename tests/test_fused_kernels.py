@@ -228,17 +228,17 @@ def optimizer_of(p, decayed):
 @pytest.mark.parametrize("P", [*SIZES, 2047, 5001])
 def test_adamw_equals_the_step_of_optim(P, dtype, aligned, blocks, rng, xp):
     p, *gradients = flat(rng, P, dtype)
-    decayed, scale = P // 3, 0.5
+    decayed = P // 3
     optimizer = optimizer_of(p, decayed)
     on_device = [device(xp, a, aligned) for a in (p, np.zeros_like(p), np.zeros_like(p))]
     for step, g in enumerate(gradients, start=1):
         for tensor in optimizer.parameters.values():
             tensor.grad = tensor.grad_buffer
-        optimizer.grad[...] = g * dtype(scale)
+        optimizer.grad[...] = g
         norm = optimizer.step(0.1 * step)
         p_, m_, v_ = on_device
         g = device(xp, g, aligned)
-        squares = fused.adamw_step(p_, g, m_, v_, decayed, 0.1 * step, (0.8, 0.95), 1e-3, 0.3, step, scale)
+        squares = fused.adamw_step(p_, g, m_, v_, decayed, 0.1 * step, (0.8, 0.95), 1e-3, 0.3, step)
         assert squares.shape == () and squares.dtype == dtype
         assert float(squares.get()) == pytest.approx(norm ** 2, rel=1e-12 if dtype is np.float64 else 1e-5)
         for actual, expected in zip(on_device, (optimizer.data, optimizer.m, optimizer.v)):
@@ -306,6 +306,7 @@ def test_bytes_equal_the_formulas(n, m, dtype, aligned, rng, emulated):
     gate_up, dsilu = on_device(*swiglu_inputs(rng, n, m))
     qkv, cos, sin, _ = on_device(*rope_inputs(rng, n, m))
     p, g, state = on_device(*flat(rng, n * m))
+    one = emulated.ones((), dtype)
     calls = [
         (lambda: fused.rms_norm_forward(x, weight), fused.rms_norm_forward_bytes(n, m, dtype)),
         (lambda: fused.rms_norm_backward(dy, x, weight, r), fused.rms_norm_backward_bytes(n, m, dtype)),
@@ -314,6 +315,8 @@ def test_bytes_equal_the_formulas(n, m, dtype, aligned, rng, emulated):
         (lambda: fused.rope(qkv, cos, sin, H, G), fused.rope_bytes(n, H, G, qkv.shape[2], dtype)),
         (lambda: fused.adamw_step(p, g, state, state.copy(), 1, 0.1, (0.9, 0.95), 1e-8, 0.1, 1),
          fused.adamw_step_bytes(n * m, dtype)),
+        (lambda: fused.clip(g, one, 0.5), fused.clip_bytes(n * m, dtype)),
+        (lambda: fused.clip(g, one, 1.0), fused.clip_bytes(n * m, dtype, clips=False)),
         (lambda: fused.squared_norm(g), fused.squared_norm_bytes(n * m, dtype))]
     for call, promised in calls:
         with emulator.checked() as launches:
@@ -360,6 +363,10 @@ def mistakes(xp):
         (lambda: fused.adamw_step(p, zeros(4), p, p, *adamw), ValueError, r"g has shape \(4,\)"),
         (lambda: fused.adamw_step(p, p, p, p, 6, *adamw[1:]), ValueError, "decayed is 6 .* from 0 to 5"),
         (lambda: fused.adamw_step(p, p, p, p, *adamw[:-1], 0), ValueError, "steps is 0"),
+        (lambda: fused.adamw_step(p, p, p, p, *adamw, p), ValueError, r"only_if has shape \(5,\)"),
+        (lambda: fused.clip(x, p[0], 1.0), ValueError, r"g has shape \(4, 6\)"),
+        (lambda: fused.clip(p, p, 1.0), ValueError, r"norm has shape \(5,\)"),
+        (lambda: fused.clip(p, zeros(dtype=np.float64), 1.0), TypeError, "norm is float64; .* float32"),
         (lambda: fused.squared_norm(x), ValueError, r"g has shape \(4, 6\); .* takes \(24\)"),
         (lambda: fused.squared_norm(zeros(8)[::2]), ValueError, "g is not contiguous")]
 
@@ -394,6 +401,10 @@ MUTANTS = [
     (FLAT, "store<N>(p + i, pi)", "store<N>(const_cast<real*>(g) + i, pi)", "const"),
     (FLAT, "partial[blockIdx.x] = sum", "partial[0] = sum", "race"),
     (FLAT, "if (i + e < decayed)", "if (i < decayed)", "numbers"),
+    (FLAT, "!isfinite(*only_if)", "isnan(*only_if)", "numbers"),
+    (FLAT, "if (length > max_norm) sum_of", "sum_of", "numbers"),
+    (FLAT, "max_norm / length", "max_norm", "numbers"),
+    (FLAT, "store<N>(g + i, part)", "store<1>(g + i, load<1>(part.at))", "numbers"),
     # Loops that go round once, or for ever.
     (ROWS, "first < rows; first += step", "first < rows; first = rows", "numbers"),
     (ROWS, "j < width; j += blockDim.x * blockDim.y", "j < width; j = width", "uninitialised"),
@@ -456,8 +467,13 @@ def at_these_blocks(section, xp, rng):
             p, g, m, v = (xp.asarray(a) for a in (p, g, np.zeros_like(p), np.zeros_like(p)))
             squares = fused.adamw_step(p, g, m, v, 1001, 0.1, (0.8, 0.95), 1e-3, 0.3, 1)
             yield squares.get(), np.array(norm ** 2)
+            fused.adamw_step(p, g, m, v, 1001, 0.1, (0.8, 0.95), 1e-3, 0.3, 1, xp.asarray(np.array(np.inf)))
             for a, b in zip((p, m, v), (optimizer.data, optimizer.m, optimizer.v)):
                 yield a.get(), b
+            before = g.get()
+            for norm, scale in ((2.0, 0.5), (0.5, 0.5)):
+                fused.clip(g, xp.asarray(np.array(norm)), 1.0)
+                yield g.get(), before * scale
 
 
 def caught_by(section, text, xp, monkeypatch):

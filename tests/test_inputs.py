@@ -25,7 +25,8 @@ from minilm.stages.pretraining import pretrain, pretrain_on_documents
 from minilm.stages.reward_model import train_reward_model
 from minilm.stages.rlhf import train_rlhf
 from minilm.stages.sft import train_sft
-from minilm.stages.train_state import TrainState, shards, stage, train_step
+from minilm.stages.step import train_step
+from minilm.stages.train_state import TrainState, shards, stage
 from minilm.tensor import Tensor
 from test_stages import (
     EOS,

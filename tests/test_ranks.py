@@ -19,7 +19,8 @@ from minilm.parallel.forked import ForkedRanks
 from minilm.stages.agreement import WorkersDisagree
 from minilm.stages.rlhf import train_rlhf
 from minilm.stages.sft import train_sft
-from minilm.stages.train_state import TrainState, train_step
+from minilm.stages.step import train_step
+from minilm.stages.train_state import TrainState
 from test_stages import PROMPTS, RESPONSES, STAGES, make_training, run, transformer
 
 STEPS = 4

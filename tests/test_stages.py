@@ -23,7 +23,8 @@ from minilm.stages.pretraining import pretrain, pretrain_on_documents
 from minilm.stages.reward_model import train_reward_model
 from minilm.stages.rlhf import prompt_shards, response_lengths, train_rlhf
 from minilm.stages.sft import train_sft
-from minilm.stages.train_state import TrainState, shards, stage, train_step, workers_for
+from minilm.stages.step import train_step
+from minilm.stages.train_state import TrainState, shards, stage, workers_for
 from minilm.tensor import Tensor, grad_enabled
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")      # from arithmetic with NaN and infinity

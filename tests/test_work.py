@@ -21,23 +21,25 @@ OTHERS = [[1], [2, 0], [6, 6, 0], [3, 0], [1, 1, 1, 0]]
 
 
 def counts(work):
-    return work.launches, work.products, work.operations, work.copies, len(work.waits)
+    return work.launches, work.products, work.operations, work.copies, work.late, len(work.waits)
 
 
-OF_ONE = [     # a call, and its launches, products, operations, copies, waits
-    (lambda xp, x: x + 1, (0, 0, 1, 0, 0)), (lambda xp, x: 1 - x, (0, 0, 1, 0, 0)), (lambda xp, x: -x, (0, 0, 1, 0, 0)),
-    (lambda xp, x: x.__iadd__(x), (0, 0, 1, 0, 0)), (lambda xp, x: xp.exp(x), (0, 0, 1, 0, 0)),
-    (lambda xp, x: x @ x, (0, 1, 0, 0, 0)), (lambda xp, x: xp.matmul(x, x), (0, 1, 0, 0, 0)),
-    (lambda xp, x: x[:2].T.reshape(2, 4, 1), (0, 0, 1, 0, 0)), (lambda xp, x: x[1:3, None], (0, 0, 0, 0, 0)),
-    (lambda xp, x: x.reshape(-1), (0, 0, 0, 0, 0)), (lambda xp, x: xp.empty(3), (0, 0, 0, 0, 0)),
-    (lambda xp, x: xp.zeros(3), (0, 0, 1, 0, 0)), (lambda xp, x: xp.asarray(np.ones(3)), (0, 0, 0, 1, 0)),
-    (lambda xp, x: xp.asarray(x), (0, 0, 0, 0, 0)), (lambda xp, x: xp.ascontiguousarray(x), (0, 0, 0, 0, 0)),
-    (lambda xp, x: xp.ascontiguousarray(x.T), (0, 0, 1, 0, 0)),
-    (lambda xp, x: x.get(), (0, 0, 0, 0, 1)), (lambda xp, x: x.sum().item(), (0, 0, 1, 0, 1)),
-    (lambda xp, x: float(x[0, 0]), (0, 0, 0, 0, 1)), (lambda xp, x: bool((x > 1).any()), (0, 0, 2, 0, 1)),
-    (lambda xp, x: x[[0, 2]], (0, 0, 1, 0, 0)), (lambda xp, x: x[x > 1], (0, 0, 2, 0, 1)),
-    (lambda xp, x: x.__setitem__(x > 1, 0), (0, 0, 2, 0, 1)), (lambda xp, x: x.__setitem__(0, 1), (0, 0, 1, 0, 0)),
-    (lambda xp, x: fused.squared_norm(x.reshape(-1)), (2, 0, 0, 0, 0))]
+OF_ONE = [     # a call, and its launches, products, operations, copies, late waits, waits
+    (lambda xp, x: x + 1, (0, 0, 1, 0, 0, 0)), (lambda xp, x: 1 - x, (0, 0, 1, 0, 0, 0)),
+    (lambda xp, x: -x, (0, 0, 1, 0, 0, 0)), (lambda xp, x: x.__iadd__(x), (0, 0, 1, 0, 0, 0)),
+    (lambda xp, x: xp.exp(x), (0, 0, 1, 0, 0, 0)),
+    (lambda xp, x: x @ x, (0, 1, 0, 0, 0, 0)), (lambda xp, x: xp.matmul(x, x), (0, 1, 0, 0, 0, 0)),
+    (lambda xp, x: x[:2].T.reshape(2, 4, 1), (0, 0, 1, 0, 0, 0)), (lambda xp, x: x[1:3, None], (0, 0, 0, 0, 0, 0)),
+    (lambda xp, x: x.reshape(-1), (0, 0, 0, 0, 0, 0)), (lambda xp, x: xp.empty(3), (0, 0, 0, 0, 0, 0)),
+    (lambda xp, x: xp.zeros(3), (0, 0, 1, 0, 0, 0)), (lambda xp, x: xp.asarray(np.ones(3)), (0, 0, 0, 1, 0, 0)),
+    (lambda xp, x: xp.asarray(x), (0, 0, 0, 0, 0, 0)), (lambda xp, x: xp.ascontiguousarray(x), (0, 0, 0, 0, 0, 0)),
+    (lambda xp, x: xp.ascontiguousarray(x.T), (0, 0, 1, 0, 0, 0)),
+    (lambda xp, x: x.get(), (0, 0, 0, 0, 0, 1)), (lambda xp, x: x.sum().item(), (0, 0, 1, 0, 0, 1)),
+    (lambda xp, x: float(x[0, 0]), (0, 0, 0, 0, 0, 1)), (lambda xp, x: bool((x > 1).any()), (0, 0, 2, 0, 0, 1)),
+    (lambda xp, x: x[[0, 2]], (0, 0, 1, 0, 0, 0)), (lambda xp, x: x[x > 1], (0, 0, 2, 0, 0, 1)),
+    (lambda xp, x: x.__setitem__(x > 1, 0), (0, 0, 2, 0, 0, 1)),
+    (lambda xp, x: x.__setitem__(0, 1), (0, 0, 1, 0, 0, 0)),
+    (lambda xp, x: fused.squared_norm(x.reshape(-1)), (2, 0, 0, 0, 0, 0))]
 
 
 @pytest.mark.parametrize("call, expected", OF_ONE, ids=range(len(OF_ONE)))
@@ -69,13 +71,14 @@ STAGES = {
         reference_log_probs(reference, PROMPTS, side) for side in (RESPONSES, OTHERS)), 3, 4),
     "RLHF": lambda state, reference: train_rlhf(state, reference, lambda _, ys: [len(y) for y in ys], PROMPTS, 3, 2, 3,
                                                 6, eos=None)}
-# Launches, products, operations, copies and waits of one step of three layers; with smeared keys in the second row.
+# Launches, products, operations, copies, late waits and waits of one step of three layers; with smeared keys in the
+# second row. RLHF waits for the tokens, which the reward needs, and for the log-probs of the reference.
 OF_A_STEP = {
-    "pretraining": [(52, 39, 44, 16, 3), (52, 39, 147, 19, 3)],
-    "SFT": [(53, 39, 50, 21, 3), (56, 39, 156, 30, 3)],
-    "reward model": [(51, 39, 73, 19, 5), (54, 39, 181, 28, 5)],
-    "DPO": [(53, 39, 96, 23, 5), (56, 39, 204, 32, 5)],
-    "RLHF": [(169, 130, 372, 57, 10), (172, 130, 825, 69, 10)]}
+    "pretraining": [(53, 39, 49, 16, 1, 0), (53, 39, 154, 19, 1, 0)],
+    "SFT": [(54, 39, 55, 21, 1, 0), (57, 39, 163, 30, 1, 0)],
+    "reward model": [(52, 39, 78, 19, 1, 0), (55, 39, 186, 28, 1, 0)],
+    "DPO": [(54, 39, 101, 23, 1, 0), (57, 39, 209, 32, 1, 0)],
+    "RLHF": [(170, 130, 314, 47, 1, 2), (173, 130, 767, 59, 1, 2)]}
 
 
 @pytest.mark.parametrize("smeared", [False, True], ids=["", "key_smear"])

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from minilm.kernels.emulator.stream import begin_copy, finish_copies
 from minilm.kernels.emulator.work import ask, wait
 
 NUMBERS = bool, int, float, complex, np.bool_, np.number
@@ -59,14 +60,19 @@ class ndarray:
         """The NumPy array itself; only for the kernels of the emulator."""
         return self._backing
 
-    def get(self):
-        wait()
+    def get(self, *, out=None, blocking=True):
+        if out is not None:
+            if blocking:
+                raise TypeError("the mock of CuPy copies to `out` with blocking=False alone")
+            begin_copy(out, self._backing)
+            return out
+        _wait()
         return self._backing.copy()
 
     def item(self):
         if self.size != 1:
             raise ValueError("can only convert an array of size 1 to a Python scalar")
-        wait()
+        _wait()
         return self._backing.item()
 
     def __float__(self):
@@ -78,13 +84,13 @@ class ndarray:
     def _one(self):
         if self.size != 1:
             raise TypeError("only an array of one element can be converted to a number")
-        wait()
+        _wait()
         return self._backing.item()
 
     def __bool__(self):
         if self.size != 1:
             raise ValueError("The truth value of an array with more or fewer elements than one is ambiguous")
-        wait()
+        _wait()
         return bool(self._backing.item())
 
     def __repr__(self):
@@ -149,7 +155,7 @@ class ndarray:
         if any(isinstance(part, np.ndarray) for part in index):
             ask("operations")
         if _has_mask(index):
-            wait()
+            _wait()
         found = self._backing[index]
         # CuPy gathers in C order; NumPy may choose another order.
         return ndarray(np.ascontiguousarray(found) if any(isinstance(part, np.ndarray) for part in index) else found)
@@ -158,7 +164,7 @@ class ndarray:
         index = _index(key)
         ask("operations")
         if _has_mask(index):
-            wait()
+            _wait()
         value = backing(value)
         if np.size(value) > 1 and any(isinstance(part, np.ndarray) and part.dtype != bool for part in index):
             places = np.arange(self.size).reshape(self.shape)[index]
@@ -231,6 +237,11 @@ class ndarray:
 
     def cumsum(self, axis=None, dtype=None):
         return ndarray(self._backing.cumsum(axis=axis, dtype=dtype))
+
+
+def _wait():
+    wait()
+    finish_copies()
 
 
 def backing(x):

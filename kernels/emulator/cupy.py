@@ -18,6 +18,7 @@ import numpy as np
 
 from minilm.kernels.emulator.arrays import _given, _to, backing, ndarray, operation
 from minilm.kernels.emulator.running import poison
+from minilm.kernels.emulator.stream import cuda
 from minilm.kernels.emulator.work import ask
 
 FUNCTIONS = {"finfo": np.finfo, "inf": np.inf}
@@ -221,7 +222,7 @@ class _CuPy(types.ModuleType):
 
 cupy = _CuPy("cupy", __doc__)
 cupy.__spec__ = importlib.machinery.ModuleSpec("cupy", None)        # importlib.util.find_spec raises without one
-vars(cupy).update(FUNCTIONS, **TYPES, __version__="14.0.0")
+vars(cupy).update(FUNCTIONS, **TYPES, cuda=cuda, __version__="14.0.0")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@
 
 A GPU works through a queue, and the host only adds to it. Where the host needs a number of the device, it waits until
 the queue is empty, and then the device waits for the host. The waits are those of CuPy: .get(), .item(), float(), int()
-and bool(), and a mask as an index, because the host needs the size of the result.
+and bool(), and a mask as an index, because the host needs the size of the result. An event is a mark in the queue: to
+wait for one costs the device nothing if there is more work behind it.
 Tests: tests/test_work.py.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from minilm.kernels.emulator.running import setting_of_now
 
 HERE = str(Path(__file__).parent)
+asked = 0           # what the device was asked for since the program began
 
 
 @dataclass
@@ -27,12 +29,14 @@ class Work:
     products     of matrices
     operations   other functions of CuPy, which launch a kernel or a few
     copies       of arrays of the host to the device
-    waits        "file:line" of each place where the host waited, in the order of time
+    late         waits for an event that had more work behind it
+    waits        "file:line" of each other place where the host waited, in the order of time
     """
     launches: int = 0
     products: int = 0
     operations: int = 0
     copies: int = 0
+    late: int = 0
     waits: list[str] = field(default_factory=list)
 
 
@@ -48,7 +52,9 @@ def counted() -> Iterator[Work]:
 
 
 def ask(kind: str) -> None:
-    """Count a launch, a product, an operation or a copy, given as the name of the field."""
+    """Count a launch, a product, an operation, a copy or a late wait, given as the name of the field."""
+    global asked
+    asked += kind != "late"
     work = setting_of_now.get().work
     if work is not None:
         setattr(work, kind, getattr(work, kind) + 1)

@@ -9,13 +9,14 @@ Tests: tests/test_generate.py, tests/test_plain.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from minilm import layers, rotary
 from minilm.backend import array_module, is_cupy
 from minilm.fast import few_rows
-from minilm.model import Config, Transformer, hidden_states
+from minilm.model import Config, Transformer, after_blocks
 from minilm.tensor import arrays_only
 
 
@@ -31,6 +32,16 @@ class Cache:
         self.values = xp.empty(shape, dtype)
         self.last_keys = xp.zeros((config.layers, batch, config.kv_heads, config.head_width), dtype)
         self.length = 0
+        self._config: Any = config
+        self._rotation: Any = None          # of every position, when the first is asked for
+
+    def rotation(self, count: int):
+        """exp(i angle) of the next `count` positions, (count,K/2)."""
+        if self._rotation is None:
+            capacity = array_module(self.keys).arange(self.keys.shape[3])
+            cos, sin = rotary.rope_tables(capacity, self._config.head_width, self._config.rope_base, self.keys.dtype)
+            self._rotation = cos + 1j * sin
+        return self._rotation[self.length:self.length + count]
 
     def extend(self, layer: int, k, v):
         """Append k, v (B,G,T,K) of one layer; return all of that layer's keys and values, (B,G,length+T,K)."""
@@ -63,19 +74,24 @@ class Cache:
         other.values[:, :, :, :self.length] = self.values[:, rows, :, :self.length]
         other.last_keys = self.last_keys[:, rows]
         other.length = self.length
+        other._config = self._config
+        other._rotation = None
         return other
 
 
 def forward_cached(model: Transformer, tokens, first, cache: Cache) -> np.ndarray:
     """The final hidden state (B,D) of the last of tokens (B,T), which continue the sequences in the cache.
 
+    tokens: NumPy's, or on the device of the model, so that the host need not know them. They are not checked.
     first (B,): the position of each row's first real token, after padding on the left; None without padding. For one
     token it is on the device of the model, for several NumPy's.
     """
     parameters = {name: p.data for name, p in model.parameters().items()}
     attend = attend_to_cache(model.config, parameters, tokens.shape[1], first, cache)
+    table = parameters["embedding"]
     with arrays_only():             # one row per token: NumPy multiplies matrices faster than stacks of vectors
-        hidden = hidden_states(few_rows.prepared(parameters, tokens.size), model.config, tokens.reshape(-1), attend)
+        hidden = after_blocks(few_rows.prepared(parameters, tokens.size), model.config,
+                              table[array_module(table).asarray(tokens.reshape(-1))], attend)
     return hidden.reshape(*tokens.shape, -1)[:, -1]
 
 
@@ -87,8 +103,7 @@ def attend_to_cache(c, parameters, T: int, first, cache: Cache) -> Callable:
     xp = array_module(parameters["embedding"])
     H, HG = c.heads, c.heads + c.kv_heads
     start = cache.length
-    cos, sin = rotary.rope_tables(xp.arange(start, start + T), c.head_width, c.rope_base, parameters["embedding"].dtype)
-    rotation = cos + 1j * sin
+    rotation = cache.rotation(T)
     real = None if first is None or T == 1 else np.arange(start + T) >= first[:, None]
 
     def attend(layer, qkv):

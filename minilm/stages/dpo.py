@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from minilm.packing import Pack, pack, packs
 from minilm.stages import plan
 from minilm.stages.inputs import check_settings, checked_config
 from minilm.stages.reference import ReferenceLogProbs, checked_log_probs
-from minilm.stages.train_state import TrainState, checked_loss, repeat, shards, stage, train_step
+from minilm.stages.step import checked_loss, train_step
+from minilm.stages.train_state import TrainState, repeat, shards, stage
 from minilm.tensor import Tensor, no_grad
 
 # What a loss may have as parameters: log-probs and lengths of the responses, arrays (B,), and beta.
@@ -51,7 +52,7 @@ def reference_log_probs(reference: Transformer, prompts: Sequence, responses: Se
 def train_dpo(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: Sequence,
               reference_chosen: np.ndarray, reference_rejected: np.ndarray, steps: int, batch_size: int,
               beta: float = 0.1, learning_rate: plan.Rate = 3e-4, loss: Callable = dpo_loss,
-              microbatches: int | None = None, batches: Sequence | None = None) -> Iterator[dict]:
+              microbatches: int | None = None, batches: Sequence | None = None) -> Iterator[Mapping]:
     """Train state.model, the policy, on comparisons: token lists, chosen[i] preferred to rejected[i].
 
     reference_chosen, reference_rejected  summed log-probs under the reference, arrays (N,), from reference_log_probs.
@@ -92,10 +93,11 @@ def train_dpo(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: 
 
         parts = [drawn[s] for s in shards(len(drawn), microbatches or state.workers)]
         rate = plan.rate(state, learning_rate, steps, warmup=10)
-        metrics, log_probs = train_step(state, pair_loss, parts, rate, "DPO", drawn=[
-            drawn, reference_chosen[drawn], reference_rejected[drawn],
-            *(side[i] for side in (prompts, chosen, rejected) for i in drawn.tolist())])
-        return {**metrics, **dpo_metrics(*map(concatenate, zip(*log_probs)), beta=beta)}
+        return train_step(
+            state, pair_loss, parts, rate, "DPO",
+            drawn=[drawn, reference_chosen[drawn], reference_rejected[drawn],
+                   *(side[i] for side in (prompts, chosen, rejected) for i in drawn.tolist())],
+            metrics=lambda log_probs: dpo_metrics(*map(concatenate, zip(*log_probs)), beta=beta))
     return repeat(step, state, steps)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -11,11 +11,12 @@ from minilm.data import windows
 from minilm.objectives.sft import sft_loss
 from minilm.stages import plan
 from minilm.stages.inputs import check_settings, checked_config, checked_documents
-from minilm.stages.train_state import TrainState, repeat, shards, stage, train_step
+from minilm.stages.step import train_step
+from minilm.stages.train_state import TrainState, repeat, shards, stage
 
 
 def pretrain(state: TrainState, stream: np.ndarray, steps: int, batch_size: int, length: int,
-             learning_rate: plan.Rate = 3e-3, microbatches: int | None = None) -> Iterator[dict]:
+             learning_rate: plan.Rate = 3e-3, microbatches: int | None = None) -> Iterator[Mapping]:
     """Train state.model on random windows of a stream of tokens (N,), up to `steps` steps in all.
 
     batch_size windows of `length` + 1 tokens a step; every position counts. Yields as pretrain_on_documents does.
@@ -38,7 +39,7 @@ def pretrain(state: TrainState, stream: np.ndarray, steps: int, batch_size: int,
 
 @stage
 def pretrain_on_documents(state: TrainState, draw: Callable, steps: int, batch_size: int,
-                          learning_rate: plan.Rate = 3e-3, microbatches: int | None = None) -> Iterator[dict]:
+                          learning_rate: plan.Rate = 3e-3, microbatches: int | None = None) -> Iterator[Mapping]:
     """Train state.model on documents: draw(rng, batch_size) gives tokens and mask, each (B,T).
 
     mask: 1 on tokens to predict. The loss is their mean over the whole step. The first token of a document has no
@@ -60,7 +61,6 @@ def pretrain_on_documents(state: TrainState, draw: Callable, steps: int, batch_s
             return sft_loss(model.log_probs(tokens[shard]), targets[shard], total=total), None
 
         rate = plan.rate(state, learning_rate, steps, warmup=50)
-        metrics, _ = train_step(state, loss, shards(len(tokens), microbatches or state.workers), rate, "pretraining",
-                                drawn=[tokens, mask])
-        return {**metrics, "trained_tokens": total}
+        return train_step(state, loss, shards(len(tokens), microbatches or state.workers), rate, "pretraining",
+                          drawn=[tokens, mask], metrics=lambda _: {"trained_tokens": total})
     return repeat(step, state, steps)

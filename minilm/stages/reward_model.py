@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from minilm import checks
 from minilm.backend import concatenate
@@ -11,13 +11,14 @@ from minilm.objectives.reward import reward_loss, reward_metrics
 from minilm.packing import pack
 from minilm.stages import plan
 from minilm.stages.inputs import check_settings, checked_config
-from minilm.stages.train_state import TrainState, repeat, shards, stage, train_step
+from minilm.stages.step import train_step
+from minilm.stages.train_state import TrainState, repeat, shards, stage
 
 
 @stage
 def train_reward_model(state: TrainState, prompts: Sequence, chosen: Sequence, rejected: Sequence, steps: int,
                        batch_size: int, learning_rate: plan.Rate = 1e-3, centering: float = 0.0,
-                       microbatches: int | None = None, batches: Sequence | None = None) -> Iterator[dict]:
+                       microbatches: int | None = None, batches: Sequence | None = None) -> Iterator[Mapping]:
     """Train state.model, a RewardModel, on comparisons: token lists, chosen[i] preferred to rejected[i].
 
     batch_size comparisons a step, in `microbatches` shards (None: one per worker); batches and a learning_rate that is
@@ -47,7 +48,8 @@ def train_reward_model(state: TrainState, prompts: Sequence, chosen: Sequence, r
 
         parts = [drawn[s] for s in shards(len(drawn), microbatches or state.workers)]
         rate = plan.rate(state, learning_rate, steps, warmup=10)
-        metrics, rewards = train_step(state, loss, parts, rate, "reward model", drawn=[
-            drawn, *(side[i] for side in (prompts, chosen, rejected) for i in drawn.tolist())])
-        return {**metrics, **reward_metrics(*map(concatenate, zip(*rewards)))}
+        return train_step(
+            state, loss, parts, rate, "reward model",
+            drawn=[drawn, *(side[i] for side in (prompts, chosen, rejected) for i in drawn.tolist())],
+            metrics=lambda rewards: reward_metrics(*map(concatenate, zip(*rewards))))
     return repeat(step, state, steps)

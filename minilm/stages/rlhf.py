@@ -5,7 +5,7 @@ One update per batch of samples, so the samples are always drawn from the policy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -20,7 +20,8 @@ from minilm.packing import pack
 from minilm.ranks import WorkersDisagree
 from minilm.stages import inputs, plan
 from minilm.stages.agreement import EVERYONE
-from minilm.stages.train_state import TrainState, repeat, shards, stage, train_step
+from minilm.stages.step import train_step
+from minilm.stages.train_state import TrainState, repeat, shards, stage
 from minilm.tensor import no_grad
 
 SAME_REWARDS = 1e-3         # of the largest: rounding on another kind of CPU changes less
@@ -30,7 +31,7 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
                prompts_per_step: int, samples_per_prompt: int, max_new_tokens: int,
                eos: int | Collection[int] | None, beta: float = 0.1, learning_rate: plan.Rate = 3e-4,
                temperature: float = 1.0, baseline: str = "leave_one_out", microbatches: int | None = None,
-               batches: Sequence | None = None) -> Iterator[dict]:
+               batches: Sequence | None = None) -> Iterator[Mapping]:
     """Maximise the reward minus beta times the KL divergence to `reference`, by the policy gradient.
 
     reference     a frozen copy, such as state.model.copy(): it may not share parameters with the policy
@@ -79,10 +80,10 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
             log_probs = policy.response_log_probs(part, temperature)
             return policy_gradient_loss(log_probs, A[rows], part.mask) * (len(rows) / len(A)), None
         rate = plan.rate(state, learning_rate, steps, warmup=5, floor=0.3)
-        metrics, _ = train_step(state, loss, prompt_shards(P, K, microbatches or state.workers), rate, "RLHF",
-                                drawn=[drawn, *batch])
-        return {**metrics, **policy_gradient_metrics(rewards, kl, mask),
-                "entropy": float(samples.entropies[mask].mean()), **response_lengths(responses, ends)}
+        more = {**policy_gradient_metrics(rewards, kl, mask), "entropy": float(samples.entropies[mask].mean()),
+                **response_lengths(responses, ends)}
+        return train_step(state, loss, prompt_shards(P, K, microbatches or state.workers), rate, "RLHF",
+                          drawn=[drawn, *batch], metrics=lambda _: more)
     return repeat(step, state, steps)
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from minilm.data import check_dialogues
 from minilm.objectives.sft import sft_loss
 from minilm.packing import pack
 from minilm.stages import plan
 from minilm.stages.inputs import check_settings, checked_config
-from minilm.stages.train_state import TrainState, repeat, shards, stage, train_step
+from minilm.stages.step import train_step
+from minilm.stages.train_state import TrainState, repeat, shards, stage
 
 
 @stage
 def train_sft(state: TrainState, prompts: Sequence, responses: Sequence, steps: int, batch_size: int,
               learning_rate: plan.Rate = 1e-3, microbatches: int | None = None,
-              batches: Sequence | None = None) -> Iterator[dict]:
+              batches: Sequence | None = None) -> Iterator[Mapping]:
     """Finetune state.model on demonstrations, token lists as data.encode_dialogue gives them.
 
     batch_size demonstrations a step, drawn at random, in `microbatches` shards (None: one per worker); batches and a
@@ -39,7 +40,6 @@ def train_sft(state: TrainState, prompts: Sequence, responses: Sequence, steps: 
 
         parts = [drawn[s] for s in shards(len(drawn), microbatches or state.workers)]
         rate = plan.rate(state, learning_rate, steps, warmup=20)
-        metrics, _ = train_step(state, loss, parts, rate, "SFT",
-                                drawn=[drawn, *(side[i] for side in (prompts, responses) for i in drawn.tolist())])
-        return {**metrics, "trained_tokens": total}
+        return train_step(state, loss, parts, rate, "SFT", metrics=lambda _: {"trained_tokens": total},
+                          drawn=[drawn, *(side[i] for side in (prompts, responses) for i in drawn.tolist())])
     return repeat(step, state, steps)

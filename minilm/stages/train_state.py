@@ -1,4 +1,4 @@
-"""The state of a model in training, and one optimiser step.
+"""The state of a model in training, and what makes a function over it a stage.
 
 A stage is a generator function over a TrainState. Between two yields the TrainState is consistent: the caller may save
 snapshot() there, and a stage started on a restored TrainState continues: bit for bit on one machine with the same
@@ -11,21 +11,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from minilm import checks
 from minilm.backend import array_module, to_numpy
-from minilm.diverged import Diverged, first_bad_parameter, first_nonfinite
 from minilm.fast.malloc import return_freed_memory
 from minilm.fast.workers import ProcessGroup, available_cores, can_fork
 from minilm.in_place import mark_changed
 from minilm.optim import AdamW
 from minilm.ranks import Ranks
-from minilm.stages.agreement import Agreement, digest, model_parameters
-from minilm.tensor import Tensor
+from minilm.stages.agreement import Agreement, model_parameters
 
 TOKENS_PER_WORKER = 512
 
@@ -36,6 +34,8 @@ class TrainState:
     workers: processes that share each step's batch (fast/workers.py). Each computes the gradient of its own shard, and
     the gradients are added in a fixed order. Results differ with the number of workers by rounding only, and are the
     same bit for bit every time for one number. `settings` are those of AdamW.
+    One GPU works behind the program: what a step reports is looked at a step later (step.py). snapshot() and the end of
+    a stage wait for it, and so do the metrics when they are read.
     The caller's code between two steps runs in rank 0 alone. It may read everything, save a snapshot, and write to the
     parameters. If it changes another part of the state, the next step raises WorkersDisagree (agreement.py).
     group: the ranks of parallel.world(), in place of workers. Every rank then runs the caller's code and may change
@@ -59,6 +59,7 @@ class TrainState:
         self.workers = self.group.size
         self.step = 0
         self.drawn = 0                  # the digest of the step's batch, to compare between workers
+        self.pending: Any = None        # the last step, while a GPU may be computing it (step.py)
         self.optimizer = AdamW(model.parameters(), group=self.group, **settings)
         return_freed_memory()           # the parameters were copied into the optimiser's flat array
         # Rank 0 writes to the optimiser's own gradient, every other rank to one of these.
@@ -84,18 +85,29 @@ class TrainState:
         """Add up the gradients of all ranks; found: the results of FlatParameters.collect by rank."""
         self.optimizer.flat.add_gradients(found, self._gradients[:self.group.active_size - 1])
 
+    def settle(self) -> None:
+        """Wait for the last step. Raises Diverged if it did."""
+        if self.pending is not None:
+            self.pending.settle()
+
     def snapshot(self) -> tuple[dict[str, np.ndarray], dict]:
-        """(arrays, metadata) to save: parameters, moments, Generator, step. The arrays are views: save them at once."""
+        """(arrays, metadata) to save: parameters, moments, Generator, step. The arrays are views: save them at once.
+
+        Raises Diverged if the last step did, and this is the first look at it (settle)."""
+        self.settle()
+        return self._arrays(), {"step": self.step, "rng": self.rng.bit_generator.state}
+
+    def _arrays(self):
         arrays = {f"model.{name}": to_numpy(p.data) for name, p in self.model.parameters().items()}
         arrays.update({f"optimizer.{name}": to_numpy(a) for name, a in self.optimizer.state().items()})
-        return arrays, {"step": self.step, "rng": self.rng.bit_generator.state}
+        return arrays
 
     def restore(self, arrays: dict[str, np.ndarray], metadata: dict) -> None:
         """Continue where snapshot() was taken.
 
         Raises KeyError or ValueError, and changes nothing, if it is a snapshot of another model, or has NaN in it.
         """
-        here = self.snapshot()[0]
+        here = self._arrays()
         rng = metadata["rng"]
         step = checks.integer("TrainState.restore", "step", metadata["step"], at_least=0)
         for name, a in here.items():
@@ -110,6 +122,7 @@ class TrainState:
                              "configuration it was saved with")
         self.rng.bit_generator.state = rng          # raises for a Generator of another kind
         self.step = step
+        self.pending = None
         for name, p in self.model.parameters().items():
             p.data[...] = array_module(p.data).asarray(arrays[f"model.{name}"])
         mark_changed(self.model.parameters(), "TrainState.restore")
@@ -128,7 +141,7 @@ def stage(loop: Callable) -> Callable:
     signature = inspect.signature(loop)
 
     @functools.wraps(loop)
-    def call(state, *args, **options) -> Iterator[dict]:
+    def call(state, *args, **options) -> Iterator[Mapping]:
         name = loop.__name__
         if not isinstance(state, TrainState):
             raise TypeError(f"{name}: state is {checks.shown(state)}; it must be a TrainState(model, rng)")
@@ -154,9 +167,10 @@ def _in_all_ranks(state, steps, agreement):
             if group.rank == 0 or group.everyone:
                 yield metrics
             agreement.check()           # the other ranks continue when the caller asks for the next step
+        state.settle()
 
 
-def repeat(step: Callable[[], dict], state: TrainState, steps: int) -> Iterator[dict]:
+def repeat(step: Callable[[], Mapping], state: TrainState, steps: int) -> Iterator[Mapping]:
     """The metrics of step(), again and again until the state has done `steps` steps in all.
 
     Raises ValueError if it has done more: such a stage would train nothing. Each stage has a TrainState of its own.
@@ -168,64 +182,6 @@ def repeat(step: Callable[[], dict], state: TrainState, steps: int) -> Iterator[
         while state.step < steps:
             yield step()
     return remaining()
-
-
-def train_step(state: TrainState, loss: Callable, batch_shards: Sequence, learning_rate: float,
-               stage_name: str, clip: float = 1.0, drawn: Sequence = ()) -> tuple[dict, tuple]:
-    """One optimiser step down the sum of loss(model, shard) over batch_shards.
-
-    loss returns (scalar Tensor, report). A report is of the kinds that ProcessGroup.all_gather takes. Each worker holds
-    one shard in memory at a time, so more shards than workers is gradient accumulation. Errors begin with
-    stage_name. `drawn`, arrays and token lists, is the batch of the whole step; the workers compare it (agreement.py).
-    Returns {"loss", "grad_norm", "learning_rate"} and the reports, one per shard.
-    Raises ValueError for no shards, for a learning rate out of range, for a loss without a gradient and as checked_loss
-    does, RuntimeError as TrainState.check_owned does, and Diverged, before anything is updated, or when the update
-    itself overflowed.
-    """
-    model = state.model
-    parameters = model.parameters()
-    where = f"{stage_name}, step {state.step + 1}"
-    checks.number(where, "learning_rate", learning_rate, at_least=0)
-    checks.integer(where, "the number of shards", len(batch_shards), at_least=1)
-    state.check_owned()
-    state.optimizer.zero_grad()
-    state.drawn = digest(drawn) if state.group.active_size > 1 else 0
-
-    def forward_backward(shard):
-        value, report = loss(model, shard)
-        number = checked_loss(where, value).item()
-        if not math.isfinite(number):
-            bad = first_bad_parameter(parameters, "data") or first_nonfinite(lambda: loss(model, shard))
-            raise Diverged(f"{where}: the loss is {number}; first bad tensor: {bad}")
-        value.backward()
-        return number, report
-
-    results, found = state.group.each(forward_backward, batch_shards, then=state.optimizer.flat.collect)
-    losses, reports = zip(*results)
-    state.add_gradients(found)
-    norm = state.optimizer.clip(clip)
-    if norm == 0 and not state.optimizer.flat.trained().any():
-        raise ValueError(f"{where}: no parameter of the model has a gradient; the loss must depend on one of them")
-    if not math.isfinite(norm):
-        state.group.share(state.optimizer.grad)
-        bad = first_bad_parameter(parameters, "grad") or "none (the sum of squares overflowed)"
-        raise Diverged(f"{where}: the gradient's norm is {norm}; first bad tensor: {bad}")
-    length = state.optimizer.step(learning_rate)
-    state.step += 1
-    if not math.isfinite(length) and (bad := first_bad_parameter(parameters, "data")):     # a norm may overflow
-        raise Diverged(f"{where}: the update went to NaN or infinity; first bad tensor: {bad}")
-    return {"loss": sum(losses), "grad_norm": norm, "learning_rate": learning_rate}, reports
-
-
-def checked_loss(function: str, value: Tensor) -> Tensor:
-    """The value of a loss function, unchanged.
-
-    Raises ValueError unless it is a scalar Tensor that depends on a trained parameter.
-    """
-    if not isinstance(value, Tensor) or value.shape != () or value.node is None:
-        raise ValueError(f"{function}: the loss is {checks.shown(value)}; it must be a scalar Tensor that depends on a "
-                         "trained parameter")
-    return value
 
 
 def workers_for(tokens: int) -> int:

@@ -27,7 +27,8 @@ import numpy as np
 
 from minilm import checkpoint
 from minilm.objectives.sft import sft_loss
-from minilm.stages.train_state import TrainState, shards, stage, train_step
+from minilm.stages.step import train_step
+from minilm.stages.train_state import TrainState, shards, stage
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
 from library_process import Worker  # noqa: E402
@@ -69,7 +70,7 @@ def training_steps(training, tokens, learning_rate=1e-3, clip=1.0):
         return sft_loss(model.log_probs(part), np.ones(part[:, 1:].shape), total=total), None
 
     while True:
-        yield train_step(training, loss, parts, learning_rate, "benchmark", clip)[0]["loss"]
+        yield train_step(training, loss, parts, learning_rate, "benchmark", clip)["loss"]
 
 
 def load_step():

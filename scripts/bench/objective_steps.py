@@ -29,7 +29,8 @@ from minilm.lora import Adapted
 from minilm.model import Config, Transformer
 from minilm.packing import pack
 from minilm.stages import dpo, rlhf, sft
-from minilm.stages.train_state import TrainState, train_step
+from minilm.stages.step import train_step
+from minilm.stages.train_state import TrainState
 from minilm.tensor import Tensor, no_grad
 
 WORKS = ["sft", "dpo", "rloo"]

@@ -49,7 +49,8 @@ from minilm.generate import generate
 from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
 from minilm.optim import warmup_cosine
 from minilm.stages.rlhf import train_rlhf
-from minilm.stages.train_state import TrainState, stage, train_step
+from minilm.stages.step import train_step
+from minilm.stages.train_state import TrainState, stage
 from minilm.tensor import no_grad
 from worlds.replies import EOS, LONGEST, MODEL, ReplyWorld
 
@@ -97,7 +98,7 @@ def wrongly_masked(training, reference, reward, prompts, steps, counts):
             return policy_gradient_loss(policy.log_probs(batch.tokens), A, counted), None
 
         rate = warmup_cosine(training.step, steps, RATE, warmup=min(5, steps // 10 + 1), floor=0.3)
-        metrics, _ = train_step(training, loss, [None], rate, "wrongly masked rlhf", drawn=[batch.tokens])
+        metrics = train_step(training, loss, [None], rate, "wrongly masked rlhf", drawn=[batch.tokens])
         yield {**metrics, **policy_gradient_metrics(rewards, kl, counted),
                "entropy": samples.entropies[samples.mask > 0].mean()}
 

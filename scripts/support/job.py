@@ -72,11 +72,19 @@ class Job:
         began = time.monotonic()
         last_save = began
         with progress(name, steps, training.step) as advance:
-            for metrics in loop(training, steps):
-                history.append({"step": training.step, **metrics})
+            def note(step, metrics):
+                history.append({"step": step, **metrics})
                 advance(metrics)
+
+            late: list = []             # a GPU may be computing the last step still: it is noted after the next one
+            for metrics in loop(training, steps):
+                late.append((training.step, metrics))
                 now = time.monotonic()
-                if self.ranks.once(lambda: self.stop.requested or now - last_save > SAVE_EVERY):
+                save = self.ranks.once(lambda: self.stop.requested or now - last_save > SAVE_EVERY)
+                known = save or isinstance(metrics, dict) or training.step == steps
+                while len(late) > (0 if known else 1):
+                    note(*late.pop(0))
+                if save:
                     self._save_state(name, training, history, seconds_before + now - began)
                     last_save = time.monotonic()
                     self.stop_if_asked()

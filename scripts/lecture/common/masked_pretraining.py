@@ -17,7 +17,8 @@ from minilm.layers import token_log_probs
 from minilm.model import Transformer
 from minilm.objectives.sft import sft_loss
 from minilm.optim import warmup_cosine
-from minilm.stages.train_state import TrainState, shards, stage, train_step
+from minilm.stages.step import train_step
+from minilm.stages.train_state import TrainState, shards, stage
 from minilm.tensor import Tensor
 
 
@@ -56,5 +57,5 @@ def masked_pretraining(training: TrainState, draw: Callable, steps: int, batch_s
 
         parts = shards(len(tokens), microbatches or training.workers)
         rate = warmup_cosine(training.step, steps, learning_rate, warmup=min(50, steps // 10 + 1))
-        metrics, _ = train_step(training, loss, parts, rate, "masked pretraining", drawn=[tokens, hidden])
-        yield {**metrics, "trained_tokens": total}
+        yield train_step(training, loss, parts, rate, "masked pretraining", drawn=[tokens, hidden],
+                         metrics=lambda _, total=total: {"trained_tokens": total})

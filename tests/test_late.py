@@ -1,0 +1,236 @@
+"""On one GPU a step reports late: its numbers are on the way while the next step is asked for. Nothing else changes.
+
+The mock of CuPy delivers a copy only when its event is waited for, so a number that is looked at too early is NaN.
+"""
+import math
+
+import numpy as np
+import pytest
+
+from helpers import assert_close, small_transformer
+from minilm import ops
+from minilm.backend import to_numpy
+from minilm.diverged import Diverged
+from minilm.readback import Readback
+from minilm.kernels import emulator, fused
+from minilm.model import RewardModel
+from minilm.optim import AdamW
+from minilm.stages.step import train_step
+from minilm.stages.train_state import TrainState
+from test_work import STAGES
+
+
+def state_of(rng, device="gpu", name="SFT", **settings):
+    model = small_transformer(rng, head_width=16, **settings)
+    reference = model.copy().to_device(device)
+    model = RewardModel(model, np.random.default_rng(1)) if name == "reward model" else model
+    return TrainState(model.to_device(device), np.random.default_rng(2)), reference
+
+
+def parameters(state):
+    return {name: to_numpy(p.data).copy() for name, p in state.model.parameters().items()}
+
+
+def same(a, b):
+    return all((a[name] == b[name]).all() for name in a)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_metrics_and_weights_of_a_gpu_are_those_of_the_cpu(name, emulated):
+    runs, tolerance = {}, 1e-6 if name == "RLHF" else 1e-9       # the KL divergence of its first steps is nearly 0
+    for device in ("cpu", "gpu"):
+        state, reference = state_of(np.random.default_rng(5), device, name)
+        runs[device] = [dict(metrics) for metrics in STAGES[name](state, reference)], parameters(state)
+    for there, here in zip(runs["gpu"][0], runs["cpu"][0], strict=True):
+        assert list(there) == list(here)
+        assert there == pytest.approx(here, rel=tolerance, abs=tolerance)
+    for parameter, a in runs["gpu"][1].items():
+        assert_close(a, runs["cpu"][1][parameter], tolerance, parameter)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_metrics_that_are_read_at_the_end_are_those_that_are_read_at_once(name, emulated):
+    runs = []
+    for read in (dict, lambda metrics: metrics):
+        state, reference = state_of(np.random.default_rng(5), name=name)
+        runs.append(list(map(dict, [read(metrics) for metrics in STAGES[name](state, reference)])))
+    assert runs[0] == runs[1] and all(math.isfinite(value) for metrics in runs[0] for value in metrics.values())
+
+
+def test_metrics_are_a_mapping_that_waits_when_it_is_read(rng, emulated):
+    state, reference = state_of(rng)
+    metrics = next(STAGES["SFT"](state, reference))
+    assert state.pending is not None
+    with emulator.counted() as work:
+        assert list(metrics) == ["loss", "grad_norm", "learning_rate", "trained_tokens"] and len(metrics) == 4
+        assert repr(metrics) == repr(dict(metrics)) and metrics["loss"] > 0
+    assert len(work.waits) == 1 and state.pending is None
+    assert metrics._step.loss is metrics._step.shards is None          # a list of metrics holds no batches
+
+
+# What is not finite.
+
+def step(state, *losses, rate=1e-3, **options):
+    return train_step(state, lambda model, part: (part(model.parameters()["final_norm"]), None), losses, rate, "here",
+                      **options)
+
+
+def fine(p):
+    return ops.sum(p * p)
+
+
+BAD = {"loss": (lambda p: ops.sum(p) * math.nan, "the loss is nan; first bad tensor: the output of multiply, "),
+       "infinite loss": (lambda p: ops.sum(p) + math.inf, "the loss is inf; first bad tensor: the output of add, "),
+       "gradient": (lambda p: ops.sum(ops.sqrt(p * 0.0)),
+                    "the gradient's norm is nan; first bad tensor: the gradient of parameter final_norm, ")}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_gpu_refuses_a_step_that_is_not_finite_and_the_one_after_it(name, shards, rng, emulated):
+    bad, message = BAD[name]
+    state, _ = state_of(rng)
+    step(state, fine)
+    before, moments, updates = parameters(state), to_numpy(state.optimizer.m), state.optimizer.updates.copy()
+    metrics = step(state, *[fine, bad][2 - shards:])
+    assert same(parameters(state), before)
+    with pytest.raises(Diverged, match=f"^here, step 2: {message}") as first:
+        step(state, fine)
+    assert same(parameters(state), before) and (to_numpy(state.optimizer.m) == moments).all()
+    assert state.step == 1 and (state.optimizer.updates == updates).all()
+    with pytest.raises(Diverged) as again:
+        metrics["loss"]                         # noqa: B018
+    assert again.value is first.value
+    assert step(state, fine)["loss"] > 0 and state.step == 2
+    assert not same(parameters(state), before)
+
+
+LOOKS = {"reading the metrics": lambda state, metrics: metrics["grad_norm"], "settle": lambda state, _: state.settle(),
+         "snapshot": lambda state, _: state.snapshot(), "another step": lambda state, _: step(state, fine)}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_look_at_a_bad_step_raises(look, rng, emulated):
+    state, _ = state_of(rng)
+    metrics = step(state, BAD["loss"][0])
+    with pytest.raises(Diverged, match="^here, step 1: the loss is nan"):
+        LOOKS[look](state, metrics)
+    state.settle()
+    assert state.step == 0
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_end_of_a_stage_looks_at_its_last_step(rng, emulated):
+    state, reference = state_of(rng)
+    steps = STAGES["SFT"](state, reference)
+    next(steps), next(steps)
+    state.settle()
+    state.model.parameters()["final_norm"].data[0] = math.nan
+    next(steps)
+    with pytest.raises(Diverged, match="^SFT, step 3: the loss is nan; first bad tensor: the parameter final_norm, "):
+        next(steps)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_update_that_overflows_is_reported_when_its_step_is_looked_at(rng, emulated):
+    state, _ = state_of(rng)
+    metrics = step(state, lambda p: ops.sum(p), rate=1e308, clip=math.inf)
+    with pytest.raises(Diverged, match="^here, step 1: the update went to NaN or infinity; first bad tensor: the "):
+        step(state, fine, rate=1e308)
+    with pytest.raises(Diverged):
+        dict(metrics)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_restored_state_forgets_a_step_that_was_not_looked_at(rng, emulated):
+    state, _ = state_of(rng)
+    step(state, fine)
+    arrays, metadata = state.snapshot()
+    arrays = {name: a.copy() for name, a in arrays.items()}
+    step(state, BAD["infinite loss"][0])
+    state.restore(arrays, metadata)
+    before = parameters(state)
+    assert step(state, fine)["loss"] > 0 and not same(parameters(state), before) and state.step == 2
+
+
+# The parts.
+
+def test_a_readback_gives_the_tree_with_numpy_arrays_once_its_event_is_reached(rng, emulated):
+    x, y, i = rng.normal(size=(2, 3)).astype(np.float32), rng.normal(size=()), np.array([2 ** 40, -1])
+    there = [emulated.asarray(a) for a in (x, y, i)]
+    tree = (there[0], [there[1], "text", None, x], {"i": there[2]})
+    readback = Readback(tree)
+    assert np.isnan(readback._host).all()                   # nothing has come yet
+    there[0][...] = 0                                       # behind the copy
+    found = readback.get()
+    assert type(found) is tuple and (found[0] == x).all() and found[0].dtype == np.float32
+    assert found[1][0] == y and found[1][1:3] == ["text", None] and found[1][3] is x
+    assert (found[2]["i"] == i).all() and found[2]["i"].dtype == i.dtype
+
+
+def test_an_event_brings_the_copies_before_it_and_a_wait_brings_all(emulated):
+    x = emulated.asarray(np.ones(2))
+    outs = [np.zeros(2) for _ in range(3)]
+    events = [emulated.cuda.Event(disable_timing=True) for _ in outs]
+    for out, event in zip(outs, events):
+        assert x.get(out=out, blocking=False) is out
+        event.record()
+    events[1].synchronize()
+    assert [np.isnan(out).any() for out in outs] == [False, False, True]
+    x.sum().item()
+    assert (outs[2] == 1).all()
+    events[2].synchronize()
+    with pytest.raises(TypeError, match="blocking=False alone"):
+        x.get(out=outs[0])
+    with pytest.raises(TypeError, match="one stream"):
+        events[0].record(1)
+
+
+def test_an_event_with_work_behind_it_is_late_and_one_without_is_a_wait(emulated):
+    x = emulated.ones(3)
+    event = emulated.cuda.Event()
+    with emulator.counted() as work:
+        event.record()
+        event.synchronize()
+        event.record()
+        x + x
+        event.synchronize()
+    assert work.late == 1 and len(work.waits) == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("max_norm", [0.5, 1e3])
+def test_clip_scales_what_is_longer_alone(dtype, max_norm, rng, xp):
+    g = rng.normal(size=1037).astype(dtype)
+    there = xp.asarray(g)
+    fused.clip(there, xp.sqrt(fused.squared_norm(there)), max_norm)
+    assert_close(there.get(), g * min(1, max_norm / np.linalg.norm(g)), 1e-12 if dtype is np.float64 else 1e-6)
+    fused.clip(there, xp.asarray(np.array(math.nan, dtype)), max_norm)
+    assert np.isfinite(there.get()).all()
+
+
+def test_adamw_leaves_everything_when_only_if_is_not_finite(rng, xp):
+    p, g, m, v = (xp.asarray(rng.random(1037)) for _ in range(4))
+    before = [a.get() for a in (p, m, v)]
+    for number in (math.nan, math.inf, -math.inf):
+        squares = fused.adamw_step(p, g, m, v, 10, 0.1, (0.9, 0.95), 1e-8, 0.1, 1, xp.asarray(np.array(number)))
+        assert all((a.get() == b).all() for a, b in zip((p, m, v), before))
+        assert float(squares) == pytest.approx(before[0] @ before[0], rel=1e-12)
+    fused.adamw_step(p, g, m, v, 10, 0.1, (0.9, 0.95), 1e-8, 0.1, 1, xp.asarray(np.array(0.0)))
+    assert not any((a.get() == b).all() for a, b in zip((p, m, v), before))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_refused_steps_are_counted_until_they_are_accepted(rng, emulated):
+    optimizer = AdamW(small_transformer(rng).to_device("gpu").parameters(), learning_rate=0.1)
+    ops.sum(optimizer.parameters["final_norm"]).backward()
+    before = to_numpy(optimizer.data)
+    number = emulated.asarray(np.array(1.0))
+    optimizer.step_if_finite(0.1, [number, number * math.inf])
+    optimizer.step_if_finite(0.1, [number])
+    assert (to_numpy(optimizer.data) == before).all()
+    optimizer.accept()
+    optimizer.step_if_finite(0.1, [number])
+    assert (to_numpy(optimizer.data) != before).any() and optimizer.steps == 3

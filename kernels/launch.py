@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, DTypeLike
 Array = Any                     # an array of CuPy, or of the mock of the emulator
 Variants = Iterator[tuple[str, tuple[str, ...], int, int]]         # the result of variants() of a module
 FOLDER = Path(__file__).resolve().parent
-REALS = {"float32": "float", "float64": "double"}
+REALS = {np.dtype("float32"): "float", np.dtype("float64"): "double"}
 MOST_BLOCKS = 2 ** 31 - 1, 65_535, 65_535               # of a grid along x, y and z
 MOST_COUNT = 2 ** 31 - 2 ** 24          # kernels count in 32 bits, and a loop steps beyond the end by less than 2^24
 HEADERS = re.compile(r'^#include "(tensor|segments)\.cuh"$', re.MULTILINE)
@@ -58,10 +58,10 @@ def options(dtype: DTypeLike, constants: dict[str, Any]) -> tuple[str, ...]:
 
 def real(dtype: DTypeLike) -> str:
     """The C type of float32 or float64. Raises TypeError for another dtype."""
-    name = np.dtype(dtype).name
-    if name not in REALS:
-        raise TypeError(f"the kernels compute in float32 or float64, not in {name}")
-    return REALS[name]
+    found = REALS.get(np.dtype(dtype))
+    if found is None:
+        raise TypeError(f"the kernels compute in float32 or float64, not in {np.dtype(dtype)}")
+    return found
 
 
 def function(xp, module: str, name: str, dtype: DTypeLike, text: str | None = None, **constants) -> "Kernel":
@@ -69,7 +69,7 @@ def function(xp, module: str, name: str, dtype: DTypeLike, text: str | None = No
     NumPy."""
     if not hasattr(xp, "RawModule"):
         raise TypeError(f"{name}: the arrays are on the CPU; this kernel takes CuPy's, on a GPU")
-    return _function(xp.RawModule, source(module, text), name, options(dtype, constants), np.dtype(dtype))
+    return _function(xp.RawModule, module, text, name, np.dtype(dtype), tuple(constants.items()))
 
 
 class Kernel:
@@ -87,8 +87,9 @@ def _module(raw_module, code, options):
 
 
 @functools.lru_cache(maxsize=None)
-def _function(raw_module, code, name, options, dtype):
-    return Kernel(_module(raw_module, code, options).get_function(name), name, dtype)
+def _function(raw_module, module, text, name, dtype, constants):
+    compiled = _module(raw_module, source(module, text), options(dtype, dict(constants)))
+    return Kernel(compiled.get_function(name), name, dtype)
 
 
 def launch(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], *arguments, shared: int = 0) -> None:
@@ -108,15 +109,16 @@ def launch(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], *argum
 
 
 def _argument(kernel, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        if hasattr(value, "flags") and not value.flags.c_contiguous:
-            raise TypeError(f"{kernel.name}: an array of shape {value.shape} is not contiguous; pass a contiguous copy")
-        return value
-    if isinstance(value, float):
+    kind = type(value)
+    if kind is int:
+        if not -MOST_COUNT <= value <= MOST_COUNT:
+            counts(f"{kernel.name}: an argument", value)
+        return np.int32(value)
+    if kind is float:
         return kernel.dtype.type(value)
-    if not -MOST_COUNT <= value <= MOST_COUNT:
-        counts(f"{kernel.name}: an argument", value)
-    return np.int32(value)
+    if hasattr(value, "flags") and not value.flags.c_contiguous:
+        raise TypeError(f"{kernel.name}: an array of shape {value.shape} is not contiguous; pass a contiguous copy")
+    return value
 
 
 def counts(name: str, values: ArrayLike) -> np.ndarray:

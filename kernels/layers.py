@@ -55,10 +55,10 @@ def attention(q: Array, k: Array, v: Array, causal: bool, key_mask: Array | np.n
     return o, vjp
 
 
-def segment_plan(segments: Sequence, like: Array) -> attention_kernel.Plan:
-    """The attention Plan of the segments of a packing.Pack, for the device of the array `like`."""
+def segment_plan(xp, segments: Sequence) -> attention_kernel.Plan:
+    """The attention Plan of the segments of a packing.Pack; xp: cupy."""
     rows = [(s.start, s.queries, s.start, s.queries, 0, s.prefix_start, s.keys - s.queries) for s in segments]
-    return attention_kernel.Plan(array_module(like), rows)
+    return attention_kernel.Plan(xp, rows)
 
 
 def segment_attention(qkv: Array, cos: Array, sin: Array, heads: int, kv_heads: int, plan: attention_kernel.Plan,

@@ -11,10 +11,10 @@ from helpers import assert_close, small_transformer
 from minilm import ops
 from minilm.backend import to_numpy
 from minilm.diverged import Diverged
-from minilm.readback import Readback
 from minilm.kernels import emulator, fused
 from minilm.model import RewardModel
 from minilm.optim import AdamW
+from minilm.readback import Readback
 from minilm.stages.step import train_step
 from minilm.stages.train_state import TrainState
 from test_work import STAGES

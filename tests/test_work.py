@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from helpers import small_transformer
+from minilm.fast import packed_attention
 from minilm.kernels import emulator, fused
 from minilm.model import RewardModel
+from minilm.packing import pack
 from minilm.stages.dpo import reference_log_probs, train_dpo
 from minilm.stages.pretraining import pretrain
 from minilm.stages.reward_model import train_reward_model
@@ -74,16 +76,17 @@ STAGES = {
 # Launches, products, operations, copies, late waits and waits of one step of three layers; with smeared keys in the
 # second row. RLHF waits for the tokens, which the reward needs, and for the log-probs of the reference.
 OF_A_STEP = {
-    "pretraining": [(53, 39, 49, 16, 1, 0), (53, 39, 154, 19, 1, 0)],
+    "pretraining": [(53, 39, 49, 7, 1, 0), (53, 39, 154, 10, 1, 0)],
     "SFT": [(54, 39, 55, 21, 1, 0), (57, 39, 163, 30, 1, 0)],
     "reward model": [(52, 39, 78, 19, 1, 0), (55, 39, 186, 28, 1, 0)],
     "DPO": [(54, 39, 101, 23, 1, 0), (57, 39, 209, 32, 1, 0)],
-    "RLHF": [(170, 130, 314, 47, 1, 2), (173, 130, 767, 59, 1, 2)]}
+    "RLHF": [(170, 130, 314, 41, 1, 2), (173, 130, 767, 53, 1, 2)]}
 
 
 @pytest.mark.parametrize("smeared", [False, True], ids=["", "key_smear"])
 @pytest.mark.parametrize("name", STAGES)
 def test_a_step_asks_the_device_for_this_much(name, smeared, rng, emulated):
+    packed_attention._tables_on_gpu.cache_clear()
     model = small_transformer(rng, head_width=16, layers=3, key_smear=smeared)
     reference = model.copy().to_device("gpu")
     model = RewardModel(model, rng) if name == "reward model" else model
@@ -93,3 +96,19 @@ def test_a_step_asks_the_device_for_this_much(name, smeared, rng, emulated):
     with emulator.counted() as work:
         next(steps)
     assert counts(work) == OF_A_STEP[name][smeared], work
+
+
+def test_batches_of_one_shape_share_the_tables_of_attention(rng, emulated):
+    """And a batch of another shape, or a pack with another prompt, has its own."""
+    model = small_transformer(rng, head_width=16).to_device("gpu")
+    packs = [pack(PROMPTS, RESPONSES), pack(PROMPTS[::-1], RESPONSES[::-1])]
+    calls = [lambda: model.log_probs(np.zeros((3, 5), int)), lambda: model.log_probs(np.ones((3, 5), int)),
+             lambda: model.log_probs(np.zeros((5, 3), int)), *(
+                 lambda batch=batch: model.response_log_probs(batch) for batch in (packs[0], packs[0], packs[1]))]
+    packed_attention._tables_on_gpu.cache_clear()
+    copies = []
+    for call in calls:
+        with emulator.counted() as work:
+            call()
+        copies.append(work.copies)
+    assert copies == [9, 3, 9, 11, 5, 11]

@@ -85,10 +85,17 @@ def _segment_attention():
     return primitive(on_gpu.segment_attention)
 
 
-def _attend_on_gpu(config, parameters, segments, cos, sin, shape):
+@functools.lru_cache(maxsize=16)
+def _tables_on_gpu(xp, segments):
+    """The plan of attention and the Edges of segments given as tuples. Batches of one shape have the same."""
     from minilm.kernels import layers as on_gpu
-    plan = on_gpu.segment_plan(segments, cos)
-    edges = Edges(segments, cos)
+    segments = [Segment(*places) for places in segments]
+    return on_gpu.segment_plan(xp, segments), Edges(xp, segments)
+
+
+def _attend_on_gpu(config, parameters, segments, cos, sin, shape):
+    plan, edges = _tables_on_gpu(array_module(cos), tuple(
+        (s.start, s.stop, s.prefix_start, s.prefix_stop) for s in segments))
 
     def attend(layer, qkv):
         if config.key_smear:
@@ -175,7 +182,8 @@ def _smeared_and_rotated(x, H, amount, rotation, groups, pairing):
     """Queries (H,N,K) and keys (G,N,K) ready for attention with scale 1, and the vjp; amount may be None."""
     k = x[H:]
     if amount is not None:
-        k, smeared_vjp = smear_segments(k, amount, Edges([s for group in groups for s in group.segments], x))
+        edges = Edges(array_module(x), [s for group in groups for s in group.segments])
+        k, smeared_vjp = smear_segments(k, amount, edges)
     scaled = rotation * x.shape[-1] ** -0.5
 
     def vjp(dq, dk, dx):
@@ -241,15 +249,14 @@ def _add_back(flat, rows, group):
 # Key smearing: the key before a response's first key is the last key of its prompt.
 
 class Edges:
-    """Where segments begin, for smearing. Rows of a pack, integers on the device of `like`:
+    """Where segments begin, for smearing. Rows of a pack, integers of the library xp:
 
     first     the first row of each segment
     after     those of them that follow another token: the first rows of responses
     before    the rows that they follow, the last of their prompts; `last_rows` are the same as NumPy's
     """
 
-    def __init__(self, segments: list[Segment], like):
-        xp = array_module(like)
+    def __init__(self, xp, segments: list[Segment]):
         follow = [s for s in segments if s.prefix_stop]
         self.last_rows = np.array([s.prefix_stop - 1 for s in follow], int)
         self.first = xp.array([s.start for s in segments], int)

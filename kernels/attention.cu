@@ -20,11 +20,11 @@
 // Tiles. A block has THREADS = 8 TY threads. Thread (ty, tx) has rows ty, ty + TY, ... and columns tx, tx + 8, ... of
 // every tile: 8 neighbouring lanes share a row, and a warp reads 4 rows at a time, each row at one address. Shared
 // rows have length HEAD + 1, so that 8 lanes that read 8 rows at one column use 8 different banks. attention.py chooses
-// ROWS and COLS such that a block needs at most 64 KiB of shared memory (sm_75).
+// ROWS and COLS for the shared memory of the device: 64 KiB for a block (sm_75), or two blocks of more (sm_90).
 //
 // Bytes. Forward reads Q once, and for each tile of queries the keys and values that the tile sees; it writes O and L.
 // The minimum would read K and V once. Larger tiles come closer to it; so does the L2 cache, which the counts of
-// attention.py leave out. Not done here: float4 loads; tensor cores and asynchronous copies, as in attention_bf16.cu.
+// attention.py leave out. Not done here: tensor cores and asynchronous copies, as in attention_bf16.cu.
 
 #include "segments.cuh"
 
@@ -34,16 +34,18 @@
 #define WIDTH_A_THREAD (HEAD / 8)
 #define PITCH (HEAD + 1)
 
-// Loads `count` tokens of an operand, from `token` on, times `scale` into shared memory; rows up to MOST get zeros.
+// Loads `count` tokens of an operand, from `token` on, times `scale` into shared memory; rows up to MOST get zeros. A
+// thread stays in its column, so that it computes one address and adds to it.
 template <int MOST>
 __device__ __forceinline__ void load(real (*tile)[PITCH], const real* __restrict__ from, const int* __restrict__ places,
                                      int operand, int token, int head, int count, real scale) {
-    const real* first = from + at(places, operand, token, head);
-    const int stride = places[3 * operand + 1];
-    for (int i = threadIdx.x; i < MOST * HEAD; i += THREADS) {
-        const int row = i / HEAD, d = i % HEAD;
-        tile[row][d] = row < count ? scale * first[(size_t)row * stride + d] : real(0);
-    }
+    constexpr int ALONG = HEAD < THREADS ? HEAD : THREADS, TOGETHER = THREADS / ALONG;
+    const int first = threadIdx.x / ALONG, d = threadIdx.x % ALONG;
+    const real* at_row = from + at(places, operand, token + first, head) + d;
+    const size_t step = (size_t)places[3 * operand + 1] * TOGETHER;
+#pragma unroll 4
+    for (int row = first; row < MOST; row += TOGETHER, at_row += step)
+        for (int e = 0; e < HEAD; e += ALONG) tile[row][d + e] = row < count ? scale * at_row[e] : real(0);
 }
 
 // product[i][j] = <row i of this thread in a, row j of this thread in b>: S = Q K^T and dP = dO V^T.

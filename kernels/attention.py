@@ -16,14 +16,19 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from minilm.kernels.launch import Array, Variants, counts, function, launch, options, real
+from minilm.kernels.launch import Array, Variants, counts, function, launch, options, real, shared_memory
 
 WIDTHS = (16, 32, 64, 128)
-# {dtype: {head width: (queries, keys) of a tile}}: as large as 64 KiB of shared memory and the registers allow.
-FORWARD = {"float32": {16: (64, 32), 32: (64, 32), 64: (64, 32), 128: (32, 32)},
-           "float64": {16: (32, 32), 32: (32, 32), 64: (32, 32), 128: (16, 16)}}
-BACKWARD = {"float32": {16: (32, 32), 32: (32, 32), 64: (32, 32), 128: (16, 32)},
-            "float64": {16: (32, 32), 32: (32, 32), 64: (16, 32), 128: (8, 16)}}
+# {bytes of a number: {head width: (queries, keys) of a tile}}: as large as 64 KiB of shared memory and the registers
+# allow,
+FORWARD = {4: {16: (64, 32), 32: (64, 32), 64: (64, 32), 128: (32, 32)},
+           8: {16: (32, 32), 32: (32, 32), 64: (32, 32), 128: (16, 16)}}
+BACKWARD = {4: {16: (32, 32), 32: (32, 32), 64: (32, 32), 128: (16, 32)},
+            8: {16: (32, 32), 32: (32, 32), 64: (16, 32), 128: (8, 16)}}
+# and larger ones, with more arithmetic for a number from shared memory, where two blocks of them fit a multiprocessor.
+ROOMY = 200 * 1024
+ROOMY_FORWARD = {4: {**FORWARD[4], 64: (64, 64), 128: (64, 32)}, 8: FORWARD[8]}
+ROOMY_BACKWARD = {4: {**BACKWARD[4], 64: (64, 64), 128: (32, 32)}, 8: BACKWARD[8]}
 KERNELS = ("attention_forward", "attention_delta", "attention_dq", "attention_dk_dv")
 OPERANDS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")         # in the order of the enum in segments.cuh
 
@@ -47,6 +52,7 @@ class Plan:
 
     def __init__(self, xp, segments: ArrayLike):
         self.xp = xp
+        self.roomy = shared_memory(xp) >= ROOMY
         self.segments = np.asarray(segments, np.int64).reshape(-1, 7)
         self.rows = self.segments.tolist()
         self.queries = _ranges("queries", self.segments[:, :2])         # the last token + 1
@@ -128,13 +134,13 @@ def forward(q: Operand, k: Operand, v: Operand, o: Operand, lse: Array, plan: Pl
     token t is number h lse_head + t. Raises TypeError for an unsupported dtype, ValueError for an unsupported shape.
     """
     dtype = _check(plan, heads, kv_heads, width, {"q": q, "k": k, "v": v, "o": o}, lse, lse_head)
-    xp = plan.xp
-    rows, _ = FORWARD[dtype.name][width]
+    rows, _ = tile("attention_forward", dtype, width, plan.roomy)
     tiles = plan.query_tiles(rows)
-    launch(_kernel(xp, "attention_forward", dtype, width), (len(tiles), heads), (threads(rows),),
+    launch(_kernel(plan, "attention_forward", dtype, width), (len(tiles), heads), (threads(rows),),
            q.array, k.array, v.array, o.array, lse, plan.device("segments", plan.segments, 7),
            plan.device(("tiles", rows), tiles, 2), places_of(plan, {"q": q, "k": k, "v": v, "o": o}),
-           lse_head, heads // kv_heads, float(scale), shared=shared_bytes("attention_forward", dtype, width))
+           lse_head, heads // kv_heads, float(scale),
+           shared=shared_bytes("attention_forward", dtype, width, plan.roomy))
 
 
 def backward(q: Operand, k: Operand, v: Operand, o: Operand, do: Operand, lse: Array, dq: Operand, dk: Operand,
@@ -144,7 +150,7 @@ def backward(q: Operand, k: Operand, v: Operand, o: Operand, do: Operand, lse: A
     dtype = _check(plan, heads, kv_heads, width, operands, lse, lse_head)
     xp = plan.xp
     group = heads // kv_heads
-    rows, cols = BACKWARD[dtype.name][width]
+    rows, cols = tile("attention_dq", dtype, width, plan.roomy)
     places = places_of(plan, operands)
     segments = plan.device("segments", plan.segments, 7)
     tiles = plan.query_tiles(rows)
@@ -152,15 +158,15 @@ def backward(q: Operand, k: Operand, v: Operand, o: Operand, do: Operand, lse: A
     on_device = plan.device(("tiles", rows), tiles, 2)
     block = (threads(rows),)
     delta = xp.empty(lse.shape, dtype)
-    launch(_kernel(xp, "attention_delta", dtype, width), (len(tiles), heads), block, o.array, do.array, delta,
+    launch(_kernel(plan, "attention_delta", dtype, width), (len(tiles), heads), block, o.array, do.array, delta,
            segments, on_device, places, lse_head)
-    launch(_kernel(xp, "attention_dq", dtype, width), (len(tiles), heads), block, q.array, k.array, v.array, do.array,
+    launch(_kernel(plan, "attention_dq", dtype, width), (len(tiles), heads), block, q.array, k.array, v.array, do.array,
            lse, delta, dq.array, segments, on_device, places, lse_head, group, float(scale),
-           shared=shared_bytes("attention_dq", dtype, width))
-    launch(_kernel(xp, "attention_dk_dv", dtype, width), (len(key_tiles), kv_heads), block, q.array, k.array, v.array,
+           shared=shared_bytes("attention_dq", dtype, width, plan.roomy))
+    launch(_kernel(plan, "attention_dk_dv", dtype, width), (len(key_tiles), kv_heads), block, q.array, k.array, v.array,
            do.array, lse, delta, dk.array, dv.array, segments, plan.device(("keys", cols), key_tiles, 5),
            plan.device("users", users, 2), places, lse_head, group, float(scale),
-           shared=shared_bytes("attention_dk_dv", dtype, width))
+           shared=shared_bytes("attention_dk_dv", dtype, width, plan.roomy))
 
 
 # A batch (B,H,T,K), as in layers.attention.
@@ -213,9 +219,10 @@ def batch_backward(q: Array, k: Array, v: Array, o: Array, do: Array, lse: Array
 
 # Tiles, and the bytes that they move.
 
-def tile(name: str, dtype: DTypeLike, width: int) -> tuple[int, int]:
-    """(queries, keys) of a tile of that kernel."""
-    return (FORWARD if name == "attention_forward" else BACKWARD)[np.dtype(dtype).name][width]
+def tile(name: str, dtype: DTypeLike, width: int, roomy: bool) -> tuple[int, int]:
+    """(queries, keys) of a tile of that kernel. roomy: for a device with ROOMY bytes of shared memory for a block."""
+    forward, backward = (ROOMY_FORWARD, ROOMY_BACKWARD) if roomy else (FORWARD, BACKWARD)
+    return (forward if name == "attention_forward" else backward)[np.dtype(dtype).itemsize][width]
 
 
 def threads(rows: int) -> int:
@@ -223,9 +230,9 @@ def threads(rows: int) -> int:
     return 8 * min(16, rows)
 
 
-def shared_bytes(name: str, dtype: DTypeLike, width: int) -> int:
+def shared_bytes(name: str, dtype: DTypeLike, width: int, roomy: bool) -> int:
     """Bytes of dynamic shared memory of a block."""
-    rows, cols = tile(name, dtype, width)
+    rows, cols = tile(name, dtype, width, roomy)
     pitch = width + 1
     numbers = {"attention_forward": (rows + 2 * cols) * pitch + rows * (cols + 8),
                "attention_delta": 0,
@@ -234,23 +241,25 @@ def shared_bytes(name: str, dtype: DTypeLike, width: int) -> int:
     return numbers[name] * np.dtype(dtype).itemsize
 
 
-def constants(name: str, dtype: DTypeLike, width: int) -> dict[str, int]:
+def constants(name: str, dtype: DTypeLike, width: int, roomy: bool) -> dict[str, int]:
     """The constants of attention.cu for that kernel, for -D."""
-    rows, cols = tile(name, dtype, width)
+    rows, cols = tile(name, dtype, width, roomy)
     return {"HEAD": width, "ROWS": rows, "COLS": cols, "THREADS": threads(rows)}
 
 
-def variants() -> Variants:
-    """(kernel, compiler options, threads of a block, bytes of dynamic shared memory) of every launch configuration."""
+def variants(most_shared: int = ROOMY) -> Variants:
+    """(kernel, compiler options, threads of a block, bytes of dynamic shared memory) of every launch configuration, on
+    a device with so many bytes of shared memory for a block."""
+    roomy = most_shared >= ROOMY
     for dtype, width, name in itertools.product(("float32", "float64"), WIDTHS, KERNELS):
-        yield (name, options(dtype, constants(name, dtype, width)), threads(tile(name, dtype, width)[0]),
-               shared_bytes(name, dtype, width))
+        yield (name, options(dtype, constants(name, dtype, width, roomy)), threads(tile(name, dtype, width, roomy)[0]),
+               shared_bytes(name, dtype, width, roomy))
 
 
 def forward_bytes(plan: Plan, heads: int, kv_heads: int, width: int, dtype: DTypeLike) -> dict[str, tuple[int, int]]:
     """{operand: (bytes read, bytes written)} of forward, without the tables of integers."""
     item = np.dtype(dtype).itemsize
-    rows, _ = tile("attention_forward", dtype, width)
+    rows, _ = tile("attention_forward", dtype, width, plan.roomy)
     queries = heads * int(plan.segments[:, 1].sum())
     keys = heads * sum(plan.work(tile, rows) for tile in plan.query_tiles(rows))
     return {"q": (queries * width * item, 0), "k": (keys * width * item, 0), "v": (keys * width * item, 0),
@@ -261,7 +270,7 @@ def backward_bytes(plan: Plan, heads: int, kv_heads: int, width: int,
                    dtype: DTypeLike) -> dict[str, dict[str, tuple[int, int]]]:
     """{kernel: {operand: (bytes read, bytes written)}} of backward, without the tables of integers."""
     item = np.dtype(dtype).itemsize
-    rows, cols = tile("attention_dq", dtype, width)
+    rows, cols = tile("attention_dq", dtype, width, plan.roomy)
     queries = heads * int(plan.segments[:, 1].sum())
     keys = heads * sum(plan.work(tile, rows) for tile in plan.query_tiles(rows))
     key_tiles, users = plan.key_tiles(cols)
@@ -287,8 +296,8 @@ def example(xp, rng: np.random.Generator, B: int = 2, H: int = 4, G: int = 2, T:
     return o, *batch_backward(q, k, v, o, do, lse, plan, K ** -0.5)
 
 
-def _kernel(xp, name, dtype, width):
-    return function(xp, "attention", name, dtype, **constants(name, dtype, width))
+def _kernel(plan, name, dtype, width):
+    return function(plan.xp, "attention", name, dtype, **constants(name, dtype, width, plan.roomy))
 
 
 def places_of(plan: Plan, operands: dict[str, Operand]) -> Array:

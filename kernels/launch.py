@@ -92,6 +92,12 @@ def _function(raw_module, module, text, name, dtype, constants):
     return Kernel(compiled.get_function(name), name, dtype)
 
 
+@functools.lru_cache(maxsize=None)
+def shared_memory(xp) -> int:
+    """Bytes of shared memory that a block can ask for on the device of xp, cupy."""
+    return xp.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+
+
 def launch(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], *arguments, shared: int = 0) -> None:
     """Run a kernel on a grid of blocks. An empty grid does nothing. shared: bytes of dynamic shared memory of a block.
 

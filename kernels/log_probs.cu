@@ -19,6 +19,8 @@
 // Possible and not done: loads of 16 bytes (rows are aligned only if 4 divides V), and several blocks for a row where N
 // is smaller than the number of multiprocessors.
 
+constexpr int IN_FLIGHT = 4;    // logits that a thread has asked for before it uses the first one: memory is far away
+
 struct Sums {
     real highest;       // m, the largest logit so far
     real sum;           // d, the sum of exp(x - m)
@@ -60,11 +62,16 @@ log_probs_forward(const real* __restrict__ logits, const long long* __restrict__
     __syncthreads();
 
     Sums sums = {NEGATIVE_INFINITY, 0, 0};
-    #pragma unroll 4
-    for (int j = threadIdx.x; j < V; j += blockDim.x) {
-        const real x = row[j];
-        if (j == target) picked = x;
-        sums = with(x, sums);
+    for (int first = threadIdx.x; first < V; first += IN_FLIGHT * blockDim.x) {
+        real x[IN_FLIGHT];
+        #pragma unroll
+        for (int e = 0; e < IN_FLIGHT; ++e) {
+            const int j = first + e * blockDim.x;
+            x[e] = j < V ? row[j] : NEGATIVE_INFINITY;                      // which adds nothing
+            if (j < V && j == target) picked = x[e];
+        }
+        #pragma unroll
+        for (int e = 0; e < IN_FLIGHT; ++e) sums = with(x[e], sums);
     }
 
     const real highest = block_max(sums.highest, scratch);
@@ -98,9 +105,17 @@ log_probs_backward(const real* logits, const long long* __restrict__ targets, co
     }
     __syncthreads();
 
-    #pragma unroll 4
-    for (int j = threadIdx.x; j < V; j += blockDim.x) {
-        const real p = exp((row[j] - high) - low);
-        drow[j] = slope * (real(j == target) - p);
+    for (int first = threadIdx.x; first < V; first += IN_FLIGHT * blockDim.x) {
+        real x[IN_FLIGHT];
+        #pragma unroll
+        for (int e = 0; e < IN_FLIGHT; ++e) {
+            const int j = first + e * blockDim.x;
+            x[e] = j < V ? row[j] : real(0);
+        }
+        #pragma unroll
+        for (int e = 0; e < IN_FLIGHT; ++e) {
+            const int j = first + e * blockDim.x;
+            if (j < V) drow[j] = slope * (real(j == target) - exp((x[e] - high) - low));
+        }
     }
 }

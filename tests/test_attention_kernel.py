@@ -106,6 +106,23 @@ def test_responses_see_their_prompt_and_it_gets_the_gradients_of_all_of_them(K, 
     agree(run(xp, RESPONSES, *arrays, 0.2), by_segment(RESPONSES, *arrays, 0.2))
 
 
+@pytest.mark.parametrize("shared", [64 * 1024, attention.ROOMY])
+@pytest.mark.parametrize("K", [64, 128])
+@pytest.mark.parametrize("segments, tokens", [(RESPONSES, 101), (rectangle(1, 133, 133, True), 133)],
+                         ids=["packed", "causal"])
+def test_tiles_for_little_and_for_much_shared_memory_give_the_plain_formula(segments, tokens, K, shared, emulated, rng,
+                                                                           monkeypatch):
+    monkeypatch.setattr(attention, "shared_memory", lambda xp: shared)
+    arrays = inputs(rng, tokens, tokens, 2, 1, K, np.float32)
+    with emulator.checked() as launches:
+        found = run(emulated, segments, *arrays, K ** -0.5)
+    agree(found, by_segment(segments, *(a.astype(np.float64) for a in arrays), K ** -0.5), 2e-6)
+    roomy = shared == attention.ROOMY
+    assert [one.shared for one in launches] == [attention.shared_bytes(name, np.float32, K, roomy)
+                                                for name in attention.KERNELS]
+    assert all(one.shared <= shared for one in launches) and (max(one.shared for one in launches) > 64 * 1024) == roomy
+
+
 def test_padding_on_either_side_and_rows_without_keys_have_no_effect(xp, rng):
     """Tokens of no segment are neither read nor written: NaN there has no effect, and zeros remain."""
     segments = [(0, 9, 3, 6, -3, 0, 0), (9, 9, 9, 5, 0, 0, 0), (18, 9, 18, 0, 0, 0, 0), (27, 1, 27, 1, 0, 0, 0)]
@@ -326,9 +343,9 @@ MUTANTS = [
     ("rows past the last query are written", "if (row >= queries) continue;\n        real* out = o +",
      "real* out = o +", "checker"),
     ("a tile is not filled up with zeros",
-     "tile[row][d] = row < count ? scale * first[(size_t)row * stride + d] : real(0);",
-     "if (row < count) tile[row][d] = scale * first[(size_t)row * stride + d];", "checker"),
-    ("a token past the last is read", "tile[row][d] = row < count ? scale", "tile[row][d] = row <= count ? scale",
+     "tile[row][d + e] = row < count ? scale * at_row[e] : real(0);",
+     "if (row < count) tile[row][d + e] = scale * at_row[e];", "checker"),
+    ("a token past the last is read", "[d + e] = row < count ? scale", "[d + e] = row <= count ? scale",
      "checker"),
     ("dQ without the scale", "out[tx + 8 * d] = scale * acc[i][d];", "out[tx + 8 * d] = acc[i][d];", "numbers"),
     ("dK with the scale twice", "to_dk[tx + 8 * d] = of_dk[c][d];", "to_dk[tx + 8 * d] = scale * of_dk[c][d];",
@@ -348,7 +365,9 @@ MUTANTS = [
      "const bool own = true;", "numbers"),
     ("the first tile of keys alone", "j0 < keys; j0 += COLS", "j0 < keys; j0 = keys", "numbers"),
     ("the first tile of queries alone", "i0 < s.queries; i0 += ROWS", "i0 < s.queries; i0 = s.queries", "numbers"),
-    ("a thread loads one number alone", "i < MOST * HEAD; i += THREADS", "i < MOST * HEAD; i = MOST * HEAD", "checker"),
+    ("a thread loads one number alone", "row < MOST; row += TOGETHER", "row < MOST; row = MOST", "checker"),
+    ("every row is the first of its thread", ", at_row += step)", ")", "numbers"),
+    ("rows are read from the next thread's place", "token + first, head) + d", "token, head) + d", "numbers"),
     ("D of the first numbers of a head", "d < HEAD; d += 8", "d < HEAD; d = HEAD", "numbers"),
     ("D reaches one row too far", "if (row < queries && tx == 0) delta", "if (tx == 0) delta", "checker"),
 ]

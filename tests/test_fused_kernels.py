@@ -257,6 +257,28 @@ def test_squared_norm_equals_the_dot_product(P, dtype, aligned, blocks, rng, xp)
 
 
 @DTYPES
+@pytest.mark.parametrize("max_norm", [0.5, 1e3])
+def test_clip_scales_what_is_longer_alone(dtype, max_norm, rng, xp):
+    g = rng.normal(size=1037).astype(dtype)
+    there = xp.asarray(g)
+    fused.clip(there, xp.sqrt(fused.squared_norm(there)), max_norm)
+    assert_close(there.get(), g * min(1, max_norm / np.linalg.norm(g)), 1e-12 if dtype is np.float64 else 1e-6)
+    fused.clip(there, xp.asarray(np.array(np.nan, dtype)), max_norm)
+    assert np.isfinite(there.get()).all()
+
+
+def test_adamw_leaves_everything_when_only_if_is_not_finite(rng, xp):
+    p, g, m, v = (xp.asarray(rng.random(1037)) for _ in range(4))
+    before = [a.get() for a in (p, m, v)]
+    for number in (np.nan, np.inf, -np.inf):
+        squares = fused.adamw_step(p, g, m, v, 10, 0.1, (0.9, 0.95), 1e-8, 0.1, 1, xp.asarray(np.array(number)))
+        assert all((a.get() == b).all() for a, b in zip((p, m, v), before))
+        assert float(squares) == pytest.approx(before[0] @ before[0], rel=1e-12)
+    fused.adamw_step(p, g, m, v, 10, 0.1, (0.9, 0.95), 1e-8, 0.1, 1, xp.asarray(np.array(0.0)))
+    assert not any((a.get() == b).all() for a, b in zip((p, m, v), before))
+
+
+@DTYPES
 def test_the_norm_of_an_array_with_more_blocks_than_a_block_has_threads(dtype, rng, xp):
     """Above 262,144 numbers the sums of the blocks are more than the threads that add them up."""
     P = fused.PER_BLOCK * (2 * fused.BLOCK + 5) + 3

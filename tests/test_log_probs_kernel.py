@@ -341,31 +341,38 @@ MUTANTS = [
      "picked - (highest + log_sum)", "numbers"),
     ("the log-sum-exp is rounded to the precision of the logits", "double(highest) + double(log_sum)",
      "highest + log_sum", "numbers"),
-    ("backward leaves out the rounding error of the log-sum-exp", "exp((row[j] - high) - low)", "exp(row[j] - high)",
+    ("backward leaves out the rounding error of the log-sum-exp", "exp((x[e] - high) - low)", "exp(x[e] - high)",
      "numbers"),
-    ("the gradient has the wrong sign", "real(j == target) - p", "p - real(j == target)", "numbers"),
+    ("the gradient has the wrong sign", "drow[j] = slope", "drow[j] = -slope", "numbers"),
     ("a target outside the vocabulary gets a gradient", "0 <= target && target < V ? dy[n]", "true ? dy[n]",
      "numbers"),
-    ("the loop runs one logit too far", "j < V; j += blockDim.x) {\n        const real x",
-     "j <= V; j += blockDim.x) {\n        const real x", "checker"),
-    ("a thread takes one logit alone", "j < V; j += blockDim.x) {\n        const real x",
-     "j < V; j = V) {\n        const real x", "numbers"),
-    ("a thread writes one gradient alone", "j < V; j += blockDim.x) {\n        const real p",
-     "j < V; j = V) {\n        const real p", "numbers"),
+    ("forward reads one logit too far", "j < V ? row[j] : NEGATIVE", "j <= V ? row[j] : NEGATIVE", "checker"),
+    ("backward writes one gradient too far", "if (j < V) drow[j]", "if (j <= V) drow[j]", "checker"),
+    ("a logit beyond the row counts as 0", "row[j] : NEGATIVE_INFINITY; ", "row[j] : real(0); ", "numbers"),
+    ("a target behind the last token is found", "if (j < V && j == target)", "if (j == target)", "numbers"),
+    ("a thread takes four logits alone", "first += IN_FLIGHT * blockDim.x) {\n        real x[IN_FLIGHT];\n"
+     "        #pragma unroll\n        for (int e = 0; e < IN_FLIGHT; ++e) {\n"
+     "            const int j = first + e * blockDim.x;\n            x[e] = j < V ? row[j] : NEGATIVE",
+     "first = V) {\n        real x[IN_FLIGHT];\n"
+     "        #pragma unroll\n        for (int e = 0; e < IN_FLIGHT; ++e) {\n"
+     "            const int j = first + e * blockDim.x;\n            x[e] = j < V ? row[j] : NEGATIVE", "numbers"),
+    ("a thread steps over the logits of another round", "e * blockDim.x;\n            x[e] = j < V ? row[j] : NEGATIVE",
+     "2 * e * blockDim.x;\n            x[e] = j < V ? row[j] : NEGATIVE", "numbers"),
+    ("the gradient of a logit is that of its neighbour", "x[e] - high", "x[e ^ 1] - high", "numbers"),
     ("every block works on the first row",
      "const size_t n = blockIdx.x;\n    const real* row = logits + n * V;\n    if",
      "const size_t n = 0;\n    const real* row = logits + n * V;\n    if", "checker"),
     ("threads do not wait for the one that reads the target", "    __syncthreads();\n\n    Sums", "\n    Sums",
      "checker"),
-    ("backward does not wait for the thread that reads lse and dy", "    __syncthreads();\n\n    #pragma",
-     "\n    #pragma", "checker"),
+    ("backward does not wait for the thread that reads lse and dy", "    __syncthreads();\n\n    for",
+     "\n    for", "checker"),
     ("a target outside the vocabulary is used as an address",
      "picked = NEGATIVE_INFINITY - NEGATIVE_INFINITY; ", "picked = row[target]; ", "checker"),
-    ("every thread reads the target from memory", "if (j == target) picked", "if (j == targets[n]) picked", "bytes"),
-    ("the row is read a second time for the maximum", "const real x = row[j];",
-     "const real x = fmax(row[j], row[j]);", "bytes"),
+    ("every thread reads the target from memory", "j == target) picked", "j == targets[n]) picked", "bytes"),
+    ("the row is read a second time for the maximum", "j < V ? row[j] : NEGATIVE",
+     "j < V ? fmax(row[j], row[j]) : NEGATIVE", "bytes"),
 ]
-NAMES = ("Sums", "relative_to", "with", "log_probs_forward", "log_probs_backward")
+NAMES = ("IN_FLIGHT", "Sums", "relative_to", "with", "log_probs_forward", "log_probs_backward")
 
 
 @pytest.fixture(scope="module")

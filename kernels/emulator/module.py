@@ -19,14 +19,13 @@ import numpy as np
 
 from minilm.kernels.emulator import build
 from minilm.kernels.emulator.fault import Fault
-from minilm.kernels.emulator.running import ORDERS, Launch, note, setting_of_now
+from minilm.kernels.emulator.running import ORDERS, SHARED_MOST, Launch, note, setting_of_now
 from minilm.kernels.emulator.work import ask
 
 STACK_BYTES = 256 << 10                 # of a thread; these three as in runtime.h
 MOST_THREADS = 1024                     # of a block
 WARP = 32
 SHARED_UNASKED = 48 << 10               # bytes of shared memory of a block, by default
-SHARED_MOST = 227 << 10                 # and after max_dynamic_shared_size_bytes is set
 MOST_BLOCKS = 2 ** 31 - 1, 65535, 65535
 MOST_THREADS_ALONG = 1024, 1024, 64
 GAP = 64 << 10                          # bytes between two arguments in a checked launch

@@ -23,6 +23,7 @@ class Launch(NamedTuple):
     shared_traffic: tuple
 
 
+SHARED_MOST = 227 << 10     # bytes of shared memory that a block can ask for, as on sm_90
 STEPS = 50_000_000          # of a thread in a block; some seconds under the checkers
 SECONDS = 60.0              # of processor time of a block
 

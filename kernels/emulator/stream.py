@@ -1,4 +1,4 @@
-"""The part of cupy.cuda that minilm uses: copies to the host that it does not wait for, and events.
+"""The part of cupy.cuda that minilm uses: the device, copies to the host that it does not wait for, and events.
 
 Everything else of the mock is done at once. A copy is not: until an event that was recorded behind it is waited for, or
 the whole device, its memory on the host holds marks (running.poison). A program that looks too early then sees NaN.
@@ -10,7 +10,7 @@ import types
 import numpy as np
 
 from minilm.kernels.emulator import work
-from minilm.kernels.emulator.running import poison
+from minilm.kernels.emulator.running import SHARED_MOST, poison
 
 _copies: list = []          # (NumPy array to write to, its values), in the order of the queue
 
@@ -49,10 +49,16 @@ class Event:
         finish_copies(behind[-1] + 1 if behind else 0)
 
 
+class Device:
+    """A mock of cupy.cuda.Device."""
+
+    attributes = {"MaxSharedMemoryPerBlockOptin": SHARED_MOST}
+
+
 def alloc_pinned_memory(size: int) -> memoryview:
     """A mock of cupy.cuda.alloc_pinned_memory: page-locked memory of so many bytes, and perhaps more."""
     return memoryview(bytearray(-(-max(size, 1) // 512) * 512))
 
 
 cuda = types.ModuleType("cupy.cuda", __doc__)
-vars(cuda).update(Event=Event, alloc_pinned_memory=alloc_pinned_memory)
+vars(cuda).update(Device=Device, Event=Event, alloc_pinned_memory=alloc_pinned_memory)

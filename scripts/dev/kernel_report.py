@@ -14,7 +14,9 @@ Exit status 1 if a kernel spills registers or cannot be launched, 2 if there is 
 
 import argparse
 import dataclasses
+import functools
 import importlib
+import inspect
 import itertools
 import json
 import re
@@ -143,7 +145,9 @@ COMPILERS = {"nvrtc": Nvrtc, "nvcc": Nvcc}
 
 
 def modules():
-    """(name, text, variants) of every module of kernels/; variants is its function of that name, or None."""
+    """(name, text, variants) of every module of kernels/; variants is its function of that name, or None.
+
+    One that takes the bytes of shared memory of a block has other variants where these are more."""
     for path in sorted(launch.FOLDER.glob("*.cu")):
         module = importlib.import_module(f"minilm.kernels.{path.stem}")
         yield path.stem, launch.source(path.stem), getattr(module, "variants", None)
@@ -166,13 +170,22 @@ def chosen(wanted=None):
         if variants is None:
             print(f"{module}: its Python file has no variants() (see kernels/launch.py); left out")
         else:
-            yield module, code, list(variants())
+            yield module, code, functools.partial(variants_on, variants)
+
+
+def variants_on(variants, architecture):
+    """The variants of a module that are launched on an architecture."""
+    takes = "most_shared" in inspect.signature(variants).parameters
+    return list(variants(ARCHITECTURES[architecture].block_shared_kib * 1024) if takes else variants())
 
 
 def report(compiler, architectures, wanted=None, progress=lambda done, total, module: None):
     """Lines of the report, one by one. progress(done, total, module) is called before each compilation."""
-    jobs = [(module, code, variant, architecture) for module, code, variants in chosen(wanted)
-            for variant in variants for architecture in architectures if architecture >= least_architecture(code)]
+    jobs = []
+    for module, code, variants in chosen(wanted):
+        able = [a for a in architectures if a >= least_architecture(code)]
+        for of_each in zip(*map(variants, able)):
+            jobs += [(module, code, variant, a) for variant, a in zip(of_each, able)]
     total = len({(module, tuple(options), architecture) for module, _, (_, options, *_), architecture in jobs})
     compiled = {}
     for module, code, (kernel, options, threads, dynamic_bytes), architecture in jobs:

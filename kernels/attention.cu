@@ -45,7 +45,8 @@ __device__ __forceinline__ void load(real (*tile)[PITCH], const real* __restrict
     const size_t step = (size_t)places[3 * operand + 1] * TOGETHER;
 #pragma unroll 4
     for (int row = first; row < MOST; row += TOGETHER, at_row += step)
-        for (int e = 0; e < HEAD; e += ALONG) tile[row][d + e] = row < count ? scale * at_row[e] : real(0);
+        for (int e = 0; e < HEAD; e += ALONG)
+            tile[row][d + e] = row < count ? scale * at_row[e] : real(0);
 }
 
 // product[i][j] = <row i of this thread in a, row j of this thread in b>: S = Q K^T and dP = dO V^T.

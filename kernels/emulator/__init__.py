@@ -18,16 +18,16 @@ From the command line (--help lists the modules and their sizes):
 A fault is printed alone. For example, delete the __syncthreads() of attention.cu with the comment "all threads are done
 with the last tile"; the first command then prints (g++ 12; another compiler may find another pair of threads first):
 
-    attention.cu:45 (called at attention.cu:118): data race
+    attention.cu:49 (called at attention.cu:121): data race
 
-      -> attention.cu:45    tile[row][d] = row < count ? scale * first[(size_t)row * stride + d] : real(0);
-         attention.cu:118   load<COLS>(sK, k, places, K, first + j0, head / group, count, 1);
-      -> attention.cu:60    for (int j = 0; j < COLS_A_THREAD; ++j) of_b[j] = b[tx + 8 * j][d];
-         attention.cu:123   rows_by_rows(S, sQ, sK, ty, tx);
+      -> attention.cu:49    tile[row][d + e] = row < count ? scale * at_row[e] : real(0);
+         attention.cu:121   load<COLS>(sK, k, places, K, first + j0, head / group, count, 1);
+      -> attention.cu:63    for (int j = 0; j < COLS_A_THREAD; ++j) of_b[j] = b[tx + 8 * j][d];
+         attention.cu:126   rows_by_rows(S, sQ, sK, ty, tx);
 
     kernel attention_forward, block (0, 0, 0), thread (7, 0, 0)
-    writes dynamic shared memory at byte 8476, which thread (120, 0, 0) read at attention.cu:60 (called
-    at attention.cu:123) with no barrier between
+    writes dynamic shared memory at byte 8476, which thread (120, 0, 0) read at attention.cu:63 (called
+    at attention.cu:126) with no barrier between
 
 Supported CUDA: the language as NVRTC compiles it without headers; __global__, __device__, __shared__ (one variable in a
 declaration), __launch_bounds__, templates; __syncthreads and its votes, __syncwarp, ballots, votes and shuffles with a
@@ -42,7 +42,7 @@ a GPU do, everywhere: with contracted().
 
 Reading order: device.h (the interface of a kernel), scheduler.cpp (threads and barriers), races.h and memory.cpp (the
 checkers), tensor_cores.cpp and copies.cpp (tensor.cuh), endless.cpp, build.py, module.py, running.py, fault.py,
-programs.py.
+programs.py, puzzles.py.
 """
 
 from minilm.kernels.emulator.build import CompileError, available

@@ -3,6 +3,7 @@
     python -m minilm.kernels.emulator attention --T 33
     python -m minilm.kernels.emulator attention --T 33 --debug
     python -m minilm.kernels.emulator mysum.cu --kernel vecsum --x 300 --out 3
+    python -m minilm.kernels.emulator puzzle sums mine.cu
 
 MODULE: a module of minilm.kernels. Its function example(xp, rng, **sizes) runs
 its kernels on random numbers.
@@ -13,6 +14,9 @@ Arrays that the kernel declares const are filled with random numbers (integers
 from 0 to 9); other arrays are memory that nothing has written yet. To choose
 the content: --x zeros:300, or random, ones, arange, empty. The grid has one
 thread for each element of the largest array, unless --grid is given.
+
+puzzle sums|softmax|attention FILE.cu: writes the task to the file, if there is
+none; otherwise checks the solution in it.
 
 Printed: launches, bytes moved, results, and whether the results are the same in
 other orders of threads and blocks. A fault is printed alone, with its source
@@ -28,7 +32,7 @@ import sys
 from pathlib import Path
 
 from minilm.kernels import emulator
-from minilm.kernels.emulator import programs
+from minilm.kernels.emulator import programs, puzzles
 from minilm.kernels.emulator.fault import explained
 from minilm.kernels.emulator.running import STEPS
 
@@ -63,6 +67,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _main(arguments):
+    if arguments[:1] == ["puzzle"]:
+        _puzzle(arguments[1:])
+        return
+    if arguments[:1] == ["run"] and len(arguments) > 1:         # run FILE.cu: the word may be there
+        arguments = arguments[1:]
     parser = _parser()
     given, rest = parser.parse_known_args(arguments)
     sizes = _sizes(parser, rest)
@@ -145,6 +154,23 @@ def _program(given, sizes):
         raise LookupError(f"no module {given.module}; there are {', '.join(programs.modules())}, or give a .cu file"
                           + programs.nearest(given.module, programs.modules()))
     return programs.Module(given.module, sizes, given.seed)
+
+
+def _puzzle(words):
+    if reason := emulator.available():
+        raise programs.Unavailable(reason)
+    if len(words) != 2 or words[0] not in puzzles.PUZZLES or not words[1].endswith(".cu"):
+        raise ValueError(f"puzzle {' '.join(words)}: expected puzzle {'|'.join(puzzles.PUZZLES)} FILE.cu")
+    name, path = words[0], Path(words[1])
+    if not path.exists():
+        with path.open("x", encoding="utf-8") as file:
+            file.write(puzzles.task(name))
+        print(f"{path}: the task is in it. Write the kernel, and run the same command again")
+        return
+    try:
+        print(puzzles.check(name, path))
+    except puzzles.Unsolved as error:
+        raise SystemExit(f"not solved. {error}") from None
 
 
 def _gdb(given, rest, program):

@@ -55,7 +55,8 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
         "data": ("test_evaluate",), "config": ("test_model", "test_pretrained"),
         "model": ("test_plain", "test_generate", "test_packing", "test_pretrained"), "tokenizer": ("test_fuzz",),
         "packing": ("test_model",), "generate": ("test_stages",), "evaluate": ("test_stages",),
-        "gradients": ("test_exact_gradients",),
+        "gradients": ("test_exact_gradients",), "step": ("test_stages", "test_late", "test_ranks"),
+        "readback": ("test_late",),
         "tiled_attention": ("test_layers", "test_packing"), "chunked_log_probs": ("test_layers",),
         "modes": ("test_tensor",), "in_place": ("test_tensor", "test_optim"),
         "packed_attention": ("test_packing", "test_model"), "rotary": ("test_layers", "test_plain"),
@@ -64,12 +65,12 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
         "activation_checkpointing": ("test_tensor", "test_model"),
         "forked": ("test_ranks",), "ranks": ("test_mpi",), "heartbeat": ("test_mpi",),
         "workers": ("test_platforms",), "optim": ("test_ranks",), "agreement": ("test_ranks",),
-        "train_state": ("test_ranks", "test_platforms", "test_agreement", "test_inputs"),
+        "train_state": ("test_late", "test_ranks", "test_platforms", "test_agreement", "test_inputs"),
         "dpo": ("test_inputs",), "rlhf": ("test_ranks", "test_inputs"), "command_line": ("test_commands",),
         "launch": ("test_launch_limits",), "gguf_file": ("test_pretrained",),
         **dict.fromkeys(("tensor_cores", "copies", "memory", "product", "bf16"),
                         ("test_tensor_core_checkers", "test_tensor_cores")),
-        "stream": ("test_chat",), "encoding": ("test_training_data",)}
+        "stream": ("test_late", "test_chat"), "encoding": ("test_training_data",)}
 # Tests of many modules. They run first where the likely ones pass.
 WIDE = ("test_arguments", "test_tensor", "test_layers", "test_inputs", "test_lecture", "test_stages", "test_fuzz")
 # The slowest tests run last: of ranks under mpiexec, of kernels, of the assistant, of benchmarks.

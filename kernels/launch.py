@@ -94,8 +94,8 @@ def _function(raw_module, module, text, name, dtype, constants):
 
 @functools.lru_cache(maxsize=None)
 def shared_memory(xp) -> int:
-    """Bytes of shared memory that a block can ask for on the device of xp, cupy."""
-    return xp.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+    """Bytes of shared memory that a block can ask for on the device of xp, cupy; 0 for NumPy, which has none."""
+    return xp.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"] if hasattr(xp, "cuda") else 0
 
 
 def launch(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], *arguments, shared: int = 0) -> None:

@@ -5,6 +5,8 @@ Targets are int64, or int32 and converted. A target outside the vocabulary gives
 trip to the GPU and is left to the caller (layers.token_log_probs does it).
 """
 
+import functools
+
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -13,9 +15,11 @@ from minilm.kernels.launch import Array, Variants, check, function, launch, opti
 
 THREADS = 256                   # of a block, at most
 EACH = 8                        # a row gets another warp for every 32 EACH tokens
-# Logits that are held at a time by default. 2^25 logits are 128 MiB in float32. With a vocabulary of 50,000 that is
-# 671 rows: enough to fill a GPU with one product of matrices, and 1 % of the logits of 64 texts of 1,024 tokens.
+# Logits that are held at a time by default, at least: 128 MiB in float32. With a vocabulary of 50,000 that is 671 rows:
+# enough to fill a GPU with one product of matrices, and 1 % of the logits of 64 texts of 1,024 tokens.
 LOGITS_HELD = 1 << 25
+# A device with much memory holds more: with more than one chunk, backward computes every logit again.
+SHARE_HELD = 1 / 32             # of the memory of the device
 
 
 def forward(logits: Array, targets: Array, entropy: bool = False) -> tuple[Array, Array, Array | None]:
@@ -61,8 +65,8 @@ def linear_forward(hidden: Array, unembedding: Array, targets: Array, chunk: int
                    entropy: bool = False) -> tuple[Array, Array, Array | None, Array | None]:
     """forward(hidden unembedding^T, targets), with `chunk` rows of logits in memory at a time.
 
-    hidden (N,D), unembedding (V,D). chunk: by default as many rows as fit LOGITS_HELD. Returns log_probs, lse,
-    entropies as forward, and the logits for linear_backward if there was only one chunk (otherwise None).
+    hidden (N,D), unembedding (V,D). chunk: by default as many rows as fit SHARE_HELD or LOGITS_HELD. Returns
+    log_probs, lse, entropies as forward, and the logits for linear_backward if there was only one chunk (else None).
     """
     xp, N, V, targets, chunks = _linear(hidden, unembedding, targets, chunk)
     log_probs = xp.empty(N, hidden.dtype)
@@ -156,10 +160,17 @@ def _linear(hidden, unembedding, targets, chunk):
     V = len(unembedding)
     if not V:
         raise ValueError("unembedding (V,D) has V = 0; V must be at least 1")
-    chunk = max(1, LOGITS_HELD // V) if chunk is None else chunk
+    if chunk is None:
+        chunk = max(1, LOGITS_HELD // V, int(SHARE_HELD * _memory(xp) / (hidden.dtype.itemsize * V)))
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
     return xp, N, V, _targets(targets, N), range(0, N, chunk)
+
+
+@functools.lru_cache(maxsize=None)
+def _memory(xp):
+    """Bytes of memory of the device of xp."""
+    return xp.cuda.Device().mem_info[1]
 
 
 def _threads(V):

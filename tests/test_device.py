@@ -147,6 +147,7 @@ def test_many_queries_and_many_rows_are_the_same_in_tiles_and_chunks(rng, monkey
     monkeypatch.setattr("minilm.fast.tiled_attention.SCORES_KEPT", 0)
     monkeypatch.setattr("minilm.fast.chunked_log_probs.LOGITS_HELD", 21)
     monkeypatch.setattr("minilm.kernels.log_probs.LOGITS_HELD", 21)
+    monkeypatch.setattr("minilm.kernels.log_probs.SHARE_HELD", 0)
     model = small_transformer(rng, kv_heads=1)
     assert_same(*(value_and_gradients(m.parameters(), lambda: m.log_probs(RIGHT)) for m in (on_gpu(model), model)))
 

@@ -206,11 +206,14 @@ def test_a_chunk_has_as_many_rows_as_fit_the_logits_held(emulated, rng, monkeypa
         rows.append(len(logits))
         forward(xp, logits, *rest)
     monkeypatch.setattr(log_probs, "_forward", counted)
+    monkeypatch.setattr(log_probs, "SHARE_HELD", 0)
     monkeypatch.setattr(log_probs, "LOGITS_HELD", 4 * 33 + 5)
     log_probs.linear_forward(hidden, unembedding, targets)
     monkeypatch.setattr(log_probs, "LOGITS_HELD", 5)
     log_probs.linear_forward(hidden[:2], unembedding, targets[:2])
-    assert rows == [4, 4, 3, 1, 1]
+    monkeypatch.setattr(log_probs, "SHARE_HELD", 7.5 * 33 * 8 / log_probs._memory(emulated))
+    log_probs.linear_forward(hidden, unembedding, targets)
+    assert rows == [4, 4, 3, 1, 1, 7, 4]
 
 
 # Errors, before anything is launched.

@@ -53,6 +53,7 @@ class Device:
     """A mock of cupy.cuda.Device."""
 
     attributes = {"MaxSharedMemoryPerBlockOptin": SHARED_MOST}
+    mem_info = 4 << 30, 4 << 30             # bytes: free, in all
 
 
 def alloc_pinned_memory(size: int) -> memoryview:

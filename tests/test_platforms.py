@@ -13,6 +13,7 @@ import minilm
 
 # Modules of the package that are commands.
 COMMANDS = {"minilm.kernels.emulator.__main__"}
+FOR_PYTEST = {"minilm.kernels.emulator.pytest_plugin"}
 
 SMALLER = """
 import ctypes, mmap, os, signal, sys
@@ -88,7 +89,7 @@ def modules():
         for path in folder.rglob("*.py"):
             parts = path.relative_to(folder).with_suffix("").parts
             names.add(".".join((package, *(parts[:-1] if parts[-1] == "__init__" else parts))))
-    return sorted(names - COMMANDS)
+    return sorted(names - COMMANDS - FOR_PYTEST)
 
 
 def run(code, *arguments, options=("-W", "error", "-X", "warn_default_encoding")):

@@ -29,6 +29,8 @@
 // spills.
 // Possible and not done: the residual addition before a norm; the rotation inside attention, when it loads Q and K.
 
+#include "rows.cuh"
+
 constexpr int VECTOR = 16 / sizeof(real);       // numbers moved at a time
 constexpr int HELD = 32 / sizeof(real);         // numbers of a row that a thread holds
 
@@ -47,7 +49,7 @@ template <class... Pointer> __device__ __forceinline__ bool aligned(int width, P
     return (((width * sizeof(real)) | ... | reinterpret_cast<size_t>(arrays)) % sizeof(Vector<VECTOR>)) == 0;
 }
 
-// ---- Rows: blockDim.x threads (whole warps) share a row, blockDim.y rows are taken at a time ----
+// ---- Rows (rows.cuh) ----
 
 // A thread's share of a row: vectors t, t + blockDim.x, ..; zeros beyond the end.
 template <int N> __device__ __forceinline__ void load_share(real (&held)[HELD], const real* row, int width) {
@@ -66,20 +68,6 @@ template <int N> __device__ __forceinline__ void store_share(real* row, const re
         for (int e = 0; e < N; ++e) part.at[e] = held[k * N + e];
         if (j < width) store<N>(row + j, part);
     }
-}
-
-// The sum over all threads of a row, for each of them.
-__device__ __forceinline__ real row_sum(real value) {
-    __shared__ real of_warp[32];
-    const int warps = blockDim.x / 32, first = threadIdx.y * warps;
-    value = lanes_sum<32>(value);
-    if (warps == 1) return value;
-    if (threadIdx.x % 32 == 0) of_warp[first + threadIdx.x / 32] = value;
-    __syncthreads();
-    value = 0;
-    for (int warp = 0; warp < warps; ++warp) value += of_warp[first + warp];
-    __syncthreads();                            // before the sums of the next row are written
-    return value;
 }
 
 // x, y (rows, width), weight (width,), r (rows,).
@@ -168,9 +156,6 @@ column_sums(const real* __restrict__ x, real* __restrict__ y, int rows, int widt
 }
 
 // ---- SwiGLU: a warp along a row, a vector in each thread; gate_up (rows, 2 width), y (rows, width) ----
-
-// At |g| = 1000 exp is 0 or infinite, and the quotient is 1 or 0.
-__device__ __forceinline__ real sigmoid(real g) { return 1 / (1 + exp(-g)); }
 
 template <int N>
 __device__ void swiglu_forward_by(const real* __restrict__ gate_up, real* __restrict__ y, int rows, int width) {

@@ -25,7 +25,7 @@ FOLDER = Path(__file__).resolve().parent
 REALS = {np.dtype("float32"): "float", np.dtype("float64"): "double"}
 MOST_BLOCKS = 2 ** 31 - 1, 65_535, 65_535               # of a grid along x, y and z
 MOST_COUNT = 2 ** 31 - 2 ** 24          # kernels count in 32 bits, and a loop steps beyond the end by less than 2^24
-HEADERS = re.compile(r'^#include "(tensor|segments)\.cuh"$', re.MULTILINE)
+HEADERS = re.compile(r'^#include "(tensor|segments|rows)\.cuh"$', re.MULTILINE)
 SHARED_UNASKED = 48 * 1024      # bytes of dynamic shared memory of a block; more must be requested from the driver
 
 
@@ -37,7 +37,7 @@ def source(module: str, text: str | None = None) -> str:
 
 
 def with_headers(name: str, text: str) -> str:
-    """The text of a .cu file with #line directives. A line `#include "tensor.cuh"` (or "segments.cuh") becomes that
+    """The text of a .cu file with #line directives. A line `#include "tensor.cuh"` (or segments, rows) becomes that
     file, the first time: neither CuPy nor the emulator then needs a path."""
     known = set()
 

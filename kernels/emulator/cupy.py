@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from minilm.kernels.emulator.arrays import _given, _to, backing, ndarray, operation
+from minilm.kernels.emulator.cublas import cublas, device
 from minilm.kernels.emulator.running import poison
 from minilm.kernels.emulator.stream import cuda
 from minilm.kernels.emulator.work import ask
@@ -222,6 +223,7 @@ class _CuPy(types.ModuleType):
 
 cupy = _CuPy("cupy", __doc__)
 cupy.__spec__ = importlib.machinery.ModuleSpec("cupy", None)        # importlib.util.find_spec raises without one
+vars(cuda).update(cublas=cublas, device=device)
 vars(cupy).update(FUNCTIONS, **TYPES, cuda=cuda, __version__="14.0.0")
 
 

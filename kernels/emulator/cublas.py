@@ -1,0 +1,63 @@
+"""The one function of cupy.cuda.cublas that minilm calls: gemmEx, for bf16 and float32 with float32 sums.
+
+It takes addresses, as cuBLAS does. Each must lie in an array of the mock whose address was asked for, and the whole
+matrix in the same array. Tests: tests/test_gemm.py.
+"""
+
+import ctypes
+import types
+
+import numpy as np
+
+from minilm.kernels.bf16 import from_bf16, to_bf16
+from minilm.kernels.emulator import arrays
+from minilm.kernels.emulator.work import ask
+
+DTYPES = {14: np.dtype(np.uint16), 0: np.dtype(np.float32)}         # CUDA_R_16BF, CUDA_R_32F
+COMPUTE_32F = 68
+HANDLE = 1
+
+
+def gemmEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, computeType, algo):
+    """C = alpha op(A) op(B) + beta C; columns of C (m,n), op(A) (m,k), op(B) (k,n) follow each other in memory."""
+    if handle != HANDLE or computeType != COMPUTE_32F or Atype != 14 or Btype != 14 or Ctype not in DTYPES:
+        raise ValueError("the mock of gemmEx multiplies bf16 matrices with float32 sums (CUBLAS_COMPUTE_32F) to bf16 or "
+                         "float32")
+    if min(m, n) == 0:
+        return
+    ask("products")
+    first = _columns(A, Atype, lda, *((k, m) if transa else (m, k)))
+    second = _columns(B, Btype, ldb, *((n, k) if transb else (k, n)))
+    out = _columns(C, Ctype, ldc, m, n)
+    a, b = from_bf16(first), from_bf16(second)
+    found = _number(alpha) * ((a.T if transa else a) @ (b.T if transb else b))
+    if _number(beta):
+        found += _number(beta) * (from_bf16(out) if Ctype == 14 else out)
+    out[...] = to_bf16(found) if Ctype == 14 else found
+
+
+def _number(address):
+    return np.float32(ctypes.c_float.from_address(address).value)
+
+
+def _columns(address, kind, leading, rows, columns):
+    """The matrix (rows, columns) whose columns begin at address, address + leading, .."""
+    dtype = DTYPES[kind]
+    if leading < rows:
+        raise ValueError(f"the leading dimension {leading} of a matrix is less than its {rows} rows")
+    if address % dtype.itemsize:
+        raise ValueError("a matrix begins at no multiple of the size of its numbers")
+    last = address + dtype.itemsize * (leading * (columns - 1) + rows) if rows and columns else address
+    for start, owner in arrays.ADDRESSES.items():
+        if start <= address and last <= start + owner.nbytes and owner.dtype == dtype:
+            flat = owner.reshape(-1, order="A")
+            begin = (address - start) // dtype.itemsize
+            return np.lib.stride_tricks.as_strided(flat[begin:], (rows, columns), (dtype.itemsize,
+                                                                                   leading * dtype.itemsize))
+    raise ValueError(f"a matrix ({rows}, {columns}) of {dtype} lies in no array of that type")
+
+
+cublas = types.ModuleType("cupy.cuda.cublas", __doc__)
+cublas.gemmEx = gemmEx
+device = types.ModuleType("cupy.cuda.device", __doc__)
+device.get_cublas_handle = lambda: HANDLE

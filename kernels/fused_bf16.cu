@@ -45,15 +45,17 @@ __device__ __forceinline__ void store8(bf16* to, const float (&x)[8]) {
                                                bf16_pair(x[6], x[7]));
 }
 
-// y (n,): x (n,) rounded, n a multiple of 8.
+// y (n,): x (n,) rounded.
 extern "C" __global__ void __launch_bounds__(256, 1)
 to_bf16(const float* __restrict__ x, bf16* __restrict__ y, long long n) {
     const size_t threads = (size_t)gridDim.x * blockDim.x;
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; 8 * i < n; i += threads) {
+    const size_t thread = (size_t)blockIdx.x * blockDim.x + threadIdx.x, whole = n / 8;
+    for (size_t i = thread; i < whole; i += threads) {
         float part[8];
         load8(part, x + 8 * i);
         store8(y + 8 * i, part);
     }
+    if (thread < n % 8) y[8 * whole + thread] = bf16(x[8 * whole + thread]);
 }
 
 // x, weight in float, y (rows, width) in bf16, r (rows,): 1 / sqrt(mean(x^2) + eps). A thread has 8 numbers of a row.

@@ -23,10 +23,15 @@ Bytes = dict[str, dict[str, tuple[int, int]]]
 def to_bf16(x: Array) -> Array:
     """float32 of any shape, rounded to bf16: to the nearest, ties to even; every NaN becomes 0x7fff."""
     xp = array_module(x)
-    _check("x", x, np.float32, x.shape, x.size)
+    _check("x", x, np.float32, x.shape, 8)
     y = xp.empty(x.shape, np.uint16)
     _launch(xp, "to_bf16", (_flat_blocks(x.size),), (BLOCK,), x, y, np.int64(x.size))
     return y
+
+
+def to_float32(x: Array) -> Array:
+    """bf16 of any shape to float32. Exact."""
+    return (array_module(x).ascontiguousarray(x).astype(np.uint32) * 65536).view(np.float32)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> tuple[Array, Array]:

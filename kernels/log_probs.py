@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from minilm.backend import array_module
+from minilm.kernels import gemm
+from minilm.kernels.fused_bf16 import to_bf16
 from minilm.kernels.launch import Array, Variants, check, function, launch, options, real
 
 THREADS = 256                   # of a block, at most
@@ -62,26 +64,29 @@ def backward(logits: Array, targets: Array, lse: Array, dy: Array, out: Array | 
 
 
 def linear_forward(hidden: Array, unembedding: Array, targets: Array, chunk: int | None = None,
-                   entropy: bool = False) -> tuple[Array, Array, Array | None, Array | None]:
+                   entropy: bool = False, bf16: bool = False) -> tuple[Array, Array, Array | None, Array | None]:
     """forward(hidden unembedding^T, targets), with `chunk` rows of logits in memory at a time.
 
     hidden (N,D), unembedding (V,D). chunk: by default as many rows as fit SHARE_HELD or LOGITS_HELD. Returns
     log_probs, lse, entropies as forward, and the logits for linear_backward if there was only one chunk (else None).
+    bf16: the product is of the matrices rounded to bfloat16, with float32 sums and results.
     """
     xp, N, V, targets, chunks = _linear(hidden, unembedding, targets, chunk)
     log_probs = xp.empty(N, hidden.dtype)
     lse = xp.empty(N, np.float64)
     entropies = xp.empty(N if entropy else 0, hidden.dtype)
     held = xp.empty((min(N, chunks.step), V), hidden.dtype)
+    product, rows, columns = _product(bf16, hidden, unembedding)
     for i in chunks:
         s = slice(i, i + chunks.step)
-        logits = xp.matmul(hidden[s], unembedding.T, out=held[:len(hidden[s])])
+        logits = product(rows[s], columns, held[:len(rows[s])], b_transposed=True)
         _forward(xp, logits, targets[s], log_probs[s], lse[s], entropies[s])
     return log_probs, lse, entropies if entropy else None, held if len(chunks) == 1 else None
 
 
 def linear_backward(hidden: Array, unembedding: Array, targets: Array, lse: Array, dy: Array,
-                    logits: Array | None = None, chunk: int | None = None) -> tuple[Array, Array]:
+                    logits: Array | None = None, chunk: int | None = None,
+                    bf16: bool = False) -> tuple[Array, Array]:
     """dhidden (N,D) and dunembedding (V,D) of linear_forward's log-probs, given their gradient dy (N,).
 
     dhidden = dlogits unembedding, dunembedding = dlogits^T hidden. logits: from linear_forward; they are overwritten.
@@ -95,17 +100,29 @@ def linear_backward(hidden: Array, unembedding: Array, targets: Array, lse: Arra
         chunks = range(0, N, max(N, 1))
     held = xp.empty((min(N, chunks.step), V), hidden.dtype) if logits is None else logits
     dhidden = xp.empty_like(hidden)
-    dunembedding = None if len(chunks) == 1 else xp.zeros_like(unembedding)
+    dunembedding = xp.empty_like(unembedding) if len(chunks) else xp.zeros_like(unembedding)
+    product, rows, columns = _product(bf16, hidden, unembedding)
     for i in chunks:
         s = slice(i, i + chunks.step)
-        rows = held[:len(hidden[s])]
+        of_chunk = held[:len(hidden[s])]
         if logits is None:
-            xp.matmul(hidden[s], unembedding.T, out=rows)
-        dlogits = backward(rows, targets[s], lse[s], dy[s], out=rows)
-        xp.matmul(dlogits, unembedding, out=dhidden[s])
-        product = xp.matmul(dlogits.T, hidden[s])
-        dunembedding = product if dunembedding is None else xp.add(dunembedding, product, out=dunembedding)
+            product(rows[s], columns, of_chunk, b_transposed=True)
+        dlogits = backward(of_chunk, targets[s], lse[s], dy[s], out=of_chunk)
+        dlogits = to_bf16(dlogits) if bf16 else dlogits
+        product(dlogits, columns, dhidden[s])
+        product(dlogits, rows[s], dunembedding, a_transposed=True, add=i > 0)
     return dhidden, dunembedding
+
+
+def _product(bf16, hidden, unembedding):
+    """(a function like gemm.product, hidden, unembedding): of bfloat16, or of their own precision."""
+    return (gemm.product, to_bf16(hidden), to_bf16(unembedding)) if bf16 else (_own_product, hidden, unembedding)
+
+
+def _own_product(a, b, out, a_transposed=False, b_transposed=False, add=False):
+    xp = array_module(a, b, out)
+    a, b = a.T if a_transposed else a, b.T if b_transposed else b
+    return xp.add(out, xp.matmul(a, b), out=out) if add else xp.matmul(a, b, out=out)
 
 
 def forward_bytes(N: int, V: int, dtype: DTypeLike, entropy: bool = False) -> tuple[int, int]:

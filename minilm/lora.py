@@ -124,8 +124,13 @@ class Adapted(Transformer):
         return Transformer.of(self.config, {name: p.merged() if isinstance(p, LowRank) else p.data
                                             for name, p in self._parameters.items()})
 
-    def to_device(self, device: str) -> Adapted:
-        """As Transformer.to_device. The frozen weights are then no longer shared with the base."""
+    def to_device(self, device: str, compute: str = "float32") -> Adapted:
+        """As Transformer.to_device. The frozen weights are then no longer shared with the base.
+
+        Raises ValueError for compute="bfloat16": a weight with an adapter is no matrix.
+        """
+        if compute != "float32":
+            raise ValueError(f"to_device: compute is {compute!r}; an adapted model computes in float32 alone")
         for p in (*self._frozen.values(), *self._adapters.values()):
             move_parameter(p, device)
         return self

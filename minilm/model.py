@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from minilm import checks, layers, ops, rotary
+from minilm import checks, layers, mixed_precision, ops, rotary
 from minilm.backend import array_module, to_device, to_numpy
 from minilm.config import Config, parameter_starts
 from minilm.fast.activation_checkpointing import activation_checkpoint
@@ -50,14 +50,14 @@ def hidden_states(parameters: dict, config: Config, tokens: np.ndarray, attend: 
 
     attend(i, qkv): from queries, keys and values (..,(H+2G)K) of layer i to the mixed values (..,H K).
     """
-    return after_blocks(parameters, config, ops.embed(parameters["embedding"], tokens), attend, checkpointing)
+    layer = functools.partial(block, parameters, attend=attend, eps=config.norm_eps)
+    return after_blocks(parameters, config, ops.embed(parameters["embedding"], tokens), layer, checkpointing)
 
 
-def after_blocks(parameters: dict, config: Config, x: Any, attend: Callable, checkpointing: bool = False) -> Tensor:
-    """hidden_states from the embedded tokens x (..,D)."""
+def after_blocks(parameters: dict, config: Config, x: Any, layer: Callable, checkpointing: bool = False) -> Tensor:
+    """hidden_states from the embedded tokens x (..,D), through layer(i, x): block, or mixed_precision.layers_of."""
     for i in range(config.layers):
-        layer = functools.partial(block, parameters, i, attend=attend, eps=config.norm_eps)
-        x = activation_checkpoint(layer, x) if checkpointing else layer(x)
+        x = activation_checkpoint(functools.partial(layer, i), x) if checkpointing else layer(i, x)
     return layers.rms_norm(x, parameters["final_norm"], eps=config.norm_eps)
 
 
@@ -71,7 +71,10 @@ class Transformer:
 
     activation_checkpointing: set it to True to keep only each block's input between forward and backward
     (fast/activation_checkpointing.py): less memory, more time.
+    compute: "float32", or "bfloat16" after to_device("gpu", compute="bfloat16") (mixed_precision.py).
     """
+
+    compute = "float32"
 
     def __init__(self, config: Config, rng: np.random.Generator, dtype: np.dtype | type = np.float32):
         if not isinstance(config, Config):
@@ -122,10 +125,15 @@ class Transformer:
     def dtype(self):
         return self._parameters["embedding"].dtype
 
-    def to_device(self, device: str) -> Transformer:
-        """Move the parameters to "cpu" or "gpu", in place; returns self. Make the optimiser afterwards."""
+    def to_device(self, device: str, compute: str = "float32") -> Transformer:
+        """Move the parameters to "cpu" or "gpu", in place; returns self. Make the optimiser afterwards.
+
+        compute: "bfloat16" for mixed precision on a GPU. Raises ValueError where it cannot be had, with the reason.
+        """
+        mixed_precision.check(self.config, self.dtype, device, compute)
         for p in self._parameters.values():
             move_parameter(p, device)
+        self.compute = compute
         return self
 
     def over(self, parameters: dict[str, Tensor]) -> Transformer:
@@ -139,6 +147,7 @@ class Transformer:
         other = object.__new__(type(self))
         other.config = self.config
         other.activation_checkpointing = self.activation_checkpointing
+        other.compute = self.compute
         other._parameters = dict(parameters)
         return other
 
@@ -180,7 +189,7 @@ class Transformer:
         return scatter(self._token_log_probs(hidden, pack.targets), pack.mask)
 
     def _token_log_probs(self, hidden, targets):
-        return layers.token_log_probs(hidden, self.unembedding, targets,
+        return layers.token_log_probs(hidden, self.unembedding, targets, bf16=self.compute == "bfloat16",
                                       train_unembedding=self.unembedding.requires_grad)
 
     def hidden(self, tokens: np.ndarray, key_mask: np.ndarray | None = None) -> Tensor:
@@ -198,11 +207,19 @@ class Transformer:
         B, T = tokens.shape
         if key_mask is None and c.causal and T:
             # One node of the graph from qkv to the mixed values instead of about ten (gain: scripts/bench/tricks.py).
-            positions = self._on_device(np.tile(np.arange(T), B))
-            attend = attend_to_segments(c, self._parameters, rectangle_segments(B, T), positions)
-        else:
-            attend = self.attend_to_padded(T, key_mask)
+            return self._hidden_of_segments(tokens, rectangle_segments(B, T), np.tile(np.arange(T), B))
+        attend = self.attend_to_padded(T, key_mask)
         return hidden_states(self._parameters, c, tokens, attend, self.activation_checkpointing)
+
+    def _hidden_of_segments(self, tokens, segments, positions):
+        """hidden_states of tokens that are segments of one row, in the precision of self.compute."""
+        c, positions = self.config, self._on_device(positions)
+        if self.compute == "float32":
+            attend = attend_to_segments(c, self._parameters, segments, positions)
+            return hidden_states(self._parameters, c, tokens, attend, self.activation_checkpointing)
+        layer = mixed_precision.layers_of(c, self._parameters, segments, positions)
+        embedded = ops.embed(self._parameters["embedding"], tokens)
+        return after_blocks(self._parameters, c, embedded, layer, self.activation_checkpointing)
 
     def checked_tokens(self, tokens: np.ndarray | list) -> np.ndarray:
         """tokens as a NumPy array. Raises as hidden does."""
@@ -215,8 +232,7 @@ class Transformer:
         if not self.config.causal:
             raise ValueError("a bidirectional model cannot share a prompt between responses: the prompt would see them")
         self._check_length(int(pack.positions.max(initial=-1)) + 1)
-        attend = attend_to_segments(self.config, self._parameters, pack.segments, self._on_device(pack.positions))
-        return hidden_states(self._parameters, self.config, pack.tokens, attend, self.activation_checkpointing)
+        return self._hidden_of_segments(pack.tokens, pack.segments, pack.positions)
 
     def attend_to_padded(self, T, key_mask):
         """attend(i, qkv) of hidden_states for B sequences of T tokens: qkv (B,T,(H+2G)K) -> (B,T,H K)
@@ -286,9 +302,9 @@ class RewardModel:
         body = {name: p for name, p in self.transformer.parameters().items() if name != "unembedding"}
         return {**body, "reward_head": self.head}
 
-    def to_device(self, device: str) -> RewardModel:
+    def to_device(self, device: str, compute: str = "float32") -> RewardModel:
         """As Transformer.to_device."""
-        self.transformer.to_device(device)
+        self.transformer.to_device(device, compute)
         move_parameter(self.head, device)
         return self
 

@@ -260,7 +260,9 @@ def history(node: Node) -> list[Node]:
 
 def _accumulate(leaf, gradient):
     """leaf.grad += gradient. The first DeferredMatmul is computed where it is to be stored."""
-    if leaf.grad is not None:
+    if leaf.grad is not None and hasattr(gradient, "add_to"):
+        gradient.add_to(leaf.grad)
+    elif leaf.grad is not None:
         leaf.grad += _evaluated(gradient)
     elif hasattr(gradient, "write"):
         leaf.grad = gradient.write(out=leaf.grad_buffer)

@@ -8,6 +8,7 @@ Tests: tests/test_generate.py, tests/test_plain.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from minilm import layers, rotary
 from minilm.backend import array_module, is_cupy
 from minilm.fast import few_rows
-from minilm.model import Config, Transformer, after_blocks
+from minilm.model import Config, Transformer, after_blocks, block
 from minilm.tensor import arrays_only
 
 
@@ -90,8 +91,9 @@ def forward_cached(model: Transformer, tokens, first, cache: Cache) -> np.ndarra
     attend = attend_to_cache(model.config, parameters, tokens.shape[1], first, cache)
     table = parameters["embedding"]
     with arrays_only():             # one row per token: NumPy multiplies matrices faster than stacks of vectors
-        hidden = after_blocks(few_rows.prepared(parameters, tokens.size), model.config,
-                              table[array_module(table).asarray(tokens.reshape(-1))], attend)
+        prepared = few_rows.prepared(parameters, tokens.size)
+        layer = functools.partial(block, prepared, attend=attend, eps=model.config.norm_eps)
+        hidden = after_blocks(prepared, model.config, table[array_module(table).asarray(tokens.reshape(-1))], layer)
     return hidden.reshape(*tokens.shape, -1)[:, -1]
 
 

@@ -93,9 +93,14 @@ def _tables_on_gpu(xp, segments):
     return on_gpu.segment_plan(xp, segments), Edges(xp, segments)
 
 
-def _attend_on_gpu(config, parameters, segments, cos, sin, shape):
-    plan, edges = _tables_on_gpu(array_module(cos), tuple(
+def tables_on_gpu(like, segments: list[Segment]) -> tuple:
+    """The plan of attention and the Edges of segments, on the device of the array `like`."""
+    return _tables_on_gpu(array_module(like), tuple(
         (s.start, s.stop, s.prefix_start, s.prefix_stop) for s in segments))
+
+
+def _attend_on_gpu(config, parameters, segments, cos, sin, shape):
+    plan, edges = tables_on_gpu(cos, segments)
 
     def attend(layer, qkv):
         if config.key_smear:

@@ -1,0 +1,71 @@
+"""Mixed precision on a GPU: bf16 activations and products between float32 residuals and parameters.
+
+    model.to_device("gpu", compute="bfloat16")
+
+On tensor cores a product of bf16 matrices takes a fraction of the time of a float32 one, and its operands half the
+memory. bf16 has 8 bits of mantissa and the exponents of float32, so no loss need be scaled. What must have more digits
+stays float32: parameters, gradients and moments, the residual stream, the sums of every product, softmax, norms, logits
+and the loss (Micikevicius et al. 2018, arXiv:1710.03740; Kalamkar et al. 2019, arXiv:1905.12322).
+
+It holds where a causal model is trained or scored: log_probs, packs, rewards. Padded batches and generation compute in
+float32. The formulas are in kernels/mixed_layers.py.
+Tests: tests/test_mixed_precision.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minilm.config import Config
+from minilm.fast.packed_attention import Segment, smear_segments, tables_on_gpu
+from minilm.rotary import rope_tables
+from minilm.tensor import primitive
+
+COMPUTE = ("float32", "bfloat16")
+HEAD_WIDTHS = (32, 64, 128)         # of kernels/attention_bf16.py
+
+
+def check(config: Config, dtype: Any, device: str, compute: str) -> None:
+    """Raise ValueError unless a model of this Config can compute so on the device, with what is in the way."""
+    if compute not in COMPUTE:
+        raise ValueError(f"to_device: compute is {compute!r}; it must be one of {', '.join(COMPUTE)}")
+    if compute == "float32":
+        return
+    wanted = {"the device 'gpu'": device == "gpu", "a model of float32": dtype == np.float32,
+              "a causal model": config.causal, f"a head_width of {HEAD_WIDTHS}": config.head_width in HEAD_WIDTHS,
+              "a width that 8 divides": config.width % 8 == 0, "an ffn_width that 8 divides": config.ffn_width % 8 == 0}
+    if missing := [words for words, there in wanted.items() if not there]:
+        raise ValueError(f"to_device: compute='bfloat16' needs {missing[0]}")
+
+
+@functools.cache
+def _branches():
+    from minilm.kernels import mixed_layers
+    return primitive(mixed_layers.attention_branch), primitive(mixed_layers.ffn_branch)
+
+
+def layers_of(config: Any, parameters: dict, segments: list[Segment], positions: Any) -> Callable:
+    """layer(i, x) for model.after_blocks: model.block of layer i, x (..,D) -> (..,D), N tokens in all.
+
+    The tokens are those of the segments; positions (N,): of each in its own sequence, on the device.
+    """
+    cos, sin = rope_tables(positions, config.head_width, config.rope_base, parameters["embedding"].dtype)
+    plan, edges = tables_on_gpu(positions, segments)
+    attention_branch, ffn_branch = _branches()
+    shape = {"heads": config.heads, "kv_heads": config.kv_heads, "pairing": config.rope_pairing}
+    smear = functools.partial(smear_segments, edges=edges)
+
+    def layer(i, x):
+        p = f"blocks.{i}."
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows + attention_branch(
+            rows, parameters[p + "attention_norm"], parameters[p + "qkv"], parameters[p + "attention_out"],
+            parameters.get(p + "key_smear"), plan=plan, smear=smear, cos=cos, sin=sin, eps=config.norm_eps, **shape)
+        rows = rows + ffn_branch(rows, parameters[p + "ffn_norm"], parameters[p + "gate_up"], parameters[p + "ffn_out"],
+                                 eps=config.norm_eps)
+        return rows.reshape(x.shape)
+    return layer

@@ -1,0 +1,178 @@
+"""Mixed precision on the mock of CuPy: values and gradients near those of float64, training as in float32, errors."""
+import numpy as np
+import pytest
+
+from minilm.backend import to_numpy
+from minilm.config import Config
+from minilm.lora import Adapted
+from minilm.model import RewardModel, Transformer
+from minilm.packing import pack
+from minilm.stages.dpo import reference_log_probs, train_dpo
+from minilm.stages.pretraining import pretrain
+from minilm.stages.rlhf import train_rlhf
+from minilm.stages.train_state import TrainState
+
+PROMPTS = [[1, 2, 3], [4], [1, 2, 3], [5, 6], [4, 4]]
+RESPONSES = [[2, 0], [3, 3, 1, 0], [5, 1, 0], [6], [2, 5, 0]]
+TOKENS = np.random.default_rng(0).integers(0, 7, (3, 9))
+CONFIGS = {"plain": {"layers": 3}, "grouped, smeared, tied": {"layers": 2, "kv_heads": 1, "key_smear": True, "tied": True},
+           "interleaved": {"rope_pairing": "interleaved"}}
+LOSSES = {"a rectangle": lambda model: model.log_probs(TOKENS).mean(),
+          "a pack": lambda model: model.response_log_probs(pack(PROMPTS, RESPONSES)).sum(),
+          "at a temperature": lambda model: model.log_probs(TOKENS, 0.7).sum()}
+
+
+@pytest.fixture(autouse=True)
+def cupy(emulated):
+    return emulated
+
+
+def models(rng, **config):
+    """The same model in float64 on the CPU, and in mixed precision."""
+    shape = {"vocab_size": 7, "width": 64, "layers": 1, "heads": 2, "ffn_width": 96, "context": 16, **config}
+    exact = Transformer(Config(**shape), rng, np.float64)
+    for name, p in exact.parameters().items():
+        if "norm" in name or "smear" in name:           # they start at 1 and 0
+            p.data += 0.3 * rng.normal(size=p.shape)
+    weights = {name: p.data.astype(np.float32) for name, p in exact.parameters().items()}
+    return exact, Transformer.of(exact.config, weights).to_device("gpu", compute="bfloat16")
+
+
+def distance(found, exact):
+    """Of two dictionaries of arrays, relative to the norm of the second."""
+    difference = sum(((to_numpy(found[name]) - exact[name]) ** 2).sum() for name in exact)
+    return (difference / sum((a ** 2).sum() for a in exact.values())) ** 0.5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpoints"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_values_and_gradients_are_within_a_hundredth_of_float64s(config, loss, checkpointing, rng):
+    exact, mixed = models(rng, **CONFIGS[config])
+    mixed.activation_checkpointing = checkpointing
+    values, gradients = [], []
+    for model in (exact, mixed):
+        value = LOSSES[loss](model)
+        value.backward()
+        values.append(value.item())
+        gradients.append({name: p.grad for name, p in model.parameters().items()})
+    assert values[1] == pytest.approx(values[0], rel=3e-3)
+    assert 1e-5 < distance(gradients[1], gradients[0]) < 1e-2
+    for name, exact_one in gradients[0].items():
+        assert gradients[1][name].dtype == np.float32
+        assert distance({name: gradients[1][name]}, {name: exact_one}) < 3e-2, name
+
+
+# Training.
+
+def stream(rng, count):
+    """A text that can be learnt: each token is the sum of the two before it, but for one in eight."""
+    tokens = [1, 2]
+    for noise in rng.random(count):
+        tokens.append(int(rng.integers(7)) if noise < 1 / 8 else sum(tokens[-2:]) % 7)
+    return np.array(tokens)
+
+
+def losses_of(seed, data_seed, compute, steps):
+    config = Config(vocab_size=7, width=32, layers=2, heads=1, ffn_width=48, context=24)
+    model = Transformer(config, np.random.default_rng(seed)).to_device("gpu", compute)
+    state = TrainState(model, np.random.default_rng(data_seed))
+    text = stream(np.random.default_rng(9), 4000)
+    return np.array([metrics["loss"] for metrics in pretrain(state, text, steps, 8, 16, learning_rate=3e-3)])
+
+
+@pytest.mark.slow
+def test_200_steps_of_a_loss_curve_are_within_the_noise_of_float32s():
+    """Noise: the differences between runs in float32 with other batches."""
+    curves = {compute: np.array([losses_of(seed, seed, compute, 200) for seed in (1, 2, 3)])
+              for compute in ("float32", "bfloat16")}
+    late = slice(150, None)
+    gap = curves["bfloat16"][:, late].mean(axis=1) - curves["float32"][:, late].mean(axis=1)
+    spread = curves["float32"][:, late].std(axis=1).mean()
+    assert curves["float32"][:, late].mean() < 0.8 * curves["float32"][:, :5].mean()     # something was learnt
+    assert np.abs(gap).max() < 0.1 * spread
+
+
+def test_the_first_steps_have_the_losses_of_float32():
+    assert losses_of(1, 1, "bfloat16", 10) == pytest.approx(losses_of(1, 1, "float32", 10), rel=2e-3)
+
+
+def aligned(stage, compute):
+    """The last metrics of a stage, over several steps."""
+    rng = np.random.default_rng(3)
+    config = Config(vocab_size=7, width=32, layers=2, heads=1, ffn_width=48, context=16)
+    model = Transformer(config, rng).to_device("gpu", compute)
+    reference = model.copy()
+    prompts = [[int(i)] for i in rng.integers(1, 7, 24)]
+    if stage == "DPO":
+        chosen, rejected = ([[int(t) for t in rng.integers(1, 4, 3) + shift] + [0] for _ in prompts] for shift in (0, 3))
+        references = (reference_log_probs(reference, prompts, side) for side in (chosen, rejected))
+        steps = train_dpo(TrainState(model, rng), prompts, chosen, rejected, *references, 40, 8, learning_rate=1e-3)
+        return np.mean([[m["rewards/margins"], m["rewards/accuracies"]] for m in steps][-10:], axis=0)
+    def reward(prompts, answers):
+        return [float(np.mean([token in (1, 2, 3) for token in answer])) for answer in answers]
+    steps = train_rlhf(TrainState(model, rng), reference, reward, prompts, 40, 8, 4, 4, eos=None, beta=0.02,
+                       learning_rate=2e-3)
+    return np.mean([[m["reward"]] for m in steps][-10:], axis=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, least", [("DPO", 1.0), ("RLHF", 0.75)])
+def test_alignment_ends_in_the_same_place(stage, least):
+    found, expected = (aligned(stage, compute) for compute in ("bfloat16", "float32"))
+    assert expected[0] > least                          # it went somewhere
+    assert found == pytest.approx(expected, rel=0.05, abs=0.02)
+
+
+def test_a_reward_model_and_a_stage_of_every_kind_run_in_it(rng):
+    _, mixed = models(rng)
+    reward_model = RewardModel(mixed, rng)
+    assert reward_model.transformer.compute == "bfloat16" and mixed.copy().compute == "bfloat16"
+    exact = RewardModel(Transformer.of(mixed.config, {n: to_numpy(p.data) for n, p in mixed.parameters().items()}), rng)
+    exact.head.data[...] = to_numpy(reward_model.head.data)
+    batch = pack(PROMPTS, RESPONSES, last=True)
+    assert to_numpy(reward_model.packed_rewards(batch).data) == pytest.approx(exact.packed_rewards(batch).data, abs=2e-2)
+
+
+def test_float32_is_what_it_was_and_a_model_can_go_back(rng):
+    exact, mixed = models(rng)
+    plain = Transformer.of(exact.config, {name: p.data.astype(np.float32) for name, p in exact.parameters().items()})
+    plain.to_device("gpu")
+    before = to_numpy(plain.log_probs(TOKENS).data)
+    assert plain.compute == "float32" and before == pytest.approx(exact.log_probs(TOKENS).data, abs=1e-4)
+    assert (to_numpy(mixed.to_device("gpu").log_probs(TOKENS).data) == before).all()
+    assert mixed.to_device("cpu").compute == "float32"
+
+
+def test_gradients_of_several_uses_of_a_weight_add_up(rng):
+    """The second product is added to the first where it is stored."""
+    _, mixed = models(rng)
+    once, twice = (Transformer.of(mixed.config, {n: to_numpy(p.data) for n, p in mixed.parameters().items()}).to_device(
+        "gpu", compute="bfloat16") for _ in range(2))
+    once.log_probs(TOKENS).sum().backward()
+    for _ in range(2):
+        twice.log_probs(TOKENS).sum().backward()
+    for name, p in twice.parameters().items():
+        assert to_numpy(p.grad) == pytest.approx(2 * to_numpy(once.parameters()[name].grad), rel=1e-5, abs=1e-5), name
+
+
+WRONG = [({"compute": "float16"}, {}, "compute is 'float16'; it must be one of float32, bfloat16"),
+         ({"device": "cpu"}, {}, "needs the device 'gpu'"), ({}, {"dtype": np.float64}, "needs a model of float32"),
+         ({}, {"causal": False}, "needs a causal model"), ({}, {"width": 32}, r"needs a head_width of \(32, 64, 128\)"),
+         ({}, {"width": 68, "head_width": 32}, "needs a width that 8 divides"),
+         ({}, {"ffn_width": 12}, "needs an ffn_width that 8 divides")]
+
+
+@pytest.mark.parametrize("given, config, message", WRONG, ids=range(len(WRONG)))
+def test_what_cannot_be_computed_so_is_refused_and_nothing_is_moved(given, config, message, rng):
+    dtype = config.pop("dtype", np.float32) if "dtype" in config else np.float32
+    shape = {"vocab_size": 7, "width": 64, "layers": 1, "heads": 2, "ffn_width": 96, "context": 16, **config}
+    model = Transformer(Config(**shape), rng, dtype)
+    with pytest.raises(ValueError, match=message):
+        model.to_device(**{"device": "gpu", "compute": "bfloat16", **given})
+    assert model.compute == "float32" and type(model.unembedding.data) is np.ndarray
+
+
+def test_an_adapted_model_is_refused(rng):
+    with pytest.raises(ValueError, match="an adapted model computes in float32 alone"):
+        Adapted(models(rng)[0], 2, 4.0, rng).to_device("gpu", compute="bfloat16")

@@ -5,7 +5,6 @@ multiple of 8 numbers; others raise TypeError or ValueError before a launch. It 
 """
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from minilm.backend import array_module
 from minilm.kernels import launch as launching

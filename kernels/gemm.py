@@ -23,9 +23,9 @@ def product(a: Array, b: Array, out: Array, a_transposed: bool = False, b_transp
             add: bool = False) -> Array:
     """out = A B, or out += A B. Returns out.  A (M,K), B (K,N), out (M,N)
 
-    a is A (M,K), or with a_transposed its transpose (K,M); b likewise. a and b are bf16; out is bf16 or float32, and the
-    sums are float32 in any case. Raises TypeError for another dtype, ValueError for other shapes and for an array that
-    is not contiguous.
+    a is A (M,K), or with a_transposed its transpose (K,M); b likewise. a and b are bf16; out is bf16 or float32, and
+    the sums are float32 in any case. Raises TypeError for another dtype, ValueError for other shapes and for an array
+    that is not contiguous.
     """
     M, inner = a.shape[::-1] if a_transposed else a.shape
     K, N = b.shape[::-1] if b_transposed else b.shape

@@ -23,7 +23,7 @@ LEVELS = """
     ops
     gradcheck  objectives  plain  rotary  world
     fast.packed_attention  layers
-    exact  packing
+    exact  mixed_precision  packing
     evaluate  model
     fast.cached_decoding  lora  model_file  toy
     generate  pretrained

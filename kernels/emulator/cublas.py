@@ -18,11 +18,12 @@ COMPUTE_32F = 68
 HANDLE = 1
 
 
-def gemmEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, computeType, algo):
+def gemmEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, computeType,
+           algo):
     """C = alpha op(A) op(B) + beta C; columns of C (m,n), op(A) (m,k), op(B) (k,n) follow each other in memory."""
     if handle != HANDLE or computeType != COMPUTE_32F or Atype != 14 or Btype != 14 or Ctype not in DTYPES:
-        raise ValueError("the mock of gemmEx multiplies bf16 matrices with float32 sums (CUBLAS_COMPUTE_32F) to bf16 or "
-                         "float32")
+        raise ValueError("the mock of gemmEx multiplies bf16 matrices, with float32 sums (CUBLAS_COMPUTE_32F), to bf16 "
+                         "or float32")
     if min(m, n) == 0:
         return
     ask("products")

@@ -97,6 +97,7 @@ SIZES = {"attention": [{}, {"T": 131, "K": 128, "G": 1}, {"T": 65, "K": 64, "dty
          "decode": [{}, {"T": 300, "K": 128, "H": 8, "G": 1}], "log_probs": [{}, {"V": 5003}],
          "sampling": [{}, {"V": 5003, "dtype": "float64"}],
          "fused": [{}, {"N": 37, "D": 768, "F": 260, "K": 64, "P": 100003}],
+         "fused_bf16": [{}, {"N": 37, "D": 768, "F": 264, "K": 64}],
          "sums_by_index": [{}, {"N": 3001, "D": 300}]}
 for name, cases in SIZES.items():
     for sizes in cases:
@@ -106,7 +107,7 @@ PROGRAM
 
 wanted env && check env 60 "$python" "$work/env.py"
 if wanted tests; then
-    for name in emulator_against_gpu tensor_cores attention_kernel attention_bf16 decode_kernel log_probs_kernel sampling_kernel fused_kernels sums_by_index launch_limits device; do
+    for name in emulator_against_gpu tensor_cores attention_kernel attention_bf16 decode_kernel log_probs_kernel sampling_kernel fused_kernels fused_bf16 gemm sums_by_index launch_limits device; do
         check "test_$name" 300 "$python" -m pytest -m gpu -q -rs --maxfail 20 --tb short -p no:cacheprovider \
             "tests/test_$name.py"
     done

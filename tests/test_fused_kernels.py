@@ -445,6 +445,7 @@ MUTANTS = [
 def text_of(section, old, new):
     """The beginning of fused.cu and that section, edited."""
     text = (launch.FOLDER / "fused.cu").read_text()
+    text = text.replace('#include "rows.cuh"', (launch.FOLDER / "rows.cuh").read_text())
     beginning, *sections = re.split("(?=\n// ---- )", text)
     if section == FLAT:
         text = beginning + sections[-1]

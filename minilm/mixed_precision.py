@@ -37,7 +37,8 @@ def check(config: Config, dtype: Any, device: str, compute: str) -> None:
         return
     wanted = {"the device 'gpu'": device == "gpu", "a model of float32": dtype == np.float32,
               "a causal model": config.causal, f"a head_width of {HEAD_WIDTHS}": config.head_width in HEAD_WIDTHS,
-              "a width that 8 divides": config.width % 8 == 0, "an ffn_width that 8 divides": int(config.ffn_width or 0) % 8 == 0}
+              "a width that 8 divides": config.width % 8 == 0,
+              "an ffn_width that 8 divides": int(config.ffn_width or 0) % 8 == 0}
     if missing := [words for words, there in wanted.items() if not there]:
         raise ValueError(f"to_device: compute='bfloat16' needs {missing[0]}")
 

@@ -178,3 +178,31 @@ def test_what_cannot_be_computed_so_is_refused_and_nothing_is_moved(given, confi
 def test_an_adapted_model_is_refused(rng):
     with pytest.raises(ValueError, match="an adapted model computes in float32 alone"):
         Adapted(models(rng)[0], 2, 4.0, rng).to_device("gpu", compute="bfloat16")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("config", ["plain", "tied"])
+def test_gradients_are_no_further_from_float64_than_those_of_pytorchs_autocast(config, seed):
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    from torch_llama import Llama
+    exact, mixed = models(np.random.default_rng(seed), **CONFIGS[config])
+    gradients = []
+    for model in (exact, mixed):
+        model.log_probs(TOKENS).mean().backward()
+        gradients.append({name: p.grad for name, p in model.parameters().items()})
+    theirs = Llama(vars(exact.config))
+    weights = {name: p.data.astype(np.float32) for name, p in exact.parameters().items()}
+    theirs.load({"unembedding": weights["embedding"], **weights})
+    if exact.config.tied:
+        theirs.unembedding.weight = theirs.embedding.weight
+    tokens = torch.tensor(TOKENS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = theirs.embedding(tokens[:, :-1])
+        for block in theirs.blocks:
+            x = block(x, theirs.cos[:x.shape[1]], theirs.sin[:x.shape[1]])
+        logits = theirs.unembedding(theirs.final_norm(x))
+    torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, 1:, None]).mean().backward()
+    found = {name.removesuffix(".weight"): p.grad.numpy() for name, p in theirs.named_parameters()}
+    found = {name: g.T if name.startswith("blocks.") and g.ndim == 2 else g for name, g in found.items()}
+    assert distance(gradients[1], gradients[0]) < 1.1 * distance(found, gradients[0])

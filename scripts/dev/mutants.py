@@ -56,7 +56,7 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
         "model": ("test_plain", "test_generate", "test_packing", "test_pretrained"), "tokenizer": ("test_fuzz",),
         "packing": ("test_model",), "generate": ("test_stages",), "evaluate": ("test_stages",),
         "gradients": ("test_exact_gradients",), "step": ("test_stages", "test_late", "test_ranks"),
-        "readback": ("test_late",), "modes": ("test_tensor",), "in_place": ("test_tensor", "test_optim"),
+        "readback": ("test_late",), "mixed_layers": ("test_mixed_precision",), "modes": ("test_tensor",), "in_place": ("test_tensor", "test_optim"),
         "tiled_attention": ("test_layers", "test_packing"), "chunked_log_probs": ("test_layers",),
         "packed_attention": ("test_packing", "test_model"), "rotary": ("test_layers", "test_plain"),
         "cached_decoding": ("test_generate", "test_plain"), "few_rows": ("test_generate",),

@@ -89,15 +89,14 @@ def segment_attention(qkv: Array, cos: Array, sin: Array, heads: int, kv_heads: 
     return o.reshape(N, H * K), vjp
 
 
-def token_log_probs(hidden: Array, unembedding: Array, targets: Array, chunk: int | None,
-                    bf16: bool) -> tuple[Array, Callable]:
+def token_log_probs(hidden: Array, unembedding: Array, targets: Array, chunk: int | None) -> tuple[Array, Callable]:
     """hidden (..,D); targets (N,), in the vocabulary -> log-probs (..)"""
     shape = hidden.shape
     rows = _contiguous(hidden).reshape(-1, shape[-1])
-    found, lse, _, logits = log_probs.linear_forward(rows, unembedding, targets, chunk, bf16=bf16)
+    found, lse, _, logits = log_probs.linear_forward(rows, unembedding, targets, chunk)
 
     def vjp(dy):
         dhidden, dunembedding = log_probs.linear_backward(rows, unembedding, targets, lse, _contiguous(dy).reshape(-1),
-                                                          logits, chunk, bf16)
+                                                          logits, chunk)
         return dhidden.reshape(shape), dunembedding
     return found.reshape(shape[:-1]), vjp

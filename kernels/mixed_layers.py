@@ -1,4 +1,4 @@
-"""The two branches of a transformer block with bf16 activations, between float32 residuals and parameters.
+"""The two branches of a transformer block with bf16 activations, between float32 residuals and parameters; log-probs.
 
 Each function returns (output, vjp), for minilm/mixed_precision.py. float32 goes in and float32 comes out, and the bf16
 arrays between are its own. The formulas are those of model.block. Weights are rounded where they are used: they may
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from minilm.backend import array_module
-from minilm.kernels import attention_bf16, fused, fused_bf16, gemm
+from minilm.kernels import attention_bf16, fused, fused_bf16, gemm, log_probs
 from minilm.kernels.attention import Operand, Plan
 from minilm.kernels.fused_bf16 import to_bf16, to_float32
 from minilm.kernels.launch import Array
@@ -122,3 +122,17 @@ def ffn_branch(x: Array, norm: Array, gate_up: Array, ffn_out: Array, *, eps: fl
         dx, dnorm = fused.rms_norm_backward(dh, x, norm, r)
         return dx, dnorm, DeferredProduct(h, dg), DeferredProduct(a, d)
     return product(a, out16, np.float32), vjp
+
+
+def token_log_probs(hidden: Array, unembedding: Array, targets: np.ndarray) -> tuple[Array, Callable]:
+    """layers.token_log_probs.  hidden (..,D), unembedding (V,D), targets (..) in the vocabulary -> (..)"""
+    xp = array_module(hidden, unembedding)
+    rows = xp.ascontiguousarray(hidden).reshape(-1, hidden.shape[-1])
+    targets = xp.asarray(targets).reshape(-1)
+    found, lse, _, logits = log_probs.linear_forward(rows, unembedding, targets, bf16=True)
+
+    def vjp(dy):
+        dhidden, dunembedding = log_probs.linear_backward(
+            rows, unembedding, targets, lse, xp.ascontiguousarray(dy).reshape(-1), logits, bf16=True)
+        return dhidden.reshape(hidden.shape), dunembedding
+    return found.reshape(hidden.shape[:-1]), vjp

@@ -167,7 +167,7 @@ def attention_without_tiles(q, k, v, causal: bool = True):
 
 @primitive
 def token_log_probs(hidden, unembedding, targets, chunk: int | None = None, kernel: bool = True,
-                    train_unembedding: bool = True, bf16: bool = False):
+                    train_unembedding: bool = True):
     """log softmax(hidden unembedding^T)[target].  (..,D), (V,D), integers (..) -> (..)
 
     It does not shift: for next-token log-probs pass hidden[:, :-1] and tokens[:, 1:].
@@ -178,8 +178,7 @@ def token_log_probs(hidden, unembedding, targets, chunk: int | None = None, kern
     The sum of -log p over tokens is the cross-entropy, so its gradient with respect to the logits is p - e.
     token_log_probs_without_chunks is this derivation in code; fast/chunked_log_probs.py computes the same numbers
     for `chunk` tokens at a time, so that the logits (..,V) are never in memory at once. train_unembedding False leaves
-    out its gradient, a third of backward. bf16, for the kernel alone: the three products are of matrices rounded to
-    bfloat16, with float32 sums.
+    out its gradient, a third of backward.
     Raises IndexError for a target outside the vocabulary, ValueError for shapes that do not fit.
     """
     xp = array_module(hidden, unembedding)
@@ -193,7 +192,7 @@ def token_log_probs(hidden, unembedding, targets, chunk: int | None = None, kern
     flat_targets = xp.asarray(targets).reshape(-1)
     if kernel and is_cupy(hidden):
         from minilm.kernels import layers as on_gpu
-        return on_gpu.token_log_probs(hidden, unembedding, flat_targets, chunk, bf16)
+        return on_gpu.token_log_probs(hidden, unembedding, flat_targets, chunk)
     log_probs, rows_vjp = chunked_log_probs(rows, unembedding, flat_targets, chunk, train_unembedding)
 
     def vjp(dy):

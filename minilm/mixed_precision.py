@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from minilm import checks
 from minilm.config import Config
 from minilm.fast.packed_attention import Segment, smear_segments, tables_on_gpu
 from minilm.rotary import rope_tables
-from minilm.tensor import primitive
+from minilm.tensor import Tensor, primitive
 
 COMPUTE = ("float32", "bfloat16")
 HEAD_WIDTHS = (32, 64, 128)         # of kernels/attention_bf16.py
@@ -44,9 +45,15 @@ def check(config: Config, dtype: Any, device: str, compute: str) -> None:
 
 
 @functools.cache
-def _branches():
+def _primitives():
     from minilm.kernels import mixed_layers
-    return primitive(mixed_layers.attention_branch), primitive(mixed_layers.ffn_branch)
+    return tuple(map(primitive, (mixed_layers.attention_branch, mixed_layers.ffn_branch, mixed_layers.token_log_probs)))
+
+
+def token_log_probs(hidden: Tensor, unembedding: Tensor, targets: np.ndarray) -> Tensor:
+    """layers.token_log_probs with products of bf16 matrices.  (..,D), (V,D), integers (..) of the vocabulary -> (..)"""
+    targets = checks.token_ids("token_log_probs", "targets", targets, len(unembedding))
+    return _primitives()[2](hidden, unembedding, targets)
 
 
 def layers_of(config: Any, parameters: dict, segments: list[Segment], positions: Any) -> Callable:
@@ -56,7 +63,7 @@ def layers_of(config: Any, parameters: dict, segments: list[Segment], positions:
     """
     cos, sin = rope_tables(positions, config.head_width, config.rope_base, parameters["embedding"].dtype)
     plan, edges = tables_on_gpu(positions, segments)
-    attention_branch, ffn_branch = _branches()
+    attention_branch, ffn_branch, _ = _primitives()
     shape = {"heads": config.heads, "kv_heads": config.kv_heads, "pairing": config.rope_pairing}
     smear = functools.partial(smear_segments, edges=edges)
 

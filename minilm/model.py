@@ -189,7 +189,9 @@ class Transformer:
         return scatter(self._token_log_probs(hidden, pack.targets), pack.mask)
 
     def _token_log_probs(self, hidden, targets):
-        return layers.token_log_probs(hidden, self.unembedding, targets, bf16=self.compute == "bfloat16",
+        if self.compute == "bfloat16":
+            return mixed_precision.token_log_probs(hidden, self.unembedding, targets)
+        return layers.token_log_probs(hidden, self.unembedding, targets,
                                       train_unembedding=self.unembedding.requires_grad)
 
     def hidden(self, tokens: np.ndarray, key_mask: np.ndarray | None = None) -> Tensor:

@@ -180,7 +180,7 @@ CALLS = {f"{call.of.__module__.rpartition('.')[2]}.{call.of.__name__}": call for
     Call(layers.attention, "k v key_mask", "key_mask", settings={"scale": (0, -1.0, math.inf, math.nan, "1")},
          free="q causal kernel", q=Tensor(normal(size=(P, 2, T, 4))), **KEYS, key_mask=mask(P, T)),
     Call(layers.token_log_probs, "targets", ids="targets", count=5, settings={"chunk": COUNT},
-         free="hidden unembedding kernel train_unembedding bf16", hidden=Tensor(normal(size=(N, 4))),
+         free="hidden unembedding kernel train_unembedding", hidden=Tensor(normal(size=(N, 4))),
          unembedding=Tensor(normal(size=(5, 4))), targets=np.arange(N) % 5),
     Call(layers.token_log_probs_without_chunks, ids="targets", count=5, free="hidden unembedding",
          hidden=Tensor(normal(size=(N, 4))), unembedding=Tensor(normal(size=(5, 4))), targets=np.arange(N) % 5),

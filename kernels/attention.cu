@@ -20,7 +20,7 @@
 // Tiles. A block has THREADS = 8 TY threads. Thread (ty, tx) has rows ty, ty + TY, ... and columns tx, tx + 8, ... of
 // every tile: 8 neighbouring lanes share a row, and a warp reads 4 rows at a time, each row at one address. Shared
 // rows have length HEAD + 1, so that 8 lanes that read 8 rows at one column use 8 different banks. attention.py chooses
-// ROWS and COLS for the shared memory of the device: 64 KiB for a block (sm_75), or two blocks of more (sm_90).
+// ROWS and COLS for the device: tiles of 64 KiB at most, or larger ones where a block may have 200 KiB (sm_90).
 //
 // Bytes. Forward reads Q once, and for each tile of queries the keys and values that the tile sees; it writes O and L.
 // The minimum would read K and V once. Larger tiles come closer to it; so does the L2 cache, which the counts of

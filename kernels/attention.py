@@ -20,12 +20,13 @@ from minilm.kernels.launch import Array, Variants, counts, function, launch, opt
 
 WIDTHS = (16, 32, 64, 128)
 # {bytes of a number: {head width: (queries, keys) of a tile}}: as large as 64 KiB of shared memory and the registers
-# allow,
+# allow.
 FORWARD = {4: {16: (64, 32), 32: (64, 32), 64: (64, 32), 128: (32, 32)},
            8: {16: (32, 32), 32: (32, 32), 64: (32, 32), 128: (16, 16)}}
 BACKWARD = {4: {16: (32, 32), 32: (32, 32), 64: (32, 32), 128: (16, 32)},
             8: {16: (32, 32), 32: (32, 32), 64: (16, 32), 128: (8, 16)}}
-# and larger ones, with more arithmetic for a number from shared memory, where two blocks of them fit a multiprocessor.
+# Larger tiles, with more arithmetic for a number from shared memory, for devices with so many bytes of it for a block:
+# two blocks then fit a multiprocessor.
 ROOMY = 200 * 1024
 ROOMY_FORWARD = {4: {**FORWARD[4], 64: (64, 64), 128: (64, 32)}, 8: FORWARD[8]}
 ROOMY_BACKWARD = {4: {**BACKWARD[4], 64: (64, 64), 128: (32, 32)}, 8: BACKWARD[8]}

@@ -24,7 +24,7 @@
 //   swiglu_backward     3 N F                  2 N F            the minimum if s is computed again
 //   rope                N (H + G + 1) K        N (H + G) K      the minimum with tables
 //   adamw               4 P                    3 P              the minimum
-//   clip                P, or 0                P, or 0          0 if the norm is small; the minimum would be 0, in adamw
+//   clip                P, or 0                P, or 0          0 if nothing is clipped; inside adamw it would be 0
 // __launch_bounds__(.., 1) asks for one block a multiprocessor; otherwise NVRTC limits a thread to 64 registers and
 // spills.
 // Possible and not done: the residual addition before a norm; the rotation inside attention, when it loads Q and K.

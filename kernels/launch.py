@@ -94,7 +94,8 @@ def _function(raw_module, module, text, name, dtype, constants):
 
 @functools.lru_cache(maxsize=None)
 def shared_memory(xp) -> int:
-    """Bytes of shared memory that a block can ask for on the device of xp, cupy; 0 for NumPy, which has none."""
+    """Bytes of shared memory that a block can ask for on the device of xp, cupy, of which a process uses one; 0 for
+    NumPy."""
     return xp.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"] if hasattr(xp, "cuda") else 0
 
 
@@ -115,12 +116,11 @@ def launch(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], *argum
 
 
 def _argument(kernel, value):
-    kind = type(value)
-    if kind is int:
+    if type(value) is int:
         if not -MOST_COUNT <= value <= MOST_COUNT:
             counts(f"{kernel.name}: an argument", value)
         return np.int32(value)
-    if kind is float:
+    if isinstance(value, float):            # np.float64 too
         return kernel.dtype.type(value)
     if hasattr(value, "flags") and not value.flags.c_contiguous:
         raise TypeError(f"{kernel.name}: an array of shape {value.shape} is not contiguous; pass a contiguous copy")

@@ -5,8 +5,8 @@
 //           (Milakov and Gimelshein 2018, arXiv:1805.02867). Every thread does this for its share of the row; the
 //           shares are joined by the same formula. Then log p_y = (x_y - m) - log d, lse = m + log d.
 // entropy   H = -sum p log p = log d - w / d with w = sum (x_j - m) exp(x_j - m), updated in the same pass. When the
-//           maximum grows by g, w becomes exp(-g) (w - g d). Both terms of H are at least 0, so there is no
-// cancellation. backward  dx_j = dy ([j = y] - exp(x_j - lse)); dx may be the array that holds x.
+//           maximum grows by g, w becomes exp(-g) (w - g d). Both terms of H are at least 0: nothing cancels.
+// backward  dx_j = dy ([j = y] - exp(x_j - lse)); dx may be the array that holds x.
 //
 // lse is float64 in both precisions. In float32 it would have an error of 5e-4 at logits of 1e4, and every probability
 // with it. Backward splits it, once a row, into two numbers of its own precision.

@@ -186,8 +186,8 @@ def _linear(hidden, unembedding, targets, chunk):
 
 @functools.lru_cache(maxsize=None)
 def _memory(xp):
-    """Bytes of memory of the device of xp."""
-    return xp.cuda.Device().mem_info[1]
+    """Bytes of memory of the device of xp; 0 for NumPy, whose arrays the launch refuses."""
+    return xp.cuda.Device().mem_info[1] if hasattr(xp, "cuda") else 0
 
 
 def _threads(V):

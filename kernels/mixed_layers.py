@@ -56,8 +56,9 @@ def attention_branch(x: Array, norm: Array, qkv: Array, attention_out: Array, am
     """
     H, G, N = heads, kv_heads, len(x)
     K = qkv.shape[1] // (H + 2 * G)
+    norm = _aligned(norm)
     h, r = fused_bf16.rms_norm(x, norm, eps)
-    qkv16, out16 = to_bf16(qkv), to_bf16(attention_out)
+    qkv16, out16 = to_bf16(_aligned(qkv)), to_bf16(_aligned(attention_out))
     z = product(h, qkv16, np.uint16).reshape(N, H + 2 * G, K)
     smear_vjp = _smear(z, H, G, amount, smear)
     fused_bf16.rope(z, cos, sin, H + G, pairing)
@@ -92,9 +93,14 @@ def _operand(array, first):
     return Operand(array, first * K, heads * K, K)
 
 
+def _aligned(array):
+    """The array, or a copy that begins at a multiple of 16 bytes: a parameter in a flat array may begin anywhere."""
+    return array if array.data.ptr % 16 == 0 else array.copy()
+
+
 def _smear(z, H, G, amount, smear):
-    """Smears the keys of z (N,H+2G,K) in place, in float32. Returns a function that does the same to the gradient of z,
-    and gives that of amount."""
+    """Smears the keys of z (N,H+2G,K) in place, in float32. Returns a function that changes the gradient of z in place
+    likewise, and returns the gradient of amount."""
     if amount is None:
         return lambda dz: None
     keys = slice(H, H + G)
@@ -110,8 +116,9 @@ def _smear(z, H, G, amount, smear):
 
 def ffn_branch(x: Array, norm: Array, gate_up: Array, ffn_out: Array, *, eps: float) -> tuple[Array, Callable]:
     """swiglu(rms_norm(x)) of model.block.  x (N,D), norm (D,), gate_up (D,2F), ffn_out (F,D) -> (N,D)"""
+    norm = _aligned(norm)
     h, r = fused_bf16.rms_norm(x, norm, eps)
-    up16, out16 = to_bf16(gate_up), to_bf16(ffn_out)
+    up16, out16 = to_bf16(_aligned(gate_up)), to_bf16(_aligned(ffn_out))
     g = product(h, up16, np.uint16)
     a = fused_bf16.swiglu_forward(g)
 
@@ -129,6 +136,7 @@ def token_log_probs(hidden: Array, unembedding: Array, targets: np.ndarray) -> t
     xp = array_module(hidden, unembedding)
     rows = xp.ascontiguousarray(hidden).reshape(-1, hidden.shape[-1])
     targets = xp.asarray(targets).reshape(-1)
+    rows, unembedding = _aligned(rows), _aligned(unembedding)
     found, lse, _, logits = log_probs.linear_forward(rows, unembedding, targets, bf16=True)
 
     def vjp(dy):

@@ -7,7 +7,7 @@ memory. bf16 has 8 bits of mantissa and the exponents of float32, so no loss nee
 stays float32: parameters, gradients and moments, the residual stream, the sums of every product, softmax, norms, logits
 and the loss (Micikevicius et al. 2018, arXiv:1710.03740; Kalamkar et al. 2019, arXiv:1905.12322).
 
-It holds where a causal model is trained or scored: log_probs, packs, rewards. Padded batches and generation compute in
+A causal model is trained and scored in it: log_probs, packs, rewards. Padded batches and generation compute in
 float32. The formulas are in kernels/mixed_layers.py.
 Tests: tests/test_mixed_precision.py.
 """
@@ -28,6 +28,7 @@ from minilm.tensor import Tensor, primitive
 
 COMPUTE = ("float32", "bfloat16")
 HEAD_WIDTHS = (32, 64, 128)         # of kernels/attention_bf16.py
+WIDEST = 4096                       # of kernels/fused_bf16.py
 
 
 def check(config: Config, dtype: Any, device: str, compute: str) -> None:
@@ -38,10 +39,13 @@ def check(config: Config, dtype: Any, device: str, compute: str) -> None:
         return
     wanted = {"the device 'gpu'": device == "gpu", "a model of float32": dtype == np.float32,
               "a causal model": config.causal, f"a head_width of {HEAD_WIDTHS}": config.head_width in HEAD_WIDTHS,
-              "a width that 8 divides": config.width % 8 == 0,
+              f"a width of at most {WIDEST} that 8 divides": config.width % 8 == 0 and config.width <= WIDEST,
               "an ffn_width that 8 divides": int(config.ffn_width or 0) % 8 == 0}
     if missing := [words for words, there in wanted.items() if not there]:
         raise ValueError(f"to_device: compute='bfloat16' needs {missing[0]}")
+    import cupy
+    if int(cupy.cuda.Device().compute_capability) < 80:
+        raise ValueError("to_device: compute='bfloat16' needs a GPU of compute capability 8.0 or later")
 
 
 @functools.cache

@@ -90,7 +90,7 @@ class AdamW:
         """Drop the gradients: the next backward writes over them. One that somebody has kept stays as it is."""
         self.flat.zero_grad()
 
-    def clip(self, max_norm: float) -> float:
+    def clip(self, max_norm: float) -> Any:
         """Scale the gradient so that its norm over all parameters is at most max_norm.
 
         Returns the norm before scaling (Pascanu et al. 2013, arXiv:1211.5063): a float; on one GPU an array without
@@ -123,17 +123,18 @@ class AdamW:
         return math.sqrt(sum(self.group.all_gather(float(total))))
 
     def step_if_finite(self, learning_rate: float, numbers: Iterable) -> Any:
-        """step() on one GPU, which the GPU leaves out unless these arrays without axes are finite, and those of all
-        calls since accept(). It counts as an update in any case."""
+        """step() on one GPU. The kernel changes nothing unless these arrays without axes are finite, and those of all
+        calls since accept(). `updates` counts the step in any case."""
         for number in numbers:
             self._refused = self._refused + 0 * number          # 0 or NaN
         return self.step(learning_rate)
 
     def accept(self) -> None:
-        """Forget the numbers of step_if_finite that were not finite."""
+        """Forget the numbers of step_if_finite that were not finite. The caller may have set `updates` back."""
+        self._trained = None
         self._refused = array_module(self.data).zeros((), self.data.dtype)
 
-    def step(self, learning_rate: float | None = None) -> float:
+    def step(self, learning_rate: float | None = None) -> Any:
         """One update from the accumulated gradients (which stay until zero_grad).
 
         Returns the norm of the updated parameters after it, which is finite only if each of them is: as clip does.
@@ -216,7 +217,6 @@ class AdamW:
         for kept, name in ((self.m, "m"), (self.v, "v")):
             kept[...] = self.flat.as_flat(arrays[name])[self.flat.own]
         self.updates[...] = steps
-        self._trained = None
         self.accept()
 
 

@@ -29,6 +29,11 @@ class Readback:
         self._copied = xp.cuda.Event(disable_timing=True)
         self._copied.record()
 
+    def __del__(self):
+        # Freed page-locked memory is given to the next copy at once, and this copy would still be written to it.
+        if hasattr(self, "_copied"):
+            self._copied.synchronize()
+
     def get(self) -> Any:
         """The tree with NumPy arrays in place of CuPy's, when the copy is complete."""
         self._copied.synchronize()
@@ -48,5 +53,7 @@ def replaced(tree: Any, function: Callable) -> Any:
     if isinstance(tree, dict):
         return {name: replaced(value, function) for name, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)([replaced(value, function) for value in tree])
+        values = [replaced(value, function) for value in tree]
+        make = list if isinstance(tree, list) else getattr(tree, "_make", tuple)         # a NamedTuple is one again
+        return make(values)
     return tree

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from minilm.backend import array_module, is_cupy, to_device, to_numpy
-from minilm.kernels.emulator import arrays
+from minilm.kernels.emulator import arrays, cublas, stream
 from minilm.kernels.emulator.cupy import FUNCTIONS, TYPES, as_cupy, cupy, ufunc
 
 X = np.arange(6.0).reshape(2, 3)
@@ -252,8 +252,15 @@ def described(thing):
     except (TypeError, ValueError):
         return next(iter((getattr(thing, "__doc__", None) or "").strip().splitlines()), "")
 found = {}
-for owner, prefix in ((cupy, ""), (cupy.ndarray, "ndarray."), (cupy.add, "add."), (cupy.RawModule, "RawModule.")):
+owners = [(cupy, ""), (cupy.ndarray, "ndarray."), (cupy.RawModule, "RawModule."), (cupy.cuda.Event, "cuda.Event."),
+          (cupy.cuda.Device, "cuda.Device."), (cupy.cuda.device, "cuda.device.")]
+try:                                # it loads the library of that name
+    owners.append((cupy.cuda.cublas, "cuda.cublas."))
+except ImportError:
+    pass
+for owner, prefix in owners:
     found.update({prefix + name: described(getattr(owner, name)) for name in dir(owner)})
+found["cuda.alloc_pinned_memory"] = described(cupy.cuda.alloc_pinned_memory)
 found["__index__"] = hasattr(cupy.ndarray, "__index__")
 print(json.dumps(found))
 """
@@ -353,3 +360,16 @@ def test_cupys_array_has_every_method_with_these_arguments(real):
         if inspect.isfunction(method) and not name.startswith("__"):
             assert (why := misfit(signature(method), parameters(real[f"ndarray.{name}"]))) is None, f"{name}: {why}"
     assert real["__index__"] is False is hasattr(arrays.ndarray, "__index__")
+
+
+def test_cupys_cuda_has_every_name_with_these_arguments(real):
+    """Those of cublas where its library is installed."""
+    assert misfit(signature(stream.alloc_pinned_memory), parameters(real["cuda.alloc_pinned_memory"])) is None
+    for owner, prefix in ((stream.Event, "cuda.Event."), (stream.Device, "cuda.Device."),
+                          (cublas.device, "cuda.device."), (cublas.cublas, "cuda.cublas.")):
+        for name, thing in vars(owner).items():
+            if not name.startswith("_") and any(known.startswith(prefix) for known in real):
+                assert prefix + name in real, f"CuPy has no {prefix}{name}"
+                if inspect.isfunction(thing) and "(" in real[prefix + name]:
+                    why = misfit(signature(thing), parameters(real[prefix + name]))
+                    assert why is None, f"{prefix}{name}: {why}"

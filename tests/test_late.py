@@ -2,6 +2,7 @@
 
 The mock of CuPy delivers a copy only when its event is waited for, so a number that is looked at too early is NaN.
 """
+import collections
 import math
 
 import numpy as np
@@ -36,7 +37,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_metrics_and_weights_of_a_gpu_are_those_of_the_cpu(name, emulated):
+def test_metrics_and_weights_of_a_gpu_are_those_of_the_cpu(name, xp):
     runs, tolerance = {}, 1e-6 if name == "RLHF" else 1e-9       # the KL divergence of its first steps is nearly 0
     for device in ("cpu", "gpu"):
         state, reference = state_of(np.random.default_rng(5), device, name)
@@ -49,7 +50,7 @@ def test_metrics_and_weights_of_a_gpu_are_those_of_the_cpu(name, emulated):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_metrics_that_are_read_at_the_end_are_those_that_are_read_at_once(name, emulated):
+def test_metrics_that_are_read_at_the_end_are_those_that_are_read_at_once(name, xp):
     runs = []
     for read in (dict, lambda metrics: metrics):
         state, reference = state_of(np.random.default_rng(5), name=name)
@@ -88,7 +89,7 @@ BAD = {"loss": (lambda p: ops.sum(p) * math.nan, "the loss is nan; first bad ten
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_the_gpu_refuses_a_step_that_is_not_finite_and_the_one_after_it(name, shards, rng, emulated):
+def test_the_gpu_refuses_a_step_that_is_not_finite_and_the_one_after_it(name, shards, rng, xp):
     bad, message = BAD[name]
     state, _ = state_of(rng)
     step(state, fine)
@@ -112,7 +113,7 @@ LOOKS = {"reading the metrics": lambda state, metrics: metrics["grad_norm"], "se
 
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_look_at_a_bad_step_raises(look, rng, emulated):
+def test_a_look_at_a_bad_step_raises(look, rng, xp):
     state, _ = state_of(rng)
     metrics = step(state, BAD["loss"][0])
     with pytest.raises(Diverged, match="^here, step 1: the loss is nan"):
@@ -122,7 +123,7 @@ def test_a_look_at_a_bad_step_raises(look, rng, emulated):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_the_end_of_a_stage_looks_at_its_last_step(rng, emulated):
+def test_the_end_of_a_stage_looks_at_its_last_step(rng, xp):
     state, reference = state_of(rng)
     steps = STAGES["SFT"](state, reference)
     next(steps), next(steps)
@@ -134,17 +135,18 @@ def test_the_end_of_a_stage_looks_at_its_last_step(rng, emulated):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_an_update_that_overflows_is_reported_when_its_step_is_looked_at(rng, emulated):
+def test_an_update_that_overflows_is_reported_when_its_step_is_looked_at(rng, xp):
     state, _ = state_of(rng)
     metrics = step(state, lambda p: ops.sum(p), rate=1e308, clip=math.inf)
     with pytest.raises(Diverged, match="^here, step 1: the update went to NaN or infinity; first bad tensor: the "):
         step(state, fine, rate=1e308)
-    with pytest.raises(Diverged):
+    with pytest.raises(Diverged, match="step 1"):
         dict(metrics)
+    assert not np.isfinite(parameters(state)["final_norm"]).all()       # as on a CPU: nothing is taken back
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_restored_state_forgets_a_step_that_was_not_looked_at(rng, emulated):
+def test_a_restored_state_forgets_a_step_that_was_not_looked_at(rng, xp):
     state, _ = state_of(rng)
     step(state, fine)
     arrays, metadata = state.snapshot()
@@ -160,7 +162,8 @@ def test_a_restored_state_forgets_a_step_that_was_not_looked_at(rng, emulated):
 def test_a_readback_gives_the_tree_with_numpy_arrays_once_its_event_is_reached(rng, emulated):
     x, y, i = rng.normal(size=(2, 3)).astype(np.float32), rng.normal(size=()), np.array([2 ** 40, -1])
     there = [emulated.asarray(a) for a in (x, y, i)]
-    tree = (there[0], [there[1], "text", None, x], {"i": there[2]})
+    Pair = collections.namedtuple("Pair", "a b")
+    tree = (there[0], [there[1], "text", None, x], {"i": there[2]}, Pair(there[1], 3))
     readback = Readback(tree)
     assert np.isnan(readback._host).all()                   # nothing has come yet
     there[0][...] = 0                                       # behind the copy
@@ -168,6 +171,15 @@ def test_a_readback_gives_the_tree_with_numpy_arrays_once_its_event_is_reached(r
     assert type(found) is tuple and (found[0] == x).all() and found[0].dtype == np.float32
     assert found[1][0] == y and found[1][1:3] == ["text", None] and found[1][3] is x
     assert (found[2]["i"] == i).all() and found[2]["i"].dtype == i.dtype
+    assert type(found[3]) is Pair and found[3] == (y, 3)
+
+
+def test_a_readback_that_is_dropped_waits_for_its_copy(emulated):
+    """Its memory is given to the next copy at once."""
+    readback = Readback((emulated.ones(3),))
+    host = readback._host
+    del readback
+    assert (host == 1).all()
 
 
 def test_an_event_brings_the_copies_before_it_and_a_wait_brings_all(emulated):
@@ -198,6 +210,49 @@ def test_an_event_with_work_behind_it_is_late_and_one_without_is_a_wait(emulated
         x + x
         event.synchronize()
     assert work.late == 1 and len(work.waits) == 1
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_metrics_from_before_a_restore_are_an_error_and_change_nothing(rng, xp):
+    state, _ = state_of(rng)
+    step(state, fine)
+    arrays, metadata = state.snapshot()
+    arrays = {name: a.copy() for name, a in arrays.items()}
+    step(state, fine)
+    metrics = step(state, BAD["loss"][0])
+    state.restore(arrays, metadata)
+    step(state, fine)
+    with pytest.raises(RuntimeError, match="^here, step 3: the state was restored before this step's metrics"):
+        metrics["loss"]                         # noqa: B018
+    assert state.step == state.optimizer.steps == 2 and state.pending is not None
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_parameters_that_were_frozen_for_refused_steps_have_their_own_bias_corrections(rng, xp):
+    """The slices of neighbours with equally many updates are made again when the counts are set back."""
+    ends = {}
+    for refused in (False, True):
+        state, _ = state_of(np.random.default_rng(5), layers=2)
+        p = state.model.parameters()
+        both = lambda q: ops.sum(p["blocks.0.ffn_norm"]) + ops.sum(q * q)         # noqa: E731
+        step(state, both)
+        p["blocks.0.ffn_norm"].requires_grad = False
+        step(state, fine)
+        p["blocks.0.ffn_norm"].requires_grad = True
+        if refused:
+            state.settle()
+            step(state, BAD["loss"][0])
+            with pytest.raises(Diverged):
+                step(state, both)
+        step(state, both)
+        ends[refused] = parameters(state)
+    assert same(*ends.values())
+
+
+def test_losses_whose_sum_overflows_are_no_divergence(rng, xp):
+    state, _ = state_of(rng)
+    metrics = step(state, *[lambda p: ops.sum(p) * 0.0 + 1e308] * 2)
+    assert metrics["loss"] == math.inf and state.step == 1
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -89,3 +89,15 @@ def test_a_row_of_swiglu_that_is_longer_than_a_grid_is_computed_whole(F, xp, rng
     assert_close(fused.swiglu_forward(xp.asarray(gate_up)).get(), gate * s * up)
     assert_close(fused.swiglu_backward(xp.asarray(dy), xp.asarray(gate_up)).get(),
                  np.concatenate([dy * s * (1 + gate * (1 - s)) * up, dy * s * gate], axis=1))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_setting_that_is_a_numpy_number_is_passed_in_the_kernels_precision(dtype, rng, xp):
+    """np.float64 is a float of Python: 8 bytes of it would be read as 4."""
+    start = rng.normal(size=(4, 33)).astype(dtype)
+    found = []
+    for number in (float, np.float64):
+        p, g, m, v = map(xp.asarray, np.abs(start))
+        fused.adamw_step(p, g, m, v, 9, number(0.1), (number(0.9), number(0.95)), number(1e-8), number(0.1), 1)
+        found.append(p.get())
+    assert (found[0] == found[1]).all()

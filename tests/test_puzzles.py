@@ -22,6 +22,15 @@ def test_a_right_solution_is_solved(name):
     assert puzzles.check(name, SOLUTIONS / f"{name}.cu").startswith(f"{name}: solved. ")
 
 
+@pytest.mark.parametrize("name", puzzles.PUZZLES)
+def test_a_solution_under_the_words_of_the_task_is_solved(name, tmp_path):
+    body = (SOLUTIONS / f"{name}.cu").read_text()
+    comments = "\n".join(line for line in puzzles.task(name).split("\n") if line.startswith("//"))
+    path = tmp_path / "mine.cu"
+    path.write_text(f"{comments}\n\n{body}")
+    assert puzzles.check(name, path).startswith(f"{name}: solved. ")
+
+
 WRONG = [       # a solution, what is changed in it, and what the checker says
     ("sums", "        __syncthreads();\n    }", "    }", emulator.Fault, "data race"),
     ("sums", "    __syncthreads();\n    for", "    for", emulator.Fault, "race|uninitialised"),
@@ -56,7 +65,7 @@ def test_the_task_and_atomics_are_no_solution(tmp_path):
     path.write_text(puzzles.task("sums"))
     with pytest.raises(puzzles.Unsolved, match="still has the line YOUR CODE HERE"):
         puzzles.check("sums", path)
-    path.write_text("atomicAdd")
+    path.write_text("atomicAdd(y, x[0]);")
     with pytest.raises(puzzles.Unsolved, match="uses atomics"):
         puzzles.check("sums", path)
     with pytest.raises(LookupError, match="no puzzle sum; there are sums, softmax, attention"):

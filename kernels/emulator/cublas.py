@@ -1,4 +1,4 @@
-"""The one function of cupy.cuda.cublas that minilm calls: gemmEx, for bf16 and float32 with float32 sums.
+"""The functions of cupy.cuda.cublas that minilm calls: gemmEx, for bf16 and float32 with float32 sums, and its mode.
 
 It takes addresses, as cuBLAS does. Each must lie in an array of the mock whose address was asked for, and the whole
 matrix in the same array. Tests: tests/test_gemm.py.
@@ -16,11 +16,16 @@ from minilm.kernels.emulator.work import ask
 DTYPES = {14: np.dtype(np.uint16), 0: np.dtype(np.float32)}         # CUDA_R_16BF, CUDA_R_32F
 COMPUTE_32F = 68
 HANDLE = 1
+FULL_SUMS = 16                  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION
+_mode = 0
 
 
 def gemmEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, computeType,
            algo):
-    """C = alpha op(A) op(B) + beta C; columns of C (m,n), op(A) (m,k), op(B) (k,n) follow each other in memory."""
+    """C = alpha op(A) op(B) + beta C, of C (m,n), op(A) (m,k), op(B) (k,n), whose columns follow each other."""
+    if _mode != FULL_SUMS:
+        raise ValueError("without CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION parts of a product may be added in "
+                         "bf16")
     if handle != HANDLE or computeType != COMPUTE_32F or Atype != 14 or Btype != 14 or Ctype not in DTYPES:
         raise ValueError("the mock of gemmEx multiplies bf16 matrices, with float32 sums (CUBLAS_COMPUTE_32F), to bf16 "
                          "or float32")
@@ -35,6 +40,15 @@ def gemmEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb,
     if _number(beta):
         found += _number(beta) * (from_bf16(out) if Ctype == 14 else out)
     out[...] = to_bf16(found) if Ctype == 14 else found
+
+
+def getMathMode(handle):
+    return _mode
+
+
+def setMathMode(handle, mode):
+    global _mode
+    _mode = mode
 
 
 def _number(address):
@@ -59,6 +73,6 @@ def _columns(address, kind, leading, rows, columns):
 
 
 cublas = types.ModuleType("cupy.cuda.cublas", __doc__)
-cublas.gemmEx = gemmEx
+vars(cublas).update(gemmEx=gemmEx, getMathMode=getMathMode, setMathMode=setMathMode)
 device = types.ModuleType("cupy.cuda.device", __doc__)
 device.get_cublas_handle = lambda: HANDLE

@@ -9,6 +9,7 @@ Tests: tests/test_puzzles.py.
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -80,13 +81,13 @@ def task(name: str) -> str:
 
 
 def check(name: str, path: Path) -> str:
-    """What to say of a right solution. Raises Unsolved, emulator.Fault, emulator.CompileError, and LookupError for
+    """The message for a right solution. Raises Unsolved, emulator.Fault, emulator.CompileError, and LookupError for
     another name."""
     task(name)
     code = checks.ordinary_file(path).read_text("utf-8")
     if "YOUR CODE HERE" in code:
         raise Unsolved(f"{path} still has the line YOUR CODE HERE: replace it by your code")
-    if "atomic" in code:
+    if re.search(r"\batomic[A-Z]\w*\s*\(", code):
         raise Unsolved(f"{path} uses atomics, whose order of additions is not fixed; this puzzle can do without")
     puzzle = PUZZLES[name]
     for sizes in puzzle.sizes:

@@ -52,6 +52,7 @@ class Event:
 class Device:
     """A mock of cupy.cuda.Device."""
 
+    compute_capability = "90"
     attributes = {"MaxSharedMemoryPerBlockOptin": SHARED_MOST}
     mem_info = 4 << 30, 4 << 30             # bytes: free, in all
 

@@ -1,9 +1,9 @@
 """One optimiser step: the loss, its gradient, clipping, the update, and what the step reports.
 
-A CPU reports at once. A GPU works through a queue, and waits for the host wherever the host waits for a number. So on
-one GPU the loss, the norms and the reports stay there, and come to the host in one copy; the host looks at them after
-it has asked for the next step. A loss or a gradient that is not finite is then found one step late: the GPU itself
-refuses that update and the one after it.
+On a CPU the numbers of a step are known at once. A GPU executes a queue of kernels. When Python reads a number, it must
+wait until the queue is empty, and then the GPU has no work until Python goes on. So on one GPU the loss, the norms and
+the reports are copied to the host in one piece, and are read after the next step has been started. A loss or a gradient
+that is not finite is then found one step late; the kernel of AdamW has left out that update and the next one.
 Tests: tests/test_stages.py, tests/test_late.py.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from minilm import checks
 from minilm.backend import is_cupy
 from minilm.diverged import Diverged, first_bad_parameter, first_nonfinite
-from minilm.readback import Readback
+from minilm.readback import Readback, replaced
 from minilm.stages.agreement import digest
 from minilm.stages.train_state import TrainState
 from minilm.tensor import Tensor
@@ -31,11 +31,12 @@ def train_step(state: TrainState, loss: Callable, batch_shards: Sequence, learni
     stage_name. `drawn`, arrays and token lists, is the batch of the whole step; the workers compare it (agreement.py).
     metrics: a function of the reports, one per shard, that gives further metrics, a dict.
     Returns {"loss", "grad_norm", "learning_rate"} and those metrics: a dict; on one GPU a Mapping that waits for the
-    GPU when it is read.
+    GPU when it is read, of which dict(metrics) makes a dict.
     Raises ValueError for no shards, for a learning rate out of range, for a loss without a gradient and as checked_loss
     does, RuntimeError as TrainState.check_owned does, and Diverged, before anything is updated, or when the update
-    itself overflowed. On one GPU Diverged comes when the metrics are read, at the latest after the next step; the state
-    then has neither of the two updates, and its `step` is the number before them, but its Generator has drawn both.
+    itself overflowed. On one GPU Diverged is raised when the metrics are read, at the latest after the next step. For a
+    loss or a gradient that is not finite, the state then has neither of the two updates and the number of steps before
+    them, but its Generator has drawn both batches.
     """
     where = f"{stage_name}, step {state.step + 1}"
     checks.number(where, "learning_rate", learning_rate, at_least=0)
@@ -52,6 +53,7 @@ def train_step(state: TrainState, loss: Callable, batch_shards: Sequence, learni
         return {"loss": sum(losses), "grad_norm": norm, "learning_rate": learning_rate, **metrics(reports)}
 
     if step.late:
+        replaced(reports, lambda array: array)          # raises, before the update, for what cannot be copied
         length = state.optimizer.step_if_finite(learning_rate, [*losses, norm])
         return step.later(losses, norm, length, reports, report)
     step.check_norm(norm)
@@ -116,10 +118,10 @@ class Step:
     # On one GPU.
 
     def later(self, losses: Sequence, norm: Any, length: Any, reports: Sequence, report: Callable) -> Mapping:
-        """Looks at the step before, if nobody has. Returns the metrics of this one, which nobody has looked at."""
+        """Reads the numbers of the step before, if they were not read. Returns the metrics of this one, unread."""
         self._readback = Readback((losses, norm, length, reports))
         self._report: Any = report
-        self._error: Diverged | None = None
+        self._error: Exception | None = None
         before, self.state.pending = self.state.pending, self
         self.state.step += 1
         if before is not None:
@@ -140,17 +142,23 @@ class Step:
             raise self._error
         return self._metrics
 
+    def forget(self) -> None:
+        """The state was set back to an earlier step: to read this one is an error from now on."""
+        self.state.pending = None
+        self._error = RuntimeError(f"{self.where}: the state was restored before this step's metrics were read")
+        self._report = None
+
     def _look(self):
         losses, norm, length, reports = self._readback.get()
         losses = [float(number) for number in losses]
         norm = float(norm)
-        if not math.isfinite(sum(losses) + norm):
+        if not all(map(math.isfinite, (*losses, norm))):
             self._take_back(losses, norm)
         self.check_update(float(length))
         return self._report(losses, norm, reports)
 
     def _take_back(self, losses, norm):
-        """The GPU has refused this update and those after it."""
+        """The kernel of AdamW has left out this update and those after it."""
         state = self.state
         state.pending = None
         state.step, state.optimizer.updates[...] = self.before

@@ -34,8 +34,8 @@ class TrainState:
     workers: processes that share each step's batch (fast/workers.py). Each computes the gradient of its own shard, and
     the gradients are added in a fixed order. Results differ with the number of workers by rounding only, and are the
     same bit for bit every time for one number. `settings` are those of AdamW.
-    One GPU works behind the program: what a step reports is looked at a step later (step.py). snapshot() and the end of
-    a stage wait for it, and so do the metrics when they are read.
+    On one GPU the numbers of a step are read after the next step has been started (step.py). snapshot(), the end of a
+    stage, and the metrics when they are read wait for them.
     The caller's code between two steps runs in rank 0 alone. It may read everything, save a snapshot, and write to the
     parameters. If it changes another part of the state, the next step raises WorkersDisagree (agreement.py).
     group: the ranks of parallel.world(), in place of workers. Every rank then runs the caller's code and may change
@@ -86,14 +86,14 @@ class TrainState:
         self.optimizer.flat.add_gradients(found, self._gradients[:self.group.active_size - 1])
 
     def settle(self) -> None:
-        """Wait for the last step. Raises Diverged if it did."""
+        """Wait for the numbers of the last step. Raises Diverged if one of them is not finite."""
         if self.pending is not None:
             self.pending.settle()
 
     def snapshot(self) -> tuple[dict[str, np.ndarray], dict]:
         """(arrays, metadata) to save: parameters, moments, Generator, step. The arrays are views: save them at once.
 
-        Raises Diverged if the last step did, and this is the first look at it (settle)."""
+        Raises Diverged as settle does."""
         self.settle()
         return self._arrays(), {"step": self.step, "rng": self.rng.bit_generator.state}
 
@@ -122,7 +122,8 @@ class TrainState:
                              "configuration it was saved with")
         self.rng.bit_generator.state = rng          # raises for a Generator of another kind
         self.step = step
-        self.pending = None
+        if self.pending is not None:
+            self.pending.forget()
         for name, p in self.model.parameters().items():
             p.data[...] = array_module(p.data).asarray(arrays[f"model.{name}"])
         mark_changed(self.model.parameters(), "TrainState.restore")

@@ -107,7 +107,7 @@ PROGRAM
 
 wanted env && check env 60 "$python" "$work/env.py"
 if wanted tests; then
-    for name in emulator_against_gpu tensor_cores attention_kernel attention_bf16 decode_kernel log_probs_kernel sampling_kernel fused_kernels fused_bf16 gemm sums_by_index launch_limits device; do
+    for name in emulator_against_gpu tensor_cores attention_kernel attention_bf16 decode_kernel log_probs_kernel sampling_kernel fused_kernels fused_bf16 gemm sums_by_index launch_limits late mixed_precision device; do
         check "test_$name" 300 "$python" -m pytest -m gpu -q -rs --maxfail 20 --tb short -p no:cacheprovider \
             "tests/test_$name.py"
     done

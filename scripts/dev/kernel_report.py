@@ -147,7 +147,7 @@ COMPILERS = {"nvrtc": Nvrtc, "nvcc": Nvcc}
 def modules():
     """(name, text, variants) of every module of kernels/; variants is its function of that name, or None.
 
-    One that takes the bytes of shared memory of a block has other variants where these are more."""
+    A function variants(most_shared) has other variants on architectures with more shared memory for a block."""
     for path in sorted(launch.FOLDER.glob("*.cu")):
         module = importlib.import_module(f"minilm.kernels.{path.stem}")
         yield path.stem, launch.source(path.stem), getattr(module, "variants", None)

@@ -20,6 +20,7 @@ class Readback:
 
     def __init__(self, tree: Any):
         self._tree = tree
+        self._copied: Any = None
         arrays: list = []
         replaced(tree, arrays.append)
         xp = array_module(*arrays)
@@ -31,12 +32,16 @@ class Readback:
 
     def __del__(self):
         # Freed page-locked memory is given to the next copy at once, and this copy would still be written to it.
-        if hasattr(self, "_copied"):
+        self._wait()
+
+    def _wait(self):
+        if self._copied is not None:
             self._copied.synchronize()
+            self._copied = None
 
     def get(self) -> Any:
         """The tree with NumPy arrays in place of CuPy's, when the copy is complete."""
-        self._copied.synchronize()
+        self._wait()
         place = 0
 
         def of_host(array):

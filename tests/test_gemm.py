@@ -4,6 +4,7 @@ import pytest
 
 from minilm.kernels import gemm
 from minilm.kernels.bf16 import from_bf16, to_bf16
+from minilm.kernels.emulator import cublas
 
 
 def bf16(rng, *shape):
@@ -54,11 +55,14 @@ def test_other_arrays_are_refused(call, error, message, xp):
         call(xp, a, b, out)
 
 
-def test_the_mock_refuses_a_matrix_that_reaches_beyond_its_array(emulated):
+def test_the_mock_refuses_a_matrix_that_reaches_beyond_its_array(emulated, monkeypatch):
     a = emulated.zeros((2, 4), np.uint16)
     out = emulated.zeros((4, 4), np.float32)
     arguments = [1, 0, 0, 4, 2, 4, gemm.ONE.ctypes.data, a.data.ptr, 14, 4, a.data.ptr, 14, 4, gemm.ZERO.ctypes.data,
                  out.data.ptr, 0, 4, 68, -1]
+    with pytest.raises(ValueError, match="DISALLOW_REDUCED_PRECISION_REDUCTION"):
+        emulated.cuda.cublas.gemmEx(*arguments)
+    monkeypatch.setattr(cublas, "_mode", gemm.FULL_SUMS)
     for place, value, message in ((5, 5, "lies in no array"), (9, 3, "leading dimension 3"), (17, 64, "float32 sums"),
                                   (8, 0, "bf16 matrices"), (7, a.data.ptr + 1, "no multiple")):
         with pytest.raises(ValueError, match=message):

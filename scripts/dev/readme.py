@@ -193,6 +193,7 @@ def first_table(printed: str) -> str:
     return "\n".join(lines[start:end])
 
 
+ALIGN_STAGES = "scripts/bench/align.py --works sft,sft-adapters,rloo,rloo-adapters --threads 2 --rounds 3"
 ASSISTANT = tuple(f"scripts/assistant.py --seed {seed} --out runs/{name} --resume"
                   for seed, name in ((3, "a"), (4, "b"), (5, "c")))
 PARTS = {
@@ -215,6 +216,7 @@ PARTS = {
                       commands=("scripts/bench/bandwidth.py",)),
     "align": Part("scripts/bench/README.md", "40 min, on an idle machine",
                   commands=("scripts/bench/align.py --works dpo,dpo-adapters,sampling --threads 2 --rounds 3",)),
+    "align_stages": Part("scripts/bench/README.md", "25 min, on an idle machine", commands=(ALIGN_STAGES,)),
     "preferences": Part("scripts/two_preferences.md", "40 min, after scripts/get_smollm2.py", whole=True,
                         commands=("scripts/two_preferences.py --out runs/two-preferences --resume",
                                   "scripts/two_preferences.py --out runs/two-preferences --print"),
@@ -228,6 +230,7 @@ COMMANDS = {"bytes": "scripts/bench/attention.py", "assistant": "scripts/support
             "bench": "scripts/bench/table.py runs/bench --print", "tricks": "scripts/bench/tricks.py",
             "bandwidth": "scripts/bench/bandwidth.py",
             "align": "scripts/bench/align.py --works dpo,dpo-adapters,sampling --threads 2 --rounds 3",
+            "align_stages": ALIGN_STAGES,
             "preferences": "scripts/two_preferences.py --out runs/two-preferences --print",
             "processes": "scripts/bench/processes.py", "predictions": "scripts/bench/processes.py --predict"}
 

@@ -19,7 +19,7 @@ import types
 import numpy as np
 from mpi4py import MPI
 
-from minilm.kernels.emulator import arrays, as_cupy
+from minilm.kernels.emulator import arrays, as_cupy, stream
 
 SECONDS = 5.0                   # that a rank waits for the others' calls
 STREAM = 0x5EED                 # the current stream's pointer
@@ -140,7 +140,7 @@ def get_current_stream():
     return CURRENT
 
 
-class Device:
+class Device(stream.Device):
     def __init__(self, device=None):
         self.id = device
 
@@ -153,11 +153,13 @@ class Device:
 def as_nccl(gpus=8, installed=True):
     """as_cupy(), with cupy.cuda: so many GPUs, and the library of NCCL installed or not."""
     with as_cupy() as cupy:
+        emulators = cupy.cuda
         cupy.cuda = sys.modules["cupy.cuda"] = types.SimpleNamespace(
+            **{name: value for name, value in vars(emulators).items() if name != "Device" and not name.startswith("_")},
             Device=Device, Stream=Stream, get_current_stream=get_current_stream,
             nccl=sys.modules[__name__] if installed else types.SimpleNamespace(available=False),
             runtime=types.SimpleNamespace(getDeviceCount=lambda: gpus, streamQuery=stream_query))
         try:
             yield cupy
         finally:
-            del cupy.cuda
+            cupy.cuda = emulators

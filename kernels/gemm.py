@@ -42,10 +42,12 @@ def product(a: Array, b: Array, out: Array, a_transposed: bool = False, b_transp
     handle = cuda.device.get_cublas_handle()
     before = cuda.cublas.getMathMode(handle)
     cuda.cublas.setMathMode(handle, FULL_SUMS)
-    # cuBLAS counts along columns: a matrix (M,N) of rows is its matrix (N,M), and (A B)^T = B^T A^T.
-    cuda.cublas.gemmEx(
-        handle, int(b_transposed), int(a_transposed), N, M, K, ONE.ctypes.data,
-        b.data.ptr, BF16, b.shape[1], a.data.ptr, BF16, a.shape[1], (ONE if add else ZERO).ctypes.data,
-        out.data.ptr, KINDS[out.dtype], N, SUMS, DEFAULT_ALGORITHM)
-    cuda.cublas.setMathMode(handle, before)
+    try:
+        # cuBLAS counts along columns: a matrix (M,N) of rows is its matrix (N,M), and (A B)^T = B^T A^T.
+        cuda.cublas.gemmEx(
+            handle, int(b_transposed), int(a_transposed), N, M, K, ONE.ctypes.data,
+            b.data.ptr, BF16, b.shape[1], a.data.ptr, BF16, a.shape[1], (ONE if add else ZERO).ctypes.data,
+            out.data.ptr, KINDS[out.dtype], N, SUMS, DEFAULT_ALGORITHM)
+    finally:
+        cuda.cublas.setMathMode(handle, before)
     return out

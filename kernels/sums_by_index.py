@@ -13,7 +13,8 @@ BLOCK = 32, 8               # columns, threads that add up one column
 
 
 def sums_by_index(x: Array, order: np.ndarray, starts: np.ndarray) -> Array:
-    """Sums of rows of x (n,D): number s is that of the rows order[starts[s]:starts[s + 1]], the last to the end. (S,D)
+    """Sums of rows of x (n,D) -> (S,D): row s is the sum of the rows order[starts[s]:starts[s + 1]] of x, the last one
+    of order[starts[-1]:].
 
     order (n,), each integer below n once, and starts (S,), ascending from 0, are on the host, which has sorted.
     Raises TypeError for another dtype, ValueError for another shape, IndexError for other integers.

@@ -32,6 +32,12 @@ def parameters(state):
     return {name: to_numpy(p.data).copy() for name, p in state.model.parameters().items()}
 
 
+def saved(state):
+    """A snapshot in memory of its own."""
+    arrays, metadata = state.snapshot()
+    return {name: a.copy() for name, a in arrays.items()}, metadata
+
+
 def same(a, b):
     return all((a[name] == b[name]).all() for name in a)
 
@@ -149,8 +155,7 @@ def test_an_update_that_overflows_is_reported_when_its_step_is_looked_at(rng, xp
 def test_a_restored_state_forgets_a_step_that_was_not_looked_at(rng, xp):
     state, _ = state_of(rng)
     step(state, fine)
-    arrays, metadata = state.snapshot()
-    arrays = {name: a.copy() for name, a in arrays.items()}
+    arrays, metadata = saved(state)
     step(state, BAD["infinite loss"][0])
     state.restore(arrays, metadata)
     before = parameters(state)
@@ -216,8 +221,7 @@ def test_an_event_with_work_behind_it_is_late_and_one_without_is_a_wait(emulated
 def test_metrics_from_before_a_restore_are_an_error_and_change_nothing(rng, xp):
     state, _ = state_of(rng)
     step(state, fine)
-    arrays, metadata = state.snapshot()
-    arrays = {name: a.copy() for name, a in arrays.items()}
+    arrays, metadata = saved(state)
     step(state, fine)
     metrics = step(state, BAD["loss"][0])
     state.restore(arrays, metadata)

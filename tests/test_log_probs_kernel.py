@@ -361,7 +361,7 @@ MUTANTS = [
      "            const int j = first + e * blockDim.x;\n            x[e] = j < V ? row[j] : NEGATIVE", "numbers"),
     ("a thread steps over the logits of another round", "e * blockDim.x;\n            x[e] = j < V ? row[j] : NEGATIVE",
      "2 * e * blockDim.x;\n            x[e] = j < V ? row[j] : NEGATIVE", "numbers"),
-    ("the gradient of a logit is that of its neighbour", "x[e] - high", "x[e ^ 1] - high", "numbers"),
+    ("each logit gets the gradient of its neighbour", "x[e] - high", "x[e ^ 1] - high", "numbers"),
     ("every block works on the first row",
      "const size_t n = blockIdx.x;\n    const real* row = logits + n * V;\n    if",
      "const size_t n = 0;\n    const real* row = logits + n * V;\n    if", "checker"),

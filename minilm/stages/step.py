@@ -135,18 +135,20 @@ class Step:
                 self._metrics = self._look()
             except Diverged as error:
                 self._error = error
-            if self.state.pending is self:
-                self.state.pending = None
-            self.loss = self.shards = self._report = self._readback = None      # they may hold a whole batch
+            self._release()
         if self._error is not None:
             raise self._error
         return self._metrics
 
     def forget(self) -> None:
         """The state was set back to an earlier step: to read this one is an error from now on."""
-        self.state.pending = None
         self._error = RuntimeError(f"{self.where}: the state was restored before this step's metrics were read")
-        self._report = None
+        self._release()
+
+    def _release(self):
+        if self.state.pending is self:
+            self.state.pending = None
+        self.loss = self.shards = self._report = self._readback = None      # they may hold a whole batch
 
     def _look(self):
         losses, norm, length, reports = self._readback.get()
@@ -165,7 +167,7 @@ class Step:
         state.optimizer.accept()
         for shard, number in zip(self.shards, losses):
             self.check_loss(number, shard)
-        self.gradient()             # that of the next step is there now
+        self.gradient()             # again: the arrays hold the gradient of the next step
         self.check_norm(norm)
 
 

@@ -3,7 +3,9 @@
 The mock of CuPy delivers a copy only when its event is waited for, so a number that is looked at too early is NaN.
 """
 import collections
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -271,3 +273,23 @@ def test_refused_steps_are_counted_until_they_are_accepted(rng, emulated):
     optimizer.accept()
     optimizer.step_if_finite(0.1, [number])
     assert (to_numpy(optimizer.data) != before).any() and optimizer.steps == 3
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_state_that_is_dropped_frees_its_model_without_the_garbage_collector(name, xp):
+    """Otherwise the memory of the GPU stays taken until the collector runs."""
+    state, reference = state_of(np.random.default_rng(5), name=name)
+    steps = STAGES[name](state, reference)
+    metrics = [next(steps), next(steps)]
+    model = weakref.ref(state.model)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        del state, steps
+        assert math.isfinite(metrics[-1]["loss"])       # the metrics keep what they need
+        assert model() is not None
+        metrics.clear()
+        assert model() is None
+    finally:
+        if collects:
+            gc.enable()

@@ -10,6 +10,7 @@ Tests: tests/test_stages.py, tests/test_late.py.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,11 +72,17 @@ class Step:
 
     def __init__(self, where: str, state: TrainState, loss: Callable, shards: Sequence):
         self.where = where
-        self.state = state
+        self._state = weakref.ref(state)        # state.pending is this step: a circle would keep the model in memory
         self.loss: Any = loss
         self.shards: Any = shards
         self.late = is_cupy(state.optimizer.data) and state.group.size == 1
         self.before = state.step, state.optimizer.updates.copy()
+
+    @property
+    def state(self) -> TrainState:
+        state = self._state()
+        assert state is not None        # it is in use by the caller, or LateMetrics holds it
+        return state
 
     def gradient(self) -> list:
         """Computes the gradient of all shards. Returns [(loss, report)] of each."""
@@ -176,6 +183,7 @@ class LateMetrics(Mapping):
 
     def __init__(self, step: Step):
         self._step = step
+        self._state = step.state        # the step alone does not keep it
 
     def __getitem__(self, name):
         return self._step.settle()[name]

@@ -615,7 +615,7 @@ def test_the_page_says_the_rule_beside_the_claim_and_its_comparisons_in_a_table(
     run.write("one", comparisons=[comparison], findings=[comparison | {"name": "more"}], conditions=[condition])
     assert run("--out", run.folder, "--rows", "one") == 0
     text = (run.folder / "index.html").read_text()
-    assert text.index("The lecture's claim.") < text.index("Rule tested here.") < text.index("Measured.")
+    assert text.index("The lecture’s claim.") < text.index("Rule tested here.") < text.index("Measured.")
     words = "\n".join(Page(text).words)
     assert "It ends above 3." in words and "condition: learned" in words and "beside the rule: more" in words
     assert "<td>lead &lt;m&gt;</td><td>1.1</td><td>0.852 to 1.35</td><td>above 0.5</td><td>shown</td>" in text

@@ -25,7 +25,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import markdown, page, record
+from common import korean, markdown, page, record
 from common.experiment import STYLES, read
 from common.text import first_sentence
 from minilm import checkpoint
@@ -324,11 +324,14 @@ def write_readme(folder):
     if large := [f"{name}.png" for name, small in figures.items() if small is None]:
         raise UsageError(f"even reduced these have more than {FIGURE_BYTES} bytes: {', '.join(large)}; "
                          "draw them smaller. Nothing was written")
+    in_korean = korean.walkthrough(new) if korean.CLAIMS.keys() <= new["rows"].keys() else None
     (HERE / "figures").mkdir(parents=True, exist_ok=True)
     for name, small in figures.items():
         checkpoint.write_bytes(HERE / "figures" / f"{name}.png", small)
     record.write(HERE / "results.json", new)
     checkpoint.write_text(HERE / "README.md", markdown.readme(STAGES, new))
+    if in_korean is not None:
+        checkpoint.write_text(HERE / "README.ko.md", in_korean)
     print(f"{HERE / 'README.md'}, {HERE / 'results.json'}, {HERE / 'figures'}: {len(done)} experiments")
     return 0
 

@@ -14,7 +14,8 @@ from common.intervals import LEVEL, TRIAL, Comparison, as_number, confidence_int
 HEADER = """# The lecture, claim by claim
 
 minilm follows the lecture "Prompting, Instruction Finetuning, and RLHF" of Stanford CS224N (2023; 2024 with
-DPO). Each of its {claims} claims is one experiment in this folder. Words of the table:
+DPO). Each of its {claims} claims is one experiment in this folder. In Korean, as a walkthrough:
+[강의를 따라 읽는 minilm](README.ko.md). Words of the table:
 
 """
 READING = """

@@ -1,9 +1,9 @@
 """The claims on one page: HTML that contains everything, figures included, and loads nothing.
 
 html(stages, results, pictures, size) from what the experiments wrote. Without scripts; light or dark as
-the reader's system is. On a wide screen the contents stay at the left, on a phone a bar with links stays
-at the top; figures and tables scroll sideways inside themselves, and say so. Tests:
-tests/test_lecture.py.
+the reader's system is; titles, claims and glossary in English or Korean, as the reader chooses. On a wide
+screen the contents stay at the left, on a phone a bar with links stays at the top; figures and tables
+scroll sideways inside themselves, and say so. Tests: tests/test_lecture.py.
 """
 
 import base64
@@ -14,11 +14,20 @@ import re
 import struct
 from html import escape
 
+from common import korean
 from common.glossary import FORMULAS, TERMS, WORDS
 from common.intervals import TRIAL, as_number
 from common.text import first_sentence
 
 TITLE = "The lecture, claim by claim"
+CLAIM = "The lecture’s claim."
+OBJECTIVES = "The four objectives"
+INTRODUCTION = ("From language model to assistant: each claim of the lecture is an experiment in minilm, with small "
+                "models in small invented worlds, where the best possible result is known. A claim is a sentence about "
+                "large models; beside it stands the rule that was tested here, and the outcome is about the rule.")
+LANGUAGES = """<p class="language" role="radiogroup" aria-label="Language">
+<input type="radio" name="language" id="english" checked> <label for="english">English</label>
+<input type="radio" name="language" id="korean"> <label for="korean" lang="ko">한국어</label></p>"""
 SIGNS = {"shown": ("✓", "yes"), "not shown": ("✗", "no"), "undecided": ("?", "open"), TRIAL: ("…", "none"),
          "not run": ("–", "none")}
 # Each kind of text, and its background: "yes" stands on "on-yes".
@@ -58,6 +67,9 @@ blockquote { margin: 0; padding-left: 1rem; border-left: 3px solid var(--line); 
 .badge.open { color: var(--open); background: var(--on-open) }
 .note { padding: .75rem 1rem; border-radius: .5rem; color: var(--none); background: var(--on-none) }
 .soft, dt { color: var(--soft); font-size: .9rem } dt { margin-top: .75rem } dd { margin: 0 }
+.ko { word-break: keep-all }
+.ko, body:has(#korean:checked) .en { display: none } body:has(#korean:checked) .ko { display: revert }
+.language { font-size: .9rem } .language label { margin-right: .9rem; cursor: pointer }
 .formula { font-family: Cambria, "STIX Two Text", "Noto Serif", serif }
 figure { margin: 1.25rem 0 0 }
 figure, .table { overflow-x: auto; scrollbar-width: thin; scrollbar-color: var(--soft) var(--panel) }
@@ -99,7 +111,8 @@ MEANINGS = {"shown": "the intervals of the comparisons of the rule lie beyond th
 def html(stages: dict, results: dict, pictures: dict, size: str) -> str:
     """The page. stages: {title: names}; results: {name: what experiment.run wrote}, of the experiments that
     were run; pictures: {name: PNGs, for light and dark}."""
-    header = [f'<h1 id="top">{TITLE}</h1>', _summary(sum(map(len, stages.values())), results.values(), size)]
+    header = [f'<h1 id="top">{_both(TITLE, korean.TITLE)}</h1>', LANGUAGES,
+              _summary(sum(map(len, stages.values())), results.values(), size)]
     main = []
     if size == "quick":
         header.append('<p class="note" role="note"><strong>A trial.</strong> It shows that the experiments '
@@ -107,7 +120,7 @@ def html(stages: dict, results: dict, pictures: dict, size: str) -> str:
     order = [name for names in stages.values() for name in names if name in results]
     for i, (title, names) in enumerate(stages.items(), 1):
         if names := [name for name in names if name in results]:
-            main += [f'<h2 id="stage-{i}">{escape(title)}</h2>',
+            main += [f'<h2 id="stage-{i}">{_both(title, korean.STAGES[i - 1])}</h2>',
                      *(_section(name, results[name], pictures[name], order) for name in names)]
     main += [_formulas(), _glossary()]
     style = STYLE % tuple(" ".join(f"--{name}: {colour};" for name, colour in scheme.items())
@@ -139,21 +152,31 @@ def compact(png: bytes, colours: int = 256, scale: float = 1) -> bytes:
     return file.getvalue()
 
 
+def _both(english, in_korean):
+    """Text in both languages, of which the page shows the one that is chosen; in English alone without the other."""
+    if not in_korean:
+        return escape(english)
+    return f'<span class="en">{escape(english)}</span><span class="ko" lang="ko">{escape(in_korean)}</span>'
+
+
+def _title(name, result):
+    return _both(result["title"], korean.titles().get(name))
+
+
 def _badge(outcome):
     sign, kind = SIGNS[outcome]
-    return f'<span class="badge {kind}"><span aria-hidden="true">{sign}</span> {outcome}</span>'
+    words = _both(outcome, korean.OUTCOMES[outcome])
+    return f'<span class="badge {kind}"><span aria-hidden="true">{sign}</span> {words}</span>'
 
 
 def _summary(claims, results, size):
     count = collections.Counter(result["outcome"] for result in results)
-    lines = ["<p>From language model to assistant: each claim of the lecture is an experiment in minilm, "
-             "with small models in small invented worlds, where the best possible result is known. A claim "
-             "is a sentence about large models; beside it stands the rule that was tested here, and the "
-             "outcome is about the rule.</p>"]
+    lines = [f"<p>{_both(INTRODUCTION, korean.INTRODUCTION)}</p>"]
     outcomes = ", ".join(f"{count[outcome]} {outcome}" for outcome in SIGNS if count[outcome])
     lines.append(f"<p>{len(results)} of {claims} experiments were run: {outcomes or 'none'}.</p>")
     if count.keys() - {TRIAL}:
-        meanings = (f"<dt>{_badge(outcome)}</dt><dd>{text}</dd>" for outcome, text in MEANINGS.items())
+        meanings = (f"<dt>{_badge(outcome)}</dt><dd>{_both(text, korean.MEANINGS[outcome])}</dd>"
+                    for outcome, text in MEANINGS.items())
         lines += ["<dl>", *meanings, "</dl>"]
     if results:
         dates, machines = (sorted({result[name] for result in results}) for name in ("date", "machine"))
@@ -177,17 +200,18 @@ def _bar(stages, results):
 
 def _contents(stages, results):
     lines = ['<nav id="contents" aria-label="Contents">']
-    for title, names in stages.items():
-        lines.append(f"<h2>{escape(title)}</h2>\n<ul>")
+    for i, (title, names) in enumerate(stages.items()):
+        lines.append(f"<h2>{_both(title, korean.STAGES[i])}</h2>\n<ul>")
         for name in names:
             if name in results:
-                link = f'<a href="#{name}">{escape(results[name]["title"])}</a>'
+                link = f'<a href="#{name}">{_title(name, results[name])}</a>'
                 lines.append(f"<li>{link} {_badge(results[name]['outcome'])}</li>")
             else:
                 lines.append(f'<li><span class="soft">{name}</span> {_badge("not run")}</li>')
         lines.append("</ul>")
-    lines.append('<h2>To look up</h2>\n<ul><li><a href="#formulas">The four objectives</a></li>'
-                 '<li><a href="#glossary">Glossary</a></li></ul>')
+    lines.append(f'<h2>{_both("To look up", "찾아보기")}</h2>\n<ul>'
+                 f'<li><a href="#formulas">{_both(OBJECTIVES, korean.OBJECTIVES)}</a></li>'
+                 f'<li><a href="#glossary">{_both("Glossary", korean.GLOSSARY)}</a></li></ul>')
     return "\n".join([*lines, "</nav>"])
 
 
@@ -198,9 +222,9 @@ def _section(name, result, pictures, order):
     terms = {"Test": result["Test"], "Rule": result["Rule"], "Limits": result["Limits"],
              "Source": result["Source"], "Made by": made}
     details = "\n".join(f"<dt>{term}</dt><dd>{_linked(escape(text))}</dd>" for term, text in terms.items())
-    return "\n".join([f'<section id="{name}">', f"<h3>{escape(result['title'])}</h3>",
-                      "<blockquote><strong>The lecture's claim.</strong> "
-                      f"{escape(result['Claim'])}</blockquote>",
+    return "\n".join([f'<section id="{name}">', f"<h3>{_title(name, result)}</h3>",
+                      f"<blockquote><strong>{_both(CLAIM, korean.CLAIM)}</strong> "
+                      f"{_both(result['Claim'], korean.CLAIMS.get(name))}</blockquote>",
                       f"<p>{_badge(result['outcome'])} <strong>Rule tested here.</strong> "
                       f"{escape(first_sentence(result['Rule']))}</p>",
                       f"<p><strong>Measured.</strong> {escape(result['words'])}</p>",
@@ -268,15 +292,18 @@ def _table(name, table):
 
 
 def _formulas():
-    lines = ['<section id="formulas">\n<h2>The four objectives</h2>\n<dl>']
+    lines = ['<section id="formulas">\n<h2>' + _both(OBJECTIVES, korean.OBJECTIVES) + "</h2>\n<dl>"]
     lines += [f'<dt>{escape(name)}</dt><dd class="formula">{formula}</dd>'
               for name, formula in FORMULAS.items()]
     return "\n".join([*lines, "</dl>\n</section>"])
 
 
 def _glossary():
-    lines = [f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in (TERMS | WORDS).items()]
-    return "\n".join(['<section id="glossary">\n<h2>Glossary</h2>\n<dl>', *lines, "</dl>",
+    english = [f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in (TERMS | WORDS).items()]
+    in_korean = [f"<dt>{escape(term)} ({escape(', '.join(filter(None, names)))})</dt><dd>{escape(meaning)}</dd>"
+                 for term, *names, meaning in korean.TERMS]
+    return "\n".join([f'<section id="glossary">\n<h2>{_both("Glossary", korean.GLOSSARY)}</h2>',
+                      '<dl class="en">', *english, '</dl>\n<dl class="ko" lang="ko">', *in_korean, "</dl>",
                       '<p class="turn"><a href="#top">↑ top</a></p>\n</section>'])
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import sys
 from typing import Any, NoReturn
 
-OPERATORS = ("add", "subtract", "multiply", "divide", "matmul")
+OPERATORS = ("add", "subtract", "multiply", "divide", "power", "matmul")
 # NumPy functions of x, or of x and y, that ops.py does not have, in terms of those that it has.
-INSTEAD = {"absolute": "-ops.minimum(x, -x)",
-           "logaddexp": "x + ops.softplus(y - x)",
-           "maximum": "-ops.minimum(-x, -y)",
+INSTEAD = {"logaddexp": "x + ops.softplus(y - x)",
            "square": "x * x"}
+ELSEWHERE = {"einsum": "minilm.einsum.einsum"}
 NAMES = {"stack": "concatenate", "hstack": "concatenate", "vstack": "concatenate", "dot": "matmul", "take": "getitem"}
 
 
@@ -59,8 +58,9 @@ class NumpyFunctions:
 
 def advise(name: str) -> NoReturn:
     """Raises TypeError for a function of NumPy, with the one of minilm.ops to use."""
-    there = name != "power" and hasattr(operations(), NAMES.get(name, name))    # ops.power takes a number as exponent
-    advice = f"use minilm.ops.{NAMES.get(name, name)}" if there else "use the functions of minilm.ops"
+    there = hasattr(operations(), NAMES.get(name, name))
+    best = f"minilm.ops.{NAMES.get(name, name)}" if there else "the functions of minilm.ops"
+    advice = f"use {ELSEWHERE.get(name, best)}"
     formula = f"; ops has no {name}, but {INSTEAD[name]} is the same" if name in INSTEAD else ""
     raise TypeError(f"np.{name} does not take a Tensor: {advice}, or tensor.data for the array without a gradient"
                     f"{formula}")

@@ -79,13 +79,19 @@ def negative(x):
 
 
 @primitive
-def power(x, exponent):
-    """x to a constant power (a Python number)."""
-    if hasattr(exponent, "shape"):
-        raise TypeError("the exponent must be a Python number; for an array y write exp(y * log(x))")
-    def vjp(dy):
-        return dy * exponent * x ** (exponent - 1 if exponent else 0)       # 0 * 0^-1 is NaN
-    return x ** exponent, vjp
+def power(x, y):
+    """z = x^y.   dx = dz y x^(y-1),   dy = dz z log x: 0 at x = 0, NaN below"""
+    x_shape, y_shape = _shapes(x, y)
+    z = x ** y
+    def vjp(dz):
+        dx = dz * y * x ** (y - (y != 0))                       # 0 * 0^-1 is NaN
+        if y_shape is None:
+            return dx, None
+        xp = array_module(z)
+        base = xp.asarray(x, dtype=z.dtype)
+        log_x = xp.where(base < 0, xp.nan, xp.log(xp.where(base > 0, base, 1)))
+        return unbroadcast(dx, x_shape), unbroadcast(dz * z * log_x, y_shape)
+    return z, vjp
 
 
 # Elementwise functions.
@@ -173,6 +179,16 @@ def minimum(x, y):
         share = ((x < y) + 0.5 * (x == y)).astype(dz.dtype)
         return unbroadcast(dz * share, x_shape), unbroadcast(dz * (1 - share), y_shape)
     return xp.minimum(x, y), vjp
+
+
+def maximum(x, y) -> Tensor:
+    """The larger of the two; where they are equal, each gets half of the gradient."""
+    return negative(minimum(negative(x), negative(y)))
+
+
+def absolute(x) -> Tensor:
+    """|x|.   d/dx = sign(x), 0 at 0"""
+    return maximum(x, negative(x))
 
 
 @primitive

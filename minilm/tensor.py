@@ -99,6 +99,8 @@ class Tensor(NumpyFunctions):
     __rmatmul__ = _operator("matmul", reflected=True)
     __neg__ = _operator("negative")
     __pow__ = _operator("power")
+    __rpow__ = _operator("power", reflected=True)
+    __abs__ = _operator("absolute")
     __getitem__ = _operator("getitem")
     sum = _operator("sum")
     mean = _operator("mean")

@@ -1,5 +1,6 @@
 """minilm.ops: the value of every primitive equals NumPy's, and its gradient equals finite differences, on shapes
 that hypothesis chooses. Then properties of single primitives."""
+import functools
 import inspect
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import array_shapes, broadcastable_shapes, mutually_broadcastable_shapes
 
 from helpers import assert_close, assert_same, gradients, normal, rngs
-from minilm import Tensor, ops
+from minilm import Tensor, activations, ops
 from minilm.gradcheck import gradcheck
 
 
@@ -67,11 +68,22 @@ def positive(x):
     return np.exp(x)
 
 
-def power(draw, rng):
+def power_of_a_number(draw, rng):
     exponent = draw(st.sampled_from([0.5, 1, 2, 3, -1, -1.5]))
     x = rng.normal(size=draw(SHAPES))
     x = positive(x / 2) if exponent % 1 else away_from(0, x)
     return lambda m, x: m.power(x, exponent), [x]
+
+
+def power(draw, rng):
+    """Base or exponent may be a Python number."""
+    kind = draw(st.sampled_from(["x^2", "2^y", "x^y"]))
+    x, y = pair(draw, rng)
+    if kind == "x^2":
+        return power_of_a_number(draw, rng)
+    if kind == "2^y":
+        return lambda m, y: m.power(2.5, y), [y]
+    return lambda m, x, y: m.power(x, y), [positive(x / 2), y]
 
 
 def clip(draw, rng):
@@ -91,9 +103,11 @@ def binary(name, second=lambda y: y):
     return case
 
 
-def minimum(draw, rng):
-    x, y = pair(draw, rng)
-    return lambda m, x, y: m.minimum(x, y), [np.round(x), np.round(y) + 0.5]       # no ties
+def extreme(name):
+    def case(draw, rng):
+        x, y = pair(draw, rng)
+        return lambda m, x, y: getattr(m, name)(x, y), [np.round(x), np.round(y) + 0.5]       # no ties
+    return case
 
 
 def stretchable_to(shape):
@@ -190,7 +204,9 @@ CASES = {
     "divide": binary("divide", lambda y: away_from(0, y) * 2), "negative": elementwise("negative"), "power": power,
     "exp": elementwise("exp"), "log": elementwise("log", positive), "sqrt": elementwise("sqrt", positive),
     "tanh": elementwise("tanh"), "sigmoid": elementwise("sigmoid"), "softplus": elementwise("softplus"),
-    "log_sigmoid": elementwise("log_sigmoid"), "clip": clip, "minimum": minimum, "where": where,
+    "log_sigmoid": elementwise("log_sigmoid"), "clip": clip, "minimum": extreme("minimum"),
+    "maximum": extreme("maximum"), "absolute": elementwise("absolute", functools.partial(away_from, 0)),
+    "where": where,
     "sum": over_axes("sum", SHAPES, **KEEPDIMS), "mean": over_axes("mean", **KEEPDIMS),
     "logsumexp": over_axes("logsumexp", **KEEPDIMS), "softmax": over_axes("softmax"),
     "log_softmax": over_axes("log_softmax"), "reshape": reshape, "transpose": transpose, "swapaxes": swapaxes,
@@ -312,9 +328,34 @@ def test_the_gradient_of_x_to_the_power_0_is_0_also_at_0():
     assert dx.tolist() == [0, 0]
 
 
-def test_a_tensor_as_exponent_raises():
-    with pytest.raises(TypeError, match=r"power\(.*the exponent must be a Python number"):
-        ops.power(Tensor(2.0), Tensor(3.0))
+def test_the_gradient_of_an_exponent_is_0_where_the_base_is_0_and_nan_where_it_is_negative():
+    x, y = Tensor([0.0, 0.0, -2.0], requires_grad=True), Tensor([2.0, 0.0, 2.0], requires_grad=True)
+    _, (dx, dy) = gradients(ops.power, x, y, cotangent=np.ones(3))
+    assert dx.tolist() == [0, 0, -4] and dy[:2].tolist() == [0, 0] and np.isnan(dy[2])
+
+
+def test_operators_for_powers_and_absolute_values_are_those_of_ops(rng):
+    x, y = normal(rng, 3), normal(rng, 3)
+    assert_close(2.0 ** y, ops.power(2.0, y))
+    assert_close(abs(x) ** y, ops.power(ops.absolute(x), y))
+
+
+def test_activations_of_other_models_have_their_formulas_and_the_gradients_of_finite_differences(rng):
+    x = Tensor(away_from(0, rng.normal(size=(4, 5))), requires_grad=True)
+    tanh = np.tanh(np.sqrt(2 / np.pi) * (x.data + 0.044715 * x.data ** 3))
+    for function, expected in ((activations.relu, np.where(x.data > 0, x.data, 0)),
+                               (activations.gelu, 0.5 * x.data * (1 + tanh))):
+        assert_close(function(x), expected)
+        gradcheck(function, x)
+    assert_close(activations.gelu(np.array([-1.0, 0, 1])), [-0.158655, 0, 0.841345], 1e-3)      # x Phi(x)
+
+
+def test_the_gradients_at_the_kinks_of_relu_absolute_and_maximum():
+    x = Tensor([0.0, 1.0], requires_grad=True)
+    for function, wanted in ((activations.relu, [0, 1]), (ops.absolute, [0, 1]),
+                             (lambda x: ops.maximum(x, 0.0), [0.5, 1])):
+        _, (dx,) = gradients(function, x, cotangent=np.ones(2))
+        assert dx.tolist() == wanted
 
 
 # Indices.

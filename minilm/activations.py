@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from minilm import ops
 from minilm.backend import array_module
 from minilm.tensor import Tensor, primitive
@@ -22,7 +24,7 @@ def relu(x):
     return xp.maximum(x, 0), vjp
 
 
-def gelu(x) -> Tensor:
+def gelu(x: Tensor | np.ndarray) -> Tensor:
     """x times the normal distribution function of x, by GPT-2's formula with tanh (Hendrycks and Gimpel 2016,
     arXiv:1606.08415, section 2)."""
     return 0.5 * x * (1 + ops.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))

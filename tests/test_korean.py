@@ -3,7 +3,8 @@ import re
 
 import pytest
 
-from common import korean, markdown, page, record
+from common import korean, page, record
+from common.words import HEADER, LECTURE as WORDS
 from support.run_folder import UsageError
 from test_lecture import LECTURE, RESULT, lecture
 
@@ -59,9 +60,9 @@ def test_links_of_the_walkthrough_lead_to_files():
 
 def test_the_page_has_titles_claims_outcomes_and_glossary_in_both_languages():
     result = RESULT | {"experiment": "dpo", "title": "Title <of> dpo", "size": "default"}
-    html = page.html(lecture.STAGES, {"dpo": result}, {"dpo": [b"\0" * 24] * 2}, "default")
+    html = page.html(WORDS, lecture.STAGES, {"dpo": result}, {"dpo": [b"\0" * 24] * 2}, "default")
     for english, in_korean in (
-            ("Title &lt;of&gt; dpo", korean.titles()["dpo"]), (page.TITLE, korean.TITLE),
+            ("Title &lt;of&gt; dpo", korean.titles()["dpo"]), (WORDS.title, korean.TITLE),
             (result["Claim"], korean.CLAIMS["dpo"]), (result["outcome"], korean.OUTCOMES[result["outcome"]]),
             *((title, korean.STAGES[i]) for i, title in enumerate(lecture.STAGES) if i == 2)):
         assert f'<span class="en">{english}</span><span class="ko" lang="ko">{in_korean}</span>' in html
@@ -70,4 +71,4 @@ def test_the_page_has_titles_claims_outcomes_and_glossary_in_both_languages():
 
 
 def test_the_english_table_and_the_walkthrough_link_to_each_other():
-    assert "(README.ko.md)" in markdown.HEADER and "(README.md)" in korean.TEMPLATE.read_text("utf-8")
+    assert "(README.ko.md)" in HEADER and "(README.md)" in korean.TEMPLATE.read_text("utf-8")

@@ -28,8 +28,10 @@ from common import (
     markdown,  # noqa: E402
     page,  # noqa: E402
     record,
+    suite,
     text as plain_text,
 )
+from common.words import LECTURE as LECTURE_WORDS  # noqa: E402
 from support.run_folder import main_guard  # noqa: E402
 
 CONFIG = dict(vocab_size=5, width=4, layers=1, heads=1, ffn_width=4, context=8)
@@ -46,19 +48,19 @@ def drawing():
 
 # The experiments.
 
-@pytest.mark.parametrize("name", lecture.EXPERIMENTS)
+@pytest.mark.parametrize("name", lecture.SUITE.experiments)
 def test_a_claim_has_its_script_its_six_paragraphs_and_its_sizes(name):
-    source = lecture.script(name).read_text("utf-8")
+    source = lecture.SUITE.script(name).read_text("utf-8")
     title, sections = experiment.paragraphs(ast.get_docstring(ast.parse(source)))
     assert 10 < len(title) < 120, title
     assert len(sections["Rule"]) > 30 and len(sections["Limits"]) > 30
     assert not re.search(r"\b(todo|tbd|fixme)\b", source, re.IGNORECASE)
-    assert {"quick", "default"} <= set(lecture.sizes(name)) <= {"quick", "default", "full"}
+    assert {"quick", "default"} <= set(lecture.SUITE.sizes(name)) <= {"quick", "default", "full"}
 
 
-@pytest.mark.parametrize("row", lecture.EXPERIMENTS)
+@pytest.mark.parametrize("row", lecture.SUITE.experiments)
 def test_an_experiment_imports_numpy_after_the_module_that_limits_blas(row):
-    imports = [node for node in ast.parse(lecture.script(row).read_text("utf-8")).body
+    imports = [node for node in ast.parse(lecture.SUITE.script(row).read_text("utf-8")).body
                if isinstance(node, (ast.Import, ast.ImportFrom))]
     modules = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
     standard = [name for name in modules if name.partition(".")[0] in sys.stdlib_module_names]
@@ -66,12 +68,12 @@ def test_an_experiment_imports_numpy_after_the_module_that_limits_blas(row):
 
 
 def test_every_script_of_the_folder_is_a_claim_or_shared():
-    assert {path.stem for path in LECTURE.glob("*.py")} == {"all", *lecture.EXPERIMENTS}
+    assert {path.stem for path in LECTURE.glob("*.py")} == {"all", *lecture.SUITE.experiments}
 
 
 def test_the_lecture_has_23_claims_in_three_stages_and_none_twice():
     assert [len(rows) for rows in lecture.STAGES.values()] == [7, 5, 11]
-    assert len(set(lecture.EXPERIMENTS)) == 23
+    assert len(set(lecture.SUITE.experiments)) == 23
 
 
 # common/experiment.py
@@ -312,18 +314,17 @@ def run(tmp_path, monkeypatch, drawing):
     scripts.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     drawing.fromarray(noise).save(scripts / "picture.png")
-    monkeypatch.setattr(lecture, "HERE", scripts)
-    monkeypatch.setattr(lecture, "STAGES", {"Stage <1>": ("one", "two"), "Stage 2": ("three",)})
-    monkeypatch.setattr(lecture, "EXPERIMENTS", ("one", "two", "three"))
+    three = suite.Suite(scripts, {"Stage <1>": ("one", "two"), "Stage 2": ("three",)}, LECTURE_WORDS, "Tests.", "runs")
+    monkeypatch.setattr(lecture, "SUITE", three)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["all.py", *map(str, arguments or ["--out", folder])])
-        return main_guard(lecture.main)
+        return main_guard(lecture.SUITE.main)
 
     def write(name, accident="", sizes="{'quick': {}, 'default': {}}", **result):
         text = SCRIPT.format(title=f"Row {name}", sizes=sizes, accident=accident, result=RESULT | result)
         (scripts / f"{name}.py").write_text(text)
-    for name in lecture.EXPERIMENTS:
+    for name in lecture.SUITE.experiments:
         write(name)
     run.folder = folder
     run.write = write
@@ -487,12 +488,12 @@ def test_the_time_is_estimated_from_a_measurement_by_experiment(run, capsys):
     again = run.folder.with_name("again")
     assert run("--out", again, "--rows", "one,two") == 0
     assert "2 experiments took 5 minutes with 2 workers on 2 cores (2020-01-02)." in capsys.readouterr().out
-    assert lecture.expected_seconds(["two", "three"], "default") == [298, 150], "an average one"
-    assert lecture.share_left(["one", "two"], 1, "default") == 149
+    assert lecture.SUITE.expected_seconds(["two", "three"], "default") == [298, 150], "an average one"
+    assert lecture.SUITE.share_left(["one", "two"], 1, "default") == 149
     run.write("three", seconds=0.1)
     assert run("--out", again, "--rows", "three", "--resume") == 0 and run("--seconds", again) == 0
-    assert lecture.expected_seconds(["three"], "default") == [1], "at least 1, so that no share is infinite"
-    assert lecture.expectation(["one"], "quick").endswith("was not measured.")
+    assert lecture.SUITE.expected_seconds(["three"], "default") == [1], "at least 1, so that no share is infinite"
+    assert lecture.SUITE.expectation(["one"], "quick").endswith("was not measured.")
 
 
 @pytest.mark.parametrize("kept", ["", "[]", '{"default": 3}', '{"default": {}}',
@@ -508,7 +509,7 @@ def test_damaged_times_are_one_line_of_error(run, capsys, kept):
 def test_times_of_0_seconds_give_shares(run):
     times = {"seconds": {"one": 0, "two": -1}, "workers": 1, "date": "", "machine": ""}
     (run.scripts / "seconds.json").write_text(json.dumps({"default": times}))
-    assert lecture.share_left(["one", "two"], 1, "default") == 1
+    assert lecture.SUITE.share_left(["one", "two"], 1, "default") == 1
 
 
 def huge_png():
@@ -590,7 +591,7 @@ def test_the_page_asks_nobody_for_anything_and_holds_both_figures_of_every_exper
             assert drawing.open(io.BytesIO(png)).size == (60, 40)
     assert [name for name, _ in read.pointers].count("srcset") == [name for name, _ in read.pointers].count("src") == 3
     assert text.count('width="60" height="40"') == 3
-    assert all(f'id="{name}"' in text and f'href="#{name}"' in text for name in lecture.EXPERIMENTS)
+    assert all(f'id="{name}"' in text and f'href="#{name}"' in text for name in lecture.SUITE.experiments)
 
 
 def test_every_link_of_the_page_leads_somewhere_and_the_contents_stay(run):
@@ -615,7 +616,7 @@ def test_the_page_says_the_rule_beside_the_claim_and_its_comparisons_in_a_table(
     run.write("one", comparisons=[comparison], findings=[comparison | {"name": "more"}], conditions=[condition])
     assert run("--out", run.folder, "--rows", "one") == 0
     text = (run.folder / "index.html").read_text()
-    assert text.index("The lecture’s claim.") < text.index("Rule tested here.") < text.index("Measured.")
+    assert text.index("The lecture's claim.") < text.index("Rule tested here.") < text.index("Measured.")
     words = "\n".join(Page(text).words)
     assert "It ends above 3." in words and "condition: learned" in words and "beside the rule: more" in words
     assert "<td>lead &lt;m&gt;</td><td>1.1</td><td>0.852 to 1.35</td><td>above 0.5</td><td>shown</td>" in text
@@ -642,14 +643,14 @@ def test_the_alternative_text_of_a_trial_says_that_it_decides_nothing(run):
     assert alternative in (run.folder / "index.html").read_text()
 
 
-@pytest.mark.parametrize("name", lecture.EXPERIMENTS)
+@pytest.mark.parametrize("name", lecture.SUITE.experiments)
 def test_the_alternative_text_of_a_figure_is_one_sentence_on_its_axes_and_no_title_states_the_claim(name):
-    title, sections = experiment.paragraphs(ast.get_docstring(ast.parse(lecture.script(name).read_text("utf-8"))))
+    title, sections = experiment.paragraphs(ast.get_docstring(ast.parse(lecture.SUITE.script(name).read_text("utf-8"))))
     figure = sections["Figure"]
     assert plain_text.first_sentence(figure) == figure and figure[-1] == "." and 60 < len(figure) < 500
     assert "against" in figure, "what is drawn against what?"
-    assert ("symlog" in figure) == ("symlog" in lecture.script(name).read_text("utf-8").replace(figure, "").partition(
-        "def draw(")[2])
+    source = lecture.SUITE.script(name).read_text("utf-8")
+    assert ("symlog" in figure) == ("symlog" in source.replace(figure, "").partition("def draw(")[2])
     assert title.rstrip(".") not in sections["Claim"]
 
 
@@ -780,7 +781,7 @@ def test_a_damaged_record_is_an_error_and_nothing_is_written(run, capsys, drawin
 
 
 def test_the_readmes_figures_are_small_and_from_a_palette(run, drawing, capsys, monkeypatch):
-    monkeypatch.setattr(lecture, "FIGURE_BYTES", 1000)
+    monkeypatch.setattr(suite, "FIGURE_BYTES", 1000)
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     assert run("--out", run.folder, "--rows", "one") == 0
     drawing.fromarray(np.repeat(noise, 2, axis=1)).save(run.folder / "one.png")
@@ -807,14 +808,14 @@ def test_what_is_made_compact_keeps_its_colours(drawing):
 
 def test_the_readme_of_the_folder_is_made_of_its_record_and_every_claim_has_its_figure():
     found = record.read(LECTURE / "results.json")
-    assert (LECTURE / "README.md").read_text("utf-8") == markdown.readme(lecture.STAGES, found)
-    assert list(found["rows"]) == list(lecture.EXPERIMENTS)
-    assert all((LECTURE / "figures" / f"{name}.png").exists() for name in lecture.EXPERIMENTS)
+    assert (LECTURE / "README.md").read_text("utf-8") == markdown.readme(LECTURE_WORDS, lecture.STAGES, found)
+    assert list(found["rows"]) == list(lecture.SUITE.experiments)
+    assert all((LECTURE / "figures" / f"{name}.png").exists() for name in lecture.SUITE.experiments)
 
 
-@pytest.mark.parametrize("name", lecture.EXPERIMENTS)
+@pytest.mark.parametrize("name", lecture.SUITE.experiments)
 def test_the_record_has_the_claim_the_rule_and_the_number_of_seeds_of_the_experiments_file(name):
-    tree = ast.parse(lecture.script(name).read_text("utf-8"))
+    tree = ast.parse(lecture.SUITE.script(name).read_text("utf-8"))
     _, sections = experiment.paragraphs(ast.get_docstring(tree))
     row = record.read(LECTURE / "results.json")["rows"][name]
     assert (row["claim"], row["rule"]) == (sections["Claim"], plain_text.first_sentence(sections["Rule"]))
@@ -844,7 +845,7 @@ def test_a_quick_run_of_every_experiment_gives_every_claim_an_outcome_and_two_fi
         raise ValueError(f"{constant} is no number of JSON's")
     claims = json.loads((quick_run / "claims.json").read_text(), parse_constant=refuse)
     text = (quick_run / "index.html").read_text()
-    assert list(claims) == list(lecture.EXPERIMENTS)
+    assert list(claims) == list(lecture.SUITE.experiments)
     for name, claim in claims.items():
         assert set(claim) == {"outcome", "rule", "figure", "numbers", "comparisons", "conditions", "findings", "seeds"}
         assert claim["outcome"] == experiment.TRIAL

@@ -1,5 +1,5 @@
-"""The results of the experiments in Markdown: the table of claims, README.md of scripts/lecture, and the
-outcomes under other roundings. Links are relative to scripts/lecture. Tests: tests/test_lecture.py.
+"""The results of the experiments in Markdown: the table of claims, README.md of the folder, and the
+outcomes under other roundings. Links are relative to the folder. Tests: tests/test_lecture.py.
 """
 
 import collections
@@ -8,67 +8,22 @@ import re
 import textwrap
 from collections.abc import Iterable
 
-from common import glossary
 from common.intervals import LEVEL, TRIAL, Comparison, as_number, confidence_interval, decider
+from common.words import Words
 
-HEADER = """# The lecture, claim by claim
-
-minilm follows the lecture "Prompting, Instruction Finetuning, and RLHF" of Stanford CS224N (2023; 2024 with
-DPO). Each of its {claims} claims is one experiment in this folder. In Korean, as a walkthrough:
-[강의를 따라 읽는 minilm](README.ko.md). Words of the table:
-
-"""
-READING = """
-## How to read it
-
-The lecture's claim is a sentence about large models. The rule is the sentence that was tested here, on
-models with 7,000 to 181,000 parameters in small invented worlds. The outcome is about the rule. "Not
-shown" means that the rule fails in this experiment; the lecture's claim can still be true.
-
-- **shown**: the 95% confidence interval over the seeds lies within the required range, for every comparison
-  of the rule. In rl_is_hard, three of five comparisons must hold, each with its 99% interval.
-- **not shown**: the interval of some comparison lies outside the required range. This interval is
-  wider than a 95% interval: for a rule of n comparisons its level is 1 - 0.05/n.
-- **undecided**: neither, or the model did not learn the task that the rule is about.
-- **Decided by**: the comparison that determines the outcome: its mean over the seeds, [its interval], and the
-  range that the rule requires. The level of the interval is 95% unless another one is given. If a rule has
-  several comparisons, the one that is nearest to failing, or fails most clearly, decides: the distance of its
-  mean from the nearest limit of the range, divided by half the width of the interval, is the smallest
-  (outside the range the distance is negative). In rl_is_hard the third largest decides.
-
-If the effects of the seeds are independent and normal, a false "shown" has a probability of at most 2.5%
-(one side of a 95% interval) per experiment, and a false "not shown" of at most 5% (all comparisons of the
-rule together). So one wrong outcome in {claims} would be no surprise. The statistics are in
-[intervals.py](common/intervals.py). An experiment's docstring has the claim, the test, the rule with its
-margins, the limits, and the paper.
-"""
-RUNNING = """
-## How to run it
-
-    python scripts/lecture/all.py                      # all experiments, and one page: runs/claims/index.html
-    python scripts/lecture/all.py --quick              # a trial: every experiment runs, none decides anything
-    python scripts/lecture/dpo.py --out runs/dpo       # one experiment: dpo.png, dpo.json, a table
-    python scripts/lecture/all.py --readme runs/claims # this file and its figures, from a run
-
-`all.py --rounding float64,coretype,workers` repeats every experiment with other rounding errors and
-compares the outcomes: with models in float64; with another matrix kernel of OpenBLAS (OPENBLAS_CORETYPE);
-and with another number of worker processes, which must change nothing. "Every number" is without times and
-memory. How to write an experiment:
-[experiment.py](common/experiment.py).
-"""
 ROUNDINGS = """
 ## Under other roundings
 
 """
 
 
-def table(stages: dict, rows: dict) -> str:
+def table(words: Words, stages: dict, rows: dict) -> str:
     """The claims that were tested: {stage: names}, {name: record.row}."""
     lines = []
     for title, names in stages.items():
         if names := [name for name in names if name in rows]:
             lines += [f"**{title}**", "",
-                      "| the lecture's claim | the rule tested here | outcome | measured | |",
+                      f"| {words.claim} | the rule tested here | outcome | measured | |",
                       "|---|---|---|---|---|"]
         for name in names:
             cells = map(as_cell, (rows[name][key] for key in ("claim", "rule", "outcome", "measured")))
@@ -98,18 +53,18 @@ def _comparison(written):
     return Comparison(written["name"], effects, **margins)
 
 
-def words() -> str:
+def terms(words: Words) -> str:
     """The glossary of the table, in Markdown."""
     return "".join(textwrap.fill(f"- **{as_cell(term)}**: {as_cell(text)}", 110, subsequent_indent="  ") + "\n"
-                   for term, text in glossary.IN_THE_TABLE.items())
+                   for term, text in words.terms.items())
 
 
-def readme(stages: dict, record: dict) -> str:
-    """The text of scripts/lecture/README.md, from its record (record.py)."""
+def readme(words: Words, stages: dict, record: dict) -> str:
+    """The text of the folder's README.md, from its record (record.py)."""
     claims = sum(map(len, stages.values()))
     rows = record["rows"]
-    parts = [HEADER.format(claims=claims), words(), "\n", table(stages, rows), "\n", summary(claims, rows), "\n",
-             READING.format(claims=claims), RUNNING]
+    parts = [words.header.format(claims=claims), terms(words), "\n", table(words, stages, rows), "\n",
+             summary(claims, rows), "\n", words.reading.format(claims=claims), words.running]
     if record["roundings"]:
         parts += [ROUNDINGS, textwrap.indent(agreement(record), "- ")]
     return re.sub(r"\n{3,}", "\n\n", "".join(parts))

@@ -1,7 +1,8 @@
 """The claims on one page: HTML that contains everything, figures included, and loads nothing.
 
-html(stages, results, pictures, size) from what the experiments wrote. Without scripts; light or dark as
-the reader's system is; titles, claims and glossary in English or Korean, as the reader chooses. On a wide
+html(words, stages, results, pictures, size) from what the experiments wrote. Without scripts; light or dark as
+the reader's system is; titles, claims and glossary of the lecture in English or Korean, as the
+reader chooses. On a wide
 screen the contents stay at the left, on a phone a bar with links stays at the top; figures and tables
 scroll sideways inside themselves, and say so. Tests: tests/test_lecture.py.
 """
@@ -18,13 +19,9 @@ from common import korean
 from common.glossary import FORMULAS, TERMS, WORDS
 from common.intervals import TRIAL, as_number
 from common.text import first_sentence
+from common.words import Words
 
-TITLE = "The lecture, claim by claim"
-CLAIM = "The lecture’s claim."
 OBJECTIVES = "The four objectives"
-INTRODUCTION = ("From language model to assistant: each claim of the lecture is an experiment in minilm, with small "
-                "models in small invented worlds, where the best possible result is known. A claim is a sentence about "
-                "large models; beside it stands the rule that was tested here, and the outcome is about the rule.")
 LANGUAGES = """<p class="language" role="radiogroup" aria-label="Language">
 <input type="radio" name="language" id="english" checked> <label for="english">English</label>
 <input type="radio" name="language" id="korean"> <label for="korean" lang="ko">한국어</label></p>"""
@@ -108,10 +105,11 @@ MEANINGS = {"shown": "the intervals of the comparisons of the rule lie beyond th
             "undecided": "neither, or the model did not learn the task that the rule is about"}
 
 
-def html(stages: dict, results: dict, pictures: dict, size: str) -> str:
+def html(words: Words, stages: dict, results: dict, pictures: dict, size: str) -> str:
     """The page. stages: {title: names}; results: {name: what experiment.run wrote}, of the experiments that
     were run; pictures: {name: PNGs, for light and dark}."""
-    header = [f'<h1 id="top">{_both(TITLE, korean.TITLE)}</h1>', LANGUAGES,
+    header = [f'<h1 id="top">{_both(words.title, words.korean.title)}</h1>', LANGUAGES if words.korean.title else "",
+              f"<p>{_both(words.introduction, words.korean.introduction)}</p>",
               _summary(sum(map(len, stages.values())), results.values(), size)]
     main = []
     if size == "quick":
@@ -120,8 +118,8 @@ def html(stages: dict, results: dict, pictures: dict, size: str) -> str:
     order = [name for names in stages.values() for name in names if name in results]
     for i, (title, names) in enumerate(stages.items(), 1):
         if names := [name for name in names if name in results]:
-            main += [f'<h2 id="stage-{i}">{_both(title, korean.STAGES[i - 1])}</h2>',
-                     *(_section(name, results[name], pictures[name], order) for name in names)]
+            main += [f'<h2 id="stage-{i}">{_both(title, words.korean.stages.get(i))}</h2>',
+                     *(_section(words, name, results[name], pictures[name], order) for name in names)]
     main += [_formulas(), _glossary()]
     style = STYLE % tuple(" ".join(f"--{name}: {colour};" for name, colour in scheme.items())
                           for scheme in (LIGHT, DARK))
@@ -129,10 +127,10 @@ def html(stages: dict, results: dict, pictures: dict, size: str) -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',
-            f"<title>{TITLE}</title>", f"<style>{style}</style>")
+            f"<title>{escape(words.title)}</title>", f"<style>{style}</style>")
     return "\n".join(['<!DOCTYPE html>\n<html lang="en">\n<head>', *head, "</head>\n<body>",
                       _bar(stages, results), '<div class="page">\n<header>', *header, "</header>",
-                      _contents(stages, results), "<main>", *main, "</main>\n</div>\n</body>\n</html>\n"])
+                      _contents(words, stages, results), "<main>", *main, "</main>\n</div>\n</body>\n</html>\n"])
 
 
 @functools.cache
@@ -154,9 +152,12 @@ def compact(png: bytes, colours: int = 256, scale: float = 1) -> bytes:
 
 def _both(english, in_korean):
     """Text in both languages, of which the page shows the one that is chosen; in English alone without the other."""
-    if not in_korean:
-        return escape(english)
-    return f'<span class="en">{escape(english)}</span><span class="ko" lang="ko">{escape(in_korean)}</span>'
+    english, in_korean = (escape(text or "", quote=False) for text in (english, in_korean))
+    return f'<span class="en">{english}</span><span class="ko" lang="ko">{in_korean}</span>' if in_korean else english
+
+
+def _sentence(words):
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def _title(name, result):
@@ -171,9 +172,8 @@ def _badge(outcome):
 
 def _summary(claims, results, size):
     count = collections.Counter(result["outcome"] for result in results)
-    lines = [f"<p>{_both(INTRODUCTION, korean.INTRODUCTION)}</p>"]
     outcomes = ", ".join(f"{count[outcome]} {outcome}" for outcome in SIGNS if count[outcome])
-    lines.append(f"<p>{len(results)} of {claims} experiments were run: {outcomes or 'none'}.</p>")
+    lines = [f"<p>{len(results)} of {claims} experiments were run: {outcomes or 'none'}.</p>"]
     if count.keys() - {TRIAL}:
         meanings = (f"<dt>{_badge(outcome)}</dt><dd>{_both(text, korean.MEANINGS[outcome])}</dd>"
                     for outcome, text in MEANINGS.items())
@@ -198,10 +198,10 @@ def _bar(stages, results):
     return '<p class="bar">' + " ".join(f'<a href="{to}">{text}</a>' for to, text in links) + "</p>"
 
 
-def _contents(stages, results):
+def _contents(words, stages, results):
     lines = ['<nav id="contents" aria-label="Contents">']
-    for i, (title, names) in enumerate(stages.items()):
-        lines.append(f"<h2>{_both(title, korean.STAGES[i])}</h2>\n<ul>")
+    for i, (title, names) in enumerate(stages.items(), 1):
+        lines.append(f"<h2>{_both(title, words.korean.stages.get(i))}</h2>\n<ul>")
         for name in names:
             if name in results:
                 link = f'<a href="#{name}">{_title(name, results[name])}</a>'
@@ -215,7 +215,7 @@ def _contents(stages, results):
     return "\n".join([*lines, "</nav>"])
 
 
-def _section(name, result, pictures, order):
+def _section(words, name, result, pictures, order):
     settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
     made = (f"scripts/lecture/{name}.py; {result['size']} size: {len(result['seeds'])} seeds; {settings}. "
             f"{result['seconds']:.0f} s, workers {result['workers']}; {result['date']}, {result['machine']}.")
@@ -223,7 +223,7 @@ def _section(name, result, pictures, order):
              "Source": result["Source"], "Made by": made}
     details = "\n".join(f"<dt>{term}</dt><dd>{_linked(escape(text))}</dd>" for term, text in terms.items())
     return "\n".join([f'<section id="{name}">', f"<h3>{_title(name, result)}</h3>",
-                      f"<blockquote><strong>{_both(CLAIM, korean.CLAIM)}</strong> "
+                      f"<blockquote><strong>{_both(_sentence(words.claim), words.korean.claim)}</strong> "
                       f"{_both(result['Claim'], korean.CLAIMS.get(name))}</blockquote>",
                       f"<p>{_badge(result['outcome'])} <strong>Rule tested here.</strong> "
                       f"{escape(first_sentence(result['Rule']))}</p>",

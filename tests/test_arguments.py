@@ -100,6 +100,8 @@ REWARDS = {"chosen_rewards": normal(size=B), "rejected_rewards": normal(size=B)}
 SAMPLES = {"rewards": normal(size=(P, K)), "kl": normal(size=(P, K))}
 KEYS = {"k": Tensor(normal(size=(P, 2, T, 4))), "v": Tensor(normal(size=(P, 2, T, 4)))}
 DIALOGUES = {"prompts": [[1, 2], [3]], "responses": [[4], [1, 2]]}
+NO_NUMBER_ABOVE_0 = tuple(value for value in ABOVE_0 if value is not None)
+TOKEN_MEANS = (*NO_NUMBER_ABOVE_0, "sum")
 BASELINES = ("mean ", "GROUP", None, 1)
 TABLES = dict(zip(("cos", "sin"), layers.rope_tables(np.arange(T), 4, dtype="float64")))
 LOG_PI = distribution(P, Y)
@@ -116,14 +118,15 @@ CALLS = {f"{call.of.__module__.rpartition('.')[2]}.{call.of.__name__}": call for
     Call(kl.kl_metrics, "policy reference mask", "mask", policy=normal(size=(N, T)), reference=normal(size=(N, T)),
          mask=mask(N, T)),
     Call(policy_gradient.policy_gradient_loss, "log_probs advantages mask", "mask", log_probs=normal(size=(N, T)),
-         advantages=normal(size=N), mask=mask(N, T)),
+         advantages=normal(size=N), mask=mask(N, T), settings={"token_mean": TOKEN_MEANS}),
     Call(policy_gradient.advantages, "rewards kl", finite="rewards kl", settings={"beta": AT_LEAST_0,
          "baseline": BASELINES}, **SAMPLES, beta=0.1),
     Call(policy_gradient.reward_to_go, "rewards token_kl mask", "mask", "rewards", settings={"beta": AT_LEAST_0,
          "baseline": (*BASELINES, "group")}, rewards=normal(size=(P, K)), token_kl=normal(size=(P, K, T)),
          mask=mask(P, K, T), beta=0.1),
     Call(policy_gradient.ppo_clip_loss, "log_probs old_log_probs advantages mask", "mask",
-         settings={"epsilon": ABOVE_0, "level": ("tokens", None)}, log_probs=normal(size=(N, T)),
+         settings={"epsilon": ABOVE_0, "level": ("tokens", None),
+         "epsilon_high": NO_NUMBER_ABOVE_0, "token_mean": TOKEN_MEANS}, log_probs=normal(size=(N, T)),
          old_log_probs=normal(size=(N, T)), advantages=normal(size=N), mask=mask(N, T)),
     Call(policy_gradient.policy_gradient_metrics, "rewards kl mask entropies", "mask", "rewards kl", **SAMPLES,
          mask=mask(N, T), entropies=np.ones((N, T))),

@@ -1,5 +1,7 @@
 """The KL-regularised policy gradient against its formulas. Its expectations: test_exact_policy_gradient.py."""
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import example, given, strategies as st
@@ -20,7 +22,9 @@ from minilm.objectives.policy_gradient import (
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 6))
 betas = st.floats(0, 2)
-levels = pytest.mark.parametrize("level", ["token", "sequence"])
+levels = pytest.mark.parametrize("level", ["token", "sequence", "geometric_mean"])
+MEANS = [None, "response", "batch", 2.5]
+means = pytest.mark.parametrize("token_mean", MEANS)
 
 
 def sample(rng, shape, per_token=False):
@@ -265,16 +269,19 @@ def test_log_probs_are_summed_and_not_averaged(rng, shape):
 
 def ppo(level):
     """PPO from old log-probs of 0: the log-probs themselves are the log-ratios."""
-    def loss(log_probs, A, mask):
-        return ppo_clip_loss(log_probs, np.zeros(log_probs.shape, log_probs.dtype), A, mask, level=level)
+    def loss(log_probs, A, mask, **options):
+        return ppo_clip_loss(log_probs, np.zeros(log_probs.shape, log_probs.dtype), A, mask, level=level, **options)
     return loss
 
 
 LOSSES = {"policy_gradient": policy_gradient_loss, "ppo, token": ppo("token"), "ppo, sequence": ppo("sequence")}
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+WITH_LENGTHS = {"ppo, geometric mean": ppo("geometric_mean"), **{
+    f"{name}, {mean}": functools.partial(loss, token_mean=mean) for mean in MEANS[1:]
+    for name, loss in (("policy_gradient", policy_gradient_loss), ("ppo", ppo("token")))}}
 
 
-@each_loss
+@pytest.mark.parametrize("loss", (LOSSES | WITH_LENGTHS).values(), ids=LOSSES | WITH_LENGTHS)
 @given(rng=rngs, shape=shapes)
 def test_nan_outside_the_mask_changes_neither_value_nor_gradient(loss, rng, shape):
     log_probs, A, mask = sample(rng, shape)
@@ -286,7 +293,7 @@ def test_nan_outside_the_mask_changes_neither_value_nor_gradient(loss, rng, shap
     assert np.isnan(loss(np.where(mask, np.nan, log_probs.data), A, mask).item())    # a NaN inside it is not hidden
 
 
-@each_loss
+@pytest.mark.parametrize("loss", (LOSSES | WITH_LENGTHS).values(), ids=LOSSES | WITH_LENGTHS)
 @given(rng=rngs, shape=shapes, left=st.integers(0, 3), right=st.integers(0, 3))
 def test_padding_changes_neither_value_nor_gradient(loss, rng, shape, left, right):
     """On either side, and of any amount."""
@@ -353,6 +360,62 @@ def test_shapes_that_do_not_fit_raise(loss, log_probs, A, mask):
         loss(Tensor(np.zeros(log_probs)), np.ones(A), np.ones(mask))
 
 
+# Means over tokens.
+
+def scales(mask, token_mean):
+    """s of each response, by its definition."""
+    lengths = [int(row.sum()) for row in mask]
+    return [{None: 1.0, "response": 1 / max(n, 1), "batch": len(mask) / sum(lengths), 2.5: 1 / 2.5}[token_mean]
+            for n in lengths]
+
+
+@means
+@given(rng=rngs, shape=shapes, per_token=st.booleans())
+def test_a_mean_over_tokens_and_its_gradient_are_the_closed_form(token_mean, rng, shape, per_token):
+    log_probs, A, mask = sample(rng, shape, per_token)
+    value, d = gradient(policy_gradient_loss, log_probs, A, mask, token_mean=token_mean)
+    expected, s = np.zeros(shape), scales(mask, token_mean)
+    for n, t in np.ndindex(shape):
+        if mask[n, t]:
+            expected[n, t] = -s[n] * (A[n, t] if per_token else A[n]) / shape[0]
+    assert_close(d, expected)
+    assert_close(value, (expected * log_probs.data).sum())
+    gradcheck(lambda x: policy_gradient_loss(x, A, mask, token_mean), log_probs)
+
+
+def test_the_names_of_the_means_say_what_is_divided_by():
+    """Two responses, of 1 and 3 tokens, with advantages 1 and log-probs -1: the loss is the number of summands over
+    the divisor."""
+    mask = np.arange(3) < np.array([[1], [3]])
+    losses = [policy_gradient_loss(np.full((2, 3), -1.0), np.ones(2), mask, mean).item()
+              for mean in (None, "response", "batch", 4)]
+    assert_close(losses, [4 / 2, (1 / 1 + 3 / 3) / 2, 4 / 4, 4 / (2 * 4)])
+
+
+def test_the_mean_over_a_batch_is_a_constant_that_is_the_mean_length(rng):
+    """So microbatches take the mean length of the whole batch as their constant."""
+    log_probs, A, mask = sample(rng, (5, 4))
+    value, d = gradient(policy_gradient_loss, log_probs, A, mask, token_mean="batch")
+    parts = [gradient(policy_gradient_loss, log_probs.data[s], A[s], mask[s], token_mean=mask.sum() / 5)
+             for s in (slice(0, 1), slice(1, 5))]
+    assert_close(parts[0][0] / 5 + parts[1][0] * 4 / 5, value)
+    assert_close(np.concatenate([parts[0][1] / 5, parts[1][1] * 4 / 5]), d)
+
+
+@pytest.mark.parametrize("token_mean", MEANS[1:])
+def test_a_batch_of_empty_responses_has_loss_0_under_every_mean(token_mean):
+    for loss in (policy_gradient_loss, ppo("token")):
+        value, d = gradient(loss, np.zeros((2, 3)), np.ones(2), np.zeros((2, 3)), token_mean=token_mean)
+        assert value == 0 and (d == 0).all()
+
+
+@pytest.mark.parametrize("token_mean", ["sum", "tokens", 0, -1.0, np.nan, [2.0], True])
+def test_a_mean_that_is_none_of_these_raises(token_mean):
+    for loss in (policy_gradient_loss, ppo("token")):
+        with pytest.raises((ValueError, TypeError), match="token_mean is "):
+            loss(np.zeros((2, 3)), np.ones(2), np.ones((2, 3)), token_mean=token_mean)
+
+
 # PPO's clip.
 
 @levels
@@ -360,7 +423,8 @@ def test_shapes_that_do_not_fit_raise(loss, log_probs, A, mask):
 def test_at_ratio_1_the_gradient_is_that_of_policy_gradient_loss(level, rng, shape):
     log_probs, A, mask = sample(rng, shape)
     value, d = gradient(ppo_clip_loss, log_probs, log_probs.data.copy(), A, mask, level=level)
-    assert_close(d, gradient(policy_gradient_loss, log_probs, A, mask)[1])
+    same = "response" if level == "geometric_mean" else None
+    assert_close(d, gradient(policy_gradient_loss, log_probs, A, mask, token_mean=same)[1])
     assert_close(value, -np.mean(A * mask.sum(axis=1)) if level == "token" else -np.mean(A))
 
 
@@ -368,40 +432,51 @@ def off_policy(rng, shape, level, epsilon=0.2):
     """A sample whose ratios, per token or per response, are well inside the clip or well outside."""
     log_probs, A, mask = sample(rng, shape)
     steps = rng.choice([-2.5, -0.5, 0.5, 2.5], size=shape) * epsilon
-    if level == "sequence":
+    if level != "token":
         steps, wanted = rng.normal(size=shape), steps[:, 0]
         for n in range(shape[0]):                           # the first token makes the sum right
             if mask[n].any():
                 first = mask[n].argmax()
-                steps[n, first] += wanted[n] - steps[n][mask[n]].sum()
+                total = wanted[n] * (mask[n].sum() if level == "geometric_mean" else 1)
+                steps[n, first] += total - steps[n][mask[n]].sum()
     return log_probs, log_probs.data - steps, A, mask
 
 
-@levels
+LEVELS_AND_MEANS = [*(("token", mean) for mean in MEANS), ("sequence", None), ("geometric_mean", None)]
+
+
+@pytest.mark.parametrize("level, token_mean", LEVELS_AND_MEANS)
+@pytest.mark.parametrize("high", [None, 0.9])
 @given(rng=rngs, shape=shapes)
-def test_ppo_and_its_gradient_are_the_closed_form(level, rng, shape):
+def test_ppo_and_its_gradient_are_the_closed_form(high, level, token_mean, rng, shape):
+    """A ratio of e^0.5 is outside the clip at 1.2, and inside the one at 1.9."""
     log_probs, old, A, mask = off_policy(rng, shape, level)
-    value, d = gradient(ppo_clip_loss, log_probs, np.where(mask, old, np.nan), A, mask, epsilon=0.2, level=level)
+    value, d = gradient(ppo_clip_loss, log_probs, np.where(mask, old, np.nan), A, mask, epsilon=0.2, level=level,
+                        epsilon_high=high, token_mean=token_mean)
     N, total, expected = shape[0], 0.0, np.zeros(shape)
+    highest, s = 1 + (high or 0.2), scales(mask, token_mean)
     for n in range(N):
         selected = [t for t in range(shape[1]) if mask[n, t]]
         groups = [[t] for t in selected] if level == "token" else [selected]
         for group in groups:                                # the tokens that share a ratio
-            rho = np.exp(sum(log_probs.data[n, t] - old[n, t] for t in group))
-            total += min(rho * A[n], min(max(rho, 0.8), 1.2) * A[n])
-            stopped = rho > 1.2 if A[n] > 0 else rho < 0.8
+            log_ratios = [log_probs.data[n, t] - old[n, t] for t in group]
+            divisor = len(group) if level == "geometric_mean" and group else 1
+            rho = np.exp(sum(log_ratios) / divisor)
+            total += s[n] * min(rho * A[n], min(max(rho, 0.8), highest) * A[n])
+            stopped = rho > highest if A[n] > 0 else rho < 0.8
             for t in group:
-                expected[n, t] = 0.0 if stopped else -rho * A[n] / N
+                expected[n, t] = 0.0 if stopped else -s[n] * rho * A[n] / divisor / N
     assert_close(value, -total / N)
     assert_close(d, expected)
 
 
-@pytest.mark.parametrize("level, per_token", [("token", False), ("token", True), ("sequence", False)])
+@pytest.mark.parametrize("level, per_token, token_mean", [("token", True, None), ("token", True, "response"),
+                                                          *((level, False, mean) for level, mean in LEVELS_AND_MEANS)])
 @given(rng=rngs, shape=shapes)
-def test_ppo_agrees_with_finite_differences(level, per_token, rng, shape):
+def test_ppo_agrees_with_finite_differences(level, per_token, token_mean, rng, shape):
     log_probs, old, A, mask = off_policy(rng, shape, level)
     A = rng.normal(size=shape) if per_token else A
-    gradcheck(lambda x: ppo_clip_loss(x, old, A, mask, level=level), log_probs)
+    gradcheck(lambda x: ppo_clip_loss(x, old, A, mask, level=level, epsilon_high=0.9, token_mean=token_mean), log_probs)
 
 
 @levels
@@ -436,14 +511,22 @@ def test_ppo_with_a_k2_penalty_agrees_with_finite_differences_from_the_logits(le
     gradcheck(objective, logits)
     log_probs = ops.log_softmax(logits.data).data[np.arange(N)[:, None], np.arange(T), targets]
     log_ratios = np.where(mask, log_probs - old, 0.0)
-    ratios = np.exp(log_ratios.sum(axis=1)) if level == "sequence" else (np.exp(log_ratios) * mask).sum(axis=1)
+    ratios = {"token": (np.exp(log_ratios) * mask).sum(axis=1), "sequence": np.exp(log_ratios.sum(axis=1)),
+              "geometric_mean": np.exp(log_ratios.sum(axis=1) / mask.sum(axis=1))}[level]
     drift = np.where(mask, log_probs, 0.0).sum(axis=1) - reference
     assert_close(objective(logits), -np.mean(ratios * A) + beta * np.mean(drift ** 2 / 2))
 
 
-def test_a_sequence_ratio_with_advantages_per_token_raises():
+@pytest.mark.parametrize("level", ["sequence", "geometric_mean"])
+def test_a_ratio_of_responses_with_advantages_per_token_or_a_mean_over_tokens_raises(level):
     with pytest.raises(ValueError, match="one advantage"):
-        ppo_clip_loss(np.zeros((2, 3)), np.zeros((2, 3)), np.ones((2, 3)), np.ones((2, 3)), level="sequence")
+        ppo_clip_loss(np.zeros((2, 3)), np.zeros((2, 3)), np.ones((2, 3)), np.ones((2, 3)), level=level)
+    with pytest.raises(ValueError, match="token_mean is 'response', but level"):
+        ppo_clip_loss(np.zeros((2, 3)), np.zeros((2, 3)), np.ones(2), np.ones((2, 3)), level=level,
+                      token_mean="response")
+
+
+def test_a_level_that_is_none_of_these_raises():
     with pytest.raises(ValueError, match="level"):
         ppo_clip_loss(np.zeros((2, 3)), np.zeros((2, 3)), np.ones(2), np.ones((2, 3)), level="prompt")
 

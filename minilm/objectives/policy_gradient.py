@@ -39,8 +39,28 @@ over the prompts, its expectation over the draws depends on the baseline (`advan
                      prompt's gradient generally changes too
 
 The value of L does not measure progress; the mean of R does, because it estimates J. (The mean of r does not:
-it can rise while J falls, if the KL grows.) log pi(y|x) is the sum over tokens. A mean over tokens would weigh a
-response by the inverse of its length, and the result would not be the gradient of J.
+it can rise while J falls, if the KL grows.)
+
+Means over tokens. log pi(y|x) is a sum over the |y| tokens of y. Many libraries divide it by a number of tokens. Each
+such mean is the loss L with advantages s A, where s > 0 depends on lengths alone (`token_mean`):
+
+    None             s = 1                 the sum over tokens
+    "response"       s = 1 / |y|           the mean over the tokens of each response: GRPO, arXiv:2402.03300, (3)
+    "batch"          s = N / sum of |y|    the mean over all tokens of the batch: DAPO, arXiv:2503.14476
+    a number C       s = 1 / C             a constant, as the limit of the length: Dr. GRPO, arXiv:2503.20783
+
+    dL / d log pi(y_t) = -m_t s A / N
+
+A constant C only scales the gradient. "response" is biased. Its expected gradient without a baseline is
+
+    -E[ (R / |y|) grad log pi ] = -grad E[R / |y|],     R a constant in grad
+
+because R / |y| takes the place of R in the proof: it maximises the reward per token. With the leave-one-out baseline,
+whose expectation is J, the expected gradient is -grad E[(R - J) / |y|], R and J constants: a response that is worse
+than the average loses less if it is longer, one that is better gains less. Where all R are equal, grad J = 0, and the
+gradient without a baseline still makes responses longer if R < 0, shorter if R > 0 (the length bias). "batch" is biased
+too, because s depends on y through the sum of the lengths: with N = 1 it is "response", and as N grows, s tends to the
+constant 1 / E|y|, and its bias to 0.
 
 Williams 1992 (REINFORCE). K responses for each prompt with the leave-one-out baseline: Kool et al. 2019;
 Ahmadian et al. 2024, arXiv:2402.14740 (RLOO). The lecture regularises toward the pretrained model. Here,
@@ -58,18 +78,20 @@ from minilm.tensor import Tensor, primitive
 
 
 @primitive
-def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.ndarray):
+def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.ndarray,
+                         token_mean: str | float | None = None):
     """The loss L above, for N responses: a scalar.
 
     log_probs   (N,T), under the policy, of T predicted tokens a row (prompt positions may be among them); may be
                 NaN outside the mask
     advantages  A, (N,), or one for each token (N,T) from reward_to_go; no gradient goes through it
     mask        (N,T), 1 on response tokens, 0 elsewhere
-    Raises ValueError for shapes other than these, for a mask with values other than 0 and 1, and for N = 0.
+    token_mean  None, "response", "batch" or a number above 0: the mean over tokens, as above
+    Raises ValueError for shapes and means other than these, for a mask with values other than 0 and 1, and for N = 0.
     """
     xp = array_module(log_probs)
     N = len(log_probs)
-    weights, selected = _weights_and_mask("policy_gradient_loss", log_probs, advantages, mask)
+    weights, selected = _weights_and_mask("policy_gradient_loss", log_probs, advantages, mask, token_mean)
     loss = -(weights * xp.where(selected, log_probs, 0)).sum() / N
     def vjp(dloss):
         return -dloss * weights / N
@@ -136,48 +158,67 @@ def reward_to_go(rewards: np.ndarray, token_kl: np.ndarray, mask: np.ndarray, be
 
 @primitive
 def ppo_clip_loss(log_probs: Tensor, old_log_probs: np.ndarray, advantages: np.ndarray, mask: np.ndarray,
-                  epsilon: float = 0.2, level: str = "token"):
+                  epsilon: float = 0.2, level: str = "token", epsilon_high: float | None = None,
+                  token_mean: str | float | None = None):
     """PPO's clipped loss, for several steps on the same samples, drawn from an older policy pi_old: a scalar.
+
+        clip(rho) = rho, but at least 1 - epsilon and at most 1 + epsilon_high
 
     level "token": a ratio rho_t for each token; advantages (N,) or, with A_t in place of A, (N,T)
 
-        L = -(1/N) sum over responses of sum_t m_t min( rho_t A, clip(rho_t, 1 - epsilon, 1 + epsilon) A )
-        rho_t = pi(y_t) / pi_old(y_t),              dL / d log pi(y_t) = -m_t rho_t A / N, or 0
+        L = -(1/N) sum over responses of s sum_t m_t min( rho_t A, clip(rho_t) A )
+        rho_t = pi(y_t) / pi_old(y_t),                dL / d log pi(y_t) = -m_t s rho_t A / N, or 0
 
     level "sequence": one ratio rho for each response, as in TRL's RLOO; advantages (N,)
 
-        L = -(1/N) sum over responses of min( rho A, clip(rho, 1 - epsilon, 1 + epsilon) A )
-        rho = pi(y|x) / pi_old(y|x),                dL / d log pi(y_t) = -m_t rho A / N, or 0
+        L = -(1/N) sum over responses of min( rho A, clip(rho) A )
+        rho = pi(y|x) / pi_old(y|x),                  dL / d log pi(y_t) = -m_t rho A / N, or 0
+
+    level "geometric_mean": the same with the geometric mean of the rho_t, as in GSPO; advantages (N,)
+
+        rho = (pi(y|x) / pi_old(y|x))^(1/|y|),        dL / d log pi(y_t) = -m_t (1/|y|) rho A / N, or 0
 
     The gradient follows from d rho = rho d log rho. It is 0 where the clipped side is the smaller one: the
     clip stops a step that has already moved the ratio by epsilon in the direction of the advantage. At a
-    ratio of 1 it is the gradient of policy_gradient_loss.
+    ratio of 1 it is the gradient of policy_gradient_loss; with the geometric mean, of token_mean "response".
+
+    Off policy, without a clip, only the sequence ratio is unbiased: E_old[rho R grad log pi] = E[R grad log pi],
+    because pi_old rho = pi. The token ratio corrects for the token itself, but not for the contexts before it, which
+    were drawn from pi_old, nor for the tokens after it, on which R depends. The geometric mean corrects for neither,
+    and has the length bias of "response" besides.
 
     log_probs, old_log_probs, mask  (N,T), as in policy_gradient_loss; log-probs may be NaN outside the mask
-    Raises ValueError for shapes or levels other than these, a mask with values other than 0 and 1, old_log_probs that
-    are not finite within the mask, epsilon not above 0 and finite, and for N = 0.
-    Schulman et al. 2017, arXiv:1707.06347, (7).
+    epsilon_high  of the upper clip, where it is not epsilon: a larger one ("clip-higher", DAPO) lets tokens of small
+                  probability gain more in one batch
+    token_mean    s, as in policy_gradient_loss, for level "token": the others have no sum over tokens
+    Raises ValueError for shapes, levels and means other than these, a mask with values other than 0 and 1,
+    old_log_probs that are not finite within the mask, an epsilon not above 0 and finite, and for N = 0.
+    Schulman et al. 2017, arXiv:1707.06347, (7). DAPO: Yu et al. 2025, arXiv:2503.14476. GSPO: Zheng et al. 2025,
+    arXiv:2507.18071, (5), and in TRL importance_sampling_level "sequence".
     """
     checks.same_shape("ppo_clip_loss", log_probs=log_probs, old_log_probs=old_log_probs)
     checks.number("ppo_clip_loss", "epsilon", epsilon, above=0)
-    checks.choice("ppo_clip_loss", "level", level, ("token", "sequence"))
+    high = epsilon if epsilon_high is None else checks.number("ppo_clip_loss", "epsilon_high", epsilon_high, above=0)
+    checks.choice("ppo_clip_loss", "level", level, ("token", "sequence", "geometric_mean"))
     xp = array_module(log_probs)
     N = len(log_probs)
-    A, selected = _weights_and_mask("ppo_clip_loss", log_probs, advantages, mask)
+    A, selected = _weights_and_mask("ppo_clip_loss", log_probs, advantages, mask, token_mean)
     # A token that pi_old gave probability 0 was not drawn. Its ratio would be infinite, and the clip would hide it.
     checks.finite("ppo_clip_loss", "old_log_probs", xp.where(selected, xp.asarray(old_log_probs), 0), "token")
     log_ratio = xp.where(selected, log_probs - xp.asarray(old_log_probs), 0)            # (N,T)
-    if level == "sequence":
-        checks.same_shape("ppo_clip_loss", axes="N", hint="level 'sequence' has one ratio for a response, and one "
-                          "advantage; use level='token' for advantages (N,T)", advantages=advantages)
-        A = xp.asarray(advantages)[:, None].astype(log_probs.dtype)                     # (N,1)
+    share = 1                                               # d log rho / d log pi(y_t)
+    if level != "token":
+        A = _of_responses(level, advantages, token_mean, log_probs)                     # (N,1)
         log_ratio = log_ratio.sum(axis=-1, keepdims=True)                               # (N,1)
+    if level == "geometric_mean":
+        share = 1 / _lengths(selected).astype(log_probs.dtype)                          # (N,1)
+        log_ratio = log_ratio * share
     ratio = xp.exp(log_ratio)
     # An advantage of 0 has loss 0, even where the ratio has overflowed to infinity.
     unclipped = xp.where(A != 0, ratio, 1) * A
-    clipped = xp.clip(ratio, 1 - epsilon, 1 + epsilon) * A
+    clipped = xp.clip(ratio, 1 - epsilon, 1 + high) * A
     def vjp(dloss):
-        return -dloss * xp.where(selected & (unclipped <= clipped), unclipped, 0) / N
+        return -dloss * xp.where(selected & (unclipped <= clipped), unclipped * share, 0) / N
     return -xp.minimum(unclipped, clipped).sum() / N, vjp
 
 
@@ -232,8 +273,8 @@ def _baseline(R, baseline):
     return (R.sum(axis=1, keepdims=True) - R) / (R.shape[1] - 1)
 
 
-def _weights_and_mask(function, log_probs, advantages, mask):
-    """A of each token, (N,T): exactly 0 outside the mask, even where the advantage there is NaN; the mask as bool."""
+def _weights_and_mask(function, log_probs, advantages, mask, token_mean):
+    """s A of each token, (N,T): exactly 0 outside the mask, even where the advantage there is NaN; the mask as bool."""
     checks.same_shape(function, axes="NT", log_probs=log_probs, mask=mask)
     xp = array_module(log_probs)
     selected = xp.asarray(checks.mask(function, mask))
@@ -241,4 +282,30 @@ def _weights_and_mask(function, log_probs, advantages, mask):
     if A.shape not in (log_probs.shape[:1], log_probs.shape):
         raise ValueError(f"{function}: advantages {A.shape} for log_probs {log_probs.shape}; give (N,) or (N,T)")
     A = A[:, None] if A.ndim == 1 else A
+    if token_mean is not None:
+        A = A * _scale(function, token_mean, selected)
     return xp.where(selected, A, 0).astype(log_probs.dtype), selected
+
+
+def _scale(function, token_mean, selected):
+    """s of a mean over tokens: a number, or one for each response (N,1)."""
+    if not isinstance(token_mean, str):
+        return 1 / checks.number(function, "token_mean", token_mean, above=0)
+    checks.choice(function, "token_mean", token_mean, ("response", "batch"))
+    lengths = _lengths(selected)
+    return 1 / lengths if token_mean == "response" else len(selected) / selected.sum().clip(1)
+
+
+def _lengths(selected):
+    """|y| of each response, (N,1); 1 for an empty one, whose sum over tokens is 0."""
+    return selected.sum(axis=-1, keepdims=True).clip(1)
+
+
+def _of_responses(level, advantages, token_mean, log_probs):
+    """A of each response, (N,1), for a level with one ratio for a response."""
+    checks.same_shape("ppo_clip_loss", axes="N", hint=f"level {level!r} has one ratio for a response, and one "
+                      "advantage; use level='token' for advantages (N,T)", advantages=advantages)
+    if token_mean is not None:
+        raise ValueError(f"ppo_clip_loss: token_mean is {token_mean!r}, but level {level!r} has one term for a "
+                         "response and no sum over its tokens; leave token_mean out, or use level='token'")
+    return array_module(log_probs).asarray(advantages)[:, None].astype(log_probs.dtype)

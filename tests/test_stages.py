@@ -13,7 +13,7 @@ from minilm import checkpoint, evaluate, ops
 from minilm.data import make_batch, windows
 from minilm.diverged import Diverged
 from minilm.model import Config, RewardModel
-from minilm.objectives import dpo
+from minilm.objectives import dpo, policy_gradient
 from minilm.objectives.policy_gradient import advantages
 from minilm.optim import AdamW
 from minilm.packing import scatter
@@ -783,6 +783,74 @@ def test_without_a_baseline_rlhf_reinforces_responses_and_no_prompt(workers):
     batch = make_batch(*seen[1], PAD)
     loss = -ops.sum(before.log_probs(batch.tokens, 0.7) * (rewards[:, None] * batch.target_mask)) / 6
     assert_step_is_down_the_gradient_of(loss, before, training, metrics)
+
+
+# Means over tokens, and several updates on the same samples.
+
+CLIPPED = {"level": "token", "epsilon": 0.05, "epsilon_high": 0.2}
+
+
+@pytest.mark.parametrize("workers, microbatches", [(1, None), (1, 4), (2, 3)])
+@pytest.mark.parametrize("options", [{"token_mean": "response"}, {"token_mean": "batch"}, {"token_mean": 3.0},
+                                     {"level": "geometric_mean"}], ids=str)
+def test_a_mean_over_tokens_is_over_all_samples_of_a_step_however_they_are_split(options, workers, microbatches):
+    seen, rewards = [], np.array([1.0, 2, 3, 4, 5, 6])
+    training = make_training("RLHF", workers, np.float64)
+    loop = rlhf_stage(training, 5, 0.7, lambda *sample: (seen.append(sample), rewards)[1], beta=0.0, baseline="none",
+                      microbatches=microbatches, **options)
+    next(loop)
+    before, metrics = training.model.copy(), next(loop)
+    batch = make_batch(*seen[1], PAD)
+    log_probs, mask = before.log_probs(batch.tokens, 0.7), batch.target_mask
+    assert len(set(mask.sum(axis=1))) > 1, "the answers have several lengths"
+    if "level" in options:
+        loss = policy_gradient.ppo_clip_loss(log_probs, log_probs.data, rewards, mask, **options)
+    else:
+        loss = policy_gradient.policy_gradient_loss(log_probs, rewards, mask, **options)
+    assert_step_is_down_the_gradient_of(loss, before, training, metrics)
+
+
+@pytest.mark.parametrize("workers, microbatches", [(1, None), (2, 3)])
+@pytest.mark.parametrize("options", [CLIPPED, {**CLIPPED, "token_mean": "batch"}, {**CLIPPED, "level": "sequence"},
+                                     {**CLIPPED, "level": "geometric_mean"}], ids=str)
+def test_several_updates_take_ppos_loss_from_the_policy_that_drew_the_samples(options, workers, microbatches):
+    """The second of two updates. Its learning rate is large enough that ratios are clipped on both sides."""
+    seen, kept = [], []
+    rewards = np.array([1.0, -2, 3, -1, -3, 2])
+    training = make_training("RLHF", workers, np.float64)
+
+    def rate(step):
+        kept.append(training.model.copy())
+        return 0.02
+    metrics = list(rlhf_stage(training, 2, 0.7, lambda *sample: (seen.append(sample), rewards)[1], beta=0.0,
+                              baseline="none", microbatches=microbatches, updates=2, learning_rate=rate, **options))
+    assert (len(seen), len(metrics), training.step) == (1, 1, 2)
+    old, before = kept
+    batch = make_batch(*seen[0], PAD)
+    old_log_probs = old.log_probs(batch.tokens, 0.7).data
+    log_probs, mask = before.log_probs(batch.tokens, 0.7), batch.target_mask
+    loss = policy_gradient.ppo_clip_loss(log_probs, old_log_probs, rewards, mask, **options)
+    unclipped = policy_gradient.ppo_clip_loss(log_probs, old_log_probs, rewards, mask, **{
+        **options, "epsilon": 1e9, "epsilon_high": None})
+    symmetric = policy_gradient.ppo_clip_loss(log_probs, old_log_probs, rewards, mask, **{
+        **options, "epsilon_high": None})
+    assert len({round(x.item(), 6) for x in (loss, unclipped, symmetric)}) == 3, "both clips act, and differ"
+    assert_step_is_down_the_gradient_of(loss, before, training, metrics[0])
+
+
+def test_steps_are_updates_and_the_last_samples_may_have_fewer():
+    calls = []
+    training = make_training("RLHF")
+    metrics = list(rlhf_stage(training, 5, reward=lambda p, a: (calls.append(1), fives(p, a))[1], updates=2))
+    assert (len(calls), len(metrics), training.step) == (3, 3, 5)
+
+
+@pytest.mark.parametrize("setting, wrong", [
+    *(("updates", value) for value in (0, 1.5, True, None)), *(("token_mean", value) for value in (0, "sum", np.nan)),
+    *(("epsilon", value) for value in (0, None)), ("epsilon_high", -1), ("level", "prompt")])
+def test_settings_of_the_loss_that_are_out_of_range_raise_when_rlhf_is_called(setting, wrong):
+    with pytest.raises((ValueError, TypeError), match=setting):
+        rlhf_stage(make_training("RLHF"), 1, **{setting: wrong})
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -1,10 +1,12 @@
 """Stage 3b. RLHF: sample responses, score them with the reward, reinforce the better ones, stay near the reference.
 
-One update per batch of samples, so the samples are always drawn from the policy that is updated.
+With one update for each batch of samples, the samples are always drawn from the policy that is updated. With more,
+they were drawn from an older policy from the second update on, and the loss is PPO's.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -15,7 +17,12 @@ from minilm.data import check_dialogues
 from minilm.diverged import Diverged
 from minilm.generate import Samples, generate
 from minilm.model import Transformer
-from minilm.objectives.policy_gradient import advantages, policy_gradient_loss, policy_gradient_metrics
+from minilm.objectives.policy_gradient import (
+    advantages,
+    policy_gradient_loss,
+    policy_gradient_metrics,
+    ppo_clip_loss,
+)
 from minilm.packing import pack
 from minilm.ranks import WorkersDisagree
 from minilm.stages import inputs, plan
@@ -31,7 +38,8 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
                prompts_per_step: int, samples_per_prompt: int, max_new_tokens: int,
                eos: int | Collection[int] | None, beta: float = 0.1, learning_rate: plan.Rate = 3e-4,
                temperature: float = 1.0, baseline: str = "leave_one_out", microbatches: int | None = None,
-               batches: Sequence | None = None) -> Iterator[Mapping]:
+               batches: Sequence | None = None, token_mean: str | float | None = None, updates: int = 1,
+               epsilon: float = 0.2, epsilon_high: float | None = None, level: str = "token") -> Iterator[Mapping]:
     """Maximise the reward minus beta times the KL divergence to `reference`, by the policy gradient.
 
     reference     a frozen copy, such as state.model.copy(): it may not share parameters with the policy
@@ -43,16 +51,20 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
     temperature   of sampling. Policy and reference are both scored at it, without top-k and top-p: otherwise the
                   log-probs would not be those of the distribution that was drawn from
     microbatches  shards of a step, None for one per worker
-    batches, the prompts of each step, and a learning_rate that is a function: plan.py
+    token_mean    the mean over tokens, of policy_gradient_loss; "batch" is over all samples of a step
+    updates       steps of the optimiser on each batch of samples: 1 for policy_gradient_loss, more for ppo_clip_loss.
+                  `steps` counts all of them, and only steps 0, updates, 2 updates ... draw samples
+    epsilon, epsilon_high, level    of ppo_clip_loss; with one update the ratio is 1, and nothing is clipped
+    batches, the prompts of each step that draws samples, and a learning_rate that is a function: plan.py
     Yields {"loss", "grad_norm", "learning_rate", "reward", "kl_sequence", "kl_token", "entropy", ...}, and the metrics
-    of response_lengths, after each step.
+    of response_lengths, after each batch of samples: the loss, norm and rate of its last update.
     Raises TypeError, ValueError and IndexError before the first step: for settings out of range, for such models, for a
     prompt anywhere in the data set that is bad or too long for max_new_tokens; and later for the results of reward, as
     inputs.checked_rewards does.
     """
     K = samples_per_prompt
     inputs.check_settings("train_rlhf", steps, learning_rate, microbatches, prompts_per_step=prompts_per_step,
-                          samples_per_prompt=K, max_new_tokens=max_new_tokens)
+                          samples_per_prompt=K, max_new_tokens=max_new_tokens, updates=updates)
     config = inputs.checked_config("train_rlhf", state.model)
     inputs.check_reference_and_reward("train_rlhf", state.model, reference, reward)
     check_dialogues("train_rlhf", config.vocab_size, config.context, prompts, new_tokens=max_new_tokens)
@@ -61,6 +73,7 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
     checks.temperature("train_rlhf", temperature)
     ends = checks.end_tokens("train_rlhf", eos, config.vocab_size)
     advantages(np.zeros((1, K)), np.zeros((1, K)), beta, baseline)      # raises for a baseline that K does not allow
+    loss_of_samples = chosen_loss(updates, token_mean, epsilon, epsilon_high, level)
 
     def step():
         drawn = plan.examples(state, batches, len(prompts), prompts_per_step)
@@ -74,17 +87,46 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
         rewards = ask(state, reward, batch, responses).reshape(P, K)
         kl = kl.reshape(P, K)
         A = advantages(rewards, kl, beta, baseline).reshape(-1)
-
-        def loss(policy, rows):
-            part = pack([batch[i] for i in rows], [responses[i] for i in rows], config.context)
-            log_probs = policy.response_log_probs(part, temperature)
-            return policy_gradient_loss(log_probs, A[rows], part.mask) * (len(rows) / len(A)), None
-        rate = plan.rate(state, learning_rate, steps, warmup=5, floor=0.3)
+        loss = loss_of_rows(loss_of_samples, batch, samples, A, token_mean, temperature)
         more = {**policy_gradient_metrics(rewards, kl, mask), "entropy": float(samples.entropies[mask].mean()),
                 **response_lengths(responses, ends)}
-        return train_step(state, loss, prompt_shards(P, K, microbatches or state.workers), rate, "RLHF",
-                          drawn=[drawn, *batch], metrics=lambda _: more)
+        for _ in range(min(updates, steps - state.step)):
+            rate = plan.rate(state, learning_rate, steps, warmup=5, floor=0.3)
+            metrics = train_step(state, loss, prompt_shards(P, K, microbatches or state.workers), rate, "RLHF",
+                                 drawn=[drawn, *batch], metrics=lambda _: more)
+        return metrics
     return repeat(step, state, steps)
+
+
+def loss_of_rows(loss_of_samples: Callable, prompts: Sequence, samples: Samples, A: np.ndarray,
+                 token_mean: str | float | None, temperature: float) -> Callable:
+    """A loss for train_step, of the policy and some rows of N samples. The losses of all rows add up to the whole one.
+
+    The mean over the tokens of all samples is one over a constant, their mean length, which is the same in all shards.
+    """
+    responses = samples.responses()
+    mean = samples.mask.sum() / len(A) if token_mean == "batch" else token_mean
+
+    def loss(policy, rows):
+        part = pack([prompts[i] for i in rows], [responses[i] for i in rows], policy.config.context)
+        log_probs = policy.response_log_probs(part, temperature)
+        old = samples.log_probs[rows, :part.mask.shape[1]]
+        return loss_of_samples(log_probs, old, A[rows], part.mask, token_mean=mean) * (len(rows) / len(A)), None
+    return loss
+
+
+def chosen_loss(updates: int, token_mean: str | float | None, epsilon: float, epsilon_high: float | None,
+                level: str) -> Callable:
+    """The loss of log_probs, old_log_probs (n,T), A (n,) and mask (n,T): policy_gradient_loss if the ratio is always 1,
+    because each batch of samples has one update, otherwise ppo_clip_loss. Raises ValueError and TypeError for settings
+    out of range.
+    """
+    ppo = functools.partial(ppo_clip_loss, epsilon=epsilon, level=level, epsilon_high=epsilon_high)
+    zero = np.zeros((1, 1))
+    ppo(zero, zero, zero[0], zero, token_mean=token_mean)                               # raises
+    if updates > 1 or level == "geometric_mean":            # the geometric mean differs at ratio 1, too
+        return ppo
+    return lambda log_probs, old, A, mask, token_mean: policy_gradient_loss(log_probs, A, mask, token_mean)
 
 
 def response_lengths(responses: Sequence, ends: np.ndarray) -> dict[str, float]:

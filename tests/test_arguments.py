@@ -22,15 +22,15 @@ from minilm.exact import enumerable, expectations, gradients
 from minilm.exact.enumerable import EnumerableWorld
 from minilm.generate import generate
 from minilm.model import Config, RewardModel, Transformer
-from minilm.objectives import dpo, kl, policy_gradient, reward, sft
+from minilm.objectives import dpo, kl, kl_in_the_loss, policy_gradient, reward, sft
 from minilm.optim import AdamW
 from worlds import instructions, mappings, rules
 from worlds.markov import MarkovSource
 from worlds.ngrams import NGram
 from worlds.replies import ReplyWorld
 
-MODULES = (sft, reward, kl, policy_gradient, dpo, evaluate, packing, enumerable, expectations, gradients, layers,
-           rotary, optim)
+MODULES = (sft, reward, kl, kl_in_the_loss, policy_gradient, dpo, evaluate, packing, enumerable, expectations,
+           gradients, layers, rotary, optim)
 # Arrays without arguments that can be misread: NumPy's rules hold, or the caller is the fast path.
 OTHERS = {"packing.pack", "layers.swiglu", "rotary.rotate",
           "rotary.pair_slices", "rotary.mix_keys", "layers.attention_without_tiles", "enumerable.entropy",
@@ -117,6 +117,12 @@ CALLS = {f"{call.of.__module__.rpartition('.')[2]}.{call.of.__name__}": call for
     *(Call(k, "policy reference", policy=normal(size=N), reference=normal(size=N)) for k in (kl.k1, kl.k2, kl.k3)),
     Call(kl.kl_metrics, "policy reference mask", "mask", policy=normal(size=(N, T)), reference=normal(size=(N, T)),
          mask=mask(N, T)),
+    Call(kl_in_the_loss.k3_times_ratio, "policy old reference", policy=normal(size=N), old=normal(size=N),
+         reference=normal(size=N)),
+    Call(kl_in_the_loss.k3_times_mean_ratio, "policy old reference mask", "mask", policy=normal(size=(N, T)),
+         old=normal(size=(N, T)), reference=normal(size=(N, T)), mask=mask(N, T)),
+    Call(kl_in_the_loss.token_kl_loss, "terms mask", "mask", settings={"token_mean": TOKEN_MEANS},
+         terms=normal(size=(N, T)), mask=mask(N, T)),
     Call(policy_gradient.policy_gradient_loss, "log_probs advantages mask", "mask", log_probs=normal(size=(N, T)),
          advantages=normal(size=N), mask=mask(N, T), settings={"token_mean": TOKEN_MEANS}),
     Call(policy_gradient.advantages, "rewards kl", finite="rewards kl", settings={"beta": AT_LEAST_0,

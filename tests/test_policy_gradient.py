@@ -402,6 +402,7 @@ def test_the_mean_over_a_batch_is_a_constant_that_is_the_mean_length(rng):
     assert_close(np.concatenate([parts[0][1] / 5, parts[1][1] * 4 / 5]), d)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("token_mean", MEANS[1:])
 def test_a_batch_of_empty_responses_has_loss_0_under_every_mean(token_mean):
     for loss in (policy_gradient_loss, ppo("token")):

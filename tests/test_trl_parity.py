@@ -26,7 +26,7 @@ from minilm.data import make_batch
 from minilm.generate import entropy
 from minilm.gradcheck import FLOOR
 from minilm.model import Config, RewardModel, Transformer
-from minilm.objectives import dpo, kl, policy_gradient, reward, sft
+from minilm.objectives import dpo, kl, kl_in_the_loss, policy_gradient, reward, sft
 from minilm.pretrained.training_data import Examples
 from minilm.stages.rlhf import response_lengths
 from minilm.tensor import Tensor
@@ -435,6 +435,62 @@ def test_ppos_clip_by_token_and_k3_have_grpos_loss_and_gradients(tmp_path, confi
     assert_parity(step(loss, ours.policy), trls)
     if beta:
         assert_close(k3.data.sum() / MASK.sum(), logged["kl"], name="kl")
+
+
+# GRPO as a whole: group advantages, clipped ratio, k3 in the loss, the mean over tokens; off policy.
+
+# TRL's loss_type, and our token_mean. A batch of one step is TRL's whole accumulation window.
+GRPO_MEANS = {"grpo": "response", "bnpo": "batch", "dapo": "batch", "dr_grpo": 7}
+CLIP_HIGHER = {"epsilon": 0.05, "epsilon_high": 0.15}
+NARROWER = {"epsilon": 0.01, "epsilon_high": 0.03}      # geometric means vary less
+
+
+def grpo_by_trl(folder, config, beta, loss_type, clip, **options):
+    return online_by_trl("GRPO", folder, config, beta=beta, temperature=0.7, off_policy=True, num_iterations=2,
+                         loss_type=loss_type, max_completion_length=7, **clip, **options)
+
+
+@pytest.mark.parametrize("scale, baseline", [("group", "group"), ("none", "mean")])
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+@pytest.mark.parametrize("loss_type", GRPO_MEANS)
+def test_every_mean_over_tokens_has_grpos_loss_and_gradients(tmp_path, config, loss_type, beta, scale, baseline):
+    """With an asymmetric clip, and TRL's default KL term, k3 times the token ratio."""
+    ours, mean = Online(config, temperature=0.7, off_policy=True), GRPO_MEANS[loss_type]
+    A = ours.advantages(beta=0.0, baseline=baseline)
+    trls_A, trls, logged = grpo_by_trl(tmp_path, config, beta, loss_type, CLIP_HIGHER, scale_rewards=scale)
+    assert_close(A, trls_A, name="advantages")
+    assert_clipped_on_both_sides_and_not_everywhere(logged)
+    loss = policy_gradient.ppo_clip_loss(ours.log_probs, ours.old, A.reshape(-1), MASK, **CLIP_HIGHER, token_mean=mean)
+    terms = kl_in_the_loss.k3_times_ratio(ours.log_probs, ours.old, ours.reference)
+    assert_parity(step(loss + kl_in_the_loss.token_kl_loss(terms, MASK, mean) * beta, ours.policy), trls)
+
+
+@pytest.mark.parametrize("loss_type", GRPO_MEANS)
+def test_k3_without_a_ratio_has_grpos_loss_and_gradients_under_every_mean(tmp_path, config, loss_type):
+    ours, mean = Online(config, temperature=0.7, off_policy=True), GRPO_MEANS[loss_type]
+    A = ours.advantages(beta=0.0, baseline="group").reshape(-1)
+    _, trls, _ = grpo_by_trl(tmp_path, config, 0.2, loss_type, CLIP_HIGHER, use_bias_correction_kl=False)
+    loss = policy_gradient.ppo_clip_loss(ours.log_probs, ours.old, A, MASK, **CLIP_HIGHER, token_mean=mean)
+    terms = kl.k3(ours.log_probs, ours.reference)
+    assert_parity(step(loss + kl_in_the_loss.token_kl_loss(terms, MASK, mean) * 0.2, ours.policy), trls)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+@pytest.mark.parametrize("loss_type", GRPO_MEANS)
+@pytest.mark.filterwarnings("ignore:When using `importance_sampling_level")
+def test_the_geometric_mean_has_the_loss_and_gradients_of_grpos_level_sequence(tmp_path, config, loss_type, beta):
+    """GSPO is loss_type "grpo". TRL sums the one term of a response over its tokens. "grpo" divides the sum by their
+    number; the other means weigh a response by its length: ours with advantages times the length and s."""
+    ours, mean = Online(config, temperature=0.7, off_policy=True), GRPO_MEANS[loss_type]
+    lengths = MASK.sum(axis=1)
+    s = {"grpo": 1 / lengths, "bnpo": 1 / lengths.mean(), "dapo": 1 / lengths.mean(), "dr_grpo": 1 / 7}[loss_type]
+    A = ours.advantages(beta=0.0, baseline="group").reshape(-1)
+    _, trls, logged = grpo_by_trl(tmp_path, config, beta, loss_type, NARROWER, importance_sampling_level="sequence")
+    assert_clipped_on_both_sides_and_not_everywhere(logged)
+    loss = policy_gradient.ppo_clip_loss(ours.log_probs, ours.old, A * lengths * s, MASK, **NARROWER,
+                                         level="geometric_mean")
+    terms = kl_in_the_loss.k3_times_mean_ratio(ours.log_probs, ours.old, ours.reference, MASK)
+    assert_parity(step(loss + kl_in_the_loss.token_kl_loss(terms, MASK, mean) * beta, ours.policy), trls)
 
 
 # The comparison itself.

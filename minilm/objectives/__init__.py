@@ -1,4 +1,4 @@
-"""The objectives, one file each, in the order of reading: sft, reward, kl, policy_gradient, dpo.
+"""The objectives, one file each, in the order of reading: sft, reward, kl, policy_gradient, kl_in_the_loss, dpo.
 
 Each file has the same order: the formula and its gradient with the proof, the loss, its variants, the
 metrics, private helpers. The functions take log-probs and rewards, never a model. Numbers that need a gradient

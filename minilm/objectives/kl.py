@@ -61,6 +61,7 @@ The second term is the effect of a token on the contexts of later tokens. Summed
 change, and k3 keeps its expected value. The expected gradient of k2 is the first term alone, by (b) for every
 KL_t; the second term is missing. The expected gradient of k3 is E_{y ~ pi}[ sum_t grad KL'_t(y_<t) ], where
 KL'_t has pi_ref first; grad KL(pi_ref || pi) is the same with y ~ pi_ref in place of y ~ pi.
+The forms of libraries, with ratios of tokens, and samples from an older policy: kl_in_the_loss.py.
 
 Schulman 2020, "Approximating KL divergence", draws from q and writes r = p/q. His q is our pi and his p
 our pi_ref, so r = exp(-k1) and log r = -k1: his -log r, (log r)^2 / 2 and (r - 1) - log r are k1, k2, k3.

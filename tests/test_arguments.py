@@ -18,7 +18,7 @@ from common.intervals import Comparison, outcome
 from common.linear import bradley_terry, least_squares
 from minilm import Tensor, evaluate, layers, ops, optim, packing, rotary
 from minilm.data import make_batch
-from minilm.exact import enumerable, expectations, gradients
+from minilm.exact import bias, enumerable, expectations, gradients
 from minilm.exact.enumerable import EnumerableWorld
 from minilm.generate import generate
 from minilm.model import Config, RewardModel, Transformer
@@ -30,12 +30,13 @@ from worlds.ngrams import NGram
 from worlds.replies import ReplyWorld
 
 MODULES = (sft, reward, kl, kl_in_the_loss, policy_gradient, dpo, evaluate, packing, enumerable, expectations,
-           gradients, layers, rotary, optim)
+           gradients, bias, layers, rotary, optim)
 # Arrays without arguments that can be misread: NumPy's rules hold, or the caller is the fast path.
 OTHERS = {"packing.pack", "layers.swiglu", "rotary.rotate",
           "rotary.pair_slices", "rotary.mix_keys", "layers.attention_without_tiles", "enumerable.entropy",
           "enumerable.preference", "expectations.tangent_kernel",
           "gradients.parameter_gradients", "gradients.compare_gradients", "gradients.compare_with_exact_gradient",
+          "gradients.warn_if_near_uniform",
           "evaluate.predicted_rewards"}
 
 ABOVE_0 = (0, -1.0, math.inf, math.nan, "0.1", None, [0.1], np.ones(2), True)
@@ -93,6 +94,9 @@ def distribution(*shape):
 MODEL = Transformer(Config(vocab_size=5, width=4, layers=1, heads=2, context=8), rng, np.float64)
 WORLD = EnumerableWorld([[1], [2]], 3, 2)
 WORLD_MODEL = Transformer(Config(vocab_size=3, width=4, layers=1, heads=2, context=8), rng, np.float64)
+WORLD_MODEL = gradients.redraw_weights(WORLD_MODEL, rng)
+OTHER_MODEL = gradients.redraw_weights(WORLD_MODEL.copy(), rng)
+ONE_PROMPT = EnumerableWorld([[1]], 3, 2)
 REFERENCES = "reference_chosen reference_rejected"
 ALL_PAIRS = "policy_chosen policy_rejected " + REFERENCES
 PAIRS = {name: normal(size=B) for name in ALL_PAIRS.split()}
@@ -176,6 +180,10 @@ CALLS = {f"{call.of.__module__.rpartition('.')[2]}.{call.of.__name__}": call for
     Call(lambda **given: list(expectations.descend(**given)), of=expectations.descend,
          settings={"steps": FROM_0, "learning_rate": AT_LEAST_0}, free="model world gradient",
          model=WORLD_MODEL.copy(), world=WORLD, gradient=np.zeros_like, steps=1, learning_rate=0.1),
+    Call(bias.bias, "rewards", finite="rewards", settings={"beta": AT_LEAST_0, "samples": COUNT,
+         "temperature": ABOVE_0, "most_outcomes": (0, -1, math.nan)},
+         free="loss world policy reference drawn_from arrays", loss=lambda log_probs, drawn: ops.sum(log_probs),
+         world=ONE_PROMPT, policy=WORLD_MODEL, reference=OTHER_MODEL, rewards=normal(size=ONE_PROMPT.shape), beta=0.1),
     Call(gradients.redraw_weights, settings={"scale": ABOVE_0}, free="model rng", model=MODEL.copy(), rng=rng),
 
     Call(layers.rms_norm, "weight", settings={"eps": (-1e-6, math.inf, math.nan)}, free="x kernel",

@@ -8,9 +8,9 @@ import re
 import pytest
 
 import minilm.exact
-from minilm.exact import gradients
+from minilm.exact import bias, gradients
 
-BLOCKS = [inspect.cleandoc("\n" + block) for module in (minilm.exact, gradients)
+BLOCKS = [inspect.cleandoc("\n" + block) for module in (minilm.exact, gradients, bias)
           for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", module.__doc__, re.MULTILINE)]
 
 
@@ -46,10 +46,24 @@ def test_the_example_of_an_estimator_prints_the_stated_numbers():
     assert run(block, {}) == pytest.approx(stated(block), abs=6e-4)
 
 
+def test_the_example_of_the_bias_of_a_loss_prints_the_stated_numbers():
+    block, = blocks("def rloo(")
+    assert len(stated(block)) == 4
+    assert run(block, {}) == pytest.approx(stated(block), abs=6e-4)
+
+
+@pytest.mark.parity
+def test_the_example_of_the_bias_of_a_loss_in_pytorch_prints_the_stated_numbers():
+    pytest.importorskip("torch")
+    names, (first,), (block,) = {}, blocks("def rloo("), blocks("def in_torch(")
+    run(first, names)
+    assert run(block, names) == pytest.approx(stated(block), abs=1e-9) and len(stated(block)) == 2
+
+
 @pytest.mark.parity
 def test_the_example_of_a_pytorch_policy_prints_the_stated_numbers():
     torch = pytest.importorskip("torch")
-    names, (first,), (block,) = {}, blocks("descend("), blocks("import torch")
+    names, (first,), (block,) = {}, blocks("descend("), blocks("torch.optim")
     run(first, names)
     threads = torch.get_num_threads()
     try:

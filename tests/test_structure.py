@@ -183,17 +183,17 @@ def test_code_is_counted_without_blank_lines_comments_and_docstrings(tmp_path):
     assert lines_of_code(path) == 4
 
 
-def test_the_mathematics_stays_under_1200_lines_of_code():
-    assert sum(map(lines_of_code, of(*READER))) < 1200
+def test_the_mathematics_stays_under_1300_lines_of_code():
+    assert sum(map(lines_of_code, of(*READER))) < 1300
 
 
-def test_minilm_without_its_world_and_plain_stays_under_4500_lines_of_code():
+def test_minilm_without_its_world_and_plain_stays_under_4800_lines_of_code():
     """Ranks and real models (with adapters) are capabilities of their own, each with a limit of its own."""
     capabilities = {("ranks", "parallel"): 450, ("lora", "pretrained", "stream"): 1200}
     for names, most in capabilities.items():
         assert sum(map(lines_of_code, of(*names))) < most, names
     apart = ("world", "plain", "toy", "kernels", *(name for names in capabilities for name in names))
-    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 4500
+    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 4800
 
 
 def test_plain_stays_under_210_lines_of_code():

@@ -9,6 +9,7 @@ do to all other responses?
     gradients.py     an estimator's expected gradient against the exact one, at weights of order 1: drawn
                      with standard deviation 0.7, because a fresh Transformer is almost uniform, and a
                      wrong gradient can look right there
+    bias.py          the same in one call, for a loss of samples: ours, PyTorch's, any function of arrays
 
 Arrays are (P,Y): P prompts, Y responses listed for each prompt.
 

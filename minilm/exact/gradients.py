@@ -31,7 +31,8 @@ with four seeds:
     fresh         0.999 0.998 0.993 0.998   1.02 1.03 1.01 1.03     looks right
     of order 1    0.604 0.989 0.145 0.731   3.72 1.01 0.31 1.17     is wrong
 
-One seed may look right by chance (the second): try several.
+One seed may look right by chance (the second): try several. For a loss that should have the gradient of J or of the
+KL divergence, bias.py has all of this in one call.
 Tests: tests/test_exact_gradients.py, which asserts this table.
 """
 
@@ -128,12 +129,17 @@ def compare_with_exact_gradient(loss: Callable[[Tensor, np.ndarray], Tensor], qu
     """
     token_log_probs = world.token_log_probs(policy, temperature)
     log_pi = world.log_probs(policy, temperature)
-    uniform = -world.mask.sum(axis=-1) * np.log(world.vocab_size)
-    distance = total_variation(log_pi.data, uniform).max()
-    if distance < NEAR_UNIFORM:
-        warnings.warn(f"the policy is near uniform (total variation {distance:.3f}, below {NEAR_UNIFORM}), as fresh "
-                      "weights make it: a wrong gradient can look right here. Redraw the weights at order 1: "
-                      "minilm.exact.gradients.redraw_weights(policy, rng)", stacklevel=2)
+    warn_if_near_uniform(world, log_pi.data)
     expected_over_samples = gradient_over_samples(loss, token_log_probs.data, world.mask, samples)
     actual = parameter_gradients(policy, token_log_probs, expected_over_samples)
     return compare_gradients(actual, parameter_gradients(policy, quantity(log_pi)))
+
+
+def warn_if_near_uniform(world: EnumerableWorld, log_pi: np.ndarray) -> None:
+    """Warn the caller's caller of a policy, by its log-probs (P,Y), near which a wrong gradient can look right."""
+    uniform = -world.mask.sum(axis=-1) * np.log(world.vocab_size)
+    distance = total_variation(log_pi, uniform).max()
+    if distance < NEAR_UNIFORM:
+        warnings.warn(f"the policy is near uniform (total variation {distance:.3f}, below {NEAR_UNIFORM}), as fresh "
+                      "weights make it: a wrong gradient can look right here. Redraw the weights at order 1: "
+                      "minilm.exact.gradients.redraw_weights(policy, rng)", stacklevel=3)

@@ -168,7 +168,8 @@ def test_a_loss_in_pytorch_is_a_function_of_arrays():
 
 # What a loss gets.
 
-def test_a_loss_gets_the_values_of_the_responses_drawn_and_every_outcome_once():
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_loss_gets_the_values_of_the_responses_drawn_and_every_outcome_once(temperature):
     policy, reference, old = models()
     rewards, seen = rewards_of(TWO_PROMPTS), []
 
@@ -179,11 +180,11 @@ def test_a_loss_gets_the_values_of_the_responses_drawn_and_every_outcome_once():
             assert drawn.rewards[p, 0] == rewards[p, y]
             assert (drawn.mask[n] == TWO_PROMPTS.mask[p, y]).all() and drawn.mask.dtype == bool
             for ours, model in ((log_probs.data, policy), (drawn.old, old), (drawn.reference, reference)):
-                np.testing.assert_array_equal(ours[n], TWO_PROMPTS.token_log_probs(model).data[p, y])
-            summed = (TWO_PROMPTS.log_probs(model).data[p, y] for model in (old, reference))
+                np.testing.assert_array_equal(ours[n], TWO_PROMPTS.token_log_probs(model, temperature).data[p, y])
+            summed = (TWO_PROMPTS.log_probs(model, temperature).data[p, y] for model in (old, reference))
             assert_close(drawn.kl[p, 0], next(summed) - next(summed))
         return policy_gradient_loss(log_probs, drawn.rewards.reshape(-1), drawn.mask)
-    bias(loss, TWO_PROMPTS, policy, reference, rewards, drawn_from=old)
+    bias(loss, TWO_PROMPTS, policy, reference, rewards, drawn_from=old, temperature=temperature)
     assert len(seen) == len(set(seen)) == TWO_PROMPTS.shape[1] ** 2
 
 

@@ -82,9 +82,11 @@ def k3_times_mean_ratio(policy: Tensor | np.ndarray, old: np.ndarray, reference:
     """
     checks.same_shape("k3_times_mean_ratio", axes="NT", policy=policy, old=old, reference=reference, mask=mask)
     selected = checks.mask("k3_times_mean_ratio", mask)
-    log_ratio = ops.sum(ops.where(selected, ops.subtract(policy, old), 0.0), axis=-1, keepdims=True)    # (N,1)
-    lengths = selected.sum(axis=-1, keepdims=True).clip(1)
-    return ops.exp(log_ratio / lengths) * ops.where(selected, k3(policy, reference), 0.0)
+    # Before anything is differentiated: outside the mask 0 times a derivative of NaN would be NaN.
+    policy, old, reference = (ops.where(selected, log_probs, 0.0) for log_probs in (policy, old, reference))
+    lengths = selected.sum(axis=-1, keepdims=True).clip(1).astype(policy.dtype)
+    log_ratio = ops.sum(policy - old, axis=-1, keepdims=True) / lengths                 # (N,1)
+    return ops.exp(log_ratio) * k3(policy, reference)
 
 
 def token_kl_loss(terms: Tensor, mask: np.ndarray, token_mean: str | float | None = None) -> Tensor:
@@ -93,7 +95,8 @@ def token_kl_loss(terms: Tensor, mask: np.ndarray, token_mean: str | float | Non
 
         (1/N) sum over responses of s sum_t m_t term_t
 
-    terms       k2, k3 or one of the functions above, of the tokens; may be NaN outside the mask
+    terms       k2, k3 or one of the functions above, of the tokens; may be NaN outside the mask. (Where log-probs are
+                NaN, so is the gradient of terms in them: select the log-probs first, ops.where(mask, log_probs, 0.0).)
     token_mean  as in policy_gradient_loss
     Gradient: m_t s / N for each term. Raises ValueError as policy_gradient_loss does.
     """

@@ -15,7 +15,8 @@ log-probs: Natural logarithms, of tokens (B,T), or summed over a response (B,) a
 mask: True on the response and its EOS, False on prompt and padding. Select with it, do not multiply.
 shift: Logits at t score token t+1. Arguments come aligned and functions do not shift, but for `transformer`, whose
     log_probs (B,T-1) belong to tokens[:, 1:] and mask[:, 1:].
-normalisation: SFT: by the tokens selected in the whole accumulation window. Other losses: by responses, or by pairs.
+normalisation: SFT: by the tokens selected in the whole accumulation window. Other losses: by responses, or by pairs;
+    with token_mean by tokens too.
 weights: Used as x @ W, which is the transpose of nn.Linear's; no biases. embedding and unembedding are (V,D).
 qkv: Columns are H query heads, G key heads, G value heads, of K each. Query head h reads key/value head h // (H/G).
 gate_up: Columns are the gate (F), then the up-projection (F).
@@ -35,9 +36,9 @@ from pathlib import Path
 
 import numpy as np
 
-from minilm import checkpoint, layers
+from minilm import checkpoint, layers, ops
 from minilm.model import Config, Transformer
-from minilm.objectives import dpo, kl, policy_gradient, reward, sft
+from minilm.objectives import dpo, kl, kl_in_the_loss, policy_gradient, reward, sft
 from minilm.optim import AdamW
 from minilm.tensor import Tensor
 
@@ -46,6 +47,7 @@ from golden_files import FORMAT, INDEX, read_index  # noqa: E402
 from golden_inputs import (  # noqa: E402
     activations,
     comparisons,
+    grouped_samples,
     groups,
     language_model,
     nan_outside,
@@ -67,6 +69,18 @@ SIZES = {"small": types.SimpleNamespace(B=4, T=6, P=2, K=3, V=9, D=6, H=4, head=
 
 def rope(x, positions, base=10000.0, pairing="half"):
     return layers.rope(x, *layers.rope_tables(positions, x.shape[-1], base, x.dtype), pairing=pairing)
+
+
+def grpo_loss(log_probs, old_log_probs, reference_log_probs, rewards, mask, beta, epsilon, epsilon_high, token_mean,
+              baseline="group", level="token"):
+    """The whole loss of one step of GRPO, in the forms of TRL's GRPOTrainer."""
+    A = policy_gradient.advantages(rewards, np.zeros(rewards.shape), 0.0, baseline).reshape(-1)
+    of_tokens = level == "token"
+    clipped = policy_gradient.ppo_clip_loss(log_probs, old_log_probs, A, mask, epsilon, level, epsilon_high,
+                                            token_mean if of_tokens else None)
+    logs = [ops.where(mask, given, 0.0) for given in (log_probs, old_log_probs, reference_log_probs)]
+    terms = kl_in_the_loss.k3_times_ratio(*logs) if of_tokens else kl_in_the_loss.k3_times_mean_ratio(*logs, mask)
+    return clipped + kl_in_the_loss.token_kl_loss(terms, mask, token_mean) * beta
 
 
 def transformer(tokens, mask, config, **weights):
@@ -107,6 +121,9 @@ def case(recipe, **options):
 
 Z = "z = beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected))"
 BASELINES = "b by baseline: 0 (none), mean R of the prompt's other samples (leave_one_out) or of all of them (mean)"
+MEANS = "s by token_mean: 1; 1 / (tokens of the response) (response); N / sum(mask) (batch); 1 / token_mean (a number)"
+GRPO = {"beta": 0.25, "epsilon": 0.125, "epsilon_high": 0.25}
+DEEPSEEK = "DeepSeek-AI 2025, arXiv:2512.02556, (7)"
 PAIR = "policy_chosen policy_rejected"
 FAR = partial(pairs, scale=2000.0)
 BY_TOKEN = partial(samples, by_token=True)
@@ -137,15 +154,43 @@ FUNCTIONS = [
               "_masked_nan": case(nan_outside(groups), beta=0.3)},
              f"rewards - beta * sum(token_kl from t on) - b, R = rewards - beta * sum(token_kl); {BASELINES}", RLOO),
     Function(policy_gradient.policy_gradient_loss, "log_probs",
-             {"": case(samples), "_by_token": case(BY_TOKEN), "_masked_nan": case(nan_outside(samples))},
-             "-sum(advantages * log_probs where mask) / N; advantages (N,) or (N,T)", RLOO),
+             {"": case(samples), "_by_token": case(BY_TOKEN), "_masked_nan": case(nan_outside(samples)),
+              **{f"_{mean}_mean": case(samples, token_mean=mean) for mean in ("response", "batch")},
+              "_constant": case(samples, token_mean=8.0)},
+             f"-sum(s * advantages * log_probs where mask) / N; advantages (N,) or (N,T); {MEANS}", RLOO),
     Function(policy_gradient.ppo_clip_loss, "log_probs",
              {"_token": case(samples, level="token"), "_sequence": case(samples, level="sequence"),
-              "_by_token": case(BY_TOKEN), "_masked_nan": case(nan_outside(samples))},
-             "-sum(min(ratio * advantages, clip(ratio, 1 - epsilon, 1 + epsilon) * advantages)) / N, level token: "
-             "ratio = exp(log_probs - old_log_probs) of each token in the mask; sequence: one ratio, of their sums",
+              "_by_token": case(BY_TOKEN), "_masked_nan": case(nan_outside(samples)),
+              "_clip_higher": case(samples, epsilon_high=0.75),
+              "_geometric_mean": case(samples, level="geometric_mean", epsilon=0.125)},
+             "-sum(s * min(ratio * advantages, clip(ratio, 1 - epsilon, 1 + epsilon_high) * advantages)) / N, level "
+             "token: ratio = exp(log_probs - old_log_probs) of each token in the mask; sequence: one ratio, of their "
+             f"sums; geometric_mean: of their means; epsilon_high is epsilon unless given; {MEANS}",
              "Schulman et al. 2017, arXiv:1707.06347, (7)",
              "sequence: RLOOTrainer; token: GRPOTrainer, which divides by numbers of tokens, not by N"),
+    Function(kl_in_the_loss.k3_times_ratio, "policy", {"": case(grouped_samples)},
+             "exp(policy - old) * (exp(reference - policy) - 1 + policy - reference)", DEEPSEEK,
+             "GRPOTrainer, of each token, use_bias_correction_kl"),
+    Function(kl_in_the_loss.k3_times_mean_ratio, "policy",
+             {"": case(grouped_samples), "_masked_nan": case(nan_outside(grouped_samples))},
+             "exp(mean of policy - old where mask, by row) * (exp(reference - policy) - 1 + policy - reference) where "
+             "mask, 0 elsewhere", trl="GRPOTrainer, importance_sampling_level sequence"),
+    Function(kl_in_the_loss.token_kl_loss, "terms",
+             {"": case(grouped_samples), "_masked_nan": case(nan_outside(grouped_samples))},
+             f"sum(s * terms where mask) / N; {MEANS}", trl="GRPOTrainer, a part of its loss"),
+    Function(grpo_loss, "log_probs",
+             {"_grpo": case(grouped_samples, **GRPO, token_mean="response"),
+              "_bnpo": case(grouped_samples, **GRPO, token_mean="batch"),
+              "_dapo": case(grouped_samples, **GRPO, token_mean="batch", baseline="group"),
+              "_dr_grpo": case(grouped_samples, **GRPO, token_mean=8.0, baseline="mean"),
+              "_gspo": case(grouped_samples, **GRPO, token_mean="response", level="geometric_mean"),
+              "_masked_nan": case(nan_outside(grouped_samples), **GRPO, token_mean="response")},
+             "ppo_clip_loss, with advantages of the baseline group or mean without KL, + beta * token_kl_loss of "
+             "k3_times_ratio, or of k3_times_mean_ratio at the level geometric_mean. loss_type in TRL is grpo for "
+             "token_mean response, bnpo and dapo for batch, dr_grpo for a number, the max_completion_length; "
+             "scale_rewards is none for the baseline mean",
+             "Shao et al. 2024, arXiv:2402.03300; arXiv:2503.14476 (dapo); arXiv:2503.20783 (dr_grpo); "
+             "arXiv:2507.18071 (gspo)", "GRPOTrainer; gspo: importance_sampling_level sequence"),
     Function(policy_gradient.policy_gradient_metrics, "", {"": case(samples)},
              "kl_sequence: mean(kl); kl_token: sum(kl) / sum(mask); reward_std: ddof 1", trl="RLOOTrainer"),
     Function(dpo.dpo_loss, PAIR,

@@ -67,6 +67,15 @@ def samples(rng, n, by_token=False):
             "rewards": rewards, "kl": normal(rng, n.P, n.K), "entropies": np.abs(normal(rng, N, n.T))}
 
 
+def grouped_samples(rng, n):
+    """Samples, with log-probs of the reference and with rewards that differ within every prompt."""
+    made = samples(rng, n)
+    reference = made["old_log_probs"] + normal(rng, *made["mask"].shape, scale=0.5)
+    rewards = normal(rng, n.P, n.K)
+    return {**made, "reference_log_probs": reference, "rewards": rewards, "policy": made["log_probs"],
+            "old": made["old_log_probs"], "reference": reference, "terms": made["log_probs"]}
+
+
 def groups(rng, n):
     """Rewards (P,K) and token KLs (P,K,T) of K samples for each of P prompts."""
     return {"rewards": normal(rng, n.P, n.K), "token_kl": normal(rng, n.P, n.K, n.T),

@@ -95,6 +95,7 @@ def settings(name):
                 "SFT": {"batch_size": counts},
                 "reward model": {"batch_size": counts, "centering": rates},
                 "RLHF": {"prompts_per_step": counts, "samples_per_prompt": counts, "max_new_tokens": counts,
+                         "updates": counts,
                          "beta": rates, "temperature": [0, -1, np.nan, np.inf, 1e-40, "1", None],
                          "eos": [-1, VOCABULARY, 2.0, "eos", [], [2, 99], True]},
                 "DPO": {"batch_size": counts, "beta": [*rates, 0]},
@@ -115,7 +116,8 @@ def test_the_table_of_settings_has_every_setting_of_the_stage(name):
     function = {"pretraining": pretrain, "documents": pretrain_on_documents, "SFT": train_sft, "RLHF": train_rlhf,
                 "reward model": train_reward_model, "DPO": train_dpo}[name]
     others = {"state", "prompts", "responses", "chosen", "rejected", "reference", "reward", "draw", "stream", "loss",
-              "reference_chosen", "reference_rejected", "baseline", "batches"}         # batches: test_plan.py
+              "reference_chosen", "reference_rejected", "baseline", "batches",          # batches: test_plan.py
+              "token_mean", "epsilon", "epsilon_high", "level"}                         # of the loss: test_stages.py
     assert set(inspect.signature(function).parameters) - others == set(settings(name))
 
 

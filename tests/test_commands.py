@@ -90,7 +90,8 @@ TEXTS = {"out": ("file", "file/within"), "text": ("nosuch", ".", "binary"), "row
          "only": ("no mutant has this",), "earlier": ("nosuch", "binary", "."), "wheel": ("nosuch", "file", "."),
          "model": ("nosuch", "binary"), "data": ("nosuch", "."), "eval_data": ("nosuch", "."),
          "judge": ("nosuch",), "reward": ("nosuch",), "system": ()}
-TABLES = {"scripts/dev/mutants.py": ("nosuch", "binary", "file"), "scripts/lecture/all.py": ("nosuch", "file", ".", "")}
+TABLES = {"scripts/dev/mutants.py": ("nosuch", "binary", "file"), "scripts/lecture/all.py": ("nosuch", "file", ".", ""),
+          "scripts/answers/all.py": ("nosuch", "file", ".", "")}
 
 
 def wrong_values(script, action):

@@ -808,7 +808,7 @@ def test_what_is_made_compact_keeps_its_colours(drawing):
 
 def test_the_readme_of_the_folder_is_made_of_its_record_and_every_claim_has_its_figure():
     found = record.read(LECTURE / "results.json")
-    assert (LECTURE / "README.md").read_text("utf-8") == markdown.readme(LECTURE_WORDS, lecture.STAGES, found)
+    assert (LECTURE / "README.md").read_text("utf-8") == lecture.SUITE.readme(found)
     assert list(found["rows"]) == list(lecture.SUITE.experiments)
     assert all((LECTURE / "figures" / f"{name}.png").exists() for name in lecture.SUITE.experiments)
 

@@ -17,8 +17,8 @@ ROUNDINGS = """
 """
 
 
-def table(words: Words, stages: dict, rows: dict) -> str:
-    """The claims that were tested: {stage: names}, {name: record.row}."""
+def table(words: Words, stages: dict, rows: dict, titles: dict) -> str:
+    """The claims that were tested: {stage: names}, {name: record.row}, {name: title} of those that it shows."""
     lines = []
     for title, names in stages.items():
         if names := [name for name in names if name in rows]:
@@ -26,7 +26,9 @@ def table(words: Words, stages: dict, rows: dict) -> str:
                       f"| {words.claim} | the rule tested here | outcome | measured | |",
                       "|---|---|---|---|---|"]
         for name in names:
-            cells = map(as_cell, (rows[name][key] for key in ("claim", "rule", "outcome", "measured")))
+            cells = [as_cell(rows[name][key]) for key in ("claim", "rule", "outcome", "measured")]
+            if name in titles:
+                cells[0] = f"**{as_cell(titles[name])}** {cells[0]}"
             lines.append(f"| {' | '.join(cells)} | [{name}.py]({name}.py), [figure](figures/{name}.png) |")
         lines += [""] * bool(names)
     return "\n".join(lines)
@@ -59,11 +61,11 @@ def terms(words: Words) -> str:
                    for term, text in words.terms.items())
 
 
-def readme(words: Words, stages: dict, record: dict) -> str:
+def readme(words: Words, stages: dict, record: dict, titles: dict) -> str:
     """The text of the folder's README.md, from its record (record.py)."""
     claims = sum(map(len, stages.values()))
     rows = record["rows"]
-    parts = [words.header.format(claims=claims), terms(words), "\n", table(words, stages, rows), "\n",
+    parts = [words.header.format(claims=claims), terms(words), "\n", table(words, stages, rows, titles), "\n",
              summary(claims, rows), "\n", words.reading.format(claims=claims), words.running]
     if record["roundings"]:
         parts += [ROUNDINGS, textwrap.indent(agreement(record), "- ")]

@@ -117,6 +117,16 @@ class Suite:
     def script(self, name):
         return self.here / f"{name}.py"
 
+    def titles(self):
+        """{name: title} of the experiments, from their files, if the table shows them."""
+        documents = {name: ast.get_docstring(ast.parse(self.script(name).read_text("utf-8")))
+                     for name in self.experiments if self.words.titles}
+        return {name: " ".join(text.partition("\n\n")[0].split()) for name, text in documents.items()}
+
+    def readme(self, found):
+        """README.md of the folder, from its record."""
+        return markdown.readme(self.words, self.stages, found, self.titles())
+
     def sizes(self, name):
         """The names of an experiment's sizes, read from its file."""
         for node in ast.parse(self.script(name).read_text("utf-8")).body:
@@ -221,7 +231,7 @@ class Suite:
         return sum(expected[done:]) / sum(expected[:done])
 
     def write_table(self, folder):
-        print(markdown.readme(self.words, self.stages, self.updated_record(*self.recorded(folder), folder)), end="")
+        print(self.readme(self.updated_record(*self.recorded(folder), folder)), end="")
         return 0
 
     def write_seconds(self, folder):
@@ -260,7 +270,7 @@ class Suite:
         pictures = {name: [picture(folder / f"{name}{style}.png") for style in STYLES] for name in done}
         checkpoint.write_text(folder / "claims.json", json.dumps(claims, indent=1) + "\n")
         rows = record.of_run({"as run": done})["rows"]
-        checkpoint.write_text(folder / "claims.md", markdown.table(self.words, self.stages, rows))
+        checkpoint.write_text(folder / "claims.md", markdown.table(self.words, self.stages, rows, self.titles()))
         checkpoint.write_text(folder / "index.html", page.html(self.words, self.stages, done, pictures, size))
 
     def compare_roundings(self, folder, size):
@@ -289,12 +299,12 @@ class Suite:
         if large := [f"{name}.png" for name, small in figures.items() if small is None]:
             raise UsageError(f"even reduced these have more than {FIGURE_BYTES} bytes: {', '.join(large)}; "
                              "draw them smaller. Nothing was written")
-        in_korean = korean.walkthrough(new) if set(korean.CLAIMS) <= new["rows"].keys() else None
+        in_korean = korean.walkthrough(new) if new["rows"].keys() >= {*korean.CLAIMS} else None
         (self.here / "figures").mkdir(parents=True, exist_ok=True)
         for name, small in figures.items():
             checkpoint.write_bytes(self.here / "figures" / f"{name}.png", small)
         record.write(self.here / "results.json", new)
-        checkpoint.write_text(self.here / "README.md", markdown.readme(self.words, self.stages, new))
+        checkpoint.write_text(self.here / "README.md", self.readme(new))
         if in_korean is not None:
             checkpoint.write_text(self.here / "README.ko.md", in_korean)
         written = ", ".join(str(self.here / name) for name in ("README.md", "results.json", "figures"))

@@ -22,6 +22,7 @@ class Words:
     header, reading, running    texts of README.md, around its table (markdown.py)
     terms    the words of the table, {term: what it means}
     korean   of the page; without it the page has one language
+    titles   whether the table has the titles of the experiments, which are questions
     """
     title: str
     introduction: str
@@ -31,6 +32,7 @@ class Words:
     running: str
     terms: dict[str, str] = dataclasses.field(default_factory=dict)
     korean: InKorean = InKorean()
+    titles: bool = False
 
 
 HEADER = """# The lecture, claim by claim

@@ -53,8 +53,8 @@ RUNNING = """
 """
 INTRODUCTION = (
     "Users of DPO, GRPO and RLHF ask these questions again and again. Each answer is an experiment in minilm, in a "
-    "world where all responses can be listed, so that expectations are sums, or with a small model and several seeds. Beside "
-    "the answer stands the rule that was tested, and the outcome is about the rule.")
+    "world where all responses can be listed, so that expectations are sums, or with a small model and several seeds. "
+    "Beside the answer stands the rule that was tested, and the outcome is about the rule.")
 WORDS = Words("Questions people ask", INTRODUCTION, "the answer", HEADER, READING, RUNNING, titles=True)
 SUITE = Suite(Path(__file__).resolve().parent, STAGES, WORDS, __doc__, "runs/answers")
 

@@ -42,6 +42,16 @@ def running_sums(digits: np.ndarray) -> list[int]:
     return [int(s) for s in np.cumsum(digits)[1:] % 10]
 
 
+def mistaken_sums(rng: np.random.Generator, digits: np.ndarray, share: float) -> list[int]:
+    """Running sums in which this share of the sums of 10 or more is written one too high; the next step goes on from
+    the sum that was written."""
+    sums = [int(digits[0])]
+    for digit in map(int, digits[1:]):
+        mistake = share > 0 and sums[-1] + digit >= 10 and rng.random() < share
+        sums.append((sums[-1] + digit + mistake) % 10)
+    return sums[1:]
+
+
 def question(digits: np.ndarray) -> list[int]:
     """3 +5 +7 ?"""
     return [int(digits[0]), *(PLUS + int(d) for d in digits[1:]), ASK]
@@ -66,18 +76,19 @@ def draw_digits(rng: np.random.Generator, count: int, held_out: bool = False) ->
             return digits
 
 
-def document(rng: np.random.Generator, style: str, phrase: str, examples: int, length: int
+def document(rng: np.random.Generator, style: str, phrase: str, examples: int, length: int, mistakes: float = 0.0
              ) -> tuple[list[int], list[int]]:
     """At most `examples` examples of one style with one phrase, as many as fit: (tokens, mask), lists of `length`.
 
     mask is 1 on answers, which can be predicted, and 0 on questions, phrases and padding.
+    mistakes: the share of mistaken_sums in worked answers.
     """
     tokens = []
     mask = []
     for _ in range(examples):
         digits = draw_digits(rng, int(rng.choice(DIGITS, p=SHARES)))
         prompt = [*question(digits), *PHRASES[phrase]]
-        response = answer(digits, style)
+        response = answer(digits, style, mistaken_sums(rng, digits, mistakes) if style == "worked" else None)
         if len(tokens) + len(prompt) + len(response) > length:
             break
         tokens += prompt + response
@@ -86,13 +97,13 @@ def document(rng: np.random.Generator, style: str, phrase: str, examples: int, l
     return tokens + [END] * padding, mask + [0] * padding
 
 
-def documents(rng: np.random.Generator, count: int, examples: int, length: int, corpus: dict = CORPUS
-              ) -> tuple[np.ndarray, np.ndarray]:
+def documents(rng: np.random.Generator, count: int, examples: int, length: int, corpus: dict = CORPUS,
+              mistakes: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """`count` documents in the shares of the corpus: tokens and mask (count,T), with T <= length."""
     kinds = list(corpus)
     shares = np.array([*corpus.values()])
     drawn = rng.choice(len(kinds), size=count, p=shares / shares.sum())
-    tokens, mask = map(np.array, zip(*(document(rng, *kinds[i], examples, length) for i in drawn)))
+    tokens, mask = map(np.array, zip(*(document(rng, *kinds[i], examples, length, mistakes) for i in drawn)))
     T = int(np.flatnonzero(mask.any(axis=0))[-1]) + 1
     return tokens[:, :T], mask[:, :T]
 

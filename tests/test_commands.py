@@ -177,7 +177,10 @@ def test_the_option_with_which_a_benchmark_starts_its_processes_is_refused_to_ot
 
 @pytest.mark.parametrize("words", ["minilm.plain x", "minilm.toy -1", "minilm.toy 1 2", "minilm.toy --nosuch",
                                    "minilm.toy nan", "minilm.toy 1e9", "minilm.kernels.emulator nosuch",
-                                   "minilm.kernels.emulator attention --T -1"])
+                                   "minilm.kernels.emulator attention --T -1", "minilm.check",
+                                   "minilm.check --nosuch", "minilm.check nosuch.py:f dpo_loss", "minilm.check a b c",
+                                   "minilm.check tests/helpers.py:nosuch dpo_loss", "minilm.check --as jax a b",
+                                   "minilm.check tests/helpers.py:normal nosuch"])
 def test_a_module_that_is_run_with_wrong_words_is_one_line_of_error(words):
     ended = subprocess.run([sys.executable, "-m", *words.split()], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert_one_line_of_error((ended.returncode, ended.stdout, ended.stderr))
@@ -187,7 +190,7 @@ def test_a_module_that_is_run_with_wrong_words_is_one_line_of_error(words):
 def test_no_other_module_is_a_command():
     with_a_guard = {str(path.relative_to(ROOT)) for folder in ("minilm", "kernels")
                     for path in (ROOT / folder).rglob("*.py") if "\nif __name__ ==" in path.read_text("utf-8")}
-    assert with_a_guard == {"minilm/plain.py", "minilm/toy.py", "kernels/emulator/__main__.py"}
+    assert with_a_guard == {"minilm/plain.py", "minilm/toy.py", "minilm/check.py", "kernels/emulator/__main__.py"}
 
 
 # Files that are missing, damaged, or of another program.

@@ -44,13 +44,13 @@ def dist(committed, tmp_path_factory):
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(dist, committed):
-    package = {name if name.startswith("minilm/") else f"minilm/{name}" for name in committed
-               if name.startswith(("minilm/", "kernels/")) and not name.endswith(".md")}
+    package = {name if name.startswith("minilm/") else f"minilm/{name.removeprefix('tests/')}" for name in committed
+               if name.startswith(("minilm/", "kernels/", "tests/golden/")) and not name.endswith(".md")}
     wheel, = dist.glob("*.whl")
     assert wheel.name == f"minilm-{minilm.__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == package
-    assert {Path(name).suffix for name in package} == {".py", ".cu", ".cuh", ".h", ".cpp", ".gdb"}
+    assert {Path(name).suffix for name in package} == {".py", ".cu", ".cuh", ".h", ".cpp", ".gdb", ".npz", ".json"}
 
 
 def test_the_source_archive_is_a_whole_checkout(dist, committed):
@@ -77,6 +77,8 @@ assert all(module.__file__.startswith({str(site)!r}) for name, module in sys.mod
            if name.partition(".")[0] == "minilm")
 from minilm.kernels import emulator, launch
 assert "__global__" in launch.source("attention")
+from minilm import check
+assert check.main(["--list"]) == 0 and str(check.folder()).startswith({str(site)!r})
 if not emulator.available():
     from minilm.kernels.emulator import __main__
     __main__.main(["log_probs", "--N", "3", "--V", "40"])
@@ -86,13 +88,13 @@ print("done")
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stderr
 
 
-def test_the_packages_of_setup_cfg_are_the_folders_with_python_files():
+def test_the_packages_of_setup_cfg_are_the_folders_with_python_files_and_the_golden_vectors():
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg", "utf-8")
     folders = {path.parent for path in modules().values()}
     packages = {".".join(("minilm", *folder.relative_to(ROOT).parts)).replace("minilm.minilm", "minilm")
                 for folder in folders}
-    assert set(settings["options"]["packages"].split()) == packages
+    assert set(settings["options"]["packages"].split()) == packages | {"minilm.golden"}
 
 
 def test_no_file_is_read_or_written_in_the_encoding_of_the_machine():

@@ -25,7 +25,7 @@ from minilm.gradcheck import GradientError, gradcheck
 from minilm.kernels.emulator import arrays
 from minilm.model import RewardModel
 from minilm.model_file import load_model, save_model
-from minilm.objectives import dpo, kl, policy_gradient, reward, sft
+from minilm.objectives import dpo, kl, kl_in_the_loss, policy_gradient, reward, sft
 from minilm.optim import AdamW
 from minilm.packing import pack
 from minilm.stages.dpo import reference_log_probs, train_dpo
@@ -332,7 +332,15 @@ TOKEN_LOSSES = {
     "policy_gradient_loss, rewards to go": lambda log_probs: policy_gradient.policy_gradient_loss(log_probs, A_T, MASK),
     "ppo_clip_loss": lambda log_probs: policy_gradient.ppo_clip_loss(log_probs, OLD, A, MASK),
     "ppo_clip_loss of responses":
-        lambda log_probs: policy_gradient.ppo_clip_loss(log_probs, OLD, A, MASK, level="sequence")}
+        lambda log_probs: policy_gradient.ppo_clip_loss(log_probs, OLD, A, MASK, level="sequence"),
+    "ppo_clip_loss of geometric means":
+        lambda log_probs: policy_gradient.ppo_clip_loss(log_probs, OLD, A, MASK, level="geometric_mean"),
+    **{f"ppo_clip_loss, {mean}": lambda log_probs, mean=mean: policy_gradient.ppo_clip_loss(
+        log_probs, OLD, A, MASK, epsilon_high=0.3, token_mean=mean) for mean in ("response", "batch", 7.0)},
+    "k3_times_ratio": lambda log_probs: kl_in_the_loss.token_kl_loss(
+        kl_in_the_loss.k3_times_ratio(log_probs, OLD, OLD - 0.3), MASK, "response"),
+    "k3_times_mean_ratio": lambda log_probs: kl_in_the_loss.token_kl_loss(
+        kl_in_the_loss.k3_times_mean_ratio(log_probs, OLD, OLD - 0.3, MASK), MASK, "batch")}
 PAIR_LOSSES = {
     "reward_loss": lambda c, r: reward.reward_loss(c, r, margin=0.3, centering=0.1),
     "reward_loss, margins": lambda c, r: reward.reward_loss(c, r, margin=A),

@@ -55,38 +55,52 @@ tests/test_trl_parity.py. The table and the proofs, exactly, by enumeration: tes
 
 import numpy as np
 
-from minilm import checks, ops
-from minilm.objectives.kl import k3
+from minilm import checks
+from minilm.backend import array_module
 from minilm.objectives.policy_gradient import policy_gradient_loss
-from minilm.tensor import Tensor
+from minilm.tensor import Tensor, primitive
 
 
-def k3_times_ratio(policy: Tensor | np.ndarray, old: np.ndarray, reference: np.ndarray) -> Tensor:
+@primitive
+def k3_times_ratio(policy: Tensor, old: np.ndarray, reference: np.ndarray):
     """rho k3, rho = pi / pi_old: of log-probs of responses (N,), form (1); of their tokens (N,T), form (2).
 
     Gradient: d(rho k3) / d log pi = rho k3 + rho (1 - exp(-k1)) = rho k1. The result has the shape of the arguments.
-    At policy = old its value is k3's, and its gradient is not. Raises ValueError for arguments of different shapes.
+    At policy = old its value is that of k3, and its gradient is k1, not that of k3. Raises ValueError for arguments of
+    different shapes.
     """
     checks.same_shape("k3_times_ratio", policy=policy, old=old, reference=reference)
-    return ops.exp(ops.subtract(policy, old)) * k3(policy, reference)
+    xp = array_module(policy)
+    ratio = xp.exp(policy - xp.asarray(old))
+    k1 = policy - xp.asarray(reference)
+    def vjp(dy):
+        return dy * ratio * k1
+    return ratio * (xp.expm1(-k1) + k1), vjp                # expm1: kl.py
 
 
-def k3_times_mean_ratio(policy: Tensor | np.ndarray, old: np.ndarray, reference: np.ndarray,
-                        mask: np.ndarray) -> Tensor:
-    """Form (6): the k3 of each token times the geometric mean of the ratios of its response, all arrays (N,T).
+@primitive
+def k3_times_mean_ratio(policy: Tensor, old: np.ndarray, reference: np.ndarray, mask: np.ndarray):
+    """Form (6): the k3 of each token times g, the geometric mean of the ratios of its response; all arrays (N,T).
 
-    The ratio depends on all tokens of the response, so with g the geometric mean
-        d( sum_t g k3_t ) / d log pi(y_t) = g (1 - exp(-k1_t)) + (g/|y|) sum_s k3_s
-    Outside the mask log-probs may be NaN, and the result is 0. Raises ValueError for arguments of different
-    shapes, and for a mask of other values than 0 and 1.
+    g depends on all |y| tokens of the response, d g / d log pi(y_t) = g / |y|, so for one response
+
+        d( sum_s g k3_s ) / d log pi(y_t) = g (1 - exp(-k1_t)) + (g / |y|) sum_s k3_s
+
+    Outside the mask log-probs may be NaN, and the result is 0. Raises ValueError for arguments of different shapes, and
+    for a mask of other values than 0 and 1.
     """
     checks.same_shape("k3_times_mean_ratio", axes="NT", policy=policy, old=old, reference=reference, mask=mask)
-    selected = checks.mask("k3_times_mean_ratio", mask)
-    # Before anything is differentiated: outside the mask 0 times a derivative of NaN would be NaN.
-    policy, old, reference = (ops.where(selected, log_probs, 0.0) for log_probs in (policy, old, reference))
-    lengths = selected.sum(axis=-1, keepdims=True).clip(1).astype(policy.dtype)
-    log_ratio = ops.sum(policy - old, axis=-1, keepdims=True) / lengths                 # (N,1)
-    return ops.exp(log_ratio) * k3(policy, reference)
+    xp = array_module(policy)
+    selected = xp.asarray(checks.mask("k3_times_mean_ratio", mask))
+    lengths = selected.sum(axis=-1, keepdims=True).clip(1).astype(policy.dtype)         # (N,1)
+    log_ratio = xp.where(selected, policy - xp.asarray(old), 0)                         # (N,T)
+    g = xp.exp(log_ratio.sum(axis=-1, keepdims=True) / lengths)                         # (N,1)
+    k1 = xp.where(selected, policy - xp.asarray(reference), 0)                          # (N,T)
+    k3 = xp.expm1(-k1) + k1
+    def vjp(dy):
+        through_g = (dy * k3).sum(axis=-1, keepdims=True) * g / lengths                 # (N,1)
+        return xp.where(selected, through_g - dy * g * xp.expm1(-k1), 0)
+    return g * k3, vjp
 
 
 def token_kl_loss(terms: Tensor, mask: np.ndarray, token_mean: str | float | None = None) -> Tensor:

@@ -162,6 +162,12 @@ def sft(log_probs, mask, total=None):
     assert lines["sft_loss_masked_nan"].startswith("DIFFERS: loss is nan, expected ")
 
 
+def test_one_case_that_differs_decides_the_status(run):
+    """The first two cases, without label smoothing, differ; the last two agree."""
+    status, lines = run(RIGHT.replace("return loss, d, -d", "return loss * (1 if eps else 2), d, -d"), "dpo", "dpo_loss")
+    assert status == 1 and [line.split(":")[0] for line in lines.values()] == ["DIFFERS", "DIFFERS", "agrees", "agrees"]
+
+
 @pytest.mark.parametrize("returned, words", [
     ("np.zeros(3)", "DIFFERS: loss has shape (3,); it must have ()"), ("{}", "DIFFERS: there is no loss among your"),
     ("None", "DIFFERS: it raised TypeError: a result is NoneType; it must be a number or an array"),

@@ -164,7 +164,8 @@ def sft(log_probs, mask, total=None):
 
 def test_one_case_that_differs_decides_the_status(run):
     """The first two cases, without label smoothing, differ; the last two agree."""
-    status, lines = run(RIGHT.replace("return loss, d, -d", "return loss * (1 if eps else 2), d, -d"), "dpo", "dpo_loss")
+    text = RIGHT.replace("return loss, d, -d", "return loss * (1 if eps else 2), d, -d")
+    status, lines = run(text, "dpo", "dpo_loss")
     assert status == 1 and [line.split(":")[0] for line in lines.values()] == ["DIFFERS", "DIFFERS", "agrees", "agrees"]
 
 

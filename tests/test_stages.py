@@ -2,6 +2,7 @@
 import copy
 import functools
 import os
+import re
 import time
 
 import numpy as np
@@ -722,6 +723,24 @@ def test_rlhf_increases_the_reward():
     error = (np.var(first, ddof=1) / 8 + np.var(last, ddof=1) / 8) ** 0.5
     assert np.mean(last) - np.mean(first) > 5 * error, f"{np.mean(first):.2f} -> {np.mean(last):.2f} +- {error:.2f}"
     assert np.mean([m["kl_sequence"] for m in metrics[-8:]]) > 0.1, "with some divergence"
+
+
+RECIPES = dict(re.findall(r"^    (\S.*?)  +(\w+=\S+(?:, \w+=\S+)*)", rlhf_module.__doc__, re.MULTILINE))
+
+
+def test_the_recipes_are_found():
+    assert [*RECIPES] == ["GRPO", "Dr. GRPO", "DAPO", "GSPO"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_recipes_of_the_docstring_increase_the_reward(recipe):
+    """With two updates on each batch of samples."""
+    training = make_training("RLHF")
+    options = eval(f"dict({RECIPES[recipe]})", {"max_new_tokens": 4})
+    options = {"beta": 0.01, "learning_rate": 0.03, "samples_per_prompt": 8, "updates": 2, **options}
+    metrics = list(rlhf_stage(training, 40, temperature=1.0, **options))
+    first, last = ([m["reward"] for m in part] for part in (metrics[:4], metrics[-4:]))
+    assert len(metrics) == 20 and np.mean(last) > np.mean(first) + 0.5
 
 
 def test_kl_penalises_drift():

@@ -112,7 +112,8 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
               "group"          another form, A = (R - mean R) / (standard deviation of the K values + 1e-4).
                                Biased: prompts with little spread weigh more, and the standard deviation is
                                computed from the same samples that it normalises. Needs K >= 2
-    "group" is the advantage of GRPO (Shao et al. 2024, arXiv:2402.03300), with ddof 1 and 1e-4 as in TRL.
+    "group" is the advantage of GRPO (Shao et al. 2024, arXiv:2402.03300), with ddof 1 and 1e-4 as in TRL; "mean" is
+    that of Dr. GRPO, without the standard deviation (TRL: scale_rewards="none").
     TRL's GRPO has no KL in the reward; its advantages are the ones for beta = 0 here.
     Raises ValueError for shapes or names other than these, rewards or kl that are not finite, beta below 0, and too
     small a K.

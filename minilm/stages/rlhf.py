@@ -2,6 +2,15 @@
 
 With one update for each batch of samples, the samples are always drawn from the policy that is updated. With more,
 they were drawn from an older policy from the second update on, and the loss is PPO's.
+
+    RLOO       the default
+    GRPO       baseline="group", token_mean="response"
+    Dr. GRPO   baseline="mean", token_mean=max_new_tokens
+    DAPO       baseline="group", token_mean="batch", epsilon_high=0.28, beta=0 (without its dynamic sampling)
+    GSPO       baseline="group", level="geometric_mean", epsilon=3e-4, epsilon_high=4e-4
+
+The clips act with updates above 1. The KL penalty is k1 in the reward, with each of them; GRPO has k3 in the loss
+(objectives/kl_in_the_loss.py).
 """
 
 from __future__ import annotations

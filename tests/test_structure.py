@@ -22,7 +22,7 @@ LEVELS = """
     data  optim  segment_sum
     ops
     activations  gradcheck  objectives  plain  rotary  world
-    fast.packed_attention  layers
+    check  fast.packed_attention  layers
     exact  mixed_precision  packing
     evaluate  model
     fast.cached_decoding  lora  model_file  toy

@@ -32,9 +32,9 @@ LEVELS = """
 # The files of the mathematics. All but exact, which trains models too, stand without the fast path.
 READER = ("plain", "tensor", "ops", "gradcheck", "objectives", "exact")
 # Folders of scripts that scripts import from, and the helpers that lie beside the benchmarks.
-SHARED_BY_SCRIPTS = {"support", "common", "worlds", "decoding", "golden_files", "golden_inputs", "gpu_measuring",
-                     "hf_llama", "library_process", "llama_cpp", "measuring", "mutants_table", "objective_steps",
-                     "torch_llama", "trl_trainers"}
+SHARED_BY_SCRIPTS = {"support", "common", "worlds", "benchmark", "decoding", "golden_files", "golden_inputs",
+                     "gpu_measuring", "gpu_process", "hf_llama", "library_process", "llama_cpp", "measuring",
+                     "mutants_table", "objective_steps", "torch_llama", "trl_trainers"}
 FUNCTION_LINES = 40             # without its docstring
 TUPLE_ASSIGNMENTS = 0.05
 

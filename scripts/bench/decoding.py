@@ -29,7 +29,7 @@ def by_transformers(model, prompts, new, drawn):
     import transformers
     model.generation_config.eos_token_id = None             # otherwise it stands in for the None below
     T = prompts.shape[1]
-    prompts = torch.from_numpy(prompts)
+    prompts = torch.from_numpy(prompts).to(model.device)
     real = torch.ones_like(prompts)
     settings = transformers.GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new,
                                              pad_token_id=0, eos_token_id=None)
@@ -50,12 +50,12 @@ def by_transformers(model, prompts, new, drawn):
 def score(drawn, prompts, next_logits):
     """The log-probs (B,R) of minilm's tokens. next_logits(tokens (B,T)) -> (B,V) continues the earlier calls."""
     import torch
-    responses = torch.from_numpy(np.load(drawn))
+    responses = torch.from_numpy(np.load(drawn)).to(prompts.device)
     tokens = prompts
     log_probs = []
     with torch.inference_mode():
         for t in range(responses.shape[1]):
-            predicted = torch.log_softmax(next_logits(tokens), -1)
+            predicted = torch.log_softmax(next_logits(tokens).float(), -1)
             tokens = responses[:, t:t + 1]
             log_probs.append(predicted.gather(1, tokens))
-    return torch.cat(log_probs, 1).numpy()
+    return torch.cat(log_probs, 1).cpu().numpy()

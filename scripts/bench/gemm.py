@@ -118,7 +118,7 @@ def of_step(row):
 
 
 def main():
-    asked = measuring.arguments(__doc__.partition("\n")[0], measuring.SIZES, PEERS)
+    asked = measuring.arguments(__doc__.partition("\n")[0], measuring.SIZES, PEERS, unasked=measuring.UNASKED)
     names = ["numpy", "blas-threads", *measuring.present(asked.peers, PEERS)]
     environments = {"numpy": measuring.blas_threads(1), "blas-threads": measuring.blas_threads(CORES)}
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]

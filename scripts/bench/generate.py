@@ -1,12 +1,13 @@
 """Sampling with a cache of keys and values: minilm's generate against Hugging Face's and a loop in PyTorch.
 
     python scripts/bench/generate.py [--sizes B1,B32] [--peers hf,torch] [--csv FILE] [--figure FILE]
+    python scripts/bench/generate.py --device gpu [--sizes B32] [--compute bfloat16] [--json FILE]
 
 A Llama of 7 million parameters (V 4096, D 256, L 6, H 4, float32) reads B different prompts of 32 tokens and draws
 64 new tokens for each, at temperature 1; no response ends early. `hf` is generate of transformers; `torch` is a loop
 over the model of torch_llama.py with a cache that is allocated once; in `-tuned` glibc also keeps freed memory. First
 the log-probs of minilm's tokens are compared with those of the other libraries, which get these tokens one by one
-through their caches.
+through their caches. On a GPU the others also run with weights in bf16; minilm samples in float32 in either case.
 """
 
 import sys
@@ -16,8 +17,10 @@ from pathlib import Path
 import numpy as np
 
 import decoding
+import gpu_process
 import library_process
 import measuring
+from benchmark import Benchmark
 from support.run_folder import main_guard
 
 PROMPT = 32
@@ -25,11 +28,11 @@ NEW = 64
 CONFIG = {"vocab_size": 4096, "width": 256, "layers": 6, "heads": 4, "context": PROMPT + NEW}
 SIZES = {"B1": 1, "B32": 32, "B128": 128}
 PEERS = {"hf": "transformers", "hf-tuned": "transformers", "torch": "torch", "torch-tuned": "torch"}
-TOLERANCE = 1e-4        # of log-probs in float32, relative to the largest
+GPU = {"peers": ["hf", "torch"], "possible": ["hf", "torch"]}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}         # of log-probs, relative to the largest
 
 
 def load_minilm():
-    from minilm.fast import workers
     from minilm.fast.malloc import keep_freed_memory
     from minilm.model import Config, Transformer
     from minilm.tensor import Tensor
@@ -39,17 +42,18 @@ def load_minilm():
         weights, prompts = read(spec)
         rng = np.random.default_rng(1)
         model = Transformer(Config(**spec["config"]), rng).over({name: Tensor(a) for name, a in weights.items()})
-        return decoding.by_minilm(model, prompts, NEW, spec["drawn"], workers.available_cores())
+        return decoding.by_minilm(gpu_process.on_gpu(model, spec), prompts, spec["new"], spec["drawn"],
+                                  gpu_process.cores(spec))
     return make
 
 
 class Cache:
     """The keys and values of one layer of torch_llama.Llama, in arrays allocated once."""
 
-    def __init__(self, torch, batch, config):
+    def __init__(self, batch, config, like):
         shape = (batch, config["kv_heads"], config["context"], config["head_width"])
-        self.keys = torch.empty(shape)
-        self.values = torch.empty(shape)
+        self.keys = like.new_empty(shape)
+        self.values = like.new_empty(shape)
         self.length = 0
 
     def extend(self, k, v):
@@ -67,9 +71,10 @@ def load_torch():
 
     def make(spec):
         weights, prompts = read(spec)
-        model = Llama(spec["config"]).load(weights).eval()
-        prompts = torch.from_numpy(prompts)
-        caches = [Cache(torch, len(prompts), spec["config"]) for _ in model.blocks]
+        model = gpu_process.torch_for_sampling(Llama(spec["config"]).load(weights), spec)
+        prompts = torch.from_numpy(prompts).to(gpu_process.torch_device(spec))
+        new = spec["new"]
+        caches = [Cache(len(prompts), spec["config"], model.embedding.weight) for _ in model.blocks]
 
         def beginning():
             for cache in caches:
@@ -80,11 +85,11 @@ def load_torch():
         def step():
             next_logits = beginning()
             tokens = prompts
-            drawn = torch.empty(len(prompts), NEW, dtype=torch.int64)
-            for t in range(NEW):
-                cumulative = torch.softmax(next_logits(tokens), -1).cumsum(-1)
+            drawn = torch.empty(len(prompts), new, dtype=torch.int64, device=prompts.device)
+            for t in range(new):
+                cumulative = torch.softmax(next_logits(tokens).float(), -1).cumsum(-1)
                 # Inverse CDF, as in minilm: multinomial draws V random numbers for each token.
-                uniforms = torch.rand(len(prompts), 1) * cumulative[:, -1:]
+                uniforms = torch.rand(len(prompts), 1, device=prompts.device) * cumulative[:, -1:]
                 tokens = drawn[:, t:t + 1] = torch.searchsorted(cumulative, uniforms)
             return drawn
 
@@ -102,7 +107,8 @@ def load_hf():
 
     def make(spec):
         weights, prompts = read(spec)
-        return decoding.by_transformers(llama(spec["config"], weights).eval(), prompts, NEW, spec["drawn"])
+        model = gpu_process.torch_for_sampling(llama(spec["config"], weights), spec)
+        return decoding.by_transformers(model, prompts, spec["new"], spec["drawn"])
     return make
 
 
@@ -126,21 +132,19 @@ def write(folder, size):
     weights["unembedding"] *= 20            # otherwise all tokens are about equally likely, unlike in a trained model
     prompts = rng.integers(config.vocab_size, size=(SIZES[size], PROMPT))
     np.savez(folder / "weights.npz", prompts=prompts, **weights)
-    return {"file": str(folder / "weights.npz"), "drawn": str(folder / "drawn.npy"),
+    return {"file": str(folder / "weights.npz"), "drawn": str(folder / "drawn.npy"), "new": NEW,
             "config": dataclasses.asdict(config)}
 
 
 def main():
-    asked = measuring.arguments(__doc__.partition("\n")[0], SIZES, PEERS, versions=True)
-    peers = measuring.present(asked.peers, PEERS)
-    print(measuring.machine("torch", "transformers"))
-    rows = []
-    for size in asked.sizes:
+    run = Benchmark(__doc__.partition("\n")[0], SIZES, PEERS, GPU, ["torch", "transformers"])
+    peers = measuring.present(run.asked.peers, PEERS)
+    for size, compute in run.cases():
         with tempfile.TemporaryDirectory() as folder:
-            rows += measuring.compare("sampling", size, write(Path(folder), size), ["minilm", *peers], {
+            run.compare("sampling", size, compute, write(Path(folder), size), ["minilm", *peers], {
                 "minilm": measuring.blas_threads(1), "hf-tuned": measuring.KEEP_MEMORY,
-                "torch-tuned": measuring.KEEP_MEMORY}, TOLERANCE, asked.rounds)
-    measuring.finish(asked, rows, f"Sampling {NEW} tokens after {PROMPT}")
+                "torch-tuned": measuring.KEEP_MEMORY}, TOLERANCE[compute])
+    return run.finish(f"Sampling {NEW} tokens after {PROMPT}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ def gpu():
     """(CuPy, None), or (None, the reason why nothing can be timed)."""
     if importlib.util.find_spec("cupy") is None:
         return None, "CuPy is not installed (pip install -e '.[gpu]')"
-    import cupy
+    try:
+        import cupy
+    except ImportError as error:
+        return None, f"CuPy cannot be imported: {error}"
     try:
         cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -41,13 +44,25 @@ def not_timed(reason, modules):
 
 
 def machine(cupy):
-    """The device and the versions, in one line."""
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-    versions = [f"cupy {cupy.__version__}", f"CUDA {cupy.cuda.runtime.runtimeGetVersion()}"]
+    """The device, its driver and the versions, in one line."""
+    runtime = cupy.cuda.runtime
+    properties = runtime.getDeviceProperties(cupy.cuda.Device().id)
+    versions = [f"driver {driver()} for CUDA {runtime.driverGetVersion()}", f"cupy {cupy.__version__}",
+                f"CUDA {runtime.runtimeGetVersion()}"]
     if importlib.util.find_spec("torch"):
         import torch
         versions.append(f"torch {torch.__version__}")
     return f"{properties['name'].decode()}, {', '.join(versions)}"
+
+
+def driver():
+    """The version of NVIDIA's driver, as nvidia-smi gives it."""
+    try:
+        found = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                               capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return "of unknown version"
+    return found.stdout.partition("\n")[0].strip() if found.returncode == 0 else "of unknown version"
 
 
 def seconds(call):

@@ -62,4 +62,5 @@ def load(model, weights):
 
 def gradients(model):
     """The gradients by minilm's names and in its layout."""
-    return {name: transpose(name, torch.cat([p.grad for p in parts]).numpy()) for name, parts in layout(model).items()}
+    return {name: transpose(name, torch.cat([p.grad for p in parts]).cpu().numpy())
+            for name, parts in layout(model).items()}

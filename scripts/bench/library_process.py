@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
+import gpu_process  # noqa: E402
 from support.command_line import relying_on  # noqa: E402
 from support.run_folder import UsageError  # noqa: E402
 
@@ -64,25 +65,36 @@ def role(main, loaders):
     return work
 
 
+class Cpu:
+    """Times each step, and measures the resident memory of this process."""
+
+    peak = staticmethod(peak_memory)
+
+    def times(self, step, count):
+        times = []
+        for _ in range(count):
+            began = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - began)
+        return times
+
+
 def serve(load, spec):
     """Run a library in this process. load() imports it and returns make(spec) -> (step, check).
 
     step()   does the work once
     check()  returns arrays by name, which are compared with those of the other libraries; called once, before any step
+    With "device": "gpu" in the spec, time and memory are those of gpu_process.py.
     """
     make = load()
-    base = peak_memory()
+    device = gpu_process.device_of(spec, asked()) if spec.get("device") == "gpu" else Cpu()
+    base = device.peak()
     step, check = make(spec)
     with tempfile.NamedTemporaryFile(suffix=".npz", delete=False) as file:
         np.savez(file, **check())
     answer(results=file.name, base=base)
     for line in sys.stdin:
-        times = []
-        for _ in range(int(line)):
-            began = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - began)
-        answer(times=times, peak=peak_memory())
+        answer(times=device.times(step, int(line)), peak=device.peak())
 
 
 def answer(**message):

@@ -9,7 +9,8 @@ median over the rounds, and the quartiles. Below 1, minilm is faster.
 Memory is the peak resident memory (VmHWM of Linux) minus the memory after the import, plus the private
 memory of forked processes.
 
-The same script, started with `--worker`, does the work of one library (library_process.py).
+The same script, started with `--worker`, does the work of one library (library_process.py). What differs on a GPU is in
+benchmark.py and gpu_process.py.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from support.run_folder import UsageError  # noqa: E402
 HEADER = ["work", "size", "peer", "time_ratio", "time_ratio_low", "time_ratio_high", "memory_ratio"]
 TURN = 0.6              # seconds of a turn, about
 MOST_ROUNDS = 1000      # of a benchmark
+NO_GRADIENTS = ["reference"]    # arrays with other names, when two precisions are compared by norm, are gradients
 OTHERS = 0.1            # a round counts if other processes take at most this share of all cores in each turn
 # Settings with which glibc keeps freed memory, as minilm sets them for itself: fair for libraries that allocate much.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_TOP_PAD_": str(1 << 26),
@@ -55,14 +57,15 @@ def blas_threads(count):
 
 #        V, D, L, H, T, B
 SIZES = {"XS": (128, 64, 2, 4, 64, 16), "S": (512, 128, 4, 4, 128, 16), "M": (4096, 384, 6, 6, 256, 4),
-         "G": (50257, 768, 12, 12, 256, 2)}
+         "G": (50257, 768, 12, 12, 256, 2), "tiny": (64, 64, 2, 2, 16, 2), "124M": (50257, 768, 12, 12, 1024, 8)}
+UNASKED = ["tiny", "124M"]      # run only if named: for the tests, and as large as a GPU needs
 SMOLLM2 = {"vocab_size": 49152, "width": 576, "layers": 30, "heads": 9, "kv_heads": 3, "ffn_width": 1536,
            "rope_base": 1e5, "norm_eps": 1e-5}          # the Config of SmolLM2-135M
 
 
 @stage
 def training_steps(training, tokens, learning_rate=1e-3, clip=1.0):
-    """Endless training steps of minilm on windows of tokens (B,T+1). Yields the loss."""
+    """Endless training steps of minilm on windows of tokens (B,T+1). Yields the metrics; on a GPU they are not read."""
     parts = [tokens[part] for part in shards(len(tokens), training.workers)]
     total = tokens[:, 1:].size
 
@@ -70,7 +73,7 @@ def training_steps(training, tokens, learning_rate=1e-3, clip=1.0):
         return sft_loss(model.log_probs(part), np.ones(part[:, 1:].shape), total=total), None
 
     while True:
-        yield train_step(training, loss, parts, learning_rate, "benchmark", clip)["loss"]
+        yield train_step(training, loss, parts, learning_rate, "benchmark", clip)
 
 
 def load_step():
@@ -86,7 +89,7 @@ def load_step():
         training = TrainState(model, rng, spec["workers"])
         tokens = rng.integers(V, size=(B, T + 1))
         return (functools.partial(next, training_steps(training, tokens)),
-                lambda: {"loss": next(training_steps(training, tokens, learning_rate=0.0))})
+                lambda: {"loss": next(training_steps(training, tokens, learning_rate=0.0))["loss"]})
     return make
 
 
@@ -113,9 +116,13 @@ def wait_until_quiet(patience=3.0):
         share = busy / max(1, everything)
 
 
-def turn_of(worker, steps):
-    """The median time of a step in seconds, and the share of all cores that other processes took meanwhile."""
-    wait_until_quiet()
+def turn_of(worker, steps, quiet=True):
+    """The median time of a step in seconds, and the share of all cores that other processes took meanwhile.
+
+    quiet: wait for idle cores first.
+    """
+    if quiet:
+        wait_until_quiet()
     busy, everything = busy_ticks()
     own = worker.ticks()
     seconds = statistics.median(worker.run(steps))
@@ -124,10 +131,11 @@ def turn_of(worker, steps):
     return seconds, (busy_now - busy - own) / max(1, everything_now - everything)
 
 
-def take_turns(workers, rounds, turn):
+def take_turns(workers, rounds, turn, quiet=True):
     """Medians (rounds, workers) in seconds, and which rounds were undisturbed (rounds,).
 
-    Every second round goes backwards: the first place of a round costs about 1%.
+    Every second round goes backwards: the first place of a round costs about 1%. quiet: whether other processes on the
+    cores disturb a round.
     """
     warm = [worker.run(2, watched=True) for worker in workers]
     steps = [max(1, round(turn / min(times))) for times in warm]
@@ -135,8 +143,8 @@ def take_turns(workers, rounds, turn):
     undisturbed = np.ones(rounds, bool)
     for i in range(rounds):
         for j in range(len(workers))[::1 if i % 2 else -1]:
-            medians[i, j], others = turn_of(workers[j], steps[j])
-            undisturbed[i] &= others <= OTHERS
+            medians[i, j], others = turn_of(workers[j], steps[j], quiet)
+            undisturbed[i] &= not quiet or others <= OTHERS
         print(f"  round {i + 1}/{rounds}: " + ", ".join(
             f"{worker.name} {1e3 * t:.1f} ms" for worker, t in zip(workers, medians[i]))
             + ("" if undisturbed[i] else " (disturbed)"), file=sys.stderr, flush=True)
@@ -162,7 +170,7 @@ def alone(name, spec, environment, rounds, turn=TURN):
     return float(np.median(counted(medians, undisturbed))), worker.memory
 
 
-def compare(work, size, spec, names, environments, tolerance, rounds, turn=TURN):
+def compare(work, size, spec, names, environments, tolerance, rounds, turn=None):
     """Rows of the table: the first of names, ours, is compared with each of the others.
 
     Two versions of minilm are started twice, in both orders, for half of the rounds each: of two processes with the
@@ -175,16 +183,21 @@ def compare(work, size, spec, names, environments, tolerance, rounds, turn=TURN)
             workers = [by_name[name] for name in names]
             for worker in workers[1:]:
                 check_results(workers[0], worker, tolerance)
-            turns.append(take_turns(workers, math.ceil(rounds / len(orders)), turn))
+            turns.append(take_turns(workers, math.ceil(rounds / len(orders)), turn or TURN,
+                                    spec.get("device") != "gpu"))
     kept = counted(*map(np.concatenate, zip(*turns)))
-    rows = []
-    for j, worker in enumerate(workers[1:], start=1):
-        low, middle, high = np.quantile(kept[:, 0] / kept[:, j], [0.25, 0.5, 0.75])
-        rows.append({"work": work, "size": size, "peer": worker.name, "time_ratio": middle, "time_ratio_low": low,
-                     "time_ratio_high": high, "memory_ratio": workers[0].memory / worker.memory,
-                     "ours_ms": 1e3 * np.median(kept[:, 0]), "theirs_ms": 1e3 * np.median(kept[:, j]),
-                     "ours_mb": workers[0].memory / 2**20, "theirs_mb": worker.memory / 2**20})
-    return rows
+    rows = [row_of(work, size, worker.name, kept[:, 0], kept[:, j], workers[0].memory, worker.memory)
+            for j, worker in enumerate(workers[1:], start=1)]
+    return rows or [row_of(work, size, "-", kept[:, 0], np.full(len(kept), np.nan), workers[0].memory, np.nan)]
+
+
+def row_of(work, size, peer, ours, theirs, our_memory, their_memory):
+    """A row of the table. ours, theirs: seconds of a step by round; memory in bytes."""
+    low, middle, high = np.quantile(ours / theirs, [0.25, 0.5, 0.75])
+    return {"work": work, "size": size, "peer": peer, "time_ratio": float(middle), "time_ratio_low": float(low),
+            "time_ratio_high": float(high), "memory_ratio": our_memory / their_memory if their_memory else math.nan,
+            "ours_ms": 1e3 * float(np.median(ours)), "theirs_ms": 1e3 * float(np.median(theirs)),
+            "ours_mb": our_memory / 2**20, "theirs_mb": their_memory / 2**20}
 
 
 @contextlib.contextmanager
@@ -209,16 +222,32 @@ def started(name, spec, environments):
 
 
 def check_results(ours, theirs, tolerance):
-    """Raises UsageError if an array differs by more than tolerance, relative to its largest entry."""
+    """Raises UsageError if an array differs by more than tolerance, relative to its largest entry.
+
+    tolerance: a number; for bf16 two: of all gradients as one vector, by norm, and of everything else.
+    """
+    joint = isinstance(tolerance, tuple)
+    squares = np.zeros(2)
     for name in sorted(ours.results.keys() | theirs.results.keys()):
         if name not in ours.results or name not in theirs.results:
             raise UsageError(f"{ours.name} and {theirs.name} do not compute the same: only one of them returns {name}")
         a = ours.results[name]
         b = theirs.results[name]
+        if joint and a.ndim and name not in NO_GRADIENTS:
+            squares += np.square(a - b, dtype=np.float64).sum(), np.square(b, dtype=np.float64).sum()
+            continue
         error = np.abs(a - b).max() / np.abs(b).max()
-        if not error <= tolerance:
-            raise UsageError(f"{ours.name} and {theirs.name} do not compute the same: {name} differs by {error:.1e} "
-                             f"of its largest entry (allowed: {tolerance:.0e}). Nothing was timed.")
+        check_error(ours, theirs, f"{name} differs by {error:.1e} of its largest entry", error,
+                    tolerance[1] if joint else tolerance)
+    if squares.any():
+        error = np.sqrt(squares[0] / squares[1])
+        check_error(ours, theirs, f"their gradients differ by {error:.1e}, by norm", error, tolerance[0])
+
+
+def check_error(ours, theirs, words, error, allowed):
+    if not error <= allowed:
+        raise UsageError(f"{ours.name} and {theirs.name} do not compute the same: {words} (allowed: {allowed:.0e}). "
+                         "Nothing was timed.")
 
 
 # Results.
@@ -283,8 +312,12 @@ def finish(asked, rows, title):
         draw(asked.figure, rows, title)
 
 
-def arguments(description, sizes, peers, works=(), unasked=(), versions=False):
-    """The options of a benchmark. unasked: sizes that run only if named; versions: whether it takes --other."""
+def arguments(description, sizes, peers, works=(), unasked=(), versions=False, gpu=()):
+    """The options of a benchmark. unasked: sizes that run only if named; versions: whether it takes --other.
+
+    gpu: the precisions of --compute, for a benchmark that takes --device. asked.usual: the sizes, peers and works that
+    run if none are named.
+    """
     parser = Parser(description)
     usual = [size for size in sizes if size not in unasked]
     for kind, known, default in (("work", works, works), ("size", sizes, usual), ("peer", peers, peers)):
@@ -295,11 +328,21 @@ def arguments(description, sizes, peers, works=(), unasked=(), versions=False):
         parser.add_argument("--other", type=checkout, metavar="CHECKOUT",
                             help="compare with the version of minilm in this folder, instead of the peers")
     parser.add_argument("--rounds", type=whole(1, MOST_ROUNDS), default=9, help="of turns (default: %(default)s)")
+    if gpu:
+        gpu_options(parser, gpu)
     output_options(parser, "the ratios")
     asked = parser.parse_args()
+    asked.usual = {"sizes": usual, "peers": [*peers], "works": [*works]}
     if versions and asked.other:
         asked.peers = [asked.other]
     return asked
+
+
+def gpu_options(parser, compute):
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--compute", type=names("precision", compute), default=",".join(compute),
+                        help="on a GPU, with commas (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", type=output_file, help="write machine and results there")
 
 
 def checkout(text):

@@ -65,7 +65,7 @@ class Llama(nn.Module):
 
     def gradients(self):
         """The gradients by minilm's names and in its layout."""
-        return {name.removesuffix(".weight"): (p.grad.T if transposed(name) else p.grad).numpy()
+        return {name.removesuffix(".weight"): (p.grad.T if transposed(name) else p.grad).cpu().numpy()
                 for name, p in self.named_parameters()}
 
     def forward(self, tokens, caches=None):

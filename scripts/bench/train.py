@@ -1,10 +1,11 @@
 """A training step of the same transformer: minilm against PyTorch, torch.compile and HIPS autograd.
 
     python scripts/bench/train.py [--sizes XS,S] [--peers torch,compile] [--csv FILE] [--figure FILE]
+    python scripts/bench/train.py --device gpu [--sizes 124M] [--compute bfloat16] [--json FILE]
 
 A step is forward, backward, clipping of the gradient's norm, and AdamW, on B windows of T random tokens, in float32.
 `autograd` is HIPS autograd with the same formulas in its NumPy; in `autograd-tuned` glibc also keeps freed memory. A
-library that is not installed is named and skipped.
+library that is not installed is named and skipped. On a GPU also in bf16: minilm's mixed precision, PyTorch's autocast.
 """
 
 import functools
@@ -13,18 +14,21 @@ import tempfile
 
 import numpy as np
 
+import gpu_process
 import library_process
 import measuring
+from benchmark import Benchmark
 from support.run_folder import main_guard
 
 WORKER = library_process.asked()
 PEERS = {"torch": "torch", "compile": "torch", "autograd": "autograd", "autograd-tuned": "autograd"}
-TOLERANCE = 2e-3        # of gradients in float32, relative to the largest entry
+GPU = {"sizes": ["S", "124M"], "peers": ["torch"], "possible": ["torch", "compile"]}
+# Of gradients in float32, relative to the largest entry; in bf16 of all gradients by norm, and of single numbers.
+TOLERANCE = {"float32": 2e-3, "bfloat16": (0.1, 0.01)}
 OPTIMISER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
 
 
 def load_minilm():
-    from minilm.fast import workers
     from minilm.fast.malloc import keep_freed_memory
     from minilm.model import Config, Transformer
     from minilm.stages.train_state import TrainState
@@ -33,14 +37,15 @@ def load_minilm():
 
     def make(spec):
         weights, tokens = read(spec)
-        model = Transformer(Config(**spec["config"]), np.random.default_rng(0)).over(
-            {name: Tensor(a, requires_grad=True) for name, a in weights.items()})
-        training = TrainState(model, np.random.default_rng(0), workers.available_cores(), betas=OPTIMISER["betas"],
+        model = gpu_process.on_gpu(Transformer(Config(**spec["config"]), np.random.default_rng(0)).over(
+            {name: Tensor(a, requires_grad=True) for name, a in weights.items()}), spec)
+        training = TrainState(model, np.random.default_rng(0), gpu_process.cores(spec), betas=OPTIMISER["betas"],
                             weight_decay=OPTIMISER["weight_decay"])
 
         def check():
-            loss = next(measuring.training_steps(training, tokens, learning_rate=0.0, clip=np.inf))
-            return {"loss": loss, **{name: p.grad for name, p in model.parameters().items()}}
+            loss = next(measuring.training_steps(training, tokens, learning_rate=0.0, clip=np.inf))["loss"]
+            return {"loss": loss, **gpu_process.gradients(spec, {
+                name: p.grad for name, p in model.parameters().items()})}
         return functools.partial(next, measuring.training_steps(training, tokens, OPTIMISER["lr"])), check
     return make
 
@@ -52,10 +57,15 @@ def load_torch():
 
     def make(spec):
         weights, tokens = read(spec)
-        model = Llama(spec["config"]).load(weights)
-        tokens = torch.from_numpy(tokens)
+        device = gpu_process.torch_device(spec)
+        model = Llama(spec["config"]).load(weights).to(device)
+        tokens = torch.from_numpy(tokens).to(device)
         optimiser = torch.optim.AdamW(model.parameters(), fused=True, **OPTIMISER)
-        loss_of = torch.compile(model.loss) if WORKER == "compile" else model.loss
+        compiled = torch.compile(model.loss) if WORKER == "compile" else model.loss
+
+        def loss_of(tokens):
+            with gpu_process.autocast(spec):
+                return compiled(tokens)
 
         def step():
             optimiser.zero_grad(set_to_none=True)
@@ -63,12 +73,12 @@ def load_torch():
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
-            return loss.item()
+            return loss.detach()
 
         def check():
             loss = loss_of(tokens)
             loss.backward()
-            return {"loss": loss.item(), **model.gradients()}
+            return {"loss": loss.item(), **gpu_process.gradients(spec, model.gradients())}
         return step, check
     return make
 
@@ -167,16 +177,14 @@ def write(path, size):
 
 
 def main():
-    asked = measuring.arguments(__doc__.partition("\n")[0], measuring.SIZES, PEERS, versions=True)
-    peers = measuring.present(asked.peers, PEERS)
-    print(measuring.machine("torch", "autograd"))
-    rows = []
-    for size in asked.sizes:
+    run = Benchmark(__doc__.partition("\n")[0], measuring.SIZES, PEERS, GPU, ["torch", "autograd"],
+                    unasked=measuring.UNASKED)
+    peers = measuring.present(run.asked.peers, PEERS)
+    for size, compute in run.cases():
         with tempfile.NamedTemporaryFile(suffix=".npz") as file:
-            spec = write(file.name, size)
-            rows += measuring.compare("training step", size, spec, ["minilm", *peers], {
-                "minilm": measuring.blas_threads(1), "autograd-tuned": measuring.KEEP_MEMORY}, TOLERANCE, asked.rounds)
-    measuring.finish(asked, rows, "A training step")
+            run.compare("training step", size, compute, write(file.name, size), ["minilm", *peers], {
+                "minilm": measuring.blas_threads(1), "autograd-tuned": measuring.KEEP_MEMORY}, TOLERANCE[compute])
+    return run.finish("A training step")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 TRL tokenises, masks, pads, samples, scores and differentiates; only the loop around that, `step`, is written again.
 With `adapters`, (alpha, arrays by minilm's names), it trains these by PEFT, and the model under them is the reference.
-Float32 on the CPU, without gradient checkpointing (TRL is faster without it); all other settings are TRL's defaults.
+Without gradient checkpointing (TRL is faster without it), on the CPU in float32 unless use_cpu and bf16 are given; all
+other settings are TRL's defaults.
 Nothing is downloaded, reported or saved.
 """
 
@@ -54,13 +55,15 @@ def make(name, model, rows, eos, adapters, options, **others):
         others["peft_config"] = lora_config(*adapters)
     with TemporaryDirectory() as folder:
         arguments = getattr(trl, f"{name}Config")(
-            output_dir=folder, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False,
-            gradient_checkpointing=False, **options)
+            output_dir=folder, report_to=[], save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+            **{"use_cpu": True, "bf16": False, **options})
         trainer = getattr(trl, f"{name}Trainer")(
             model, args=arguments, processing_class=tokenizer(model.config.vocab_size, eos),
             train_dataset=datasets.Dataset.from_list(rows), **others)
     if adapters:
         load_adapters(trainer.model, adapters[1])
+    if trainer.args.bf16:       # autocast around the model's forward, as trainer.train() puts it there
+        trainer.accelerator.prepare_model(trainer.model)
     trainer.create_optimizer()
     return trainer
 
@@ -135,7 +138,8 @@ def step(trainer, rows):
 
 
 def check(trainer, rows, responses):
-    """For the comparison: the loss and its gradients (RLOO: the rewards and the KL of the given responses)."""
+    """For the comparison: ({name: number}, gradients): the loss (RLOO: the rewards and the KL of the given responses),
+    and DPO's reference log-probs."""
     if isinstance(trainer, trl.RLOOTrainer):
         with mock.patch.object(trainer, "_generate_single_turn", lambda *_: responses):
             backward(trainer, rows)
@@ -144,13 +148,13 @@ def check(trainer, rows, responses):
     else:
         found = {"loss": backward(trainer, rows).item()}
     if isinstance(trainer, trl.DPOTrainer):
-        batch = trainer.data_collator(rows)
+        batch = trainer._prepare_inputs(trainer.data_collator(rows))
         found["reference"] = torch.stack(
             [batch["ref_chosen_logps"], batch["ref_rejected_logps"]] if trainer.ref_model is None else
-            [*trainer.compute_ref_log_probs(trainer.ref_model, batch)]).numpy()
-    found |= adapter_gradients(trainer.model) if is_peft_model(trainer.model) else gradients(trainer.model)
+            [*trainer.compute_ref_log_probs(trainer.ref_model, batch)]).cpu().numpy()
+    of_model = adapter_gradients(trainer.model) if is_peft_model(trainer.model) else gradients(trainer.model)
     trainer.model.zero_grad()
-    return found
+    return found, of_model
 
 
 def adapter_gradients(model):
@@ -159,5 +163,5 @@ def adapter_gradients(model):
     for name, p in model.named_parameters():
         if p.grad is not None:              # base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight
             *_, layer, _, matrix, which, _, _ = name.split(".")
-            found[f"blocks.{layer}.{matrix}.lora_{which[-1].lower()}"] = p.grad.numpy().T
+            found[f"blocks.{layer}.{matrix}.lora_{which[-1].lower()}"] = p.grad.cpu().numpy().T
     return found

@@ -1,0 +1,191 @@
+"""The GPU mode of the benchmarks on the emulator, with PyTorch on the CPU beside it.
+
+What they call of CuPy and of torch.cuda beyond that is compared with the real packages, if they are installed.
+"""
+
+import contextlib
+import inspect
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import emulated_gpu
+import gpu_measuring
+import gpu_process
+import measuring
+import objective_steps
+from bench import generate, objectives, train
+from benchmark import Benchmark
+from support.run_folder import UsageError
+
+BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
+SCRIPTS = {"train": train, "generate": generate, "objectives": objectives}
+
+
+@pytest.fixture
+def gpu(emulated, monkeypatch, tmp_path):
+    """The emulator in the place of a GPU, for PyTorch the CPU."""
+    emulated_gpu.install(monkeypatch, tmp_path)
+    monkeypatch.setattr(gpu_process, "TORCH", "cpu")
+    monkeypatch.setattr(measuring, "TURN", 0.01)
+    return emulated
+
+
+def results(script, monkeypatch, tmp_path, *options):
+    """(exit status, the rows of the JSON file) of a script with --device gpu."""
+    path = tmp_path / "results.json"
+    command = f"{BENCH / script}.py --device gpu --rounds 1 --json {path}"
+    monkeypatch.setattr(sys, "argv", [*command.split(), *options])
+    status = SCRIPTS[script].main()
+    found = json.loads(path.read_text())
+    assert found["machine"].startswith("the emulator, driver ")
+    return status, found["rows"]
+
+
+@pytest.mark.parity
+def test_a_training_step_on_a_gpu_equals_pytorchs_in_both_precisions(gpu, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torch", reason="parity needs PyTorch: pip install torch")
+    status, rows = results("train", monkeypatch, tmp_path, "--sizes", "tiny")
+    assert status == 0, capsys.readouterr()
+    assert [(row["work"], row["size"], row["peer"]) for row in rows] == [
+        (f"training step, {precision}", "tiny", "torch") for precision in ("float32", "bf16")]
+    assert all(row["time_ratio"] > 0 and row["ours_mb"] > 0 for row in rows)
+
+
+@pytest.mark.slow               # TRL is imported in six processes
+@pytest.mark.parity
+def test_a_step_of_every_objective_on_a_gpu_equals_trls_in_both_precisions(gpu, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("trl", reason="parity with TRL needs it: pip install trl==1.16.0")
+    status, rows = results("objectives", monkeypatch, tmp_path, "--sizes", "tiny-32")
+    assert status == 0, capsys.readouterr()
+    assert [(row["work"], row["size"], row["peer"]) for row in rows] == [
+        (f"{work} step, {precision}", "tiny-32", "trl-best") for precision in ("float32", "bf16")
+        for work in ("SFT", "DPO", "RLOO")]
+
+
+@pytest.mark.parametrize("work", objective_steps.WORKS)
+def test_the_steps_of_an_objective_run_on_a_gpu_and_their_memory_is_measured(gpu, tmp_path, work):
+    spec = {**objectives.write(tmp_path / "weights.npz", "tiny-32"), "work": work, "device": "gpu",
+            "compute": "bfloat16"}
+    step, check = objective_steps.load_minilm()(spec)
+    found = check()
+    assert found["norm of the gradient"] > 0 and all(np.isfinite(a).all() for a in found.values())
+    device = gpu_process.device_of(spec, "minilm")
+    assert device.peak() == 0 and device.times(step, 1)[0] > 0 and device.peak() > 0
+
+
+@pytest.mark.parity
+def test_samples_on_a_gpu_have_the_log_probs_of_hugging_face_and_pytorch(gpu, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("transformers", reason="parity needs transformers: pip install transformers")
+    monkeypatch.setattr(generate, "NEW", 3)
+    monkeypatch.setattr(generate, "CONFIG", {**generate.CONFIG, "vocab_size": 64, "width": 64, "layers": 1, "heads": 2})
+    status, rows = results("generate", monkeypatch, tmp_path, "--sizes", "B1")
+    assert status == 0, capsys.readouterr()
+    assert [(row["work"], row["size"], row["peer"]) for row in rows] == [
+        (f"sampling, {precision}", "B1", peer) for precision in ("float32", "bf16") for peer in ("hf", "torch")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_a_gpu_the_reason_and_what_to_do_are_one_error(script, monkeypatch):
+    monkeypatch.setattr(gpu_measuring, "gpu", lambda: (None, "no GPU: no driver"))
+    monkeypatch.setattr(sys, "argv", [str(BENCH / f"{script}.py"), "--device", "gpu"])
+    with pytest.raises(UsageError, match="--device gpu: no GPU: no driver. Run it on a machine with an NVIDIA GPU"):
+        SCRIPTS[script].main()
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--peers autograd", "autograd has no GPU mode; with --device gpu there are torch, compile"),
+    ("--compute float16", "no precision 'float16'")])
+def test_what_a_gpu_does_not_run_is_an_error(gpu, monkeypatch, options, message):
+    monkeypatch.setattr(sys, "argv", [str(BENCH / "train.py"), "--device", "gpu", *options.split()])
+    with pytest.raises(UsageError, match=message):
+        train.main()
+
+
+def asked(monkeypatch, *options):
+    """The options of the benchmark of training steps."""
+    monkeypatch.setattr(sys, "argv", [str(BENCH / "train.py"), *options])
+    return Benchmark("", measuring.SIZES, train.PEERS, train.GPU, [], unasked=measuring.UNASKED)
+
+
+def test_a_gpu_has_its_own_sizes_and_peers_unless_others_are_named(gpu, monkeypatch):
+    usual = asked(monkeypatch, "--device", "gpu")
+    assert [*usual.cases()] == [(size, compute) for size in ("S", "124M") for compute in ("float32", "bfloat16")]
+    assert usual.asked.peers == ["torch"]
+    named = asked(monkeypatch, "--device", "gpu", "--sizes", "M", "--peers", "compile", "--compute", "bfloat16")
+    assert [*named.cases()] == [("M", "bfloat16")] and named.asked.peers == ["compile"]
+    on_cpu = asked(monkeypatch)
+    assert [*on_cpu.cases()] == [(size, "float32") for size in ("XS", "S", "M", "G")]
+    assert on_cpu.asked.peers == [*train.PEERS]
+
+
+def test_on_a_gpu_a_comparison_that_fails_does_not_stop_the_others(gpu, monkeypatch, tmp_path, capsys):
+    """The second one; minilm alone is timed in the others."""
+    def compare(work, size, spec, names, *_):
+        if spec["compute"] == "float32":
+            raise UsageError("another result")
+        return [measuring.row_of(work, size, "-", np.ones(3), np.full(3, np.nan), 2**20, np.nan)]
+    monkeypatch.setattr(measuring, "compare", compare)
+    run = asked(monkeypatch, "--device", "gpu", "--sizes", "S", "--json", str(tmp_path / "results.json"))
+    for size, compute in run.cases():
+        run.compare("training step", size, compute, {}, ["minilm"], {}, 1)
+    assert run.finish("") == 1
+    printed = capsys.readouterr().out
+    assert "failed: training step, S, float32: another result" in printed
+    assert "| training step, bf16 | S | - | nan |" in printed
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert (row["ours_ms"], row["ours_mb"], row["time_ratio"], row["compute"]) == (1000, 1, None, "bfloat16")
+
+
+@pytest.mark.parametrize("theirs, allowed", [(1.0, True), (1.04, True), (1.06, False), (-1.0, False)])
+def test_gradients_in_bf16_are_compared_together_by_norm_and_numbers_by_themselves(theirs, allowed):
+    """One small gradient may be quite another; a wrong factor is found by the norm of all."""
+    def worker(name, factor, small=1.0, loss=2.0):
+        results = {"loss": np.array(loss), "w": factor * np.ones(100), "norm": small * np.ones(1) * 0.01}
+        return types.SimpleNamespace(name=name, results=results)
+    ours = worker("minilm", 1.0)
+    with contextlib.nullcontext() if allowed else pytest.raises(UsageError, match="gradients differ by"):
+        measuring.check_results(ours, worker("torch", theirs, small=-1.0), (0.05, 1e-3))
+    with pytest.raises(UsageError, match="loss differs by"):
+        measuring.check_results(ours, worker("torch", 1.0, loss=2.01), (0.05, 1e-3))
+
+
+def test_the_queue_is_empty_when_the_clock_is_read_and_a_turn_gives_the_mean_of_its_steps(monkeypatch):
+    events, clock = [], iter([10.0, 16.0])
+    library = types.SimpleNamespace(finish=lambda: events.append("finish"),
+                                    watching=lambda: contextlib.nullcontext(lambda: 7))
+    def read():
+        events.append("clock")
+        return next(clock)
+    monkeypatch.setattr(gpu_process.time, "perf_counter", read)
+    device = gpu_process.Gpu(library)
+    assert device.times(lambda: events.append("step"), 3) == [2.0] and device.peak() == 7
+    assert events == 3 * ["step"] + 2 * ["finish"] + ["clock"] + 3 * ["step"] + ["finish", "clock"]
+
+
+def test_the_names_of_cupy_that_the_benchmarks_add_to_the_mock_are_those_of_the_real_package():
+    real = pytest.importorskip("cupy", reason="needs CuPy, without a GPU: pip install cupy-cuda13x")
+    for name, mine in emulated_gpu.ADDED.items():
+        there = real
+        for part in name.split("."):
+            there = getattr(there, part)
+        if name == "cuda.runtime":
+            assert all(hasattr(there, member) for member in vars(mine))
+    assert {"malloc_postprocess", "__enter__", "__exit__", "name"} <= set(dir(real.cuda.MemoryHook))
+    assert {"used_bytes", "total_bytes", "free_all_blocks"} <= set(dir(real.cuda.MemoryPool))
+    from cupyx.profiler import benchmark
+    assert [*inspect.signature(emulated_gpu.benchmark).parameters] == [
+        name for name in inspect.signature(benchmark).parameters if name not in ("max_duration", "devices")]
+
+
+def test_pytorch_has_the_names_of_its_cuda_that_the_benchmarks_use():
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install torch")
+    for name in ("synchronize", "max_memory_allocated", "reset_peak_memory_stats", "is_available", "empty_cache"):
+        assert callable(getattr(torch.cuda, name))
+    assert torch.get_device_module("cuda") is torch.cuda
+    assert {"EFFICIENT_ATTENTION", "FLASH_ATTENTION", "CUDNN_ATTENTION", "MATH"} <= set(
+        torch.nn.attention.SDPBackend.__members__)

@@ -85,7 +85,7 @@ ADDED = {
     "cuda.Device.id": 0, "cuda.Device.synchronize": lambda self: finish_copies(),
     "random": types.SimpleNamespace(default_rng=Generator),
     "full": lambda shape, value, dtype: ndarray(np.full(shape, value, dtype)),
-    "copyto": lambda dst, src: np.copyto(backing(dst), backing(src)),
+    "copyto": lambda dst, src, where=True: np.copyto(backing(dst), backing(src), where=backing(where)),
     "from_dlpack": lambda array: ndarray(np.from_dlpack(array)),
     "ndarray.__dlpack__": lambda self, **options: self._backing.__dlpack__(**options),
     "ndarray.__dlpack_device__": lambda self: self._backing.__dlpack_device__(),

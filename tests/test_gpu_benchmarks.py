@@ -18,7 +18,7 @@ import gpu_measuring
 import gpu_process
 import measuring
 import objective_steps
-from bench import generate, objectives, train
+from bench import attention as bench_attention, generate, log_probs as bench_log_probs, objectives, train
 from benchmark import Benchmark
 from support.run_folder import UsageError
 
@@ -189,3 +189,59 @@ def test_pytorch_has_the_names_of_its_cuda_that_the_benchmarks_use():
     assert torch.get_device_module("cuda") is torch.cuda
     assert {"EFFICIENT_ATTENTION", "FLASH_ATTENTION", "CUDNN_ATTENTION", "MATH"} <= set(
         torch.nn.attention.SDPBackend.__members__)
+
+
+def kernels_report(script, monkeypatch, tmp_path, capsys, *options):
+    """(exit status, what is printed, the JSON) of attention.py or log_probs.py with the emulator as a GPU."""
+    monkeypatch.setattr(gpu_measuring, "copy_rate", lambda cupy: 1e9)
+    monkeypatch.setattr(gpu_measuring, "product_rate", lambda cupy, dtype=None: 1e12)
+    path = tmp_path / "times.json"
+    monkeypatch.setattr(sys, "argv", ["bench", *options, "--json", str(path)])
+    status = script.main()
+    return status, capsys.readouterr().out, json.loads(path.read_text())
+
+
+def test_attention_is_timed_in_both_precisions_against_the_kernels_of_pytorch_that_run(
+        gpu, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torch", reason="needs PyTorch: pip install torch")
+    for name, value in (("B", 1), ("H", 2), ("G", 2), ("K", 32)):
+        monkeypatch.setattr(bench_attention, name, value)
+    status, printed, found = kernels_report(bench_attention, monkeypatch, tmp_path, capsys, "--lengths", "70")
+    assert status == 0, printed
+    assert "torch, efficient_attention: does not run here, skipped (RuntimeError" in printed
+    tables = {table: [row["name"] for row in found["rows"] if row["table"] == table]
+              for table in dict.fromkeys(row["table"] for row in found["rows"])}
+    bf16 = "T = 70, bf16 (the share is of a product in float16)"
+    assert tables == {**dict.fromkeys(("T = 70, forward", "T = 70, backward"), ["minilm", "plain CuPy", "torch, math"]),
+                      **dict.fromkeys((f"{bf16}, forward", f"{bf16}, backward"),
+                                      ["minilm, bf16", "torch, bf16, flash_attention"])}
+    assert "minilm, bf16: " in printed and " of the speed of torch, bf16, flash_attention" in printed
+    assert found["machine"].startswith("the emulator") and all(min(row["seconds"]) > 0 for row in found["rows"])
+
+
+def test_log_probs_are_timed_with_and_without_the_product(gpu, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torch", reason="needs PyTorch: pip install torch")
+    monkeypatch.setattr(bench_log_probs, "N", 9)
+    monkeypatch.setattr(bench_log_probs, "D", 16)
+    status, printed, found = kernels_report(bench_log_probs, monkeypatch, tmp_path, capsys, "--vocabularies", "65")
+    assert status == 0, printed
+    assert [row["name"] for row in found["rows"]] == 2 * ["minilm", "plain CuPy", "torch"] + 2 * ["minilm", "torch"]
+
+
+def test_the_rates_of_a_copy_and_a_product_are_measured(gpu, monkeypatch):
+    """With smaller arrays than on a GPU."""
+    real = np.ones
+    monkeypatch.setattr(gpu, "ones", lambda n, dtype: emulated_gpu.ndarray(real(100, dtype)), raising=False)
+    normal = emulated_gpu.Generator.standard_normal
+    monkeypatch.setattr(emulated_gpu.Generator, "standard_normal",
+                        lambda self, size, dtype: normal(self, (3, 3), dtype))
+    assert min(gpu_measuring.ceilings(gpu)) > 0 and gpu_measuring.product_rate(gpu, np.float16) > 0
+
+
+def test_results_that_differ_are_named_and_the_other_tables_are_made(gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_log_probs, "N", 9)
+    monkeypatch.setattr(bench_log_probs, "D", 16)
+    monkeypatch.setattr(bench_log_probs, "TOLERANCE", 0.0)
+    status, printed, found = kernels_report(bench_log_probs, monkeypatch, tmp_path, capsys, "--vocabularies", "65")
+    assert status == 1 and "failed: V = 65, from logits: plain CuPy: result" in printed
+    assert any("bf16" in row["table"] for row in found["rows"])

@@ -4,7 +4,8 @@
 
 Without a GPU it prints the bytes moved, from the formula that the tests compare with the emulator's count, beside
 those of attention with a matrix of scores and the least possible. The plan of the tiles is made before the timing,
-because a model makes one for all its layers. On a GPU of sm_80 or later it also times bf16 on tensor cores.
+because a model makes one for all its layers. On a GPU of sm_80 or later it also times bf16 on tensor cores, against
+PyTorch's FlashAttention-2, cuDNN and memory-efficient attention. --json writes the times to a file.
 """
 
 import functools
@@ -112,44 +113,48 @@ def installed_torch():
     return True
 
 
-def time_on(cupy, T, ceiling):
+def time_on(report, T):
+    cupy = report.cupy
     rng = cupy.random.default_rng(0)
-    q, k, v, do = arrays = [rng.standard_normal((B, heads, T, K), dtype=cupy.float32) for heads in (H, G, G, H)]
+    q, k, v, do = arrays = [rng.standard_normal((B, heads, T, K), dtype=np.float32) for heads in (H, G, G, H)]
     plan = attention.batch_plan(cupy, q.shape, k.shape, True)
+    with_torch = installed_torch()
     peers = {"minilm": functools.partial(ours, *arrays, plan), "plain CuPy": functools.partial(plain, *arrays)}
-    if installed_torch():
-        peers |= {f"torch, {backend.lower()}": pytorch(backend, *arrays)
-                  for backend in ("EFFICIENT_ATTENTION", "MATH")}
-    compare(cupy, f"T = {T}", peers, TOLERANCE, T, ceiling, traffic(T))
+    if with_torch:
+        peers |= {f"torch, {backend.lower()}": pytorch(backend, *arrays) for backend in ("EFFICIENT_ATTENTION", "MATH")}
+    compare(report, f"T = {T}", peers, TOLERANCE, T, traffic(T))
     if int(cupy.cuda.Device().compute_capability) < 80:
         print("\nbf16: needs a device of sm_80 or later")
         return
     bits = [cupy.asarray(to_bf16(a.get())) for a in arrays]
     peers = {"minilm, bf16": functools.partial(ours_bf16, *bits, plan)}
-    if installed_torch():
+    if with_torch:
         peers |= {f"torch, bf16, {backend.lower()}": pytorch_bf16(backend, *bits)
-                  for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION")}
-    compare(cupy, f"T = {T}, bf16 (the share is of a product in float16)", peers, BF16_TOLERANCE, T,
-            (ceiling[0], measuring.product_rate(cupy, cupy.float16)))
+                  for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")}
+    compare(report, f"T = {T}, bf16 (the share is of a product in float16)", peers, BF16_TOLERANCE, T,
+            peak=measuring.product_rate(cupy, np.float16))
 
 
-def compare(cupy, title, peers, tolerance, T, ceiling, moved=None):
+def compare(report, title, peers, tolerance, T, moved=None, peak=None):
     """Tables of those {name: call} that agree, forward and backward."""
-    peers = measuring.those_that_agree(cupy, peers, both, tolerance)
-    pairs = 2 * B * H * K * T * (T + 1) // 2          # operations of one product of the causal half
-    for direction, products in (("forward", 2), ("backward", 5)):
-        print(f"\n{title}, {direction}\n\n{measuring.HEADER}")
-        for name, call in peers.items():
-            timed = call if direction == "forward" else call()[1]
-            bytes_moved = moved[direction][0] if moved and name == "minilm" else None
-            extra = None if name.startswith("torch") else measuring.extra_bytes(cupy, timed)
-            line = measuring.row(name, measuring.seconds(timed), bytes_moved, products * pairs, extra, ceiling)
-            print(line, flush=True)
+    with report.attempt(title):
+        peers = measuring.those_that_agree(report.cupy, peers, both, tolerance)
+        products = operations(T)
+        report.compare(f"{title}, forward", peers, lambda call: call, moved and moved["forward"][0],
+                       products["forward"], peak)
+        report.compare(f"{title}, backward", peers, lambda call: call()[1], moved and moved["backward"][0],
+                       products["backward"], peak)
+
+
+def operations(T, B=B, H=H, K=K):
+    """Floating-point operations of the products over the causal half: two forward, five backward."""
+    product = 2 * B * H * K * T * (T + 1) // 2
+    return {"forward": 2 * product, "backward": 5 * product}
 
 
 def main():
-    measuring.main(__doc__.partition("\n")[0], "--lengths", "128,256,512,1024,2048,4096,8192", print_traffic, time_on,
-                   "attention,attention_bf16,decode")
+    return measuring.main(__doc__.partition("\n")[0], "--lengths", "128,256,512,1024,2048,4096,8192", print_traffic,
+                          time_on, "attention,attention_bf16,decode")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Benchmark:
         print(self.machine, flush=True)
 
     def _choose(self, gpu):
-        """Put the default of a GPU in the place of the default of a CPU, and refuse what a GPU does not run."""
+        """Put the defaults of a GPU in the place of those of a CPU. Raises UsageError for a peer without a GPU mode."""
         for kind in ("sizes", "peers", "works"):
             if kind in gpu and getattr(self.asked, kind) == self.asked.usual[kind]:
                 setattr(self.asked, kind, gpu[kind])

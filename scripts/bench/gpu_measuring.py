@@ -6,18 +6,23 @@ Memory is the growth of CuPy's memory pool during a call, outputs included; it i
 their own. Two ceilings are measured: bytes per second of a copy, operations per second of a cuBLAS matrix product.
 """
 
+import contextlib
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from minilm import checkpoint
+
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
-from support.command_line import Parser, wholes  # noqa: E402
+from support.command_line import Parser, output_file, wholes  # noqa: E402
 
 REPEATS = 50
 WARM_UP = 5
+LIBRARIES = ("torch", "Liger")      # how the names of peers that are no code of this repository begin
 MOST = 1 << 20           # for a larger size even the bytes take long to count
 
 
@@ -97,21 +102,25 @@ def copy_rate(cupy):
 
 
 def product_rate(cupy, dtype=np.float32):
-    """Operations per second of a matrix product of width 8192; in float16 by tensor cores, as fast as in bf16."""
-    x = cupy.ones((8192, 8192), dtype)
+    """Operations per second of a matrix product of width 8192; in float16 by tensor cores, as fast as in bf16.
+
+    The numbers are random: a product of constant ones takes less power, and so less time.
+    """
+    x = cupy.random.default_rng(0).standard_normal((8192, 8192), dtype=np.float32).astype(dtype)
     return 2 * 8192 ** 3 / seconds(lambda: x @ x)[0]
 
 
 def those_that_agree(cupy, peers, results_of, tolerance):
-    """The entries of {name: peer} that fit the memory of the device. Prints the names of the others.
+    """The entries of {name: peer} that fit the memory of the device. Prints the names of the others, and of peers that
+    do not run there.
 
-    results_of(peer) gives arrays of CuPy or PyTorch. Raises ValueError if one differs from that of the first peer by
-    more than the tolerance, relative to its largest entry.
+    The first peer is minilm's. results_of(peer) gives arrays of CuPy or PyTorch. Raises ValueError if one differs from
+    that of the first peer by more than the tolerance, relative to its largest entry.
     """
     reference = None
     fitting = {}
     for name, peer in peers.items():
-        if (results := _if_it_fits(name, lambda: results_of(peer))) is not None:
+        if (results := _if_it_runs(name, lambda: results_of(peer))) is not None:
             results = [cupy.from_dlpack(a.detach()) if hasattr(a, "detach") else a for a in results]
             reference = reference or results
             for i, (a, b) in enumerate(zip(reference, results, strict=True)):
@@ -125,13 +134,18 @@ def those_that_agree(cupy, peers, results_of, tolerance):
     return fitting
 
 
-def _if_it_fits(name, call):
+def _if_it_runs(name, call):
+    """call(), or None with a line that says why: out of memory, or any error of another library, such as PyTorch's for
+    a kernel that it does not have for this device."""
     try:
         return call()
     except Exception as error:                  # CuPy and PyTorch each have their own class
-        if "OutOfMemory" not in type(error).__name__:
+        if "OutOfMemory" in type(error).__name__:
+            print(f"{name}: does not fit this device")
+        elif name.startswith(LIBRARIES):
+            print(f"{name}: does not run here, skipped ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
+        else:
             raise
-        print(f"{name}: does not fit this device")
         return None
 
 
@@ -156,21 +170,69 @@ HEADER = ("| | time [quartiles] | bytes/s, share of a copy's | operations/s, sha
           "|---|---|---|---|---|")
 
 
+class Report:
+    """The tables of a benchmark of kernels. rows: what they hold, for --json."""
+
+    def __init__(self, cupy, ceiling):
+        self.cupy = cupy
+        self.ceiling = ceiling
+        self.rows = []
+        self.failed = 0
+
+    def compare(self, title, peers, of_peer, bytes_moved, operations, peak=None):
+        """Time of_peer(peer), a function, for each {name: peer}; print a table, and the speed of the first, minilm, in
+        shares of the others'.
+
+        bytes_moved: by minilm, or None; peak: operations per second of a product, if not float32's.
+        """
+        print(f"\n{title}\n\n{HEADER}")
+        mine = []
+        for name, peer in peers.items():
+            call = of_peer(peer)                # one at a time: it may hold much memory
+            time = seconds(call)
+            extra = None if name.startswith(LIBRARIES) else extra_bytes(self.cupy, call)
+            moved = None if mine else bytes_moved
+            print(row(name, time, moved, operations, extra, (self.ceiling[0], peak or self.ceiling[1])), flush=True)
+            call = None
+            mine.append({"table": title, "name": name, "seconds": list(map(float, time)), "bytes": moved,
+                         "operations": operations})
+        for other in mine[1:]:
+            share = other["seconds"][0] / mine[0]["seconds"][0]
+            print(f"{mine[0]['name']}: {share:.2f} of the speed of {other['name']}", flush=True)
+        self.rows += mine
+
+    @contextlib.contextmanager
+    def attempt(self, title):
+        """Around the comparison of one table: results that differ are named, and the other tables are made."""
+        try:
+            yield
+        except ValueError as error:
+            self.failed += 1
+            print(f"failed: {title}: {error}", flush=True)
+
+
 def main(description, option, default, print_traffic, time_on, modules):
-    """A benchmark of kernels: print_traffic(sizes), and on a GPU time_on(cupy, size, ceilings).
+    """A benchmark of kernels: print_traffic(sizes), and on a GPU time_on(report, size). Returns the exit status.
 
     option: the name of the option that gives the sizes; modules: of minilm.kernels, with commas.
     """
     parser = Parser(description)
     parser.add_argument(option, dest="sizes", metavar="N,N", type=wholes(1, MOST), default=default,
                         help="with commas (default: %(default)s)")
-    sizes = parser.parse_args().sizes
-    print_traffic(sizes)
+    parser.add_argument("--json", metavar="FILE", type=output_file, help="write machine and times there, on a GPU")
+    asked = parser.parse_args()
+    print_traffic(asked.sizes)
     cupy, reason = gpu()
     if cupy is None:
         not_timed(reason, modules)
-        return
+        return 0
     ceiling = ceilings(cupy)
-    print(f"\n{machine(cupy)}; a copy {ceiling[0] / 1e9:.0f} GB/s, a product {ceiling[1] / 1e12:.1f} TFLOP/s")
-    for size in sizes:
-        time_on(cupy, size, ceiling)
+    here = machine(cupy)
+    print(f"\n{here}; a copy {ceiling[0] / 1e9:.0f} GB/s, a product {ceiling[1] / 1e12:.1f} TFLOP/s")
+    report = Report(cupy, ceiling)
+    for size in asked.sizes:
+        time_on(report, size)
+    if asked.json:
+        checkpoint.write_text(asked.json, json.dumps({"machine": here, "copy": ceiling[0], "product": ceiling[1],
+                                                      "rows": report.rows}, indent=1) + "\n")
+    return int(report.failed > 0)

@@ -4,7 +4,8 @@
 
 From logits (N,V), forward and backward; and fused with the product hidden (N,D) times unembedding that gives the
 logits. Without a GPU it prints the bytes moved, from the formula that the tests compare with the emulator's count,
-beside those of one operation at a time and the least possible.
+beside those of one operation at a time and the least possible. On a GPU of sm_80 or later the fused form is also timed
+in bf16. --json writes the times to a file.
 """
 
 import sys
@@ -18,6 +19,8 @@ from support.run_folder import main_guard
 N = 4096
 D = 768
 TOLERANCE = 1e-4
+BF16_TOLERANCE = 3e-2
+BF16 = ", bf16 (the share is of a product in float16)"
 
 
 def traffic(V, N=N, dtype="float32"):
@@ -41,8 +44,8 @@ def print_traffic(vocabularies):
 def from_logits(cupy, V):
     """{peer: call() -> log-probs, backward()}"""
     rng = cupy.random.default_rng(0)
-    logits = rng.standard_normal((N, V), dtype=cupy.float32)
-    dy = rng.standard_normal(N, dtype=cupy.float32)
+    logits = rng.standard_normal((N, V), dtype=np.float32)
+    dy = rng.standard_normal(N, dtype=np.float32)
     targets = rng.integers(0, V, N)
 
     def ours():
@@ -77,41 +80,45 @@ def from_logits(cupy, V):
     return peers
 
 
-def from_hidden(cupy, V):
-    """{peer: call()}: the mean loss and its gradients from hidden states, as in training."""
+def from_hidden(cupy, V, bf16=False):
+    """{peer: call()}: the mean loss and its gradients from hidden states, as in training.
+
+    bf16: products of matrices rounded to bf16, as in mixed precision; Liger gets matrices of bf16.
+    """
     rng = cupy.random.default_rng(1)
-    hidden = rng.standard_normal((N, D), dtype=cupy.float32)
-    unembedding = rng.standard_normal((V, D), dtype=cupy.float32) * cupy.float32(D ** -0.5)
+    hidden = rng.standard_normal((N, D), dtype=np.float32)
+    unembedding = rng.standard_normal((V, D), dtype=np.float32) * np.float32(D ** -0.5)
     targets = rng.integers(0, V, N)
-    dy = cupy.full(N, -1 / N, cupy.float32)
+    dy = cupy.full(N, -1 / N, np.float32)
 
     def ours():
-        _, lse, _, logits = log_probs.linear_forward(hidden, unembedding, targets)
-        return log_probs.linear_backward(hidden, unembedding, targets, lse, dy, logits)
+        _, lse, _, logits = log_probs.linear_forward(hidden, unembedding, targets, bf16=bf16)
+        return log_probs.linear_backward(hidden, unembedding, targets, lse, dy, logits, bf16=bf16)
 
-    def pytorch(loss):
+    def theirs(loss, of_bf16=False):
         import torch
-        leaves = [torch.from_dlpack(a).detach().requires_grad_() for a in (hidden, unembedding)]
+        leaves = [torch.from_dlpack(a).detach() for a in (hidden, unembedding)]
+        leaves = [(a.bfloat16() if of_bf16 else a).requires_grad_() for a in leaves]
         their_targets = torch.from_dlpack(targets)
-        return lambda: torch.autograd.grad(loss(*leaves, their_targets), leaves)
+
+        def call():
+            with torch.autocast(leaves[0].device.type, torch.bfloat16, enabled=bf16 and not of_bf16):
+                value = loss(*leaves, their_targets)
+            return [gradient.float() for gradient in torch.autograd.grad(value, leaves)]
+        return call
 
     peers = {"minilm": ours}
     try:
         import torch
-        peers["torch"] = pytorch(lambda h, u, y: torch.nn.functional.cross_entropy(h @ u.T, y))
+        peers["torch"] = theirs(lambda h, u, y: torch.nn.functional.cross_entropy(h @ u.T, y))
     except ImportError:
         print("PyTorch: not installed, skipped")
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-        peers["Liger"] = pytorch(lambda h, u, y: LigerFusedLinearCrossEntropyLoss()(u, h, y))
+        peers["Liger"] = theirs(lambda h, u, y: LigerFusedLinearCrossEntropyLoss()(u, h, y), bf16)
     except ImportError:
         print("Liger: not installed, skipped (pip install liger-kernel)")
     return peers
-
-
-def extra(cupy, name, call):
-    """The bytes that a call takes from CuPy's pool; None for a library with another pool."""
-    return measuring.extra_bytes(cupy, call) if name in ("minilm", "plain CuPy") else None
 
 
 def both(call):
@@ -120,26 +127,26 @@ def both(call):
     return found, backward()
 
 
-def time_on(cupy, V, ceiling):
-    peers = from_logits(cupy, V)
+def time_on(report, V):
     moved = traffic(V)
-    peers = measuring.those_that_agree(cupy, peers, both, TOLERANCE)
-    for direction in moved:
-        print(f"\nV = {V}, from logits, {direction}\n\n{measuring.HEADER}")
-        for name, call in peers.items():
-            timed = call if direction == "forward" else call()[1]
-            print(measuring.row(name, measuring.seconds(timed), moved[direction][0] if name == "minilm" else None, None,
-                                extra(cupy, name, timed), ceiling), flush=True)
-    peers = measuring.those_that_agree(cupy, from_hidden(cupy, V), lambda call: call(), TOLERANCE)
-    print(f"\nV = {V}, with the product, forward and backward\n\n{measuring.HEADER}")
-    for name, call in peers.items():
-        line = measuring.row(name, measuring.seconds(call), None, 6 * N * V * D, extra(cupy, name, call), ceiling)
-        print(line, flush=True)
+    title = f"V = {V}, from logits"
+    with report.attempt(title):
+        peers = measuring.those_that_agree(report.cupy, from_logits(report.cupy, V), both, TOLERANCE)
+        report.compare(f"{title}, forward", peers, lambda call: call, moved["forward"][0], None)
+        report.compare(f"{title}, backward", peers, lambda call: call()[1], moved["backward"][0], None)
+    peers = None                        # with their logits
+    for bf16 in (False, True) if int(report.cupy.cuda.Device().compute_capability) >= 80 else (False,):
+        title = f"V = {V}, with the product, forward and backward{BF16 if bf16 else ''}"
+        with report.attempt(title):
+            peers = measuring.those_that_agree(report.cupy, from_hidden(report.cupy, V, bf16), lambda call: call(),
+                                               BF16_TOLERANCE if bf16 else TOLERANCE)
+            report.compare(title, peers, lambda call: call, None, 6 * N * V * D,
+                           measuring.product_rate(report.cupy, np.float16) if bf16 else None)
 
 
 def main():
-    measuring.main(__doc__.partition("\n")[0], "--vocabularies", "4096,50257,151936", print_traffic, time_on,
-                   "log_probs")
+    return measuring.main(__doc__.partition("\n")[0], "--vocabularies", "4096,50257,151936", print_traffic, time_on,
+                          "log_probs")
 
 
 if __name__ == "__main__":

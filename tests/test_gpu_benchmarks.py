@@ -114,7 +114,7 @@ def asked(monkeypatch, *options):
 
 def test_a_gpu_has_its_own_sizes_and_peers_unless_others_are_named(gpu, monkeypatch):
     usual = asked(monkeypatch, "--device", "gpu")
-    assert [*usual.cases()] == [(size, compute) for size in ("S", "124M") for compute in ("float32", "bfloat16")]
+    assert [*usual.cases()] == [(size, compute) for size in ("S", "G8x1024") for compute in ("float32", "bfloat16")]
     assert usual.asked.peers == ["torch"]
     named = asked(monkeypatch, "--device", "gpu", "--sizes", "M", "--peers", "compile", "--compute", "bfloat16")
     assert [*named.cases()] == [("M", "bfloat16")] and named.asked.peers == ["compile"]

@@ -57,8 +57,8 @@ def blas_threads(count):
 
 #        V, D, L, H, T, B
 SIZES = {"XS": (128, 64, 2, 4, 64, 16), "S": (512, 128, 4, 4, 128, 16), "M": (4096, 384, 6, 6, 256, 4),
-         "G": (50257, 768, 12, 12, 256, 2), "tiny": (64, 64, 2, 2, 16, 2), "124M": (50257, 768, 12, 12, 1024, 8)}
-UNASKED = ["tiny", "124M"]      # run only if named: for the tests, and as large as a GPU needs
+         "G": (50257, 768, 12, 12, 256, 2), "tiny": (64, 64, 2, 2, 16, 2), "G8x1024": (50257, 768, 12, 12, 1024, 8)}
+UNASKED = ["tiny", "G8x1024"]      # run only if named: for the tests, and as large as a GPU needs
 SMOLLM2 = {"vocab_size": 49152, "width": 576, "layers": 30, "heads": 9, "kv_heads": 3, "ffn_width": 1536,
            "rope_base": 1e5, "norm_eps": 1e-5}          # the Config of SmolLM2-135M
 

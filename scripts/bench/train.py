@@ -1,7 +1,7 @@
 """A training step of the same transformer: minilm against PyTorch, torch.compile and HIPS autograd.
 
     python scripts/bench/train.py [--sizes XS,S] [--peers torch,compile] [--csv FILE] [--figure FILE]
-    python scripts/bench/train.py --device gpu [--sizes 124M] [--compute bfloat16] [--json FILE]
+    python scripts/bench/train.py --device gpu [--sizes G8x1024] [--compute bfloat16] [--json FILE]
 
 A step is forward, backward, clipping of the gradient's norm, and AdamW, on B windows of T random tokens, in float32.
 `autograd` is HIPS autograd with the same formulas in its NumPy; in `autograd-tuned` glibc also keeps freed memory. A
@@ -22,7 +22,7 @@ from support.run_folder import main_guard
 
 WORKER = library_process.asked()
 PEERS = {"torch": "torch", "compile": "torch", "autograd": "autograd", "autograd-tuned": "autograd"}
-GPU = {"sizes": ["S", "124M"], "peers": ["torch"], "possible": ["torch", "compile"]}
+GPU = {"sizes": ["S", "G8x1024"], "peers": ["torch"], "possible": ["torch", "compile"]}
 # Of gradients in float32, relative to the largest entry; in bf16 of all gradients by norm, and of single numbers.
 TOLERANCE = {"float32": 2e-3, "bfloat16": (0.1, 0.01)}
 OPTIMISER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}

@@ -203,6 +203,8 @@ PARTS = {
     "counts": Part("tests/README.md", "1 s", counts, cheap=True),
     "golden": Part("tests/golden/README.md", "1 s", golden_cases, cheap=True),
     "bytes": Part("kernels/README.md", "5 s", commands=("scripts/bench/attention.py",), cheap=True),
+    "bounds": Part("kernels/README.md", "1 s; measured figures from scripts/bench/measured/",
+                   commands=("scripts/dev/kernel_bounds.py",), cheap=True),
     "assistant": Part("README.md", "12 min", commands=(*ASSISTANT, "scripts/support/figures.py runs/a runs/b runs/c"),
                       figure=("runs/a/reward_against_kl.png", "scripts/support/reward_against_kl.png")),
     "bench": Part("scripts/bench/README.md", "40 min, on an idle machine",
@@ -226,7 +228,8 @@ PARTS = {
                                                   "scripts/lecture/all.py --readme runs/claims")),
     "vectors": Part("", "2 s", commands=("scripts/dev/golden.py",)),
 }
-COMMANDS = {"bytes": "scripts/bench/attention.py", "assistant": "scripts/support/figures.py runs/a runs/b runs/c",
+COMMANDS = {"bytes": "scripts/bench/attention.py", "bounds": "scripts/dev/kernel_bounds.py",
+            "assistant": "scripts/support/figures.py runs/a runs/b runs/c",
             "bench": "scripts/bench/table.py runs/bench --print", "tricks": "scripts/bench/tricks.py",
             "bandwidth": "scripts/bench/bandwidth.py",
             "align": "scripts/bench/align.py --works dpo,dpo-adapters,sampling --threads 2 --rounds 3",

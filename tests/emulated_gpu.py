@@ -67,7 +67,7 @@ class Generator:
         return ndarray(self.generator.integers(low, high, size))
 
 
-def benchmark(func, args=(), kwargs={}, n_repeat=10000, *, name=None, n_warmup=10):  # noqa: B006 (as CuPy's)
+def benchmark(func, args=(), kwargs=None, n_repeat=10000, *, name=None, n_warmup=10, max_duration=np.inf):
     times = []
     for _ in range(2):
         began = time.perf_counter()

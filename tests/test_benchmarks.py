@@ -72,6 +72,13 @@ def row(**figures):
             **figures}
 
 
+def test_a_row_has_the_ratios_within_rounds_and_the_medians_of_each_library():
+    found = measuring.row_of("step", "S", "torch", np.array([1.0, 2.0, 6.0]), np.array([2.0, 8.0, 8.0]), 2**20, 2**22)
+    assert (found["time_ratio_low"], found["time_ratio"], found["time_ratio_high"]) == (0.375, 0.5, 0.625)
+    assert (found["ours_ms"], found["theirs_ms"]) == (2000.0, 8000.0)
+    assert (found["ours_mb"], found["theirs_mb"], found["memory_ratio"]) == (1.0, 4.0, 0.25)
+
+
 def test_the_csv_has_its_header_and_plain_numbers(tmp_path):
     measuring.write_csv(tmp_path / "ratios.csv", [row(), row(peer="compile", time_ratio=1.25)])
     assert (tmp_path / "ratios.csv").read_text().splitlines() == [

@@ -30,6 +30,7 @@ def test_its_syntax_is_right_and_the_programs_in_it_compile():
 
 def test_every_file_in_it_exists():
     names = re.findall(r"\bscripts/\w+(?:/\w+)*\.py\b", TEXT)
+    names += [f"scripts/bench/{name}.py" for name in re.findall(r"^    timed (\w+)", TEXT, re.MULTILINE)]
     names += [f"tests/test_{name}.py" for name in re.search(r"for name in (.*); do", TEXT)[1].split()]
     assert len(names) >= 11 and not [name for name in names if not (ROOT / name).exists()]
 
@@ -41,6 +42,13 @@ def test_every_test_file_with_tests_for_a_gpu_is_run():
         text = path.read_text("utf-8")
         if re.search(r"^def test_.*\(.*\bxp\b|mark\.gpu", text, re.MULTILINE) and path.name != Path(__file__).name:
             assert path.stem.removeprefix("test_") in listed, path.name
+
+
+def test_every_test_file_that_is_run_has_tests_for_a_gpu():
+    """pytest -m gpu ends with status 5 if it finds none."""
+    for name in re.search(r"for name in (.*); do", TEXT)[1].split():
+        text = (ROOT / "tests" / f"test_{name}.py").read_text("utf-8")
+        assert re.search(r"^def .*\(.*\bxp\b|mark\.gpu", text, re.MULTILINE), name
 
 
 def test_the_sanitizer_runs_the_examples_with_sizes_that_they_have():
@@ -59,6 +67,7 @@ def test_no_parts_is_a_success_and_a_failed_part_sets_the_status(tmp_path):
 
 
 @pytest.mark.parametrize("settings, words", [({"PARTS": "nosuch"}, "no part nosuch"), ({"LIMIT": "x"}, "LIMIT=x"),
+                                             ({"JOBS": "0"}, "JOBS=0"),
                                              ({"LIMIT": "-1"}, "LIMIT=-1"), ({"OUT": "/dev/null/logs"}, "OUT=")])
 def test_a_wrong_setting_is_one_line_of_error(tmp_path, settings, words):
     done = subprocess.run(["bash", SCRIPT], capture_output=True, text=True, timeout=60,

@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for s
 from support.command_line import Parser, output_file, wholes  # noqa: E402
 
 REPEATS = 50
+MOST_SECONDS = 3         # of the timed calls; then fewer are made
 WARM_UP = 5
 LIBRARIES = ("torch", "Liger")      # how the names of peers that are no code of this repository begin
 MOST = 1 << 20           # for a larger size even the bytes take long to count
@@ -73,7 +74,7 @@ def driver():
 def seconds(call):
     """Median and quartiles of the time of call() on the device."""
     from cupyx.profiler import benchmark
-    times = benchmark(call, name="", n_repeat=REPEATS, n_warmup=WARM_UP).gpu_times[0]
+    times = benchmark(call, name="", n_repeat=REPEATS, n_warmup=WARM_UP, max_duration=MOST_SECONDS).gpu_times[0]
     return np.quantile(times, [0.5, 0.25, 0.75])
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The checks of the CUDA kernels on a machine with a GPU: tests, sanitizers, a short training run, benchmarks.
 #
-#   bash scripts/dev/gpu_check.sh                               all parts, in at most LIMIT seconds (default 900)
-#   PARTS="env tests" LIMIT=300 bash scripts/dev/gpu_check.sh   some parts
+#   bash scripts/dev/gpu_check.sh                               all parts, in at most LIMIT seconds (default 460)
+#   PARTS="bench step" LIMIT=300 bash scripts/dev/gpu_check.sh  some parts
 #   OUT=folder bash scripts/dev/gpu_check.sh                    where the logs go (default runs/gpu_check)
+#   JOBS=4 bash scripts/dev/gpu_check.sh                        tests and sanitizers at once (default 6)
 #   PYTHON=python3 bash scripts/dev/gpu_check.sh                use this Python, which has CuPy and the test packages
 #
 # Parts, in this order:
@@ -13,19 +14,25 @@
 #   sanitizer   compute-sanitizer (memcheck, racecheck, synccheck, initcheck) on every kernel, if it is installed
 #   assistant   all training stages on the GPU, scripts/assistant.py --scale 0.05
 #   bench       the time of the kernels against PyTorch, Liger and plain CuPy (those that are installed)
+#   step        training steps against PyTorch, steps of DPO and RLOO against TRL, sampling (those that are installed)
 #   report      registers, spills and occupancy of every kernel for the architecture of this device
 #
-# A part that fails or runs out of time does not stop the others. The summary is printed last. Exit status 1 if a part
-# failed, 2 with one line of error if a part or LIMIT is wrong. The settings of the device are not changed.
+# tests, sanitizer and assistant run at once, and end after 170 s, or after all of LIMIT if nothing is timed; bench and
+# step run alone, because they are timed. Their results are also in OUT as JSON; those of bench belong into
+# scripts/bench/measured/ (see scripts/dev/kernel_bounds.py). A part that fails or runs out of time does not stop the
+# others. The summary is printed last. Exit status 1 if a part failed, 2 with one line of error if a part or a number is
+# wrong. The settings of the device are not changed.
 set -u
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-runs/gpu_check}
-LIMIT=${LIMIT:-900}
-ALL="install env tests sanitizer assistant bench report"
+LIMIT=${LIMIT:-460}
+JOBS=${JOBS:-6}
+ALL="install env tests sanitizer assistant bench step report"
 PARTS=${PARTS-$ALL}
 fail() { echo "error: $1" >&2; exit 2; }
-[ $# = 0 ] || fail "$*: no arguments, but the variables PARTS, LIMIT, OUT and PYTHON; see the first lines of this script"
+[ $# = 0 ] || fail "$*: no arguments, but the variables PARTS, LIMIT, OUT, JOBS and PYTHON; see the first lines of this script"
 [[ $LIMIT =~ ^[0-9]{1,6}$ ]] || fail "LIMIT=$LIMIT must be a whole number of seconds"
+[[ $JOBS =~ ^[1-9][0-9]?$ ]] || fail "JOBS=$JOBS must be a whole number from 1 to 99"
 for part in $PARTS; do [[ " $ALL " = *" $part "* ]] || fail "PARTS: no part $part; there are $ALL"; done
 mkdir -p "$OUT" 2>/dev/null && OUT=$(cd "$OUT" && pwd) || fail "OUT=$OUT cannot be a folder for the logs"
 work=$(mktemp -d)
@@ -51,6 +58,15 @@ check() {
     # Without a GPU the tests are skipped and the benchmarks only count bytes: neither is a success here.
     [ $status = 0 ] && grep -qE "^Not timed|[0-9]+ skipped" "$OUT/$name.log" && outcome="FAILED, needs a GPU: see $name.log"
     echo "$name: $outcome, $((SECONDS - began)) s" | tee -a "$summary"
+}
+
+# together NAME SECONDS COMMAND...: check in the background, at most JOBS at once, until the deadline of these parts.
+together() {
+    local left name=$1 most=$2
+    shift 2
+    while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done
+    left=$((deadline - SECONDS))
+    check "$name" $((most < left ? most : left)) "$@" &
 }
 
 if wanted install && [ -z "${PYTHON:-}" ]; then
@@ -106,35 +122,52 @@ cupy.cuda.Device().synchronize()
 PROGRAM
 
 wanted env && check env 60 "$python" "$work/env.py"
+deadline=$LIMIT
+if wanted bench || wanted step; then deadline=$((SECONDS + 170)); fi
+wanted assistant && together assistant 300 "$python" scripts/assistant.py --device gpu --scale 0.05 --out "$work/assistant"
 if wanted tests; then
-    for name in emulator_against_gpu tensor_cores attention_kernel attention_bf16 decode_kernel log_probs_kernel sampling_kernel fused_kernels fused_bf16 gemm sums_by_index launch_limits late mixed_precision device; do
-        check "test_$name" 300 "$python" -m pytest -m gpu -q -rs --maxfail 20 --tb short -p no:cacheprovider \
+    for name in emulator_against_gpu attention_kernel attention_bf16 decode_kernel log_probs_kernel sampling_kernel fused_kernels fused_bf16 gemm sums_by_index launch_limits late mixed_precision device; do
+        together "test_$name" 300 "$python" -m pytest -m gpu -q -rs --maxfail 20 --tb short -p no:cacheprovider \
             "tests/test_$name.py"
     done
 fi
 if wanted sanitizer; then
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck synccheck initcheck; do
-            check "$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" "$work/sanitized.py"
+            together "$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" "$work/sanitized.py"
         done
     else
         echo "sanitizer: not run, compute-sanitizer is not installed" | tee -a "$summary"
     fi
 fi
-wanted assistant && check assistant 300 "$python" scripts/assistant.py --device gpu --scale 0.05 --out "$work/assistant"
+wait
+timed() { check "$1" "$2" "$python" "scripts/bench/$1.py" --device gpu --rounds 5 --json "$OUT/$1.json" "${@:3}"; }
 if wanted bench; then
-    check bench_attention 120 "$python" scripts/bench/attention.py --lengths 512,2048,8192
-    check bench_log_probs 120 "$python" scripts/bench/log_probs.py --vocabularies 4096,50257
+    check attention 60 "$python" scripts/bench/attention.py --lengths 2048,8192 --json "$OUT/attention.json"
+    check log_probs 60 "$python" scripts/bench/log_probs.py --vocabularies 50257 --json "$OUT/log_probs.json"
+fi
+if wanted step; then
+    timed train 120
+    timed objectives 150 --works dpo,rloo --compute bfloat16
+    timed generate 90 --sizes B32
 fi
 if wanted report; then
     arch=$(sed -n 's/.*compute capability \([0-9]*\)\.\([0-9]\).*/\1\2/p' "$OUT/env.log" 2>/dev/null)
     check report 200 "$python" scripts/dev/kernel_report.py --arch "${arch:-80}"
 fi
 
+# At most 11.5 KB, the outcomes of the parts last.
 echo
-echo "Logs: $OUT"
-grep -h "^device:\|^emulator:" "$OUT/env.log" 2>/dev/null
-grep -hE "^(FAILED|ERROR) |^[0-9]+ (passed|failed|skipped)" "$OUT"/test_*.log 2>/dev/null | head -40
-grep -hE "^T = |^V = |^\| (minilm|torch|Liger|plain)" "$OUT"/bench_*.log 2>/dev/null | head -60
+{
+    echo "Logs: $OUT"
+    grep -h "^device:\|^emulator:" "$OUT/env.log"
+    grep -hE "^(FAILED|ERROR) |^[0-9]+ (passed|failed|skipped)" "$OUT"/test_*.log | head -40
+    for name in attention log_probs train objectives generate; do
+        grep -hE "^(T|V) = |^\| minilm|of the speed of|^failed: |^error: |does not (run|fit)" "$OUT/$name.log"
+        # The table at the end has all comparisons; each was also printed when it was made.
+        grep -hE "^\| [a-zA-Z ]+, (float32|bf16) \|" "$OUT/$name.log" | awk '!seen[$0]++'
+    done
+} 2>/dev/null | cut -c1-150 | head -c 8500
+echo
 cat "$summary"
 ! grep -q FAILED "$summary"

@@ -8,7 +8,7 @@ import pytest
 from minilm.kernels import emulator
 from minilm.kernels.emulator import __main__, puzzles
 
-SOLUTIONS = Path(__file__).parent / "puzzle_solutions"
+SOLUTIONS = puzzles.FOLDER / "solutions"
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
     python -m minilm.kernels.emulator puzzle sums mine.cu       the first time this writes mine.cu, with the task
     python -m minilm.kernels.emulator puzzle sums mine.cu       then it checks it
 
+They are also the last tasks of `python -m minilm.exercises`. Our solutions: the folder puzzles/solutions.
 A solution is run under all checkers of the emulator, at sizes that fit and at sizes that do not, in three orders of
 threads; its numbers are compared with NumPy's, and the bytes that it reads with what the task allows.
 Tests: tests/test_puzzles.py.
@@ -78,6 +79,12 @@ def task(name: str) -> str:
     if name not in PUZZLES:
         raise LookupError(f"no puzzle {name}; there are {', '.join(PUZZLES)}")
     return (FOLDER / f"{name}.cu").read_text("utf-8")
+
+
+def solution(name: str) -> str:
+    """Our kernel. Raises LookupError for another name."""
+    task(name)
+    return (FOLDER / "solutions" / f"{name}.cu").read_text("utf-8")
 
 
 def check(name: str, path: Path) -> str:

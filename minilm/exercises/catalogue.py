@@ -1,0 +1,68 @@
+"""All exercises under one interface: the tasks in NumPy, then those in CUDA."""
+
+import dataclasses
+from pathlib import Path
+
+from minilm import checks
+from minilm.exercises import cuda, process, tasks, task as parts
+from minilm.exercises.grading import Verdict
+
+NAMES = (*tasks.ORDER, *cuda.TITLES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exercise:
+    """An exercise by its name: `softmax`, or `cuda_softmax`. find() makes one."""
+
+    name: str
+
+    @property
+    def number(self) -> int:
+        return 1 + NAMES.index(self.name)
+
+    @property
+    def in_cuda(self) -> bool:
+        return self.name in cuda.TITLES
+
+    @property
+    def title(self) -> str:
+        return cuda.TITLES[self.name] if self.in_cuda else tasks.load(self.name).title
+
+    @property
+    def file(self) -> str:
+        return f"{self.number:02}_{self.name}.{'cu' if self.in_cuda else 'py'}"
+
+    @property
+    def hints(self) -> tuple[str, str]:
+        return cuda.HINTS[self.name] if self.in_cuda else tasks.load(self.name).hints
+
+    def text(self, folder: str = "DIR") -> str:
+        """What `start` writes into the file."""
+        return cuda.text(self.name) if self.in_cuda else parts.student_file(tasks.load(self.name), folder)
+
+    def solution(self) -> str:
+        return cuda.solution(self.name) if self.in_cuda else parts.solution_text(tasks.load(self.name))
+
+    def path(self, folder: Path) -> Path:
+        """The file in the folder, also under another number. Raises FileNotFoundError."""
+        suffix = Path(self.file).suffix
+        found = sorted((*folder.glob(f"[0-9][0-9]_{self.name}{suffix}"), *folder.glob(f"{self.name}{suffix}")))
+        if not found:
+            raise FileNotFoundError(f"{folder} has no {self.file}: start {self.name} {folder} writes it")
+        if len(found) > 1:
+            raise FileNotFoundError(f"{folder} has {found[0].name} and {found[1].name}; keep one of them")
+        return found[0]
+
+    def check(self, folder: Path, seconds: float) -> Verdict:
+        """The verdict on the file in the folder. Raises FileNotFoundError without one."""
+        path = checks.ordinary_file(self.path(folder))
+        return cuda.check(self.name, path) if self.in_cuda else process.check(tasks.load(self.name), path, seconds)
+
+
+def find(words: str) -> Exercise:
+    """The exercise with this name or number. Raises LookupError."""
+    if words.isdecimal() and 0 < int(words[:9]) <= len(NAMES):
+        return Exercise(NAMES[int(words) - 1])
+    if words not in NAMES:
+        raise LookupError(f"no task {words!r}; `list` shows the {len(NAMES)} tasks by number and name")
+    return Exercise(words)

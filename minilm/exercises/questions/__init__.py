@@ -1,0 +1,3 @@
+"""The questions to predict, by subject."""
+
+QUESTIONS = ()

@@ -24,7 +24,7 @@ def inputs(task: str, case: str | None = None) -> tuple:
 
     Raises LookupError for the name of another task or case.
     """
-    from minilm.exercises import golden, tasks, task as parts
+    from minilm.exercises import golden, task as parts, tasks
     cases = {**parts.cases(tasks.load(task)), **golden.cases(tasks.load(task))}
     if case is not None and case not in cases:
         raise LookupError(f"{task} has no case {case!r}; there are {', '.join(map(repr, cases))}")

@@ -126,7 +126,8 @@ def _check_all(folder, seconds):
                 continue
         print(f"{exercise.number:3} {exercise.name:24} {textwrap.shorten(line, 200)}", flush=True)
         following = following or exercise
-    print(f"{solved} of {len(catalogue.NAMES)} solved, {wrong} wrong." + (f" Next: {following.name}" if following else ""))
+    then = f" Next: {following.name}" if following else ""
+    print(f"{solved} of {len(catalogue.NAMES)} solved, {wrong} wrong.{then}")
     return 1 if wrong else 0
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from minilm import checks
-from minilm.exercises import cuda, process, tasks, task as parts
+from minilm.exercises import cuda, process, task as parts, tasks
 from minilm.exercises.grading import Verdict
 
 NAMES = (*tasks.ORDER, *cuda.TITLES)
@@ -55,7 +55,8 @@ class Exercise:
 
     def check(self, folder: Path, seconds: float) -> Verdict:
         """The verdict on the file in the folder. Raises FileNotFoundError without one."""
-        path = checks.ordinary_file(self.path(folder))
+        path = self.path(folder)
+        checks.ordinary_file(path)
         return cuda.check(self.name, path) if self.in_cuda else process.check(tasks.load(self.name), path, seconds)
 
 

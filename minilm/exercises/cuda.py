@@ -6,15 +6,15 @@ TITLES = {"cuda_sums": "Sums of rows in CUDA, in shared memory",
           "cuda_softmax": "An online softmax in CUDA, with shuffles in a warp",
           "cuda_attention": "A tile of FlashAttention in CUDA"}
 HINTS = {
-    "cuda_sums": ("Each thread first adds its own numbers t, t + 128, .. in a register, writes the sum to shared memory, "
-                  "and all threads wait. If columns is 5, most sums are 0.",
+    "cuda_sums": ("Each thread first adds its own numbers t, t + 128, .. in a register, writes the sum to shared "
+                  "memory, and all threads wait. If columns is 5, most sums are 0.",
                   "for (half = 64; half > 0; half /= 2): threads below half add the sum at t + half to their own, then "
                   "all 128 threads wait (the barrier stands outside the if)."),
-    "cuda_softmax": ("Each thread keeps a pair (m, d), which starts at (-inf, 0), and joins (x, 1) for each of its numbers.",
+    "cuda_softmax": ("Each thread keeps a pair (m, d), which starts at (-inf, 0), and joins (x, 1) for each number.",
                      "Join with the other threads for n = 16, 8, 4, 2, 1; read both m and d of the other thread before "
                      "either is changed. exp(-inf - -inf) is NaN: two empty pairs need a case of their own."),
-    "cuda_attention": ("A thread without a query must still load its column of the tile and wait at both barriers: only "
-                       "the reading of q and the writing of o depend on i < queries.",
+    "cuda_attention": ("A thread without a query must still load its column of the tile and wait at both barriers: "
+                       "only the reading of q and the writing of o depend on i < queries.",
                        "For each key: highest = max(m, score), shrink = exp(m - highest), p = exp(score - highest); "
                        "d = d shrink + p, o = o shrink + p v. A barrier before the tile is used and one after it.")}
 

@@ -1,4 +1,4 @@
-"""Golden vectors (tests/golden) as further inputs of a task. They are part of a checkout; an installed wheel has none."""
+"""Golden vectors (tests/golden) as further inputs of a task. A checkout has them; an installed wheel has none."""
 
 import json
 from pathlib import Path
@@ -22,14 +22,14 @@ def _read(task):
 
 def cases(task: Task) -> dict[str, tuple]:
     """{words: the arguments}: one case, or none."""
-    if (found := _read(task)) is None:
+    if task.golden is None or (found := _read(task)) is None:
         return {}
     name, arrays = found
-    _, names, _ = task.golden or ("", {}, ())
+    _, names, _ = task.golden
     return {f"golden vector {name}": tuple(arrays[names.get(argument, argument)] for argument in task.arguments)}
 
 
 def expected(task: Task) -> tuple:
     """The results of this case."""
-    _, arrays = _read(task) or ("", {})
-    return tuple(arrays[name] for name in (task.golden or ("", {}, ()))[2])
+    assert task.golden is not None and (found := _read(task)) is not None
+    return tuple(found[1][name] for name in task.golden[2])

@@ -253,13 +253,15 @@ def grade(task: Task, function: Callable, path: str = "", at: Callable[[str], No
             return _wrong(task, function, path, arguments, words, outcomes, problem, found)
         if task.scalar is not None:
             error = max(error, difference_error(task, values, expected))
-    statements = []
-    for part in task.properties(function) if task.properties else ():
-        at(f'in the property "{part.statement}"')
+    at("when the properties are computed, after all cases")
+    try:
+        parts = list(task.properties(function)) if task.properties else []
+    except (Exception, SystemExit) as raised:
+        return Verdict(False, f"right in all cases; computing a property, it raises {_of_error(raised, path)}")
+    for part in parts:
         if (text := _broken(part)):
             return Verdict(False, text)
-        statements.append(part.statement)
-    return Verdict(True, _praise(task, len(arguments), error, statements))
+    return Verdict(True, _praise(task, len(arguments), error, [part.statement for part in parts]))
 
 
 def _wrong(task, function, path, arguments, words, outcomes, problem, found):

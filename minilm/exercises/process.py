@@ -25,7 +25,8 @@ CODE = "import sys; sys.path[:] = sys.argv[4:]; from minilm.exercises import pro
 
 def check(task: Task, path: Path, seconds: float = SECONDS) -> Verdict:
     """The verdict on a file. Raises OSError for a file that cannot be read."""
-    text = checks.ordinary_file(path).read_bytes()
+    checks.ordinary_file(path)
+    text = path.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
         words = [sys.executable, "-c", CODE, task.name, str(path), str(report), *sys.path]

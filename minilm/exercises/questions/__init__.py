@@ -1,3 +1,5 @@
 """The questions to predict, by subject."""
 
-QUESTIONS = ()
+from minilm.exercises.questions import gradients, preferences, samples
+
+QUESTIONS = (*gradients.QUESTIONS, *preferences.QUESTIONS, *samples.QUESTIONS)

@@ -1,11 +1,14 @@
-"""The tasks, one file each, in order of difficulty. Each file is read from the top: specification, solution, grading."""
+"""The tasks, one file each, in order of difficulty. A file is read from the top: specification, solution, grading."""
 
 import importlib
 
 from minilm.exercises.task import Task
 
 ORDER = ("exp_vjp", "softmax", "log_sigmoid", "unbroadcast", "matmul_vjp", "softmax_vjp", "token_log_probs",
-         "shift_and_mask", "sft_loss", "sft_gradient", "dpo_gradient")
+         "shift_and_mask", "sft_loss", "sft_gradient", "rms_norm_backward", "swiglu_backward", "attention",
+         "attention_backward", "rope", "chunked_log_probs", "categorical", "decode_step", "adamw", "reward_loss",
+         "reward_gradient", "k3", "leave_one_out", "policy_gradient_loss", "policy_gradient", "dpo_loss",
+         "dpo_gradient", "best_of_n")
 
 
 def load(name: str) -> Task:

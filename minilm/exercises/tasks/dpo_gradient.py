@@ -31,7 +31,7 @@ def cases(rng: np.random.Generator) -> dict[str, tuple]:
                                             np.array([-5.0, -2.0]), 0.1),
             "four pairs": (*rng.normal(size=(4, 4)), 0.5),
             "one pair": (*rng.normal(size=(4, 1)), 2.0),
-            "differences of 1000": (np.array([-1000.0, -1.0]), np.array([-1.0, -1000.0]), np.zeros(2), np.zeros(2), 1.0)}
+            "differences of 1000": (np.array([-1000.0, -1.0]), np.array([-1.0, -1000.0]), *np.zeros((2, 2)), 1.0)}
 
 
 def expected(chosen, rejected, *others) -> tuple:

@@ -30,8 +30,10 @@ def cases(rng: np.random.Generator) -> dict[str, tuple]:
 
 
 TASK = Task(
-    solution=softmax, returns=("p",), cases=cases, expected=lambda x: ops.softmax(x).data, read="minilm/ops.py, softmax",
-    hints=("Subtracting one number from all logits of a row does not change p. Which number keeps exp from overflowing?",
+    solution=softmax, returns=("p",), cases=cases, expected=lambda x: ops.softmax(x).data,
+    read="minilm/ops.py, softmax",
+    hints=("Subtracting one number from all logits of a row does not change p. Which number keeps exp from "
+           "overflowing?",
            "e = exp(x - max of the row), p = e / sum of e. Both reductions keep the axis (keepdims=True)."),
     mistakes=(
         Mistake("exp overflows above 709. Subtract one number from every logit of a row first: p does not change.",

@@ -45,8 +45,8 @@ TASK = Task(
     mistakes=(
         Mistake("The row sum is missing: only p_i (1[i = j]) is there, as if the denominator were a constant.",
                 "(dp - (dp * p).sum(axis=-1, keepdims=True))", "dp"),
-        Mistake("p (1 - p) is the diagonal of the Jacobian alone (it is the derivative of sigmoid). Each x_i also changes "
-                "the other p_j.", "(dp - (dp * p).sum(axis=-1, keepdims=True))", "(1 - p) * dp"),
+        Mistake("p (1 - p) is the diagonal of the Jacobian alone (it is the derivative of sigmoid). Each x_i also "
+                "changes the other p_j.", "(dp - (dp * p).sum(axis=-1, keepdims=True))", "(1 - p) * dp"),
         Mistake("The sum runs over the whole array. Each row is a softmax of its own.",
                 "(dp * p).sum(axis=-1, keepdims=True)", "(dp * p).sum()"),
         Mistake("p is missing in the row sum.", "(dp * p).sum(axis=-1, keepdims=True)",

@@ -38,8 +38,8 @@ TASK = Task(
     read="minilm/layers.py, token_log_probs_without_chunks",
     hints=("log softmax(z)_i = z_i - log sum_j exp(z_j): never divide, and never take the logarithm of a small "
            "probability.",
-           "log sum_j exp(z_j) = m + log sum_j exp(z_j - m), with m the largest logit of the row. Select with two index "
-           "arrays: logits[np.arange(N), targets]."),
+           "log sum_j exp(z_j) = m + log sum_j exp(z_j - m), with m the largest logit of the row. Select with two "
+           "index arrays: logits[np.arange(N), targets]."),
     mistakes=(
         Mistake("exp overflows above 709. Take the largest logit of each row out of the sum first.",
                 "logits.max(axis=-1, keepdims=True)", "np.zeros((len(logits), 1))"),

@@ -34,10 +34,10 @@ def cases(rng: np.random.Generator) -> dict[str, tuple]:
 
 
 TASK = Task(
-    solution=unbroadcast, returns=("dx",), cases=cases, expected=lambda dy, shape: np.asarray(ops.unbroadcast(dy, shape)),
-    read="minilm/ops.py, unbroadcast",
-    hints=("Broadcasting does two things: it adds axes on the left, and it stretches axes of length 1. Undo one, then the "
-           "other.",
+    solution=unbroadcast, returns=("dx",), cases=cases, read="minilm/ops.py, unbroadcast",
+    expected=lambda dy, shape: np.asarray(ops.unbroadcast(dy, shape)),
+    hints=("Broadcasting does two things: it adds axes on the left, and it stretches axes of length 1. Undo one, "
+           "then the other.",
            "Sum over the first dy.ndim - len(shape) axes, which disappear. Then sum over each axis where shape has 1, "
            "with keepdims=True."),
     mistakes=(

@@ -177,7 +177,13 @@ def test_the_option_with_which_a_benchmark_starts_its_processes_is_refused_to_ot
 
 @pytest.mark.parametrize("words", ["minilm.plain x", "minilm.toy -1", "minilm.toy 1 2", "minilm.toy --nosuch",
                                    "minilm.toy nan", "minilm.toy 1e9", "minilm.kernels.emulator nosuch",
-                                   "minilm.kernels.emulator attention --T -1", "minilm.check",
+                                   "minilm.exercises nosuch", "minilm.exercises start softmax",
+                                   "minilm.exercises start nosuch DIR", "minilm.exercises check nosuch",
+                                   "minilm.exercises check softmax minilm", "minilm.exercises check a b c",
+                                   "minilm.exercises check --seconds nan minilm", "minilm.exercises hint softmax 3",
+                                   "minilm.exercises solution 0", "minilm.exercises predict 21",
+                                   "minilm.exercises predict --answer", "minilm.exercises --nosuch",
+                                                                      "minilm.kernels.emulator attention --T -1", "minilm.check",
                                    "minilm.check --nosuch", "minilm.check nosuch.py:f dpo_loss", "minilm.check a b c",
                                    "minilm.check tests/helpers.py:nosuch dpo_loss", "minilm.check --as jax a b",
                                    "minilm.check tests/helpers.py:normal nosuch"])
@@ -190,7 +196,8 @@ def test_a_module_that_is_run_with_wrong_words_is_one_line_of_error(words):
 def test_no_other_module_is_a_command():
     with_a_guard = {str(path.relative_to(ROOT)) for folder in ("minilm", "kernels")
                     for path in (ROOT / folder).rglob("*.py") if "\nif __name__ ==" in path.read_text("utf-8")}
-    assert with_a_guard == {"minilm/plain.py", "minilm/toy.py", "minilm/check.py", "kernels/emulator/__main__.py"}
+    assert with_a_guard == {"minilm/plain.py", "minilm/toy.py", "minilm/check.py", "minilm/exercises/__main__.py",
+                            "kernels/emulator/__main__.py"}
 
 
 # Files that are missing, damaged, or of another program.

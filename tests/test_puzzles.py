@@ -39,6 +39,8 @@ WRONG = [       # a solution, what is changed in it, and what the checker says
     ("sums", "y[blockIdx.x] = of", "if (columns > 128) y[blockIdx.x] = of", puzzles.Unsolved, "number 0 is nan"),
     ("sums", "float sum = 0;", "float sum = x[0] - x[0];", puzzles.Unsolved, "numbers of x are read; .* allows 128"),
     ("softmax", "expf(row[j] - m) / d", "expf(row[j]) / d", puzzles.Unsolved, "softmax of x .* must be"),
+    ("softmax", "expf(row[j] - m) / d", "expf(row[j] - m)", puzzles.Unsolved, "softmax of x .* must be"),
+    ("softmax", "d = d * expf(m - highest) + ", "d += ", puzzles.Unsolved, "softmax of x .* must be"),
     ("softmax", "    if (highest == __int_as_float(0xff800000)) return;\n", "", puzzles.Unsolved, "is nan"),
     ("softmax", "int n = 16", "int n = 8", puzzles.Unsolved, "must be"),
     ("softmax", "row[j], 1);", "fmaxf(row[j], row[j]), 1);", puzzles.Unsolved, "numbers of x are read"),

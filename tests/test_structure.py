@@ -27,7 +27,7 @@ LEVELS = """
     evaluate  model
     fast.cached_decoding  lora  model_file  toy
     generate  pretrained
-    stages  stream
+    exercises  stages  stream
 """  # noqa: E501 (one line is one level)
 # The files of the mathematics. All but exact, which trains models too, stand without the fast path.
 READER = ("plain", "tensor", "ops", "gradcheck", "objectives", "exact")
@@ -188,16 +188,28 @@ def test_the_mathematics_stays_under_1350_lines_of_code():
 
 
 def test_minilm_without_its_world_and_plain_stays_under_4800_lines_of_code():
-    """Ranks and real models (with adapters) are capabilities of their own, each with a limit of its own."""
+    """Ranks and real models (with adapters) are capabilities of their own, each with a limit of its own. The exercises
+    are texts for learners (test_an_exercise_fits_one_screen)."""
     capabilities = {("ranks", "parallel"): 450, ("lora", "pretrained", "stream"): 1200}
     for names, most in capabilities.items():
         assert sum(map(lines_of_code, of(*names))) < most, names
-    apart = ("world", "plain", "toy", "kernels", *(name for names in capabilities for name in names))
+    apart = ("world", "plain", "toy", "kernels", "exercises", *(name for names in capabilities for name in names))
     assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 4800
 
 
 def test_plain_stays_under_210_lines_of_code():
     assert sum(map(lines_of_code, of("plain"))) < 210
+
+
+def test_an_exercise_fits_one_screen_and_the_grader_stays_under_700_lines_of_code():
+    """A task is a text with its grading, so their number has no limit, but the length of each has one. Questions have
+    about 20 lines each. The grader runs all of them, and does not grow with them."""
+    files = {name: path for name, path in modules().items() if top(name) == "exercises"}
+    tasks = {name: lines_of_code(path) for name, path in files.items() if name.startswith("exercises.tasks.")}
+    assert max(tasks.values()) <= 65, tasks
+    questions = {name: lines_of_code(path) for name, path in files.items() if name.startswith("exercises.questions.")}
+    assert sum(questions.values()) < 450, questions
+    assert sum(lines_of_code(path) for name, path in files.items() if name not in {*tasks, *questions}) < 700
 
 
 def functions(path):
@@ -235,9 +247,10 @@ def test_public_functions_of_the_library_have_annotations():
 
 # Array code: an argument without an annotation is an array of either device, and the docstring has its shape. The
 # arguments of tensor and ops are those of NumPy; plain and toy have a table of symbols; workers passes on any object.
+# The specification of an exercise has the shapes.
 ARRAY_CODE = ("plain.*", "toy.*", "ops.*", "tensor.*", "layers.*", "rotary.*", "objectives.*", "kernels.*",
               "fast.workers.*", "fast.cached_decoding.*", "fast.chunked_log_probs.*", "fast.deferred.*",
-              "fast.packed_attention.*", "fast.tiled_attention.*", "model.attend_to_padded")
+              "fast.packed_attention.*", "fast.tiled_attention.*", "model.attend_to_padded", "exercises.tasks.*")
 # Models are below exact and evaluate in the picture of imports, so these take any object with their methods.
 MODELS = {"model", "policy", "reference", "reward_model"}
 

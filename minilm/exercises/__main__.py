@@ -39,7 +39,7 @@ def main(words: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str):
         raise ValueError(f"{message}; --help shows the commands")
 
 
@@ -152,6 +152,8 @@ def _solution(given):
 
 
 def _predict(given):
+    if given.answer and given.number is None:
+        raise ValueError("predict --answer: of which question? predict lists them")
     print(predict.listed() if given.number is None else predict.text(given.number, given.answer))
     return 0
 

@@ -1,5 +1,7 @@
 """The puzzles of the CUDA emulator as tasks. minilm.kernels.emulator.puzzles has their texts, checker and solutions."""
 
+from pathlib import Path
+
 from minilm.exercises.grading import Verdict
 
 TITLES = {"cuda_sums": "Sums of rows in CUDA, in shared memory",
@@ -35,7 +37,7 @@ def solution(task: str) -> str:
     return puzzles.solution(_name(task))
 
 
-def check(task: str, path) -> Verdict:
+def check(task: str, path: Path) -> Verdict:
     """The verdict of the emulator, or that it cannot run here. Raises OSError for a file that cannot be read."""
     from minilm.kernels import emulator
     from minilm.kernels.emulator import puzzles

@@ -54,8 +54,9 @@ def _read(report, otherwise):
 class _First(io.StringIO):
     """Keeps the first PRINTED characters that are written."""
 
-    def write(self, text):
-        return super().write(text[:max(0, PRINTED - self.tell())]) and len(text)
+    def write(self, text: str) -> int:
+        super().write(text[:max(0, PRINTED - self.tell())])
+        return len(text)
 
 
 def child(name: str, path: str, report: str) -> None:

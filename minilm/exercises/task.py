@@ -135,14 +135,14 @@ class _FromText(importlib.abc.SourceLoader):
     """Loads a module from a text. Nothing is cached: a file that has just been saved is never mistaken for an older
     one."""
 
-    def __init__(self, text, path):
+    def __init__(self, text: str, path: str):
         self.text = text
         self.path = path
 
-    def get_filename(self, fullname):
+    def get_filename(self, fullname: str) -> str:
         return self.path
 
-    def get_data(self, path):
+    def get_data(self, path: Any) -> bytes:
         return self.text.encode()
 
 

@@ -38,8 +38,8 @@ def cases(rng: np.random.Generator) -> dict[str, tuple]:
             "as many responses as columns": (rng.normal(size=(3, 3, 4)), tokens, rng.normal(size=3), mask)}
 
 
-def loss(logits, tokens, advantages, mask):
-    """L, of an array or a Tensor."""
+def loss(logits, tokens, advantages, mask) -> Tensor:
+    """L, of logits that are an array or a Tensor."""
     return objective.policy_gradient_loss(ops.gather(ops.log_softmax(logits), tokens), advantages, mask)
 
 

@@ -1,0 +1,259 @@
+"""The exercises: the hole fails, the solution passes, and each classical mistake gets its own hint; what the grader says."""
+import re
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from minilm import exercises
+from minilm.exercises import golden, grading, tasks
+from minilm.exercises.grading import difference_error, grade, observe
+from minilm.exercises.task import HOLE, cases, copies, run_text, solution_text, student_file, variant
+
+TASKS = {name: tasks.load(name) for name in tasks.ORDER}
+MISTAKES = [pytest.param(task, mistake, id=f"{name}-{i}") for name, task in TASKS.items()
+            for i, mistake in enumerate(task.mistakes)]
+
+
+@pytest.fixture(params=TASKS)
+def task(request):
+    return TASKS[request.param]
+
+
+def of_file(task, text):
+    """The student's function in the text of a file."""
+    return getattr(run_text("exercise", text, "exercise.py"), task.name)
+
+
+# Every task.
+
+def test_the_hole_is_not_begun(task):
+    verdict = grade(task, of_file(task, student_file(task)))
+    assert (verdict.solved, verdict.begun) == (False, False) and "hole" in verdict.text
+
+
+def test_the_solution_in_the_place_of_the_hole_is_right(task):
+    head, _, rest = student_file(task).partition(HOLE)
+    assert not rest
+    text = solution_text(task)
+    body = text.partition('"""\n')[2]
+    assert head.endswith(text.removesuffix(body)) and len(body) > 10
+    verdict = grade(task, of_file(task, head + body))
+    assert verdict.solved and verdict.text.startswith("solved: right in ") and task.read in verdict.text, verdict
+
+
+def test_the_file_does_not_contain_the_solution_and_names_every_argument_and_result(task):
+    text = student_file(task)
+    for line in solution_text(task).partition('"""\n')[2].splitlines():
+        assert line.strip() not in (other.strip() for other in text.splitlines()) or task.given, line
+    specification = task.module.__doc__
+    for name in task.arguments:
+        assert re.search(rf"^    [\w, ]*\b{name}\b[\w, ]*  ", specification, re.MULTILINE), name
+    assert "    returns  " in specification
+    for words in ("check", "hint", "solution"):
+        assert f"python -m minilm.exercises {words} {task.name}" in text
+
+
+def test_a_task_has_two_hints_and_at_least_five_mistakes_with_words_of_their_own(task):
+    assert len(task.hints) == 2 and all(len(hint) > 30 for hint in task.hints) and task.hints[0] != task.hints[1]
+    assert len(task.mistakes) >= 5
+    assert len({mistake.hint for mistake in task.mistakes}) == len(task.mistakes)
+    assert task.name == task.module.__name__.rpartition(".")[2] and len(task.title) > 5
+
+
+@pytest.mark.parametrize("task, mistake", MISTAKES)
+def test_a_mistake_is_noticed_and_gets_its_own_hint_and_no_other(task, mistake):
+    verdict = grade(task, variant(task, mistake))
+    assert not verdict.solved and verdict.begun
+    assert [other.hint for other in task.mistakes if other.hint in verdict.text] == [mistake.hint], verdict.text
+    assert f"\nHint: {mistake.hint}\n" in verdict.text
+
+
+def test_gradients_equal_finite_differences():
+    graded = [task for task in TASKS.values() if task.scalar is not None]
+    assert len(graded) >= 8
+    for task in graded:
+        assert len(task.wrt) == len(task.returns)
+        for words, arguments in {**cases(task), **golden.cases(task)}.items():
+            results = grading.as_arrays(task.solution(*arguments))
+            assert difference_error(task, arguments, results) < 1e-6, (task.name, words)
+
+
+def test_a_wrong_gradient_is_not_equal_to_finite_differences():
+    task = TASKS["dpo_gradient"]
+    arguments = cases(task)["four pairs"]
+    for mistake in task.mistakes:
+        wrong = grading.as_arrays(variant(task, mistake)(*arguments))
+        assert difference_error(task, arguments, wrong) > 1e-3, mistake.hint
+
+
+def test_a_property_holds_for_the_solution_and_a_mistake_breaks_it():
+    with_properties = [task for task in TASKS.values() if task.properties]
+    assert len(with_properties) >= 6
+    for task in with_properties:
+        assert not [part.statement for part in task.properties(task.solution) if grading._broken(part)]
+        broken = set()
+        functions = [variant(task, mistake) for mistake in task.mistakes]
+        if task.name == "chunked_log_probs":        # all logits at once have the right numbers
+            functions.append(lambda hidden, unembedding, targets, chunk, f=task.solution: f(hidden, unembedding, targets,
+                                                                                             len(hidden)))
+        for function in functions:
+            try:
+                broken |= {part.statement for part in task.properties(function) if grading._broken(part)}
+            except Exception:                       # many mistakes raise for other inputs
+                continue
+        assert broken == {part.statement for part in task.properties(task.solution)}, task.name
+
+
+def test_numbers_that_are_right_with_a_broken_property_are_not_solved():
+    task = TASKS["chunked_log_probs"]
+    verdict = grade(task, lambda hidden, unembedding, targets, chunk: task.solution(hidden, unembedding, targets, 10_000))
+    assert not verdict.solved and "all numbers are right, but this does not hold: 2000 tokens" in verdict.text
+
+
+def test_a_function_that_overwrites_an_argument_is_told_its_name(task):
+    for i, name in enumerate(task.arguments):
+        if not all(isinstance(arguments[i], np.ndarray) and arguments[i].size for arguments in cases(task).values()):
+            continue
+
+        def in_place(*arguments, i=i):
+            results = task.solution(*copies(arguments))
+            arguments[i][...] = arguments[i] == 0
+            return results
+
+        verdict = grade(task, in_place)
+        assert not verdict.solved and f"your function changed its argument {name}" in verdict.text
+
+
+@pytest.mark.skipif(not golden.FOLDER.is_dir(), reason="golden vectors are part of a checkout")
+def test_golden_vectors_are_cases_of_a_checkout_and_the_wheel_does_without():
+    used = [task for task in TASKS.values() if task.golden]
+    assert len(used) >= 5
+    for task in used:
+        (words, arguments), = golden.cases(task).items()
+        for found, expected in zip(grading.as_arrays(task.solution(*arguments)), golden.expected(task), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-10)
+        assert words == f"golden vector {task.golden[0]}"
+        with mock.patch.object(golden, "FOLDER", golden.FOLDER / "nosuch"):
+            assert golden.cases(task) == {} and grade(task, task.solution).solved
+
+
+def test_the_cases_are_the_same_each_time_and_can_be_tried(task):
+    for words, arguments in cases(task).items():
+        again = exercises.inputs(task.name, words)
+        for x, y in zip(arguments, again, strict=True):
+            np.testing.assert_array_equal(x, y)
+            assert x is not y or not isinstance(x, np.ndarray)
+    first = exercises.inputs(task.name)
+    np.testing.assert_array_equal(first[0], next(iter(cases(task).values()))[0])
+    with pytest.raises(LookupError, match="has no case 'nosuch'; there are '"):
+        exercises.inputs(task.name, "nosuch")
+
+
+def test_a_right_code_that_stands_elsewhere_is_no_mistake_of_the_solution():
+    from minilm.exercises.task import Mistake
+    with pytest.raises(ValueError, match="stands in the solution 0 times"):
+        variant(TASKS["softmax"], Mistake("", "nosuch", ""))
+    with pytest.raises(LookupError, match="no task 'nosuch'; there are exp_vjp, "):
+        tasks.load("nosuch")
+
+
+# What the grader says.
+
+SOFTMAX = TASKS["softmax"]
+right = SOFTMAX.solution
+
+
+def stop(x):
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize("function, words", [
+    (lambda x: None, 'wrong in the case "one row": it returns None: is the return missing?'),
+    (lambda x: (right(x), 1), "it returns a tuple of 2; it must return p alone"),
+    (lambda x: "p", "p is str of <U1; it must be an array of real numbers"),
+    (lambda x: [[1, 2], [3]], "p is list; it must be an array of numbers"),
+    (lambda x: right(x) + 0j, "p is ndarray of complex128; it must be an array of real numbers"),
+    (lambda x: right(x)[..., None], "p has shape (3, 1); it must be (3,)"),
+    (lambda x: right(x.astype(np.float32)), "It holds float32, which rounds; compute in float64"),
+    (lambda x: (10 * right(x)).astype(int), "It holds integers: was it made of integers, and so rounded?"),
+    (lambda x: right(x) * np.nan, "number [0] of p is nan; expected 0.2447284710547976"),
+    (lambda x: right(x) + (np.arange(x.shape[-1]) == 2) * 1e-6, "number [2] of p is 0.0900315"),
+    (lambda x: right(x, 1), "it raises TypeError: "), (stop, "it raises SystemExit: 0"),
+    (lambda x: x / 0 * right(x), "NumPy warned: divide by zero encountered in divide")])
+def test_the_first_thing_that_is_wrong_is_said(function, words):
+    verdict = grade(SOFTMAX, function)
+    assert not verdict.solved and words in verdict.text, verdict.text
+    assert "\nThe inputs: x = [ 0.,  1., -1.]\n" in verdict.text
+    assert '\nTo try it: from minilm.exercises import inputs; x, = inputs("softmax", "one row")' in verdict.text
+
+
+def test_several_results_are_a_tuple_and_integers_are_integers():
+    task = TASKS["matmul_vjp"]
+    assert "it returns one ndarray; it must return the tuple (dx, dw)" in grade(task, lambda x, w, dy: dy @ w.T).text
+    assert "it returns 3 values; it must return the tuple (dx, dw)" in grade(task, lambda *a: a).text
+    assert grade(task, lambda *a: list(task.solution(*a))).solved
+    task = TASKS["categorical"]
+    assert "tokens holds float64; it must hold integers" in grade(task, lambda p, u: 1.0 * task.solution(p, u)).text
+
+
+def test_a_mask_may_hold_booleans_or_numbers():
+    task = TASKS["shift_and_mask"]
+    for kind in (bool, int, float):
+        assert grade(task, lambda *a, kind=kind: (task.solution(*a)[0], task.solution(*a)[1].astype(kind))).solved
+
+
+def test_the_line_of_an_error_and_of_a_warning_is_named():
+    text = "import numpy as np\n\ndef softmax(x):\n    e = np.exp(800 + x)\n    return e / helper(e)\n\ndef helper(e):\n{}\n"
+    function = run_text("exercise", text.format("    return e[7]"), "my.py").softmax
+    assert "it raises IndexError in line 8: index 7 is out of bounds" in grade(SOFTMAX, function, "my.py").text
+    function = run_text("exercise", text.format("    return e.sum()"), "my.py").softmax
+    assert "NumPy warned: overflow encountered in exp (line 4)" in grade(SOFTMAX, function, "my.py").text
+
+
+def test_a_number_that_no_mistake_gives_has_finite_differences_and_no_hint():
+    task = TASKS["rms_norm_backward"]
+    verdict = grade(task, lambda *a: (1.7 * task.solution(*a)[0], task.solution(*a)[1]))
+    assert re.search(r"number \[0, 0\] of dx is 0\.\d+; expected 0\.\d+\. Finite differences in x: 0\.\d+", verdict.text)
+    got, expected, slope = map(float, re.findall(r"(?:is|expected|x:) (0\.\d+)", verdict.text)[:3])
+    assert abs(slope - expected) < 1e-7 < 0.1 < abs(got - expected)
+    assert "Hint" not in verdict.text and "Perhaps" not in verdict.text
+
+
+def test_two_mistakes_at_once_are_both_named():
+    for task in TASKS.values():
+        one = task.mistakes[0]
+        for other in task.mistakes[1:]:
+            if grading._fit(task, one, other):
+                verdict = grade(task, variant(task, one, other))
+                named = [mistake for mistake in task.mistakes if mistake.hint in verdict.text]
+                assert verdict.solved or 1 <= len(named) <= 2, (one.hint, other.hint)
+    task = TASKS["dpo_gradient"]
+    verdict = grade(task, variant(task, task.mistakes[0], task.mistakes[1]))
+    assert f"Hint: two mistakes at once.\n  - {task.mistakes[0].hint}\n  - {task.mistakes[1].hint}\n" in verdict.text
+
+
+def test_the_numbers_of_a_mistake_in_one_case_alone_are_a_possibility():
+    def wrong_for_matrices(x):
+        return variant(SOFTMAX, SOFTMAX.mistakes[1])(x) if x.shape == (3, 4) else right(x) ** 1.1 if x.ndim == 3 else right(x)
+
+    verdict = grade(SOFTMAX, wrong_for_matrices)
+    assert f"\nPerhaps, because it gives the same numbers in this case: {SOFTMAX.mistakes[1].hint}\n" in verdict.text
+
+
+def test_a_first_verdict_is_told_before_the_search_for_the_mistake():
+    told, at = [], []
+    verdict = grade(SOFTMAX, lambda x: None, at=at.append, found=told.append)
+    assert told[0].text == verdict.text and at == ['in the case "one row"']
+    told.clear()
+    final = grade(SOFTMAX, variant(SOFTMAX, SOFTMAX.mistakes[0]), found=told.append)
+    assert "Hint" in final.text and "Hint" not in told[0].text
+
+
+def test_nan_and_infinity_are_compared_as_they_are():
+    outcome = observe(SOFTMAX, lambda x: np.array([np.nan, np.inf, 1.0]), (np.zeros(3),))
+    for other, same in (([np.nan, np.inf, 1.0], True), ([np.nan, np.inf, 1 + 1e-12], True), ([np.nan, -np.inf, 1.0], False),
+                        ([0.0, np.inf, 1.0], False), ([np.nan, np.inf, 1 + 1e-6], False)):
+        array = np.array(other)
+        assert grading.same(SOFTMAX, outcome, observe(SOFTMAX, lambda x, a=array: a, (np.zeros(3),))) is same
+

@@ -1,0 +1,218 @@
+"""python -m minilm.exercises: the commands, and files that loop, end their process, or cannot be read."""
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from minilm.exercises import __main__, catalogue, cuda, process, tasks
+from minilm.exercises.task import HOLE, solution_text, student_file
+from minilm.kernels import emulator
+
+SOFTMAX = tasks.load("softmax")
+SECONDS = 60            # of a file that ends by itself, on a machine that is busy
+
+
+@pytest.fixture
+def run(capsys):
+    """run(words) is (exit status, output) of the command."""
+    def run(*words):
+        status = __main__.main([str(word) for word in words])
+        return status, capsys.readouterr().out
+    return run
+
+
+def solved_file(name):
+    task = tasks.load(name)
+    return student_file(task).replace(HOLE, solution_text(task).partition('"""\n')[2])
+
+
+def checked(tmp_path, text, seconds=SECONDS, task=SOFTMAX):
+    path = tmp_path / "my.py"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return process.check(task, path, seconds)
+
+
+# The commands.
+
+def test_without_words_the_commands_are_shown(run):
+    assert run() == (0, __main__.__doc__.strip() + "\n")
+
+
+def test_the_list_has_every_task_in_order_and_ends_with_cuda(run):
+    status, out = run("list")
+    lines = out.splitlines()
+    assert status == 0 and [line.split()[:2] for line in lines] == [[str(i), name] for i, name
+                                                                    in enumerate(catalogue.NAMES, start=1)]
+    assert len(lines) >= 25 and [line.split()[1] for line in lines[-3:]] == list(cuda.TITLES)
+    assert {path.stem for path in Path(tasks.__file__).parent.glob("*.py")} - {"__init__"} == set(tasks.ORDER)
+
+
+def test_a_task_is_started_once_and_never_overwritten_without_being_told(run, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    assert run("start", "2", folder)[0] == 0
+    path = folder / "02_softmax.py"
+    assert path.read_text() == student_file(SOFTMAX, str(folder)) and f"check softmax {folder}" in path.read_text()
+    path.write_text("mine")
+    status, out = run("start", "softmax", folder)
+    assert status == 1 and "stays as it is" in out and path.read_text() == "mine"
+    assert run("start", "all", folder)[0] == 0 and path.read_text() == "mine"
+    assert len(list(folder.iterdir())) == len(catalogue.NAMES)
+    assert run("start", "softmax", folder, "--overwrite")[0] == 0 and path.read_text() != "mine"
+
+
+def test_hints_and_solutions_are_shown_when_asked_for(run):
+    first, second = SOFTMAX.hints
+    out = " ".join(run("hint", "softmax")[1].split())
+    assert out == f"{first} (The second hint, with the formula: hint softmax 2)"
+    assert " ".join(run("hint", "softmax", "2")[1].split()) == second
+    assert run("solution", "softmax") == (0, solution_text(SOFTMAX))
+    assert run("solution", "cuda_sums")[1].startswith('extern "C" __global__ void __launch_bounds__(128)\nsums(')
+    assert all(len(catalogue.find(name).hints) == 2 for name in catalogue.NAMES)
+
+
+def test_a_folder_is_checked_with_one_line_for_each_task_and_the_next_one(run, tmp_path):
+    run("start", "all", tmp_path)
+    (tmp_path / "01_exp_vjp.py").write_text(solved_file("exp_vjp"))
+    (tmp_path / "02_softmax.py").write_text("import numpy as np\ndef softmax(x):\n    return np.exp(x)\n")
+    (tmp_path / "04_unbroadcast.py").unlink()
+    for path in (*tmp_path.glob("[12]?_*"), *tmp_path.glob("0[5-9]_*")):
+        path.unlink()
+    status, out = run("check", tmp_path)
+    lines = [line.split(maxsplit=2) for line in out.splitlines()]
+    assert status == 1 and lines[0][2].startswith("solved: right in 3 cases")
+    assert lines[1][2].startswith('wrong in the case "one row": number [0] of p is 1.0; expected 0.24')
+    assert lines[2][2] == "not begun" and lines[3][2] == "-"
+    assert out.endswith(f"1 of {len(catalogue.NAMES)} solved, 1 wrong. Next: softmax\n")
+    (tmp_path / "02_softmax.py").unlink()
+    status, out = run("check", tmp_path)
+    assert status == 0 and out.endswith("0 wrong. Next: softmax\n")
+
+
+def test_one_file_is_checked_by_name_or_number_and_under_another_number(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no 02_softmax.py: start softmax .* writes it"):
+        run("check", "softmax", tmp_path)
+    (tmp_path / "77_softmax.py").write_text(solved_file("softmax"))
+    status, out = run("check", "2", tmp_path)
+    assert status == 0 and out == ("2 softmax: solved: right in 6 cases\n  In minilm: minilm/ops.py, softmax\n")
+    (tmp_path / "02_softmax.py").write_text(student_file(SOFTMAX))
+    with pytest.raises(FileNotFoundError, match=r"has 02_softmax.py and 77_softmax.py; keep one of them"):
+        run("check", "softmax", tmp_path)
+    (tmp_path / "77_softmax.py").unlink()
+    status, out = run("check", "softmax", tmp_path)
+    assert status == 1 and out == "2 softmax: not begun: the function still has its hole\n"
+
+
+def test_a_question_is_shown_and_then_its_numbers(run):
+    assert "predict N" in run("predict")[1]
+    assert run("predict", "8")[1].endswith("Predict, then run: predict 8 --answer\n")
+    assert "0.693147" in run("predict", "8", "--answer")[1]
+
+
+# Files of students.
+
+def test_a_loop_without_an_end_is_stopped_and_its_case_is_named(tmp_path):
+    started = time.perf_counter()
+    verdict = checked(tmp_path, "def softmax(x):\n    while True: pass\n", seconds=10)
+    assert not verdict.solved and "it has not ended after 10 seconds" in verdict.text
+    assert verdict.text.startswith(('wrong in the case "one row": ', "wrong it has not"))
+    assert time.perf_counter() - started < 40
+
+
+def test_a_loop_after_the_first_wrong_number_still_gives_the_verdict(tmp_path):
+    text = "def softmax(x):\n    while x.ndim == 3: pass\n    return x\n"
+    assert "number [0] of p is 0.0; expected 0.24" in checked(tmp_path, text, seconds=10).text
+
+
+@pytest.mark.parametrize("text, words", [
+    ("def softmax(x):\n    return x +\n", "Python cannot read the file: line 2: invalid syntax: return x +"),
+    ("x = 1 / 0\n", "the file cannot be loaded: ZeroDivisionError: division by zero"),
+    ("raise SystemExit\n", "the file cannot be loaded: SystemExit"),
+    ("softmax = 3\n", "the file has no function softmax"), ("", "the file has no function softmax"),
+    (b"\xff\xfe", "the file cannot be loaded: UnicodeDecodeError"),
+    ("import os\ndef softmax(x):\n    os._exit(3)\n", 'wrong in the case "one row": the process ended with status 3'),
+    ("def softmax(x):\n    return softmax(x)\n", "it raises RecursionError in line 2"),
+    ("def softmax(x):\n    print('x is', x)\n", "It printed:\nx is [ 0.  1. -1.]"),
+    ("def softmax(x):\n    for i in range(10 ** 5): print('spam')\n", "It printed:\nspam")])
+def test_a_file_that_cannot_be_graded_is_told_why(tmp_path, text, words):
+    verdict = checked(tmp_path, text)
+    assert not verdict.solved and words in verdict.text and len(verdict.text) < 4000, verdict
+
+
+def test_a_file_with_a_byte_order_mark_and_imports_of_its_folder_is_read(tmp_path):
+    (tmp_path / "my_tools.py").write_text("import numpy as np\n")
+    text = "\N{ZERO WIDTH NO-BREAK SPACE}" + solved_file("softmax").replace("import numpy as np", "from my_tools import np")
+    verdict = checked(tmp_path, text)
+    assert verdict.solved and not list(tmp_path.rglob("*.pyc"))
+
+
+def test_a_file_that_is_saved_again_at_once_is_the_new_one(tmp_path):
+    right = solved_file("softmax")
+    assert checked(tmp_path, right).solved
+    assert not checked(tmp_path, right.replace("axis=-1", "axis=+0")).solved
+
+
+def test_files_of_the_students_folder_do_not_stand_in_for_modules(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("json", "numpy", "warnings"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not this one')\n")
+    assert checked(tmp_path, solved_file("softmax")).solved
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_in_place_of_a_file_is_refused(run, tmp_path):
+    os.mkfifo(tmp_path / "02_softmax.py")
+    with pytest.raises(OSError, match="a pipe, a socket or a device"):
+        run("check", "softmax", tmp_path)
+
+
+def test_an_output_that_is_closed_ends_the_command_quietly():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        done = subprocess.run([sys.executable, "-m", "minilm.exercises", "list"], stdout=closed, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+# In CUDA.
+
+@pytest.mark.parametrize("name", cuda.TITLES)
+def test_a_task_in_cuda_is_graded_by_the_emulator(run, tmp_path, name):
+    if reason := emulator.available():
+        pytest.skip(reason)
+    run("start", name, tmp_path)
+    path, = tmp_path.iterdir()
+    assert path.name == catalogue.find(name).file and path.suffix == ".cu"
+    assert run("check", name, tmp_path) == (1, f"{catalogue.find(name).number} {name}: not begun: the function still has "
+                                               "its hole\n")
+    path.write_text(cuda.solution(name))
+    status, out = run("check", name, tmp_path)
+    assert status == 0 and "solved. " in out
+    right, wrong = {"cuda_sums": ("int half = 64", "int half = 32"), "cuda_softmax": (" / d;", ";"),
+                    "cuda_attention": ("sum[e] * shrink", "sum[e]")}[name]
+    path.write_text(cuda.solution(name).replace(right, wrong))
+    status, out = run("check", name, tmp_path)
+    assert status == 1 and re.search(r": wrong: \w+ of .* must\s+be", out), out
+
+
+def test_a_kernel_that_does_not_compile_shows_the_message(tmp_path):
+    if reason := emulator.available():
+        pytest.skip(reason)
+    path = tmp_path / "x.cu"
+    path.write_text("no code")
+    assert "wrong: " in cuda.check("cuda_sums", path).text
+
+
+def test_without_a_compiler_the_command_says_so(run, tmp_path):
+    run("start", "cuda_sums", tmp_path)
+    path, = tmp_path.iterdir()
+    path.write_text(cuda.solution("cuda_sums"))
+    with mock.patch.object(emulator, "available", lambda: "the emulator needs g++"):
+        status, out = run("check", "cuda_sums", tmp_path)
+        assert status == 1 and "not checked: the emulator needs g++" in out
+        path.write_text(cuda.text("cuda_sums"))
+        assert "not begun" in run("check", "cuda_sums", tmp_path)[1]

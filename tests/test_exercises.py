@@ -1,4 +1,4 @@
-"""The exercises: the hole fails, the solution passes, and each classical mistake gets its own hint; what the grader says."""
+"""The exercises: the hole fails, the solution passes, each mistake gets its own hint; and what the grader says."""
 import re
 from unittest import mock
 
@@ -87,6 +87,10 @@ def test_a_wrong_gradient_is_not_equal_to_finite_differences():
         assert difference_error(task, arguments, wrong) > 1e-3, mistake.hint
 
 
+def all_at_once(hidden, unembedding, targets, chunk):
+    return TASKS["chunked_log_probs"].solution(hidden, unembedding, targets, len(hidden))
+
+
 def test_a_property_holds_for_the_solution_and_a_mistake_breaks_it():
     with_properties = [task for task in TASKS.values() if task.properties]
     assert len(with_properties) >= 6
@@ -95,8 +99,7 @@ def test_a_property_holds_for_the_solution_and_a_mistake_breaks_it():
         broken = set()
         functions = [variant(task, mistake) for mistake in task.mistakes]
         if task.name == "chunked_log_probs":        # all logits at once have the right numbers
-            functions.append(lambda hidden, unembedding, targets, chunk, f=task.solution: f(hidden, unembedding, targets,
-                                                                                             len(hidden)))
+            functions.append(all_at_once)
         for function in functions:
             try:
                 broken |= {part.statement for part in task.properties(function) if grading._broken(part)}
@@ -107,7 +110,7 @@ def test_a_property_holds_for_the_solution_and_a_mistake_breaks_it():
 
 def test_numbers_that_are_right_with_a_broken_property_are_not_solved():
     task = TASKS["chunked_log_probs"]
-    verdict = grade(task, lambda hidden, unembedding, targets, chunk: task.solution(hidden, unembedding, targets, 10_000))
+    verdict = grade(task, all_at_once)
     assert not verdict.solved and "all numbers are right, but this does not hold: 2000 tokens" in verdict.text
 
 
@@ -204,7 +207,8 @@ def test_a_mask_may_hold_booleans_or_numbers():
 
 
 def test_the_line_of_an_error_and_of_a_warning_is_named():
-    text = "import numpy as np\n\ndef softmax(x):\n    e = np.exp(800 + x)\n    return e / helper(e)\n\ndef helper(e):\n{}\n"
+    text = ("import numpy as np\n\ndef softmax(x):\n    e = np.exp(800 + x)\n    return e / helper(e)\n\n"
+            "def helper(e):\n{}\n")
     function = run_text("exercise", text.format("    return e[7]"), "my.py").softmax
     assert "it raises IndexError in line 8: index 7 is out of bounds" in grade(SOFTMAX, function, "my.py").text
     function = run_text("exercise", text.format("    return e.sum()"), "my.py").softmax
@@ -213,8 +217,10 @@ def test_the_line_of_an_error_and_of_a_warning_is_named():
 
 def test_a_number_that_no_mistake_gives_has_finite_differences_and_no_hint():
     task = TASKS["rms_norm_backward"]
-    verdict = grade(task, lambda *a: (1.7 * task.solution(*a)[0], task.solution(*a)[1]))
-    assert re.search(r"number \[0, 0\] of dx is 0\.\d+; expected 0\.\d+\. Finite differences in x: 0\.\d+", verdict.text)
+    verdict = grade(task, lambda *a: (1.7 * task.solution(*a)[0], *task.solution(*a)[1:]))
+    number = r"(0\.\d+)"
+    assert re.search(rf"number \[0, 0\] of dx is {number}; expected {number}\. Finite differences in x: {number}",
+                     verdict.text)
     got, expected, slope = map(float, re.findall(r"(?:is|expected|x:) (0\.\d+)", verdict.text)[:3])
     assert abs(slope - expected) < 1e-7 < 0.1 < abs(got - expected)
     assert "Hint" not in verdict.text and "Perhaps" not in verdict.text
@@ -235,7 +241,8 @@ def test_two_mistakes_at_once_are_both_named():
 
 def test_the_numbers_of_a_mistake_in_one_case_alone_are_a_possibility():
     def wrong_for_matrices(x):
-        return variant(SOFTMAX, SOFTMAX.mistakes[1])(x) if x.shape == (3, 4) else right(x) ** 1.1 if x.ndim == 3 else right(x)
+        wrong = variant(SOFTMAX, SOFTMAX.mistakes[1])(x)
+        return wrong if x.shape == (3, 4) else right(x) ** 1.1 if x.ndim == 3 else right(x)
 
     verdict = grade(SOFTMAX, wrong_for_matrices)
     assert f"\nPerhaps, because it gives the same numbers in this case: {SOFTMAX.mistakes[1].hint}\n" in verdict.text
@@ -252,8 +259,9 @@ def test_a_first_verdict_is_told_before_the_search_for_the_mistake():
 
 def test_nan_and_infinity_are_compared_as_they_are():
     outcome = observe(SOFTMAX, lambda x: np.array([np.nan, np.inf, 1.0]), (np.zeros(3),))
-    for other, same in (([np.nan, np.inf, 1.0], True), ([np.nan, np.inf, 1 + 1e-12], True), ([np.nan, -np.inf, 1.0], False),
-                        ([0.0, np.inf, 1.0], False), ([np.nan, np.inf, 1 + 1e-6], False)):
+    for other, same in (([np.nan, np.inf, 1.0], True), ([np.nan, np.inf, 1 + 1e-12], True),
+                        ([np.nan, -np.inf, 1.0], False), ([0.0, np.inf, 1.0], False),
+                        ([np.nan, np.inf, 1 + 1e-6], False)):
         array = np.array(other)
         assert grading.same(SOFTMAX, outcome, observe(SOFTMAX, lambda x, a=array: a, (np.zeros(3),))) is same
 

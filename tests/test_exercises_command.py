@@ -145,7 +145,7 @@ def test_a_file_that_cannot_be_graded_is_told_why(tmp_path, text, words):
 
 def test_a_file_with_a_byte_order_mark_and_imports_of_its_folder_is_read(tmp_path):
     (tmp_path / "my_tools.py").write_text("import numpy as np\n")
-    text = "\N{ZERO WIDTH NO-BREAK SPACE}" + solved_file("softmax").replace("import numpy as np", "from my_tools import np")
+    text = "\ufeff" + solved_file("softmax").replace("import numpy as np", "from my_tools import np")
     verdict = checked(tmp_path, text)
     assert verdict.solved and not list(tmp_path.rglob("*.pyc"))
 
@@ -187,8 +187,8 @@ def test_a_task_in_cuda_is_graded_by_the_emulator(run, tmp_path, name):
     run("start", name, tmp_path)
     path, = tmp_path.iterdir()
     assert path.name == catalogue.find(name).file and path.suffix == ".cu"
-    assert run("check", name, tmp_path) == (1, f"{catalogue.find(name).number} {name}: not begun: the function still has "
-                                               "its hole\n")
+    not_begun = f"{catalogue.find(name).number} {name}: not begun: the function still has its hole\n"
+    assert run("check", name, tmp_path) == (1, not_begun)
     path.write_text(cuda.solution(name))
     status, out = run("check", name, tmp_path)
     assert status == 0 and "solved. " in out

@@ -57,7 +57,7 @@ def test_an_answer_shows_every_number_and_the_explanation(question):
 
 def test_an_explanation_that_does_not_fit_is_not_shown():
     wrong = dataclasses.replace(QUESTIONS[0], holds=lambda numbers: False)
-    with mock.patch.object(predict, "QUESTIONS", (wrong,)), pytest.raises(ValueError, match="does not fit these numbers"):
+    with mock.patch.object(predict, "QUESTIONS", (wrong,)), pytest.raises(ValueError, match="does not fit these"):
         predict.text("1", answer=True)
 
 

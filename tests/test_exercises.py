@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from minilm import exercises
-from minilm.exercises import golden, grading, tasks
-from minilm.exercises.grading import difference_error, grade, observe
+from minilm.exercises import golden, recognise, tasks
+from minilm.exercises.differences import difference_error
+from minilm.exercises.grading import broken as is_broken, grade
+from minilm.exercises.outcome import as_arrays, observe, same
 from minilm.exercises.task import HOLE, cases, copies, run_text, solution_text, student_file, variant
 
 TASKS = {name: tasks.load(name) for name in tasks.ORDER}
@@ -75,7 +77,7 @@ def test_gradients_equal_finite_differences():
     for task in graded:
         assert len(task.wrt) == len(task.returns)
         for words, arguments in {**cases(task), **golden.cases(task)}.items():
-            results = grading.as_arrays(task.solution(*arguments))
+            results = as_arrays(task.solution(*arguments))
             assert difference_error(task, arguments, results) < 1e-6, (task.name, words)
 
 
@@ -83,7 +85,7 @@ def test_a_wrong_gradient_is_not_equal_to_finite_differences():
     task = TASKS["dpo_gradient"]
     arguments = cases(task)["four pairs"]
     for mistake in task.mistakes:
-        wrong = grading.as_arrays(variant(task, mistake)(*arguments))
+        wrong = as_arrays(variant(task, mistake)(*arguments))
         assert difference_error(task, arguments, wrong) > 1e-3, mistake.hint
 
 
@@ -95,14 +97,14 @@ def test_a_property_holds_for_the_solution_and_a_mistake_breaks_it():
     with_properties = [task for task in TASKS.values() if task.properties]
     assert len(with_properties) >= 6
     for task in with_properties:
-        assert not [part.statement for part in task.properties(task.solution) if grading._broken(part)]
+        assert not [part.statement for part in task.properties(task.solution) if is_broken(part)]
         broken = set()
         functions = [variant(task, mistake) for mistake in task.mistakes]
         if task.name == "chunked_log_probs":        # all logits at once have the right numbers
             functions.append(all_at_once)
         for function in functions:
             try:
-                broken |= {part.statement for part in task.properties(function) if grading._broken(part)}
+                broken |= {part.statement for part in task.properties(function) if is_broken(part)}
             except Exception:                       # many mistakes raise for other inputs
                 continue
         assert broken == {part.statement for part in task.properties(task.solution)}, task.name
@@ -111,7 +113,7 @@ def test_a_property_holds_for_the_solution_and_a_mistake_breaks_it():
 def test_numbers_that_are_right_with_a_broken_property_are_not_solved():
     task = TASKS["chunked_log_probs"]
     verdict = grade(task, all_at_once)
-    assert not verdict.solved and "all numbers are right, but this does not hold: 2000 tokens" in verdict.text
+    assert not verdict.solved and "all numbers are right, but this does not hold: for 2000 tokens" in verdict.text
 
 
 def test_a_function_that_overwrites_an_argument_is_told_its_name(task):
@@ -134,7 +136,7 @@ def test_golden_vectors_are_cases_of_a_checkout_and_the_wheel_does_without():
     assert len(used) >= 5
     for task in used:
         (words, arguments), = golden.cases(task).items()
-        for found, expected in zip(grading.as_arrays(task.solution(*arguments)), golden.expected(task), strict=True):
+        for found, expected in zip(as_arrays(task.solution(*arguments)), golden.expected(task), strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-10)
         assert words == f"golden vector {task.golden[0]}"
         with mock.patch.object(golden, "FOLDER", golden.FOLDER / "nosuch"):
@@ -226,11 +228,44 @@ def test_a_number_that_no_mistake_gives_has_finite_differences_and_no_hint():
     assert "Hint" not in verdict.text and "Perhaps" not in verdict.text
 
 
+@pytest.mark.parametrize("name, change, words", [
+    ("leave_one_out", lambda A: 0.75 * A, "All numbers of A are 0.75 times the right ones: look for a factor."),
+    ("softmax", lambda p: -p, "All numbers of p are -1 times the right ones: the sign is reversed."),
+    ("log_sigmoid", lambda y: y - 0.25, "All numbers of log sigmoid are too large by -0.25: look for a term."),
+    ("sft_loss", lambda loss: 3 * loss, "All numbers of loss are 3 times the right ones: look for a factor."),
+    ("log_sigmoid", lambda y: y * (1 - 1e-7 * (y < -1)), "All numbers of log sigmoid are right to about 7 digits. "),
+    ("softmax", lambda p: 0 * p, ""), ("categorical", lambda tokens: 1 - tokens, "")])
+def test_what_the_numbers_show_by_themselves_is_said_where_no_mistake_is_known(name, change, words):
+    task = TASKS[name]
+    verdict = grade(task, lambda *arguments: change(task.solution(*arguments)))
+    assert not verdict.solved and "Hint" not in verdict.text
+    assert words in verdict.text and ("All numbers" in verdict.text) == bool(words), verdict.text
+
+
+def test_randomness_and_overflow_are_named():
+    rng = np.random.default_rng(0)
+    verdict = grade(SOFTMAX, lambda x: right(x) * rng.random())
+    assert "Two calls with the same arguments give different results" in verdict.text
+    verdict = grade(TASKS["log_sigmoid"], lambda z: np.log(np.exp(z) / (1 + np.exp(z))))
+    assert "exp of a number above 709 is infinite" in verdict.text
+
+
+def test_wrong_numbers_and_a_changed_argument_are_both_said():
+    def wrong(x):
+        x[0] = 0
+        return x
+
+    text = grade(SOFTMAX, wrong).text
+    assert "number [0] of p is 0.0; expected" in text or "p has" in text
+    text = grade(TASKS["decode_step"], lambda x, wq, wk, wv, keys, values: (keys.fill(0), keys, values)[1:] * 2).text
+    assert "it must return the tuple (o, keys, values)" in text and "It also changes its argument keys, which" in text
+
+
 def test_two_mistakes_at_once_are_both_named():
     for task in TASKS.values():
         one = task.mistakes[0]
         for other in task.mistakes[1:]:
-            if grading._fit(task, one, other):
+            if recognise._fit(task, one, other):
                 verdict = grade(task, variant(task, one, other))
                 named = [mistake for mistake in task.mistakes if mistake.hint in verdict.text]
                 assert verdict.solved or 1 <= len(named) <= 2, (one.hint, other.hint)
@@ -259,9 +294,9 @@ def test_a_first_verdict_is_told_before_the_search_for_the_mistake():
 
 def test_nan_and_infinity_are_compared_as_they_are():
     outcome = observe(SOFTMAX, lambda x: np.array([np.nan, np.inf, 1.0]), (np.zeros(3),))
-    for other, same in (([np.nan, np.inf, 1.0], True), ([np.nan, np.inf, 1 + 1e-12], True),
+    for other, equal in (([np.nan, np.inf, 1.0], True), ([np.nan, np.inf, 1 + 1e-12], True),
                         ([np.nan, -np.inf, 1.0], False), ([0.0, np.inf, 1.0], False),
                         ([np.nan, np.inf, 1 + 1e-6], False)):
         array = np.array(other)
-        assert grading.same(SOFTMAX, outcome, observe(SOFTMAX, lambda x, a=array: a, (np.zeros(3),))) is same
+        assert same(SOFTMAX, outcome, observe(SOFTMAX, lambda x, a=array: a, (np.zeros(3),))) is equal
 

@@ -36,12 +36,14 @@ class Property:
     """A statement that holds for the right function, as two arrays that must agree.
 
     tolerance  for max|got - expected| / max(max|expected|, 1)
+    at_most    got may be smaller
     """
 
     statement: str
     got: Any
     expected: Any
     tolerance: float = 1e-9
+    at_most: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,7 @@ TASK = Task(
     mistakes=(
         Mistake("The scores are divided by K instead of sqrt(K).", "np.sqrt(K)", "K"),
         Mistake("The scores are not divided by sqrt(K).", " / np.sqrt(K)", ""),
+        Mistake("The scores are multiplied by sqrt(K); they must be divided.", "/ np.sqrt(K)", "* np.sqrt(K)"),
         Mistake("A query sees the next token.", "np.tri(T, S, S - T, dtype=bool)",
                 "np.tri(T, S, S - T + 1, dtype=bool)"),
         Mistake("A query does not see its own token. The first one then sees nothing, and its result is NaN.",

@@ -64,5 +64,7 @@ TASK = Task(
                 "P * (dP - ", "(dP - "),
         Mistake("The scores are divided by K, not by sqrt(K), on the way back.", "q.shape[1] ** -0.5",
                 "q.shape[1] ** -1.0"),
+        Mistake("The axis of the row sum is dropped, so the sum of row j is subtracted from column j.",
+                "(dP * P).sum(axis=-1, keepdims=True)", "(dP * P).sum(axis=-1)"),
         Mistake("The row sum runs over the queries. The softmax runs over the keys, the last axis.",
                 "(dP * P).sum(axis=-1, keepdims=True)", "(dP * P).sum(axis=0, keepdims=True)")))

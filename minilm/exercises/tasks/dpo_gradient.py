@@ -62,6 +62,8 @@ TASK = Task(
         Mistake("The reference is left out of delta.",
                 "(policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)",
                 "policy_chosen - policy_rejected"),
+        Mistake("Both references are subtracted. In delta the one of the rejected response has a plus.",
+                "(policy_rejected - reference_rejected)", "(policy_rejected + reference_rejected)"),
         Mistake("The references of chosen and rejected are swapped.",
                 "(policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)",
                 "(policy_chosen - reference_rejected) - (policy_rejected - reference_chosen)"),

@@ -65,6 +65,8 @@ TASK = Task(
         Mistake("The mean of all K rewards is subtracted. It contains the response's own reward, and the expected "
                 "gradient is (1 - 1/K) of the true one.", "rewards - others",
                 "rewards - rewards.mean(axis=1, keepdims=True)"),
+        Mistake("The mean of all K is subtracted, and the axis of the mean is dropped.", "rewards - others",
+                "rewards - rewards.mean(axis=1)"),
         Mistake("The sum of the others is divided by K; there are K - 1 of them.", "/ (K - 1)", "/ K"),
         Mistake("The mean runs over the prompts. Rewards of different prompts are not comparable.",
                 "K = rewards.shape[1]\n    others = (rewards.sum(axis=1, keepdims=True)",

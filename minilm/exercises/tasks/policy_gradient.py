@@ -83,4 +83,4 @@ TASK = Task(
         Mistake("The advantages are broadcast along the wrong axis: response n has A[n].", "advantages[:, None]",
                 "advantages"),
         Mistake("Divided by the length of each response: the result is not the gradient of the expected reward.",
-                "/ len(logits)", "/ len(logits) / mask.sum(axis=1, keepdims=True)")))
+                "advantages[:, None] * mask", "advantages[:, None] * mask / mask.sum(axis=1, keepdims=True)")))

@@ -54,6 +54,8 @@ TASK = Task(
                 "-(advantages", "(advantages"),
         Mistake("The masked log-probs are multiplied by 0, and 0 times NaN is NaN.", "np.where(mask, log_probs, 0.0)",
                 "(mask * log_probs)"),
+        Mistake("A mean over all columns of the array, padding included. Divide by the number of responses.", ".mean()",
+                ".sum() / mask.size"),
         Mistake("A sum over the responses in place of the mean.", ".mean()", ".sum()"),
         Mistake("The mask is left out: prompt and padding count.", "np.where(mask, log_probs, 0.0)", "log_probs"),
         Mistake("The advantages are broadcast along the wrong axis: A[t] instead of A[n] for the tokens of response n.",

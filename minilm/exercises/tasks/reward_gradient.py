@@ -59,6 +59,8 @@ TASK = Task(
         Mistake("Both rewards are pushed down by the comparison.", "(pull - push) / B, (pull + push) / B",
                 "(pull - push) / B, (pull - push) / B"),
         Mistake("The factor 2 of the square is missing in the centering.", "2 * centering", "centering"),
+        Mistake("The centering is not divided by the number of pairs.", "2 * centering * (chosen + rejected)",
+                "2 * centering * (chosen + rejected) * len(chosen)"),
         Mistake("The centering is left out.", "2 * centering * (chosen + rejected)", "0.0"),
         Mistake("The margin is left out.", " - margin", ""),
         Mistake("The margin has the wrong sign.", "- margin", "+ margin"),

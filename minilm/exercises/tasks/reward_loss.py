@@ -59,5 +59,7 @@ TASK = Task(
                 "np.logaddexp(0, -z).mean()", "-np.logaddexp(0, -z).mean()"),
         Mistake("The logarithm of the mean probability; the loss is the mean of the logarithms.",
                 "np.logaddexp(0, -z).mean()", "-np.log(np.exp(-np.logaddexp(0, -z)).mean())"),
+        Mistake("The centering is summed over the pairs; it is a mean.", "((chosen + rejected) ** 2).mean()",
+                "((chosen + rejected) ** 2).sum()"),
         Mistake("The centering squares the mean; it is the mean of squares.", "((chosen + rejected) ** 2).mean()",
                 "(chosen + rejected).mean() ** 2")))

@@ -58,7 +58,9 @@ TASK = Task(
            "a cos - b sin and b cos + a sin."),
     mistakes=(
         Mistake("The pairs are the neighbours 2i and 2i + 1, as in the paper. Here they are i and i + K/2.",
-                "x[:, :K // 2], x[:, K // 2:]", "x[:, 0::2], x[:, 1::2]"),
+                "a, b = x[:, :K // 2], x[:, K // 2:]\n    return np.concatenate([a * cos - b * sin, b * cos + a * "
+                "sin], axis=1)", "a, b = x[:, 0::2], x[:, 1::2]\n    return np.stack([a * cos - b * sin, b * cos + a "
+                "* sin], axis=2).reshape(x.shape)"),
         Mistake("The rotation runs backwards: the signs of the two sines are exchanged.",
                 "a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin"),
         Mistake("The exponent is -i/K instead of -2i/K.", "np.arange(0, K, 2) / K", "np.arange(K // 2) / K"),

@@ -23,7 +23,7 @@ def token_log_probs(logits, targets) -> np.ndarray:
 
 
 def cases(rng: np.random.Generator) -> dict[str, tuple]:
-    return {"one token": (np.array([[0.0, 1.0, 2.0]]), np.array([1])),
+    return {"two tokens": (np.array([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]]), np.array([1, 0])),
             "four tokens": (rng.normal(size=(4, 5)), np.array([3, 0, 0, 4])),
             "as many tokens as the vocabulary": (rng.normal(size=(3, 3)), np.array([1, 2, 1])),
             "logits of order 1000": (np.array([[1000.0, 990.0], [-1000.0, 1000.0]]), np.array([1, 0]))}

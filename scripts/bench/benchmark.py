@@ -3,7 +3,7 @@
 The measurement is that of measuring.py. On a GPU each comparison is made in float32 and in bf16, without waiting for
 idle cores, and the processes of both libraries stay on the device while they take turns. Time on a GPU is short, so a
 comparison that fails is named, and the others are made; the exit status is then 1. A peer that is not installed is left
-out, and without any peer minilm is timed alone.
+out, and without any peer minilm is timed alone. Tests: tests/test_gpu_benchmarks.py.
 """
 
 import itertools

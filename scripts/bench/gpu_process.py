@@ -5,6 +5,7 @@ first step of a turn and after the last one. A turn gives one time, the mean of 
 
 Memory is the peak of the bytes that the library's arrays have during the steps of the warm-up: of CuPy's memory pool,
 and torch.cuda.max_memory_allocated. Memory that a pool keeps for later, and that of the CUDA context, is not in it.
+Tests: tests/test_gpu_process.py.
 """
 
 import contextlib

@@ -56,7 +56,7 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
         "model": ("test_plain", "test_generate", "test_packing", "test_pretrained"), "tokenizer": ("test_fuzz",),
         "packing": ("test_model",), "generate": ("test_stages",), "evaluate": ("test_stages",),
         "gradients": ("test_exact_gradients",), "step": ("test_stages", "test_late", "test_ranks"),
-        "gpu_process": ("test_gpu_benchmarks",), "measuring": ("test_benchmarks", "test_gpu_benchmarks"),
+        "measuring": ("test_gpu_process", "test_benchmarks"),
         "readback": ("test_late",), "in_place": ("test_tensor", "test_optim"),
         "mixed_layers": ("test_mixed_precision",), "modes": ("test_tensor",), "chunked_log_probs": ("test_layers",),
         "tiled_attention": ("test_layers", "test_packing"), "rotary": ("test_layers", "test_plain"),

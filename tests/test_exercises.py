@@ -10,7 +10,7 @@ from minilm.exercises import golden, recognise, tasks
 from minilm.exercises.differences import difference_error
 from minilm.exercises.grading import broken as is_broken, grade
 from minilm.exercises.outcome import as_arrays, observe, same
-from minilm.exercises.task import HOLE, cases, copies, run_text, solution_text, student_file, variant
+from minilm.exercises.task import HOLE, Property, cases, copies, run_text, solution_text, student_file, variant
 
 TASKS = {name: tasks.load(name) for name in tasks.ORDER}
 MISTAKES = [pytest.param(task, mistake, id=f"{name}-{i}") for name, task in TASKS.items()
@@ -130,6 +130,14 @@ def test_a_function_that_overwrites_an_argument_is_told_its_name(task):
         assert not verdict.solved and f"your function changed its argument {name}" in verdict.text
 
 
+@pytest.mark.parametrize("got, at_most, holds", [(1.0, False, True), (1 + 1e-6, False, False), (0.5, False, False),
+                                                 (0.5, True, True), (1.5, True, False), (np.nan, True, False)])
+def test_a_property_compares_both_ways_unless_it_is_a_limit(got, at_most, holds):
+    text = is_broken(Property("x is 1", np.array([1.0, got]), np.ones(2), at_most=at_most))
+    assert (text == "") == holds
+    assert holds or f"number [1] is {got!r}, and must be {'at most ' * at_most}1.0" in text
+
+
 @pytest.mark.skipif(not golden.FOLDER.is_dir(), reason="golden vectors are part of a checkout")
 def test_golden_vectors_are_cases_of_a_checkout_and_the_wheel_does_without():
     used = [task for task in TASKS.values() if task.golden]
@@ -139,8 +147,11 @@ def test_golden_vectors_are_cases_of_a_checkout_and_the_wheel_does_without():
         for found, expected in zip(as_arrays(task.solution(*arguments)), golden.expected(task), strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-10)
         assert words == f"golden vector {task.golden[0]}"
+        count = len(cases(task))
+        assert grade(task, task.solution).text.startswith(f"solved: right in {count + 1} cases")
         with mock.patch.object(golden, "FOLDER", golden.FOLDER / "nosuch"):
-            assert golden.cases(task) == {} and grade(task, task.solution).solved
+            assert golden.cases(task) == {}
+            assert grade(task, task.solution).text.startswith(f"solved: right in {count} cases")
 
 
 def test_the_cases_are_the_same_each_time_and_can_be_tried(task):
@@ -290,6 +301,14 @@ def test_a_first_verdict_is_told_before_the_search_for_the_mistake():
     told.clear()
     final = grade(SOFTMAX, variant(SOFTMAX, SOFTMAX.mistakes[0]), found=told.append)
     assert "Hint" in final.text and "Hint" not in told[0].text
+
+
+def test_calls_that_raise_are_the_same_if_their_exceptions_are():
+    arguments = (np.zeros(3),)
+    division, index, again = (observe(SOFTMAX, function, arguments) for function in
+                              (lambda x: 1 // 0, lambda x: x[7], lambda x: [1 // 0]))
+    assert same(SOFTMAX, division, again) and not same(SOFTMAX, division, index)
+    assert not same(SOFTMAX, division, observe(SOFTMAX, right, arguments))
 
 
 def test_nan_and_infinity_are_compared_as_they_are():

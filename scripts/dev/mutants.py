@@ -70,7 +70,9 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
         "dpo": ("test_inputs",), "rlhf": ("test_ranks", "test_inputs"), "command_line": ("test_commands",),
         **dict.fromkeys(("tensor_cores", "copies", "memory", "product", "bf16"),
                         ("test_tensor_core_checkers", "test_tensor_cores")),
-        "stream": ("test_late", "test_chat"), "encoding": ("test_training_data",)}
+        "stream": ("test_late", "test_chat"), "encoding": ("test_training_data",),
+        **dict.fromkeys(("grading", "outcome", "recognise", "task", "differences"), ("test_exercises",)),
+        **dict.fromkeys(("process", "catalogue"), ("test_exercises_command",)), "predict": ("test_predictions",)}
 # Tests of many modules. They run first where the likely ones pass.
 WIDE = ("test_arguments", "test_tensor", "test_layers", "test_inputs", "test_lecture", "test_stages", "test_fuzz")
 # The slowest tests run last: of ranks under mpiexec, of kernels, of the assistant, of benchmarks.

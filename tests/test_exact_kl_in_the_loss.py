@@ -174,6 +174,16 @@ def test_on_policy_the_forms_of_tokens_have_the_gradients_of_the_next_tokens_kl(
 
 
 @pytest.mark.parametrize("seed", range(3))
+def test_on_policy_the_geometric_mean_adds_a_share_of_the_second_part_to_k3_of_tokens(seed):
+    """(1/|y|) grad log pi(y|x) sum_s k3_s."""
+    c = case(seed)
+    forms, T = c.forms(), WORLD.token_log_probs(c.policy)
+    share = (k3(T.data, c.reference).data * MASK).sum(axis=-1, keepdims=True) / MASK.sum(axis=-1, keepdims=True)
+    added = parameter_gradients(c.policy, T, np.exp(c.log_pi)[..., None] * MASK * share)
+    assert_same_gradients(forms["(6)"], {name: forms["(5)"][name] + added[name] for name in added})
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_the_part_that_is_missing_is_the_effect_on_later_contexts(seed):
     """grad KL = E[sum_t grad KL_t] + E[sum_t grad log pi(y_t) sum_{s > t} k1_s]: the reward-to-go without the token."""
     c = case(seed)

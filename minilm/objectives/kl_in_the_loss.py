@@ -11,7 +11,7 @@ rho_t = pi(y_t|c) / pi_old(y_t|c) of each token, and k1_t, k2_t, k3_t computed f
     (2)     rho_t k3_t                               DeepSeek-V3.2, TRL, slime        E_old[ sum_t grad KL_t ]
     (3)     rho_t k1_t grad log pi(y_t)              OpenRLHF (unbiased_gradient)     E_old[ sum_t grad KL_t ]
     (4)     k2_t, on policy                          OpenRLHF, REINFORCE++            E_pi[ sum_t grad KL_t ]
-    (5)     k3_t, on policy                          GRPO, TRL before 2026            E_pi[ sum_t grad KL'_t ]
+    (5)     k3_t, on policy                          GRPO, TRL before July 2026       E_pi[ sum_t grad KL'_t ]
     (6)     (geometric mean of the rho_s) k3_t       TRL, at the level of sequences   none of these
 
 (3) is a gradient; a loss with this gradient is policy_gradient_loss with advantages -rho_t k1_t of the tokens, or k2_t
@@ -31,10 +31,11 @@ By the chain rule (kl.py), grad KL(pi || pi_ref) has a second part, the effect o
 
     grad KL(pi || pi_ref) = E_pi[ sum_t grad KL_t ] + E_pi[ sum_t grad log pi(y_t) sum_{s > t} KL_s ]
 
-(2) to (6) lack it. As advantages, -k1_t takes the place of -sum_{s >= t} k1_s, which is reward_to_go, and unbiased. So
-"unbiased" is true of (2), (3) and (4) for the KL of each next token in contexts held fixed. For the KL of responses it
-is true on policy, and near the reference, to first order: at distance d of pi from pi_ref, grad KL_t is of the order d,
-and KL_s, in the second part, of d^2. KL_t and KL'_t also agree to first order, so (5) is near for the same reason.
+(2) to (5) lack it: as an advantage of token t, -k1_t takes the place of -sum_{s >= t} k1_s, which is reward_to_go, and
+unbiased. (6) has, on policy, the gradient of (5) plus (1/|y|) grad log pi(y|x) sum_s k3_s: a share of the second part.
+So "unbiased" is true of (2), (3) and (4) for the KL of each next token in contexts held fixed. For the KL of responses
+it is true on policy, and near the reference, to first order: at distance d of pi from pi_ref, grad KL_t is of the order
+d, and KL_s, in the second part, of d^2. KL_t and KL'_t also agree to first order, so (5) is near for the same reason.
 Off policy the error does not vanish near the reference, because the contexts are still those of pi_old.
 
 The relative error |g - e| / |e| of the expected gradient g from e = grad KL(pi || pi_ref), on policy, by enumeration

@@ -63,6 +63,7 @@ class Plan:
                 if run[1] > 0:
                     self.runs.setdefault(run, []).append((i, own))
         self.keys = _ranges("keys", list(self.runs))
+        self.keys_in_all = sum(count for _, count in self.runs)         # tokens that are a key
         counts("attention: the number of the last token", [self.queries, self.keys])
         counts("attention: queries + diagonal of a segment", self.segments[:, 1] + self.segments[:, 4])
         self._known = {}

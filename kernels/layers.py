@@ -38,21 +38,25 @@ def attention(q: Array, k: Array, v: Array, causal: bool, key_mask: Array | np.n
               scale: float) -> tuple[Array, Callable]:
     """The real keys of a row must be contiguous: padding can be on the left and on the right. Raises ValueError."""
     q, k, v = map(_contiguous, (q, k, v))
-    first = stop = None
-    if key_mask is not None:
-        real = to_numpy(key_mask).astype(bool)
-        first = real.argmax(axis=1)
-        stop = first + real.sum(axis=1)
-        place = np.arange(real.shape[1])
-        if (real != ((place >= first[:, None]) & (place < stop[:, None]))).any():
-            raise ValueError("attention: a row of key_mask has a gap; the kernel supports padding on the left and on "
-                             "the right only; pass kernel=False")
+    first, stop = (None, None) if key_mask is None else real_keys(key_mask)
     plan = attention_kernel.batch_plan(array_module(q), q.shape, k.shape, causal, first, stop)
     o, lse = attention_kernel.batch_forward(q, k, v, plan, scale)
 
     def vjp(dy):
         return attention_kernel.batch_backward(q, k, v, o, _contiguous(dy), lse, plan, scale)
     return o, vjp
+
+
+def real_keys(key_mask: Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first real key of each row of key_mask (B,S), and the place after its last: two arrays (B,) of NumPy."""
+    real = to_numpy(key_mask).astype(bool)
+    first = real.argmax(axis=1) if real.shape[1] else np.zeros(len(real), int)
+    stop = first + real.sum(axis=1)
+    place = np.arange(real.shape[1])
+    if (real != ((place >= first[:, None]) & (place < stop[:, None]))).any():
+        raise ValueError("attention: a row of key_mask has a gap; the kernel supports padding on the left and on "
+                         "the right only; pass kernel=False")
+    return first, stop
 
 
 def segment_plan(xp, segments: Sequence) -> attention_kernel.Plan:

@@ -15,6 +15,21 @@ from minilm.kernels import attention_bf16, fused, fused_bf16, gemm, log_probs
 from minilm.kernels.attention import Operand, Plan
 from minilm.kernels.fused_bf16 import to_bf16, to_float32
 from minilm.kernels.launch import Array
+from minilm.kernels.layers import real_keys
+
+
+class Rounded:
+    """A weight of which bf16 is all that is kept: bits (in,out), uint16. It has no gradient."""
+
+    __slots__ = ("bits",)
+
+    def __init__(self, bits):
+        self.bits = bits
+
+    shape = property(lambda self: self.bits.shape)
+
+    def __len__(self):
+        return len(self.bits)
 
 
 class DeferredProduct:
@@ -38,49 +53,93 @@ class DeferredProduct:
         gemm.product(self.x, self.y, out, a_transposed=True, add=True)
 
 
-def product(a, b, dtype, a_transposed: bool = False, b_transposed: bool = False, out=None):
+def product(a, b, dtype, a_transposed: bool = False, b_transposed: bool = False, out=None, add: bool = False):
     """gemm.product to a new array of uint16 (bf16) or float32, unless out is given."""
     if out is None:
         shape = a.shape[int(a_transposed)], b.shape[1 - int(b_transposed)]
         out = array_module(a).empty(shape, dtype)
-    return gemm.product(a, b, out, a_transposed, b_transposed)
+    return gemm.product(a, b, out, a_transposed, b_transposed, add)
 
 
-def attention_branch(x: Array, norm: Array, qkv: Array, attention_out: Array, amount: Array | None, *, plan: Plan,
-                     smear: Callable, cos: Array, sin: Array, heads: int, kv_heads: int, pairing: str,
+class Linear:
+    """y = x W + (x A) B, of bf16 x (N,in), and its gradients. A (in,R) and B (R,out) are an adapter (lora.py), or None.
+
+        dx = dy W^T + du A^T,    dW = x^T dy,    dA = x^T du,    dB = u^T dy,    with u = x A and du = dy B^T
+
+    The term of the adapter comes first and x W is added to it: a sum in bf16 is rounded twice, and so the first of the
+    two roundings is of the smaller term.
+    """
+
+    def __init__(self, W, A=None, B=None):
+        self.W, self.A, self.B = (None if matrix is None else rounded(matrix) for matrix in (W, A, B))
+
+    def forward(self, x, dtype):
+        """y in uint16 (bf16) or float32."""
+        if self.A is None:
+            return product(x, self.W, dtype)
+        self.u = product(x, self.A, np.uint16)
+        return product(x, self.W, dtype, out=product(self.u, self.B, dtype), add=True)
+
+    def backward(self, x, dy, dtype):
+        """dx in dtype, then dW, dA and dB for tensor.backward."""
+        if self.A is None:
+            return product(dy, self.W, dtype, b_transposed=True), DeferredProduct(x, dy), None, None
+        du = product(dy, self.B, np.uint16, b_transposed=True)
+        dx = product(du, self.A, dtype, b_transposed=True)
+        dx = product(dy, self.W, dtype, b_transposed=True, out=dx, add=True)
+        return dx, DeferredProduct(x, dy), DeferredProduct(x, du), DeferredProduct(self.u, dy)
+
+
+def rounded(matrix):
+    """A matrix of float32, or a Rounded, as bf16."""
+    return matrix.bits if isinstance(matrix, Rounded) else to_bf16(_aligned(matrix))
+
+
+def padded_plan(xp, key_mask: np.ndarray, causal: bool) -> Plan:
+    """The attention Plan of B sequences of T tokens, one after the other in a row, with key_mask (B,T); xp: cupy."""
+    first, stop = real_keys(key_mask)
+    B, T = key_mask.shape
+    return Plan(xp, [(b * T, T, b * T + first[b], stop[b] - first[b], -first[b] if causal else T, 0, 0)
+                                      for b in range(B)])
+
+
+def attention_branch(x: Array, norm: Array, qkv: Array, qkv_a: Array | None, qkv_b: Array | None, attention_out: Array,
+                     out_a: Array | None, out_b: Array | None, amount: Array | None, *, plan: Plan, smear: Callable,
+                     cos: Array, sin: Array, heads: int, kv_heads: int, pairing: str,
                      eps: float) -> tuple[Array, Callable]:
     """attention(rms_norm(x)) of model.block.  x (N,D), tokens of a pack or of a rectangle of sequences -> (N,D)
 
-    norm (D,), qkv (D,(H+2G)K), attention_out (H K,D), cos and sin (N,K/2) of each token. amount (G,K) of rotary.smear,
-    or None; smear(keys (G,N,K), amount) -> smeared keys, vjp.
+    norm (D,), qkv (D,(H+2G)K), attention_out (H K,D), each followed by the A and B of its adapter; cos and sin (N,K/2)
+    of each token. amount (G,K) of rotary.smear, or None; smear(keys (G,N,K), amount) -> smeared keys, vjp.
     """
     H, G, N = heads, kv_heads, len(x)
     K = qkv.shape[1] // (H + 2 * G)
+    xp = array_module(x)
     norm = _aligned(norm)
     h, r = fused_bf16.rms_norm(x, norm, eps)
-    qkv16, out16 = to_bf16(_aligned(qkv)), to_bf16(_aligned(attention_out))
-    z = product(h, qkv16, np.uint16).reshape(N, H + 2 * G, K)
+    into, back = Linear(qkv, qkv_a, qkv_b), Linear(attention_out, out_a, out_b)
+    z = into.forward(h, np.uint16).reshape(N, H + 2 * G, K)
     smear_vjp = _smear(z, H, G, amount, smear)
     fused_bf16.rope(z, cos, sin, H + G, pairing)
-    o = array_module(x).empty((N, H, K), np.uint16)
-    lse = array_module(x).empty((H, N), np.float32)
+    o = xp.empty((N, H, K), np.uint16)
+    lse = xp.empty((H, N), np.float32)
     shape = {"plan": plan, "heads": H, "kv_heads": G, "width": K, "lse_head": N, "scale": K ** -0.5}
     attention_bf16.forward(*_heads_of(z, H, G), _operand(o, 0), lse, **shape)
     rows = o.reshape(N, H * K)
 
     def vjp(dy):
-        d = to_bf16(array_module(dy).ascontiguousarray(dy))
-        do = product(d, out16, np.uint16, b_transposed=True).reshape(N, H, K)
-        dz = array_module(x).empty(z.shape, np.uint16)
+        d = to_bf16(xp.ascontiguousarray(dy))
+        do, *of_out = back.backward(rows, d, np.uint16)
+        do = do.reshape(N, H, K)
+        dz = (xp.empty if plan.keys_in_all == N else xp.zeros)(z.shape, np.uint16)  # of padding no key is written
         attention_bf16.backward(*_heads_of(z, H, G), _operand(o, 0), _operand(do, 0), lse, *_heads_of(dz, H, G),
                                 **shape)
         fused_bf16.rope(dz, cos, sin, H + G, pairing, backward=True)
         damount = smear_vjp(dz)
-        dz = dz.reshape(N, -1)
-        dh = product(dz, qkv16, np.float32, b_transposed=True)
+        dh, *of_qkv = into.backward(h, dz.reshape(N, -1), np.float32)
         dx, dnorm = fused.rms_norm_backward(dh, x, norm, r)
-        return dx, dnorm, DeferredProduct(h, dz), DeferredProduct(rows, d), damount
-    return product(rows, out16, np.float32), vjp
+        return dx, dnorm, *of_qkv, *of_out, damount
+    return back.forward(rows, np.float32), vjp
 
 
 def _heads_of(z, H, G):
@@ -114,21 +173,25 @@ def _smear(z, H, G, amount, smear):
     return smear_vjp
 
 
-def ffn_branch(x: Array, norm: Array, gate_up: Array, ffn_out: Array, *, eps: float) -> tuple[Array, Callable]:
-    """swiglu(rms_norm(x)) of model.block.  x (N,D), norm (D,), gate_up (D,2F), ffn_out (F,D) -> (N,D)"""
+def ffn_branch(x: Array, norm: Array, gate_up: Array, up_a: Array | None, up_b: Array | None, ffn_out: Array,
+               out_a: Array | None, out_b: Array | None, *, eps: float) -> tuple[Array, Callable]:
+    """swiglu(rms_norm(x)) of model.block.  x (N,D) -> (N,D)
+
+    norm (D,), gate_up (D,2F), ffn_out (F,D), each followed by the A and B of its adapter.
+    """
     norm = _aligned(norm)
     h, r = fused_bf16.rms_norm(x, norm, eps)
-    up16, out16 = to_bf16(_aligned(gate_up)), to_bf16(_aligned(ffn_out))
-    g = product(h, up16, np.uint16)
+    into, back = Linear(gate_up, up_a, up_b), Linear(ffn_out, out_a, out_b)
+    g = into.forward(h, np.uint16)
     a = fused_bf16.swiglu_forward(g)
 
     def vjp(dy):
         d = to_bf16(array_module(dy).ascontiguousarray(dy))
-        dg = fused_bf16.swiglu_backward(product(d, out16, np.uint16, b_transposed=True), g)
-        dh = product(dg, up16, np.float32, b_transposed=True)
+        da, *of_out = back.backward(a, d, np.uint16)
+        dh, *of_up = into.backward(h, fused_bf16.swiglu_backward(da, g), np.float32)
         dx, dnorm = fused.rms_norm_backward(dh, x, norm, r)
-        return dx, dnorm, DeferredProduct(h, dg), DeferredProduct(a, d)
-    return product(a, out16, np.float32), vjp
+        return dx, dnorm, *of_up, *of_out
+    return back.forward(a, np.float32), vjp
 
 
 def token_log_probs(hidden: Array, unembedding: Array, targets: np.ndarray) -> tuple[Array, Callable]:

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from minilm import checks
+from minilm.backend import array_module
 from minilm.config import Config
-from minilm.fast.packed_attention import Segment, smear_segments, tables_on_gpu
+from minilm.fast.packed_attention import Segment, rectangle_segments, smear_segments, tables_on_gpu
 from minilm.rotary import rope_tables
 from minilm.tensor import Tensor, primitive
 
@@ -38,7 +39,7 @@ def check(config: Config, dtype: Any, device: str, compute: str) -> None:
     if compute == "float32":
         return
     wanted = {"the device 'gpu'": device == "gpu", "a model of float32": dtype == np.float32,
-              "a causal model": config.causal, f"a head_width of {HEAD_WIDTHS}": config.head_width in HEAD_WIDTHS,
+              f"a head_width of {HEAD_WIDTHS}": config.head_width in HEAD_WIDTHS,
               f"a width of at most {WIDEST} that 8 divides": config.width % 8 == 0 and config.width <= WIDEST,
               "an ffn_width that 8 divides": int(config.ffn_width or 0) % 8 == 0}
     if missing := [words for words, there in wanted.items() if not there]:
@@ -60,24 +61,55 @@ def token_log_probs(hidden: Tensor, unembedding: Tensor, targets: np.ndarray) ->
     return _primitives()[2](hidden, unembedding, targets)
 
 
-def layers_of(config: Any, parameters: dict, segments: list[Segment], positions: Any) -> Callable:
+def layers_of_segments(config: Config, parameters: dict, segments: list[Segment], positions: Any) -> Callable:
     """layer(i, x) for model.after_blocks: model.block of layer i, x (..,D) -> (..,D), N tokens in all.
 
     The tokens are those of the segments; positions (N,): of each in its own sequence, on the device.
     """
-    cos, sin = rope_tables(positions, config.head_width, config.rope_base, parameters["embedding"].dtype)
     plan, edges = tables_on_gpu(positions, segments)
+    return _layers_of(config, parameters, plan, functools.partial(smear_segments, edges=edges), positions)
+
+
+def layers_of_padded(config: Config, parameters: dict, key_mask: np.ndarray, positions: Any) -> Callable:
+    """The same for sequences of T tokens: key_mask (B,T) NumPy's, 0 on padding, positions (B T,).
+
+    The numbers of padding are those of layers.attention with this mask. Raises ValueError for a mask with gaps.
+    """
+    from minilm.kernels.mixed_layers import padded_plan
+    plan = padded_plan(array_module(positions), key_mask, config.causal)
+    B, T = key_mask.shape
+    _, edges = tables_on_gpu(positions, rectangle_segments(B, T))
+    real = None if key_mask.all() else array_module(positions).asarray(key_mask.reshape(-1, 1).astype(bool))
+
+    def smear(k, amount):           # a padding token is no predecessor: its key counts as zero
+        xp = array_module(k)
+        mixed, vjp = smear_segments(k if real is None else xp.where(real, k, 0), amount, edges)
+
+        def masked_vjp(dy):
+            dk, damount = vjp(dy)
+            return dk if real is None else xp.where(real, dk, 0), damount
+        return mixed, masked_vjp
+    return _layers_of(config, parameters, plan, smear, positions)
+
+
+def _layers_of(config, parameters, plan, smear, positions):
+    cos, sin = rope_tables(positions, config.head_width, config.rope_base, parameters["embedding"].dtype)
     attention_branch, ffn_branch, _ = _primitives()
-    shape = {"heads": config.heads, "kv_heads": config.kv_heads, "pairing": config.rope_pairing}
-    smear = functools.partial(smear_segments, edges=edges)
+    shape = {"heads": config.heads, "kv_heads": config.kv_heads, "pairing": config.rope_pairing, "plan": plan,
+             "smear": smear, "cos": cos, "sin": sin, "eps": config.norm_eps}
 
     def layer(i, x):
         p = f"blocks.{i}."
         rows = x.reshape(-1, x.shape[-1])
         rows = rows + attention_branch(
-            rows, parameters[p + "attention_norm"], parameters[p + "qkv"], parameters[p + "attention_out"],
-            parameters.get(p + "key_smear"), plan=plan, smear=smear, cos=cos, sin=sin, eps=config.norm_eps, **shape)
-        rows = rows + ffn_branch(rows, parameters[p + "ffn_norm"], parameters[p + "gate_up"], parameters[p + "ffn_out"],
-                                 eps=config.norm_eps)
+            rows, parameters[p + "attention_norm"], *_matrices(parameters[p + "qkv"]),
+            *_matrices(parameters[p + "attention_out"]), parameters.get(p + "key_smear"), **shape)
+        rows = rows + ffn_branch(rows, parameters[p + "ffn_norm"], *_matrices(parameters[p + "gate_up"]),
+                                 *_matrices(parameters[p + "ffn_out"]), eps=config.norm_eps)
         return rows.reshape(x.shape)
     return layer
+
+
+def _matrices(weight):
+    """W, and A and B of its adapter (lora.py) or None."""
+    return weight.factors() if callable(weight) else (weight, None, None)

@@ -55,7 +55,7 @@ def hidden_states(parameters: dict, config: Config, tokens: np.ndarray, attend: 
 
 
 def after_blocks(parameters: dict, config: Config, x: Any, layer: Callable, checkpointing: bool = False) -> Tensor:
-    """hidden_states from the embedded tokens x (..,D), through layer(i, x): block, or mixed_precision.layers_of."""
+    """hidden_states from the embedded tokens x (..,D), through layer(i, x): block, or one of mixed_precision."""
     for i in range(config.layers):
         x = activation_checkpoint(functools.partial(layer, i), x) if checkpointing else layer(i, x)
     return layers.rms_norm(x, parameters["final_norm"], eps=config.norm_eps)
@@ -210,6 +210,10 @@ class Transformer:
         if key_mask is None and c.causal and T:
             # One node of the graph from qkv to the mixed values instead of about ten (gain: scripts/bench/tricks.py).
             return self._hidden_of_segments(tokens, rectangle_segments(B, T), np.tile(np.arange(T), B))
+        if self.compute == "bfloat16" and T:
+            key_mask = np.ones((B, T)) if key_mask is None else key_mask
+            positions = self._on_device(np.tile(np.arange(T), B))
+            return self._through(mixed_precision.layers_of_padded(c, self._parameters, key_mask, positions), tokens)
         attend = self.attend_to_padded(T, key_mask)
         return hidden_states(self._parameters, c, tokens, attend, self.activation_checkpointing)
 
@@ -219,9 +223,12 @@ class Transformer:
         if self.compute == "float32":
             attend = attend_to_segments(c, self._parameters, segments, positions)
             return hidden_states(self._parameters, c, tokens, attend, self.activation_checkpointing)
-        layer = mixed_precision.layers_of(c, self._parameters, segments, positions)
+        return self._through(mixed_precision.layers_of_segments(c, self._parameters, segments, positions), tokens)
+
+    def _through(self, layer, tokens):
+        """Final hidden states of tokens whose embeddings go through layer(i, x)."""
         embedded = ops.embed(self._parameters["embedding"], tokens)
-        return after_blocks(self._parameters, c, embedded, layer, self.activation_checkpointing)
+        return after_blocks(self._parameters, self.config, embedded, layer, self.activation_checkpointing)
 
     def checked_tokens(self, tokens: np.ndarray | list) -> np.ndarray:
         """tokens as a NumPy array. Raises as hidden does."""

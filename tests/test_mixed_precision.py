@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from minilm.backend import to_numpy
+from minilm.backend import array_module, to_numpy
 from minilm.config import Config
 from minilm.lora import Adapted
 from minilm.model import RewardModel, Transformer
@@ -22,6 +22,10 @@ CONFIGS = {"plain": {"layers": 3}, "grouped, smeared": {"layers": 2, "kv_heads":
 LOSSES = {"a rectangle": lambda model: model.log_probs(TOKENS).mean(),
           "a pack": lambda model: model.response_log_probs(pack(PROMPTS, RESPONSES)).sum(),
           "at a temperature": lambda model: model.log_probs(TOKENS, 0.7).sum()}
+
+
+MASK = np.ones((3, 9))
+MASK[0, :3] = MASK[1, 6:] = MASK[2, :2] = MASK[2, 7:] = 0
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +68,51 @@ def test_values_and_gradients_are_within_a_hundredth_of_float64s(config, loss, c
     for name, exact_one in gradients[0].items():
         assert gradients[1][name].dtype == np.float32
         assert distance({name: gradients[1][name]}, {name: exact_one}) < 3e-2, name
+
+
+PADDED = {**CONFIGS, "both directions": {"layers": 2, "causal": False, "key_smear": True}}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpoints"])
+@pytest.mark.parametrize("config", PADDED)
+def test_a_padded_batch_is_as_near_to_float64_as_others(config, checkpointing, rng):
+    """Of padding too: a query to the right of the real tokens sees all of them."""
+    exact, mixed = models(rng, **PADDED[config])
+    mixed.activation_checkpointing = checkpointing
+    weights = rng.normal(size=(*TOKENS.shape, exact.config.width)).astype(np.float32)
+    hidden, gradients = [], []
+    for model in (exact, mixed):
+        h = model.hidden(TOKENS, MASK)
+        h.backward(array_module(h.data).asarray(weights.astype(h.dtype)))
+        hidden.append({"": to_numpy(h.data)})
+        gradients.append({name: p.grad for name, p in model.parameters().items() if p.grad is not None})
+    assert 1e-5 < distance(hidden[1], hidden[0]) < 1e-2
+    assert 1e-5 < distance(gradients[1], gradients[0]) < 1e-2
+    for name, exact_one in gradients[0].items():
+        assert distance({name: gradients[1][name]}, {name: exact_one}) < 3e-2, name
+
+
+def test_padding_changes_no_real_token_and_gets_no_gradient_from_them(rng):
+    _, mixed = models(rng, key_smear=True, layers=2)
+    real = array_module(mixed.unembedding.data).asarray(MASK[:, :, None].astype(np.float32))
+    found = []
+    for padding in (0, 5):
+        for p in mixed.parameters().values():
+            p.grad = None
+        h = mixed.hidden(np.where(MASK, TOKENS, padding).astype(int), MASK)
+        (h * real).sum().backward()
+        gradients = [to_numpy(p.grad) for name, p in mixed.parameters().items() if p.grad is not None]
+        found.append([to_numpy(h.data)[MASK > 0], *gradients])
+    assert all(np.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(*found, strict=True))
+    with pytest.raises(ValueError, match="a row of key_mask has a gap"):
+        mixed.hidden(TOKENS, np.where(np.arange(9) == 4, 0, MASK))
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 4), (0, 0)])
+def test_no_tokens_have_no_hidden_states(shape, rng):
+    _, mixed = models(rng)
+    for mask in (None, np.ones(shape)):
+        assert mixed.hidden(np.zeros(shape, int), mask).shape == (*shape, 64)
 
 
 # Training.
@@ -135,6 +184,11 @@ def test_a_reward_model_has_its_body_in_mixed_precision(rng):
     batch = pack(PROMPTS, RESPONSES, last=True)
     expected = exact.packed_rewards(batch).data
     assert to_numpy(reward_model.packed_rewards(batch).data) == pytest.approx(expected, abs=2e-2)
+    texts = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES)]
+    for pad in (lambda text: [0] * (7 - len(text)) + text, lambda text: text + [0] * (7 - len(text))):
+        mask = np.array([pad([1] * len(text)) for text in texts])
+        found = to_numpy(reward_model.rewards(np.array([*map(pad, texts)]), mask).data)
+        assert found == pytest.approx(expected, abs=2e-2)
 
 
 def test_float32_is_what_it_was_and_a_model_can_go_back(rng):
@@ -171,7 +225,7 @@ def test_weights_that_begin_anywhere_in_a_flat_array_are_taken(rng):
 
 WRONG = [({"compute": "float16"}, {}, "compute is 'float16'; it must be one of float32, bfloat16"),
          ({"device": "cpu"}, {}, "needs the device 'gpu'"), ({}, {"dtype": np.float64}, "needs a model of float32"),
-         ({}, {"causal": False}, "needs a causal model"), ({}, {"width": 32}, r"needs a head_width of \(32, 64, 128\)"),
+         ({}, {"width": 32}, r"needs a head_width of \(32, 64, 128\)"),
          ({}, {"width": 68, "head_width": 32}, "needs a width of at most 4096 that 8 divides"),
          ({}, {"width": 4160, "head_width": 32}, "needs a width of at most 4096"),
          ({}, {"ffn_width": 12}, "needs an ffn_width that 8 divides")]

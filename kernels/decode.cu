@@ -9,13 +9,22 @@
 //
 // The cache is (B, kv heads, capacity, HEAD) with `length` filled positions; row b begins at position first[b] (padding
 // on the left). Bytes: keys and values once, which is the minimum; the partial results, HEAD + 2 numbers for each
-// split, twice. Possible and not done: float4 loads, several keys at a time in a warp.
+// split, twice. Possible and not done: loads of 16 bytes, several keys at a time in a warp.
+//
+// q, keys, values and out are of type `stored`: real, or with -DBF16=1 bf16, and half the bytes of float. Scores, sums
+// and partial results are real in any case.
+#ifdef BF16
+#include "tensor.cuh"
+typedef bf16 stored;
+#else
+typedef real stored;
+#endif
 
 #define WARPS (THREADS / 32)
 #define LANE_WIDTH ((HEAD + 31) / 32)       // numbers of a head in a lane
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-decode_split(const real* __restrict__ q, const real* __restrict__ keys, const real* __restrict__ values,
+decode_split(const stored* __restrict__ q, const stored* __restrict__ keys, const stored* __restrict__ values,
              const int* __restrict__ first, real* __restrict__ o, real* __restrict__ m, real* __restrict__ l,
              int length, int capacity, int chunk, real scale) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -32,7 +41,7 @@ decode_split(const real* __restrict__ q, const real* __restrict__ keys, const re
 #pragma unroll
         for (int i = 0; i < LANE_WIDTH; ++i) {
             const int d = lane + 32 * i;
-            query[g][i] = d < HEAD ? scale * q[((size_t)row * heads + head0 + g) * HEAD + d] : real(0);
+            query[g][i] = d < HEAD ? scale * real(q[((size_t)row * heads + head0 + g) * HEAD + d]) : real(0);
             acc[g][i] = 0;
         }
     }
@@ -41,8 +50,8 @@ decode_split(const real* __restrict__ q, const real* __restrict__ keys, const re
 #pragma unroll
         for (int i = 0; i < LANE_WIDTH; ++i) {
             const int d = lane + 32 * i;
-            key[i] = d < HEAD ? keys[cache + (size_t)j * HEAD + d] : real(0);
-            value[i] = d < HEAD ? values[cache + (size_t)j * HEAD + d] : real(0);
+            key[i] = d < HEAD ? real(keys[cache + (size_t)j * HEAD + d]) : real(0);
+            value[i] = d < HEAD ? real(values[cache + (size_t)j * HEAD + d]) : real(0);
         }
 #pragma unroll
         for (int g = 0; g < GROUP; ++g) {
@@ -88,7 +97,7 @@ decode_split(const real* __restrict__ q, const real* __restrict__ keys, const re
 // Combines the splits of each row and head, in their order: one block of HEAD threads (at least 32) for each.
 extern "C" __global__ void __launch_bounds__(128)
 decode_combine(const real* __restrict__ o, const real* __restrict__ m, const real* __restrict__ l,
-               real* __restrict__ out, int splits) {
+               stored* __restrict__ out, int splits) {
     const int at = blockIdx.x, rows = gridDim.x;        // (row, head)
     real largest = NEGATIVE_INFINITY;
     for (int s = 0; s < splits; ++s) largest = fmax(largest, m[(size_t)s * rows + at]);
@@ -101,6 +110,6 @@ decode_combine(const real* __restrict__ o, const real* __restrict__ m, const rea
             sum += weight * l[from];
             total += weight * o[from * HEAD + d];
         }
-        out[(size_t)at * HEAD + d] = sum == 0 ? real(0) : total / sum;
+        out[(size_t)at * HEAD + d] = stored(sum == 0 ? real(0) : total / sum);
     }
 }

@@ -100,7 +100,7 @@ def padded_plan(xp, key_mask: np.ndarray, causal: bool) -> Plan:
     first, stop = real_keys(key_mask)
     B, T = key_mask.shape
     return Plan(xp, [(b * T, T, b * T + first[b], stop[b] - first[b], -first[b] if causal else T, 0, 0)
-                                      for b in range(B)])
+                     for b in range(B)])
 
 
 def attention_branch(x: Array, norm: Array, qkv: Array, qkv_a: Array | None, qkv_b: Array | None, attention_out: Array,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from minilm.backend import array_module, is_cupy, to_device, to_numpy
+from minilm.kernels.bf16 import from_bf16
 from minilm.kernels.emulator import arrays, cublas, stream
 from minilm.kernels.emulator.cupy import FUNCTIONS, TYPES, as_cupy, cupy, ufunc
 
@@ -170,6 +171,7 @@ def test_an_element_is_a_view_and_a_reduction_an_array():
 def test_unwritten_memory_is_marked():
     for made in (cupy.empty((2, 3)), cupy.empty(3, "float32"), cupy.empty_like(there()), cupy.empty(2, "complex64")):
         assert np.isnan(made.get()).all()
+    assert np.isnan(from_bf16(cupy.empty(2, "uint16").get())).all()
     assert (cupy.empty(2, "int32").get() > 2 ** 30).all() and cupy.empty(2, bool).get().all()
     assert np.isnan(cupy.empty(()).get()) and cupy.empty((0, 3)).shape == (0, 3)
 

@@ -5,6 +5,7 @@ import pytest
 import kernel_mutants
 from helpers import assert_close
 from minilm.kernels import decode as module, emulator
+from minilm.kernels.bf16 import from_bf16, to_bf16
 from minilm.kernels.decode import CHUNK, WIDTHS, decode
 
 
@@ -48,6 +49,24 @@ def test_any_head_width_gives_the_plain_formula_in_either_precision(K, xp, rng):
     assert np.abs(result - exact).max() <= 2 * np.abs(naive - exact).max() + 8 * np.finfo(np.float32).eps
 
 
+@pytest.mark.parametrize("K", WIDTHS)
+@pytest.mark.parametrize("H, G", [(4, 2), (8, 1)])
+def test_a_cache_of_bf16_has_float32_sums_and_one_rounding_at_the_end(K, H, G, xp, rng):
+    arrays, first = [to_bf16(a) for a in inputs(rng, 2, H, G, K, 310)], [0, 140]
+    expected = plain(*map(from_bf16, arrays), 300, first)
+    found = run(xp, *arrays, 300, first)
+    assert found.dtype == np.uint16
+    assert (np.abs(from_bf16(found) - expected) <= 1.001 * 2 ** -8 * np.abs(expected) + 1e-6).all()
+
+
+def test_a_mean_of_4096_values_of_bf16_is_rounded_once(xp, rng):
+    q, keys, values = (to_bf16(a) for a in inputs(rng, 1, 1, 1, 32, 4096))
+    q[:] = 0
+    expected = from_bf16(values).astype(np.float64).mean(axis=2)
+    found = from_bf16(run(xp, q, keys, values, 4096, [0]))
+    assert (np.abs(found - expected) <= 1.001 * 2 ** -8 * np.abs(expected) + 1e-7).all()
+
+
 def test_it_equals_the_decode_attention_of_the_library(xp, rng):
     from minilm.fast.cached_decoding import decode_attention
     (q, keys, values), first = inputs(rng, 3, 4, 2, 16, 20), np.array([0, 3, 11])
@@ -84,6 +103,8 @@ def test_no_rows_and_no_keys_give_zeros(B, length, xp, rng):
 
 @pytest.mark.parametrize("change, message", [
     (lambda a, xp: {**a, "keys": a["keys"].astype(np.float32)}, "keys is float32; this kernel takes float64"),
+    (lambda a, xp: {**a, "q": a["q"].astype(np.uint16)}, "keys is float64; this kernel takes uint16"),
+    (lambda a, xp: {**a, "q": a["q"].astype(np.int32)}, "the kernels compute in float32 or float64, not in int32"),
     (lambda a, xp: {**a, "values": a["values"][:, :, 1:]}, "values has shape"),
     (lambda a, xp: {**a, "keys": a["keys"][:, :, ::2], "values": a["values"][:, :, ::2]}, "keys is not contiguous"),
     (lambda a, xp: {**a, "q": a["q"][:, :, :8], "keys": a["keys"][..., :8]}, "supports widths 16, 32, 64, 128"),
@@ -96,9 +117,10 @@ def test_unsupported_arrays_raise_with_what_is_supported(change, message, xp, rn
         decode(**arguments)
 
 
-@pytest.mark.parametrize("K, dtype", [(16, np.float32), (64, np.float64)])
+@pytest.mark.parametrize("K, dtype", [(16, np.float32), (64, np.float64), (64, np.uint16)])
 def test_no_checker_finds_a_fault_and_bytes_equal_the_formula(K, dtype, emulated, rng, monkeypatch):
-    arrays, first, length = inputs(rng, 2, 4, 2, K, 150, dtype), [0, 40], 140
+    arrays, first, length = inputs(rng, 2, 4, 2, K, 150), [0, 40], 140
+    arrays = [to_bf16(a) if dtype is np.uint16 else a.astype(dtype) for a in arrays]
     counted, launch = {}, module.launch
 
     def launch_and_note(kernel, *arguments, **options):
@@ -151,5 +173,31 @@ def test_a_bug_is_found_by_a_checker_or_by_the_numbers(mutant, emulated, rng, mo
             arrays = inputs(rng, 2, 4, 2, K, 150)
             result = run(emulated, *arrays, 140, [0, 30])
             assert np.abs(np.nan_to_num(result - plain(*arrays, 140, [0, 30]), nan=np.inf)).max() <= 1e-8
+        return True
+    assert kernel_mutants.detected_by(check, module) == mutant[-1]
+
+
+OF_BF16 = [
+    *(mutant for mutant in MUTANTS if mutant[0] in ("the value is not rescaled", "the query is not scaled",
+                                                    "one warp does not write its part")),
+    ("sums are rounded", "sum[g] = rescale * sum[g] + p;", "sum[g] = real(stored(rescale * sum[g] + p));", "numbers"),
+    ("the output is rounded for each value", "acc[g][i] = rescale * acc[g][i] + p * value[i];",
+     "acc[g][i] = real(stored(rescale * acc[g][i] + p * value[i]));", "numbers"),
+    ("the cache is read as bits", "? real(values[cache + (size_t)j * HEAD + d])",
+     "? real(values[cache + (size_t)j * HEAD + d].bits)", "numbers"),
+]
+
+
+@pytest.mark.slow
+@kernel_mutants.each(OF_BF16)
+def test_a_bug_is_found_with_a_cache_of_bf16(mutant, emulated, rng, monkeypatch):
+    kernel_mutants.plant(monkeypatch, module, mutant)
+
+    def check():
+        for K in (16, 128):
+            arrays = [to_bf16(a) for a in inputs(rng, 2, 4, 2, K, 1000)]
+            result = from_bf16(run(emulated, *arrays, 900, [0, 30]))
+            expected = plain(*map(from_bf16, arrays), 900, [0, 30])
+            assert (np.abs(result - expected) <= 1.001 * 2 ** -8 * np.abs(expected) + 1e-6).all()
         return True
     assert kernel_mutants.detected_by(check, module) == mutant[-1]

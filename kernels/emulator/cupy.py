@@ -5,7 +5,7 @@
 
 The mock has only the functions that minilm uses. Each takes the arguments of CuPy's function, or fewer of them
 (tests/test_cupy_double.py compares them with the real package), and follows CuPy where CuPy differs from NumPy: argsort
-is stable. Memory of empty() is marked as never written (running.poison), so that reading it shows.
+is stable. Memory of empty() is marked as never written (running.poison; bf16: NaN), so that reading it shows.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from minilm.kernels.emulator.running import poison
 from minilm.kernels.emulator.stream import cuda
 from minilm.kernels.emulator.work import ask
 
+UNWRITTEN_BF16 = 0xFFFF         # a NaN of bf16: 16 bits cannot hold the mark of poison
 FUNCTIONS = {"finfo": np.finfo, "inf": np.inf}
 # Other libraries look at these to tell whether an array is CuPy's, or whether CuPy is installed.
 TYPES = {"ndarray": ndarray, "generic": np.generic, "dtype": np.dtype,
@@ -59,7 +60,7 @@ def ascontiguousarray(a):
 
 @_view
 def empty(shape, dtype=float):
-    host = np.ones(shape, dtype)
+    host = np.full(shape, UNWRITTEN_BF16 if np.dtype(dtype) == np.uint16 else 1, dtype)
     poison(host.reshape(-1))            # the checkers recognise the mark; in arithmetic it is a NaN
     return ndarray(host)
 

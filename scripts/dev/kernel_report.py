@@ -153,9 +153,9 @@ def modules():
         yield path.stem, launch.source(path.stem), getattr(module, "variants", None)
 
 
-def least_architecture(code):
-    """The first architecture on which a text can be compiled: tensor.cuh needs sm_80."""
-    return 80 if '#line 1 "tensor.cuh"' in code else 0
+def least_architecture(code, options=()):
+    """The first architecture on which a text can be compiled: tensor.cuh needs sm_80, where #ifdef BF16 keeps it."""
+    return 80 if '#line 1 "tensor.cuh"' in code and ("#ifdef BF16" not in code or "-DBF16=1" in options) else 0
 
 
 def chosen(wanted=None):
@@ -183,9 +183,9 @@ def report(compiler, architectures, wanted=None, progress=lambda done, total, mo
     """Lines of the report, one by one. progress(done, total, module) is called before each compilation."""
     jobs = []
     for module, code, variants in chosen(wanted):
-        able = [a for a in architectures if a >= least_architecture(code)]
-        for of_each in zip(*map(variants, able)):
-            jobs += [(module, code, variant, a) for variant, a in zip(of_each, able)]
+        for of_each in zip(*map(variants, architectures)):
+            jobs += [(module, code, variant, a) for variant, a in zip(of_each, architectures)
+                     if a >= least_architecture(code, variant[1])]
     total = len({(module, tuple(options), architecture) for module, _, (_, options, *_), architecture in jobs})
     compiled = {}
     for module, code, (kernel, options, threads, dynamic_bytes), architecture in jobs:

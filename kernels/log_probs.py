@@ -69,9 +69,10 @@ def linear_forward(hidden: Array, unembedding: Array, targets: Array, chunk: int
 
     hidden (N,D), unembedding (V,D). chunk: by default as many rows as fit SHARE_HELD or LOGITS_HELD. Returns
     log_probs, lse, entropies as forward, and the logits for linear_backward if there was only one chunk (else None).
-    bf16: the product is of the matrices rounded to bfloat16, with float32 sums and results.
+    bf16: the product is of the matrices rounded to bfloat16, with float32 sums and results; the unembedding may be
+    uint16, rounded already.
     """
-    xp, N, V, targets, chunks = _linear(hidden, unembedding, targets, chunk)
+    xp, N, V, targets, chunks = _linear(hidden, unembedding, targets, chunk, bf16)
     log_probs = xp.empty(N, hidden.dtype)
     lse = xp.empty(N, np.float64)
     entropies = xp.empty(N if entropy else 0, hidden.dtype)
@@ -86,13 +87,15 @@ def linear_forward(hidden: Array, unembedding: Array, targets: Array, chunk: int
 
 def linear_backward(hidden: Array, unembedding: Array, targets: Array, lse: Array, dy: Array,
                     logits: Array | None = None, chunk: int | None = None,
-                    bf16: bool = False) -> tuple[Array, Array]:
+                    bf16: bool = False) -> tuple[Array, Array | None]:
     """dhidden (N,D) and dunembedding (V,D) of linear_forward's log-probs, given their gradient dy (N,).
+
+    dunembedding is None for an unembedding of uint16, which has no gradient.
 
     dhidden = dlogits unembedding, dunembedding = dlogits^T hidden. logits: from linear_forward; they are overwritten.
     If None, they are computed again, chunk by chunk.
     """
-    xp, N, V, targets, chunks = _linear(hidden, unembedding, targets, chunk)
+    xp, N, V, targets, chunks = _linear(hidden, unembedding, targets, chunk, bf16)
     check("lse", lse, np.float64, (N,))
     check("dy", dy, hidden.dtype, (N,))
     if logits is not None:
@@ -100,7 +103,8 @@ def linear_backward(hidden: Array, unembedding: Array, targets: Array, lse: Arra
         chunks = range(0, N, max(N, 1))
     held = xp.empty((min(N, chunks.step), V), hidden.dtype) if logits is None else logits
     dhidden = xp.empty_like(hidden)
-    dunembedding = xp.empty_like(unembedding) if len(chunks) else xp.zeros_like(unembedding)
+    frozen = unembedding.dtype == np.uint16
+    dunembedding = None if frozen else (xp.empty_like if len(chunks) else xp.zeros_like)(unembedding)
     product, rows, columns = _product(bf16, hidden, unembedding)
     for i in chunks:
         s = slice(i, i + chunks.step)
@@ -110,13 +114,16 @@ def linear_backward(hidden: Array, unembedding: Array, targets: Array, lse: Arra
         dlogits = backward(of_chunk, targets[s], lse[s], dy[s], out=of_chunk)
         dlogits = to_bf16(dlogits) if bf16 else dlogits
         product(dlogits, columns, dhidden[s])
-        product(dlogits, rows[s], dunembedding, a_transposed=True, add=i > 0)
+        if dunembedding is not None:
+            product(dlogits, rows[s], dunembedding, a_transposed=True, add=i > 0)
     return dhidden, dunembedding
 
 
 def _product(bf16, hidden, unembedding):
     """(a function like gemm.product, hidden, unembedding): of bfloat16, or of their own precision."""
-    return (gemm.product, to_bf16(hidden), to_bf16(unembedding)) if bf16 else (_own_product, hidden, unembedding)
+    if not bf16:
+        return _own_product, hidden, unembedding
+    return gemm.product, to_bf16(hidden), unembedding if unembedding.dtype == np.uint16 else to_bf16(unembedding)
 
 
 def _own_product(a, b, out, a_transposed=False, b_transposed=False, add=False):
@@ -167,13 +174,13 @@ def _targets(targets, N):
     return targets
 
 
-def _linear(hidden, unembedding, targets, chunk):
+def _linear(hidden, unembedding, targets, chunk, bf16):
     """Checks for both directions. Returns xp, N, V, the targets, and the chunks as the range of their first rows."""
     xp = array_module(hidden, unembedding, targets)
     real(hidden.dtype)
     check("hidden", hidden, hidden.dtype, (None, None))
     N, D = hidden.shape
-    check("unembedding", unembedding, hidden.dtype, (None, D))
+    check("unembedding", unembedding, np.uint16 if bf16 and unembedding.dtype == np.uint16 else hidden.dtype, (None, D))
     V = len(unembedding)
     if not V:
         raise ValueError("unembedding (V,D) has V = 0; V must be at least 1")

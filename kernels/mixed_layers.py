@@ -10,12 +10,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minilm.backend import array_module
+from minilm.backend import array_module, to_device
 from minilm.kernels import attention_bf16, fused, fused_bf16, gemm, log_probs
 from minilm.kernels.attention import Operand, Plan
 from minilm.kernels.fused_bf16 import to_bf16, to_float32
 from minilm.kernels.launch import Array
 from minilm.kernels.layers import real_keys
+
+MATRICES = ("qkv", "attention_out", "gate_up", "ffn_out")        # of a block: the weights that are rounded to bf16
 
 
 class Rounded:
@@ -90,9 +92,17 @@ class Linear:
         return dx, DeferredProduct(x, dy), DeferredProduct(x, du), DeferredProduct(self.u, dy)
 
 
-def rounded(matrix):
+def rounded(matrix: Array | Rounded) -> Array:
     """A matrix of float32, or a Rounded, as bf16."""
-    return matrix.bits if isinstance(matrix, Rounded) else to_bf16(_aligned(matrix))
+    return matrix.bits if isinstance(matrix, Rounded) else to_bf16(aligned(matrix))
+
+
+def frozen(weights: dict, tied: bool) -> dict:
+    """{name: a Rounded copy on the GPU} of the matrices among the weights of a model {name: array}, on any device, and
+    of the unembedding."""
+    weights = {**weights, "unembedding": weights["embedding"]} if tied else weights
+    return {name: Rounded(rounded(to_device(w, "gpu"))) for name, w in weights.items()
+            if name.endswith((*MATRICES, "unembedding"))}
 
 
 def padded_plan(xp, key_mask: np.ndarray, causal: bool) -> Plan:
@@ -115,7 +125,7 @@ def attention_branch(x: Array, norm: Array, qkv: Array, qkv_a: Array | None, qkv
     H, G, N = heads, kv_heads, len(x)
     K = qkv.shape[1] // (H + 2 * G)
     xp = array_module(x)
-    norm = _aligned(norm)
+    norm = aligned(norm)
     h, r = fused_bf16.rms_norm(x, norm, eps)
     into, back = Linear(qkv, qkv_a, qkv_b), Linear(attention_out, out_a, out_b)
     z = into.forward(h, np.uint16).reshape(N, H + 2 * G, K)
@@ -152,7 +162,7 @@ def _operand(array, first):
     return Operand(array, first * K, heads * K, K)
 
 
-def _aligned(array):
+def aligned(array: Array) -> Array:
     """The array, or a copy that begins at a multiple of 16 bytes: a parameter in a flat array may begin anywhere."""
     return array if array.data.ptr % 16 == 0 else array.copy()
 
@@ -179,7 +189,7 @@ def ffn_branch(x: Array, norm: Array, gate_up: Array, up_a: Array | None, up_b: 
 
     norm (D,), gate_up (D,2F), ffn_out (F,D), each followed by the A and B of its adapter.
     """
-    norm = _aligned(norm)
+    norm = aligned(norm)
     h, r = fused_bf16.rms_norm(x, norm, eps)
     into, back = Linear(gate_up, up_a, up_b), Linear(ffn_out, out_a, out_b)
     g = into.forward(h, np.uint16)
@@ -194,12 +204,13 @@ def ffn_branch(x: Array, norm: Array, gate_up: Array, up_a: Array | None, up_b: 
     return back.forward(a, np.float32), vjp
 
 
-def token_log_probs(hidden: Array, unembedding: Array, targets: np.ndarray) -> tuple[Array, Callable]:
+def token_log_probs(hidden: Array, unembedding: Array | Rounded, targets: np.ndarray) -> tuple[Array, Callable]:
     """layers.token_log_probs.  hidden (..,D), unembedding (V,D), targets (..) in the vocabulary -> (..)"""
     xp = array_module(hidden, unembedding)
     rows = xp.ascontiguousarray(hidden).reshape(-1, hidden.shape[-1])
     targets = xp.asarray(targets).reshape(-1)
-    rows, unembedding = _aligned(rows), _aligned(unembedding)
+    rows = aligned(rows)
+    unembedding = unembedding.bits if isinstance(unembedding, Rounded) else aligned(unembedding)
     found, lse, _, logits = log_probs.linear_forward(rows, unembedding, targets, bf16=True)
 
     def vjp(dy):
@@ -207,3 +218,15 @@ def token_log_probs(hidden: Array, unembedding: Array, targets: np.ndarray) -> t
             rows, unembedding, targets, lse, xp.ascontiguousarray(dy).reshape(-1), logits, bf16=True)
         return dhidden.reshape(hidden.shape), dunembedding
     return found.reshape(hidden.shape[:-1]), vjp
+
+
+def logits(hidden: Array, unembedding: Array | Rounded) -> tuple[Array, Callable]:
+    """hidden unembedding^T in float32, of matrices of bf16.  hidden (..,D), unembedding (V,D) -> (..,V)"""
+    xp = array_module(hidden)
+    h = to_bf16(aligned(xp.ascontiguousarray(hidden)).reshape(-1, hidden.shape[-1]))
+    U = rounded(unembedding)
+
+    def vjp(dy):
+        d = to_bf16(aligned(xp.ascontiguousarray(dy)).reshape(-1, len(U)))
+        return product(d, U, np.float32).reshape(hidden.shape), DeferredProduct(d, h)
+    return product(h, U, np.float32, b_transposed=True).reshape(*hidden.shape[:-1], len(U)), vjp

@@ -16,8 +16,7 @@ import numpy as np
 from minilm import checks
 from minilm.backend import array_module, concatenate, is_cupy, to_numpy
 from minilm.diverged import Diverged, first_bad_parameter, first_nonfinite
-from minilm.fast import few_rows
-from minilm.fast.cached_decoding import Cache, forward_cached
+from minilm.fast.cached_decoding import Decoder, forward_cached
 from minilm.fast.workers import parallel_map
 from minilm.model import Transformer
 
@@ -212,10 +211,10 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     _check_settings(model, prompts, max_new_tokens, workers)
     B = len(prompts)
     uniforms = checks.uniforms("generate", to_numpy(rng) if is_cupy(rng) else rng, (B, max_new_tokens))
-    model = model.merged()
+    decoder = Decoder(model)
 
     def rows_of(part):
-        return _generate(model, [prompts[i] for i in part], uniforms[part], ends, temperature, top_k, top_p, part)
+        return _generate(decoder, [prompts[i] for i in part], uniforms[part], ends, temperature, top_k, top_p, part)
 
     parts = np.array_split(np.arange(B), max(1, min(workers, B // ROWS_PER_WORKER)))
     if len(parts) == 1:
@@ -248,21 +247,21 @@ def _check_settings(model, prompts, max_new_tokens, workers):
     if longest + max_new_tokens > model.config.context:
         raise ValueError(f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context "
                          f"of {model.config.context}; shorten one of them")
-    if workers > 1 and is_cupy(model.unembedding.data):
+    if workers > 1 and is_cupy(next(iter(model.parameters().values())).data):
         raise ValueError(f"generate: {workers} workers are processes that share a CPU's memory; on a GPU, ask for 1")
 
 
-def _generate(model, prompts, uniforms, ends, temperature, top_k, top_p, numbers):
+def _generate(decoder, prompts, uniforms, ends, temperature, top_k, top_p, numbers):
     """generate in one process: prefill each distinct prompt once, then one token per row and step.
 
     ends (V,): True on the tokens that end a response. numbers (B,): of the rows, for errors.
     """
-    xp = array_module(model.unembedding.data)
+    xp = decoder.xp
     B, max_new_tokens = uniforms.shape
     at_a_time = 1 if xp is np else TOKENS_A_READ
-    hidden, cache, first = _prefill(model, prompts, max_new_tokens)
+    hidden, cache, first = _prefill(decoder, prompts, max_new_tokens)
     made = Samples(np.zeros((B, max_new_tokens), np.int64), np.zeros((B, max_new_tokens)),
-                   *(np.zeros((B, max_new_tokens), model.dtype) for _ in range(2)))
+                   *(np.zeros((B, max_new_tokens), decoder.model.dtype) for _ in range(2)))
     rows = np.arange(B)                     # the rows that are computed,
     unfinished = np.ones(B, bool)           # and which of these have not ended
     last: Any = None                        # their last tokens, on the device of the model
@@ -272,15 +271,15 @@ def _generate(model, prompts, uniforms, ends, temperature, top_k, top_p, numbers
         draws: list = []
         for column in columns:
             if start or draws:
-                hidden = forward_cached(model, last[:, None], first, cache)
-            logits = few_rows.logits(hidden, model.unembedding.data)
+                hidden = forward_cached(decoder, last[:, None], first, cache)
+            logits = decoder.logits(hidden)
             draws.append(_draw(logits, column, temperature, top_k, top_p))
             last = draws[-1][0]
         for drawn in zip(*_on_host(draws)):
             wrong = ~np.isfinite(drawn[1]) & unfinished
             if wrong.any():
                 row = rows[wrong][0]
-                raise _diverged(model, [*prompts[row], *made.tokens[row, :start]], start, numbers[row])
+                raise _diverged(decoder.model, [*prompts[row], *made.tokens[row, :start]], start, numbers[row])
             made.record(start, rows, unfinished, drawn)
             start += unfinished.any()
             unfinished &= ~ends[drawn[0]]
@@ -300,13 +299,13 @@ def _diverged(model, text, t, row):
     return Diverged(f"generate, step {t + 1}, row {row}: the logits are NaN or infinite; first bad tensor: {bad}")
 
 
-def _prefill(model, prompts, max_new_tokens):
+def _prefill(decoder, prompts, max_new_tokens):
     """The last hidden states (B,D) of the prompts, a cache with capacity for the responses, and the first columns.
 
     Each distinct prompt is computed once, however many responses to it are drawn. Prompts are padded on the left, so
     that the next token of every row goes to the same column of the cache.
     """
-    xp = array_module(model.unembedding.data)
+    xp = decoder.xp
     longest = max(map(len, prompts))
     number = {}                                                             # prompt -> its row in `padded`
     places = [number.setdefault(tuple(prompt.tolist()), len(number)) for prompt in prompts]
@@ -316,7 +315,7 @@ def _prefill(model, prompts, max_new_tokens):
         first[i] = longest - len(prompt)
         padded[i, first[i]:] = prompt
     padding = first if first.any() else None
-    cache = Cache(model.config, len(number), longest, xp, model.dtype)
-    hidden = forward_cached(model, padded, padding, cache)[xp.asarray(places)]
+    cache = decoder.cache(len(number), longest)
+    hidden = forward_cached(decoder, padded, padding, cache)[xp.asarray(places)]
     cache = cache.repeat(xp.asarray(places), longest + max_new_tokens)
     return hidden, cache, None if padding is None else xp.asarray(first[places])

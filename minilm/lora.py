@@ -11,15 +11,17 @@ Hu et al. 2021, arXiv:2106.09685. Tests: tests/test_lora.py.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
-from minilm import checks, ops
-from minilm.backend import array_module
+from minilm import checks, mixed_precision, ops
+from minilm.backend import array_module, is_cupy, to_device
 from minilm.config import matrix_widths
 from minilm.model import Transformer, move_parameter
-from minilm.tensor import Tensor
+from minilm.tensor import Tensor, primitive
 
 # The matrices of a weight of a block, by Hugging Face's names.
 MATRICES = {"qkv": ("q_proj", "k_proj", "v_proj"), "attention_out": ("o_proj",), "gate_up": ("gate_proj", "up_proj"),
@@ -33,27 +35,49 @@ class LowRank:
     pairs: (A, B) of each matrix that W joins, or None for one that is not adapted; widths: of their outputs.
     """
 
-    def __init__(self, weight: Tensor, pairs: list[tuple[Tensor, Tensor] | None], widths: list[int], scale: float):
+    def __init__(self, weight: Any, pairs: list[tuple[Tensor, Tensor] | None], widths: list[int], scale: float):
         self.weight = weight
-        self.pairs = pairs
-        self.widths = widths
         self.scale = scale
+        self.widths = widths
+        self.pairs = pairs
+        self.starts = list(itertools.accumulate(widths[:-1], initial=0))       # columns
 
     def __call__(self, x: Tensor) -> Tensor:
-        xp = array_module(x.data)
-        updates = [((x @ pair[0]) * self.scale) @ pair[1] if pair else xp.zeros((*x.shape[:-1], width), x.dtype)
-                   for pair, width in zip(self.pairs, self.widths)]
-        return x @ self.weight + (updates[0] if len(updates) == 1 else ops.concatenate(updates, axis=-1))
+        W, A, B = self.factors()
+        return x @ W + (x @ A) @ B
 
-    def merged(self) -> np.ndarray:
-        """W + scale A B."""
-        W = self.weight.data.copy()
-        start = 0
-        for pair, width in zip(self.pairs, self.widths):
+    def factors(self) -> tuple[Any, Tensor, Tensor]:
+        """W, A (in,R) and B (R,out) of this function x W + (x A) B: the pairs side by side, R the sum of their r."""
+        there = [(pair, start) for pair, start in zip(self.pairs, self.starts) if pair]
+        A = ops.concatenate([A for (A, _), _ in there], axis=1)
+        B = block_rows(*(B for (_, B), _ in there), starts=[start for _, start in there], width=sum(self.widths),
+                       scale=self.scale)
+        return self.weight, A, B
+
+    def added_to(self, W: np.ndarray) -> np.ndarray:
+        """W + scale A B, of W (in,out) on the device of A and B."""
+        W = W.copy()
+        for pair, start, width in zip(self.pairs, self.starts, self.widths):
             if pair:
                 W[:, start:start + width] += self.scale * (pair[0].data @ pair[1].data)
-            start += width
         return W
+
+
+@primitive
+def block_rows(*blocks, starts: list[int], width: int, scale: float):
+    """The rows of blocks (r,n), times scale, one below the other: those of block i from column starts[i] on, 0 beside
+    them.  -> (sum of r, width).    dblock = scale * its part of dy"""
+    xp = array_module(*blocks)
+    y = xp.zeros((sum(map(len, blocks)), width), blocks[0].dtype)
+    row = 0
+    parts = []
+    for block, start in zip(blocks, starts):
+        parts.append((slice(row, row + len(block)), slice(start, start + block.shape[1])))
+        y[parts[-1]] = scale * block
+        row += len(block)
+    def vjp(dy):
+        return tuple(scale * dy[part] for part in parts)
+    return y, vjp
 
 
 class Adapted(Transformer):
@@ -76,7 +100,10 @@ class Adapted(Transformer):
         self.alpha = alpha
         self.targets = tuple(name for name in TARGETS if name in targets)
         self._frozen = {name: Tensor(p.data) for name, p in base.parameters().items()}
+        self._rounded: dict = {}
         self._adapt(self._fresh(rng))
+        if base.compute != "float32":
+            self.to_device("gpu", base.compute)
 
     def _fresh(self, rng):
         """{name: Tensor} of new adapters."""
@@ -103,8 +130,9 @@ class Adapted(Transformer):
             where = name.rpartition(".")[0]
             pairs = [(adapters[f"{where}.{matrix}.lora_a"], adapters[f"{where}.{matrix}.lora_b"])
                      if matrix in self.targets else None for matrix in self._matrices(name)]
-            self._parameters[name] = LowRank(W, pairs, matrix_widths(self.config, name), self.alpha / self.rank) \
-                if any(pairs) else W
+            weight = self._rounded.get(name, W)
+            self._parameters[name] = LowRank(weight, pairs, matrix_widths(self.config, name), self.alpha / self.rank) \
+                if any(pairs) else weight
 
     def parameters(self) -> dict[str, Tensor]:
         """The adapters by name, in a fixed order: blocks.0.q_proj.lora_a (in,r), blocks.0.q_proj.lora_b (r,out), ..."""
@@ -119,18 +147,41 @@ class Adapted(Transformer):
         other._adapt({name: parameters[name] for name in shapes})
         return other
 
+    @property
+    def unembedding(self) -> Any:
+        """As Transformer.unembedding; in mixed precision a mixed_layers.Rounded."""
+        return self._rounded.get("unembedding") or super().unembedding
+
     def merged(self) -> Transformer:
-        """A Transformer with W + (alpha / r) A B; weights that are not adapted are shared."""
-        return Transformer.of(self.config, {name: p.merged() if isinstance(p, LowRank) else p.data
-                                            for name, p in self._parameters.items()})
+        """A Transformer with W + (alpha / r) A B of float32 weights, on the same device, which computes as this one;
+        weights that are not adapted are shared."""
+        device = self._device()
+        weights = {name: to_device(W.data, device) for name, W in self._frozen.items()}
+        weights |= {name: p.added_to(weights[name]) for name, p in self._parameters.items() if isinstance(p, LowRank)}
+        return Transformer.of(self.config, weights).to_device(device, self.compute)
+
+    def decoding_weights(self) -> dict[str, Any]:
+        """As Transformer.decoding_weights: of the merged weights; in mixed precision (mixed_decoding.py) not merged."""
+        return self.merged().decoding_weights() if self.compute == "float32" else super().decoding_weights()
 
     def to_device(self, device: str, compute: str = "float32") -> Adapted:
         """As Transformer.to_device. The frozen weights are then no longer shared with the base.
 
-        Raises ValueError for compute="bfloat16": a weight with an adapter is no matrix.
+        compute="bfloat16" keeps one bf16 copy of each frozen matrix on the GPU, and its float32 numbers on the CPU, for
+        merged() and for the way back. The adapters are float32, and their products are of bf16 matrices too.
         """
-        if compute != "float32":
-            raise ValueError(f"to_device: compute is {compute!r}; an adapted model computes in float32 alone")
-        for p in (*self._frozen.values(), *self._adapters.values()):
+        mixed_precision.check(self.config, self.dtype, device, compute)
+        for p in self._adapters.values():
             move_parameter(p, device)
+        self.compute = compute
+        self._rounded = {}
+        if compute == "bfloat16":
+            from minilm.kernels.mixed_layers import frozen
+            self._rounded = frozen({name: p.data for name, p in self._frozen.items()}, self.config.tied)
+        for name, p in self._frozen.items():
+            move_parameter(p, "cpu" if name in self._rounded else device)
+        self._adapt(self._adapters)
         return self
+
+    def _device(self):
+        return "gpu" if is_cupy(next(iter(self._adapters.values())).data) else "cpu"

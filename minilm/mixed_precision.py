@@ -23,9 +23,9 @@ import numpy as np
 from minilm import checks
 from minilm.backend import array_module
 from minilm.config import Config
-from minilm.fast.packed_attention import Segment, rectangle_segments, smear_segments, tables_on_gpu
+from minilm.fast.packed_attention import Edges, Segment, rectangle_segments, smear_segments, tables_on_gpu
 from minilm.rotary import rope_tables
-from minilm.tensor import Tensor, primitive
+from minilm.tensor import Tensor, no_grad, primitive
 
 COMPUTE = ("float32", "bfloat16")
 HEAD_WIDTHS = (32, 64, 128)         # of kernels/attention_bf16.py
@@ -50,15 +50,20 @@ def check(config: Config, dtype: Any, device: str, compute: str) -> None:
 
 
 @functools.cache
-def _primitives():
+def _primitive(name):
     from minilm.kernels import mixed_layers
-    return tuple(map(primitive, (mixed_layers.attention_branch, mixed_layers.ffn_branch, mixed_layers.token_log_probs)))
+    return primitive(getattr(mixed_layers, name))
+
+
+def logits(hidden: Any, unembedding: Any) -> Any:
+    """hidden unembedding^T, of matrices of bf16, in float32.  (..,D), (V,D) -> (..,V)"""
+    return _primitive("logits")(hidden, unembedding)
 
 
 def token_log_probs(hidden: Tensor, unembedding: Tensor, targets: np.ndarray) -> Tensor:
     """layers.token_log_probs with products of bf16 matrices.  (..,D), (V,D), integers (..) of the vocabulary -> (..)"""
     targets = checks.token_ids("token_log_probs", "targets", targets, len(unembedding))
-    return _primitives()[2](hidden, unembedding, targets)
+    return _primitive("token_log_probs")(hidden, unembedding, targets)
 
 
 def layers_of_segments(config: Config, parameters: dict, segments: list[Segment], positions: Any) -> Callable:
@@ -67,7 +72,7 @@ def layers_of_segments(config: Config, parameters: dict, segments: list[Segment]
     The tokens are those of the segments; positions (N,): of each in its own sequence, on the device.
     """
     plan, edges = tables_on_gpu(positions, segments)
-    return _layers_of(config, parameters, plan, functools.partial(smear_segments, edges=edges), positions)
+    return _layers_of(config, parameters, plan, edges, positions)
 
 
 def layers_of_padded(config: Config, parameters: dict, key_mask: np.ndarray, positions: Any) -> Callable:
@@ -76,36 +81,26 @@ def layers_of_padded(config: Config, parameters: dict, key_mask: np.ndarray, pos
     The numbers of padding are those of layers.attention with this mask. Raises ValueError for a mask with gaps.
     """
     from minilm.kernels.mixed_layers import padded_plan
-    plan = padded_plan(array_module(positions), key_mask, config.causal)
-    B, T = key_mask.shape
-    _, edges = tables_on_gpu(positions, rectangle_segments(B, T))
-    real = None if key_mask.all() else array_module(positions).asarray(key_mask.reshape(-1, 1).astype(bool))
-
-    def smear(k, amount):           # a padding token is no predecessor: its key counts as zero
-        xp = array_module(k)
-        mixed, vjp = smear_segments(k if real is None else xp.where(real, k, 0), amount, edges)
-
-        def masked_vjp(dy):
-            dk, damount = vjp(dy)
-            return dk if real is None else xp.where(real, dk, 0), damount
-        return mixed, masked_vjp
-    return _layers_of(config, parameters, plan, smear, positions)
+    xp = array_module(positions)
+    real = None if key_mask.all() else xp.asarray(key_mask.reshape(-1, 1).astype(bool))
+    edges = Edges(xp, rectangle_segments(*key_mask.shape), real)
+    return _layers_of(config, parameters, padded_plan(xp, key_mask, config.causal), edges, positions)
 
 
-def _layers_of(config, parameters, plan, smear, positions):
+def _layers_of(config, parameters, plan, edges, positions):
     cos, sin = rope_tables(positions, config.head_width, config.rope_base, parameters["embedding"].dtype)
-    attention_branch, ffn_branch, _ = _primitives()
     shape = {"heads": config.heads, "kv_heads": config.kv_heads, "pairing": config.rope_pairing, "plan": plan,
-             "smear": smear, "cos": cos, "sin": sin, "eps": config.norm_eps}
+             "smear": functools.partial(smear_segments, edges=edges), "cos": cos, "sin": sin, "eps": config.norm_eps}
 
     def layer(i, x):
         p = f"blocks.{i}."
         rows = x.reshape(-1, x.shape[-1])
-        rows = rows + attention_branch(
+        rows = rows + _primitive("attention_branch")(
             rows, parameters[p + "attention_norm"], *_matrices(parameters[p + "qkv"]),
             *_matrices(parameters[p + "attention_out"]), parameters.get(p + "key_smear"), **shape)
-        rows = rows + ffn_branch(rows, parameters[p + "ffn_norm"], *_matrices(parameters[p + "gate_up"]),
-                                 *_matrices(parameters[p + "ffn_out"]), eps=config.norm_eps)
+        rows = rows + _primitive("ffn_branch")(
+            rows, parameters[p + "ffn_norm"], *_matrices(parameters[p + "gate_up"]),
+            *_matrices(parameters[p + "ffn_out"]), eps=config.norm_eps)
         return rows.reshape(x.shape)
     return layer
 
@@ -113,3 +108,10 @@ def _layers_of(config, parameters, plan, smear, positions):
 def _matrices(weight):
     """W, and A and B of its adapter (lora.py) or None."""
     return weight.factors() if callable(weight) else (weight, None, None)
+
+
+def decoding_weights(parameters: dict, unembedding: Any) -> dict:
+    """{name: weight} for kernels/mixed_decoding.py, rounded now."""
+    from minilm.kernels import mixed_decoding
+    with no_grad():
+        return mixed_decoding.rounded_weights({name: _matrices(p) for name, p in parameters.items()}, unembedding)

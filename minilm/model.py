@@ -7,8 +7,8 @@
 the architecture of Llama (Touvron et al. 2023, arXiv:2302.13971), without biases. plain.py has the same model in one
 file; its numbers are the definition.
 One function computes the blocks, hidden_states. Its argument `attend` mixes the tokens that see each other (rotations
-and key smearing included): a rectangle of sequences, a padded rectangle, the segments of a pack
-(fast/packed_attention.py), or a new token and a cache (fast/cached_decoding.py).
+and key smearing included): a rectangle of sequences or the segments of a pack (fast/packed_attention.py), a padded
+rectangle (padded_attention.py), or a new token and a cache (fast/cached_decoding.py).
 Tests: tests/test_model.py, tests/test_plain.py.
 """
 
@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from minilm import checks, layers, mixed_precision, ops, rotary
+from minilm import checks, layers, mixed_precision, ops
 from minilm.backend import array_module, to_device, to_numpy
 from minilm.config import Config, parameter_starts
 from minilm.fast.activation_checkpointing import activation_checkpoint
 from minilm.fast.packed_attention import attend_to_segments, rectangle_segments
 from minilm.packing import Pack, scatter
+from minilm.padded_attention import attend_to_padded
 from minilm.tensor import Tensor
 
 
@@ -99,7 +100,7 @@ class Transformer:
         others than float32 and float64.
         """
         shapes = {name: shape for name, shape in cls.shapes(config).items() if name != "unembedding" or name in weights}
-        found = {name: np.shape(weight) for name, weight in weights.items()}
+        found = {name: weight.shape for name, weight in weights.items()}
         if wrong := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
             name = wrong[0]
             raise ValueError(f"Transformer.of: the weight '{name}' is {found.get(name, 'missing')}; this Config has "
@@ -152,8 +153,15 @@ class Transformer:
         return other
 
     def merged(self) -> Transformer:
-        """The model to decode with: itself. An adapted one (lora.py) is merged into a plain one."""
+        """A plain model of the same function: itself. An adapted one (lora.py) is merged into a plain one."""
         return self
+
+    def decoding_weights(self) -> dict[str, Any]:
+        """{name: array} for fast/cached_decoding.py, with the unembedding also when tied. In mixed precision they are
+        bf16 copies, and do not change with the parameters."""
+        if self.compute == "bfloat16":
+            return mixed_precision.decoding_weights(self._parameters, self.unembedding)
+        return {"unembedding": self.unembedding.data, **{name: p.data for name, p in self._parameters.items()}}
 
     def copy(self) -> Transformer:
         """A Transformer with copies of the same weights, frozen where these are (for example a reference policy)."""
@@ -161,7 +169,10 @@ class Transformer:
 
     def __call__(self, tokens, key_mask=None) -> Tensor:
         """Logits (B,T,V). The logits at position t are about token t+1."""
-        return self.hidden(tokens, key_mask) @ self.unembedding.T
+        hidden = self.hidden(tokens, key_mask)
+        if self.compute == "bfloat16":
+            return mixed_precision.logits(hidden, self.unembedding)
+        return hidden @ self.unembedding.T
 
     def log_probs(self, tokens: np.ndarray, temperature: float = 1.0) -> Tensor:
         """log pi(token t+1 | tokens up to t), tokens (B,T) -> (B,T-1), at a sampling temperature.
@@ -214,7 +225,7 @@ class Transformer:
             key_mask = np.ones((B, T)) if key_mask is None else key_mask
             positions = self._on_device(np.tile(np.arange(T), B))
             return self._through(mixed_precision.layers_of_padded(c, self._parameters, key_mask, positions), tokens)
-        attend = self.attend_to_padded(T, key_mask)
+        attend = attend_to_padded(c, self._parameters, T, key_mask)
         return hidden_states(self._parameters, c, tokens, attend, self.activation_checkpointing)
 
     def _hidden_of_segments(self, tokens, segments, positions):
@@ -242,36 +253,6 @@ class Transformer:
             raise ValueError("a bidirectional model cannot share a prompt between responses: the prompt would see them")
         self._check_length(int(pack.positions.max(initial=-1)) + 1)
         return self._hidden_of_segments(pack.tokens, pack.segments, pack.positions)
-
-    def attend_to_padded(self, T, key_mask):
-        """attend(i, qkv) of hidden_states for B sequences of T tokens: qkv (B,T,(H+2G)K) -> (B,T,H K)
-
-        key_mask (B,T): 0 on padding, or None; NumPy's, so that no kernel waits for it. The layers of layers.py one by
-        one.
-        """
-        c = self.config
-        cos, sin = rotary.rope_tables(self._on_device(np.arange(T)), c.head_width, c.rope_base, self.dtype)
-
-        def attend(i, qkv):
-            B = len(qkv)
-            heads = ops.transpose(qkv.reshape(B, T, c.heads + 2 * c.kv_heads, c.head_width), axes=(0, 2, 1, 3))
-            q = heads[:, :c.heads]                                                                  # (B,H,T,K)
-            k = heads[:, c.heads:c.heads + c.kv_heads]                                              # (B,G,T,K)
-            v = heads[:, c.heads + c.kv_heads:]
-            if c.key_smear:
-                k = self._smeared(i, k, key_mask)
-            q = rotary.rope(q, cos, sin, pairing=c.rope_pairing)
-            k = rotary.rope(k, cos, sin, pairing=c.rope_pairing)
-            mixed = layers.attention(q, k, v, causal=c.causal, key_mask=key_mask)                   # (B,H,T,K)
-            return ops.transpose(mixed, axes=(0, 2, 1, 3)).reshape(B, T, c.heads * c.head_width)
-        return attend
-
-    def _smeared(self, i, k, key_mask):
-        B, G, _, K = k.shape
-        if key_mask is not None:          # a padding token is no predecessor: its key counts as zero
-            k = ops.where(self._on_device(key_mask)[:, None, :, None].astype(bool), k, 0.0)
-        no_key = array_module(k.data).zeros((B, G, K), self.dtype)
-        return rotary.smear(k, self._parameters[f"blocks.{i}.key_smear"], no_key)
 
     def _on_device(self, array):
         return array_module(self._parameters["embedding"].data).asarray(array)

@@ -14,8 +14,7 @@ import numpy as np
 from minilm import checks
 from minilm.backend import array_module, to_numpy
 from minilm.diverged import Diverged, first_bad_parameter
-from minilm.fast import few_rows
-from minilm.fast.cached_decoding import Cache, forward_cached
+from minilm.fast.cached_decoding import Decoder, forward_cached
 from minilm.generate import sample
 from minilm.model import Transformer
 
@@ -28,7 +27,8 @@ class Text:
     def __init__(self, model: Transformer):
         if not model.config.causal:
             raise ValueError("Text: only a causal model generates; this one is bidirectional")
-        self.model = model.merged()
+        self.model = model
+        self._decoder = Decoder(model)
         self.tokens: list[int] = []
         self._cache = self._empty(FIRST_CAPACITY)
 
@@ -75,7 +75,7 @@ class Text:
             if not np.isfinite(to_numpy(logits).max()):
                 bad = first_bad_parameter(self.model.parameters(), "data") or "the logits themselves"
                 raise Diverged(f"respond, token {i + 1}: the logits are NaN or infinite; first bad tensor: {bad}")
-            drawn, _, _ = sample(logits[None], xp.full(1, u), temperature, top_k, top_p)
+            drawn, _, _ = sample(logits[None], xp.asarray([u]), temperature, top_k, top_p)
             token = int(drawn[0])
             yield token
             if ends[token]:
@@ -86,9 +86,9 @@ class Text:
         length = len(self.tokens) + len(tokens)
         if length > self._cache.keys.shape[3]:
             self._cache = self._cache.repeat(np.array([0]), min(2 * length, self.model.config.context))
-        hidden = forward_cached(self.model, np.array([tokens]), None, self._cache)
+        hidden = forward_cached(self._decoder, np.array([tokens]), None, self._cache)
         self.tokens += tokens
-        return few_rows.logits(hidden, self.model.unembedding.data)[0]
+        return self._decoder.logits(hidden)[0]
 
     def _go_back_to(self, length):
         """Forget the tokens from this place on. The key before rotation, which key_smear mixes, is not in the cache:
@@ -101,5 +101,4 @@ class Text:
             self._cache = self._empty(self._cache.keys.shape[3])
 
     def _empty(self, capacity):
-        xp = array_module(self.model.unembedding.data)
-        return Cache(self.model.config, 1, min(capacity, self.model.config.context), xp, self.model.dtype)
+        return self._decoder.cache(1, min(capacity, self.model.config.context))

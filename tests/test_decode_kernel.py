@@ -151,7 +151,7 @@ MUTANTS = [
      "numbers"),
     ("the value is not rescaled", "acc[g][i] = rescale * acc[g][i] + p * value[i];", "acc[g][i] += p * value[i];",
      "numbers"),
-    ("the query is not scaled", "d < HEAD ? scale * q[", "d < HEAD ? q[", "numbers"),
+    ("the query is not scaled", "d < HEAD ? scale * real(q[", "d < HEAD ? real(q[", "numbers"),
     ("the division is left out", "sum == 0 ? real(0) : total / sum", "total", "numbers"),
     ("a warp takes one key alone", "j < stop; j += WARPS", "j < stop; j = stop", "numbers"),
     ("the sums of a head as wide as a block are not written", "d < HEAD + 2; d += THREADS",

@@ -4,7 +4,6 @@ import pytest
 
 from minilm.backend import array_module, to_numpy
 from minilm.config import Config
-from minilm.lora import Adapted
 from minilm.model import RewardModel, Transformer
 from minilm.optim import AdamW
 from minilm.packing import pack
@@ -245,11 +244,6 @@ def test_a_gpu_without_these_tensor_cores_is_refused(rng, emulated, monkeypatch)
     monkeypatch.setattr(emulated.cuda.Device, "compute_capability", "75")
     with pytest.raises(ValueError, match="needs a GPU of compute capability 8.0 or later"):
         models(rng)
-
-
-def test_an_adapted_model_is_refused(rng):
-    with pytest.raises(ValueError, match="an adapted model computes in float32 alone"):
-        Adapted(models(rng)[0], 2, 4.0, rng).to_device("gpu", compute="bfloat16")
 
 
 @pytest.mark.parity

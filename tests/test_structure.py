@@ -250,7 +250,7 @@ def test_public_functions_of_the_library_have_annotations():
 # The specification of an exercise has the shapes.
 ARRAY_CODE = ("plain.*", "toy.*", "ops.*", "tensor.*", "layers.*", "rotary.*", "objectives.*", "kernels.*",
               "fast.workers.*", "fast.cached_decoding.*", "fast.chunked_log_probs.*", "fast.deferred.*",
-              "fast.packed_attention.*", "fast.tiled_attention.*", "model.attend_to_padded", "exercises.tasks.*")
+              "fast.packed_attention.*", "fast.tiled_attention.*", "padded_attention.*", "exercises.tasks.*")
 # Models are below exact and evaluate in the picture of imports, so these take any object with their methods.
 MODELS = {"model", "policy", "reference", "reward_model"}
 

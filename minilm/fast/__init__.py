@@ -14,7 +14,7 @@
 
 From plain.py to here:
 
-    self_attention   model.Transformer.hidden: packed_attention (the usual case), or attend_to_padded and
+    self_attention   model.Transformer.hidden: packed_attention (the usual case), or padded_attention and
                      layers.attention (padding, encoders). On a CPU both end in tiled_attention; the derivation is in
                      layers.attention
     log_probs        Transformer.log_probs, layers.token_log_probs, chunked_log_probs

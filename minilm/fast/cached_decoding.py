@@ -24,14 +24,15 @@ from minilm.tensor import arrays_only
 class Cache:
     """The keys and values of every position so far, two arrays (L,B,G,S,K) filled from the left.
 
-    last_keys (L,B,G,K): the last key before rotation, for rotary.smear.
+    last_keys (L,B,G,K): the last key before rotation, for rotary.smear. dtype: uint16 for keys and values of bf16.
     """
 
     def __init__(self, config: Config, batch: int, capacity: int, xp=np, dtype=np.float32):
         shape = (config.layers, batch, config.kv_heads, capacity, config.head_width)
         self.keys = xp.empty(shape, dtype)
         self.values = xp.empty(shape, dtype)
-        self.last_keys = xp.zeros((config.layers, batch, config.kv_heads, config.head_width), dtype)
+        self.last_keys = xp.zeros((config.layers, batch, config.kv_heads, config.head_width),
+                                  np.float32 if dtype == np.uint16 else dtype)
         self.length = 0
         self._config: Any = config
         self._rotation: Any = None          # of every position, when the first is asked for
@@ -40,7 +41,8 @@ class Cache:
         """exp(i angle) of the next `count` positions, (count,K/2)."""
         if self._rotation is None:
             capacity = array_module(self.keys).arange(self.keys.shape[3])
-            cos, sin = rotary.rope_tables(capacity, self._config.head_width, self._config.rope_base, self.keys.dtype)
+            cos, sin = rotary.rope_tables(capacity, self._config.head_width, self._config.rope_base,
+                                          self.last_keys.dtype)
             self._rotation = cos + 1j * sin
         return self._rotation[self.length:self.length + count]
 
@@ -80,20 +82,50 @@ class Cache:
         return other
 
 
-def forward_cached(model: Transformer, tokens, first, cache: Cache) -> np.ndarray:
+class Decoder:
+    """A model as it decodes: its weights, merged with their adapters, and rounded once if it computes in bf16.
+
+    Make it when the weights have their values: rounded and merged copies do not change with them.
+    """
+
+    def __init__(self, model: Transformer):
+        self.model = model
+        self.config: Any = model.config
+        self.weights = model.decoding_weights()
+        self.mixed = model.compute == "bfloat16"
+        self.xp = array_module(self.weights["embedding"])
+
+    def cache(self, batch: int, capacity: int) -> Cache:
+        """An empty Cache: in mixed precision of bf16, half the bytes that attention reads for each token."""
+        return Cache(self.config, batch, capacity, self.xp, np.uint16 if self.mixed else self.model.dtype)
+
+    def logits(self, hidden) -> np.ndarray:
+        """(B,V) of hidden states (B,D)."""
+        if self.mixed:
+            from minilm.kernels import mixed_layers
+            return mixed_layers.logits(hidden, self.weights["unembedding"])[0]
+        return few_rows.logits(hidden, self.weights["unembedding"])
+
+
+def forward_cached(decoder: Decoder, tokens, first, cache: Cache) -> np.ndarray:
     """The final hidden state (B,D) of the last of tokens (B,T), which continue the sequences in the cache.
 
     tokens: NumPy's, or on the device of the model, so that the host need not know them. They are not checked.
     first (B,): the position of each row's first real token, after padding on the left; None without padding. For one
     token it is on the device of the model, for several NumPy's.
     """
-    parameters = {name: p.data for name, p in model.parameters().items()}
-    attend = attend_to_cache(model.config, parameters, tokens.shape[1], first, cache)
-    table = parameters["embedding"]
+    weights, config = decoder.weights, decoder.config
+    T = tokens.shape[1]
+    embedded = weights["embedding"][decoder.xp.asarray(tokens.reshape(-1))]
     with arrays_only():             # one row per token: NumPy multiplies matrices faster than stacks of vectors
-        prepared = few_rows.prepared(parameters, tokens.size)
-        layer = functools.partial(block, prepared, attend=attend, eps=model.config.norm_eps)
-        hidden = after_blocks(prepared, model.config, table[array_module(table).asarray(tokens.reshape(-1))], layer)
+        if decoder.mixed:
+            from minilm.kernels import mixed_decoding
+            layer = mixed_decoding.layers_of_new_tokens(config, weights, T, first, cache, rotary.smear)
+        else:
+            attend = attend_to_cache(config, weights, T, first, cache)
+            layer = functools.partial(block, few_rows.prepared(weights, tokens.size), attend=attend,
+                                      eps=config.norm_eps)
+        hidden = after_blocks(weights, config, embedded, layer)
     return hidden.reshape(*tokens.shape, -1)[:, -1]
 
 

@@ -259,9 +259,11 @@ class Edges:
     first     the first row of each segment
     after     those of them that follow another token: the first rows of responses
     before    the rows that they follow, the last of their prompts; `last_rows` are the same as NumPy's
+    real      (N,1) False on padding, which is no predecessor: its key counts as zero; None if there is no padding
     """
 
-    def __init__(self, xp, segments: list[Segment]):
+    def __init__(self, xp, segments: list[Segment], real=None):
+        self.real = real
         follow = [s for s in segments if s.prefix_stop]
         self.last_rows = np.array([s.prefix_stop - 1 for s in follow], int)
         self.first = xp.array([s.start for s in segments], int)
@@ -272,6 +274,7 @@ class Edges:
 def smear_segments(k, amount, edges: Edges) -> tuple[np.ndarray, Callable]:
     """rotary.smear of keys (G,N,K), and the vjp for k and amount."""
     xp = array_module(k)
+    k = k if edges.real is None else xp.where(edges.real, k, 0)
     previous = xp.empty(k.shape, k.dtype)
     previous[:, 1:] = k[:, :-1]
     previous[:, edges.first] = 0
@@ -286,7 +289,7 @@ def smear_segments(k, amount, edges: Edges) -> tuple[np.ndarray, Callable]:
         # A prompt's last key is the previous key of each of its responses: their gradients add up.
         ends, sums = segment_sum(edges.last_rows, of_responses)
         dk[:, xp.asarray(ends)] += sums.swapaxes(0, 1)
-        return dk, damount
+        return dk if edges.real is None else xp.where(edges.real, dk, 0), damount
     return mixed, vjp
 
 

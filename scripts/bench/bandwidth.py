@@ -27,7 +27,7 @@ TOLERANCE = 1e-3
 
 def load_minilm(blocks=True):
     from minilm.fast import few_rows
-    from minilm.fast.cached_decoding import Cache, forward_cached
+    from minilm.fast.cached_decoding import Decoder, forward_cached
     from minilm.model import Config, Transformer
     if not blocks:
         few_rows.ROWS = range(0)
@@ -36,12 +36,13 @@ def load_minilm(blocks=True):
         model = Transformer(Config(**spec["shape"]), np.random.default_rng(0))
         batch = spec["batch"]
         tokens = np.random.default_rng(1).integers(256, size=(batch, PROMPT + 1))
-        cache = Cache(model.config, batch, PROMPT + 1)
-        forward_cached(model, tokens[:, :PROMPT], None, cache)
+        decoder = Decoder(model)
+        cache = decoder.cache(batch, PROMPT + 1)
+        forward_cached(decoder, tokens[:, :PROMPT], None, cache)
 
         def step():
             cache.length = PROMPT
-            return few_rows.logits(forward_cached(model, tokens[:, PROMPT:], None, cache), model.unembedding.data)
+            return decoder.logits(forward_cached(decoder, tokens[:, PROMPT:], None, cache))
         return step, lambda: {"logits": step()}
     return make
 

@@ -1,7 +1,7 @@
 """The attention weights of every layer and head, for a figure or a score.
 
 Attention is linear in its values. So with unit vectors as values it returns its weights, and the weights come from the
-code that runs: Transformer.attend_to_padded, called once more for each layer with other values.
+code that runs: padded_attention.attend_to_padded, called once more for each layer with other values.
 Tests: tests/test_attention_maps.py.
 """
 
@@ -10,6 +10,7 @@ import numpy as np
 from minilm import checks
 from minilm.backend import array_module, to_numpy
 from minilm.model import Transformer, hidden_states
+from minilm.padded_attention import attend_to_padded
 from minilm.tensor import Tensor, no_grad
 
 
@@ -23,7 +24,7 @@ def attention_weights(model: Transformer, tokens: np.ndarray, key_mask: np.ndarr
     B, T = tokens.shape
     weights = []
     values = c.kv_heads * c.head_width
-    attend = model.attend_to_padded(T, np.ones((B, T)) if key_mask is None else key_mask)
+    attend = attend_to_padded(model.config, model.parameters(), T, np.ones((B, T)) if key_mask is None else key_mask)
 
     def record(i, qkv):
         xp = array_module(qkv.data)

@@ -64,20 +64,20 @@ def backward(logits: Array, targets: Array, lse: Array, dy: Array, out: Array | 
 
 
 def linear_forward(hidden: Array, unembedding: Array, targets: Array, chunk: int | None = None,
-                   entropy: bool = False, bf16: bool = False) -> tuple[Array, Array, Array | None, Array | None]:
+                   entropy: bool = False, compute: str = "float32") -> tuple[Array, Array, Array | None, Array | None]:
     """forward(hidden unembedding^T, targets), with `chunk` rows of logits in memory at a time.
 
     hidden (N,D), unembedding (V,D). chunk: by default as many rows as fit SHARE_HELD or LOGITS_HELD. Returns
     log_probs, lse, entropies as forward, and the logits for linear_backward if there was only one chunk (else None).
-    bf16: the product is of the matrices rounded to bfloat16, with float32 sums and results; the unembedding may be
-    uint16, rounded already.
+    compute: "bfloat16" or "tensorfloat32": the product is of the matrices rounded so, with float32 sums and results; for
+    bfloat16 the unembedding may be uint16, rounded already.
     """
-    xp, N, V, targets, chunks = _linear(hidden, unembedding, targets, chunk, bf16)
+    xp, N, V, targets, chunks = _linear(hidden, unembedding, targets, chunk, compute)
     log_probs = xp.empty(N, hidden.dtype)
     lse = xp.empty(N, np.float64)
     entropies = xp.empty(N if entropy else 0, hidden.dtype)
     held = xp.empty((min(N, chunks.step), V), hidden.dtype)
-    product, rows, columns = _product(bf16, hidden, unembedding)
+    product, rows, columns = _product(compute, hidden, unembedding)
     for i in chunks:
         s = slice(i, i + chunks.step)
         logits = product(rows[s], columns, held[:len(rows[s])], b_transposed=True)
@@ -87,7 +87,7 @@ def linear_forward(hidden: Array, unembedding: Array, targets: Array, chunk: int
 
 def linear_backward(hidden: Array, unembedding: Array, targets: Array, lse: Array, dy: Array,
                     logits: Array | None = None, chunk: int | None = None,
-                    bf16: bool = False) -> tuple[Array, Array | None]:
+                    compute: str = "float32") -> tuple[Array, Array | None]:
     """dhidden (N,D) and dunembedding (V,D) of linear_forward's log-probs, given their gradient dy (N,).
 
     dunembedding is None for an unembedding of uint16, which has no gradient.
@@ -95,7 +95,7 @@ def linear_backward(hidden: Array, unembedding: Array, targets: Array, lse: Arra
     dhidden = dlogits unembedding, dunembedding = dlogits^T hidden. logits: from linear_forward; they are overwritten.
     If None, they are computed again, chunk by chunk.
     """
-    xp, N, V, targets, chunks = _linear(hidden, unembedding, targets, chunk, bf16)
+    xp, N, V, targets, chunks = _linear(hidden, unembedding, targets, chunk, compute)
     check("lse", lse, np.float64, (N,))
     check("dy", dy, hidden.dtype, (N,))
     if logits is not None:
@@ -105,24 +105,24 @@ def linear_backward(hidden: Array, unembedding: Array, targets: Array, lse: Arra
     dhidden = xp.empty_like(hidden)
     frozen = unembedding.dtype == np.uint16
     dunembedding = None if frozen else (xp.empty_like if len(chunks) else xp.zeros_like)(unembedding)
-    product, rows, columns = _product(bf16, hidden, unembedding)
+    product, rows, columns = _product(compute, hidden, unembedding)
     for i in chunks:
         s = slice(i, i + chunks.step)
         of_chunk = held[:len(hidden[s])]
         if logits is None:
             product(rows[s], columns, of_chunk, b_transposed=True)
         dlogits = backward(of_chunk, targets[s], lse[s], dy[s], out=of_chunk)
-        dlogits = to_bf16(dlogits) if bf16 else dlogits
+        dlogits = to_bf16(dlogits) if compute == "bfloat16" else dlogits
         product(dlogits, columns, dhidden[s])
         if dunembedding is not None:
             product(dlogits, rows[s], dunembedding, a_transposed=True, add=i > 0)
     return dhidden, dunembedding
 
 
-def _product(bf16, hidden, unembedding):
-    """(a function like gemm.product, hidden, unembedding): of bfloat16, or of their own precision."""
-    if not bf16:
-        return _own_product, hidden, unembedding
+def _product(compute, hidden, unembedding):
+    """(a function like gemm.product, hidden, unembedding): of bfloat16, or of their own precision or TF32."""
+    if compute != "bfloat16":
+        return gemm.product if compute == "tensorfloat32" else _own_product, hidden, unembedding
     return gemm.product, to_bf16(hidden), unembedding if unembedding.dtype == np.uint16 else to_bf16(unembedding)
 
 
@@ -174,13 +174,14 @@ def _targets(targets, N):
     return targets
 
 
-def _linear(hidden, unembedding, targets, chunk, bf16):
+def _linear(hidden, unembedding, targets, chunk, compute):
     """Checks for both directions. Returns xp, N, V, the targets, and the chunks as the range of their first rows."""
     xp = array_module(hidden, unembedding, targets)
     real(hidden.dtype)
     check("hidden", hidden, hidden.dtype, (None, None))
     N, D = hidden.shape
-    check("unembedding", unembedding, np.uint16 if bf16 and unembedding.dtype == np.uint16 else hidden.dtype, (None, D))
+    rounded = compute == "bfloat16" and unembedding.dtype == np.uint16
+    check("unembedding", unembedding, np.uint16 if rounded else hidden.dtype, (None, D))
     V = len(unembedding)
     if not V:
         raise ValueError("unembedding (V,D) has V = 0; V must be at least 1")

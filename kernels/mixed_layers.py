@@ -35,7 +35,8 @@ class Rounded:
 
 
 class DeferredProduct:
-    """The gradient x^T y of a weight in float32, from bf16 x (N,in), y (N,out): computed where it is to be stored."""
+    """The gradient x^T y of a weight in float32, from x (N,in), y (N,out) of bf16 or of float32 that is rounded to TF32:
+    computed where it is to be stored."""
 
     __slots__ = ("x", "y")
     dtype = np.dtype(np.float32)
@@ -111,6 +112,22 @@ def padded_plan(xp, key_mask: np.ndarray, causal: bool) -> Plan:
     B, T = key_mask.shape
     return Plan(xp, [(b * T, T, b * T + first[b], stop[b] - first[b], -first[b] if causal else T, 0, 0)
                      for b in range(B)])
+
+
+def layers_of(attention: Callable, ffn: Callable, parameters: dict, matrices: Callable, **shape) -> Callable:
+    """layer(i, x) for model.after_blocks: model.block of layer i, x (..,D) -> (..,D), N tokens in all, on Tensors.
+
+    attention, ffn: attention_branch and ffn_branch as primitives. matrices: from a weight to W, A and B.
+    """
+    def layer(i, x):
+        p = f"blocks.{i}."
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows + attention(rows, parameters[p + "attention_norm"], *matrices(parameters[p + "qkv"]),
+                                *matrices(parameters[p + "attention_out"]), parameters.get(p + "key_smear"), **shape)
+        rows = rows + ffn(rows, parameters[p + "ffn_norm"], *matrices(parameters[p + "gate_up"]),
+                          *matrices(parameters[p + "ffn_out"]), eps=shape["eps"])
+        return rows.reshape(x.shape)
+    return layer
 
 
 def attention_branch(x: Array, norm: Array, qkv: Array, qkv_a: Array | None, qkv_b: Array | None, attention_out: Array,
@@ -204,29 +221,43 @@ def ffn_branch(x: Array, norm: Array, gate_up: Array, up_a: Array | None, up_b: 
     return back.forward(a, np.float32), vjp
 
 
-def token_log_probs(hidden: Array, unembedding: Array | Rounded, targets: np.ndarray) -> tuple[Array, Callable]:
-    """layers.token_log_probs.  hidden (..,D), unembedding (V,D), targets (..) in the vocabulary -> (..)"""
-    xp = array_module(hidden, unembedding)
-    rows = xp.ascontiguousarray(hidden).reshape(-1, hidden.shape[-1])
+def token_log_probs(hidden: Array, unembedding: Array | Rounded, targets: np.ndarray,
+                    compute: str) -> tuple[Array, Callable]:
+    """layers.token_log_probs.  hidden (..,D), unembedding (V,D), targets (..) in the vocabulary -> (..)
+
+    compute: "bfloat16" or "tensorfloat32", to which the factors of the products are rounded.
+    """
+    xp = array_module(hidden)
+    rows = aligned(xp.ascontiguousarray(hidden).reshape(-1, hidden.shape[-1]))
     targets = xp.asarray(targets).reshape(-1)
-    rows = aligned(rows)
     unembedding = unembedding.bits if isinstance(unembedding, Rounded) else aligned(unembedding)
-    found, lse, _, logits = log_probs.linear_forward(rows, unembedding, targets, bf16=True)
+    found, lse, _, logits = log_probs.linear_forward(rows, unembedding, targets, compute=compute)
 
     def vjp(dy):
         dhidden, dunembedding = log_probs.linear_backward(
-            rows, unembedding, targets, lse, xp.ascontiguousarray(dy).reshape(-1), logits, bf16=True)
+            rows, unembedding, targets, lse, xp.ascontiguousarray(dy).reshape(-1), logits, compute=compute)
         return dhidden.reshape(hidden.shape), dunembedding
     return found.reshape(hidden.shape[:-1]), vjp
 
 
-def logits(hidden: Array, unembedding: Array | Rounded) -> tuple[Array, Callable]:
-    """hidden unembedding^T in float32, of matrices of bf16.  hidden (..,D), unembedding (V,D) -> (..,V)"""
+def logits(hidden: Array, unembedding: Array | Rounded, compute: str) -> tuple[Array, Callable]:
+    """hidden unembedding^T in float32.  hidden (..,D), unembedding (V,D) -> (..,V).  compute: as in token_log_probs"""
     xp = array_module(hidden)
-    h = to_bf16(aligned(xp.ascontiguousarray(hidden)).reshape(-1, hidden.shape[-1]))
-    U = rounded(unembedding)
+    factor = rounded if compute == "bfloat16" else xp.ascontiguousarray
+    h, U = factor(xp.ascontiguousarray(hidden).reshape(-1, hidden.shape[-1])), factor(unembedding)
 
     def vjp(dy):
-        d = to_bf16(aligned(xp.ascontiguousarray(dy)).reshape(-1, len(U)))
+        d = factor(xp.ascontiguousarray(dy).reshape(-1, len(U)))
         return product(d, U, np.float32).reshape(hidden.shape), DeferredProduct(d, h)
     return product(h, U, np.float32, b_transposed=True).reshape(*hidden.shape[:-1], len(U)), vjp
+
+
+def tf32_product(x: Array, weight: Array) -> tuple[Array, Callable]:
+    """x W of float32, with factors that are rounded to TF32.  x (..,in), weight (in,out) -> (..,out)"""
+    xp = array_module(x)
+    rows, W = xp.ascontiguousarray(x).reshape(-1, x.shape[-1]), xp.ascontiguousarray(weight)
+
+    def vjp(dy):
+        d = xp.ascontiguousarray(dy).reshape(-1, dy.shape[-1])
+        return product(d, W, np.float32, b_transposed=True).reshape(x.shape), DeferredProduct(rows, d)
+    return product(rows, W, np.float32).reshape(*x.shape[:-1], W.shape[1]), vjp

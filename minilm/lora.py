@@ -161,8 +161,8 @@ class Adapted(Transformer):
         return Transformer.of(self.config, weights).to_device(device, self.compute)
 
     def decoding_weights(self) -> dict[str, Any]:
-        """As Transformer.decoding_weights: of the merged weights; in mixed precision (mixed_decoding.py) not merged."""
-        return self.merged().decoding_weights() if self.compute == "float32" else super().decoding_weights()
+        """As Transformer.decoding_weights: of the merged weights; in bf16 (mixed_decoding.py) not merged."""
+        return super().decoding_weights() if self.compute == "bfloat16" else self.merged().decoding_weights()
 
     def to_device(self, device: str, compute: str = "float32") -> Adapted:
         """As Transformer.to_device. The frozen weights are then no longer shared with the base.

@@ -1,4 +1,4 @@
-"""Mixed precision on a GPU: bf16 activations and products between float32 residuals and parameters.
+"""Mixed precision on a GPU: bf16 activations and products between float32 residuals and parameters; or TF32 products.
 
     model.to_device("gpu", compute="bfloat16")
 
@@ -7,9 +7,17 @@ memory. bf16 has 8 bits of mantissa and the exponents of float32, so no loss nee
 stays float32: parameters, gradients and moments, the residual stream, the sums of every product, softmax, norms, logits
 and the loss (Micikevicius et al. 2018, arXiv:1710.03740; Kalamkar et al. 2019, arXiv:1905.12322).
 
-A causal model is trained and scored in it: log_probs, packs, rewards. Padded batches and generation compute in
-float32. The formulas are in kernels/mixed_layers.py.
-Tests: tests/test_mixed_precision.py.
+All of a model computes so: packs, rectangles with padding or without, logits, rewards, and generation, which reads bf16
+weights and a bf16 cache (kernels/mixed_decoding.py). Sampling rounds where training rounds: the ratio of a policy to
+itself stays within 2e-3 of 1 for each token (tests/test_mixed_decoding.py). Of an adapted model (lora.py) the frozen
+matrices are on the GPU as bf16 alone. The formulas are in kernels/mixed_layers.py.
+
+    model.to_device("gpu", compute="tensorfloat32")
+
+keeps a model in float32; only the factors of products with its weights are rounded, by the tensor cores, to the 10 bits
+of mantissa of TF32 (JAX has the same name for it). Attention scores stay float32. CuPy's environment variable CUPY_TF32
+does so for every product of a process.
+Tests: tests/test_mixed_precision.py, tests/test_mixed_decoding.py, tests/test_mixed_lora.py, tests/test_tf32.py.
 """
 
 from __future__ import annotations
@@ -27,7 +35,7 @@ from minilm.fast.packed_attention import Edges, Segment, rectangle_segments, sme
 from minilm.rotary import rope_tables
 from minilm.tensor import Tensor, no_grad, primitive
 
-COMPUTE = ("float32", "bfloat16")
+COMPUTE = ("float32", "tensorfloat32", "bfloat16")
 HEAD_WIDTHS = (32, 64, 128)         # of kernels/attention_bf16.py
 WIDEST = 4096                       # of kernels/fused_bf16.py
 
@@ -38,15 +46,16 @@ def check(config: Config, dtype: Any, device: str, compute: str) -> None:
         raise ValueError(f"to_device: compute is {compute!r}; it must be one of {', '.join(COMPUTE)}")
     if compute == "float32":
         return
-    wanted = {"the device 'gpu'": device == "gpu", "a model of float32": dtype == np.float32,
-              f"a head_width of {HEAD_WIDTHS}": config.head_width in HEAD_WIDTHS,
-              f"a width of at most {WIDEST} that 8 divides": config.width % 8 == 0 and config.width <= WIDEST,
-              "an ffn_width that 8 divides": int(config.ffn_width or 0) % 8 == 0}
+    wanted = {"the device 'gpu'": device == "gpu", "a model of float32": dtype == np.float32}
+    if compute == "bfloat16":
+        wanted |= {f"a head_width of {HEAD_WIDTHS}": config.head_width in HEAD_WIDTHS,
+                   f"a width of at most {WIDEST} that 8 divides": config.width % 8 == 0 and config.width <= WIDEST,
+                   "an ffn_width that 8 divides": int(config.ffn_width or 0) % 8 == 0}
     if missing := [words for words, there in wanted.items() if not there]:
-        raise ValueError(f"to_device: compute='bfloat16' needs {missing[0]}")
+        raise ValueError(f"to_device: compute={compute!r} needs {missing[0]}")
     import cupy
     if int(cupy.cuda.Device().compute_capability) < 80:
-        raise ValueError("to_device: compute='bfloat16' needs a GPU of compute capability 8.0 or later")
+        raise ValueError(f"to_device: compute={compute!r} needs a GPU of compute capability 8.0 or later")
 
 
 @functools.cache
@@ -55,15 +64,28 @@ def _primitive(name):
     return primitive(getattr(mixed_layers, name))
 
 
-def logits(hidden: Any, unembedding: Any) -> Any:
-    """hidden unembedding^T, of matrices of bf16, in float32.  (..,D), (V,D) -> (..,V)"""
-    return _primitive("logits")(hidden, unembedding)
+def logits(hidden: Any, unembedding: Any, compute: str) -> Any:
+    """hidden unembedding^T in float32, of rounded matrices.  (..,D), (V,D) -> (..,V)"""
+    return _primitive("logits")(hidden, unembedding, compute=compute)
 
 
-def token_log_probs(hidden: Tensor, unembedding: Tensor, targets: np.ndarray) -> Tensor:
-    """layers.token_log_probs with products of bf16 matrices.  (..,D), (V,D), integers (..) of the vocabulary -> (..)"""
+def token_log_probs(hidden: Tensor, unembedding: Any, targets: np.ndarray, compute: str) -> Tensor:
+    """layers.token_log_probs with products of rounded matrices.  (..,D), (V,D), integers (..) of the vocabulary -> (..)
+    """
     targets = checks.token_ids("token_log_probs", "targets", targets, len(unembedding))
-    return _primitive("token_log_probs")(hidden, unembedding, targets)
+    return _primitive("token_log_probs")(hidden, unembedding, targets, compute=compute)
+
+
+def with_tf32(parameters: dict) -> dict:
+    """The parameters of model.block, or arrays, with a function of x that rounds to TF32 for each matrix."""
+    from minilm.kernels.mixed_layers import MATRICES
+    product = _primitive("tf32_product")
+
+    def linear(x, weight):
+        W, A, B = _matrices(weight)
+        return product(x, W) if A is None else product(x, W) + product(product(x, A), B)
+    return {name: functools.partial(linear, weight=p) if name.endswith(MATRICES) else p
+            for name, p in parameters.items()}
 
 
 def layers_of_segments(config: Config, parameters: dict, segments: list[Segment], positions: Any) -> Callable:
@@ -88,21 +110,11 @@ def layers_of_padded(config: Config, parameters: dict, key_mask: np.ndarray, pos
 
 
 def _layers_of(config, parameters, plan, edges, positions):
+    from minilm.kernels.mixed_layers import layers_of
     cos, sin = rope_tables(positions, config.head_width, config.rope_base, parameters["embedding"].dtype)
-    shape = {"heads": config.heads, "kv_heads": config.kv_heads, "pairing": config.rope_pairing, "plan": plan,
-             "smear": functools.partial(smear_segments, edges=edges), "cos": cos, "sin": sin, "eps": config.norm_eps}
-
-    def layer(i, x):
-        p = f"blocks.{i}."
-        rows = x.reshape(-1, x.shape[-1])
-        rows = rows + _primitive("attention_branch")(
-            rows, parameters[p + "attention_norm"], *_matrices(parameters[p + "qkv"]),
-            *_matrices(parameters[p + "attention_out"]), parameters.get(p + "key_smear"), **shape)
-        rows = rows + _primitive("ffn_branch")(
-            rows, parameters[p + "ffn_norm"], *_matrices(parameters[p + "gate_up"]),
-            *_matrices(parameters[p + "ffn_out"]), eps=config.norm_eps)
-        return rows.reshape(x.shape)
-    return layer
+    return layers_of(_primitive("attention_branch"), _primitive("ffn_branch"), parameters, _matrices, plan=plan,
+                     smear=functools.partial(smear_segments, edges=edges), cos=cos, sin=sin, heads=config.heads,
+                     kv_heads=config.kv_heads, pairing=config.rope_pairing, eps=config.norm_eps)
 
 
 def _matrices(weight):

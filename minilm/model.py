@@ -72,7 +72,7 @@ class Transformer:
 
     activation_checkpointing: set it to True to keep only each block's input between forward and backward
     (fast/activation_checkpointing.py): less memory, more time.
-    compute: "float32", or "bfloat16" after to_device("gpu", compute="bfloat16") (mixed_precision.py).
+    compute: "float32", or "bfloat16" or "tensorfloat32" after to_device("gpu", compute=...) (mixed_precision.py).
     """
 
     compute = "float32"
@@ -129,7 +129,8 @@ class Transformer:
     def to_device(self, device: str, compute: str = "float32") -> Transformer:
         """Move the parameters to "cpu" or "gpu", in place; returns self. Make the optimiser afterwards.
 
-        compute: "bfloat16" for mixed precision on a GPU. Raises ValueError where it cannot be had, with the reason.
+        compute: "bfloat16" for mixed precision on a GPU, "tensorfloat32" for products of TF32. Raises ValueError where
+        it cannot be had, with the reason.
         """
         mixed_precision.check(self.config, self.dtype, device, compute)
         for p in self._parameters.values():
@@ -170,8 +171,8 @@ class Transformer:
     def __call__(self, tokens, key_mask=None) -> Tensor:
         """Logits (B,T,V). The logits at position t are about token t+1."""
         hidden = self.hidden(tokens, key_mask)
-        if self.compute == "bfloat16":
-            return mixed_precision.logits(hidden, self.unembedding)
+        if self.compute != "float32":
+            return mixed_precision.logits(hidden, self.unembedding, self.compute)
         return hidden @ self.unembedding.T
 
     def log_probs(self, tokens: np.ndarray, temperature: float = 1.0) -> Tensor:
@@ -200,8 +201,8 @@ class Transformer:
         return scatter(self._token_log_probs(hidden, pack.targets), pack.mask)
 
     def _token_log_probs(self, hidden, targets):
-        if self.compute == "bfloat16":
-            return mixed_precision.token_log_probs(hidden, self.unembedding, targets)
+        if self.compute != "float32":
+            return mixed_precision.token_log_probs(hidden, self.unembedding, targets, self.compute)
         return layers.token_log_probs(hidden, self.unembedding, targets,
                                       train_unembedding=self.unembedding.requires_grad)
 
@@ -226,15 +227,19 @@ class Transformer:
             positions = self._on_device(np.tile(np.arange(T), B))
             return self._through(mixed_precision.layers_of_padded(c, self._parameters, key_mask, positions), tokens)
         attend = attend_to_padded(c, self._parameters, T, key_mask)
-        return hidden_states(self._parameters, c, tokens, attend, self.activation_checkpointing)
+        return hidden_states(self._linear_parameters(), c, tokens, attend, self.activation_checkpointing)
 
     def _hidden_of_segments(self, tokens, segments, positions):
         """hidden_states of tokens that are segments of one row, in the precision of self.compute."""
         c, positions = self.config, self._on_device(positions)
-        if self.compute == "float32":
+        if self.compute != "bfloat16":
             attend = attend_to_segments(c, self._parameters, segments, positions)
-            return hidden_states(self._parameters, c, tokens, attend, self.activation_checkpointing)
+            return hidden_states(self._linear_parameters(), c, tokens, attend, self.activation_checkpointing)
         return self._through(mixed_precision.layers_of_segments(c, self._parameters, segments, positions), tokens)
+
+    def _linear_parameters(self):
+        """The parameters for block, whose products with them are those of self.compute."""
+        return mixed_precision.with_tf32(self._parameters) if self.compute == "tensorfloat32" else self._parameters
 
     def _through(self, layer, tokens):
         """Final hidden states of tokens whose embeddings go through layer(i, x)."""

@@ -31,6 +31,39 @@ def test_a_product_equals_numpys(M, K, N, a_transposed, b_transposed, kind, add,
     assert np.abs(found - expected).max() <= (4e-3 if kind is np.uint16 else 1e-6) * np.abs(expected).max() + 1e-6
 
 
+def tf32(x):
+    """Rounded to 10 bits of mantissa by its definition: to the nearest, ties to even."""
+    mantissa, exponent = np.frexp(x.astype(np.float64))
+    return np.ldexp(np.rint(mantissa * 2 ** 11), exponent - 11)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("a_transposed", [False, True])
+@pytest.mark.parametrize("b_transposed", [False, True])
+@pytest.mark.parametrize("M, K, N", [(1, 1, 1), (3, 5, 7), (16, 64, 24)])
+def test_factors_of_float32_are_rounded_to_tf32(M, K, N, a_transposed, b_transposed, add, rng, xp):
+    """On the mock to the nearest, and no further from the exact product than twice that, which a GPU may be."""
+    a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((M, K), (K, N)))
+    before = rng.normal(size=(M, N)).astype(np.float32)
+    out = xp.asarray(before)
+    given = [xp.asarray(np.ascontiguousarray(x.T if transposed else x))
+             for x, transposed in ((a, a_transposed), (b, b_transposed))]
+    found = gemm.product(*given, out, a_transposed, b_transposed, add).get() - (before if add else 0)
+    exact = a.astype(np.float64) @ b
+    assert (np.abs(found - exact) <= 2.001 * 2 ** -10 * (np.abs(a) @ np.abs(b)) + 1e-5).all()
+    if xp.__name__ == "cupy" and hasattr(xp, "RawModule") and xp.__version__ == "14.0.0":
+        assert np.abs(found - tf32(a) @ tf32(b)).max() < 1e-5
+        assert K < 5 or np.abs(found - exact).max() > 1e-5
+
+
+def test_the_mock_rounds_to_tf32_by_its_definition(rng):
+    x = np.concatenate([rng.normal(size=2000), 2.0 ** rng.uniform(-120, 120, 2000), [0, -0.0, 1 + 2 ** -11,
+                        1 + 3 * 2 ** -11, -1 - 2 ** -11, 2 - 2 ** -12]]).astype(np.float32)
+    assert (cublas.to_tf32(x) == tf32(x)).all()
+    assert cublas.to_tf32(np.float32([np.inf, -np.inf])).tolist() == [np.inf, -np.inf]
+    assert np.isnan(cublas.to_tf32(np.float32([np.nan]))).all()
+
+
 def test_a_view_is_read_and_written_where_it_lies(rng, xp):
     whole, out = xp.asarray(bf16(rng, 6, 4)), xp.zeros((3, 2, 4), np.float32)
     gemm.product(whole[2:4], whole[1:5], out[1])
@@ -38,11 +71,25 @@ def test_a_view_is_read_and_written_where_it_lies(rng, xp):
     assert np.abs(found[1] - x[2:4] @ x[1:5]).max() < 1e-6 and not found[[0, 2]].any()
 
 
+def test_a_contiguous_view_of_an_array_with_other_axes_is_read_and_written_where_it_lies(rng, xp):
+    """As of zeros_like of a transposed array: its memory has the order of the other's axes."""
+    turned = xp.zeros((2, 3, 4, 5), np.float32).transpose(0, 2, 1, 3)
+    a, out = xp.zeros_like(turned), xp.zeros_like(turned)
+    a[...] = xp.asarray(rng.normal(size=a.shape).astype(np.float32))
+    a, out = (x.transpose(0, 2, 1, 3).reshape(6, 20) for x in (a, out))
+    b = xp.asarray(rng.normal(size=(20, 20)).astype(np.float32))
+    gemm.product(a, b, out)
+    assert np.abs(out.get() - a.get() @ b.get()).max() < 0.02
+
+
 WRONG = [
     (lambda xp, a, b, out: gemm.product(a, b[:3], out), ValueError, r"a \(2, 4\), b \(3, 3\) and out \(2, 3\)"),
     (lambda xp, a, b, out: gemm.product(a, b, out, b_transposed=True), ValueError, r"b \(4, 3\) transposed"),
     (lambda xp, a, b, out: gemm.product(a, b, out[:1]), ValueError, "do not fit"),
     (lambda xp, a, b, out: gemm.product(a.astype(np.float32), b, out), TypeError, "a is float32; a and b are bf16"),
+    (lambda xp, a, b, out: gemm.product(a.astype(np.float32), b.astype(np.float32), out.astype(np.uint16)), TypeError,
+     "a is float32; .*; or all three are float32"),
+    (lambda xp, a, b, out: gemm.product(a.astype(np.float64), b.astype(np.float64), out), TypeError, "a is float64"),
     (lambda xp, a, b, out: gemm.product(a, b, out.astype(np.float64)), TypeError, "out is float64"),
     (lambda xp, a, b, out: gemm.product(a.T, a, xp.zeros((4, 4), np.float32), b_transposed=False), ValueError,
      "a is not contiguous")]
@@ -64,6 +111,7 @@ def test_the_mock_refuses_a_matrix_that_reaches_beyond_its_array(emulated, monke
         emulated.cuda.cublas.gemmEx(*arguments)
     monkeypatch.setattr(cublas, "_mode", gemm.FULL_SUMS)
     for place, value, message in ((5, 5, "lies in no array"), (9, 3, "leading dimension 3"), (17, 64, "float32 sums"),
+                                  (17, 77, "bf16 matrices"),
                                   (8, 0, "bf16 matrices"), (7, a.data.ptr + 1, "no multiple")):
         with pytest.raises(ValueError, match=message):
             emulated.cuda.cublas.gemmEx(*arguments[:place], value, *arguments[place + 1:])

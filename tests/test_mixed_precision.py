@@ -222,7 +222,7 @@ def test_weights_that_begin_anywhere_in_a_flat_array_are_taken(rng):
     loss.sum().backward()
 
 
-WRONG = [({"compute": "float16"}, {}, "compute is 'float16'; it must be one of float32, bfloat16"),
+WRONG = [({"compute": "float16"}, {}, "compute is 'float16'; it must be one of float32, tensorfloat32, bfloat16"),
          ({"device": "cpu"}, {}, "needs the device 'gpu'"), ({}, {"dtype": np.float64}, "needs a model of float32"),
          ({}, {"width": 32}, r"needs a head_width of \(32, 64, 128\)"),
          ({}, {"width": 68, "head_width": 32}, "needs a width of at most 4096 that 8 divides"),

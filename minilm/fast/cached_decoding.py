@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from minilm import layers, rotary
+from minilm import layers, mixed_precision, rotary
 from minilm.backend import array_module, is_cupy
 from minilm.fast import few_rows
 from minilm.model import Config, Transformer, after_blocks, block
@@ -92,19 +92,20 @@ class Decoder:
         self.model = model
         self.config: Any = model.config
         self.weights = model.decoding_weights()
-        self.mixed = model.compute == "bfloat16"
+        self.compute = model.compute
         self.xp = array_module(self.weights["embedding"])
 
     def cache(self, batch: int, capacity: int) -> Cache:
         """An empty Cache: in mixed precision of bf16, half the bytes that attention reads for each token."""
-        return Cache(self.config, batch, capacity, self.xp, np.uint16 if self.mixed else self.model.dtype)
+        dtype = np.uint16 if self.compute == "bfloat16" else self.model.dtype
+        return Cache(self.config, batch, capacity, self.xp, dtype)
 
     def logits(self, hidden) -> np.ndarray:
         """(B,V) of hidden states (B,D)."""
-        if self.mixed:
-            from minilm.kernels import mixed_layers
-            return mixed_layers.logits(hidden, self.weights["unembedding"])[0]
-        return few_rows.logits(hidden, self.weights["unembedding"])
+        if self.compute == "float32":
+            return few_rows.logits(hidden, self.weights["unembedding"])
+        with arrays_only():
+            return mixed_precision.logits(hidden, self.weights["unembedding"], self.compute)
 
 
 def forward_cached(decoder: Decoder, tokens, first, cache: Cache) -> np.ndarray:
@@ -118,13 +119,14 @@ def forward_cached(decoder: Decoder, tokens, first, cache: Cache) -> np.ndarray:
     T = tokens.shape[1]
     embedded = weights["embedding"][decoder.xp.asarray(tokens.reshape(-1))]
     with arrays_only():             # one row per token: NumPy multiplies matrices faster than stacks of vectors
-        if decoder.mixed:
+        if decoder.compute == "bfloat16":
             from minilm.kernels import mixed_decoding
             layer = mixed_decoding.layers_of_new_tokens(config, weights, T, first, cache, rotary.smear)
         else:
             attend = attend_to_cache(config, weights, T, first, cache)
-            layer = functools.partial(block, few_rows.prepared(weights, tokens.size), attend=attend,
-                                      eps=config.norm_eps)
+            prepared = (few_rows.prepared(weights, tokens.size) if decoder.compute == "float32" else
+                        mixed_precision.with_tf32(weights))
+            layer = functools.partial(block, prepared, attend=attend, eps=config.norm_eps)
         hidden = after_blocks(weights, config, embedded, layer)
     return hidden.reshape(*tokens.shape, -1)[:, -1]
 

@@ -69,8 +69,8 @@ def linear_forward(hidden: Array, unembedding: Array, targets: Array, chunk: int
 
     hidden (N,D), unembedding (V,D). chunk: by default as many rows as fit SHARE_HELD or LOGITS_HELD. Returns
     log_probs, lse, entropies as forward, and the logits for linear_backward if there was only one chunk (else None).
-    compute: "bfloat16" or "tensorfloat32": the product is of the matrices rounded so, with float32 sums and results; for
-    bfloat16 the unembedding may be uint16, rounded already.
+    compute: "bfloat16" or "tensorfloat32": the product is of the matrices rounded so, with float32 sums and results.
+    For bfloat16 the unembedding may be uint16, rounded already.
     """
     xp, N, V, targets, chunks = _linear(hidden, unembedding, targets, chunk, compute)
     log_probs = xp.empty(N, hidden.dtype)

@@ -35,8 +35,8 @@ class Rounded:
 
 
 class DeferredProduct:
-    """The gradient x^T y of a weight in float32, from x (N,in), y (N,out) of bf16 or of float32 that is rounded to TF32:
-    computed where it is to be stored."""
+    """The gradient x^T y of a weight in float32, computed where it is to be stored: from x (N,in), y (N,out) of bf16, or
+    of float32 that is rounded to TF32."""
 
     __slots__ = ("x", "y")
     dtype = np.dtype(np.float32)

@@ -23,7 +23,7 @@ LEVELS = """
     ops
     activations  gradcheck  objectives  plain  rotary  world
     check  fast.packed_attention  layers
-    exact  mixed_precision  packing
+    exact  mixed_precision  packing  padded_attention
     evaluate  model
     fast.cached_decoding  lora  model_file  toy
     generate  pretrained
@@ -34,7 +34,7 @@ READER = ("plain", "tensor", "ops", "gradcheck", "objectives", "exact")
 # Folders of scripts that scripts import from, and the helpers that lie beside the benchmarks.
 SHARED_BY_SCRIPTS = {"support", "common", "worlds", "benchmark", "decoding", "golden_files", "golden_inputs",
                      "gpu_measuring", "gpu_process", "hf_llama", "library_process", "llama_cpp", "measuring",
-                     "mutants_table", "objective_steps", "torch_llama", "trl_trainers"}
+                     "mutants_table", "mutants_tests", "objective_steps", "torch_llama", "trl_trainers"}
 FUNCTION_LINES = 40             # without its docstring
 TUPLE_ASSIGNMENTS = 0.05
 

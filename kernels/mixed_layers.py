@@ -2,8 +2,9 @@
 
 Each function returns (output, vjp), for minilm/mixed_precision.py. float32 goes in and float32 comes out, and the bf16
 arrays between are its own. The formulas are those of model.block. Weights are rounded where they are used: they may
-change in any way between two steps, and no rounded copy can be stale.
-Tests: tests/test_mixed_precision.py.
+change in any way between two steps, and no rounded copy can be stale. Of a frozen weight (lora.py) bf16 may be all that
+is kept. tf32_product is the product of a model in float32 whose factors are rounded to TF32.
+Tests: tests/test_mixed_precision.py, tests/test_mixed_lora.py, tests/test_tf32.py.
 """
 
 from collections.abc import Callable
@@ -35,8 +36,8 @@ class Rounded:
 
 
 class DeferredProduct:
-    """The gradient x^T y of a weight in float32, computed where it is to be stored: from x (N,in), y (N,out) of bf16, or
-    of float32 that is rounded to TF32."""
+    """The gradient x^T y of a weight in float32, computed where it is to be stored. x (N,in) and y (N,out) are bf16, or
+    float32 that is rounded to TF32."""
 
     __slots__ = ("x", "y")
     dtype = np.dtype(np.float32)

@@ -183,7 +183,7 @@ def test_the_option_with_which_a_benchmark_starts_its_processes_is_refused_to_ot
                                    "minilm.exercises check --seconds nan minilm", "minilm.exercises hint softmax 3",
                                    "minilm.exercises solution 0", "minilm.exercises predict 21",
                                    "minilm.exercises predict --answer", "minilm.exercises --nosuch",
-                                                                      "minilm.kernels.emulator attention --T -1", "minilm.check",
+                                   "minilm.kernels.emulator attention --T -1", "minilm.check",
                                    "minilm.check --nosuch", "minilm.check nosuch.py:f dpo_loss", "minilm.check a b c",
                                    "minilm.check tests/helpers.py:nosuch dpo_loss", "minilm.check --as jax a b",
                                    "minilm.check tests/helpers.py:normal nosuch"])

@@ -187,21 +187,21 @@ def test_the_mathematics_stays_under_1350_lines_of_code():
     assert sum(map(lines_of_code, of(*READER))) < 1350
 
 
-def test_minilm_without_its_world_and_plain_stays_under_4800_lines_of_code():
-    """Ranks and real models (with adapters) are capabilities of their own, each with a limit of its own. The exercises
-    are texts for learners (test_an_exercise_fits_one_screen)."""
-    capabilities = {("ranks", "parallel"): 450, ("lora", "pretrained", "stream"): 1200}
+def test_minilm_without_its_world_and_plain_stays_under_4700_lines_of_code():
+    """Ranks, real models (with adapters) and check are capabilities of their own, each with a limit of its own. The
+    exercises are texts for learners (test_an_exercise_fits_one_screen)."""
+    capabilities = {("ranks", "parallel"): 450, ("lora", "pretrained", "stream"): 1200, ("check",): 200}
     for names, most in capabilities.items():
         assert sum(map(lines_of_code, of(*names))) < most, names
     apart = ("world", "plain", "toy", "kernels", "exercises", *(name for names in capabilities for name in names))
-    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 4800
+    assert sum(lines_of_code(path) for name, path in modules().items() if top(name) not in apart) < 4700
 
 
 def test_plain_stays_under_210_lines_of_code():
     assert sum(map(lines_of_code, of("plain"))) < 210
 
 
-def test_an_exercise_fits_one_screen_and_the_grader_stays_under_700_lines_of_code():
+def test_an_exercise_fits_one_screen_and_the_grader_stays_under_750_lines_of_code():
     """A task is a text with its grading, so their number has no limit, but the length of each has one. Questions have
     about 20 lines each. The grader runs all of them, and does not grow with them."""
     files = {name: path for name, path in modules().items() if top(name) == "exercises"}
@@ -209,7 +209,7 @@ def test_an_exercise_fits_one_screen_and_the_grader_stays_under_700_lines_of_cod
     assert max(tasks.values()) <= 65, tasks
     questions = {name: lines_of_code(path) for name, path in files.items() if name.startswith("exercises.questions.")}
     assert sum(questions.values()) < 450, questions
-    assert sum(lines_of_code(path) for name, path in files.items() if name not in {*tasks, *questions}) < 700
+    assert sum(lines_of_code(path) for name, path in files.items() if name not in {*tasks, *questions}) < 750
 
 
 def functions(path):

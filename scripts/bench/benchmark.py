@@ -26,8 +26,8 @@ class Benchmark:
     """asked: the options. rows: the results so far.
 
     gpu: what runs on a GPU, {"sizes", "peers", "works": those that run if none are named, "possible": every peer that
-    can be named}. packages: those whose version is printed. Raises UsageError for wrong options, and without a GPU for
-    --device gpu.
+    can be named}. packages: those whose version is printed, PyTorch first. Raises UsageError for wrong options, and
+    without a GPU for --device gpu.
     """
 
     def __init__(self, description, sizes, peers, gpu, packages, works=(), unasked=()):
@@ -41,7 +41,7 @@ class Benchmark:
             if cupy is None:
                 raise UsageError(f"--device gpu: {reason}. {ADVICE}")
             self._choose(gpu)
-            self.machine = f"{gpu_measuring.machine(cupy)}; {self.machine}"
+            self.machine = f"{gpu_measuring.machine(cupy)}; {measuring.machine(*packages[1:])}"
         else:
             self.asked.compute = COMPUTE[:1]
         print(self.machine, flush=True)
@@ -81,6 +81,7 @@ class Benchmark:
         """Print the table, write the files that were asked for. Returns the exit status."""
         measuring.finish(self.asked, self.rows, title)
         if self.asked.json:
+            # NaN, which equals nothing, is no JSON.
             rows = [{key: None if value != value else value for key, value in row.items()} for row in self.rows]
             checkpoint.write_text(self.asked.json, json.dumps({"machine": self.machine, "rows": rows}, indent=1) + "\n")
         if self.failed:

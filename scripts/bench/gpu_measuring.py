@@ -7,7 +7,7 @@ their own. Two ceilings are measured: bytes per second of a copy, operations per
 """
 
 import contextlib
-import importlib.util
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -19,6 +19,7 @@ from minilm import checkpoint
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))      # scripts/, for support
 from support.command_line import Parser, output_file, wholes  # noqa: E402
+from support.machine import installed  # noqa: E402
 
 REPEATS = 50
 MOST_SECONDS = 3         # of the timed calls; then fewer are made
@@ -29,7 +30,7 @@ MOST = 1 << 20           # for a larger size even the bytes take long to count
 
 def gpu():
     """(CuPy, None), or (None, the reason why nothing can be timed)."""
-    if importlib.util.find_spec("cupy") is None:
+    if not installed("cupy"):
         return None, "CuPy is not installed (pip install -e '.[gpu]')"
     try:
         import cupy
@@ -55,9 +56,8 @@ def machine(cupy):
     properties = runtime.getDeviceProperties(cupy.cuda.Device().id)
     versions = [f"driver {driver()} for CUDA {runtime.driverGetVersion()}", f"cupy {cupy.__version__}",
                 f"CUDA {runtime.runtimeGetVersion()}"]
-    if importlib.util.find_spec("torch"):
-        import torch
-        versions.append(f"torch {torch.__version__}")
+    if installed("torch"):
+        versions.append(f"torch {importlib.metadata.version('torch')}")         # its import takes seconds
     return f"{properties['name'].decode()}, {', '.join(versions)}"
 
 

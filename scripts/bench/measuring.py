@@ -188,7 +188,9 @@ def compare(work, size, spec, names, environments, tolerance, rounds, turn=None)
     kept = counted(*map(np.concatenate, zip(*turns)))
     rows = [row_of(work, size, worker.name, kept[:, 0], kept[:, j], workers[0].memory, worker.memory)
             for j, worker in enumerate(workers[1:], start=1)]
-    return rows or [row_of(work, size, "-", kept[:, 0], np.full(len(kept), np.nan), workers[0].memory, np.nan)]
+    if rows or spec.get("device") != "gpu":
+        return rows
+    return [row_of(work, size, "-", kept[:, 0], np.full(len(kept), np.nan), workers[0].memory, np.nan)]
 
 
 def row_of(work, size, peer, ours, theirs, our_memory, their_memory):

@@ -3,7 +3,8 @@
     y = x W + (alpha / r) (x A) B,      W (in,out) frozen,  A (in,r),  B (r,out)
 
 A starts as U(-1, 1) / sqrt(in) and B as 0, so that the adapted model starts as the model itself. Only A and B are
-trained, so gradients, moments and snapshots are as small as they are. To decode, the product is added to W.
+trained, so gradients, moments and snapshots are as small as they are. To decode, the product is added to W (but not in
+bf16: kernels/mixed_decoding.py).
 A weight that joins several matrices (qkv, gate_up) has an A and a B for each of them, as in PEFT.
 Hu et al. 2021, arXiv:2106.09685. Tests: tests/test_lora.py.
 """

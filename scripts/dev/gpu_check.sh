@@ -110,7 +110,7 @@ import numpy as np
 cupy.cuda.set_allocator(None)               # without CuPy's pool the sanitizer sees the end of every array
 SIZES = {"attention": [{}, {"T": 131, "K": 128, "G": 1}, {"T": 65, "K": 64, "dtype": "float64"}],
          "attention_bf16": [{}, {"T": 131, "K": 128}, {"T": 200, "K": 64, "H": 4, "G": 2}],
-         "decode": [{}, {"T": 300, "K": 128, "H": 8, "G": 1}], "log_probs": [{}, {"V": 5003}],
+         "decode": [{}, {"T": 300, "K": 128, "H": 8, "G": 1}, {"T": 300, "dtype": "bfloat16"}], "log_probs": [{}, {"V": 5003}],
          "sampling": [{}, {"V": 5003, "dtype": "float64"}],
          "fused": [{}, {"N": 37, "D": 768, "F": 260, "K": 64, "P": 100003}],
          "fused_bf16": [{}, {"N": 37, "D": 768, "F": 264, "K": 64}],
@@ -126,7 +126,7 @@ deadline=$LIMIT
 if wanted bench || wanted step; then deadline=$((SECONDS + 170)); fi
 wanted assistant && together assistant 300 "$python" scripts/assistant.py --device gpu --scale 0.05 --out "$work/assistant"
 if wanted tests; then
-    for name in emulator_against_gpu attention_kernel attention_bf16 decode_kernel log_probs_kernel sampling_kernel fused_kernels fused_bf16 gemm sums_by_index launch_limits late mixed_precision device; do
+    for name in emulator_against_gpu attention_kernel attention_bf16 decode_kernel log_probs_kernel sampling_kernel fused_kernels fused_bf16 gemm sums_by_index launch_limits late mixed_precision mixed_decoding mixed_lora tf32 device; do
         together "test_$name" 300 "$python" -m pytest -m gpu -q -rs --maxfail 20 --tb short -p no:cacheprovider \
             "tests/test_$name.py"
     done

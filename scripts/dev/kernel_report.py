@@ -3,7 +3,7 @@
     python scripts/dev/kernel_report.py [--module attention,fused] [--arch 75,90] [--details] [--json FILE]
 
 Prints one line for each kernel: the range of its numbers over all variants and architectures, and the worst occupancy.
---details adds a line for each variant and architecture (460 lines).
+--details adds a line for each variant and architecture (about 600 lines).
 
 The kernels are compiled as for a GPU (by NVRTC with the options of CuPy, or by nvcc) in every variant that the function
 variants() of their module lists (see kernels/launch.py); the numbers come from the log of the assembler. Occupancy is

@@ -116,7 +116,7 @@ class Runs:
 
 
 def overlap(world, model, compared, alone):
-    """K(chosen, rejected) / K(chosen, chosen) of the first `alone` pairs: a step on a pair lowers its chosen above 1."""
+    """K(chosen, rejected) / K(chosen, chosen) of the first `alone` pairs: above 1, a step lowers the chosen."""
     weights = list(model.parameters().values())
 
     def gradient(p, y):
@@ -149,8 +149,9 @@ def measure(experiment, seed, tuning, pairs, pool, steps, points, alone):
         similar = drawn[:, (distance == count) | (count == len(EDITS)) & (distance > count)][:, :3 * pairs // 4]
         gap = world.gold[similar[0], similar[1]] - world.gold[similar[0], similar[2]]
         ratios = overlap(world, model, similar, alone)
-        results[name] = {**runs.train(similar), "overlap": np.mean(ratios), "falls alone": np.mean(np.array(ratios) > 1),
-                         "gap": np.abs(gap).mean(), "pairs": similar.shape[1]}
+        results[name] = {**runs.train(similar), "overlap": np.mean(ratios),
+                         "falls alone": np.mean(np.array(ratios) > 1), "gap": np.abs(gap).mean(),
+                         "pairs": similar.shape[1]}
     experiment.say(f"seed {seed}, change of log pi(chosen): " + ", ".join(
         f"{name} {results[name]['chosen'][-1]:+.2f}" for name in (*RUNS, *EDITS)))
     return results
@@ -181,9 +182,10 @@ def conclude(seeds, size):
                 Comparison(f"held-out accuracy, {SWAPPED}", held_out[SWAPPED], below=0.5),
                 Comparison(f"held-out accuracy, {FAST}", held_out[FAST], below=0.75),
                 Comparison(f"KL, {FAST} minus pi* (nats)", KL[FAST] - last(seeds, "pi*", "KL"), above=1),
-                Comparison(f"probability of replies in no pair, {FAST} minus healthy", outside[FAST] - outside[HEALTHY],
-                           above=0.1),
-                Comparison(f"loss at the first step minus log 2, {OTHER}", np.abs(loss[OTHER] - np.log(2)), above=0.01),
+                Comparison(f"probability of replies in no pair, {FAST} minus healthy",
+                           outside[FAST] - outside[HEALTHY], above=0.1),
+                Comparison(f"distance of the loss at the first step from log 2, {OTHER}",
+                           np.abs(loss[OTHER] - np.log(2)), above=0.01),
                 Comparison(f"gold reward, {OTHER} minus healthy", gold[OTHER] - gold[HEALTHY], below=-0.25),
                 Comparison(f"share of pairs whose chosen falls in a step on it alone, {EDITS[0]} minus {EDITS[-1]}",
                            last(seeds, EDITS[0], "falls alone") - last(seeds, EDITS[-1], "falls alone"), above=0)]
@@ -203,10 +205,10 @@ def conclude(seeds, size):
                       details=_similarity(seeds))
 
 
-LEGEND = ("Chosen, rejected: mean change of the log-prob over the training pairs (nats). Fitted: share of training pairs "
-          "whose log-ratio is larger for the chosen reply. Held out: share of new pairs that the implied rewards order "
-          "as gold does. The second table: pairs by the edits between their two replies; overlap: K(chosen, rejected) / "
-          "K(chosen, chosen) at the SFT model; falls alone: share of pairs in which it is above 1.")
+LEGEND = ("Chosen, rejected: mean change of the log-prob over the training pairs (nats). Fitted: share of training "
+          "pairs whose log-ratio is larger for the chosen reply. Held out: share of new pairs that the implied rewards "
+          "order as gold does. The second table: pairs by the edits between their two replies; overlap: K(chosen, "
+          "rejected) / K(chosen, chosen) at the SFT model; falls alone: share of pairs in which it is above 1.")
 
 
 def _table(seeds, measured):
@@ -251,7 +253,8 @@ def draw(figure, seeds, size):
     order.set(title="Held-out pairs, labels by gold", xlabel="step", ylabel="share ordered correctly", ylim=(0, 1))
     order.legend(loc="center right", bbox_to_anchor=(1, 0.3), fontsize=8)
     for what, colour, marker in (("chosen", COLOURS[0], "o"), ("rejected", COLOURS[5], "s")):
-        curve(similar, range(len(EDITS)), np.transpose([last(seeds, name, what) for name in EDITS]), what, colour, marker)
+        values = np.transpose([last(seeds, name, what) for name in EDITS])
+        curve(similar, range(len(EDITS)), values, what, colour, marker)
     level(similar, 0, "")
     similar.set(title="Pairs by similarity, end of training", xticks=range(len(EDITS)), xticklabels=EDITS,
                 xlabel="edits between chosen and rejected", ylabel="mean change of the log-prob (nats)")

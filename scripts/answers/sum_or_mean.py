@@ -8,11 +8,11 @@ Test. (i) A policy is a free distribution over 48 responses to each of 4 prompts
 tokens). The reward is the quality, drawn from N(0, 1). The reference draws length and quality independently, so reward
 and length are independent. Comparisons are unlimited: the expected loss is a sum over all pairs of responses, labelled
 by the Bradley-Terry model. Gradient descent on it, with dpo_loss (beta 1) and with length_normalised_dpo_loss (beta 4),
-is compared with the two optima (derived in mean_optimum). Then the optima are compared over 20 beta, and at equal KL, for rewards without
-and with a preference for length (0.1 per token). (ii) A transformer of 25,632 parameters, finetuned on demonstrations,
-is trained for 200 steps on 2,000 pairs of its replies, with beta 0.3 for the sum, and 0.3 times the mean length of its
-replies for the mean. The reward is 2 for a right answer and 0 otherwise. Gold reward, KL and length are sums over all
-781 replies to each of 9 questions.
+is compared with the two optima (derived in mean_optimum). Then the optima are compared over 20 beta, and at equal KL,
+for rewards without and with a preference for length (0.1 per token). (ii) A transformer of 25,632 parameters, finetuned
+on demonstrations, is trained for 200 steps on 2,000 pairs of its replies, with beta 0.3 for the sum, and 0.3 times the
+mean length of its replies for the mean. The reward is 2 for a right answer and 0 otherwise. Gold reward, KL and length
+are sums over all 781 replies to each of 9 questions.
 
 Rule. With free distributions and unlimited comparisons, descent with the sum ends at pi* and descent with the mean at
 pi_ref exp(|y| (r + c)/beta); at 0.5 nat of KL the optimum of the mean gives longer responses than the reference, that
@@ -26,8 +26,8 @@ for the transformer: its replies have at most 4 tokens, its optimum of the mean 
 few pairs both losses give shorter replies than the reference. The mean also changes the size of the gradient, so a beta
 that was chosen for the sum is wrong for the mean. SimPO has the mean, no reference, and a margin; it is not tested.
 
-Source. Rafailov et al. 2023, arXiv:2305.18290; length-normalised DPO: Lambert et al. 2024, arXiv:2411.15124, (6); SimPO:
-Meng et al. 2024, arXiv:2405.14734; length and DPO: Park et al. 2024, arXiv:2403.19159.
+Source. Rafailov et al. 2023, arXiv:2305.18290; length-normalised DPO: Lambert et al. 2024, arXiv:2411.15124, (6);
+SimPO: Meng et al. 2024, arXiv:2405.14734; length and DPO: Park et al. 2024, arXiv:2403.19159.
 
 Figure. Log of the ratio to the reference against the length of a response, one line for each reward, for the sum and
 the mean; expected length against KL; expected reward against KL; KL against beta (log axes), for the sum and the mean.
@@ -78,7 +78,7 @@ class FreePolicy:
 
 
 def mean_optimum(reference, rewards, lengths, beta):
-    """The log-probs (P,Y) at which DPO with the mean ends: log of pi_ref exp(|y| (r + c)/beta), c one number per prompt.
+    """The log-probs (P,Y) at which DPO with the mean ends: log of pi_ref exp(|y| (r + c)/beta), one c for each prompt.
 
     Let h = log(pi/pi_ref). A term of the expected loss is smallest if beta (h(y)/|y| - h(y')/|y'|) = r(y) - r(y'): step
     4 of minilm/objectives/dpo.py with h(y)/|y| in place of h(y). So h(y) = |y| (r(y) + c)/beta, with the c for which
@@ -240,9 +240,9 @@ def conclude(seeds, size):
 
 
 TRANSFORMERS = tuple(f"{side}, {what}" for what in ("trained", "optimum") for side in LOSSES)
-LEGEND = ("Optima for free distributions, where reward and length are independent under the reference. The second table: "
-          "a transformer after DPO on few pairs, and the optimum of unlimited pairs in its world; changes from the "
-          "reference.")
+LEGEND = ("Optima for free distributions, where reward and length are independent under the reference. The second "
+          "table: a transformer after DPO on few pairs, and the optimum of unlimited pairs in its world; changes from "
+          "the reference.")
 
 
 def _table(values, size):

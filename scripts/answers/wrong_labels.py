@@ -5,13 +5,13 @@ once more, and robust DPO restores it if it is given the true flip rate; so at t
 DPO ahead of cDPO. At equal KL the losses have about the same gold reward.
 
 Test. A transformer of 25,632 parameters is finetuned on 4,000 demonstrations (the SFT model). 2,000 pairs of its
-replies are compared by the Bradley-Terry model of the gold reward, and 0, 10, 20 or 30 % of the labels are flipped. Each
-loss trains on the same labels for 100 steps of 32 pairs, with beta 0.3: DPO; cDPO and robust DPO, which are given the
-true flip rate; robust DPO with a guess that is 0.1 too high; and IPO, with beta 0.3/4, for which its target is that of
-DPO at small differences of reward. Gold reward and KL to the SFT model are sums over all 781 replies to each of 9
-questions. Losses are compared at the end of training and at equal KL, the largest that every loss reaches at every share of
-flips, on the concave hull of their points along training (common/frontier.py). Baselines without labels: the SFT model,
-and the same at a lower temperature (1 to 0.1). The targets of the losses for one pair are exact (target).
+replies are compared by the Bradley-Terry model of the gold reward, and 0, 10, 20 or 30 % of the labels are flipped.
+Each loss trains on the same labels for 100 steps of 32 pairs, with beta 0.3: DPO; cDPO and robust DPO, which are given
+the true flip rate; robust DPO with a guess that is 0.1 too high; and IPO, with beta 0.3/4, for which its target is that
+of DPO at small differences of reward. Gold reward and KL to the SFT model are sums over all 781 replies to each of 9
+questions. Losses are compared at the end of training and at equal KL, the largest that every loss reaches at every
+share of flips, on the concave hull of their points along training (common/frontier.py). Baselines without labels: the
+SFT model, and the same at a lower temperature (1 to 0.1). The targets of the losses for one pair are exact (target).
 
 Rule. With 30 % of the labels flipped, robust DPO ends at a larger KL and with more gold reward than DPO, and DPO than
 cDPO; at equal KL, robust DPO, cDPO and IPO have the gold reward of DPO. Margins: 0 for the order at the end; within
@@ -21,7 +21,7 @@ Limits. The rule compares losses with one another, at one beta, one learning rat
 beta would take DPO farther, too. The equal KL is small, because cDPO moves little at 30 % of flips; a finding compares
 robust DPO with DPO where DPO ends. Flips are independent of the pair here; annotators err more often on close pairs,
 which the Bradley-Terry labels contain already. cDPO and robust DPO know the flip rate, which in practice is a guess. A
-guess that is too high by 0.1 is tested, one that is too low lies between DPO and robust DPO.
+guess that is too high by 0.1 is tested; with one that is too low, the target lies between those of DPO and robust DPO.
 
 Source. IPO: Azar et al. 2023, arXiv:2310.12036; cDPO: Mitchell 2023, a note; robust DPO: Chowdhury et al. 2024,
 arXiv:2403.00409; DPO: Rafailov et al. 2023, arXiv:2305.18290.
@@ -168,9 +168,10 @@ def conclude(seeds, size):
     findings.append(Comparison(f"gold reward at equal KL, {most:.0%} flips, DPO minus the {LOWER} (no labels)",
                                equal["DPO", most] - lower, above=0))
     words = (f"With {most:.0%} of the labels flipped, gold reward ends at {mean(gold['robust DPO', most])} with robust "
-             f"DPO, {mean(gold['DPO', most])} with DPO and {mean(gold['cDPO', most])} with cDPO, from {mean(start)}. At "
-             f"equal KL ({mean(nats)} nat) they have {mean(equal['robust DPO', most])}, {mean(equal['DPO', most])} and "
-             f"{mean(equal['cDPO', most])}; DPO without flips ends at {mean(gold['DPO', 0.0])}.")
+             f"DPO, {mean(gold['DPO', most])} with DPO and {mean(gold['cDPO', most])} with cDPO, from {mean(start)}. "
+             f"At equal KL ({mean(nats)} nat) they have {mean(equal['robust DPO', most])}, "
+             f"{mean(equal['DPO', most])} and {mean(equal['cDPO', most])}; "
+             f"DPO without flips ends at {mean(gold['DPO', 0.0])}.")
     numbers = {f"{name}, {m}, {f:.0%} flips": spread(of[m, f]) for name, of in
                (("gold reward at the end", gold), ("KL at the end", KL), ("gold reward at equal KL", equal))
                for m in METHODS for f in FLIPS}
@@ -183,8 +184,8 @@ def conclude(seeds, size):
     return Conclusion(rule, words, numbers, table, findings=findings, legend=LEGEND)
 
 
-LEGEND = ("Gold: expected gold reward. Equal KL: the largest KL that every loss reaches at every share of flips; on the "
-          "concave hull of the points along training. Without flips, cDPO and robust DPO are DPO.")
+LEGEND = ("Gold: expected gold reward. Equal KL: the largest KL that every loss reaches at every share of flips; on "
+          "the concave hull of the points along training. Without flips, cDPO and robust DPO are DPO.")
 
 
 def draw(figure, seeds, size):
@@ -199,7 +200,8 @@ def draw(figure, seeds, size):
             ylabel="difference of implied rewards")
     x = [100 * f for f in FLIPS]
     for m in METHODS:
-        for axis, values in ((end, [at_end(seeds, m, f, 1) for f in FLIPS]), (far, [at_end(seeds, m, f, 0) for f in FLIPS]),
+        for axis, values in ((end, [at_end(seeds, m, f, 1) for f in FLIPS]),
+                             (far, [at_end(seeds, m, f, 0) for f in FLIPS]),
                              (equal, [at_kl(seeds, f"{m}, {f}", nats) for f in FLIPS])):
             curve(axis, x, np.transpose(values), m, looks[m]["color"], linestyle=looks[m]["linestyle"])
     level(end, np.mean([s["DPO, 0.0"][1][0] for s in seeds]), "SFT model")

@@ -193,31 +193,34 @@ def conclude(seeds, size):
              f"swapped labels and {mean(chosen[FAST])} with ten times the learning rate; gold reward goes from "
              f"{mean(start)} to {mean(gold[HEALTHY])}, {mean(gold[SWAPPED])} and {mean(gold[FAST])}. Pairs of one edit "
              f"fall by {mean(-chosen[EDITS[0]])}, pairs of three or more by {mean(-chosen[EDITS[-1]])}.")
-    measured = ("chosen", "rejected", "chosen that fell", "fitted", "held out", "in no pair", "gold", "KL")
-    numbers = {f"{what} at the end, {name}": spread(last(seeds, name, what)) for name in (*RUNS, *EDITS, "pi*")
-               for what in measured}
-    numbers |= {f"loss at the first step, {name}": spread(loss[name]) for name in RUNS}
-    numbers |= {f"{what}, {name}": spread(last(seeds, name, what)) for name in EDITS
-                for what in ("overlap", "falls alone", "gap", "pairs")}
-    numbers |= {"gold reward of the SFT model": spread(start), "in no pair, the SFT model":
-                spread(s[HEALTHY]["in no pair"][0] for s in seeds)}
-    return Conclusion(rule, words, numbers, _table(seeds, measured), findings=findings, legend=LEGEND,
+    return Conclusion(rule, words, _numbers(seeds, start, loss), _table(seeds), findings=findings, legend=LEGEND,
                       details=_similarity(seeds))
 
 
+MEASURED = ("chosen", "rejected", "chosen that fell", "fitted", "held out", "in no pair", "gold", "KL")
 LEGEND = ("Chosen, rejected: mean change of the log-prob over the training pairs (nats). Fitted: share of training "
           "pairs whose log-ratio is larger for the chosen reply. Held out: share of new pairs that the implied rewards "
           "order as gold does. The second table: pairs by the edits between their two replies; overlap: K(chosen, "
           "rejected) / K(chosen, chosen) at the SFT model; falls alone: share of pairs in which it is above 1.")
 
 
-def _table(seeds, measured):
-    table = [["at the end", "first loss", *measured]]
+def _numbers(seeds, start, loss):
+    numbers = {f"{what} at the end, {name}": spread(last(seeds, name, what)) for name in (*RUNS, *EDITS, "pi*")
+               for what in MEASURED}
+    numbers |= {f"loss at the first step, {name}": spread(loss[name]) for name in RUNS}
+    numbers |= {f"{what}, {name}": spread(last(seeds, name, what)) for name in EDITS
+                for what in ("overlap", "falls alone", "gap", "pairs")}
+    return numbers | {"gold reward of the SFT model": spread(start), "in no pair, the SFT model":
+                      spread(s[HEALTHY]["in no pair"][0] for s in seeds)}
+
+
+def _table(seeds):
+    table = [["at the end", "first loss", *MEASURED]]
     for name in (*RUNS, "pi*"):
         loss = mean_range(last(seeds, name, "first loss"), 3) if name in RUNS else ""
-        table.append([name, loss, *(mean_range(last(seeds, name, what)) for what in measured)])
+        table.append([name, loss, *(mean_range(last(seeds, name, what)) for what in MEASURED)])
     start = {what: [s[HEALTHY][what][0] for s in seeds] for what in ("in no pair", "gold")}
-    return [*table, ["SFT model", "", *(mean_range(start[what]) if what in start else "" for what in measured)]]
+    return [*table, ["SFT model", "", *(mean_range(start[what]) if what in start else "" for what in MEASURED)]]
 
 
 def _similarity(seeds):

@@ -188,16 +188,13 @@ def measure(experiment, seed, steps, tuning, pairs, dpo_steps):
                                                 dpo_steps)}
 
 
-def conclude(seeds, size):
-    def values(side, *names):
-        found = []
-        for s in seeds:
-            value = s[side]
-            for name in names:
-                value = value[name]
-            found.append(value)
-        return np.array(found)
+def values_of(seeds, side, *names):
+    """The entry of these names, in the results of one side, for each seed."""
+    return np.array([functools.reduce(lambda found, name: found[name], names, s[side]) for s in seeds])
 
+
+def conclude(seeds, size):
+    values = functools.partial(values_of, seeds)
     start = np.array([s["length"] for s in seeds])
     longer = {side: values(side, "equal KL", "length") - start for side in LOSSES}
     reward = {side: values(side, "equal KL", "reward") for side in LOSSES}
@@ -227,16 +224,9 @@ def conclude(seeds, size):
              f"({mean(start)}) and that of the sum {mean(np.abs(longer['sum']))}; the expected reward is "
              f"{mean(reward['sum'])} for the sum and {mean(reward['mean'])} for the mean. The mean needs a beta "
              f"{mean(ratio, 1)} times as large for this KL.")
-    numbers = {f"{name} at {NAT} nat, {side}": spread(values(side, "equal KL", name)) for side in LOSSES
-               for name in ("reward", "length")}
-    numbers |= {"length of the reference": spread(start), f"beta of the mean / beta of the sum at {NAT} nat":
-                spread(ratio)}
-    numbers |= {f"{name} at {NAT} nat, length preferred, {side}": spread(values(side, "long liked", name))
-                for side in LOSSES for name in ("reward", "length")}
-    numbers |= {f"transformer: {name}, {which}": spread(s["transformer"][which][name] for s in seeds)
-                for which in TRANSFORMERS for name in ("KL", "reward", "length")}
-    return Conclusion(rule, words, numbers, _table(values, size), findings=findings, legend=LEGEND,
-                      details=_details(seeds))
+    numbers = {"length of the reference": spread(start), f"beta of the mean / beta of the sum at {NAT} nat":
+               spread(ratio), **_numbers(seeds)}
+    return Conclusion(rule, words, numbers, _table(values), findings=findings, legend=LEGEND, details=_details(seeds))
 
 
 TRANSFORMERS = tuple(f"{side}, {what}" for what in ("trained", "optimum") for side in LOSSES)
@@ -245,7 +235,15 @@ LEGEND = ("Optima for free distributions, where reward and length are independen
           "the reference.")
 
 
-def _table(values, size):
+def _numbers(seeds):
+    numbers = {f"{name} at {NAT} nat{where}, {side}": spread(values_of(seeds, side, kind, name)) for side in LOSSES
+               for kind, where in (("equal KL", ""), ("long liked", ", length preferred"))
+               for name in ("reward", "length")}
+    return numbers | {f"transformer: {name}, {which}": spread(s["transformer"][which][name] for s in seeds)
+                      for which in TRANSFORMERS for name in ("KL", "reward", "length")}
+
+
+def _table(values):
     names = ("KL", "reward", "length")
     table = [["beta", *(f"{name}, {side}" for side in LOSSES for name in names)]]
     for i in range(0, len(BETAS), 3):

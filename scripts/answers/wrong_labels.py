@@ -84,7 +84,7 @@ def target(method, gap, flips):
     p = {"DPO": q, "cDPO": (1 - flips) * q + flips * (1 - q)}.get(method, (q - eps) / (1 - 2 * eps))
     inside = (p > 0) & (p < 1)
     p = np.where(inside, p, 0.5)
-    return np.where(inside, np.log(p / (1 - p)), np.sign(gap) * np.inf)
+    return np.where(inside, np.log(p / (1 - p)), np.copysign(np.inf, gap))
 
 
 def measure(experiment, seed, tuning, pairs, steps, points):
@@ -172,14 +172,13 @@ def conclude(seeds, size):
              f"At equal KL ({mean(nats)} nat) they have {mean(equal['robust DPO', most])}, "
              f"{mean(equal['DPO', most])} and {mean(equal['cDPO', most])}; "
              f"DPO without flips ends at {mean(gold['DPO', 0.0])}.")
-    numbers = {f"{name}, {m}, {f:.0%} flips": spread(of[m, f]) for name, of in
-               (("gold reward at the end", gold), ("KL at the end", KL), ("gold reward at equal KL", equal))
-               for m in METHODS for f in FLIPS}
+    of = {"gold reward at the end": gold, "KL at the end": KL, "gold reward at equal KL": equal}
+    numbers = {f"{name}, {m}, {f:.0%} flips": spread(of[name][m, f]) for name in of for m in METHODS for f in FLIPS}
     numbers |= {"gold reward of the SFT model": spread(start), f"gold reward at equal KL, {LOWER}": spread(lower),
                 "equal KL (nats)": spread(nats),
                 f"gold reward of pi*, beta {BETA}": spread(s["pi*"][1][0] for s in seeds)}
-    table = [["flips", "method", "gold at the end", "KL at the end", "gold at equal KL"]]
-    table += [[f"{f:.0%}", m, *(mean_range(of[m, f]) for of in (gold, KL, equal))] for f in FLIPS for m in METHODS]
+    table = [["flips", "method", *of]]
+    table += [[f"{f:.0%}", m, *(mean_range(of[name][m, f]) for name in of)] for f in FLIPS for m in METHODS]
     table += [["", "SFT model", mean_range(start), "0", ""], ["", LOWER, "", "", mean_range(lower)]]
     return Conclusion(rule, words, numbers, table, findings=findings, legend=LEGEND)
 
@@ -206,9 +205,9 @@ def draw(figure, seeds, size):
             curve(axis, x, np.transpose(values), m, looks[m]["color"], linestyle=looks[m]["linestyle"])
     level(end, np.mean([s["DPO, 0.0"][1][0] for s in seeds]), "SFT model")
     level(equal, np.mean(at_kl(seeds, LOWER, nats)), LOWER + ": no labels", side="left")
-    for axis, title, label in ((end, "End of training", "expected gold reward"),
-                               (equal, f"At equal KL, {np.mean(nats):.2f} nat", "expected gold reward"),
-                               (far, "End of training", "KL to the SFT model (nats)")):
+    for axis, title, label in ((end, "Gold reward, end of training", "expected gold reward"),
+                               (equal, f"Gold reward at equal KL, {np.mean(nats):.2f} nat", "expected gold reward"),
+                               (far, "KL, end of training", "KL to the SFT model (nats)")):
         axis.set(title=title, xlabel="flipped labels (%)", ylabel=label, xticks=x)
     figure.legend(*end.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
 

@@ -7,7 +7,7 @@ A Llama of 7 million parameters (V 4096, D 256, L 6, H 4, float32) reads B diffe
 64 new tokens for each, at temperature 1; no response ends early. `hf` is generate of transformers; `torch` is a loop
 over the model of torch_llama.py with a cache that is allocated once; in `-tuned` glibc also keeps freed memory. First
 the log-probs of minilm's tokens are compared with those of the other libraries, which get these tokens one by one
-through their caches. On a GPU the others also run with weights in bf16; minilm samples in float32 in either case.
+through their caches. On a GPU also with weights and caches in bf16.
 """
 
 import sys

@@ -14,7 +14,7 @@ it.
 `trl` has its defaults, except gradient checkpointing and bfloat16, which take longer on a CPU. In `trl-best` glibc
 keeps freed memory, SFT has no padding, and DPO computes the reference's log-probs once, before the steps; minilm always
 does all three. At 135M minilm checkpoints the activations of its blocks (Transformer.activation_checkpointing), but not
-on a GPU. In bf16, TRL computes under autocast, also when it samples; minilm samples in float32.
+on a GPU. In bf16, TRL computes under autocast and minilm in its mixed precision, also when they sample.
 """
 
 import dataclasses

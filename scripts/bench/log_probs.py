@@ -90,10 +90,11 @@ def from_hidden(cupy, V, bf16=False):
     unembedding = rng.standard_normal((V, D), dtype=np.float32) * np.float32(D ** -0.5)
     targets = rng.integers(0, V, N)
     dy = cupy.full(N, -1 / N, np.float32)
+    compute = "bfloat16" if bf16 else "float32"
 
     def ours():
-        _, lse, _, logits = log_probs.linear_forward(hidden, unembedding, targets, bf16=bf16)
-        return log_probs.linear_backward(hidden, unembedding, targets, lse, dy, logits, bf16=bf16)
+        _, lse, _, logits = log_probs.linear_forward(hidden, unembedding, targets, compute=compute)
+        return log_probs.linear_backward(hidden, unembedding, targets, lse, dy, logits, compute=compute)
 
     def theirs(loss, of_bf16=False):
         import torch

@@ -93,6 +93,16 @@ def test_a_folder_is_checked_with_one_line_for_each_task_and_the_next_one(run, t
     assert status == 0 and out.endswith("0 wrong. Next: softmax\n")
 
 
+def test_a_file_that_nobody_has_touched_is_not_run(run, tmp_path):
+    run("start", "all", tmp_path)
+    with mock.patch.object(subprocess, "run", side_effect=AssertionError("it is run")):
+        status, out = run("check", tmp_path)
+    assert status == 0 and out.count("not begun\n") == len(catalogue.NAMES)
+    path = tmp_path / "02_softmax.py"
+    path.write_text(path.read_text().replace("    # YOUR", "    return x\n    # YOUR"))
+    assert "number [0] of p is 0.0" in run("check", "softmax", tmp_path)[1]
+
+
 def test_one_file_is_checked_by_name_or_number_and_under_another_number(run, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no 02_softmax.py: start softmax .* writes it"):
         run("check", "softmax", tmp_path)
@@ -121,6 +131,12 @@ def test_a_loop_without_an_end_is_stopped_and_its_case_is_named(tmp_path):
     assert not verdict.solved and "it has not ended after 10 seconds" in verdict.text
     assert verdict.text.startswith(('wrong in the case "one row": ', "wrong it has not"))
     assert time.perf_counter() - started < 40
+
+
+def test_a_mistake_is_recognised_in_a_file_and_in_its_own_process(tmp_path):
+    right = solved_file("softmax")
+    mistake = SOFTMAX.mistakes[0]
+    assert f"\nHint: {mistake.hint}\n" in checked(tmp_path, right.replace(mistake.right, mistake.wrong)).text
 
 
 def test_a_loop_after_the_first_wrong_number_still_gives_the_verdict(tmp_path):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minilm.exercises.grading import Verdict
+from minilm.exercises.grading import NOT_BEGUN, Verdict
 
 TITLES = {"cuda_sums": "Sums of rows in CUDA, in shared memory",
           "cuda_softmax": "An online softmax in CUDA, with shuffles in a warp",
@@ -43,7 +43,7 @@ def check(task: str, path: Path) -> Verdict:
     from minilm.kernels.emulator import puzzles
     from minilm.kernels.emulator.fault import explained
     if "YOUR CODE HERE" in path.read_text("utf-8"):
-        return Verdict(False, "not begun: the function still has its hole", begun=False)
+        return NOT_BEGUN
     if reason := emulator.available():
         return Verdict(False, f"not checked: {reason}")
     try:

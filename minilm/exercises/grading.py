@@ -28,6 +28,9 @@ class Verdict:
     begun: bool = True
 
 
+NOT_BEGUN = Verdict(False, "not begun: the function still has its hole", begun=False)
+
+
 # One call.
 
 def _problem(task, outcome, expected, arguments):
@@ -97,7 +100,7 @@ def grade(task: Task, function: Callable, path: str = "", at: Callable[[str], No
         at(f'in the case "{words}"')
         outcomes[words] = observe(task, function, values, path)
         if outcomes[words].raised == "NotImplementedError":
-            return Verdict(False, "not begun: the function still has its hole", begun=False)
+            return NOT_BEGUN
         if (problem := _problem(task, outcomes[words], expected[words], values)) is not None:
             first = Wrong(words, problem, path)
             found(first.verdict(task, outcomes[words], values, []))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from minilm import checks
 from minilm.exercises import tasks
-from minilm.exercises.grading import Verdict, grade
-from minilm.exercises.task import Task, run_text
+from minilm.exercises.grading import NOT_BEGUN, Verdict, grade
+from minilm.exercises.task import Task, is_untouched, run_text
 
 SECONDS = 20.0
 PRINTED = 2000          # characters of what a function prints
@@ -27,6 +27,8 @@ def check(task: Task, path: Path, seconds: float = SECONDS) -> Verdict:
     """The verdict on a file. Raises OSError for a file that cannot be read."""
     checks.ordinary_file(path)
     text = path.read_bytes()
+    if is_untouched(task, text):
+        return NOT_BEGUN
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
         words = [sys.executable, "-c", CODE, task.name, str(path), str(report), *sys.path]

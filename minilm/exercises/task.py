@@ -126,6 +126,11 @@ def _head(task):
     return "".join(source.splitlines(keepends=True)[:function.body[0].end_lineno])
 
 
+def is_untouched(task: Task, text: bytes) -> bool:
+    """Whether a file ends as student_file does. Then nobody has written a function into it."""
+    return text.endswith((_head(task) + HOLE).encode())
+
+
 def solution_text(task: Task) -> str:
     """Our body, under the signature."""
     return inspect.getsource(task.solution)

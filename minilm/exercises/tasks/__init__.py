@@ -1,7 +1,7 @@
 """The tasks, one file each, in order of difficulty. A file is read from the top: specification, solution, grading.
 
-To add one: copy dpo_gradient.py, which has everything, and put its name into ORDER. The function is called as the file
-is. The specification names every argument. Choose inputs on which no two mistakes give the same numbers:
+To add one: copy dpo_gradient.py and put its name into ORDER. The function has the name of the file. The specification
+names every argument. Choose inputs on which no two mistakes give the same numbers:
 `python -m pytest tests/test_exercises.py -k NAME` says whether each is noticed, and gets its own hint.
 """
 

@@ -174,9 +174,9 @@ def test_a_file_that_is_saved_again_at_once_is_the_new_one(tmp_path):
 
 def test_files_of_the_students_folder_do_not_stand_in_for_modules(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("json", "numpy", "warnings"):
+    for name in ("json", "numpy", "fractions"):         # the last one has not been imported before
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('not this one')\n")
-    assert checked(tmp_path, solved_file("softmax")).solved
+    assert checked(tmp_path, solved_file("softmax").replace("import numpy", "import fractions\nimport numpy")).solved
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

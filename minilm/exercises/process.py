@@ -84,7 +84,7 @@ def child(name: str, path: str, report: str) -> None:
 
 def _verdict(task, text, path, at, found):
     try:
-        module = run_text("exercise", text.decode("utf-8-sig"), path)
+        module = run_text("exercise", text.decode("utf-8"), path)
     except SyntaxError as error:
         return Verdict(False, f"Python cannot read the file: line {error.lineno}: {error.msg}: "
                               f"{(error.text or '').strip()}")

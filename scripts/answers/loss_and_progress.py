@@ -1,8 +1,9 @@
 """Why is GRPO's loss 0 or rising while the reward grows, and what do healthy metrics look like?
 
-Claim. With one update for each batch the loss is beta times the KL estimate and nothing else: advantages add up to zero
-at a ratio of 1, so the loss starts at 0 and rises with the KL, whether the policy gets better or worse. Read the
-reward, the KL, the entropy, the share of groups with equal rewards and the share of responses that are cut off.
+Claim. With one update for each batch and the mean of each response, the loss is beta times the KL estimate per token
+and nothing else: centred advantages add up to zero at a ratio of 1. So the loss starts at 0 and rises with the KL,
+whether the policy gets better or worse; read the reward, the KL, the entropy, the share of groups with equal rewards
+and the share of responses that are cut off.
 
 Test. A transformer of 25,632 parameters, finetuned on 4,000 demonstrations, answers 9 questions in at most 4 sentences.
 A reply has the reward 1 if it names the right word and no other, otherwise 0. GRPO with 16 prompts of 4 samples a step:
@@ -19,10 +20,13 @@ the two runs and of the one with the higher learning rate. Rise: the mean over t
 mean over the first five.
 
 Limits. One small world with one setting; a learning rate ten times too high need not have the same symptoms elsewhere.
-With several updates for each batch the ratio differs from 1 and the loss without the KL differs from 0, but it is a
-number about the last update and not about the reward. The share of clipped ratios is 0 here, because there is one
-update for each batch. The loss of a run without a KL term is 0 throughout. Gradients are not 0 where the loss is: its
-derivative is -A for each response.
+The loss does differ between the runs, because their KL does; its sign and its rise do not tell them apart. Not every
+mistake has a clear symptom: with tokens of the prompt counted the reward is lower by 0.01, and no other metric stands
+out. Where EOS is not counted, a response of EOS alone has no counted token, so that advantages do not add up to zero
+and the loss can be negative. With several updates for each batch the ratio differs from 1 and the loss without the KL
+differs from 0; that is not tested here. The share of clipped ratios is 0, because there is one update for each batch.
+The loss of a run without a KL term is 0 throughout. Gradients are not 0 where the loss is: its derivative is -A for
+each response. The findings on correlations were expected to be below 0 and are not.
 
 Source. GRPO: Shao et al. 2024, arXiv:2402.03300, (3); DAPO: Yu et al. 2025, arXiv:2503.14476; Ahmadian et al. 2024,
 arXiv:2402.14740. Asked in open-r1 #239 and TRL #2976.
@@ -203,11 +207,11 @@ def smooth(values, width=10):
     return [np.mean(values[max(0, i - width):i]) for i in range(1, len(values) + 1)]
 
 
-def band(axis, seeds, run, key, label, colour):
+def band(axis, seeds, run, key, label, colour, style="-"):
     by_seed = [smooth(s[run][key]) for s in seeds]
     steps = np.arange(1, len(by_seed[0]) + 1)
     axis.fill_between(steps, np.min(by_seed, axis=0), np.max(by_seed, axis=0), color=colour, alpha=0.15, linewidth=0)
-    axis.plot(steps, np.mean(by_seed, axis=0), color=colour, linewidth=1.6, label=label)
+    axis.plot(steps, np.mean(by_seed, axis=0), style, color=colour, linewidth=1.6, label=label)
 
 
 def draw(figure, seeds, size):
@@ -218,9 +222,8 @@ def draw(figure, seeds, size):
         axis.set(title=label, xlabel="step")
         if key in SYMLOG:
             axis.set_yscale("symlog", linthresh=1)
-    for key, label, colour in ((LOSS, "GRPO", COLOURS[0]), (BATCH, "mean of the batch", COLOURS[4]),
-                               (LOG_PI, "-A log pi", COLOURS[5])):
-        band(last, seeds, HEALTHY, key, label, colour)
+    for key, label, style in ((LOSS, "GRPO", "-"), (BATCH, "mean of the batch", "--"), (LOG_PI, "-A log pi", ":")):
+        band(last, seeds, HEALTHY, key, label, COLOURS[0], style)
     last.set(title="three losses,\nhealthy run", xlabel="step")
     last.legend(fontsize=8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(RUNS), fontsize=9)

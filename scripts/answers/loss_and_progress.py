@@ -31,9 +31,9 @@ each response. The findings on correlations were expected to be below 0 and are 
 Source. GRPO: Shao et al. 2024, arXiv:2402.03300, (3); DAPO: Yu et al. 2025, arXiv:2503.14476; Ahmadian et al. 2024,
 arXiv:2402.14740. Asked in open-r1 #239 and TRL #2976.
 
-Figure. Against the step, smoothed over ten steps, as the mean and the range over the seeds: loss, reward, KL (symlog
-axis), entropy, share of groups with equal rewards, share of responses cut off and gradient norm (symlog axis), one
-colour per run, and three losses of the healthy run.
+Figure. Loss, reward, KL (symlog axis), entropy, share of groups with equal rewards, share of responses cut off and
+gradient norm (symlog axis) against the step, one colour per run, and three losses of the healthy run, all smoothed over
+ten steps, as the mean and the range over the seeds.
 """
 
 import sys

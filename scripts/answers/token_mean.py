@@ -1,8 +1,8 @@
 """Which mean over tokens: of each response (GRPO), of the batch (DAPO), a constant (Dr. GRPO) or the sum?
 
-Claim. The sum and a constant have the direction of the true gradient; the mean of each response has not, and makes
-wrong responses longer. The mean over a batch has a smaller bias, which falls with the number of samples; dividing by
-the standard deviation of the group is a bias of its own.
+Claim. The sum and a constant have the direction of the true gradient; the mean of each response has another one, and
+makes wrong responses longer. The mean over a batch has a smaller bias; dividing by the standard deviation of the group
+is a bias of its own.
 
 Test. (1) A world of 15 responses of at most 3 tokens out of 3, all listed; a random Transformer, a random reward for
 each response, beta 0, K = 2 samples. For four means and four baselines the exact expected gradient of the loss, a sum
@@ -19,12 +19,15 @@ mean over the batch is nearer to it; the sum with the standard deviation has ano
 training the mean of each response ends with longer wrong responses than the sum, and with longer responses in the task
 "equal". Effects of a seed: sines, their difference, and differences of expected lengths in tokens; margin 0.
 
-Limits. An empty response, EOS alone, is wrong and has one token, so that wrong responses are shorter at the start and
-lengths change with every mean; the rule compares with the sum. Whether the bias matters for the reward in the end is
-not tested: the task is solved with all means. The bias depends on the rewards, and vanishes if all lengths are equal.
-AdamW divides by the size of gradients, so that a constant changes nothing here; with plain gradient descent it changes
-the learning rate. Responses have at most 5 tokens and those of reasoning models thousands; the direction of the effect
-is the same, its size is not known. With a centred baseline, equal rewards give the gradient 0 with every mean: the task
+Limits. The answer was worded after the run; the rule and its margins were not changed. Both comparisons of a sine with
+0.05 are undecided: the bias differs much between random rewards, and in some it is 0.03. There are 6 seeds, for the
+time they take; that was set before the run. A smaller bias of the batch with 4 samples than with 2, and shorter right
+responses, were expected and are undecided too. Whether the bias matters for the reward in the end is not tested, and no
+run was trained to its end. An empty response, EOS alone, is wrong and has one token, so that wrong responses are
+shorter at the start and lengths change with every mean; the rule compares with the sum. The bias vanishes if all
+lengths are equal. AdamW divides by the size of gradients, so that a constant changes nothing here; with plain gradient
+descent it changes the learning rate. Responses have at most 5 tokens and those of reasoning models thousands; the size
+of the effect there is not known. With a centred baseline, equal rewards give the gradient 0 with every mean: the task
 "equal" is one without a baseline.
 
 Source. Dr. GRPO: Liu et al. 2025, arXiv:2503.20783; GRPO: Shao et al. 2024, arXiv:2402.03300, (3); DAPO: Yu et al.

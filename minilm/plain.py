@@ -228,7 +228,8 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, beta: float, baseline: str =
     raise ValueError(f"baseline is {baseline!r}; it must be 'none', 'mean', 'leave_one_out' or 'group'")
 
 
-def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.ndarray) -> Tensor:
+def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.ndarray,
+                         token_mean: str | float | None = None) -> Tensor:
     """RLHF: the mean of -A log pi(y|x) over N responses y drawn from pi. A is a constant (detached, stop-gradient).
 
     log_probs and mask: (N,T-1). advantages: the (P,K) array of `advantages`, reshaped to (N); or (N,T-1), one for each
@@ -243,10 +244,16 @@ def policy_gradient_loss(log_probs: Tensor, advantages: np.ndarray, mask: np.nda
     So R needs no gradient. In the same way E[b grad log pi] = 0 if b is a number (none), or is computed from samples
     that are independent of y (leave_one_out). Then grad J = E[A grad log pi], and the expected gradient of this loss
     is -grad J.
+
+    token_mean: None for the sum over tokens, as above. Otherwise A is divided by the length of the response
+    ("response": GRPO), the mean length ("batch": DAPO) or a number (Dr. GRPO); only the last keeps the direction.
     """
     A = advantages if advantages.ndim == 2 else np.tile(advantages[:, None], log_probs.shape[1])        # (N,T-1)
     checks.same_shape("policy_gradient_loss", log_probs=log_probs, advantages=A)
-    return -ops.mean(sequence_log_probs(log_probs * A, mask))
+    weighted = sequence_log_probs(log_probs * A, mask)                                                   # (N)
+    lengths = np.maximum(mask.sum(axis=1), 1)                                                           # (N)
+    divisors = {None: 1.0, "response": lengths, "batch": max(mask.sum(), 1) / len(mask)}
+    return -ops.mean(weighted / (divisors[token_mean] if token_mean in divisors else token_mean))
 
 
 def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: np.ndarray,

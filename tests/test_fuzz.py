@@ -24,6 +24,7 @@ safetensors_numpy = pytest.importorskip("safetensors.numpy")
 import fuzzing
 import golden_files
 from common import experiment, markdown, page, record
+from common.words import LECTURE
 from helpers import peak_memory, small_transformer
 from minilm import checkpoint, data
 from minilm.checkpoint import CheckpointError
@@ -277,14 +278,16 @@ def read_experiment(content):
     with folder_of("sampling.json", content) as folder:
         result = experiment.read(Path(folder) / "sampling.json")
     stages, done, pictures = {"Stage": ["sampling"]}, {"sampling": result}, {"sampling": (bytes(24), bytes(24))}
-    assert page.html(stages, done, pictures, "default") and markdown.readme(stages, record.of_run({"as run": done}))
+    assert page.html(LECTURE, stages, done, pictures, "default")
+    assert markdown.readme(LECTURE, stages, record.of_run({"as run": done}), {})
 
 
 def read_record(content):
     """As all.py --readme reads and writes the results.json of the lecture."""
     with folder_of("results.json", content) as folder:
         found = record.read(Path(folder) / "results.json")
-    assert markdown.readme({"Stage": list(RECORD["rows"])}, record.updated(found, RECORD, list(RECORD["rows"])))
+    names = list(RECORD["rows"])
+    assert markdown.readme(LECTURE, {"Stage": names}, record.updated(found, RECORD, names), {})
 
 
 def read_golden_index(content):

@@ -289,13 +289,13 @@ def test_an_unknown_baseline_raises():
         plain.advantages(np.ones((2, 3)), np.ones((2, 3)), 0.1, "median")
 
 
-@given(rng=rngs, by_token=st.booleans())
-def test_policy_gradient_loss_is_the_fast_one_with_nan_outside_the_mask(rng, by_token):
+@given(rng=rngs, by_token=st.booleans(), token_mean=st.sampled_from([None, "response", "batch", 2.5]))
+def test_policy_gradient_loss_is_the_fast_one_with_nan_outside_the_mask(rng, by_token, token_mean):
     mask = rng.integers(2, size=(3, 5))
     log_probs = with_nan_outside(normal(rng, 3, 5), mask)
     advantages = rng.normal(size=(3, 5) if by_token else 3)
-    assert_same(lambda x: plain.policy_gradient_loss(x, advantages, mask),
-                lambda x: policy_gradient.policy_gradient_loss(x, advantages, mask), log_probs)
+    assert_same(lambda x: plain.policy_gradient_loss(x, advantages, mask, token_mean),
+                lambda x: policy_gradient.policy_gradient_loss(x, advantages, mask, token_mean), log_probs)
 
 
 @given(rng=rngs, beta=st.sampled_from([0.1, 2.0]), smoothing=st.sampled_from([0.0, 0.2]),

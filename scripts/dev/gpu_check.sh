@@ -126,7 +126,7 @@ deadline=$LIMIT
 if wanted bench || wanted step; then deadline=$((SECONDS + 170)); fi
 wanted assistant && together assistant 300 "$python" scripts/assistant.py --device gpu --scale 0.05 --out "$work/assistant"
 if wanted tests; then
-    for name in emulator_against_gpu attention_kernel attention_bf16 decode_kernel log_probs_kernel sampling_kernel fused_kernels fused_bf16 gemm sums_by_index launch_limits late mixed_precision mixed_decoding mixed_lora tf32 device; do
+    for name in emulator_against_gpu attention_kernel attention_bf16 decode_kernel log_probs_kernel sampling_kernel fused_kernels fused_bf16 gemm sums_by_index launch_limits late mixed_precision mixed_decoding mixed_lora tf32 einsum device; do
         together "test_$name" 300 "$python" -m pytest -m gpu -q -rs --maxfail 20 --tb short -p no:cacheprovider \
             "tests/test_$name.py"
     done

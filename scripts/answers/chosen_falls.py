@@ -1,8 +1,9 @@
 """Why does the log-prob of the chosen answer fall in DPO, and when is the run broken?
 
 Claim. The loss depends only on the difference of two log-ratios, so both log-probs can fall; even at the optimum pi*
-every answer with less reward than beta log Z falls, chosen or not. A fall alone says nothing: look at the loss at the
-first step (log 2), the KL, the reward of sampled answers, and the order of held-out pairs with labels that you trust.
+every answer with less reward than beta log Z falls, chosen or not. A fall alone says nothing. Other numbers reveal a
+fault: the KL and the reward of sampled answers (learning rate too high), the order of held-out pairs with labels that
+you trust (labels swapped), a loss other than log 2 at the first step (wrong reference).
 
 Test. A transformer of 25,632 parameters is finetuned on 4,000 demonstrations (the SFT model). All 781 replies to each
 of 9 questions are listed, so gold reward, KL and probabilities are exact. 2,000 pairs of its replies are compared by
@@ -26,6 +27,8 @@ it is a judgement of sampled answers. Held-out labels from the source of the tra
 source is swapped. Mean changes are over the pairs, so they weigh replies by how often they were compared. Pairs of
 different similarity also differ in their gap of gold reward and in the replies that occur in them. K explains a step on
 one pair from the start, without the other pairs and without AdamW; scripts/lecture/dpo.py splits a step on all pairs.
+Here K explains no fall: for almost no pair would a step on it alone lower its chosen reply. Held-out accuracy does not
+reveal the learning rate that is too high.
 
 Source. Rafailov et al. 2023, arXiv:2305.18290; falling log-probs: Pal et al. 2024, arXiv:2402.13228 (pairs of few
 edits), and Razin et al. 2024, arXiv:2410.08847 (similar pairs); derivation: minilm/objectives/dpo.py, step 5.

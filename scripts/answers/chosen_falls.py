@@ -247,7 +247,9 @@ def draw(figure, seeds, size):
     fall.plot([], [], "--", color=COLOURS[5], linewidth=1.2, label="rejected (dashed)")
     level(fall, 0, "")
     fall.set(title="Log-prob of the chosen replies", xlabel="step", ylabel="mean change (nats)")
-    fall.legend(loc="lower left", fontsize=8)
+    low, high = fall.get_ylim()
+    fall.set_ylim(low - 0.25 * (high - low), high)          # space for the legend
+    fall.legend(loc="lower left", fontsize=8, ncols=2)
     best = {what: np.mean(last(seeds, "pi*", what)) for what in ("KL", "gold")}
     reward.plot([best["KL"]], [best["gold"]], "*", color=COLOURS[5], markersize=11, label="pi*")
     level(reward, np.mean([s[HEALTHY]["gold"][0] for s in seeds]), "SFT model")

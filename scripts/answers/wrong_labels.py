@@ -22,6 +22,9 @@ beta would take DPO farther, too. The equal KL is small, because cDPO moves litt
 robust DPO with DPO where DPO ends. Flips are independent of the pair here; annotators err more often on close pairs,
 which the Bradley-Terry labels contain already. cDPO and robust DPO know the flip rate, which in practice is a guess. A
 guess that is too high by 0.1 is tested; with one that is too low, the target lies between those of DPO and robust DPO.
+The equal KL lies below the first point of the faster runs, so their values there are chords from the SFT model and too
+low; this, and not flips, makes DPO without flips look worse there. Six seeds do not decide whether robust DPO is ahead
+of DPO.
 
 Source. IPO: Azar et al. 2023, arXiv:2310.12036; cDPO: Mitchell 2023, a note; robust DPO: Chowdhury et al. 2024,
 arXiv:2403.00409; DPO: Rafailov et al. 2023, arXiv:2305.18290.

@@ -1,19 +1,20 @@
 """What does reinforcement learning with a verifiable reward (RLVR) add to a few demonstrations?
 
 Claim. It raises the share of right answers of one sample far more than further finetuning on the same demonstrations
-for as much compute, mostly by making likely what the model could already do with more samples. A verifier that accepts
-too much is exploited.
+for as much compute, mostly by making likely what the model could already do with more samples. Finetuning on the
+model's own right answers does as well here. A verifier that accepts too much is exploited.
 
-Test. A transformer of 104,000 parameters is pretrained on sums of 2 to 4 digits mod 10 (worlds/digit_sums.py). Seven
-of ten documents write the running sums, as careless people do: of the sums of 10 or more, 60% are one too high. SFT on
-16 worked sums without mistakes follows (20 steps). Then, with the same compute each, counted in response tokens through
-a model, a backward pass as two forward passes: GRPO (standardised rewards of 8 samples, mean over the tokens of each
+Test. A transformer of 104,000 parameters is pretrained on sums of 2 to 4 digits mod 10 (worlds/digit_sums.py). Seven of
+ten documents write the running sums, as careless people do: of the sums of 10 or more, 60% are one too high. SFT on 16
+worked sums without mistakes follows (20 steps). Then, with the same compute each, counted in response tokens through a
+model, a backward pass as two forward passes: GRPO (standardised rewards of 8 samples, mean over the tokens of each
 response, two updates a batch, clip 0.2 and 0.28, no KL penalty) and RLOO (leave-one-out, the sum over tokens, one
 update), with reward 1 for a response that ends with the right digit, on 2,000 questions; SFT for longer on the 16
 demonstrations; and SFT on the model's own right answers to the same questions (filtered samples, without reinforcement
-learning). GRPO runs once more with a loose verifier, which accepts the right digit anywhere in the response. Measured
-on 200 held-out questions of 3 and 4 digits: pass@k for 1 to 16 samples at temperature 1, the unbiased estimator from 16
-samples; greedy decoding; the length of the responses.
+learning). SFT has the compute of RLOO; that of GRPO differs from it by the lengths of its responses. GRPO runs once
+more with a loose verifier, which accepts the right digit anywhere in the response. Measured on 200 held-out questions
+of 3 and 4 digits: pass@k for 1 to 16 samples at temperature 1, the unbiased estimator from 16 samples; greedy decoding;
+the length of the responses.
 
 Rule. After GRPO one sample is right more often (pass@1) than from the SFT model, by at least 0.1, and than after SFT
 for longer with the same compute; and with the loose verifier the strict share of right answers ends at least 0.1 below
@@ -21,8 +22,9 @@ that with the strict verifier, while its own reward ends above 0.9.
 
 Limits. The mistakes of the text and the right answers are both ours: what has to be learned is in the model before, in
 the less likely of two continuations. Longer answers are not needed for these sums, so the length of the reasoning
-changes little. The step sizes were chosen on one seed that is not among these. RLOO and GRPO differ in four settings at
-once. A large model on real problems may gain in pass@k too; here it is near 1 before.
+changes little. That filtered samples do as well became part of the answer after the run. The step sizes were chosen on
+one seed that is not among these. RLOO and GRPO differ in four settings at once. A large model on real problems may gain
+in pass@k too; here it is near 1 before.
 
 Source. Shao et al. 2024, arXiv:2402.03300 (GRPO); Ahmadian et al. 2024, arXiv:2402.14740 (RLOO); Chen et al. 2021,
 arXiv:2107.03374, (1) (pass@k); Yue et al. 2025, arXiv:2504.13837 (pass@k before and after RLVR); Yuan et al. 2023,
@@ -172,10 +174,10 @@ def conclude(seeds, size):
                       mean_range(by_seed(seeds, name, "greedy")), mean_range(by_seed(seeds, name, "length"), 1)])
     numbers = {f"pass@1, {label}": spread(one[name]) for name, label in NAMES.items()}
     numbers |= {f"pass@{TRIES}, {label}": spread(many[name]) for name, label in NAMES.items()}
-    words = (f"With the same compute, pass@1 rises from {mean(one['sft'])} after SFT to {mean(one['grpo'])} with GRPO "
-             f"and {mean(one['rloo'])} with RLOO, and changes to {mean(one['longer'])} with SFT for longer, while "
-             f"pass@{TRIES} of the SFT model is {mean(many['sft'])}; with a loose verifier GRPO ends at "
-             f"{mean(one['loose'])}.")
+    words = (f"With the same compute, pass@1 rises from {mean(one['sft'])} after SFT to {mean(one['grpo'])} with "
+             f"GRPO, {mean(one['rloo'])} with RLOO and {mean(one['filtered'])} with SFT on the model's own right "
+             f"answers, and falls to {mean(one['longer'])} with SFT for longer, while pass@{TRIES} of the SFT model is "
+             f"{mean(many['sft'])}; with a loose verifier GRPO ends at {mean(one['loose'])}.")
     return Conclusion(rule, words, numbers, table, findings=findings)
 
 

@@ -1,8 +1,8 @@
 """What do IPO, cDPO and robust DPO change when some of the labels are wrong?
 
 Claim. They change how far the policy moves, hardly where: flips shrink the margin that DPO aims at, cDPO shrinks it
-once more, and robust DPO restores it if it is given the true flip rate; so at the end robust DPO is ahead of DPO, and
-DPO ahead of cDPO. At equal KL the losses have about the same gold reward.
+once more, and robust DPO restores it if it is given the true flip rate. So cDPO ends behind DPO, and robust DPO, if
+anything, ahead of it; at equal KL the losses have about the same gold reward.
 
 Test. A transformer of 25,632 parameters is finetuned on 4,000 demonstrations (the SFT model). 2,000 pairs of its
 replies are compared by the Bradley-Terry model of the gold reward, and 0, 10, 20 or 30 % of the labels are flipped.

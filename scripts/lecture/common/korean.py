@@ -11,6 +11,7 @@ import functools
 import re
 from pathlib import Path
 
+from common import experiment  # noqa: F401 (it also makes support importable)
 from common.intervals import TRIAL
 from common.text import first_sentence
 from support.run_folder import UsageError

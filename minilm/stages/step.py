@@ -183,19 +183,25 @@ class LateMetrics(Mapping):
 
     def __init__(self, step: Step):
         self._step = step
-        self._state = step.state        # the step alone does not keep it
+        self._state: Any = step.state       # until the metrics are read: the step alone does not keep it
+
+    def _read(self):
+        try:
+            return self._step.settle()
+        finally:
+            self._state = None
 
     def __getitem__(self, name):
-        return self._step.settle()[name]
+        return self._read()[name]
 
     def __iter__(self):
-        return iter(self._step.settle())
+        return iter(self._read())
 
     def __len__(self):
-        return len(self._step.settle())
+        return len(self._read())
 
     def __repr__(self):
-        return repr(self._step.settle())
+        return repr(self._read())
 
 
 def checked_loss(function: str, value: Tensor) -> Tensor:

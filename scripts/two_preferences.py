@@ -40,6 +40,7 @@ RULES = {"short_words": "short words", "few_words": "few words"}
 METHODS = ("dpo", "rlhf")
 NEW_TOKENS = 64
 ANSWERS = 4             # to each question, of which DPO gets the best and the worst
+COMPARED = 8, 4         # answers to each held-out question, of the untrained model and of each trained one
 SHARED = ["--chat", "--lora-rank", "8", "--max-new-tokens", str(NEW_TOKENS), "--microbatches", "4"]
 # Tried with seed 9 on topics that are trained on; RLHF's for short words alone.
 OPTIONS = {"dpo": ["--batch-size", "8", "--epochs", "2", "--beta", "0.1"],
@@ -115,6 +116,21 @@ def align(options, rule: str, method: str, seed: int) -> bool:
     return ended.returncode == 0
 
 
+def write_answers(model: Path | str, path: Path, eval_data: Path, count: int, seed: int, workers: int) -> None:
+    """`count` answers of a model to each held-out question: {"answers": texts by question}, unless the file exists."""
+    if path.exists():
+        return
+    print(f"{count} answers of {model} to each held-out question", flush=True)
+    policy, tokenizer = load_any(model)
+    encoding = encoding_of(tokenizer, strings_are_messages=True)
+    asked = [json.loads(line)["prompt"] for line in eval_data.read_text("utf-8").splitlines()]
+    prompts = [encoding.alone(question) for question in asked for _ in range(count)]
+    drawn = alignment.Sampling(seed, NEW_TOKENS, workers).draw(policy, prompts, encoding.ends, str(path.parent.name))
+    texts = [alignment.text_of(encoding, answer) for answer in drawn]
+    by_question = [texts[i:i + count] for i in range(0, len(texts), count)]
+    checkpoint.write_text(path, json.dumps({"answers": by_question}, ensure_ascii=False) + "\n")
+
+
 def run_of(folder: Path, rule: str, method: str, seed: int) -> Path:
     """The folder of one run."""
     return folder / f"seed-{seed}" / f"{rule}-{method}"
@@ -143,8 +159,14 @@ def train(options) -> bool:
         data = [run.path(f"{rule}-{part}.jsonl") for rule in RULES for part in ("train", "eval")]
         if not all(path.exists() for path in data) and not write_data(options.model, run.folder, options.workers, stop):
             return False
-        return all(not stop.requested and align(options, rule, method, seed)
-                   for seed, rule, method in itertools.product(options.seeds, RULES, METHODS))
+        eval_data = run.path(f"{next(iter(RULES))}-eval.jsonl")             # both have the same questions
+        write_answers(options.model, run.path("answers.json"), eval_data, COMPARED[0], 0, options.workers)
+        for seed, rule, method in itertools.product(options.seeds, RULES, METHODS):
+            if stop.requested or not align(options, rule, method, seed):
+                return False
+            of_it = run_of(options.out, rule, method, seed)
+            write_answers(of_it / "model", of_it / "answers.json", eval_data, COMPARED[1], seed + 1, options.workers)
+        return True
 
 
 def main() -> int:
@@ -158,7 +180,7 @@ def main() -> int:
     seeds = sorted(int(path.name.removeprefix("seed-")) for path in options.out.glob("seed-*"))
     found = {(rule, method): [run_of(options.out, rule, method, seed) / "results.json" for seed in seeds]
              for rule in RULES for method in METHODS}
-    print(two_preferences_page.page(found, RULES, seeds, options.out / "two_preferences.png"))
+    print(two_preferences_page.page(found, RULES, seeds, options.out))
     return 0
 
 

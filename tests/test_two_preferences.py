@@ -11,12 +11,12 @@ for module in ("fcntl", "matplotlib", "safetensors", "tqdm"):
 import two_preferences
 from helpers import small_transformer
 from minilm.pretrained import save
-from support import alignment, rules
+from support import alignment, rules, two_preferences_page
 from support.align_options import parser_of
 from support.run_folder import StopRequest, main_guard
 from test_pretrained import CHAT, SHAPES
 
-METRICS = {"win_rate": 0.5, "reward": -1.0, "tokens": 40.0, "ended": 0.1, "kl": 0.0, "perplexity_elsewhere": 10.0}
+METRICS = {"reward": -1.0, "tokens": 40.0, "ended": 0.1, "kl": 0.0, "perplexity_elsewhere": 10.0}
 # In place of align.py: writes the results of a run, or ends as the file "ends" says.
 ALIGN = """import json, os, sys
 from pathlib import Path
@@ -27,7 +27,7 @@ if os.path.exists("ends"):
 out, = (word.removeprefix("--out=") for word in sys.argv if word.startswith("--out="))
 seed = int(sys.argv[sys.argv.index("--seed") + 1])
 os.makedirs(out)
-run = {"before": METRICS, "after": {**METRICS, "win_rate": 0.6 + 0.1 * seed, "kl": 2.0}, "seconds": 60.0 + seed * 60,
+run = {"before": METRICS, "after": {**METRICS, "kl": 2.0}, "seconds": 60.0 + seed * 60,
        "steps": 20 + seed % 2, "machine": "2 cores, made up", "held_out": 40,
        "examples": [{"prompt": "Why?", "before": "Long ago.", "after": ""}] * 3}
 Path(out, "results.json").write_text(json.dumps(run))
@@ -128,7 +128,13 @@ def study(work, monkeypatch, capsys):
             for part in ("train", "eval"):
                 (folder / f"{rule}-{part}.jsonl").write_text("{}\n")
         return True
+    def answers(model, path, eval_data, count, seed, workers):
+        """The untrained model's are all the same; of 10 of a run, 6, 7, 8 have more reward by both rules."""
+        more = ["It is a bee in fog."] * (5 + seed) + [f"{LONG} {LONG}"] * (5 - seed)
+        if not path.exists():
+            path.write_text(json.dumps({"answers": [more if seed else ["Bees carry some pollen around mostly now."]]}))
     monkeypatch.setattr(two_preferences, "write_data", data)
+    monkeypatch.setattr(two_preferences, "write_answers", answers)
     return lambda *words: run(monkeypatch, capsys, *words)
 
 
@@ -151,7 +157,7 @@ def test_twelve_runs_are_commands_of_align_and_a_page_has_their_gain_and_its_int
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     # Gains 0.1, 0.2, 0.3: mean 0.2, standard error 0.1 / sqrt 3, and Student's t with 2 degrees of freedom is 4.303.
     half = 4.303 * 0.1 / 3 ** 0.5
-    assert cells[2:5] == ["20/21", "0.50 → 0.70", f"+0.20 [{0.2 - half:+.2f}, {0.2 + half:+.2f}]"]
+    assert cells[2:5] == ["20/21", "0.70", f"+0.20 [{0.2 - half:+.2f}, {0.2 + half:+.2f}]"]
     assert cells[5:] == ["40 → 40", "0.10 → 0.10", "2.0", "10.0 → 10.0", "2.0"]
     assert "2 cores, made up. 3 seeds, 40 held-out questions; 12 runs, 24 minutes in all." in page
     assert page.count("*after:* (nothing)") == 12 * 2
@@ -187,6 +193,26 @@ def test_a_run_that_failed_ends_the_study_with_its_status(study, work):
     (work / "ends").write_text("2")
     status, _, errors = study()
     assert status == 2 and "exit status 2" in errors and len(commands(work)) == 1
+
+
+def test_answers_to_compare_are_written_once_for_each_question(work):
+    lines = [json.dumps({"prompt": f"Why {i}?", "chosen": "", "rejected": ""}) for i in range(2)]
+    (work / "eval.jsonl").write_text("\n".join(lines) + "\n")
+    for seed in (0, 1):
+        two_preferences.write_answers(work / "model", work / "answers.json", work / "eval.jsonl", 3, seed, 1)
+        found = json.loads((work / "answers.json").read_text())["answers"]
+        if seed == 0:
+            first = found
+    assert found == first and [len(texts) for texts in found] == [3] * 2
+    assert len({text for texts in found for text in texts}) > 1
+
+
+def test_win_rates_compare_all_pairs_of_answers_and_ties_count_one_half():
+    short, long = "It is a bee in fog.", "Certainly, pollinating insects matter everywhere."
+    rate = two_preferences_page.win_rate
+    assert rate("short_words", [[short, long]], [[short, long]]) == 0.5
+    assert rate("short_words", [[short]], [[long, short]]) == 0.75
+    assert rate("short_words", [[short], [long]], [[long], [short]]) == 0.5
 
 
 @pytest.mark.parametrize("changes", [{"after": {}}, {"examples": []}, {"before": {**METRICS, "kl": "x"}}],

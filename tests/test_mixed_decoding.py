@@ -113,3 +113,19 @@ def test_rlhf_samples_and_trains_the_same_policy(rng):
     steps = train_rlhf(TrainState(mixed, rng), reference, lambda prompts, answers: [float(len(a)) for a in answers],
                        PROMPTS, 1, 4, 2, 6, eos=0, beta=0.1, learning_rate=1e-3)
     assert abs(next(iter(steps))["kl_sequence"]) < 3e-3
+
+
+@pytest.mark.parametrize("level", ["geometric_mean", "sequence", "token"])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_first_update_has_the_ratio_1_so_a_narrow_clip_does_not_act(updates, level, rng):
+    """Sampled log-probs and those of training differ by rounding, much more than this clip allows."""
+    _, mixed = models(rng)
+    found = []
+    for epsilon in (1e-9, 0.5):
+        model, rng = mixed.copy(), np.random.default_rng(3)
+        steps = train_rlhf(TrainState(model, rng), mixed, lambda prompts, answers: np.arange(8.0), PROMPTS, 1, 4, 2, 6,
+                           eos=0, beta=0.0, learning_rate=1e-3, updates=updates, level=level, epsilon=epsilon)
+        found.append((next(iter(steps)), {name: to_numpy(p.data) for name, p in model.parameters().items()}))
+    (narrow, weights), (wide, others) = found
+    assert narrow["loss"] == wide["loss"] and narrow["grad_norm"] == wide["grad_norm"] > 0
+    assert all((weights[name] == others[name]).all() for name in weights)

@@ -104,3 +104,44 @@ def test_a_rate_below_0_or_nan_raises_with_its_step(stage):
     for bad in (-1.0, float("nan"), "fast"):
         with pytest.raises((TypeError, ValueError), match="step 2: learning_rate"):
             list(start(stage, state_of(stage), learning_rate=lambda step: 0.1 if step == 0 else bad))
+
+
+# Several updates on each batch of samples.
+
+def prompts_asked(*calls, updates, batches):
+    """The last tokens of the prompts that the reward function gets, draw by draw, in calls of RLHF one after another
+    that end after these steps; and the state."""
+    state, asked = state_of("RLHF"), []
+    reference = small_transformer(np.random.default_rng(0))
+
+    def reward(prompts, responses):
+        asked.append([prompt[1] for prompt in prompts[::2]])
+        return [float(len(response)) for response in responses]
+    for steps in calls:
+        list(train_rlhf(state, reference, reward, PROMPTS, steps, 3, 2, 3, 0, updates=updates, batches=batches))
+    return asked, state
+
+
+@pytest.mark.parametrize("updates, steps", [(1, 4), (2, 7), (2, 8), (3, 10)])
+def test_with_several_updates_there_is_one_batch_for_each_batch_of_samples(updates, steps):
+    asked, state = prompts_asked(steps, updates=updates, batches=BATCHES)
+    assert asked == BATCHES and state.step == steps
+    with pytest.raises(ValueError, match="one for each of 4 " + ("steps" if updates == 1 else
+                                                               f"batches of samples, {updates} steps each")):
+        prompts_asked(steps, updates=updates, batches=BATCHES[:3])
+
+
+def test_a_call_that_starts_between_two_batches_of_samples_draws_for_the_steps_that_are_left():
+    """The first call ends after one of the three updates on the second batch: the next call draws to its prompts."""
+    asked, state = prompts_asked(4, 9, updates=3, batches=BATCHES)
+    assert asked == [BATCHES[0], BATCHES[1], BATCHES[1], BATCHES[2]] and state.step == 9
+
+
+def test_a_call_that_starts_at_a_batch_of_samples_continues_bit_for_bit():
+    _, whole = prompts_asked(6, updates=2, batches=None)
+    state = state_of("RLHF")
+    reference = small_transformer(np.random.default_rng(0))
+    for _ in range(3):
+        next(train_rlhf(state, reference, lambda p, responses: [float(len(r)) for r in responses], PROMPTS, 6, 3, 2, 3,
+                        0, updates=2))
+    assert state.step == 6 and (weights(state) == weights(whole)).all()

@@ -62,9 +62,12 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
     microbatches  shards of a step, None for one per worker
     token_mean    the mean over tokens, of policy_gradient_loss; "batch" is over all samples of a step
     updates       steps of the optimiser on each batch of samples: 1 for policy_gradient_loss, more for ppo_clip_loss.
-                  `steps` counts all of them, and only steps 0, updates, 2 updates ... draw samples
-    epsilon, epsilon_high, level    of ppo_clip_loss; with one update the ratio is 1, and nothing is clipped
-    batches, the prompts of each step that draws samples, and a learning_rate that is a function: plan.py
+                  `steps` counts all of them. Samples are drawn at steps 0, updates, 2 updates ... The last batch of
+                  samples has fewer steps if `steps` is no multiple of updates. A call that starts between these steps,
+                  because an earlier one ended there, draws samples for the steps that are left until the next of them
+    epsilon, epsilon_high, level    of ppo_clip_loss; at the first update the ratio is 1, and nothing is clipped
+    batches       the places of the prompts of each batch of samples: batches[step // updates]. See plan.py, also for a
+                  learning_rate that is a function
     Yields {"loss", "grad_norm", "learning_rate", "reward", "kl_sequence", "kl_token", "entropy", ...}, and the metrics
     of response_lengths, after each batch of samples: the loss, norm and rate of its last update.
     Raises TypeError, ValueError and IndexError before the first step: for settings out of range, for such models, for a
@@ -77,7 +80,7 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
     config = inputs.checked_config("train_rlhf", state.model)
     inputs.check_reference_and_reward("train_rlhf", state.model, reference, reward)
     check_dialogues("train_rlhf", config.vocab_size, config.context, prompts, new_tokens=max_new_tokens)
-    plan.check_batches("train_rlhf", steps, batches, len(prompts))
+    plan.check_batches("train_rlhf", steps, batches, len(prompts), updates)
     checks.number("train_rlhf", "beta", beta, at_least=0)
     checks.temperature("train_rlhf", temperature)
     ends = checks.end_tokens("train_rlhf", eos, config.vocab_size)
@@ -85,7 +88,7 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
     loss_of_samples = chosen_loss(updates, token_mean, epsilon, epsilon_high, level)
 
     def step():
-        drawn = plan.examples(state, batches, len(prompts), prompts_per_step)
+        drawn = plan.examples(state, batches, len(prompts), prompts_per_step, updates)
         P = len(drawn)
         batch = [prompts[i] for i in drawn for _ in range(K)]                           # P K prompts
         samples, log_pi_ref = sample_responses(state, reference, batch, prompt_shards(P, K, state.workers),
@@ -99,7 +102,7 @@ def train_rlhf(state: TrainState, reference: Transformer, reward: Callable, prom
         loss = loss_of_rows(loss_of_samples, batch, samples, A, token_mean, temperature)
         more = {**policy_gradient_metrics(rewards, kl, mask), "entropy": float(samples.entropies[mask].mean()),
                 **response_lengths(responses, ends)}
-        for _ in range(min(updates, steps - state.step)):
+        for _ in range(min(updates - state.step % updates, steps - state.step)):
             rate = plan.rate(state, learning_rate, steps, warmup=5, floor=0.3)
             metrics = train_step(state, loss, prompt_shards(P, K, microbatches or state.workers), rate, "RLHF",
                                  drawn=[drawn, *batch], metrics=lambda _: more)
@@ -112,14 +115,17 @@ def loss_of_rows(loss_of_samples: Callable, prompts: Sequence, samples: Samples,
     """A loss for train_step, of the policy and some rows of N samples. The losses of all rows add up to the whole one.
 
     The mean over the tokens of all samples is one over a constant, their mean length, which is the same in all shards.
+    The old log-probs are those of the first update, computed as in the later ones, so its ratio is exactly 1. Those of
+    samples differ by the rounding of another computation; in bfloat16 GSPO's narrow clips would act on it.
     """
     responses = samples.responses()
     mean = samples.mask.sum() / len(A) if token_mean == "batch" else token_mean
+    first: dict[bytes, np.ndarray] = {}                     # the log-probs at the first update, by rows
 
     def loss(policy, rows):
         part = pack([prompts[i] for i in rows], [responses[i] for i in rows], policy.config.context)
         log_probs = policy.response_log_probs(part, temperature)
-        old = samples.log_probs[rows, :part.mask.shape[1]]
+        old = first.setdefault(rows.tobytes(), log_probs.data)
         return loss_of_samples(log_probs, old, A[rows], part.mask, token_mean=mean) * (len(rows) / len(A)), None
     return loss
 

@@ -73,6 +73,30 @@ def test_float32_stays_float32_with_constants_of_float64(function, rng):
     assert_close(small.grad, d, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("apart", [10.0, 29.9, 30.1, 80.0, 100.0, 1000.0])
+@pytest.mark.parametrize("function", [k3_times_ratio, k3_times_mean_ratio])
+def test_a_sample_that_only_the_policy_gives_little_probability_has_a_finite_term(function, apart, dtype):
+    """rho k3 = pi_ref/pi_old - rho (1 - k1), also where rho is 0 in floating point and exp(-k1) infinite."""
+    log_probs = [np.array([[x]], dtype) for x in (-1 - apart, -1.5, -1.0)]
+    rest = (np.ones((1, 1)),) if function is k3_times_mean_ratio else ()
+    with np.errstate(all="raise", under="ignore"):
+        value, d = gradient(function, *log_probs, *rest)
+    rho = np.exp(np.float64(0.5) - apart)
+    tolerance = 1e-10 if dtype == np.float64 else 1e-4
+    assert value.dtype == dtype and abs(value.item() - (np.exp(0.5) - rho * (1 + apart))) < tolerance
+    assert abs(d.item() + rho * apart) < tolerance
+
+
+def test_the_mean_ratio_of_several_tokens_is_finite_where_only_its_factors_are_not():
+    """g = exp(-800) is 0, and exp(-k1) of the first token exp(801); their product is e."""
+    old, k1_of_tokens, mask = np.full((1, 2), -1.0), np.array([[-801.0, 0.5]]), np.ones((1, 2))
+    policy = old - 800.0
+    value, d = gradient(k3_times_mean_ratio, policy, old, policy - k1_of_tokens, mask)
+    assert_close(value, [[np.e, 0.0]])
+    assert_close(d, [[np.e / 2 - np.e, np.e / 2]])
+
+
 @pytest.mark.parametrize("token_mean", [None, "response", "batch", 2.5])
 @given(rng=rngs, shape=shapes)
 def test_the_terms_are_averaged_as_the_policy_gradient_averages(token_mean, rng, shape):

@@ -61,6 +61,9 @@ from minilm.backend import array_module
 from minilm.objectives.policy_gradient import policy_gradient_loss
 from minilm.tensor import Tensor, primitive
 
+# At k1 below this the ratio is multiplied with exp(-k1) in the exponent: alone, one may be 0 and the other infinite.
+FAR = -30.0
+
 
 @primitive
 def k3_times_ratio(policy: Tensor, old: np.ndarray, reference: np.ndarray):
@@ -76,7 +79,10 @@ def k3_times_ratio(policy: Tensor, old: np.ndarray, reference: np.ndarray):
     k1 = policy - xp.asarray(reference)
     def vjp(dy):
         return dy * ratio * k1
-    return ratio * (xp.expm1(-k1) + k1), vjp                # expm1: kl.py
+    far = k1 < FAR
+    product = xp.exp(xp.where(far, xp.asarray(reference) - xp.asarray(old), 0))         # rho exp(-k1)
+    near = ratio * (xp.expm1(-xp.where(far, 0, k1)) + k1)                               # expm1: kl.py
+    return xp.where(far, product - ratio * (1 - k1), near), vjp
 
 
 @primitive
@@ -95,13 +101,17 @@ def k3_times_mean_ratio(policy: Tensor, old: np.ndarray, reference: np.ndarray, 
     selected = xp.asarray(checks.mask("k3_times_mean_ratio", mask))
     lengths = selected.sum(axis=-1, keepdims=True).clip(1).astype(policy.dtype)         # (N,1)
     log_ratio = xp.where(selected, policy - xp.asarray(old), 0)                         # (N,T)
-    g = xp.exp(log_ratio.sum(axis=-1, keepdims=True) / lengths)                         # (N,1)
+    mean_log_ratio = log_ratio.sum(axis=-1, keepdims=True) / lengths                    # (N,1)
+    g = xp.exp(mean_log_ratio)
     k1 = xp.where(selected, policy - xp.asarray(reference), 0)                          # (N,T)
-    k3 = xp.expm1(-k1) + k1
+    far = k1 < FAR
+    product = xp.exp(xp.where(far, mean_log_ratio - k1, 0))                             # g exp(-k1)
+    expm1 = xp.expm1(-xp.where(far, 0, k1))
+    output = xp.where(far, product - g * (1 - k1), g * (expm1 + k1))
     def vjp(dy):
-        through_g = (dy * k3).sum(axis=-1, keepdims=True) * g / lengths                 # (N,1)
-        return xp.where(selected, through_g - dy * g * xp.expm1(-k1), 0)
-    return g * k3, vjp
+        through_g = (dy * output).sum(axis=-1, keepdims=True) / lengths                 # (N,1)
+        return xp.where(selected, through_g - dy * xp.where(far, product - g, g * expm1), 0)
+    return output, vjp
 
 
 def token_kl_loss(terms: Tensor, mask: np.ndarray, token_mean: str | float | None = None) -> Tensor:

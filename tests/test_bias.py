@@ -54,6 +54,18 @@ def clipped(level, epsilon):
     return loss
 
 
+def with_old_kl(log_probs, drawn):
+    """The sequence ratio without a clip, and the KL in R is that of the policy that drew the samples, as in RLHF."""
+    A = (drawn.rewards - BETA * drawn.kl).reshape(-1)
+    return ppo_clip_loss(log_probs, drawn.old, A, drawn.mask, 1e9, "sequence")
+
+
+def divergence_from_old(log_probs, drawn):
+    """Its expected gradient is that of KL(pi || pi_old)."""
+    old = summed(drawn.old, drawn.mask).data
+    return ops.mean(k3_times_ratio(summed(log_probs, drawn.mask), old, old))
+
+
 def summed(log_probs, mask):
     return ops.sum(ops.where(mask, log_probs, 0.0), axis=-1)
 
@@ -110,6 +122,17 @@ def test_off_policy_the_sequence_ratio_is_unbiased_and_the_token_ratio_is_not():
     for level in ("token", "geometric_mean"):
         assert find(clipped(level, 1e9), drawn_from=old).cosine < 0.999
     assert find(clipped("sequence", 0.2), drawn_from=old).cosine < 0.999        # and the clip is a bias too
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_with_the_kl_of_the_older_policy_in_R_the_gradient_lacks_that_of_the_kl_to_it(seed):
+    """With several updates on the same samples the KL in R is that of pi_old. The rest is beta KL(pi || pi_old)."""
+    old = models(seed)[2]
+    assert find(with_old_kl, seed=seed, drawn_from=old).cosine < 0.99
+    assert_unbiased(find(lambda *given: with_old_kl(*given) + divergence_from_old(*given) * BETA, seed=seed,
+                         drawn_from=old))
+    assert_unbiased(find(with_old_kl, seed=seed))
+    assert find(divergence_from_old, seed=seed).ratio < 1e-10, "at pi = pi_old its gradient is 0"
 
 
 @pytest.mark.parametrize("drawn_from", [None, models()[2]], ids=["on policy", "off policy"])

@@ -5,6 +5,7 @@ drawn from pi_old; on policy it is pi.
 """
 
 import functools
+import itertools
 import re
 
 import numpy as np
@@ -99,6 +100,14 @@ def error(actual, expected):
     return np.linalg.norm(a - e) / np.linalg.norm(e)
 
 
+def norm(gradient):
+    return np.linalg.norm(np.concatenate([g.reshape(-1) for g in gradient.values()]))
+
+
+def cosine(one, other):
+    return sum((one[name] * other[name]).sum() for name in other) / norm(one) / norm(other)
+
+
 # On policy: the table.
 
 @functools.cache
@@ -127,12 +136,9 @@ def test_the_table_in_the_docstring_is_computed(column, distance):
 
 def test_a_small_step_down_k3_times_the_token_ratio_can_increase_the_kl():
     """In one of the pairs, its expected gradient has a negative cosine with that of the KL."""
-    def cosine(forms, true):
-        g, e = (np.concatenate([side[name].reshape(-1) for name in true]) for side in (forms["(2)"], true))
-        return g @ e / np.linalg.norm(g) / np.linalg.norm(e)
-    c, forms, true = min(at_distance(1.0), key=lambda found: cosine(*found[1:]))
+    c, forms, true = min(at_distance(1.0), key=lambda found: cosine(found[1]["(2)"], found[2]))
     cosine_and_kl = re.search(r"8 pairs, ([\d.]+) nats apart, .* has the cosine (-[\d.]+)", kl_in_the_loss.__doc__)
-    assert [*map(float, cosine_and_kl.groups())] == pytest.approx([c.kl, cosine(forms, true)], abs=0.0051)
+    assert [*map(float, cosine_and_kl.groups())] == pytest.approx([c.kl, cosine(forms["(2)"], true)], abs=0.0051)
     for gradient, falls in ((true, True), (forms["(2)"], False)):
         moved = c.policy.copy()
         for name, p in moved.parameters().items():
@@ -174,13 +180,49 @@ def test_on_policy_the_forms_of_tokens_have_the_gradients_of_the_next_tokens_kl(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_on_policy_the_geometric_mean_adds_a_share_of_the_second_part_to_k3_of_tokens(seed):
+def test_on_policy_the_geometric_mean_adds_to_k3_of_tokens_no_multiple_of_what_it_lacks(seed):
     """(1/|y|) grad log pi(y|x) sum_s k3_s."""
     c = case(seed)
     forms, T = c.forms(), WORLD.token_log_probs(c.policy)
     share = (k3(T.data, c.reference).data * MASK).sum(axis=-1, keepdims=True) / MASK.sum(axis=-1, keepdims=True)
     added = parameter_gradients(c.policy, T, np.exp(c.log_pi)[..., None] * MASK * share)
     assert_same_gradients(forms["(6)"], {name: forms["(5)"][name] + added[name] for name in added})
+    true = c.true()
+    assert abs(cosine(added, {name: true[name] - forms["(5)"][name] for name in true})) < 0.999
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_if_all_responses_have_n_tokens_the_geometric_mean_adds_1_over_n_of_what_k3_of_tokens_lacks(seed):
+    """A policy without an end: the tokens 1 and 2 alone, 4 of them in each response."""
+    policy, reference, _ = models(seed)
+    n, responses = 4, np.array([*itertools.product([1, 2], repeat=4)])
+    tokens = np.concatenate([np.tile([0, 2], (len(responses), 1)), responses], axis=1)
+
+    def token_log_probs(model):
+        log_p = ops.log_softmax(model(tokens)[:, 1:-1, 1:])
+        return log_p[np.arange(len(responses))[:, None], np.arange(n), responses - 1]
+    T, token_ref = token_log_probs(policy), token_log_probs(reference).data
+    pi = np.exp(T.data.sum(axis=1, keepdims=True))
+    log_pi = ops.sum(T, axis=1)
+    true = parameter_gradients(policy, ops.sum(ops.exp(log_pi) * (log_pi - token_ref.sum(axis=1))))
+    of_tokens = parameter_gradients(policy, k3(token_log_probs(policy), token_ref), pi * np.ones(T.shape))
+    mean_ratio = k3_times_mean_ratio(token_log_probs(policy), T.data, token_ref, np.ones(T.shape))
+    assert pi.sum() == pytest.approx(1) and gradient_error(of_tokens, true) > 0.02
+    assert_same_gradients(parameter_gradients(policy, mean_ratio, pi * np.ones(T.shape)),
+                          {name: g + (true[name] - g) / n for name, g in of_tokens.items()})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_two_directions_of_the_next_tokens_kl_agree_to_second_order_and_their_gradients_to_first(seed):
+    """The gradients are of the order of the distance, and their difference of its square."""
+    differences, sizes = [], []
+    for distance in (1e-3, 1e-4):
+        c = case(seed, distance)
+        one, other = (of_next_tokens(c, np.exp(c.log_pi), forward) for forward in (False, True))
+        sizes.append(norm(one))
+        differences.append(norm({name: one[name] - other[name] for name in one}))
+    assert sizes[1] / sizes[0] == pytest.approx(0.1, 0.1)
+    assert differences[1] / differences[0] == pytest.approx(0.01, 0.1)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -313,12 +313,14 @@ class ByTorch:
         return terms.mean() if terms.shape[1] == 1 else self.averaged(terms)
 
     def k3_times_ratio(self):
-        return (self.policy - self.old).exp() * self.k3()
+        return (self.reference - self.old).exp() - (self.policy - self.old).exp() * (1 - self.policy + self.reference)
 
     def k3_times_mean_ratio(self):
         self.policy, self.old, self.reference = map(self.selected, (self.policy, self.old, self.reference))
         self.log_probs, self.old_log_probs, self.options = self.policy, self.old, {"level": "geometric_mean"}
-        return self.ratio() * self.k3()
+        k1, g = self.policy - self.reference, self.ratio()
+        mean_log_ratio = (self.policy - self.old).sum(-1, keepdim=True) / self.mask.sum(-1, keepdim=True)
+        return (mean_log_ratio - k1).exp() - g * (1 - k1)
 
     def token_kl_loss(self):
         return self.averaged(self.terms)
@@ -449,6 +451,15 @@ def test_extreme_cases_defeat_the_log_of_a_sigmoid():
     hidden, results, _ = load("token_log_probs_extreme")
     with np.errstate(all="ignore"):
         assert not np.isfinite(np.exp(hidden["hidden"] @ hidden["unembedding"].T)).all()
+
+
+@pytest.mark.parametrize("name", ["k3_times_ratio_extreme", "k3_times_mean_ratio_extreme"])
+def test_extreme_cases_defeat_the_product_of_k3_and_a_ratio_that_underflows(name):
+    inputs, results, _ = load(name)
+    with np.errstate(all="ignore"):
+        k3 = np.exp(inputs["reference"] - inputs["policy"]) - 1 + inputs["policy"] - inputs["reference"]
+        assert np.isnan(np.exp(inputs["policy"] - inputs["old"]) * k3).any()
+    assert np.isfinite(results["output"]).all() and results["output"].max() > 1
 
 
 @pytest.mark.parametrize("name", [name for name in INDEX["cases"] if name.endswith("_masked_nan")])

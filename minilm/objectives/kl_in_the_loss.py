@@ -32,10 +32,13 @@ By the chain rule (kl.py), grad KL(pi || pi_ref) has a second part, the effect o
     grad KL(pi || pi_ref) = E_pi[ sum_t grad KL_t ] + E_pi[ sum_t grad log pi(y_t) sum_{s > t} KL_s ]
 
 (2) to (5) lack it: as an advantage of token t, -k1_t takes the place of -sum_{s >= t} k1_s, which is reward_to_go, and
-unbiased. (6) has, on policy, the gradient of (5) plus (1/|y|) grad log pi(y|x) sum_s k3_s: a share of the second part.
+unbiased. (6) has, on policy, the gradient of (5) plus (1/|y|) grad log pi(y|x) sum_s k3_s. If all responses have n
+tokens, the expectation of this term is 1/n of what (5) lacks, because E_pi[sum_s k3_s] = KL(pi || pi_ref) for all
+parameters; if lengths differ it is not, because 1/|y| depends on the tokens.
 So "unbiased" is true of (2), (3) and (4) for the KL of each next token in contexts held fixed. For the KL of responses
 it is true on policy, and near the reference, to first order: at distance d of pi from pi_ref, grad KL_t is of the order
-d, and KL_s, in the second part, of d^2. KL_t and KL'_t also agree to first order, so (5) is near for the same reason.
+d, and KL_s, in the second part, of d^2. grad KL_t and grad KL'_t also agree to first order (KL_t and KL'_t to second),
+so (5) is near for the same reason.
 Off policy the error does not vanish near the reference, because the contexts are still those of pi_old.
 
 The relative error |g - e| / |e| of the expected gradient g from e = grad KL(pi || pi_ref), on policy, by enumeration
@@ -61,8 +64,9 @@ from minilm.backend import array_module
 from minilm.objectives.policy_gradient import policy_gradient_loss
 from minilm.tensor import Tensor, primitive
 
-# At k1 below this the ratio is multiplied with exp(-k1) in the exponent: alone, one may be 0 and the other infinite.
-FAR = -30.0
+# At k1 below this, k3 is exp(-k1) to rounding: the rest is less than 1e-20 of it. Its product with a ratio is computed
+# as the exp of a sum, because alone the ratio may be 0 and exp(-k1) infinite.
+FAR = -50.0
 
 
 @primitive
@@ -82,7 +86,7 @@ def k3_times_ratio(policy: Tensor, old: np.ndarray, reference: np.ndarray):
     far = k1 < FAR
     product = xp.exp(xp.where(far, xp.asarray(reference) - xp.asarray(old), 0))         # rho exp(-k1)
     near = ratio * (xp.expm1(-xp.where(far, 0, k1)) + k1)                               # expm1: kl.py
-    return xp.where(far, product - ratio * (1 - k1), near), vjp
+    return xp.where(far, product, near), vjp
 
 
 @primitive
@@ -107,10 +111,10 @@ def k3_times_mean_ratio(policy: Tensor, old: np.ndarray, reference: np.ndarray, 
     far = k1 < FAR
     product = xp.exp(xp.where(far, mean_log_ratio - k1, 0))                             # g exp(-k1)
     expm1 = xp.expm1(-xp.where(far, 0, k1))
-    output = xp.where(far, product - g * (1 - k1), g * (expm1 + k1))
+    output = xp.where(far, product, g * (expm1 + k1))
     def vjp(dy):
         through_g = (dy * output).sum(axis=-1, keepdims=True) / lengths                 # (N,1)
-        return xp.where(selected, through_g - dy * xp.where(far, product - g, g * expm1), 0)
+        return xp.where(selected, through_g - dy * xp.where(far, product, g * expm1), 0)
     return output, vjp
 
 

@@ -187,6 +187,9 @@ def ppo_clip_loss(log_probs: Tensor, old_log_probs: np.ndarray, advantages: np.n
     because pi_old rho = pi. The token ratio corrects for the token itself, but not for the contexts before it, which
     were drawn from pi_old, nor for the tokens after it, on which R depends. The geometric mean corrects for neither,
     and has the length bias of "response" besides.
+    R is that of pi. If its KL term is computed with pi_old, as in stages/rlhf.py after the first update, the sequence
+    ratio gives the gradient of E_pi[r - beta log(pi_old/pi_ref)] = J + beta KL(pi || pi_old). It lacks
+    -beta grad KL(pi || pi_old), which is 0 at pi = pi_old.
 
     log_probs, old_log_probs, mask  (N,T), as in policy_gradient_loss; log-probs may be NaN outside the mask
     epsilon_high  of the upper clip, where it is not epsilon: a larger one ("clip-higher", DAPO) lets tokens of small

@@ -1,15 +1,16 @@
 """Stage 3b. RLHF: sample responses, score them with the reward, reinforce the better ones, stay near the reference.
 
 With one update for each batch of samples, the samples are always drawn from the policy that is updated. With more,
-they were drawn from an older policy from the second update on, and the loss is PPO's.
+they were drawn from an older policy from the second update on, and the loss is PPO's. The KL in the reward stays that
+of the policy that drew the samples (ppo_clip_loss says what the gradient then lacks).
 
     RLOO       the default
     GRPO       baseline="group", token_mean="response"
-    Dr. GRPO   baseline="mean", token_mean=max_new_tokens
+    Dr. GRPO   baseline="mean", token_mean=max_new_tokens, beta=0
     DAPO       baseline="group", token_mean="batch", epsilon_high=0.28, beta=0 (without its dynamic sampling)
     GSPO       baseline="group", level="geometric_mean", epsilon=3e-4, epsilon_high=4e-4
 
-The clips act with updates above 1. The KL penalty is k1 in the reward, with each of them; GRPO has k3 in the loss
+The clips act with updates above 1. With beta above 0 the KL penalty is k1 in the reward; GRPO has k3 in the loss
 (objectives/kl_in_the_loss.py).
 """
 

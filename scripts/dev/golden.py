@@ -8,7 +8,7 @@ arrays: Inputs have the names of the function's arguments. `loss` is a scalar re
     gradient with respect to the input NAME: of loss, or of sum(output * doutput), where doutput is an input.
     What has no dNAME (references, masks, old log-probs, advantages) is a constant. metrics/NAME is a number.
 numbers: Floating-point inputs are multiples of 1/256, and so exact in float32 too, or NaN (cases ..._masked_nan: NaN
-    outside the mask, of which nothing may come). Cases ..._extreme: logits or arguments of log_sigmoid of about 1000.
+    outside the mask, of which nothing may come). Cases ..._extreme: logits or other arguments of exp of about 1000.
 letters: B batch, T tokens, V vocabulary, D width, H query heads, G key/value heads, K head width, F hidden width of
     the feed-forward. Of samples there are K for each of P prompts, and N = P K in all, prompt by prompt.
 log-probs: Natural logarithms, of tokens (B,T), or summed over a response (B,) and not averaged.
@@ -49,6 +49,7 @@ from golden_inputs import (  # noqa: E402
     comparisons,
     grouped_samples,
     groups,
+    improbable_samples,
     language_model,
     nan_outside,
     normal,
@@ -168,11 +169,12 @@ FUNCTIONS = [
              f"sums; geometric_mean: of their means; epsilon_high is epsilon unless given; {MEANS}",
              "Schulman et al. 2017, arXiv:1707.06347, (7)",
              "sequence: RLOOTrainer; token: GRPOTrainer, which divides by numbers of tokens, not by N"),
-    Function(kl_in_the_loss.k3_times_ratio, "policy", {"": case(grouped_samples)},
+    Function(kl_in_the_loss.k3_times_ratio, "policy", {"": case(grouped_samples), "_extreme": case(improbable_samples)},
              "exp(policy - old) * (exp(reference - policy) - 1 + policy - reference)", DEEPSEEK,
              "GRPOTrainer, of each token, use_bias_correction_kl"),
     Function(kl_in_the_loss.k3_times_mean_ratio, "policy",
-             {"": case(grouped_samples), "_masked_nan": case(nan_outside(grouped_samples))},
+             {"": case(grouped_samples), "_masked_nan": case(nan_outside(grouped_samples)),
+              "_extreme": case(improbable_samples)},
              "exp(mean of policy - old where mask, by row) * (exp(reference - policy) - 1 + policy - reference) where "
              "mask, 0 elsewhere", trl="GRPOTrainer, importance_sampling_level sequence"),
     Function(kl_in_the_loss.token_kl_loss, "terms",

@@ -76,6 +76,12 @@ def grouped_samples(rng, n):
             "old": made["old_log_probs"], "reference": reference, "terms": made["log_probs"]}
 
 
+def improbable_samples(rng, n):
+    """Grouped samples. The policy gives the tokens of every second one about e^-1000 of pi_old's probability."""
+    made = grouped_samples(rng, n)
+    return {**made, "policy": made["policy"] - 1000.0 * (np.arange(n.P * n.K) % 2 == 0)[:, None]}
+
+
 def groups(rng, n):
     """Rewards (P,K) and token KLs (P,K,T) of K samples for each of P prompts."""
     return {"rewards": normal(rng, n.P, n.K), "token_kl": normal(rng, n.P, n.K, n.T),

@@ -80,7 +80,7 @@ def negative(x):
 
 @primitive
 def power(x, y):
-    """z = x^y.   dx = dz y x^(y-1),   dy = dz z log x: 0 at x = 0, NaN below"""
+    """z = x^y.   dx = dz y x^(y-1),   dy = dz z log x: at x = 0 it is 0 for y >= 0, -inf for y < 0; below, NaN"""
     x_shape, y_shape = _shapes(x, y)
     z = x ** y
     def vjp(dz):
@@ -90,6 +90,7 @@ def power(x, y):
         xp = array_module(z)
         base = xp.asarray(x, dtype=z.dtype)
         log_x = xp.where(base < 0, xp.nan, xp.log(xp.where(base > 0, base, 1)))
+        log_x = xp.where((base == 0) & (y < 0), -xp.inf, log_x)
         return unbroadcast(dx, x_shape), unbroadcast(dz * z * log_x, y_shape)
     return z, vjp
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers import assert_close, small_transformer
-from minilm import ops
+from minilm import Tensor, ops
 from minilm.exact.bias import bias
 from minilm.exact.enumerable import EnumerableWorld
 from minilm.exact.gradients import compare_with_exact_gradient
@@ -239,6 +239,25 @@ def test_wrong_arguments_are_named(change, message):
 def test_a_gradient_of_another_shape_is_named():
     with pytest.raises(ValueError, match=r"gradient has shape \(2,\); the log-probs have \(1, 3\)"):
         find(lambda log_probs, drawn: (0.0, np.zeros(2)), arrays=True)
+
+
+@pytest.mark.parametrize("arrays, returned, words", [
+    (False, lambda t: 1.0, r"1\.0 \(float\)"), (False, lambda t: None, "None"),
+    (False, lambda t: t, r"Tensor of shape \(1, 3\)"),
+    (False, lambda t: Tensor(1.0), "Tensor"), (False, lambda t: (1.0, t.data), "tuple"),
+    (True, lambda t: 1.0, r"1\.0 \(float\)"), (True, lambda t: (1.0,), "tuple"), (True, lambda t: (t, t), "tuple")])
+def test_a_loss_that_returns_something_else_is_named(arrays, returned, words):
+    with pytest.raises(ValueError, match=f"^bias: the loss returned .*{words}.*; it must be a scalar Tensor"):
+        find(lambda log_probs, drawn: returned(log_probs), arrays=arrays)
+
+
+@pytest.mark.parametrize("arrays", [False, True])
+def test_a_gradient_that_is_not_finite_raises_with_its_place(arrays):
+    def loss(log_probs, drawn):
+        rare = np.where(drawn.indices == 2, np.nan, 1.0) * drawn.mask
+        return (0.0, rare) if arrays else ops.sum(log_probs * rare)
+    with pytest.raises(ValueError, match=r"bias: the expected gradient .*entry \(0, 2, 0\), is nan; it must be finite"):
+        find(loss, arrays=arrays)
 
 
 def test_a_policy_near_uniform_gives_a_warning_at_the_line_of_the_call():

@@ -335,6 +335,16 @@ def test_the_gradient_of_an_exponent_is_0_where_the_base_is_0_and_nan_where_it_i
     assert dx.tolist() == [0, 0, -4] and dy[:2].tolist() == [0, 0] and np.isnan(dy[2])
 
 
+def test_the_gradient_of_a_negative_exponent_is_minus_infinity_where_the_base_is_0():
+    """As x goes to 0, x^y log x goes to -infinity."""
+    y = Tensor([-1.0, -0.5, 1.0], requires_grad=True)
+    with np.errstate(divide="ignore"):
+        _, (dy,) = gradients(lambda y: ops.power(np.zeros(3), y), y, cotangent=np.ones(3))
+    assert dy.tolist() == [-np.inf, -np.inf, 0]
+    _, (near,) = gradients(lambda y: ops.power(np.full(3, 1e-9), y), y, cotangent=np.ones(3))
+    assert near[0] < near[1] < -1e5 and abs(near[2]) < 1e-7
+
+
 def test_operators_for_powers_and_absolute_values_are_those_of_ops(rng):
     x, y = normal(rng, 3), normal(rng, 3)
     assert_close(2.0 ** y, ops.power(2.0, y))

@@ -56,7 +56,7 @@ from minilm import checks
 from minilm.exact.enumerable import EnumerableWorld, objective_gradient
 from minilm.exact.expectations import MOST_OUTCOMES, gradient_over_samples
 from minilm.exact.gradients import GradientComparison, compare_gradients, parameter_gradients, warn_if_near_uniform
-from minilm.tensor import primitive
+from minilm.tensor import Tensor, primitive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,8 @@ def bias(loss: Callable[[Any, Drawn], Any], world: EnumerableWorld, policy, refe
     drawn_from   the model that draws the samples, if it is an older one
     temperature  at which the samples are drawn, and all models scored
     Raises ValueError for more than most_outcomes outcomes (it says how many there are, and what to reduce), for rewards
-    of another shape or not finite, and for a gradient of another shape than the log-probs. Warns of a policy that is
+    of another shape or not finite, for a loss that returns something else, and for a gradient that is not finite or of
+    another shape than the log-probs. Warns of a policy that is
     near uniform, as gradients.compare_with_exact_gradient does.
     """
     rewards = np.zeros(world.shape) if rewards is None else checks.finite("bias", "rewards", rewards)
@@ -112,12 +113,26 @@ def bias(loss: Callable[[Any, Drawn], Any], world: EnumerableWorld, policy, refe
         rows = Drawn(indices, world.take(world.mask, indices) > 0, world.take(old, indices),
                      world.take(log_ref, indices), world.take(rewards, indices).reshape(shape),
                      world.take(log_old - summed_ref, indices).reshape(shape))
-        return _given_gradient(log_probs, *loss(log_probs.data, rows)) if arrays else loss(log_probs, rows)
+        returned = _checked(loss(log_probs.data if arrays else log_probs, rows), arrays)
+        return _given_gradient(log_probs, *returned) if arrays else returned
 
     expected = gradient_over_samples(of_outcome, token_log_probs.data, world.mask, samples, log_old, most_outcomes)
+    checks.finite("bias", "the expected gradient in the log-probs (P,Y,T)", expected)
     actual = parameter_gradients(policy, token_log_probs, expected)
     d = objective_gradient(log_pi.data, summed_ref, rewards, beta)
     return compare_gradients(actual, parameter_gradients(policy, log_pi, -d / len(d)))
+
+
+def _checked(returned, arrays):
+    """What a loss returned, a Tensor or a pair. Raises ValueError for anything else."""
+    if arrays:
+        right = isinstance(returned, (tuple, list)) and len(returned) == 2 and np.shape(returned[0]) == ()
+    else:
+        right = isinstance(returned, Tensor) and returned.shape == () and returned.node is not None
+    if not right:
+        raise ValueError(f"bias: the loss returned {checks.shown(returned)}; it must be a scalar Tensor that depends on "
+                         "the log-probs (with arrays=True: a pair, loss and gradient)")
+    return returned
 
 
 @primitive

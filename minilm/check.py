@@ -20,7 +20,7 @@ In the cases named masked_nan everything outside the mask is NaN; in those named
 extreme, numbers are about 1000. An error is max|yours - ours| / max(max|ours|, 1e-3)
 of an array, its tolerance 1e-10, or 1e-4 for results in float32.
 Exit status 0: all numbers agree. 1: some differ, or your function raised an error.
-2: a mistake in the command.
+2: a mistake in the command, or a file that Python cannot read.
 
 The vectors: tests/golden/README.md. Tests: tests/test_check.py.
 """
@@ -48,7 +48,11 @@ COTANGENT = "doutput"
 
 
 class Mistake(Exception):
-    """In the command: one line, and exit status 2."""
+    """In the command, or a file that Python cannot read: one line, and exit status 2."""
+
+
+class WrongResult(Exception):
+    """Something else than numbers came back from the function."""
 
 
 # The vectors.
@@ -97,9 +101,10 @@ def check(function: Callable, entry: dict[str, Any], framework: str, tolerance: 
         arguments = {name: a for name, a in arguments.items() if name in takes or name == COTANGENT}
     try:
         found = results(function, arguments, list(expected), framework, COTANGENT in takes)
+    except WrongResult as error:
+        return "DIFFERS", str(error)
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return "DIFFERS", f"it raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        return "DIFFERS", f"it raised {type(error).__name__}: {error}{place(error, function)}"
     for name in expected:
         if name in found and (words := first_difference(name, found[name], expected[name], tolerance)):
             return "DIFFERS", words
@@ -107,6 +112,13 @@ def check(function: Callable, entry: dict[str, Any], framework: str, tolerance: 
     if any(name[0] != "d" for name in missing):
         return "DIFFERS", f"there is no {next(name for name in missing if name[0] != 'd')} among your results"
     return "agrees", ", ".join(found) + (f"; not given, not checked: {', '.join(missing)}" if missing else "")
+
+
+def place(error: Exception, function: Callable) -> str:
+    """" (FILE, line N)": the last line in the function's file that the error went through; "" if there is none."""
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" ({file}, line {lines[-1]})" if lines else ""
 
 
 def results(function: Callable, arguments: dict[str, Any], names: list[str], framework: str,
@@ -119,6 +131,8 @@ def results(function: Callable, arguments: dict[str, Any], names: list[str], fra
     if not (takes_cotangent and framework == "numpy"):
         made.pop(COTANGENT, None)
     returned = function(**made)
+    if returned is None:
+        raise WrongResult("your function returned None; is there a return?")
     if isinstance(returned, dict):
         found = {key if key in names else f"metrics/{key}": value for key, value in returned.items()}
     elif isinstance(returned, (tuple, list)):
@@ -127,11 +141,14 @@ def results(function: Callable, arguments: dict[str, Any], names: list[str], fra
         found = {values[0]: returned}
     result: Any = found.get("loss", found.get("output"))
     if framework != "numpy" and variables and result is not None:
+        if not hasattr(result, "backward"):
+            kind = "a Tensor" if framework == "minilm" else "a tensor"
+            raise WrongResult(f"with --as {framework} it must return {kind}; it returned {type(result).__name__}")
         result.backward(*([] if cotangent is None else [cotangent]))
         # A leaf that the result does not depend on has no gradient: it is 0.
         found.update({f"d{name}": np.zeros(arguments[name].shape) if (gradient := made[name].grad) is None else gradient
                       for name in variables})
-    return {name: as_array(value) for name, value in found.items() if name in names}
+    return {name: as_array(name, value) for name, value in found.items() if name in names}
 
 
 def leaf(framework: str, value: Any, differentiated: bool) -> Any:
@@ -144,13 +161,13 @@ def leaf(framework: str, value: Any, differentiated: bool) -> Any:
     return Tensor(value, requires_grad=True) if framework == "minilm" and differentiated else value
 
 
-def as_array(value: Any) -> np.ndarray:
-    """An array, a number, or the numbers of a tensor. Raises TypeError for anything else."""
+def as_array(name: str, value: Any) -> np.ndarray:
+    """An array, a number, or the numbers of a tensor. Raises WrongResult for anything else."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
     array = np.asarray(value.data if isinstance(value, Tensor) else value)
     if array.dtype.kind not in "fiub":
-        raise TypeError(f"a result is {type(value).__name__}; it must be a number or an array")
+        raise WrongResult(f"{name} is {type(value).__name__}; it must be a number or an array")
     return array
 
 
@@ -172,15 +189,22 @@ def first_difference(name: str, got: np.ndarray, expected: np.ndarray, tolerance
 # The command.
 
 def load(words: str) -> Callable:
-    """The function of FILE.py:function. Raises Mistake if there is none; an error in the file itself is raised."""
+    """The function of FILE.py:function. Raises Mistake if there is none, and for a file that Python cannot read.
+    Another error in the file itself is raised."""
     path, _, name = words.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         raise Mistake(f"{words!r} must be FILE.py:function, with a file that exists")
     sys.path.insert(0, str(Path(path).resolve().parent))    # as if the file were run: it may import its neighbours
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module_name = f"_minilm_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[module_name] = module                       # dataclasses look for their module there
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise Mistake(f"Python cannot read {error.filename}: line {error.lineno}: {error.msg}: "
+                      f"{(error.text or '').strip()}") from None
     function = getattr(module, name, None)
     if not callable(function):
         raise Mistake(f"{path} has no function {name!r}")

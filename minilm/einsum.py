@@ -23,8 +23,8 @@ def einsum(subscripts: str, *operands) -> Tensor:
     and for a letter with two lengths: an axis of length 1 is not broadcast, as NumPy would.
     """
     if not isinstance(subscripts, str):
-        raise TypeError(f"einsum: subscripts are of type {type(subscripts).__name__}; they come first, and are text, as "
-                        "'ij,jk->ik'")
+        raise TypeError(f"einsum: subscripts are of type {type(subscripts).__name__}; they come first, and are text, "
+                        "as 'ij,jk->ik'")
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     letters = inputs.split(",")
     if not arrow or not "".join([*letters, output]).isalpha():

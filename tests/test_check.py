@@ -36,6 +36,7 @@ def run(tmp_path, capsys):
         status = check.main([f"{path}:{function}", name, *options])
         return status, dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     yield command
+    sys.modules.pop("_minilm_mine", None)
     while str(tmp_path) in sys.path:
         sys.path.remove(str(tmp_path))
 
@@ -171,13 +172,46 @@ def test_one_case_that_differs_decides_the_status(run):
 
 @pytest.mark.parametrize("returned, words", [
     ("np.zeros(3)", "DIFFERS: loss has shape (3,); it must have ()"), ("{}", "DIFFERS: there is no loss among your"),
-    ("None", "DIFFERS: it raised TypeError: a result is NoneType; it must be a number or an array"),
-    ("1 / 0", "DIFFERS: it raised ZeroDivisionError: division by zero (")])
+    ("None", "DIFFERS: your function returned None; is there a return?"),
+    ("{'loss': None}", "DIFFERS: loss is NoneType; it must be a number or an array"),
+    ("1 / 0", "DIFFERS: it raised ZeroDivisionError: division by zero ("),
+    ("np.ones(2) @ np.ones(3)", "DIFFERS: it raised ValueError: matmul: ")])
 def test_wrong_results_and_errors_are_named(run, returned, words):
     status, lines = run(f"import numpy as np\ndef f({DPO}):\n    return {returned}\n", "f", "dpo_loss")
     assert status == 1 and lines["dpo_loss"].startswith(words)
-    if "raised Zero" in words:
-        assert lines["dpo_loss"].endswith("mine.py, line 3)")
+    assert lines["dpo_loss"].endswith("mine.py, line 3)") == ("it raised" in words)
+
+
+@pytest.mark.parametrize("framework, returned, words", [
+    ("minilm", "0.5", "DIFFERS: with --as minilm it must return a Tensor; it returned float"),
+    ("minilm", "ops.mean(ops.log_softmax(0))", "DIFFERS: it raised "),
+    pytest.param("torch", "0.5", "DIFFERS: with --as torch it must return a tensor; it returned float",
+                 marks=pytest.mark.parity)])
+def test_with_tensors_too_what_is_wrong_is_named_and_no_line_of_minilm(run, framework, returned, words):
+    pytest.importorskip(framework)
+    status, lines = run(f"from minilm import ops\n\ndef f({DPO}):\n    return {returned}\n", "f", "dpo_loss",
+                        "--as", framework)
+    assert status == 1 and lines["dpo_loss"].startswith(words)
+    assert lines["dpo_loss"].endswith("mine.py, line 4)") == ("it raised" in words)
+    assert "check.py" not in lines["dpo_loss"]
+
+
+def test_a_file_that_python_cannot_read_is_a_mistake_with_its_line(run):
+    with pytest.raises(check.Mistake, match=r"^Python cannot read .*mine.py: line 2: .*: def f\(:$"):
+        run("import numpy\ndef f(:\n    return 1\n", "f", "dpo_loss")
+
+
+def test_a_file_may_define_dataclasses_and_its_name_hides_no_module(run):
+    text = """
+from __future__ import annotations
+import dataclasses
+
+@dataclasses.dataclass
+class Pair:
+    z: float
+"""
+    assert run(text + RIGHT, "dpo", "dpo_loss")[0] == 0
+    assert "mine" not in sys.modules and sys.modules["_minilm_mine"].Pair(1.0).z == 1.0
 
 
 # Arguments.

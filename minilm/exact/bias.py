@@ -130,8 +130,8 @@ def _checked(returned, arrays):
     else:
         right = isinstance(returned, Tensor) and returned.shape == () and returned.node is not None
     if not right:
-        raise ValueError(f"bias: the loss returned {checks.shown(returned)}; it must be a scalar Tensor that depends on "
-                         "the log-probs (with arrays=True: a pair, loss and gradient)")
+        raise ValueError(f"bias: the loss returned {checks.shown(returned)}; it must be a scalar Tensor that depends "
+                         "on the log-probs (with arrays=True: a pair, loss and gradient)")
     return returned
 
 

@@ -21,8 +21,8 @@ Rate = float | Callable[[int], float]
 
 
 def check_batches(function: str, steps: int, batches: Sequence | None, count: int, updates: int = 1) -> None:
-    """Raises ValueError, TypeError or IndexError for fewer batches than `steps` need, one for every `updates` steps, and
-    for a batch, named by its place, that is empty or holds another place than 0 .. count - 1."""
+    """Raises ValueError, TypeError or IndexError for fewer batches than one for every `updates` steps, and for a
+    batch, named by its place, that is empty or holds another place than 0 .. count - 1."""
     if batches is None:
         return
     needed = -(-steps // updates)                           # rounded up

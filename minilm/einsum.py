@@ -18,13 +18,12 @@ from minilm.tensor import Tensor, primitive
 def einsum(subscripts: str, *operands) -> Tensor:
     """numpy.einsum of Tensors, arrays or numbers, with explicit output: einsum("bthd,bshd->bhts", q, k).
 
-    Raises TypeError for subscripts that are no text and for operands of other types; ValueError for subscripts without
+    Raises TypeError for subscripts that are no text; ValueError for subscripts without
     "->", with an ellipsis, or with a letter twice in one operand (a diagonal), for another number of operands or axes,
     and for a letter with two lengths: an axis of length 1 is not broadcast, as NumPy would.
     """
     if not isinstance(subscripts, str):
-        raise TypeError(f"einsum: subscripts are of type {type(subscripts).__name__}; they come first, and are text, "
-                        "as 'ij,jk->ik'")
+        raise TypeError(f"einsum: subscripts are a {type(subscripts).__name__}; they come first, as 'ij,jk->ik'")
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     letters = inputs.split(",")
     if not arrow or not "".join([*letters, output]).isalpha():
@@ -32,33 +31,16 @@ def einsum(subscripts: str, *operands) -> Tensor:
                          "'->', as in 'ij,jk->ik'")
     if twice := [term for term in [*letters, output] if len(set(term)) < len(term)]:
         raise ValueError(f"einsum: a letter stands twice in {twice[0]!r}; a diagonal is not supported")
-    operands = _arrays(operands)
-    _check_axes(letters, operands)
-    return _einsum(*operands, letters=letters, output=output)
-
-
-def _arrays(operands):
-    """The operands, Python numbers as arrays of the dtype that they have beside the others."""
     dtypes = [x.dtype for x in operands if hasattr(x, "dtype")]
-    for i, x in enumerate(operands):
-        if not hasattr(x, "shape") and not isinstance(x, (int, float)):
-            raise TypeError(f"einsum: operand {i} is of type {type(x).__name__}; it must be a Tensor, an array or a "
-                            "number")
-    return [x if hasattr(x, "shape") else np.asarray(x, np.result_type(x, *dtypes)) for x in operands]
-
-
-def _check_axes(letters, operands):
-    if len(letters) != len(operands):
-        raise ValueError(f"einsum: {len(letters)} operands in {','.join(letters)!r}, and {len(operands)} are given")
-    found: dict[str, tuple[int, str]] = {}                  # of each letter, its length and the term that has it
-    for i, (term, x) in enumerate(zip(letters, operands)):
-        if len(term) != len(x.shape):
-            raise ValueError(f"einsum: operand {i} has shape {tuple(x.shape)}; {term!r} has {len(term)} axes")
-        for letter, length in zip(term, x.shape):
-            other, where = found.setdefault(letter, (length, term))
-            if other != length:
-                raise ValueError(f"einsum: the letter {letter} has length {other} in {where!r} and {length} in "
-                                 f"{term!r}")
+    operands = [np.asarray(x, np.result_type(x, *dtypes)) if isinstance(x, (int, float)) else x for x in operands]
+    shapes = [tuple(getattr(x, "shape", (None,))) for x in operands]
+    if [*map(len, shapes)] != [*map(len, letters)]:
+        raise ValueError(f"einsum: shapes {shapes} do not have the axes of {subscripts!r}; operands are arrays")
+    lengths: dict[str, int] = {}
+    for letter, n in zip("".join(letters), (n for shape in shapes for n in shape)):
+        if lengths.setdefault(letter, n) != n:
+            raise ValueError(f"einsum: the letter {letter} has the lengths {lengths[letter]} and {n} in {subscripts!r}")
+    return _einsum(*operands, letters=letters, output=output)
 
 
 @primitive

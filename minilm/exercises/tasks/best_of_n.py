@@ -59,8 +59,12 @@ TASK = Task(
            "scores.",
            "((below + equal)^n - below^n) pi / equal, where equal includes the response itself."),
     mistakes=(
-        Mistake("Equal scores are counted below: a response loses the share of those that tie with it.",
+        Mistake("The other responses of equal score are counted as better: a response loses its share of the draws in "
+                "which they tie with it.",
                 "((below + equal) ** n - below ** n) * pi / equal", "(below + pi) ** n - below ** n"),
+        Mistake("The other responses of equal score are counted as worse: in a tie each of them is taken as kept, so the "
+                "sum is above 1.",
+                "((below + equal) ** n - below ** n) * pi / equal", "(below + equal) ** n - (below + equal - pi) ** n"),
         Mistake("pi^n is the probability that all n draws are this response.",
                 "((below + equal) ** n - below ** n) * pi / equal", "pi ** n"),
         Mistake("F(s)^n is the probability that the best score is at most s. Subtract that it is below s.",

@@ -51,7 +51,7 @@ TASK = Task(
                 "cumulative >= u"),
         Mistake("u is not scaled by the sum of the row. If the row adds up to less than u, no token is found.",
                 "u[:, None] * cumulative[:, -1:]", "u[:, None]"),
-        Mistake("The comparison is reversed: the first token that is not above u is nearly always token 0.",
+        Mistake("The comparison is reversed: the first token that is not above u is always token 0.",
                 "cumulative > u", "cumulative < u"),
         Mistake("This is the most likely token, without randomness.",
                 "(cumulative > u[:, None] * cumulative[:, -1:]).argmax(axis=-1)", "p.argmax(axis=-1)"),
@@ -60,6 +60,6 @@ TASK = Task(
         Mistake("The cumulative sum runs over the whole array; each row is a distribution of its own.",
                 "p.cumsum(axis=-1)", "p.cumsum().reshape(p.shape)"),
         Mistake("The cumulative sum runs down the columns.", "p.cumsum(axis=-1)", "p.cumsum(axis=0)"),
-        Mistake("The token after the right one: count the cumulative numbers that are at most u, and add nothing.",
-                ".argmax(axis=-1)", ".argmax(axis=-1) + 1"),
+        Mistake("This is the token after the right one: argmax already gives the index of the first cumulative number "
+                "above u.", ".argmax(axis=-1)", ".argmax(axis=-1) + 1"),
         Mistake("One u is used for all rows.", "u[:, None] *", "u[0] *")))

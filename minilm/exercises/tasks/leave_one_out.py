@@ -5,7 +5,8 @@ A response is compared with the other responses to the same prompt:
     A[p, k] = R[p, k] - mean of R[p, j] over j other than k
 
 The mean of the others does not depend on response k. So the policy gradient with A has the same expectation as with R
-(it is unbiased), and less variance. If all rewards of a prompt are equal, A is 0.
+(it is unbiased), and less variance if the rewards of a prompt have a mean far from 0 compared with their spread. If all
+rewards of a prompt are equal, A is 0.
 
     rewards    R, (P, K), K at least 2
     returns    A, (P, K)

@@ -76,6 +76,24 @@ def test_a_mistake_is_noticed_and_gets_its_own_hint_and_no_other(task, mistake):
     assert f"\nHint: {mistake.hint}\n" in verdict.text
 
 
+@pytest.mark.parametrize("name, changes", [
+    ("softmax", {"axis=-1": "axis=0"}), ("softmax_vjp", {"axis=-1": "axis=0"}),
+    ("token_log_probs", {"axis=-1, keepdims=True": "axis=0", "axis=-1": "axis=0", "highest[:, 0]": "highest"}),
+    ("sft_gradient", {"axis=-1": "axis=1"}), ("policy_gradient", {"axis=-1": "axis=1"}),
+    ("rms_norm_backward", {"axis=-1": "axis=0"}), ("best_of_n", {"axis=1": "axis=0"}),
+    ("leave_one_out", {"axis=1": "axis=0"}), ("policy_gradient_loss", {"axis=1": "axis=0"}),
+    ("categorical", {"axis=-1": "axis=0", "cumulative[:, -1:]": "cumulative[-1:]"})])
+def test_a_wrong_axis_in_all_reductions_is_one_mistake(name, changes):
+    text = solution_text(TASKS[name])
+    for right, wrong in changes.items():
+        assert right in text
+        text = text.replace(right, wrong)
+    given = student_file(TASKS[name]).partition(f"def {name}(")[0]
+    verdict = grade(TASKS[name], of_file(TASKS[name], given + text))
+    assert re.search(r"\nHint: .*(first axis|axis 0|axis 1|over the rows)", verdict.text), verdict.text
+    assert "two mistakes" not in verdict.text
+
+
 def test_gradients_equal_finite_differences():
     graded = [task for task in TASKS.values() if task.scalar is not None]
     assert len(graded) >= 8

@@ -62,8 +62,8 @@ TASK = Task(
         Mistake("The other responses of equal score are counted as better: a response loses its share of the draws in "
                 "which they tie with it.",
                 "((below + equal) ** n - below ** n) * pi / equal", "(below + pi) ** n - below ** n"),
-        Mistake("The other responses of equal score are counted as worse: in a tie each of them is taken as kept, so the "
-                "sum is above 1.",
+        Mistake("The other responses of equal score are counted as worse: in a tie each of them is taken as kept, so "
+                "the sum is above 1.",
                 "((below + equal) ** n - below ** n) * pi / equal", "(below + equal) ** n - (below + equal - pi) ** n"),
         Mistake("pi^n is the probability that all n draws are this response.",
                 "((below + equal) ** n - below ** n) * pi / equal", "pi ** n"),
@@ -74,6 +74,12 @@ TASK = Task(
                 "((below + equal) ** n - below ** n) * pi / equal", "n * pi * (below + equal) ** (n - 1)"),
         Mistake("This is the worst of n: F counts from the wrong end.", "scores[None, :] < scores[:, None]",
                 "scores[None, :] > scores[:, None]"),
+        Mistake("Both sums run over the first axis: each is then y's own probability times a number of responses. Sum "
+                "over the responses that y is compared with.",
+                "(scores[None, :] < scores[:, None])).sum(axis=1)\n    equal = (pi * (scores[None, :] == scores[:, "
+                "None])).sum(axis=1)",
+                "(scores[None, :] < scores[:, None])).sum(axis=0)\n    equal = (pi * (scores[None, :] == scores[:, "
+                "None])).sum(axis=0)"),
         Mistake("Responses of equal score share the probability equally. The first drawn of them is kept, so they "
                 "share in proportion to pi.", "* pi / equal", "/ (scores[None, :] == scores[:, None]).sum(axis=1)"),
         Mistake("The probability of the score is given to each response that has it: the sum is above 1.",

@@ -60,6 +60,11 @@ TASK = Task(
         Mistake("The cumulative sum runs over the whole array; each row is a distribution of its own.",
                 "p.cumsum(axis=-1)", "p.cumsum().reshape(p.shape)"),
         Mistake("The cumulative sum runs down the columns.", "p.cumsum(axis=-1)", "p.cumsum(axis=0)"),
+        Mistake("Cumulative sum, total and argmax run over the first axis. The tokens are the last axis.",
+                "p.cumsum(axis=-1)\n    return (cumulative > u[:, None] * cumulative[:, -1:]).argmax(axis=-1)",
+                "p.cumsum(axis=0)\n    return (cumulative > u[:, None] * cumulative[-1:]).argmax(axis=0)"),
+        Mistake("The argmax runs over the rows: it must give one token for each row.", ".argmax(axis=-1)",
+                ".argmax(axis=0)"),
         Mistake("This is the token after the right one: argmax already gives the index of the first cumulative number "
                 "above u.", ".argmax(axis=-1)", ".argmax(axis=-1) + 1"),
         Mistake("One u is used for all rows.", "u[:, None] *", "u[0] *")))

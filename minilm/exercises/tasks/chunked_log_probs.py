@@ -75,6 +75,11 @@ TASK = Task(
                 "logits.max(axis=-1, keepdims=True)", "logits.max()"),
         Mistake("The sum of exponentials runs over the chunk instead of each row.", "np.exp(logits).sum(axis=-1)",
                 "np.exp(logits).sum()"),
+        Mistake("The softmax runs over the tokens of the chunk. Each token has its own, over the vocabulary.",
+                "logits -= logits.max(axis=-1, keepdims=True)\n        picked = logits[np.arange(len(logits)), "
+                "targets[rows]]\n        log_probs[rows] = picked - np.log(np.exp(logits).sum(axis=-1))",
+                "logits -= np.logaddexp.reduce(logits, axis=0)\n        "
+                "log_probs[rows] = logits[np.arange(len(logits)), targets[rows]]"),
         Mistake("The chunks after the first are not computed: return after the loop, not within it.",
                 "    return log_probs", "        return log_probs"),
         Mistake("The target's logit is the one before the largest logit was subtracted; the denominator is not.",

@@ -5,8 +5,8 @@ although the divergence never is. k3 is at least 0 and has the same expectation,
 
     k3 = pi_ref(y)/pi(y) - 1 - log( pi_ref(y)/pi(y) ) = exp(-u) - 1 + u
 
-Near u = 0, k3 is about u^2 / 2. For u = 1e-8 this is 5e-17, less than the spacing of numbers near 1, and no digit is left
-of exp(-u) - 1 + u as it stands; for u = 1e-4 about eight are. Compute it to nine digits for u of order 1e-4 as well.
+Near u = 0, k3 is about u^2 / 2. For u = 1e-8 this is 5e-17, less than the spacing of numbers near 1, and no digit is
+left of exp(-u) - 1 + u as it stands; for u = 1e-4 about eight are. Compute nine digits for u of order 1e-4 as well.
 
     policy, reference    log pi(y) and log pi_ref(y), float64 arrays of one shape
     returns              k3, of the same shape

@@ -72,6 +72,8 @@ TASK = Task(
         Mistake("The mean runs over the prompts. Rewards of different prompts are not comparable.",
                 "K = rewards.shape[1]\n    others = (rewards.sum(axis=1, keepdims=True)",
                 "K = len(rewards)\n    others = (rewards.sum(axis=0, keepdims=True)"),
+        Mistake("The sum runs over the first axis, the prompts. The other responses to a prompt are in its row.",
+                "rewards.sum(axis=1, keepdims=True)", "rewards.sum(axis=0, keepdims=True)"),
         Mistake("This is the baseline, not the advantage: it must be subtracted from the reward.", "rewards - others",
                 "others"),
         Mistake("The sign is reversed: good responses would become less likely.", "rewards - others",

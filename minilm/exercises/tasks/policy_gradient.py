@@ -68,6 +68,9 @@ TASK = Task(
     hints=("d log softmax(z)_y / dz = onehot(y) - softmax(z). The rest are factors: A, the mask, 1/N, the sign.",
            "dlogits = (A / N) mask (p - onehot(token)), with A[:, None] and a last axis for the vocabulary."),
     mistakes=(
+        Mistake("The softmax runs over the positions (axis 1). The vocabulary is the last axis.",
+                "logits.max(axis=-1, keepdims=True))\n    p = e / e.sum(axis=-1, keepdims=True)",
+                "logits.max(axis=1, keepdims=True))\n    p = e / e.sum(axis=1, keepdims=True)"),
         Mistake("The sign is reversed: a step of descent must make a token with A > 0 more likely.", "(p - onehot)",
                 "(onehot - p)"),
         Mistake("The probabilities are missing: log softmax also depends on the other logits.", "(p - onehot)",

@@ -62,6 +62,8 @@ TASK = Task(
                 "of_responses = np.where(mask, log_probs, 0.0).sum(axis=1)\n    return -(advantages * "
                 "of_responses).mean()",
                 "return -(advantages * np.where(mask, log_probs, 0.0)).sum() / len(log_probs)"),
+        Mistake("The sum runs over the responses (axis 0). log pi(y|x) is the sum over the tokens of one response.",
+                ".sum(axis=1)", ".sum(axis=0)"),
         Mistake("The probability of the response in place of its logarithm.", "(advantages * of_responses)",
                 "(advantages * np.exp(of_responses))"),
         Mistake("The mean of A times the mean of log pi; the mean of the products is needed.",

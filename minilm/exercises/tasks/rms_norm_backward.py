@@ -56,6 +56,13 @@ TASK = Task(
                 "dn = dy * weight", "dn = dy"),
         Mistake("eps is added outside the root.", "np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)",
                 "(np.sqrt((x * x).mean(axis=-1, keepdims=True)) + eps)"),
+        Mistake("Both means run over the rows. Each row is normalised by itself: they run over the last axis.",
+                "np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)\n    n = x * r\n    dn = dy * weight\n    "
+                "dx = r * (dn - n * (dn * n).mean(axis=-1, keepdims=True))",
+                "np.sqrt((x * x).mean(axis=0, keepdims=True) + eps)\n    n = x * r\n    dn = dy * weight\n    "
+                "dx = r * (dn - n * (dn * n).mean(axis=0, keepdims=True))"),
+        Mistake("dweight is summed over the last axis. One weight is used in every row: sum over the rows.",
+                "(dy * n).sum(axis=0)", "(dy * n).sum(axis=-1)"),
         Mistake("dweight is averaged over the rows. One weight is used in every row: its gradients are added.",
                 "(dy * n).sum(axis=0)", "(dy * n).mean(axis=0)"),
         Mistake("The weight is missing in the mean: it is the mean of dn * n, not of dy * n.", "(dn * n).mean",

@@ -50,6 +50,9 @@ TASK = Task(
            "d/dz_i = 1[i = y] - p_i. The loss is the negative mean of it: (p - onehot(y)) mask / M."),
     mistakes=(
         Mistake("The onehot of the target is missing: with p alone, every logit is pushed down.", "(p - onehot)", "p"),
+        Mistake("The softmax runs over the positions (axis 1). The vocabulary is the last axis.",
+                "logits.max(axis=-1, keepdims=True))\n    p = e / e.sum(axis=-1, keepdims=True)",
+                "logits.max(axis=1, keepdims=True))\n    p = e / e.sum(axis=1, keepdims=True)"),
         Mistake("The sign is reversed: descent on this would make the target less likely.", "(p - onehot)",
                 "(onehot - p)"),
         Mistake("The mask is missing: prompt and padding get a gradient.", " * mask[..., None]", ""),

@@ -49,6 +49,8 @@ TASK = Task(
                 "changes the other p_j.", "(dp - (dp * p).sum(axis=-1, keepdims=True))", "(1 - p) * dp"),
         Mistake("The sum runs over the whole array. Each row is a softmax of its own.",
                 "(dp * p).sum(axis=-1, keepdims=True)", "(dp * p).sum()"),
+        Mistake("The sum runs over the first axis. Each row is a softmax of its own, over the last axis.",
+                "(dp * p).sum(axis=-1, keepdims=True)", "(dp * p).sum(axis=0, keepdims=True)"),
         Mistake("p is missing in the row sum.", "(dp * p).sum(axis=-1, keepdims=True)",
                 "dp.sum(axis=-1, keepdims=True)"),
         Mistake("A mean in place of the row sum.", "(dp * p).sum(axis=-1, keepdims=True)",

@@ -55,6 +55,14 @@ TASK = Task(
                 "np.exp(logits[np.arange(len(targets)), targets] - log_total)"),
         Mistake("The denominator is summed over the whole array instead of one row.",
                 "np.exp(logits - highest).sum(axis=-1)", "np.exp(logits - highest).sum()"),
+        Mistake("The largest logit and the sum are taken over the first axis: one denominator for each token of the "
+                "vocabulary. Each row has one, over the last axis.",
+                "logits.max(axis=-1, keepdims=True)\n    log_total = np.log(np.exp(logits - highest).sum(axis=-1)) + "
+                "highest[:, 0]",
+                "logits.max(axis=0)\n    log_total = np.log(np.exp(logits - highest).sum(axis=0)) + highest"),
+        Mistake("This is log softmax over the first axis. Each row is a distribution, over the last axis.",
+                "logits[np.arange(len(targets)), targets] - log_total",
+                "(logits - np.logaddexp.reduce(logits, axis=0))[np.arange(len(targets)), targets]"),
         Mistake("softmax first and log afterwards: a probability below 1e-323 rounds to 0, and its logarithm is -inf.",
                 "return logits[np.arange(len(targets)), targets] - log_total",
                 "return np.log(np.exp(logits[np.arange(len(targets)), targets] - log_total))")))

@@ -35,6 +35,23 @@ def test_the_hole_is_not_begun(task):
     assert (verdict.solved, verdict.begun) == (False, False) and "hole" in verdict.text
 
 
+def test_a_function_without_a_part_is_begun_and_wrong_in_the_case_that_needs_the_part():
+    def rows_alone(x):
+        if x.ndim == 3:
+            raise NotImplementedError("three axes")
+        return TASKS["softmax"].solution(x)
+
+    def three_axes_alone(x):
+        if x.ndim < 3:
+            raise NotImplementedError
+        return TASKS["softmax"].solution(x)
+
+    for function, case in ((rows_alone, "two leading axes"), (three_axes_alone, "one row")):
+        verdict = grade(TASKS["softmax"], function)
+        assert verdict.begun and not verdict.solved
+        assert verdict.text.startswith(f'wrong in the case "{case}": it raises NotImplementedError'), verdict.text
+
+
 def test_the_solution_in_the_place_of_the_hole_is_right(task):
     head, _, rest = student_file(task).partition(HOLE)
     assert not rest

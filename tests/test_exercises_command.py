@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 
 from minilm.exercises import __main__, catalogue, cuda, process, tasks
+from minilm.exercises.grading import grade
 from minilm.exercises.task import HOLE, solution_text, student_file
 from minilm.kernels import emulator
 
@@ -146,8 +147,10 @@ def test_a_loop_after_the_first_wrong_number_still_gives_the_verdict(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ("def softmax(x):\n    return x +\n", "Python cannot read the file: line 2: invalid syntax: return x +"),
-    ("x = 1 / 0\n", "the file cannot be loaded: ZeroDivisionError: division by zero"),
+    ("x = 1 / 0\n", "the file cannot be loaded: ZeroDivisionError in line 1: division by zero"),
     ("raise SystemExit\n", "the file cannot be loaded: SystemExit"),
+    ("\nraise KeyboardInterrupt\n", "the file cannot be loaded: KeyboardInterrupt in line 2"),
+    ("def softmax(x):\n    raise KeyboardInterrupt\n", "it raises KeyboardInterrupt in line 2"),
     ("softmax = 3\n", "the file has no function softmax"), ("", "the file has no function softmax"),
     (b"\xff\xfe", "the file cannot be loaded: UnicodeDecodeError"),
     ("import os\ndef softmax(x):\n    os._exit(3)\n", 'wrong in the case "one row": the process ended with status 3'),
@@ -164,6 +167,24 @@ def test_a_file_with_a_byte_order_mark_and_imports_of_its_folder_is_read(tmp_pat
     text = "\ufeff" + solved_file("softmax").replace("import numpy as np", "from my_tools import np")
     verdict = checked(tmp_path, text)
     assert verdict.solved and not list(tmp_path.rglob("*.pyc"))
+
+
+def test_a_file_with_a_dataclass_and_annotations_that_are_text_is_read(tmp_path):
+    text = ("from __future__ import annotations\nimport dataclasses\n\n\n@dataclasses.dataclass\nclass Row:\n"
+            "    numbers: list[float]\n\n\n" + solved_file("softmax").partition('"""\n')[2])
+    assert checked(tmp_path, text).solved
+
+
+def test_a_property_that_is_interrupted_is_told():
+    rope = tasks.load("rope")
+
+    def stops(x, positions, base):
+        if base == 50:                              # the base of the property
+            raise KeyboardInterrupt
+        return rope.solution(x, positions, base)
+
+    verdict = grade(rope, stops)
+    assert verdict.text == "right in all cases; computing a property, it raises KeyboardInterrupt"
 
 
 def test_a_file_that_is_saved_again_at_once_is_the_new_one(tmp_path):

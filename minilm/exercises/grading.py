@@ -99,13 +99,13 @@ def grade(task: Task, function: Callable, path: str = "", at: Callable[[str], No
     for words, values in arguments.items():
         at(f'in the case "{words}"')
         outcomes[words] = observe(task, function, values, path)
-        if outcomes[words].raised == "NotImplementedError":
-            return NOT_BEGUN
         if (problem := _problem(task, outcomes[words], expected[words], values)) is not None:
             first = Wrong(words, problem, path)
             found(first.verdict(task, outcomes[words], values, []))
             for other in arguments.keys() - outcomes.keys():
                 outcomes[other] = observe(task, function, arguments[other], path)
+            if all(outcome.raised == "NotImplementedError" for outcome in outcomes.values()):
+                return NOT_BEGUN
             hint = recognise(task, outcomes, arguments, words)
             more = [hint] if hint else in_general(task, function, outcomes, arguments, expected, words)
             return first.verdict(task, outcomes[words], values, more)
@@ -136,7 +136,7 @@ def _properties(task, function, path, arguments, expected):
     """The verdict on a function that is right in all cases."""
     try:
         parts = list(task.properties(function)) if task.properties else []
-    except (Exception, SystemExit) as raised:
+    except BaseException as raised:
         return Verdict(False, f"right in all cases; computing a property, it raises {in_words(raised, path)}")
     for part in parts:
         if (text := broken(part)):

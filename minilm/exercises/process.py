@@ -15,6 +15,7 @@ from pathlib import Path
 from minilm import checks
 from minilm.exercises import tasks
 from minilm.exercises.grading import NOT_BEGUN, Verdict, grade
+from minilm.exercises.outcome import in_words
 from minilm.exercises.task import Task, is_untouched, run_text
 
 SECONDS = 20.0
@@ -84,12 +85,12 @@ def child(name: str, path: str, report: str) -> None:
 
 def _verdict(task, text, path, at, found):
     try:
-        module = run_text("exercise", text.decode("utf-8"), path)
+        module = run_text(f"_minilm_{Path(path).stem}", text.decode("utf-8"), path)
     except SyntaxError as error:
         return Verdict(False, f"Python cannot read the file: line {error.lineno}: {error.msg}: "
                               f"{(error.text or '').strip()}")
-    except (Exception, SystemExit) as error:
-        return Verdict(False, f"the file cannot be loaded: {type(error).__name__}: {error}")
+    except BaseException as error:                  # SystemExit and KeyboardInterrupt, too: it is the student's
+        return Verdict(False, f"the file cannot be loaded: {in_words(error, path)}")
     function = getattr(module, task.name, None)
     if not callable(function):
         return Verdict(False, f"the file has no function {task.name}; `start` writes one with the right name")

@@ -154,10 +154,15 @@ class _FromText(importlib.abc.SourceLoader):
 
 
 def run_text(name: str, text: str, path: str, names: dict[str, Any] | None = None) -> types.ModuleType:
-    """The module of a text, in which `names` are defined beforehand. Raises what the text raises."""
+    """The module of a text, in which `names` are defined beforehand. Raises what the text raises.
+
+    name  its key in sys.modules, where dataclasses and typing look for the module of a class. Not the name of another
+          module
+    """
     module = types.ModuleType(name)
     module.__dict__.update(names or {})
     module.__dict__.update(__name__=name, __file__=path)
+    sys.modules[name] = module
     _FromText(text, path).exec_module(module)
     return module
 
@@ -169,5 +174,5 @@ def variant(task: Task, *mistakes: Mistake) -> Callable:
         if text.count(mistake.right) != 1:
             raise ValueError(f"{task.name}: {mistake.right!r} stands in the solution {text.count(mistake.right)} times")
         text = text.replace(mistake.right, mistake.wrong)
-    module = run_text(task.module.__name__, text, f"<{task.name} with a mistake>", vars(task.module))
+    module = run_text(f"_minilm_variant_of_{task.name}", text, f"<{task.name} with a mistake>", vars(task.module))
     return getattr(module, task.name)

@@ -175,6 +175,34 @@ def test_a_file_with_a_dataclass_and_annotations_that_are_text_is_read(tmp_path)
     assert checked(tmp_path, text).solved
 
 
+@pytest.mark.parametrize("change", ["np.exp = np.zeros_like", "np.log = None", "np.seterr(all='raise')",
+                                    "import warnings\nwarnings.simplefilter('error')\nnp.exp = lambda x: 1 / 0 * x"])
+def test_a_file_that_changes_numpy_is_held_against_the_right_numbers(tmp_path, change):
+    wrong = f"import numpy as np\n{change}\ndef softmax(x):\n    return np.full(x.shape, 1 / x.shape[-1])\n"
+    verdict = checked(tmp_path, wrong)
+    assert verdict.text.startswith('wrong in the case "one row": number [0] of p is 0.3333333333333333; expected 0.24')
+    mistake = f"import numpy as np\nexp = np.exp\n{change}\ndef softmax(x):\n    return exp(x)\n"
+    verdict = checked(tmp_path, mistake)
+    assert verdict.text.count("\n  - ") == 2 and f"  - {SOFTMAX.mistakes[0].hint}\n" in verdict.text
+    matmul = tasks.load("matmul_vjp")
+    text = f"import numpy as np\n{change}\ndef matmul_vjp(x, w, dy):\n    return dy @ w.T, x @ dy\n"
+    assert "Hint: x is not transposed in dw." in checked(tmp_path, text, task=matmul).text
+
+
+def test_settings_of_warnings_and_of_numpy_in_a_file_do_not_stop_the_grader(tmp_path):
+    rope = tasks.load("rope")
+    text = "import warnings\nwarnings.simplefilter('error')\n" + solved_file("rope").replace(
+        "import numpy as np\n", "import numpy as np\nnp.seterr(all='raise')\n")
+    assert checked(tmp_path, text, task=rope).solved
+    text = solved_file("softmax").replace("import numpy as np\n", "import numpy as np\nnp.seterr(all='raise')\n")
+    assert checked(tmp_path, text).solved               # exp(-2000) is 0, without an error
+
+
+def test_a_file_that_breaks_the_grader_is_told_so(tmp_path):
+    verdict = checked(tmp_path, "import numpy as np\nnp.isnan = None\n" + solved_file("softmax"))
+    assert verdict.text.startswith("the grader fails: TypeError: 'NoneType' object is not callable. Does the file")
+
+
 def test_a_property_that_is_interrupted_is_told():
     rope = tasks.load("rope")
 

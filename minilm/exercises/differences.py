@@ -22,11 +22,14 @@ def difference(task: Task, arguments: tuple, result: int, place: tuple[int, ...]
     return (values[0] - values[1]) / (2 * h)
 
 
-def difference_error(task: Task, arguments: tuple, results: tuple[np.ndarray, ...]) -> float:
+def slopes(task: Task, arguments: tuple, results: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    """What all results must be, by finite differences. results: arrays of the right shapes."""
+    return tuple(np.array([difference(task, arguments, i, place) for place in np.ndindex(result.shape)])
+                 .reshape(result.shape) for i, result in enumerate(results))
+
+
+def difference_error(by_differences: tuple[np.ndarray, ...], results: tuple[np.ndarray, ...]) -> float:
     """max|result - finite differences| / max(max|finite differences|, 1e-3), the largest of all results."""
-    errors = []
-    for i, result in enumerate(results):
-        slopes = np.array([difference(task, arguments, i, place) for place in np.ndindex(result.shape)])
-        slopes = slopes.reshape(result.shape)
-        errors.append(np.abs(slopes - result).max(initial=0) / max(np.abs(slopes).max(initial=0), 1e-3))
+    errors = [np.abs(slope - result).max(initial=0) / max(np.abs(slope).max(initial=0), 1e-3)
+              for slope, result in zip(by_differences, results, strict=True)]
     return float(max(errors))

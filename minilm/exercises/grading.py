@@ -5,15 +5,16 @@ functions with the same Outcomes in all cases make the same mistake: that is how
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 
-from minilm.exercises import golden
-from minilm.exercises.differences import difference, difference_error
-from minilm.exercises.outcome import Outcome, as_arrays, close, in_words, observe
+from minilm.exercises.differences import difference_error
+from minilm.exercises.outcome import Outcome, close, in_words, observe
 from minilm.exercises.recognise import in_general, recognise
-from minilm.exercises.task import Property, Task, cases, copies
+from minilm.exercises.reference import Reference
+from minilm.exercises.task import Property, Task
 
 RIGHT_BUT = "the numbers are right, but"
 SHOWN = 12              # an argument with at most so many numbers is printed
@@ -33,11 +34,12 @@ NOT_BEGUN = Verdict(False, "not begun: the function still has its hole", begun=F
 
 # One call.
 
-def _problem(task, outcome, expected, arguments):
-    """What is wrong with an outcome, in words; None if it is right."""
+def _problem(reference, words, outcome):
+    """What is wrong with the outcome in a case, in words; None if it is right."""
+    task = reference.task
     if outcome.results is None:
         return outcome.problem
-    for i, (name, got, right) in enumerate(zip(task.returns, outcome.results, expected)):
+    for i, (name, got, right) in enumerate(zip(task.returns, outcome.results, reference.expected[words])):
         if got.shape != right.shape:
             return f"{name} has shape {got.shape}; it must be {right.shape}"
         if right.dtype.kind in "iu" and got.dtype.kind not in "iu":
@@ -45,7 +47,7 @@ def _problem(task, outcome, expected, arguments):
         wrong = ~close(task, got, right)
         if wrong.any():
             place = tuple(map(int, np.argwhere(wrong)[0]))
-            return _wrong_number(task, i, place, got, right, arguments) + _of_dtype(got, right)
+            return _wrong_number(reference, words, i, place, got) + _of_dtype(got, right)
     if outcome.changed:
         names = " and ".join(outcome.changed)
         return (f"{RIGHT_BUT} your function changed its argument {names}: the caller still needs it. "
@@ -53,12 +55,13 @@ def _problem(task, outcome, expected, arguments):
     return None
 
 
-def _wrong_number(task, i, place, got, right, arguments):
+def _wrong_number(reference, words, i, place, got):
+    task = reference.task
     name = task.returns[i]
     where = f"number [{', '.join(map(str, place))}] of {name}" if place else name
-    text = f"{where} is {got[place].item()!r}; expected {right[place].item()!r}"
+    text = f"{where} is {got[place].item()!r}; expected {reference.expected[words][i][place].item()!r}"
     if task.scalar is not None:
-        text += f". Finite differences in {task.wrt[i]}: {difference(task, arguments, i, place):.8g}"
+        text += f". Finite differences in {task.wrt[i]}: {reference.slopes[words][i][place]:.8g}"
     return text
 
 
@@ -86,31 +89,31 @@ def _inputs(task, arguments):
 
 
 def grade(task: Task, function: Callable, path: str = "", at: Callable[[str], None] = lambda words: None,
-          found: Callable[[Verdict], None] = lambda verdict: None) -> Verdict:
+          found: Callable[[Verdict], None] = lambda verdict: None, reference: Reference | None = None) -> Verdict:
     """The verdict on a function.
 
-    at     is told in words what is being computed, before each call
-    found  is told a first verdict, before the search for the mistake
+    at         is told in words what is being computed, before each call
+    found      is told a first verdict, before the search for the mistake
+    reference  of the task; a new one by default
     """
-    arguments = {**cases(task), **golden.cases(task)}
-    expected = {words: as_arrays(task.expected(*copies(values))) for words, values in cases(task).items()}
-    expected.update((words, golden.expected(task)) for words in golden.cases(task))
+    reference = reference or Reference(task)
+    arguments = reference.arguments
     outcomes: dict[str, Outcome] = {}
     for words, values in arguments.items():
         at(f'in the case "{words}"')
         outcomes[words] = observe(task, function, values, path)
-        if (problem := _problem(task, outcomes[words], expected[words], values)) is not None:
+        if (problem := _problem(reference, words, outcomes[words])) is not None:
             first = Wrong(words, problem, path)
             found(first.verdict(task, outcomes[words], values, []))
             for other in arguments.keys() - outcomes.keys():
                 outcomes[other] = observe(task, function, arguments[other], path)
             if all(outcome.raised == "NotImplementedError" for outcome in outcomes.values()):
                 return NOT_BEGUN
-            hint = recognise(task, outcomes, arguments, words)
-            more = [hint] if hint else in_general(task, function, outcomes, arguments, expected, words)
+            hint = recognise(reference, outcomes, words)
+            more = [hint] if hint else in_general(reference, function, outcomes, words)
             return first.verdict(task, outcomes[words], values, more)
     at("when the properties are computed, after all cases")
-    return _properties(task, function, path, arguments, expected)
+    return _properties(reference, function, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,18 +135,20 @@ class Wrong:
         return Verdict(False, "\n".join(lines + hints + end))
 
 
-def _properties(task, function, path, arguments, expected):
+def _properties(reference, function, path):
     """The verdict on a function that is right in all cases."""
+    task = reference.task
     try:
-        parts = list(task.properties(function)) if task.properties else []
+        with warnings.catch_warnings(), np.errstate():          # what the function sets ends here
+            parts = list(task.properties(function)) if task.properties else []
     except BaseException as raised:
         return Verdict(False, f"right in all cases; computing a property, it raises {in_words(raised, path)}")
     for part in parts:
         if (text := broken(part)):
             return Verdict(False, text)
-    lines = [f"solved: right in {len(arguments)} cases"]
+    lines = [f"solved: right in {len(reference.arguments)} cases"]
     if task.scalar is not None:
-        error = max(difference_error(task, values, expected[words]) for words, values in arguments.items())
+        error = max(difference_error(reference.slopes[words], results) for words, results in reference.expected.items())
         lines[0] += f", and equal to finite differences (largest error {error:.0e})"
     lines += [f"It holds: {part.statement}" for part in parts]
     return Verdict(True, "\n".join([*lines, f"In minilm: {task.read}"]))

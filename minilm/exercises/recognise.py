@@ -1,37 +1,31 @@
 """Which mistake gives these numbers: one of the task's, two of them, or what the numbers alone show."""
 
-import itertools
 from collections.abc import Callable
 
 import numpy as np
 
 from minilm.exercises.outcome import Outcome, close, observe, same
-from minilm.exercises.task import Mistake, Task, variant
+from minilm.exercises.reference import Reference
 
 NEAR = 1e-5             # of the largest number: digits are lost, the formula is right
-Expected = dict[str, tuple[np.ndarray, ...]]
 
 
-def recognise(task: Task, outcomes: dict[str, Outcome], arguments: dict[str, tuple], failed: str) -> str:
+def recognise(reference: Reference, outcomes: dict[str, Outcome], failed: str) -> str:
     """The hint of the mistake that gives these outcomes, or of two mistakes; "" if there is none.
 
     failed: the case in which the first wrong number was. A mistake that gives the same numbers there, though not in all
     cases, is named last, as a possibility.
     """
-    def outcomes_of(*mistakes):
-        function = variant(task, *mistakes)
-        return {words: observe(task, function, values) for words, values in arguments.items()}
-
+    task = reference.task
     if all(outcome.results is None for outcome in outcomes.values()):
         return ""
-    single = {mistake: outcomes_of(mistake) for mistake in task.mistakes}
-    for mistake, theirs in single.items():
+    for mistake, theirs in reference.single.items():
         if _all_same(task, outcomes, theirs):
             return f"Hint: {mistake.hint}"
-    for two in itertools.combinations(task.mistakes, 2):
-        if _fit(task, *two) and _all_same(task, outcomes, outcomes_of(*two)):
+    for two, theirs in reference.double.items():
+        if _all_same(task, outcomes, theirs):
             return "Hint: two mistakes at once.\n" + "\n".join(f"  - {mistake.hint}" for mistake in two)
-    likely = [mistake.hint for mistake, theirs in single.items()
+    likely = [mistake.hint for mistake, theirs in reference.single.items()
               if outcomes[failed].results is not None and same(task, outcomes[failed], theirs[failed])]
     return f"Perhaps, because it gives the same numbers in this case: {likely[0]}" if len(likely) == 1 else ""
 
@@ -40,32 +34,22 @@ def _all_same(task, a, b):
     return all(same(task, a[words], b[words]) for words in a)
 
 
-def _fit(task, one: Mistake, other: Mistake):
-    """Whether two replacements do not touch each other."""
-    try:
-        variant(task, one, other)
-        variant(task, other, one)
-    except (ValueError, SyntaxError):
-        return False
-    return True
-
-
 # Without a list of mistakes.
 
-def in_general(task: Task, function: Callable, outcomes: dict[str, Outcome], arguments: dict[str, tuple],
-               expected: Expected, failed: str) -> list[str]:
+def in_general(reference: Reference, function: Callable, outcomes: dict[str, Outcome], failed: str) -> list[str]:
     """What the numbers of a wrong function show by themselves, in sentences."""
+    task = reference.task
     outcome = outcomes[failed]
     if outcome.results is None:
         return []
-    if not same(task, outcome, observe(task, function, arguments[failed])):
+    if not same(task, outcome, observe(task, function, reference.arguments[failed])):
         return ["Two calls with the same arguments give different results: the function must have no randomness and no "
                 "memory of earlier calls."]
     if any("overflow encountered in exp" in text for text in outcome.warnings):
         return ["exp of a number above 709 is infinite in float64. Change the formula so that exp gets none."]
-    for i, (name, result, right) in enumerate(zip(task.returns, outcome.results, expected[failed])):
+    for i, (name, result, right) in enumerate(zip(task.returns, outcome.results, reference.expected[failed])):
         if result.shape == right.shape and not close(task, result, right).all():
-            text = _relation(name, *_numbers(outcomes, expected, i, failed))
+            text = _relation(name, *_numbers(outcomes, reference.expected, i, failed))
             return [text] if text else []
     return []
 

@@ -26,7 +26,9 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
                         ("test_tensor_core_checkers", "test_tensor_cores")),
         "stream": ("test_late", "test_chat"), "encoding": ("test_training_data",),
         **dict.fromkeys(("grading", "outcome", "recognise", "task", "differences"), ("test_exercises",)),
-        **dict.fromkeys(("process", "catalogue"), ("test_exercises_command",)), "predict": ("test_predictions",)}
+        **dict.fromkeys(("process", "catalogue"), ("test_exercises_command",)),
+        "reference": ("test_exercises", "test_exercises_command"),
+        "predict": ("test_predictions",)}
 # Tests of many modules. They run first where the likely ones pass.
 WIDE = ("test_arguments", "test_tensor", "test_layers", "test_inputs", "test_lecture", "test_stages", "test_fuzz")
 # The slowest tests run last: of ranks under mpiexec, of kernels, of the assistant, of benchmarks.

@@ -219,7 +219,7 @@ PARTS = {
     "align": Part("scripts/bench/README.md", "40 min, on an idle machine",
                   commands=("scripts/bench/align.py --works dpo,dpo-adapters,sampling --threads 2 --rounds 3",)),
     "align_stages": Part("scripts/bench/README.md", "25 min, on an idle machine", commands=(ALIGN_STAGES,)),
-    "preferences": Part("scripts/two_preferences.md", "40 min, after scripts/get_smollm2.py", whole=True,
+    "preferences": Part("scripts/two_preferences.md", "an hour, after scripts/get_smollm2.py", whole=True,
                         commands=("scripts/two_preferences.py --out runs/two-preferences --resume",
                                   "scripts/two_preferences.py --out runs/two-preferences --print"),
                         figure=("runs/two-preferences/two_preferences.png", "scripts/two_preferences.png")),

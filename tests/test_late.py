@@ -181,6 +181,16 @@ def test_a_readback_gives_the_tree_with_numpy_arrays_once_its_event_is_reached(r
     assert type(found[3]) is Pair and found[3] == (y, 3)
 
 
+def test_a_copy_to_the_host_has_the_values_of_when_it_was_asked_for(emulated):
+    x, host = emulated.ones(3), np.zeros(3)
+    x.get(out=host, blocking=False)
+    x[...] = 2
+    event = emulated.cuda.Event()
+    event.record()
+    event.synchronize()
+    assert (host == 1).all()
+
+
 def test_a_readback_that_is_dropped_waits_for_its_copy(emulated):
     """Its memory is given to the next copy at once."""
     readback = Readback((emulated.ones(3),))

@@ -182,6 +182,13 @@ def test_wrong_results_and_errors_are_named(run, returned, words):
     assert lines["dpo_loss"].endswith("mine.py, line 3)") == ("it raised" in words)
 
 
+def test_a_leaf_on_which_the_loss_does_not_depend_has_a_gradient_of_0():
+    def half(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
+        return dpo_loss(policy_chosen, policy_rejected.data, reference_chosen, reference_rejected, beta)
+    verdict, words = of("dpo_loss", half, "minilm")
+    assert verdict == "DIFFERS" and "dpolicy_rejected" in words
+
+
 @pytest.mark.parametrize("framework, returned, words", [
     ("minilm", "0.5", "DIFFERS: with --as minilm it must return a Tensor; it returned float"),
     ("minilm", "ops.mean(ops.log_softmax(0))", "DIFFERS: it raised "),

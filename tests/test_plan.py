@@ -133,8 +133,8 @@ def test_with_several_updates_there_is_one_batch_for_each_batch_of_samples(updat
 
 def test_a_call_that_starts_between_two_batches_of_samples_draws_for_the_steps_that_are_left():
     """The first call ends after one of the three updates on the second batch: the next call draws to its prompts."""
-    asked, state = prompts_asked(4, 9, updates=3, batches=BATCHES)
-    assert asked == [BATCHES[0], BATCHES[1], BATCHES[1], BATCHES[2]] and state.step == 9
+    asked, state = prompts_asked(4, 10, updates=3, batches=BATCHES)
+    assert asked == [BATCHES[0], BATCHES[1], BATCHES[1], BATCHES[2], BATCHES[3]] and state.step == 10
 
 
 def test_a_call_that_starts_at_a_batch_of_samples_continues_bit_for_bit():

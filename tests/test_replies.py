@@ -96,3 +96,10 @@ def test_the_demonstration_distribution_matches_the_frequency_of_draws(world):
     expected = pi[pi > 0] * count / world.shape[0]
     chi_squared, cells = ((drawn[pi > 0] - expected) ** 2 / expected).sum(), (pi > 0).sum()
     assert abs(chi_squared - cells) < 5 * (2 * cells) ** 0.5       # its mean and five standard deviations
+
+
+def test_pairs_ordered_by_gold_have_the_better_reply_first_and_none_of_equal_gold(rng):
+    world = ReplyWorld(words=1)
+    log_pi = np.full(world.shape, -np.log(world.shape[1]))
+    p, better, worse = world.ordered_by_gold(log_pi, rng, 200)
+    assert (world.gold[p, better] > world.gold[p, worse]).all() and 100 < len(p) <= 200

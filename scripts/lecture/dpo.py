@@ -88,9 +88,7 @@ class Paths:
         self.rng = rng
         self.settings = settings
         self.reference = world.log_distributions(model)
-        p, first, second = world.comparisons(self.reference, world.gold, rng, FRESH)
-        lead = world.gold[p, first] - world.gold[p, second]
-        self.fresh = np.array([p, *np.where(lead > 0, (first, second), (second, first))])[:, lead != 0]
+        self.fresh = world.ordered_by_gold(self.reference, rng, FRESH)
 
     def point(self, log_pi, compared):
         """Everything that is measured of a policy (P,Y)."""

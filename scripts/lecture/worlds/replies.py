@@ -156,6 +156,12 @@ class ReplyWorld(EnumerableWorld):
             y[here] = np.searchsorted(cumulative, uniforms[here] * cumulative[-1], side="right")
         return y
 
+    def ordered_by_gold(self, log_pi: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
+        """`count` pairs of replies, less those of equal gold reward: the prompts, the better and the worse, (3,N)."""
+        p, first, second = self.comparisons(log_pi, self.gold, rng, count)
+        lead = self.gold[p, first] - self.gold[p, second]
+        return np.array([p, *np.where(lead > 0, (first, second), (second, first))])[:, lead != 0]
+
     def comparisons(self, log_pi: np.ndarray, utility: np.ndarray, rng: np.random.Generator, count: int,
                     prompts: np.ndarray | None = None, flip_rate: float = 0.0
                     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -125,7 +125,7 @@ def measure(experiment, seed, steps, batches, held_out):
     asked = draw_questions(rng, 2000, digit_sums.DIGITS)
     start = sft(base.copy(), rng, demonstrations, SFT_STEPS)
     models = {"base": base, "sft": start}
-    rewards, tokens = {}, {}
+    rewards = {}
     # Passes of a token through a model: sampling and reference 1 each, an update 3.
     for name, recipe, loose in (("rloo", RLOO, False), ("grpo", GRPO, False), ("loose", GRPO, True)):
         updates = recipe.get("updates", 1)
@@ -137,7 +137,8 @@ def measure(experiment, seed, steps, batches, held_out):
                            **recipe)
         lengths = [metrics["completions/mean_length"] for metrics in stage]
         models[name], rewards[name] = policy, verifier.rewards
-        tokens[name] = (2 + 3 * updates) * PROMPTS * SAMPLES * sum(lengths)
+        if name == "rloo":
+            compute = (2 + 3 * updates) * PROMPTS * SAMPLES * sum(lengths)
         experiment.say(f"seed {seed}: {NAMES[name]}, reward {rewards[name][-1]}")
     own = generate(start, [question for question, _ in asked], LONGEST, rng, digit_sums.END).responses()
     kept = [(question, response) for (question, answer), response in zip(asked, own)
@@ -145,7 +146,7 @@ def measure(experiment, seed, steps, batches, held_out):
     for name, examples in (("longer", demonstrations), ("filtered", kept)):
         per_step = 3 * DEMONSTRATIONS * np.mean([len(response) for _, response in examples])
         spent = sum(map(len, own)) if name == "filtered" else 0
-        models[name] = sft(start.copy(), rng, examples, max(1, round((tokens["rloo"] - spent) / per_step)))
+        models[name] = sft(start.copy(), rng, examples, max(1, round((compute - spent) / per_step)))
     return {"rewards": rewards, **{name: measured(model, test, np.random.default_rng([seed, 2]))
                                    for name, model in models.items()}}
 

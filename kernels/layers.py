@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from minilm.backend import array_module, to_numpy
-from minilm.kernels import attention as attention_kernel, fused, log_probs
+from minilm.kernels import attention as attention_kernel, fused, log_probs, smear
 from minilm.kernels.launch import Array
 
 
@@ -63,6 +63,19 @@ def segment_plan(xp, segments: Sequence) -> attention_kernel.Plan:
     """The attention Plan of the segments of a packing.Pack; xp: cupy."""
     rows = [(s.start, s.queries, s.start, s.queries, 0, s.prefix_start, s.keys - s.queries) for s in segments]
     return attention_kernel.Plan(xp, rows)
+
+
+def smear_keys(qkv: Array, amount: Array, heads: int, neighbours: smear.Neighbours) -> tuple[Array, Callable]:
+    """qkv (..,(H+2G)K) of the N tokens of a packing.Pack with its keys smeared (rotary.smear). amount (G,K)"""
+    G, K = amount.shape
+    by_head = (-1, heads + 2 * G, K)
+    out = qkv.copy()
+    keys = smear.smear_forward(out.reshape(by_head), heads, amount, neighbours)
+
+    def vjp(dy):
+        dqkv = dy.copy()
+        return dqkv, smear.smear_backward(dqkv.reshape(by_head), heads, amount, neighbours, keys)
+    return out, vjp
 
 
 def segment_attention(qkv: Array, cos: Array, sin: Array, heads: int, kv_heads: int, plan: attention_kernel.Plan,

@@ -19,6 +19,7 @@ from minilm.kernels.decode import decode
 from minilm.kernels.fused_bf16 import to_bf16, to_float32
 from minilm.kernels.launch import Array
 from minilm.kernels.mixed_layers import MATRICES, Linear, Rounded, aligned, rounded
+from minilm.kernels.smear import smear_next
 
 
 def rounded_weights(matrices: dict, unembedding: Any) -> dict:
@@ -49,9 +50,16 @@ def layers_of_new_tokens(config: Any, weights: dict, T: int, first: Any, cache: 
     def layer(i, x):
         p = f"blocks.{i}."
 
-        def smeared(k):             # a padding token is no predecessor: its key counts as zero
+        def smeared(z):             # a padding token is no predecessor: its key counts as zero
+            H, amount = config.heads, weights[p + "key_smear"]
+            if T == 1:
+                return smear_next(z, H, amount, cache.last_keys[i])
+            keys = z.reshape(B, T, *z.shape[1:])[:, :, H:H + G]
+            k = to_float32(keys.swapaxes(1, 2))
             k = k if real is None else xp.where(real[:, None, :, None], k, 0)
-            return smear(k, weights[p + "key_smear"], cache.previous_key(i, k))
+            mixed = smear(k, amount, cache.previous_key(i, k))
+            keys[...] = to_bf16(xp.ascontiguousarray(mixed.swapaxes(1, 2)))
+            return None
         x = x + attention_branch(x, weights[p + "attention_norm"], weights[p + "qkv"], weights[p + "attention_out"],
                                  layer=i, smeared=smeared if config.key_smear else None, **shape)
         h, _ = fused_bf16.rms_norm(x, weights[p + "ffn_norm"], config.norm_eps)
@@ -73,7 +81,7 @@ def attention_branch(x: Array, norm: Array, qkv: Linear, attention_out: Linear, 
     """attention(rms_norm(x)) of the new tokens x (B T,D) of the B sequences of a Cache of bf16, which it extends.
 
     start: positions that were filled. plan: of cache_plan; None for one token, whose sequences begin at first (B,).
-    smeared(keys (B,G,T,K)) of float32, or None. cos, sin (B T,K/2).
+    smeared(z (B T,H+2G,K)) smears the keys of z in place; None: they are not. cos, sin (B T,K/2).
     """
     H, HG = heads, heads + kv_heads
     N, X = len(x), HG + kv_heads
@@ -83,7 +91,7 @@ def attention_branch(x: Array, norm: Array, qkv: Linear, attention_out: Linear, 
     z = qkv.forward(h, np.uint16).reshape(N, X, K)
     by_head = z.reshape(B, -1, X, K).swapaxes(1, 2)                             # (B,H+2G,T,K)
     if smeared is not None:
-        by_head[:, H:HG] = to_bf16(xp.ascontiguousarray(smeared(to_float32(by_head[:, H:HG]))))
+        smeared(z)
     fused_bf16.rope(z, cos, sin, HG, pairing)
     cache.extend(layer, by_head[:, H:HG], by_head[:, HG:])
     keys, values = cache.keys[layer], cache.values[layer]

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import numpy as np
 
 from minilm.backend import array_module, to_device
-from minilm.kernels import attention_bf16, fused, fused_bf16, gemm, log_probs
+from minilm.kernels import attention_bf16, fused, fused_bf16, gemm, log_probs, smear
 from minilm.kernels.attention import Operand, Plan
-from minilm.kernels.fused_bf16 import to_bf16, to_float32
+from minilm.kernels.fused_bf16 import to_bf16
 from minilm.kernels.launch import Array
 from minilm.kernels.layers import real_keys
 
@@ -132,13 +132,13 @@ def layers_of(attention: Callable, ffn: Callable, parameters: dict, matrices: Ca
 
 
 def attention_branch(x: Array, norm: Array, qkv: Array, qkv_a: Array | None, qkv_b: Array | None, attention_out: Array,
-                     out_a: Array | None, out_b: Array | None, amount: Array | None, *, plan: Plan, smear: Callable,
-                     cos: Array, sin: Array, heads: int, kv_heads: int, pairing: str,
-                     eps: float) -> tuple[Array, Callable]:
+                     out_a: Array | None, out_b: Array | None, amount: Array | None, *, plan: Plan,
+                     neighbours: smear.Neighbours | None, cos: Array, sin: Array, heads: int, kv_heads: int,
+                     pairing: str, eps: float) -> tuple[Array, Callable]:
     """attention(rms_norm(x)) of model.block.  x (N,D), tokens of a pack or of a rectangle of sequences -> (N,D)
 
     norm (D,), qkv (D,(H+2G)K), attention_out (H K,D), each followed by the A and B of its adapter; cos and sin (N,K/2)
-    of each token. amount (G,K) of rotary.smear, or None; smear(keys (G,N,K), amount) -> smeared keys, vjp.
+    of each token. amount (G,K) of rotary.smear, with the neighbours of each token; or None and None.
     """
     H, G, N = heads, kv_heads, len(x)
     K = qkv.shape[1] // (H + 2 * G)
@@ -147,7 +147,7 @@ def attention_branch(x: Array, norm: Array, qkv: Array, qkv_a: Array | None, qkv
     h, r = fused_bf16.rms_norm(x, norm, eps)
     into, back = Linear(qkv, qkv_a, qkv_b), Linear(attention_out, out_a, out_b)
     z = into.forward(h, np.uint16).reshape(N, H + 2 * G, K)
-    smear_vjp = _smear(z, H, G, amount, smear)
+    smear_vjp = _smeared(z, H, amount, neighbours)
     fused_bf16.rope(z, cos, sin, H + G, pairing)
     o = xp.empty((N, H, K), np.uint16)
     lse = xp.empty((H, N), np.float32)
@@ -185,20 +185,13 @@ def aligned(array: Array) -> Array:
     return array if array.data.ptr % 16 == 0 else array.copy()
 
 
-def _smear(z, H, G, amount, smear):
-    """Smears the keys of z (N,H+2G,K) in place, in float32. Returns a function that changes the gradient of z in place
-    likewise, and returns the gradient of amount."""
+def _smeared(z, H, amount, neighbours):
+    """Smears the keys of z (N,H+2G,K) in place. Returns a function that changes the gradient of z in place likewise,
+    and returns the gradient of amount."""
     if amount is None:
         return lambda dz: None
-    keys = slice(H, H + G)
-    mixed, vjp = smear(to_float32(z[:, keys]).swapaxes(0, 1), amount)
-    z[:, keys] = to_bf16(array_module(z).ascontiguousarray(mixed.swapaxes(0, 1)))
-
-    def smear_vjp(dz):
-        dk, damount = vjp(array_module(dz).ascontiguousarray(to_float32(dz[:, keys]).swapaxes(0, 1)))
-        dz[:, keys] = to_bf16(array_module(dz).ascontiguousarray(dk.swapaxes(0, 1)))
-        return damount
-    return smear_vjp
+    keys = smear.smear_forward(z, H, amount, neighbours)
+    return lambda dz: smear.smear_backward(dz, H, amount, neighbours, keys)
 
 
 def ffn_branch(x: Array, norm: Array, gate_up: Array, up_a: Array | None, up_b: Array | None, ffn_out: Array,

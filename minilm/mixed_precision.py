@@ -31,7 +31,7 @@ import numpy as np
 from minilm import checks
 from minilm.backend import array_module
 from minilm.config import Config
-from minilm.fast.packed_attention import Edges, Segment, rectangle_segments, smear_segments, tables_on_gpu
+from minilm.fast.packed_attention import Segment, rectangle_segments, tables_on_gpu
 from minilm.rotary import rope_tables
 from minilm.tensor import Tensor, no_grad, primitive
 
@@ -93,8 +93,8 @@ def layers_of_segments(config: Config, parameters: dict, segments: list[Segment]
 
     The tokens are those of the segments; positions (N,): of each in its own sequence, on the device.
     """
-    plan, edges = tables_on_gpu(positions, segments)
-    return _layers_of(config, parameters, plan, edges, positions)
+    plan, neighbours = tables_on_gpu(positions, segments, config.key_smear)
+    return _layers_of(config, parameters, plan, neighbours, positions)
 
 
 def layers_of_padded(config: Config, parameters: dict, key_mask: np.ndarray, positions: Any) -> Callable:
@@ -103,18 +103,18 @@ def layers_of_padded(config: Config, parameters: dict, key_mask: np.ndarray, pos
     The numbers of padding are those of layers.attention with this mask. Raises ValueError for a mask with gaps.
     """
     from minilm.kernels.mixed_layers import padded_plan
+    from minilm.kernels.smear import Neighbours
     xp = array_module(positions)
-    real = None if key_mask.all() else xp.asarray(key_mask.reshape(-1, 1).astype(bool))
-    edges = Edges(xp, rectangle_segments(*key_mask.shape), real)
-    return _layers_of(config, parameters, padded_plan(xp, key_mask, config.causal), edges, positions)
+    neighbours = Neighbours(xp, rectangle_segments(*key_mask.shape), key_mask.reshape(-1)) if config.key_smear else None
+    return _layers_of(config, parameters, padded_plan(xp, key_mask, config.causal), neighbours, positions)
 
 
-def _layers_of(config, parameters, plan, edges, positions):
+def _layers_of(config, parameters, plan, neighbours, positions):
     from minilm.kernels.mixed_layers import layers_of
     cos, sin = rope_tables(positions, config.head_width, config.rope_base, parameters["embedding"].dtype)
     return layers_of(_primitive("attention_branch"), _primitive("ffn_branch"), parameters, _matrices, plan=plan,
-                     smear=functools.partial(smear_segments, edges=edges), cos=cos, sin=sin, heads=config.heads,
-                     kv_heads=config.kv_heads, pairing=config.rope_pairing, eps=config.norm_eps)
+                     neighbours=neighbours, cos=cos, sin=sin, heads=config.heads, kv_heads=config.kv_heads,
+                     pairing=config.rope_pairing, eps=config.norm_eps)
 
 
 def _matrices(weight):

@@ -52,8 +52,12 @@ def emulated():
 @pytest.fixture(params=["emulated", pytest.param("cupy", marks=pytest.mark.gpu)])
 def xp(request):
     """CuPy, with which arrays on a device are made: its stand-in, and the real one."""
-    if request.param == "emulated":
-        return request.getfixturevalue("emulated")
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def cupy():
+    """The real CuPy, on a GPU."""
     cupy = pytest.importorskip("cupy", reason="needs CuPy: pip install -e '.[gpu]'")
     try:
         cupy.cuda.runtime.getDeviceCount()

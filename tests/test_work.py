@@ -76,11 +76,11 @@ STAGES = {
 # Launches, products, operations, copies, late waits and waits of one step of three layers; with smeared keys in the
 # second row. RLHF waits for the tokens, which the reward needs, and for the log-probs of the reference.
 OF_A_STEP = {
-    "pretraining": [(53, 39, 49, 7, 1, 0), (53, 39, 154, 10, 1, 0)],
-    "SFT": [(54, 39, 55, 21, 1, 0), (57, 39, 163, 30, 1, 0)],
-    "reward model": [(52, 39, 78, 19, 1, 0), (55, 39, 186, 28, 1, 0)],
-    "DPO": [(54, 39, 101, 23, 1, 0), (57, 39, 209, 32, 1, 0)],
-    "RLHF": [(170, 130, 314, 41, 1, 2), (173, 130, 767, 53, 1, 2)]}
+    "pretraining": [(53, 39, 49, 7, 1, 0), (62, 39, 64, 7, 1, 0)],
+    "SFT": [(54, 39, 55, 18, 1, 0), (63, 39, 70, 19, 1, 0)],
+    "reward model": [(52, 39, 78, 16, 1, 0), (61, 39, 93, 17, 1, 0)],
+    "DPO": [(54, 39, 101, 20, 1, 0), (63, 39, 116, 21, 1, 0)],
+    "RLHF": [(170, 130, 314, 38, 1, 2), (197, 130, 386, 42, 1, 2)]}
 
 
 @pytest.mark.parametrize("smeared", [False, True], ids=["", "key_smear"])
@@ -98,6 +98,21 @@ def test_a_step_asks_the_device_for_this_much(name, smeared, rng, emulated):
     assert counts(work) == OF_A_STEP[name][smeared], work
 
 
+@pytest.mark.gpu
+def test_cupy_refuses_products_while_a_stream_is_captured(cupy):
+    """Why no step is a CUDA graph. When this fails, CuPy has learned it: kernels/README.md."""
+    x = cupy.ones((2, 2), np.float32)
+    x @ x                                               # what is made once is made before
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        try:
+            with pytest.raises(NotImplementedError, match="cuBLAS"):
+                x @ x
+        finally:
+            stream.end_capture()
+
+
 def test_batches_of_one_shape_share_the_tables_of_attention(rng, emulated):
     """And a batch of another shape, or a pack with another prompt, has its own."""
     model = small_transformer(rng, head_width=16).to_device("gpu")
@@ -111,4 +126,4 @@ def test_batches_of_one_shape_share_the_tables_of_attention(rng, emulated):
         with emulator.counted() as work:
             call()
         copies.append(work.copies)
-    assert copies == [9, 3, 9, 11, 5, 11]
+    assert copies == [6, 3, 6, 8, 5, 8]

@@ -144,12 +144,16 @@ def attend_to_cache(c, parameters, T: int, first, cache: Cache) -> Callable:
 
     def attend(layer, qkv):
         B = len(qkv) // T
+        amount = parameters.get(f"blocks.{layer}.key_smear")
         heads = qkv.reshape(B, T, HG + c.kv_heads, c.head_width).swapaxes(1, 2)             # (B,H+2G,T,K)
-        if c.key_smear:
+        if amount is not None and T == 1 and is_cupy(qkv):
+            from minilm.kernels import smear
+            smear.smear_next(qkv.reshape(B, -1, c.head_width), H, amount, cache.last_keys[layer])
+        elif amount is not None:
             k = heads[:, H:HG]
             if real is not None:            # a padding token is no predecessor: its key counts as zero
                 k = xp.where(xp.asarray(real[:, None, start:, None]), k, 0)
-            heads[:, H:HG] = rotary.smear(k, parameters[f"blocks.{layer}.key_smear"], cache.previous_key(layer, k))
+            heads[:, H:HG] = rotary.smear(k, amount, cache.previous_key(layer, k))
         q_and_k = rotary.rotate(heads[:, :HG], rotation, c.rope_pairing)
         q = q_and_k[:, :H]
         keys, values = cache.extend(layer, q_and_k[:, H:], heads[:, HG:])

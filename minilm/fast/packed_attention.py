@@ -80,34 +80,35 @@ def attend_to_segments(config, parameters, segments: list[Segment], positions) -
 
 
 @functools.cache
-def _segment_attention():
+def _on_gpu(name):
     from minilm.kernels import layers as on_gpu
-    return primitive(on_gpu.segment_attention)
+    return primitive(getattr(on_gpu, name))
 
 
 @functools.lru_cache(maxsize=16)
-def _tables_on_gpu(xp, segments):
-    """The plan of attention and the Edges of segments given as tuples. Batches of one shape have the same."""
+def _tables_on_gpu(xp, segments, smeared):
+    """tables_on_gpu of segments given as tuples. Batches of one shape have the same."""
     from minilm.kernels import layers as on_gpu
+    from minilm.kernels.smear import Neighbours
     segments = [Segment(*places) for places in segments]
-    return on_gpu.segment_plan(xp, segments), Edges(xp, segments)
+    return on_gpu.segment_plan(xp, segments), Neighbours(xp, segments) if smeared else None
 
 
-def tables_on_gpu(like, segments: list[Segment]) -> tuple:
-    """The plan of attention and the Edges of segments, on the device of the array `like`."""
+def tables_on_gpu(like, segments: list[Segment], smeared: bool) -> tuple:
+    """The plan of attention and, for smeared keys, the Neighbours of segments, on the device of the array `like`."""
     return _tables_on_gpu(array_module(like), tuple(
-        (s.start, s.stop, s.prefix_start, s.prefix_stop) for s in segments))
+        (s.start, s.stop, s.prefix_start, s.prefix_stop) for s in segments), smeared)
 
 
 def _attend_on_gpu(config, parameters, segments, cos, sin, shape):
-    plan, edges = tables_on_gpu(cos, segments)
+    plan, neighbours = tables_on_gpu(cos, segments, config.key_smear)
 
     def attend(layer, qkv):
         if config.key_smear:
             amount = parameters[f"blocks.{layer}.key_smear"]
-            qkv = smear_keys(qkv, amount, edges, config.heads, config.kv_heads)
+            qkv = _on_gpu("smear_keys")(qkv, amount, heads=config.heads, neighbours=neighbours)
         rows = qkv.reshape(-1, qkv.shape[-1])
-        mixed = _segment_attention()(rows, cos, sin, plan=plan, **shape)
+        mixed = _on_gpu("segment_attention")(rows, cos, sin, plan=plan, **shape)
         return mixed.reshape(*qkv.shape[:-1], mixed.shape[-1])
     return attend
 
@@ -187,7 +188,7 @@ def _smeared_and_rotated(x, H, amount, rotation, groups, pairing):
     """Queries (H,N,K) and keys (G,N,K) ready for attention with scale 1, and the vjp; amount may be None."""
     k = x[H:]
     if amount is not None:
-        edges = Edges(array_module(x), [s for group in groups for s in group.segments])
+        edges = Edges([s for group in groups for s in group.segments])
         k, smeared_vjp = smear_segments(k, amount, edges)
     scaled = rotation * x.shape[-1] ** -0.5
 
@@ -254,28 +255,23 @@ def _add_back(flat, rows, group):
 # Key smearing: the key before a response's first key is the last key of its prompt.
 
 class Edges:
-    """Where segments begin, for smearing. Rows of a pack, integers of the library xp:
+    """Where segments begin, for smearing. Rows of a pack:
 
     first     the first row of each segment
     after     those of them that follow another token: the first rows of responses
-    before    the rows that they follow, the last of their prompts; `last_rows` are the same as NumPy's
-    real      (N,1) False on padding, which is no predecessor: its key counts as zero; None if there is no padding
+    before    the rows that they follow, the last of their prompts
     """
 
-    def __init__(self, xp, segments: list[Segment], real=None):
-        self.real = real
+    def __init__(self, segments: list[Segment]):
         follow = [s for s in segments if s.prefix_stop]
-        self.last_rows = np.array([s.prefix_stop - 1 for s in follow], int)
-        self.first = xp.array([s.start for s in segments], int)
-        self.after = xp.array([s.start for s in follow], int)
-        self.before = xp.asarray(self.last_rows)
+        self.first = np.array([s.start for s in segments], int)
+        self.after = np.array([s.start for s in follow], int)
+        self.before = np.array([s.prefix_stop - 1 for s in follow], int)
 
 
 def smear_segments(k, amount, edges: Edges) -> tuple[np.ndarray, Callable]:
-    """rotary.smear of keys (G,N,K), and the vjp for k and amount."""
-    xp = array_module(k)
-    k = k if edges.real is None else xp.where(edges.real, k, 0)
-    previous = xp.empty(k.shape, k.dtype)
+    """rotary.smear of keys (G,N,K), and the vjp for k and amount. On a GPU: kernels/smear.cu."""
+    previous = np.empty(k.shape, k.dtype)
     previous[:, 1:] = k[:, :-1]
     previous[:, edges.first] = 0
     previous[:, edges.after] = k[:, edges.before]
@@ -287,25 +283,7 @@ def smear_segments(k, amount, edges: Edges) -> tuple[np.ndarray, Callable]:
         dprevious[:, edges.first] = 0
         dk[:, :-1] += dprevious[:, 1:]
         # A prompt's last key is the previous key of each of its responses: their gradients add up.
-        ends, sums = segment_sum(edges.last_rows, of_responses)
-        dk[:, xp.asarray(ends)] += sums.swapaxes(0, 1)
-        return dk if edges.real is None else xp.where(edges.real, dk, 0), damount
+        ends, sums = segment_sum(edges.before, of_responses)
+        dk[:, ends] += sums.swapaxes(0, 1)
+        return dk, damount
     return mixed, vjp
-
-
-@primitive
-def smear_keys(qkv, amount, edges: Edges, heads: int, kv_heads: int):
-    """qkv (..,(H+2G)K) with its keys smeared and nothing else changed (on a GPU, before the attention kernel)."""
-    shape, n = qkv.shape, heads + 2 * kv_heads
-    by_head = qkv.reshape(-1, n, shape[-1] // n)
-    keys = slice(heads, heads + kv_heads)
-    mixed, smeared_vjp = smear_segments(by_head[:, keys].swapaxes(0, 1), amount, edges)
-    out = by_head.copy()
-    out[:, keys] = mixed.swapaxes(0, 1)
-
-    def vjp(dy):
-        dqkv = dy.reshape(out.shape).copy()
-        dk, damount = smeared_vjp(dqkv[:, keys].swapaxes(0, 1))
-        dqkv[:, keys] = dk.swapaxes(0, 1)
-        return dqkv.reshape(shape), damount
-    return out.reshape(shape), vjp

@@ -114,7 +114,8 @@ SIZES = {"attention": [{}, {"T": 131, "K": 128, "G": 1}, {"T": 65, "K": 64, "dty
          "sampling": [{}, {"V": 5003, "dtype": "float64"}],
          "fused": [{}, {"N": 37, "D": 768, "F": 260, "K": 64, "P": 100003}],
          "fused_bf16": [{}, {"N": 37, "D": 768, "F": 264, "K": 64}],
-         "sums_by_index": [{}, {"N": 3001, "D": 300}]}
+         "sums_by_index": [{}, {"N": 3001, "D": 300}],
+         "smear": [{}, {"N": 3001, "K": 64}, {"N": 300, "dtype": "bfloat16"}]}
 for name, cases in SIZES.items():
     for sizes in cases:
         importlib.import_module(f"minilm.kernels.{name}").example(cupy, np.random.default_rng(0), **sizes)
@@ -126,7 +127,7 @@ deadline=$LIMIT
 if wanted bench || wanted step; then deadline=$((SECONDS + 170)); fi
 wanted assistant && together assistant 300 "$python" scripts/assistant.py --device gpu --scale 0.05 --out "$work/assistant"
 if wanted tests; then
-    for name in emulator_against_gpu attention_kernel attention_bf16 decode_kernel log_probs_kernel sampling_kernel fused_kernels fused_bf16 gemm sums_by_index launch_limits late mixed_precision mixed_decoding mixed_lora tf32 einsum device; do
+    for name in emulator_against_gpu attention_kernel attention_bf16 decode_kernel log_probs_kernel sampling_kernel fused_kernels fused_bf16 gemm sums_by_index smear_kernel work launch_limits late mixed_precision mixed_decoding mixed_lora tf32 einsum device; do
         together "test_$name" 300 "$python" -m pytest -m gpu -q -rs --maxfail 20 --tb short -p no:cacheprovider \
             "tests/test_$name.py"
     done

@@ -13,7 +13,7 @@ from minilm.kernels.smear import Neighbours, smear_backward, smear_bytes, smear_
 DTYPES = ("float32", "float64", "bfloat16")
 TOLERANCE = {"float32": 1e-6, "float64": 1e-13, "bfloat16": 4e-3}         # bf16: half of the last of 8 bits
 TEXTS = [Segment(0, 4), Segment(4, 4, 0, 4), Segment(4, 6, 0, 4), Segment(6, 9, 0, 4), Segment(9, 10), Segment(10, 17),
-         Segment(17, 18, 10, 17)]
+         Segment(17, 18, 10, 17), Segment(18, 18, 10, 17)]
 of_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 

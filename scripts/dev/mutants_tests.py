@@ -19,6 +19,7 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
         "activation_checkpointing": ("test_tensor", "test_model"), "forked": ("test_ranks",),
         "ranks": ("test_mpi",), "heartbeat": ("test_mpi",), "workers": ("test_platforms",),
         "optim": ("test_ranks",), "agreement": ("test_ranks",), "launch": ("test_launch_limits",),
+        "smear": ("test_smear_kernel",),
         **dict.fromkeys(("mixed_layers", "lora"), ("test_mixed_lora", "test_mixed_precision")),
         "train_state": ("test_late", "test_ranks", "test_platforms", "test_agreement", "test_inputs"),
         "dpo": ("test_inputs",), "rlhf": ("test_ranks", "test_inputs"), "command_line": ("test_commands",),

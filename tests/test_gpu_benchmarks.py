@@ -151,7 +151,7 @@ def kernels_report(script, monkeypatch, tmp_path, capsys, *options):
 def test_attention_is_timed_in_both_precisions_against_the_kernels_of_pytorch_that_run(
         gpu, monkeypatch, tmp_path, capsys):
     pytest.importorskip("torch", reason="needs PyTorch: pip install torch")
-    for name, value in (("B", 1), ("H", 2), ("G", 2), ("K", 32)):
+    for name, value in (("B", 1), ("H", 2), ("G", 2), ("K", 32), ("WIDE", 64)):
         monkeypatch.setattr(bench_attention, name, value)
     status, printed, found = kernels_report(bench_attention, monkeypatch, tmp_path, capsys, "--lengths", "70")
     assert status == 0, printed
@@ -160,7 +160,8 @@ def test_attention_is_timed_in_both_precisions_against_the_kernels_of_pytorch_th
               for table in dict.fromkeys(row["table"] for row in found["rows"])}
     bf16 = "T = 70, bf16 (the share is of a product in float16)"
     assert tables == {**dict.fromkeys(("T = 70, forward", "T = 70, backward"), ["minilm", "plain CuPy", "torch, math"]),
-                      **dict.fromkeys((f"{bf16}, forward", f"{bf16}, backward"),
+                      **dict.fromkeys((f"{bf16}, {direction}" for bf16 in (bf16, bf16.replace("70,", "70, K = 64,"))
+                                       for direction in ("forward", "backward")),
                                       ["minilm, bf16", "torch, bf16, flash_attention"])}
     assert "minilm, bf16: " in printed and " of the speed of torch, bf16, flash_attention" in printed
     assert found["machine"].startswith("the emulator") and all(min(row["seconds"]) > 0 for row in found["rows"])

@@ -4,8 +4,9 @@
 
 Without a GPU it prints the bytes moved, from the formula that the tests compare with the emulator's count, beside
 those of attention with a matrix of scores and the least possible. The plan of the tiles is made before the timing,
-because a model makes one for all its layers. On a GPU of sm_80 or later it also times bf16 on tensor cores, against
-PyTorch's FlashAttention-2, cuDNN and memory-efficient attention. --json writes the times to a file.
+because a model makes one for all its layers. On a GPU of sm_80 or later it also times bf16 on tensor cores, with heads
+of 64 and of 128 numbers, against PyTorch's FlashAttention-2, cuDNN and memory-efficient attention. --json writes the
+times to a file.
 """
 
 import functools
@@ -23,6 +24,7 @@ B = 4
 H = 8
 G = 8
 K = 64
+WIDE = 128              # the other head width that bf16 is timed with
 TOLERANCE = 1e-4
 BF16_TOLERANCE = 2e-2
 
@@ -82,8 +84,9 @@ def pytorch(backend, q, k, v, do):
 
 def ours_bf16(q, k, v, do, plan):
     """Of arrays of uint16; the results too."""
-    o, lse = attention_bf16.batch_forward(q, k, v, plan, K ** -0.5)
-    return o, lambda: attention_bf16.batch_backward(q, k, v, o, do, lse, plan, K ** -0.5)
+    scale = q.shape[-1] ** -0.5
+    o, lse = attention_bf16.batch_forward(q, k, v, plan, scale)
+    return o, lambda: attention_bf16.batch_backward(q, k, v, o, do, lse, plan, scale)
 
 
 def pytorch_bf16(backend, *arrays):
@@ -115,8 +118,7 @@ def installed_torch():
 
 def time_on(report, T):
     cupy = report.cupy
-    rng = cupy.random.default_rng(0)
-    q, k, v, do = arrays = [rng.standard_normal((B, heads, T, K), dtype=np.float32) for heads in (H, G, G, H)]
+    q, k, v, do = arrays = drawn(cupy, T, K)
     plan = attention.batch_plan(cupy, q.shape, k.shape, True)
     with_torch = installed_torch()
     peers = {"minilm": functools.partial(ours, *arrays, plan), "plain CuPy": functools.partial(plain, *arrays)}
@@ -126,20 +128,28 @@ def time_on(report, T):
     if int(cupy.cuda.Device().compute_capability) < 80:
         print("\nbf16: needs a device of sm_80 or later")
         return
-    bits = [cupy.asarray(to_bf16(a.get())) for a in arrays]
-    peers = {"minilm, bf16": functools.partial(ours_bf16, *bits, plan)}
-    if with_torch:
-        peers |= {f"torch, bf16, {backend.lower()}": pytorch_bf16(backend, *bits)
-                  for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")}
-    compare(report, f"T = {T}, bf16 (the share is of a product in float16)", peers, BF16_TOLERANCE, T,
-            peak=measuring.product_rate(cupy, np.float16))
+    peak = measuring.product_rate(cupy, np.float16)
+    for width, words in ((K, ""), (WIDE, f", K = {WIDE}")):
+        bits = [cupy.asarray(to_bf16(a.get())) for a in (arrays if width == K else drawn(cupy, T, width))]
+        peers = {"minilm, bf16": functools.partial(ours_bf16, *bits, plan)}
+        if with_torch:
+            peers |= {f"torch, bf16, {backend.lower()}": pytorch_bf16(backend, *bits)
+                      for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")}
+        compare(report, f"T = {T}{words}, bf16 (the share is of a product in float16)", peers, BF16_TOLERANCE, T,
+                peak=peak, width=width)
 
 
-def compare(report, title, peers, tolerance, T, moved=None, peak=None):
+def drawn(cupy, T, width):
+    """Random q, k, v and the gradient of the output, (B,heads,T,width) in float32."""
+    rng = cupy.random.default_rng(0)
+    return [rng.standard_normal((B, heads, T, width), dtype=np.float32) for heads in (H, G, G, H)]
+
+
+def compare(report, title, peers, tolerance, T, moved=None, peak=None, width=K):
     """Tables of those {name: call} that agree, forward and backward."""
     with report.attempt(title):
         peers = measuring.those_that_agree(report.cupy, peers, both, tolerance)
-        products = operations(T)
+        products = operations(T, K=width)
         report.compare(f"{title}, forward", peers, lambda call: call, moved and moved["forward"][0],
                        products["forward"], peak)
         report.compare(f"{title}, backward", peers, lambda call: call()[1], moved and moved["backward"][0],

@@ -47,6 +47,7 @@ def rms_norm_backward(dy: Array, x: Array, weight: Array, r: Array) -> tuple[Arr
 
 def column_sums(x: Array) -> Array:
     """The sum of each column, in a fixed order.  (N,D) -> (D,)"""
+    real(x.dtype)
     check("x", x, x.dtype, (None, None))
     y = array_module(x).empty(x.shape[1], x.dtype)
     launch(_kernel(array_module(x), "column_sums", x.dtype), (-(-len(y) // 32),), (32, 8), x, y, len(x), len(y))

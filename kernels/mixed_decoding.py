@@ -8,6 +8,7 @@ Tests: tests/test_mixed_decoding.py.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from minilm.kernels.decode import decode
 from minilm.kernels.fused_bf16 import to_bf16, to_float32
 from minilm.kernels.launch import Array
 from minilm.kernels.mixed_layers import MATRICES, Linear, Rounded, aligned, rounded
-from minilm.kernels.smear import smear_next
+from minilm.kernels.smear import Neighbours, smear_forward, smear_next
 
 
 def rounded_weights(matrices: dict, unembedding: Any) -> dict:
@@ -32,17 +33,17 @@ def rounded_weights(matrices: dict, unembedding: Any) -> dict:
     return weights | {"unembedding": Rounded(rounded(array(unembedding)))}
 
 
-def layers_of_new_tokens(config: Any, weights: dict, T: int, first: Any, cache: Any, smear: Callable) -> Callable:
+def layers_of_new_tokens(config: Any, weights: dict, T: int, first: Any, cache: Any) -> Callable:
     """layer(i, x) for model.after_blocks, on arrays: x (B T,D), T new tokens of each sequence of a Cache of bf16.
 
-    weights: of rounded_weights. first: as in cached_decoding.forward_cached. smear: rotary.smear.
+    weights: of rounded_weights. first: as in cached_decoding.forward_cached.
     """
     _, B, G, capacity, _ = cache.keys.shape
     xp = array_module(cache.keys)
     start = cache.length
     rotation = cache.rotation(T)
     plan = None if T == 1 else cache_plan(xp, first, B, T, start, G * capacity)
-    real = None if first is None or T == 1 else xp.asarray(np.arange(start, start + T) >= first[:, None])
+    neighbours = key_neighbours(xp, first, B, T, start) if config.key_smear and T > 1 else None
     shape = {"heads": config.heads, "kv_heads": G, "pairing": config.rope_pairing, "eps": config.norm_eps,
              "cos": xp.tile(rotation.real, (B, 1)), "sin": xp.tile(rotation.imag, (B, 1)), "cache": cache,
              "start": start, "plan": plan, "first": first if T == 1 else None}
@@ -50,22 +51,36 @@ def layers_of_new_tokens(config: Any, weights: dict, T: int, first: Any, cache: 
     def layer(i, x):
         p = f"blocks.{i}."
 
-        def smeared(z):             # a padding token is no predecessor: its key counts as zero
-            H, amount = config.heads, weights[p + "key_smear"]
-            if T == 1:
-                return smear_next(z, H, amount, cache.last_keys[i])
-            keys = z.reshape(B, T, *z.shape[1:])[:, :, H:H + G]
-            k = to_float32(keys.swapaxes(1, 2))
-            k = k if real is None else xp.where(real[:, None, :, None], k, 0)
-            mixed = smear(k, amount, cache.previous_key(i, k))
-            keys[...] = to_bf16(xp.ascontiguousarray(mixed.swapaxes(1, 2)))
-            return None
+        def smear(z):
+            amount = weights[p + "key_smear"]
+            if neighbours is None:
+                smear_next(z, config.heads, amount, cache.last_keys[i])
+            else:
+                smear_several(z, config.heads, amount, neighbours, cache.last_keys[i])
         x = x + attention_branch(x, weights[p + "attention_norm"], weights[p + "qkv"], weights[p + "attention_out"],
-                                 layer=i, smeared=smeared if config.key_smear else None, **shape)
+                                 layer=i, smear=smear if config.key_smear else None, **shape)
         h, _ = fused_bf16.rms_norm(x, weights[p + "ffn_norm"], config.norm_eps)
         a = fused_bf16.swiglu_forward(weights[p + "gate_up"].forward(h, np.uint16))
         return x + weights[p + "ffn_out"].forward(a, np.float32)
     return layer
+
+
+def key_neighbours(xp, first: np.ndarray | None, B: int, T: int, start: int) -> Neighbours:
+    """For smear_several: of each sequence, the token before the T new ones, and these. Arguments as in cache_plan."""
+    texts = [SimpleNamespace(start=b * (1 + T), stop=(b + 1) * (1 + T), prefix_stop=0) for b in range(B)]
+    real = None if first is None else (np.arange(start - 1, start + T) >= first[:, None]).reshape(-1)
+    return Neighbours(xp, texts, real)
+
+
+def smear_several(z: Array, heads: int, amount: Array, neighbours: Neighbours, last: Array) -> None:
+    """Smears the keys of z (B T,X,K), T new tokens of each of B sequences, in place. last (B,G,K) in float32: the keys
+    before them, zeros at the start; it becomes the last of the new ones. Padding is before no token."""
+    B, G, K = last.shape
+    keys = z.reshape(B, -1, z.shape[1], K)[:, :, heads:heads + G]                       # (B,T,G,K)
+    text = array_module(z).concatenate([to_bf16(last)[:, None], keys], axis=1)
+    last[...] = to_float32(keys[:, -1])
+    smear_forward(text.reshape(-1, G, K), 0, amount, neighbours)
+    keys[...] = text[:, 1:]
 
 
 def cache_plan(xp, first: np.ndarray | None, B: int, T: int, start: int, row: int) -> Plan:
@@ -76,12 +91,12 @@ def cache_plan(xp, first: np.ndarray | None, B: int, T: int, start: int, row: in
 
 
 def attention_branch(x: Array, norm: Array, qkv: Linear, attention_out: Linear, *, cache: Any, layer: int, start: int,
-                     plan: Plan | None, first: Array | None, smeared: Callable | None, cos: Array, sin: Array,
+                     plan: Plan | None, first: Array | None, smear: Callable | None, cos: Array, sin: Array,
                      heads: int, kv_heads: int, pairing: str, eps: float) -> Array:
     """attention(rms_norm(x)) of the new tokens x (B T,D) of the B sequences of a Cache of bf16, which it extends.
 
     start: positions that were filled. plan: of cache_plan; None for one token, whose sequences begin at first (B,).
-    smeared(z (B T,H+2G,K)) smears the keys of z in place; None: they are not. cos, sin (B T,K/2).
+    smear(z (B T,H+2G,K)) smears the keys of z in place; None: they are not. cos, sin (B T,K/2).
     """
     H, HG = heads, heads + kv_heads
     N, X = len(x), HG + kv_heads
@@ -90,8 +105,8 @@ def attention_branch(x: Array, norm: Array, qkv: Linear, attention_out: Linear, 
     h, _ = fused_bf16.rms_norm(x, norm, eps)
     z = qkv.forward(h, np.uint16).reshape(N, X, K)
     by_head = z.reshape(B, -1, X, K).swapaxes(1, 2)                             # (B,H+2G,T,K)
-    if smeared is not None:
-        smeared(z)
+    if smear is not None:
+        smear(z)
     fused_bf16.rope(z, cos, sin, HG, pairing)
     cache.extend(layer, by_head[:, H:HG], by_head[:, HG:])
     keys, values = cache.keys[layer], cache.values[layer]

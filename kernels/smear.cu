@@ -1,7 +1,8 @@
 // Key smearing (minilm/rotary.py): (1 - a) k_n + a k_p, a = sigmoid(amount), where p is the row before row n in its own
 // text. In a pack (minilm/packing.py) that is not always row n - 1: the row before a response's first is the last one of
-// its prompt, which several responses may share. The host makes the tables of neighbours (smear.py). As array operations
-// this is 35 launches for a layer, forward and backward; here it is three.
+// its prompt, which several responses may share. The host makes the tables of neighbours (smear.py). By CuPy's functions
+// of arrays this is 35 operations for a layer, forward and backward; here three launches, and copies of keys and
+// gradients.
 //
 //     forward    y_n = k_n + a (k_p - k_n),  k_p = 0 for the first row of a text
 //     backward   dk_n = dy_n + a (sum of dy over the rows after n - dy_n),  damount = a (1 - a) sum_n dy_n (k_p - k_n)

@@ -4,6 +4,7 @@ N rows of a pack, G key heads of K numbers; the keys are heads of an array (N,X,
 """
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -26,15 +27,15 @@ class Neighbours:
     following  (M,)
     """
 
-    def __init__(self, xp, segments: Sequence, real: np.ndarray | None = None):
-        """segments: of packing.Pack. real (N,): 0 on padding, which is before and after no row; None: no padding."""
+    def __init__(self, xp, segments: Sequence, key_mask: np.ndarray | None = None):
+        """segments: of packing.Pack. key_mask (N,): 0 on padding, which is before no row; None: no padding."""
         N = max((s.stop for s in segments), default=0)
         previous = np.arange(-1, N - 1)
         for s in segments:
             if s.stop > s.start:
                 previous[s.start] = s.prefix_stop - 1
-        if real is not None:
-            previous[(real == 0) | (previous >= 0) & (real[previous] == 0)] = -1
+        if key_mask is not None:
+            previous[(previous >= 0) & (key_mask[previous] == 0)] = -1
         order = np.argsort(previous, kind="stable")             # rows without one come first, and are left out
         starts = np.searchsorted(previous[order], np.arange(N + 1))
         following = order[starts[0]:]
@@ -61,7 +62,8 @@ def smear_backward(dqkv: Array, heads: int, amount: Array, neighbours: Neighbour
     """Changes the gradient of the smeared keys, in dqkv (N,X,K), to that of the keys (N,G,K) of smear_forward, in
     place. Returns the gradient of amount (G,K)."""
     xp, N, G, K, sums = _checked(dqkv, heads, amount)
-    check("previous", neighbours.previous, np.int32, (N,))
+    for name, shape in (("previous", (N,)), ("starts", (N + 1,)), ("following", (None,))):
+        check(name, getattr(neighbours, name), np.int32, shape)
     check("keys", keys, dqkv.dtype, (N, G, K))
     if not N:
         return xp.zeros((G, K), sums)
@@ -122,7 +124,8 @@ def variants() -> Variants:
 
 def smear_bytes(N: int, width: int, followed: int, dtype: DTypeLike) -> dict[str, dict[str, tuple[int, int]]]:
     """{kernel: {argument: (bytes read, bytes written)}} for N rows with `width` numbers of keys, `followed` of them
-    with a row before them. Every thread reads its row's neighbours; on a GPU those of a warp are one transaction."""
+    with a row before them, without the sum over the blocks. Every thread reads its row's neighbours; on a GPU those of
+    a warp are one transaction."""
     size, real_size = np.dtype(dtype).itemsize, np.dtype(SUMS[str(np.dtype(dtype))]).itemsize
     blocks = _grid(N, width)[0]
     array, rows = N * width * size, N * width * 4
@@ -132,15 +135,8 @@ def smear_bytes(N: int, width: int, followed: int, dtype: DTypeLike) -> dict[str
             "smear_backward": {"dy": (pairs, 0), "keys": (pairs, 0), "amount": (amount, 0), "previous": (rows, 0),
                                "starts": (2 * rows, 0), "following": (followed * width * 4, 0), "dk": (0, array),
                                "partial": (0, blocks * width * real_size)},
-            "smear_next": {"y": (array, array), "last": 2 * (N * width * real_size,),
+            "smear_next": {"y": (array, array), "last": (N * width * real_size, N * width * real_size),
                            "amount": (N * width * real_size, 0)}}
-
-
-class Text:
-    """A segment of a pack, for the example."""
-
-    def __init__(self, start, stop, prefix_stop=0):
-        self.start, self.stop, self.prefix_stop = start, stop, prefix_stop
 
 
 def example(xp, rng: np.random.Generator, N: int = 21, G: int = 3, K: int = 16,
@@ -151,8 +147,10 @@ def example(xp, rng: np.random.Generator, N: int = 21, G: int = 3, K: int = 16,
     def normal(*shape):
         numbers = rng.normal(size=shape)
         return xp.asarray(to_bf16(numbers) if dtype == "bfloat16" else numbers.astype(dtype))
-    segments = [Text(0, N // 3), Text(N // 3, N // 2, N // 3), Text(N // 2, 2 * N // 3, N // 3), Text(2 * N // 3, N)]
-    neighbours = Neighbours(xp, segments)
+    third, half, two_thirds = N // 3, N // 2, 2 * N // 3
+    neighbours = Neighbours(xp, [
+        SimpleNamespace(start=start, stop=stop, prefix_stop=prefix_stop) for start, stop, prefix_stop in
+        ((0, third, 0), (third, half, third), (half, two_thirds, third), (two_thirds, N, 0))])
     qkv, dqkv = normal(N, 2 + 2 * G, K), normal(N, 2 + 2 * G, K)
     amount = xp.asarray(rng.normal(size=(G, K)).astype("float32" if dtype == "bfloat16" else dtype))
     keys = smear_forward(qkv, 2, amount, neighbours)

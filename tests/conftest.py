@@ -52,11 +52,11 @@ def emulated():
 @pytest.fixture(params=["emulated", pytest.param("cupy", marks=pytest.mark.gpu)])
 def xp(request):
     """CuPy, with which arrays on a device are made: its stand-in, and the real one."""
-    return request.getfixturevalue(request.param)
+    return request.getfixturevalue("emulated" if request.param == "emulated" else "real_cupy")
 
 
 @pytest.fixture
-def cupy():
+def real_cupy():
     """The real CuPy, on a GPU."""
     cupy = pytest.importorskip("cupy", reason="needs CuPy: pip install -e '.[gpu]'")
     try:

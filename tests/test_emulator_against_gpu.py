@@ -7,7 +7,7 @@ import pytest
 from helpers import assert_close
 from minilm.kernels import emulator
 
-MODULES = ["attention", "decode", "log_probs", "sampling", "fused"]
+MODULES = ["attention", "decode", "log_probs", "sampling", "fused", "smear"]
 
 
 def example(name, xp, dtype):

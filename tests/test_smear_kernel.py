@@ -6,7 +6,7 @@ import pytest
 from helpers import assert_close
 from minilm import rotary
 from minilm.fast.packed_attention import Segment
-from minilm.kernels import emulator, launch, smear as module
+from minilm.kernels import emulator, launch, layers, smear as module
 from minilm.kernels.bf16 import from_bf16, to_bf16
 from minilm.kernels.smear import Neighbours, smear_backward, smear_bytes, smear_forward, smear_next
 
@@ -72,6 +72,30 @@ def test_keys_and_gradients_of_a_pack_are_those_of_each_text_alone(G, K, dtype, 
     for array, before in ((found, qkv), (on_host(gradient), dqkv)):        # queries and values are left alone
         assert (array[:, :H] == before[:, :H]).all() and (array[:, H + G:] == before[:, H + G:]).all()
     assert (on_host(kept) == qkv[:, keys]).all()
+
+
+def test_blocks_take_more_rows_than_there_are_blocks_for(rng, xp, monkeypatch):
+    results = []
+    for most in (module.ROW_BLOCKS, 2):
+        monkeypatch.setattr(module, "ROW_BLOCKS", most)
+        results.append(example(xp, N=70, dtype="float64"))
+    for found, expected in zip(*results):
+        assert_close(found, expected)
+
+
+def test_what_a_layer_is_given_stays_as_it_is(rng, xp):
+    """Other functions may use the same arrays: the layer's output, and the gradient that it gets."""
+    qkv, dy = rng.normal(size=(18, 6 * 8)), rng.normal(size=(18, 6 * 8))
+    given, gradient = xp.asarray(qkv), xp.asarray(dy)
+    amount = xp.asarray(rng.normal(size=(2, 8)))
+    y, vjp = layers.smear_keys(given, amount, 2, Neighbours(xp, TEXTS))
+    before = y.get()
+    dqkv, damount = vjp(gradient)
+    mixed, dk, expected = expected_of(qkv.reshape(18, 6, 8)[:, 2:4], amount.get(), dy.reshape(18, 6, 8)[:, 2:4], TEXTS)
+    assert (given.get() == qkv).all() and (gradient.get() == dy).all() and (y.get() == before).all()
+    assert_close(before.reshape(18, 6, 8)[:, 2:4], mixed)
+    assert_close(dqkv.get().reshape(18, 6, 8)[:, 2:4], dk)
+    assert_close(damount.get(), expected)
 
 
 def test_padding_is_neither_mixed_into_a_key_nor_given_a_gradient(rng, xp):
@@ -165,6 +189,10 @@ MUTANTS = [
     ("before = p < 0 ? real(0) : real(keys[(size_t)p * width + j]);\n        y[",
      "before = real(keys[(size_t)(p < 0 ? 0 : p) * width + j]);\n        y[", "numbers"),
     ("stored(k + a * (before - k));\n    }\n}", "stored(k - a * (before - k));\n    }\n}", "numbers"),
+    ("row < rows; row += gridDim.x * 8) {\n        const int p = previous[row];",
+     "row < rows; row += rows) {\n        const int p = previous[row];", "numbers|uninitialised"),
+    ("row < rows; row += gridDim.x * 8) {\n            const int p = previous[row], stop",
+     "row < rows; row += rows) {\n            const int p = previous[row], stop", "numbers|uninitialised"),
     ("if (row >= rows || j >= width) return;", "if (j >= width) return;", "out of bounds"),
     ("if (row >= rows || j >= width) return;", "if (row >= rows) return;", "out of bounds|data race|numbers"),
     ("    last[(size_t)row * width + j] = k;\n", "", "numbers"),
@@ -187,6 +215,7 @@ MUTANTS = [
 
 @pytest.mark.parametrize("right, wrong, words", MUTANTS, ids=range(len(MUTANTS)))
 def test_a_planted_bug_is_found(right, wrong, words, emulated, monkeypatch):
+    monkeypatch.setattr(module, "ROW_BLOCKS", 2)
     expected = example(emulated)
     text = (launch.FOLDER / "smear.cu").read_text()
     assert text.count(right) == 1

@@ -99,11 +99,11 @@ def test_a_step_asks_the_device_for_this_much(name, smeared, rng, emulated):
 
 
 @pytest.mark.gpu
-def test_cupy_refuses_products_while_a_stream_is_captured(cupy):
+def test_cupy_refuses_products_while_a_stream_is_captured(real_cupy):
     """Why no step is a CUDA graph. When this fails, CuPy has learned it: kernels/README.md."""
-    x = cupy.ones((2, 2), np.float32)
+    x = real_cupy.ones((2, 2), np.float32)
     x @ x                                               # what is made once is made before
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = real_cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
         try:

@@ -121,7 +121,7 @@ def forward_cached(decoder: Decoder, tokens, first, cache: Cache) -> np.ndarray:
     with arrays_only():             # one row per token: NumPy multiplies matrices faster than stacks of vectors
         if decoder.compute == "bfloat16":
             from minilm.kernels import mixed_decoding
-            layer = mixed_decoding.layers_of_new_tokens(config, weights, T, first, cache, rotary.smear)
+            layer = mixed_decoding.layers_of_new_tokens(config, weights, T, first, cache)
         else:
             attend = attend_to_cache(config, weights, T, first, cache)
             prepared = (few_rows.prepared(weights, tokens.size) if decoder.compute == "float32" else
@@ -148,7 +148,7 @@ def attend_to_cache(c, parameters, T: int, first, cache: Cache) -> Callable:
         heads = qkv.reshape(B, T, HG + c.kv_heads, c.head_width).swapaxes(1, 2)             # (B,H+2G,T,K)
         if amount is not None and T == 1 and is_cupy(qkv):
             from minilm.kernels import smear
-            smear.smear_next(qkv.reshape(B, -1, c.head_width), H, amount, cache.last_keys[layer])
+            smear.smear_next(qkv.reshape(B, HG + c.kv_heads, c.head_width), H, amount, cache.last_keys[layer])
         elif amount is not None:
             k = heads[:, H:HG]
             if real is not None:            # a padding token is no predecessor: its key counts as zero

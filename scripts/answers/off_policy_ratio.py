@@ -19,14 +19,16 @@ and its noise above that of the token ratio at the largest one; the biases of th
 are above 0.05 there, and with the clip that of the sequence ratio is too. Effects of a seed: log10 of the largest bias,
 log10 of the quotient of the two noises, and the three biases.
 
-Limits. The answer was worded after the run; the rule and its margins were not changed. In the first run "without a
-clip" was an epsilon of 1e9, and one response of seed 4, whose ratio is 3.8e9, was clipped: the bias of the sequence
-ratio there was 0.85, because this one response, which the older policy almost never draws, has most of the gradient.
-Epsilon is 1e300 now. The quotient of the two noises has a heavy tail, so that its mean over 8 seeds, minus 1, was
-undecided (2350 [-3190, 7890]). So the rule takes its logarithm now, and the number of seeds was set to 24 before any of
-the 16 further ones was run. The rewards are random numbers; with others the biases differ. Responses
-have at most 6 tokens, and epsilon is the same for all levels, while GSPO uses one a thousand times smaller. One sample
-has no leave-one-out baseline. The bias of the direction says nothing about progress over many steps. In practice pi_old
+Limits. The answer was worded after the run, and one comparison of the rule was changed after a first run of 8 seeds. In
+the first run "without a clip" was an epsilon of 1e9, and one response of seed 4, whose ratio is 3.8e9, was clipped: the
+bias of the sequence ratio there was 0.85, because this one response, which the older policy almost never draws, has
+most of the gradient. Epsilon is 1e300 now. The rule compared the two noises by their quotient minus 1, which has a
+heavy tail: undecided with 8 seeds (2350 [-3190, 7890]), and with 24 too (820 [-794, 2434]). It compares logarithms now,
+which were above 0 in the first run already; the number of seeds was then set to 24, and the 16 further ones alone give
+0.77 [0.30, 1.24]. The finding on the noise with the clip still takes the quotient: shown with 8 seeds (-0.34 [-0.62,
+-0.05]), undecided with 24. The rewards are random numbers; with others the biases differ. Responses have at most 6
+tokens, and epsilon is the same for all levels, while GSPO uses one a thousand times smaller. One sample has no
+leave-one-out baseline. The bias of the direction says nothing about progress over many steps. In practice pi_old
 differs from the policy by a few updates, or by the rounding of another engine: the small distances. N* is a number of
 independent samples of one prompt.
 

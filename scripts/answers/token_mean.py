@@ -21,9 +21,10 @@ training the mean of each response ends with longer wrong responses than the sum
 
 Limits. The answer was worded after the run; the rule and its margins were not changed. In a first run of 6 seeds both
 comparisons of a sine with 0.05 were undecided: the bias differs much between random rewards, and in some it is 0.03.
-The number of seeds was then set to 16, before any of the 10 further ones was run. Shorter right responses with the mean
-of each response were expected and are undecided. Whether the bias matters for the reward in the end is not tested, and
-no run was trained to its end. An empty response, EOS alone, is wrong and has one token, so that wrong responses are
+The number of seeds was then set to 16, before any of the 10 further ones was run; these alone give 0.29 [0.13, 0.45]
+for the mean of each response and 0.29 [0.11, 0.46] for the standard deviation. Shorter right responses with the mean of
+each response were expected and are undecided. Whether the bias matters for the reward in the end is not tested, and no
+run was trained to its end. An empty response, EOS alone, is wrong and has one token, so that wrong responses are
 shorter at the start and lengths change with every mean; the rule compares with the sum. The bias vanishes if all
 lengths are equal. AdamW divides by the size of gradients, so that a constant changes nothing here; with plain gradient
 descent it changes the learning rate. Responses have at most 5 tokens and those of reasoning models thousands; the size

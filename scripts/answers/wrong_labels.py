@@ -1,8 +1,9 @@
 """What do IPO, cDPO and robust DPO change when some of the labels are wrong?
 
-Claim. They change how far the policy moves, and much less where: flips shrink the margin that DPO aims at, cDPO shrinks
-it once more, and robust DPO restores it if it is given the true flip rate. So cDPO ends behind DPO, and robust DPO
-ahead of it; at equal KL, cDPO and IPO have the gold reward of DPO, and robust DPO slightly less.
+Claim. cDPO and IPO change how far the policy moves, not where; robust DPO moves it farther, and less well. Flips shrink
+the margin that DPO aims at, cDPO shrinks it once more, and robust DPO restores it if it is given the true flip rate. So
+cDPO ends behind DPO, and robust DPO ahead of it; at equal KL, cDPO and IPO have the gold reward of DPO, and robust DPO
+has less.
 
 Test. A transformer of 25,632 parameters is finetuned on 4,000 demonstrations (the SFT model). 2,000 pairs of its
 replies are compared by the Bradley-Terry model of the gold reward, and 0, 10, 20 or 30 % of the labels are flipped.
@@ -19,14 +20,14 @@ cDPO; at equal KL, robust DPO, cDPO and IPO have the gold reward of DPO. Margins
 
 Limits. The rule compares losses with one another, at one beta, one learning rate and one length of training. A smaller
 beta would take DPO farther, too. The equal KL is small, because cDPO moves little at 30 % of flips; a finding compares
-robust DPO with DPO where DPO ends. Flips are independent of the pair here; annotators err more often on close pairs,
-which the Bradley-Terry labels contain already. cDPO and robust DPO know the flip rate, which in practice is a guess. A
-guess that is too high by 0.1 is tested; with one that is too low, the target lies between those of DPO and robust DPO.
-In a first run of 6 seeds a policy was looked at every 20 steps. The equal KL lay below the first point of the faster
-runs, so that their gold reward there was read off a chord and too low, and robust DPO against DPO was undecided, at
-equal KL (-0.05 [-0.10, 0.01], margin 0.05) and at the end. So a policy is looked at every 5 steps now, and the number
-of seeds was set to 16 before any of the 10 further ones was run; no margin was changed. The answer was worded after
-that run.
+robust DPO with DPO where DPO ends: it has less gold reward there, too. Flips are independent of the pair here;
+annotators err more often on close pairs, which the Bradley-Terry labels contain already. cDPO and robust DPO know the
+flip rate, which in practice is a guess. A guess that is too high by 0.1 is tested; with one that is too low, the target
+lies between those of DPO and robust DPO. A first run of 6 seeds left robust DPO against DPO undecided, at the end (0.06
+[-0.05, 0.16], margin 0) and at equal KL (-0.05 [-0.10, 0.01], margin 0.05). It looked at a policy every 20 steps, and
+the equal KL lay below the first point of some runs, whose gold reward there was read off a chord and too low. So a
+policy is looked at every 5 steps now, and the number of seeds was set to 16 before any of the 10 further ones was run;
+no margin was changed. The answer was worded after the second run.
 
 Source. IPO: Azar et al. 2023, arXiv:2310.12036; cDPO: Mitchell 2023, a note; robust DPO: Chowdhury et al. 2024,
 arXiv:2403.00409; DPO: Rafailov et al. 2023, arXiv:2305.18290.

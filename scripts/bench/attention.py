@@ -145,11 +145,11 @@ def drawn(cupy, T, width):
     return [rng.standard_normal((B, heads, T, width), dtype=np.float32) for heads in (H, G, G, H)]
 
 
-def compare(report, title, peers, tolerance, T, moved=None, peak=None, width=K):
+def compare(report, title, peers, tolerance, T, moved=None, peak=None, width=None):
     """Tables of those {name: call} that agree, forward and backward."""
     with report.attempt(title):
         peers = measuring.those_that_agree(report.cupy, peers, both, tolerance)
-        products = operations(T, K=width)
+        products = operations(T, K=width or K)
         report.compare(f"{title}, forward", peers, lambda call: call, moved and moved["forward"][0],
                        products["forward"], peak)
         report.compare(f"{title}, backward", peers, lambda call: call()[1], moved and moved["backward"][0],

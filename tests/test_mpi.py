@@ -13,6 +13,7 @@ import pytest
 from helpers import assert_close
 from test_ranks import STEPS, every_stage, trained
 
+PATIENCE = float(os.environ.get("PATIENCE", 120))       # seconds for what hangs; scripts/dev/mutants.py sets fewer
 PROGRAM = Path(__file__).parent / "mpi_program.py"
 MPIEXEC = next((str(path) for path in (Path(sys.executable).with_name("mpiexec"), shutil.which("mpiexec"))
                 if path and Path(path).exists()), None)
@@ -23,7 +24,7 @@ needs_mpi = pytest.mark.skipif(MPIEXEC is None or importlib.util.find_spec("mpi4
 def mpiexec(size, *words, program=PROGRAM):
     command = [MPIEXEC, "-n", str(size), sys.executable, str(program), *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @needs_mpi
@@ -39,7 +40,8 @@ def test_an_mpiexec_of_another_mpi_is_named():
     code = "from minilm.parallel.mpi import MpiRanks; MpiRanks()"
     environment = {**os.environ, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2",
                    "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True,
+                          timeout=PATIENCE)
     assert "mpiexec started 2 processes, and mpi4py sees 1" in done.stderr
 
 

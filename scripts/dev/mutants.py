@@ -170,7 +170,7 @@ class Copies:
         # One thread for BLAS, because several copies share the cores. No new bytecode: it could outlive its bug.
         return {**os.environ, "PYTHONPATH": f"{copy}{os.pathsep}{copy.parent}", "PYTHONDONTWRITEBYTECODE": "1",
                 "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OPENBLAS_NUM_THREADS": "1",
-                "MUTANT_OF": words}
+                "MUTANT_OF": words, "PATIENCE": "30"}
 
     @staticmethod
     def _end(process):

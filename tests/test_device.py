@@ -311,6 +311,14 @@ def test_several_end_tokens_and_prompts_and_uniforms_of_the_gpu_give_numpys_toke
     assert there.responses() == here.responses()
 
 
+@pytest.mark.parametrize("eos, width", [(range(7), 1), (None, 12)])
+def test_samples_are_as_wide_as_the_longest_response(eos, width, rng):
+    """The tokens of a GPU come in blocks of several."""
+    model = small_transformer(rng, context=40)
+    samples = generate(on_gpu(model), PROMPTS, 12, np.random.default_rng(0), eos=eos and list(eos))
+    assert samples.tokens.shape == (len(PROMPTS), width) and (samples.mask == 1).all()
+
+
 def test_logits_that_are_no_numbers_end_generation_with_step_row_and_tensor(rng):
     model = on_gpu(small_transformer(rng))
     model.parameters()["final_norm"].data[:] = np.nan

@@ -5,6 +5,7 @@ import pytest
 from minilm import mixed_precision
 from minilm.backend import to_numpy
 from minilm.config import Config
+from minilm.fast.cached_decoding import Decoder, forward_cached
 from minilm.generate import generate
 from minilm.kernels.emulator import cublas
 from minilm.lora import Adapted
@@ -60,6 +61,18 @@ def test_numbers_of_10_bits_of_mantissa_are_not_rounded(rng):
                  for shape in ((3, 64), (7, 64)))
     found = mixed_precision.logits(Tensor(hidden), Tensor(U), "tensorfloat32")
     assert to_numpy(found.data) == pytest.approx(to_numpy(hidden @ U.T), rel=1e-6, abs=1e-6)
+
+
+def test_a_prompt_and_a_new_token_have_the_hidden_states_of_training_and_not_those_of_float32(rng):
+    """Up to the order of sums, which sometimes rounds a factor the other way."""
+    _, plain, tf32 = three(rng)
+    decoder = Decoder(tf32)
+    cache = decoder.cache(len(TOKENS), TOKENS.shape[1])
+    for part, end in ((TOKENS[:, :-1], -2), (TOKENS[:, -1:], -1)):
+        found = to_numpy(forward_cached(decoder, part, None, cache))
+        here, in_float32 = (np.linalg.norm(found - to_numpy(model.hidden(TOKENS).data)[:, end])
+                            for model in (tf32, plain))
+        assert here < in_float32 / 5 and in_float32 > 0
 
 
 @pytest.mark.parametrize("config", ["plain", "grouped, smeared"])

@@ -5,7 +5,7 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
         "data": ("test_evaluate",), "config": ("test_model", "test_pretrained"),
         "model": ("test_plain", "test_generate", "test_packing", "test_pretrained"), "tokenizer": ("test_fuzz",),
         "packing": ("test_model",), "padded_attention": ("test_model", "test_plain"),
-        "generate": ("test_stages",), "evaluate": ("test_stages",),
+        "generate": ("test_stages", "test_device"), "evaluate": ("test_stages",),
         "gradients": ("test_exact_gradients",), "step": ("test_stages", "test_late", "test_ranks"),
         "measuring": ("test_gpu_process", "test_benchmarks"),
         "readback": ("test_late",), "in_place": ("test_tensor", "test_optim"),

@@ -280,17 +280,41 @@ def test_a_number_that_no_mistake_gives_has_finite_differences_and_no_hint():
 
 
 @pytest.mark.parametrize("name, change, words", [
-    ("leave_one_out", lambda A: 0.75 * A, "All numbers of A are 0.75 times the right ones: look for a factor."),
-    ("softmax", lambda p: -p, "All numbers of p are -1 times the right ones: the sign is reversed."),
-    ("log_sigmoid", lambda y: y - 0.25, "All numbers of log sigmoid are too large by -0.25: look for a term."),
-    ("sft_loss", lambda loss: 3 * loss, "All numbers of loss are 3 times the right ones: look for a factor."),
-    ("log_sigmoid", lambda y: y * (1 - 1e-7 * (y < -1)), "All numbers of log sigmoid are right to about 7 digits. "),
+    ("leave_one_out", lambda A: 0.75 * A, "\nIn every case A is 0.75 times the right A: look for a factor.\n"),
+    ("softmax", lambda p: -p, "\nIn every case p is -1 times the right p: the sign is reversed.\n"),
+    ("log_sigmoid", lambda y: y - 0.25, "\nIn every case log sigmoid is too small by 0.25: look for a term.\n"),
+    ("log_sigmoid", lambda y: y + 0.25, "\nIn every case log sigmoid is too large by 0.25: look for a term.\n"),
+    ("sft_loss", lambda loss: 3 * loss, "\nIn every case loss is 3 times the right loss: look for a factor.\n"),
+    ("log_sigmoid", lambda y: y * (1 - 1e-7 * (y < -1)), "\nIn every case log sigmoid is right to about 7 digits. "),
+    ("matmul_vjp", lambda results: (results[0], 2 * results[1]), "\nIn every case dw is 2 times the right dw: look"),
     ("softmax", lambda p: 0 * p, ""), ("categorical", lambda tokens: 1 - tokens, "")])
 def test_what_the_numbers_show_by_themselves_is_said_where_no_mistake_is_known(name, change, words):
     task = TASKS[name]
     verdict = grade(task, lambda *arguments: change(task.solution(*arguments)))
     assert not verdict.solved and "Hint" not in verdict.text
-    assert words in verdict.text and ("All numbers" in verdict.text) == bool(words), verdict.text
+    assert words in verdict.text and ("In every case" in verdict.text) == bool(words), verdict.text
+
+
+@pytest.mark.parametrize("factors, words", [
+    ({1: 0.6}, '\nIn this case A is 0.6 times the right A, but not in the case "two prompts".\n'),
+    ({1: 0.6, 2: 0.7}, '\nIn this case A is 0.6 times the right A, but not in the case "two prompts".\n'),
+    ({1: 0.6, 2: 0.6}, '\nIn this case A is 0.6 times the right A, but not in the case "as many prompts as samples".\n'),
+    ({1: 0.6, 2: 0.6, 3: 0.6}, "\nIn every case A is 0.6 times the right A: look for a factor.\n")])
+def test_a_factor_that_one_case_has_is_not_said_of_all(factors, words):
+    task = TASKS["leave_one_out"]
+    verdict = grade(task, lambda rewards: task.solution(rewards) * factors.get(len(rewards), 1.0))
+    assert words in verdict.text and verdict.text.count("times the right A") == 1, verdict.text
+
+
+def test_a_case_that_cannot_be_compared_has_no_factor_in_common():
+    task = TASKS["leave_one_out"]
+    for wrong in (lambda A: A * np.nan, lambda A: A[0], lambda A: None):
+        verdict = grade(task, lambda rewards, wrong=wrong: (wrong if len(rewards) == 2 else np.negative)(
+            0.6 * task.solution(rewards)))
+        assert '\nIn this case A is -0.6 times the right A, but not in the case "two prompts".\n' in verdict.text
+    task = TASKS["sft_loss"]                    # one number in each case: alone it is no evidence
+    verdict = grade(task, lambda log_probs, mask: task.solution(log_probs, mask) * len(mask) ** 3)
+    assert "times the right" not in verdict.text
 
 
 def test_randomness_and_overflow_are_named():
@@ -325,13 +349,35 @@ def test_two_mistakes_at_once_are_both_named():
     assert f"Hint: two mistakes at once.\n  - {task.mistakes[0].hint}\n  - {task.mistakes[1].hint}\n" in verdict.text
 
 
-def test_the_numbers_of_a_mistake_in_one_case_alone_are_a_possibility():
-    def wrong_for_matrices(x):
-        wrong = variant(SOFTMAX, SOFTMAX.mistakes[1])(x)
-        return wrong if x.shape == (3, 4) else right(x) ** 1.1 if x.ndim == 3 else right(x)
+def softmax_like(mistake, case, elsewhere):
+    """A softmax with the numbers of a mistake in one case, and other wrong numbers elsewhere."""
+    wrong = variant(SOFTMAX, mistake)
+    return lambda x: wrong(x) if np.array_equal(x, cases(SOFTMAX)[case][0]) else elsewhere(x)
 
-    verdict = grade(SOFTMAX, wrong_for_matrices)
-    assert f"\nPerhaps, because it gives the same numbers in this case: {SOFTMAX.mistakes[1].hint}\n" in verdict.text
+
+def test_the_numbers_of_a_mistake_in_one_case_alone_are_a_possibility():
+    whole = next(mistake for mistake in SOFTMAX.mistakes if mistake.wrong == "e.sum()")
+    verdict = grade(SOFTMAX, softmax_like(whole, "three rows", lambda x: right(x) if x.ndim == 1 else right(x) ** 1.1))
+    assert f"\nPerhaps, because it gives the same numbers in this case: {whole.hint}\n" in verdict.text
+    verdict = grade(SOFTMAX, softmax_like(whole, "three rows", right))
+    assert whole.hint not in verdict.text       # the mistake would be wrong in the other cases, too
+
+
+def test_of_several_possibilities_those_that_fit_the_most_cases_are_named():
+    task = TASKS["leave_one_out"]
+    mean_of_all, flat = (variant(task, task.mistakes[i]) for i in (0, 1))
+
+    def wrong(rewards):
+        if len(rewards) == 1:                   # there both mistakes give the same numbers
+            return mean_of_all(rewards)
+        return rewards.astype(int)
+
+    verdict = grade(task, wrong)
+    assert "\nPerhaps one of these, which give the same numbers in this case:\n  - " in verdict.text
+    for mistake in task.mistakes[:2]:
+        assert f"\n  - {mistake.hint}\n" in verdict.text, verdict.text
+    verdict = grade(task, lambda rewards: flat(rewards) if len(rewards) == 3 else wrong(rewards))
+    assert f"\nPerhaps, because it gives the same numbers in this case: {task.mistakes[1].hint}\n" in verdict.text
 
 
 def test_a_first_verdict_is_told_before_the_search_for_the_mistake():

@@ -12,7 +12,7 @@ import numpy as np
 
 from minilm.exercises.differences import difference_error
 from minilm.exercises.outcome import Outcome, close, in_words, observe
-from minilm.exercises.recognise import in_general, recognise
+from minilm.exercises.recognise import recognise
 from minilm.exercises.reference import Reference
 from minilm.exercises.task import Property, Task
 
@@ -104,14 +104,13 @@ def grade(task: Task, function: Callable, path: str = "", at: Callable[[str], No
         outcomes[words] = observe(task, function, values, path)
         if (problem := _problem(reference, words, outcomes[words])) is not None:
             first = Wrong(words, problem, path)
-            found(first.verdict(task, outcomes[words], values, []))
-            for other in arguments.keys() - outcomes.keys():
+            found(first.verdict(task, outcomes[words], values))
+            for other in [case for case in arguments if case not in outcomes]:
                 outcomes[other] = observe(task, function, arguments[other], path)
             if all(outcome.raised == "NotImplementedError" for outcome in outcomes.values()):
                 return NOT_BEGUN
-            hint = recognise(reference, outcomes, words)
-            more = [hint] if hint else in_general(reference, function, outcomes, words)
-            return first.verdict(task, outcomes[words], values, more)
+            hint = recognise(reference, function, outcomes, words)
+            return first.verdict(task, outcomes[words], values, hint)
     at("when the properties are computed, after all cases")
     return _properties(reference, function, path)
 
@@ -124,7 +123,7 @@ class Wrong:
     problem: str
     path: str
 
-    def verdict(self, task: Task, outcome: Outcome, arguments: tuple, hints: list[str]) -> Verdict:
+    def verdict(self, task: Task, outcome: Outcome, arguments: tuple, hint: str = "") -> Verdict:
         lines = [f'wrong in the case "{self.case}": {self.problem}']
         lines += [f"NumPy warned: {text}" for text in outcome.warnings]
         if outcome.changed and RIGHT_BUT not in self.problem:
@@ -132,7 +131,7 @@ class Wrong:
         names = ", ".join(task.arguments) + "," * (len(task.arguments) == 1)
         end = [f"The inputs: {_inputs(task, arguments)}",
                f'To try it: from minilm.exercises import inputs; {names} = inputs("{task.name}", "{self.case}")']
-        return Verdict(False, "\n".join(lines + hints + end))
+        return Verdict(False, "\n".join([*lines, *[hint] * bool(hint), *end]))
 
 
 def _properties(reference, function, path):

@@ -45,7 +45,7 @@ def _all_same(task, a, b):
 def _possible(reference, outcomes, failed):
     """The mistakes that give the same numbers in the failed case, and are wrong in no case where these are right.
 
-    Of several, those that give the same numbers in the most cases: one or two of them are named.
+    Of several, those that give the same numbers in the most cases: at most three are named.
     """
     task = reference.task
     if outcomes[failed].results is None:
@@ -60,7 +60,7 @@ def _possible(reference, outcomes, failed):
     best = [hint for hint, cases in likely.items() if cases == max(likely.values())]
     if len(best) == 1:
         return f"Perhaps, because it gives the same numbers in this case: {best[0]}"
-    if len(best) == 2:
+    if 2 <= len(best) <= 3:
         return "Perhaps one of these, which give the same numbers in this case:\n" + "\n".join(f"  - {h}" for h in best)
     return ""
 

@@ -31,6 +31,11 @@ class Mistake:
     wrong: str
 
 
+def forms(hint: str, right: str, *wrong: str) -> tuple[Mistake, ...]:
+    """One mistake that people write in several ways, with different numbers."""
+    return tuple(Mistake(hint, right, text) for text in wrong)
+
+
 @dataclasses.dataclass(frozen=True)
 class Property:
     """A statement that holds for the right function, as two arrays that must agree.

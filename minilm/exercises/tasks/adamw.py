@@ -17,7 +17,7 @@ Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2.
 import numpy as np
 
 from minilm import Tensor, plain
-from minilm.exercises.task import Mistake, Task
+from minilm.exercises.task import Mistake, Task, forms
 
 
 def adamw(p, g, m, v, t, lr, b1, b2, eps, decay) -> tuple:
@@ -53,6 +53,13 @@ TASK = Task(
         Mistake("Neither m nor v is corrected for its start at 0: the first steps are too long (with these betas).",
                 "m / (1 - b1 ** t) / (np.sqrt(v / (1 - b2 ** t)) + eps)", "m / (np.sqrt(v) + eps)"),
         Mistake("v is not corrected for its start at 0; m is.", "np.sqrt(v / (1 - b2 ** t))", "np.sqrt(v)"),
+        Mistake("m is not corrected for its start at 0; v is.", "m / (1 - b1 ** t)", "m"),
+        Mistake("The decay is left out.", "(direction + decay * p)", "direction"),
+        Mistake("The decay has the wrong sign: p would grow.", "direction + decay", "direction - decay"),
+        Mistake("t is the number of this update, from 1 on; the corrections use t - 1.",
+                "direction = m / (1 - b1 ** t)", "t = t - 1\n    direction = m / (1 - b1 ** t)"),
+        Mistake("t is the number of this update, from 1 on; the corrections use t + 1.",
+                "direction = m / (1 - b1 ** t)", "t = t + 1\n    direction = m / (1 - b1 ** t)"),
         Mistake("The decay is part of the gradient, as in Adam with an L2 penalty. Then sqrt(v) scales it. In AdamW it "
                 "acts on p alone.", "m = b1 * m + (1 - b1) * g", "g = g + decay * p\n    decay = 0\n    m = b1 * m + "
                 "(1 - b1) * g"),
@@ -61,9 +68,10 @@ TASK = Task(
         Mistake("The decay is not scaled by lr.", "p - lr * (direction + decay * p)",
                 "p - lr * direction - decay * p"),
         Mistake("v is the running mean of g, not of g^2.", "(1 - b2) * g ** 2", "(1 - b2) * np.abs(g)"),
-        Mistake("b1 and b2 are exchanged in the running means.",
-                "m = b1 * m + (1 - b1) * g\n    v = b2 * v + (1 - b2) * g ** 2",
-                "m = b2 * m + (1 - b2) * g\n    v = b1 * v + (1 - b1) * g ** 2"),
+        *forms("b1 and b2 are exchanged: b1 belongs to m, b2 to v.",
+               "m = b1 * m + (1 - b1) * g\n    v = b2 * v + (1 - b2) * g ** 2",
+               "m = b2 * m + (1 - b2) * g\n    v = b1 * v + (1 - b1) * g ** 2",
+               "b1, b2 = b2, b1\n    m = b1 * m + (1 - b1) * g\n    v = b2 * v + (1 - b2) * g ** 2"),
         Mistake("The root is missing: the step is divided by v, not by sqrt(v).", "np.sqrt(v / (1 - b2 ** t))",
                 "(v / (1 - b2 ** t))"),
         Mistake("The corrected m and v are returned. The state of the next update is the uncorrected one.",

@@ -68,5 +68,7 @@ TASK = Task(
                 "return softmax(scores) @ v", "return (softmax(q @ k.T / np.sqrt(K)) * visible) @ v"),
         Mistake("With S > T the queries are the last positions, not the first: the mask must be shifted by S - T.",
                 "np.tri(T, S, S - T, dtype=bool)", "np.tri(T, S, dtype=bool)"),
+        Mistake("The weights are applied to the keys instead of the values.", "softmax(scores) @ v",
+                "softmax(scores) @ k"),
         Mistake("The softmax runs over the queries instead of the keys.", "softmax(scores) @ v",
                 "softmax(scores.T).T @ v")))

@@ -12,7 +12,7 @@ attention_weights computes P, which is 0 where a key is not seen.
 import numpy as np
 
 from minilm import Tensor, layers
-from minilm.exercises.task import Mistake, Task
+from minilm.exercises.task import Mistake, Task, forms
 
 
 def attention_weights(q, k) -> np.ndarray:
@@ -54,10 +54,20 @@ TASK = Task(
     mistakes=(
         Mistake("The row sum is missing in the softmax's gradient.", "(dP - (dP * P).sum(axis=-1, keepdims=True))",
                 "dP"),
-        Mistake("1/sqrt(K) is missing in dk.", "scale * dE.T @ q", "dE.T @ q"),
+        Mistake("1/sqrt(K) is missing in dq and in dk.", "q.shape[1] ** -0.5", "1.0"),
         Mistake("1/sqrt(K) is missing in dq.", "scale * dE @ k", "dE @ k"),
+        Mistake("1/sqrt(K) is missing in dk.", "scale * dE.T @ q", "dE.T @ q"),
+        *forms("The results are in the wrong order: dq, dk, dv.", "return dq, dk, dv", "return dk, dq, dv",
+               "return dv, dk, dq", "return dv, dq, dk"),
+        Mistake("dq needs the keys, and dk the queries: q and k have changed places.",
+                "dE @ k\n    dk = scale * dE.T @ q", "dE @ q\n    dk = scale * dE.T @ k"),
         Mistake("P is not transposed in dv: value s is read by the queries from s on.", "P.T @ do", "P @ do"),
         Mistake("dE is not transposed in dk.", "dE.T @ q", "dE @ q"),
+        Mistake("The row sum has the wrong sign.", "(dP - (dP", "(dP + (dP"),
+        Mistake("A mean in place of the row sum.", "(dP * P).sum(axis=-1, keepdims=True)",
+                "(dP * P).mean(axis=-1, keepdims=True)"),
+        Mistake("The sum runs over the whole array. Each row is a softmax of its own.",
+                "(dP * P).sum(axis=-1, keepdims=True)", "(dP * P).sum()"),
         Mistake("P is missing in the row sum.", "(dP * P).sum(axis=-1, keepdims=True)",
                 "dP.sum(axis=-1, keepdims=True)"),
         Mistake("The factor P in front of dE is missing. A key that is not seen then gets a gradient.",

@@ -67,6 +67,12 @@ TASK = Task(
                 "((below + equal) ** n - below ** n) * pi / equal", "(below + equal) ** n - (below + equal - pi) ** n"),
         Mistake("pi^n is the probability that all n draws are this response.",
                 "((below + equal) ** n - below ** n) * pi / equal", "pi ** n"),
+        Mistake("Sorted cumulative sums rank responses of equal score by their place in the array: each must get its "
+                "share of the whole tie.", "return ((below + equal) ** n - below ** n) * pi / equal",
+                "ranks = np.argsort(np.argsort(scores, kind='stable'))\n    "
+                "F = pi[np.argsort(scores, kind='stable')].cumsum()[ranks]\n    return F ** n - (F - pi) ** n"),
+        Mistake("The exponent is n - 1. All n scores must be at most s.",
+                "((below + equal) ** n - below ** n)", "((below + equal) ** (n - 1) - below ** (n - 1))"),
         Mistake("F(s)^n is the probability that the best score is at most s. Subtract that it is below s.",
                 "((below + equal) ** n - below ** n)", "((below + equal) ** n)"),
         Mistake("n pi F^(n-1) is the density of a continuous score. With discrete responses, ties and repeated draws "

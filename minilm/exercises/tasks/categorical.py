@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from minilm import generate
-from minilm.exercises.task import Mistake, Property, Task
+from minilm.exercises.task import Mistake, Property, Task, forms
 
 
 def categorical(p, u) -> np.ndarray:
@@ -49,8 +49,9 @@ TASK = Task(
     mistakes=(
         Mistake("With >= instead of >, u = 0 draws token 0 even if its probability is 0.", "cumulative > u",
                 "cumulative >= u"),
-        Mistake("u is not scaled by the sum of the row. If the row adds up to less than u, no token is found.",
-                "u[:, None] * cumulative[:, -1:]", "u[:, None]"),
+        *forms("u is not scaled by the sum of the row. If the row adds up to less than u, no token is found.",
+               "(cumulative > u[:, None] * cumulative[:, -1:]).argmax(axis=-1)",
+               "(cumulative > u[:, None]).argmax(axis=-1)", "(cumulative <= u[:, None]).sum(axis=-1)"),
         Mistake("The comparison is reversed: the first token that is not above u is always token 0.",
                 "cumulative > u", "cumulative < u"),
         Mistake("This is the most likely token, without randomness.",

@@ -84,5 +84,10 @@ TASK = Task(
                 "    return log_probs", "        return log_probs"),
         Mistake("The target's logit is the one before the largest logit was subtracted; the denominator is not.",
                 "picked - np.log", "(hidden[rows] * unembedding[targets[rows]]).sum(axis=-1) - np.log"),
+        Mistake("This is the loss, -log p.", "return log_probs", "return -log_probs"),
+        Mistake("These are the logits of the targets, without the logarithm of the denominator.",
+                "picked - np.log(np.exp(logits).sum(axis=-1))",
+                "(hidden[rows] * unembedding[targets[rows]]).sum(axis=-1)"),
+        Mistake("These are probabilities, without the logarithm.", "return log_probs", "return np.exp(log_probs)"),
         Mistake("Each chunk starts one row late: the first row of every chunk is left out.",
                 "slice(start, start + chunk)", "slice(start + 1, start + chunk)")))

@@ -54,11 +54,17 @@ TASK = Task(
            "d/dz[-log sigmoid(z)] = -sigmoid(-z). So dpolicy_chosen = -beta sigmoid(-beta delta) / B, and "
            "dpolicy_rejected is its negative."),
     mistakes=(
-        Mistake("beta is missing: z = beta delta, so the chain rule brings it in front.", "-beta * weight",
+        Mistake("beta is missing in front: z = beta delta, so the chain rule brings it there.", "-beta * weight",
                 "-1 * weight"),
+        Mistake("beta is missing in the sigmoid: its argument is -beta delta.", "beta * delta))", "delta))"),
+        Mistake("beta is left out in both places.",
+                "beta * delta))         # sigmoid(-beta delta)\n    dchosen = -beta * weight",
+                "delta))\n    dchosen = -weight"),
+        Mistake("The factor in front is beta^2. The chain rule brings beta once.", "-beta * weight",
+                "-beta ** 2 * weight"),
         Mistake("The loss is a mean over the pairs; this is the gradient of the sum.", " / len(delta)", ""),
-        Mistake("The weight is sigmoid(beta delta). It must be large where the policy has the order wrong: "
-                "sigmoid(-beta delta).", "np.logaddexp(0, beta * delta)", "np.logaddexp(0, -beta * delta)"),
+        Mistake("The weight is sigmoid(beta delta), or delta has the wrong sign. The weight must be large where the "
+                "policy has the order wrong: sigmoid(-beta delta).", "np.logaddexp(0, beta * delta)", "np.logaddexp(0, -beta * delta)"),
         Mistake("The reference is left out of delta.",
                 "(policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)",
                 "policy_chosen - policy_rejected"),

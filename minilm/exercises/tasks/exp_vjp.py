@@ -46,5 +46,6 @@ TASK = Task(
                 "dy + np.exp(x)"),
         Mistake("The result is summed to one number. Each x[i] has a derivative of its own.", "dy * np.exp(x)",
                 "(dy * np.exp(x)).sum()"),
+        Mistake("The derivative of exp is missing: this is dL/dy.", "dy * np.exp(x)", "dy"),
         Mistake("dy goes into the exponential. The chain rule multiplies by dy outside.", "dy * np.exp(x)",
                 "np.exp(dy * x)")))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from minilm.exact import enumerable, expectations
-from minilm.exercises.task import Mistake, Property, Task
+from minilm.exercises.task import Mistake, Property, Task, forms
 from minilm.objectives import policy_gradient
 
 
@@ -79,9 +79,14 @@ TASK = Task(
         Mistake("The sign is reversed: good responses would become less likely.", "rewards - others",
                 "others - rewards"),
         Mistake("The sum of the others is subtracted, not their mean.", " / (K - 1)", ""),
-        Mistake("The advantages are divided by the standard deviation of the group, as in GRPO. That is biased.",
-                "rewards - others", "(rewards - rewards.mean(axis=1, keepdims=True)) / (rewards.std(axis=1, ddof=1, "
-                "keepdims=True) + 1e-4)"),
+        *forms("The advantages are divided by the standard deviation of the group, as in GRPO. That is biased.",
+               "rewards - others", *(f"({minus}) / (rewards.std(axis=1, ddof={ddof}, keepdims=True) + {eps})"
+                                     for minus in ("rewards - rewards.mean(axis=1, keepdims=True)", "rewards - others")
+                                     for ddof in (0, 1) for eps in (0, 1e-8, 1e-6, 1e-4))),
+        Mistake("The mean of the whole batch is subtracted. Rewards of different prompts are not comparable, and it "
+                "contains the response's own reward.", "rewards - others", "rewards - rewards.mean()"),
+        Mistake("The response's own reward is not removed from the sum: K rewards are added, and divided by K - 1.",
+                "(rewards.sum(axis=1, keepdims=True) - rewards)", "rewards.sum(axis=1, keepdims=True)"),
         Mistake("One baseline for the whole batch: all other responses, whatever their prompt.",
                 "(rewards.sum(axis=1, keepdims=True) - rewards) / (K - 1)",
                 "(rewards.sum() - rewards) / (rewards.size - 1)")))

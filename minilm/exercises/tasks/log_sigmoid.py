@@ -36,6 +36,8 @@ TASK = Task(
                 "-np.logaddexp(0, -z)", "np.log(1 / (1 + np.exp(-z)))"),
         Mistake("exp(-z) overflows at z = -1000. log1p helps where exp(-z) is small, not where it is large.",
                 "-np.logaddexp(0, -z)", "-np.log1p(np.exp(-z))"),
+        Mistake("1 + exp(-40) rounds to 1, and its logarithm to 0. log1p(x) is log(1 + x) without this rounding.",
+                "-np.logaddexp(0, -z)", "np.minimum(z, 0) - np.log(1 + np.exp(-np.abs(z)))"),
         Mistake("This is log sigmoid(-z): exp(z) stands where exp(-z) belongs.", "np.logaddexp(0, -z)",
                 "np.logaddexp(0, z)"),
         Mistake("The sign is reversed: this is the loss, -log sigmoid(z). A log-probability is at most 0.",

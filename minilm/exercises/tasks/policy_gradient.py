@@ -75,6 +75,10 @@ TASK = Task(
                 "(onehot - p)"),
         Mistake("The probabilities are missing: log softmax also depends on the other logits.", "(p - onehot)",
                 "(-onehot)"),
+        Mistake("Only the logit of the drawn token has a gradient here. The others change the denominator.",
+                "(p - onehot)", "(p - 1) * onehot"),
+        Mistake("The derivative of -p instead of -log p: a token that is almost impossible would get almost no "
+                "gradient.", "(p - onehot)", "(p - onehot) * (p * onehot).sum(axis=-1, keepdims=True)"),
         Mistake("The onehot of the drawn token is missing.", "(p - onehot)", "p"),
         Mistake("The advantages are missing: this is SFT on the model's own samples.", "advantages[:, None] * mask",
                 "mask"),

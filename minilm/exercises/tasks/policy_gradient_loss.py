@@ -57,6 +57,10 @@ TASK = Task(
         Mistake("A mean over all columns of the array, padding included. Divide by the number of responses.", ".mean()",
                 ".sum() / mask.size"),
         Mistake("A sum over the responses in place of the mean.", ".mean()", ".sum()"),
+        Mistake("The advantages are left out: this is the SFT loss of the responses.", "(advantages * of_responses)",
+                "of_responses"),
+        Mistake("The mask is reversed: prompt and padding count, and the response does not.",
+                "np.where(mask, log_probs, 0.0)", "np.where(mask, 0.0, log_probs)"),
         Mistake("The mask is left out: prompt and padding count.", "np.where(mask, log_probs, 0.0)", "log_probs"),
         Mistake("The advantages are broadcast along the wrong axis: A[t] instead of A[n] for the tokens of response n.",
                 "of_responses = np.where(mask, log_probs, 0.0).sum(axis=1)\n    return -(advantages * "

@@ -52,6 +52,14 @@ TASK = Task(
     mistakes=(
         Mistake("The weight is sigmoid(z). It must be large for a pair in the wrong order: sigmoid(-z).",
                 "np.logaddexp(0, chosen - rejected - margin)", "np.logaddexp(0, rejected + margin - chosen)"),
+        Mistake("The derivative of sigmoid instead of that of its logarithm: sigmoid' = sigmoid (1 - sigmoid), and the "
+                "logarithm divides by sigmoid.", "(pull - push) / B, (pull + push) / B",
+                "(pull - push * (1 - push)) / B, (pull + push * (1 - push)) / B"),
+        Mistake("The two results are in the wrong order: dchosen comes first.",
+                "(pull - push) / B, (pull + push) / B", "(pull + push) / B, (pull - push) / B"),
+        Mistake("The centering acts on the difference of the rewards. It squares their sum.",
+                "2 * centering * (chosen + rejected)\n    B = len(chosen)\n    return (pull - push) / B, (pull + push)",
+                "2 * centering * (chosen - rejected)\n    B = len(chosen)\n    return (pull - push) / B, (push - pull)"),
         Mistake("Not divided by the number of pairs.",
                 "(pull - push) / B, (pull + push) / B", "pull - push, pull + push"),
         Mistake("The centering has opposite signs for the two rewards, as the comparison has. Its derivative is the "

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from minilm import rotary
-from minilm.exercises.task import Mistake, Property, Task
+from minilm.exercises.task import Mistake, Property, Task, forms
 
 
 def rope(x, positions, base) -> np.ndarray:
@@ -66,6 +66,10 @@ TASK = Task(
         Mistake("The exponent is -i/K instead of -2i/K.", "np.arange(0, K, 2) / K", "np.arange(K // 2) / K"),
         Mistake("The positions are ignored: row t is rotated as position t.", "positions[:, None]",
                 "np.arange(len(x))[:, None]"),
+        *forms("The second half is computed from the new first half. Both need the old numbers: keep them until both "
+               "are computed.", "    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=1)",
+               "    a[:] = a * cos - b * sin\n    b[:] = b * cos + a * sin\n    return x",
+               "    a = a * cos - b * sin\n    b = b * cos + a * sin\n    return np.concatenate([a, b], axis=1)"),
         Mistake("Both sines have the same sign, so this is no rotation: the length of a pair changes.",
                 "a * cos - b * sin", "a * cos + b * sin"),
         Mistake("The frequencies grow with i; the exponent must be negative.", "base ** (-np.arange(0, K, 2) / K)",

@@ -13,7 +13,7 @@ The result is the reason why cross-entropy trains well: it is a difference of tw
 import numpy as np
 
 from minilm import Tensor, ops
-from minilm.exercises.task import Mistake, Task
+from minilm.exercises.task import Mistake, Task, forms
 from minilm.objectives import sft
 
 
@@ -58,8 +58,10 @@ TASK = Task(
         Mistake("The mask is missing: prompt and padding get a gradient.", " * mask[..., None]", ""),
         Mistake("Divided by all B T columns. L is a mean over the tokens of the mask.", "mask.sum()", "mask.size"),
         Mistake("Not divided: this is the gradient of a sum of losses.", " / mask.sum()", ""),
-        Mistake("Each row is divided by its own number of tokens. M counts the tokens of the whole batch.",
-                "/ mask.sum()", "/ mask.sum(axis=1)[:, None, None]"),
+        *forms("Each row is divided by its own number of tokens. M counts the tokens of the whole batch.",
+               "/ mask.sum()", "/ mask.sum(axis=1)[:, None, None]", "/ mask.sum(axis=1)[:, None, None] / len(mask)"),
+        Mistake("The probabilities are missing: log softmax also depends on the other logits.", "(p - onehot)",
+                "(-onehot)"),
         Mistake("Only the logit of the target has a gradient here. The others change the denominator.",
                 "(p - onehot)", "(p - 1) * onehot"),
         Mistake("The derivative of -p instead of -log p: a token that is almost impossible would get almost no "

@@ -12,7 +12,7 @@ anything, NaN included: select, do not multiply.
 
 import numpy as np
 
-from minilm.exercises.task import Mistake, Task
+from minilm.exercises.task import Mistake, Task, forms
 from minilm.objectives import sft
 
 
@@ -51,5 +51,8 @@ TASK = Task(
         Mistake("The sum is not divided by the number of tokens.", " / mask.sum()", ""),
         Mistake("The sum is divided by the number of rows. Then long responses have a larger gradient.", "mask.sum()",
                 "len(mask)"),
+        *forms("The mask is left out: prompt and padding are scored, too.",
+               "np.where(mask, log_probs, 0.0).sum() / mask.sum()", "log_probs.mean()", "log_probs.sum() / mask.sum()",
+               "log_probs.sum()", "log_probs.sum() / len(mask)", "np.nanmean(log_probs)"),
         Mistake("The mask is reversed: prompt and padding are scored, and the response is not.",
                 "np.where(mask, log_probs, 0.0)", "np.where(mask, 0.0, log_probs)")))

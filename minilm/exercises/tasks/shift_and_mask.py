@@ -28,7 +28,9 @@ def cases(rng: np.random.Generator) -> dict[str, tuple]:
     return {"one row": (np.array([[5, 6, 7, 8, 9]]), np.array([2]), np.array([5])),
             "with padding": (np.array([[5, 6, 7, 1, 0, 0], [5, 6, 7, 8, 9, 1]]), np.array([2, 1]), np.array([4, 6])),
             "0 is a token of the response, too": (np.array([[5, 0, 0, 1, 0], [3, 0, 4, 0, 1]]), np.array([1, 2]),
-                                                  np.array([4, 5]))}
+                                                  np.array([4, 5])),
+            "a long prompt and much padding": (np.array([[5, 6, 7, 8, 1, 0, 0, 0, 0], [5, 6, 7, 8, 9, 5, 6, 7, 1]]),
+                                               np.array([3, 4]), np.array([5, 9]))}
 
 
 def expected(tokens, prompt_lengths, lengths) -> tuple:
@@ -45,9 +47,19 @@ TASK = Task(
     mistakes=(
         Mistake("The mask is not shifted with the targets: column t is about token t + 1, not about token t.",
                 "np.arange(1, tokens.shape[1])", "np.arange(tokens.shape[1] - 1)"),
+        Mistake("The mask is shifted twice: column t is about token t + 1, not about token t + 2.",
+                "np.arange(1, tokens.shape[1])", "np.arange(2, tokens.shape[1] + 1)"),
         Mistake("Padding counts: the upper end of the response is missing.", " & (place < lengths[:, None])", ""),
         Mistake("The prompt counts: the loss would train the model to write prompts.",
                 "(place >= prompt_lengths[:, None]) & ", ""),
+        Mistake("The last prompt token counts, too: the response begins at place prompt_length.",
+                "place >= prompt_lengths[:, None]", "place >= prompt_lengths[:, None] - 1"),
+        Mistake("The first padding token counts, too: the last response token stands at place length - 1.",
+                "place < lengths[:, None]", "place <= lengths[:, None]"),
+        Mistake("The prompt's length is added to `lengths`, which counts prompt and response together.",
+                "place < lengths[:, None]", "place < (prompt_lengths + lengths)[:, None]"),
+        Mistake("The mask is reversed: prompt and padding count, and the response does not.",
+                "return targets, mask", "return targets, ~mask"),
         Mistake("The EOS is left out. The model would never learn to stop.", "place < lengths[:, None]",
                 "place < lengths[:, None] - 1"),
         Mistake("The targets are the inputs: the model would learn to copy the token that it reads.", "tokens[:, 1:]",

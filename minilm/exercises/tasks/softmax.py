@@ -52,5 +52,9 @@ TASK = Task(
                 "x - x.max(axis=-1, keepdims=True) - np.log(e.sum(axis=-1, keepdims=True))"),
         Mistake("The maximum of the whole array is subtracted. A row far below it underflows to 0, and 0 / 0 is NaN.",
                 "x.max(axis=-1, keepdims=True)", "x.max()"),
+        Mistake("Maximum and sum are those of the whole array, so the whole array adds up to 1. Each row is a "
+                "distribution of its own: both run over the last axis.",
+                "x.max(axis=-1, keepdims=True))\n    return e / e.sum(axis=-1, keepdims=True)",
+                "x.max())\n    return e / e.sum()"),
         Mistake("The exponent has the wrong sign: the largest logit must get the largest probability.",
                 "np.exp(x - x.max(axis=-1, keepdims=True))", "np.exp(x.min(axis=-1, keepdims=True) - x)")))

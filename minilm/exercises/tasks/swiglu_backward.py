@@ -46,6 +46,7 @@ TASK = Task(
         Mistake("The sigmoid is missing in dup: y = g sigmoid(g) up.", "dy * gate * s", "dy * gate"),
         Mistake("The two results are in the wrong order: dgate comes first.", "return dgate, dup", "return dup, dgate"),
         Mistake("sigmoid' is s (1 - s); the factor s is missing.", "gate * s * (1 - s)", "gate * (1 - s)"),
+        Mistake("sigmoid' is s (1 - s), not s (1 + s).", "(1 - s)", "(1 + s)"),
         Mistake("The gate is missing in dup: this is the derivative for y = sigmoid(gate) up.", "dy * gate * s",
                 "dy * s"),
         Mistake("This is the gradient for y = sigmoid(gate) up, the gate of an LSTM: silu has a factor g more.",

@@ -12,7 +12,7 @@ the axes that broadcasting has added or stretched.
 import numpy as np
 
 from minilm import ops
-from minilm.exercises.task import Mistake, Task
+from minilm.exercises.task import Mistake, Task, forms
 
 
 def unbroadcast(dy, shape) -> np.ndarray:
@@ -47,9 +47,21 @@ TASK = Task(
                 "keepdims=True", "keepdims=False"),
         Mistake("The added axes are kept with length 1. They must disappear: x does not have them.",
                 "dy.sum(axis=tuple(range(added)))", "dy.sum(axis=tuple(range(added)), keepdims=True)"),
-        Mistake("A mean instead of a sum. Each use of a number adds its gradient.",
+        *forms("Axes that broadcasting has added are not summed; only the stretched ones are.",
+               "dy.sum(axis=tuple(range(added)))", "dy",
+               "dy\n    return dy.sum(axis=tuple(added + i for i, n in enumerate(shape) if n == 1), keepdims=True)"),
+        Mistake("dy is returned as it is. Where broadcasting has added or stretched an axis, it has another shape than "
+                "x.", "dx.sum(axis=stretched, keepdims=True)", "dy"),
+        Mistake("dy is summed over its first axis, whatever the shape of x is. Compare the two shapes.",
+                "dx.sum(axis=stretched, keepdims=True)", "dy.sum(axis=0)"),
+        Mistake("Means instead of sums. Each use of a number adds its gradient.",
+                "dy.sum(axis=tuple(range(added)))\n    stretched = tuple(i for i, n in enumerate(shape) if n == 1)\n"
+                "    return dx.sum(axis=stretched, keepdims=True)",
+                "dy.mean(axis=tuple(range(added)))\n    stretched = tuple(i for i, n in enumerate(shape) if n == 1)\n"
+                "    return dx.mean(axis=stretched, keepdims=True)"),
+        Mistake("The stretched axes are averaged. Each use of a number adds its gradient: sum them.",
                 "dx.sum(axis=stretched, keepdims=True)", "dx.mean(axis=stretched, keepdims=True)"),
-        Mistake("The added axes are averaged. Each use of a number adds its gradient.",
+        Mistake("The added axes are averaged. Each use of a number adds its gradient: sum them.",
                 "dy.sum(axis=tuple(range(added)))", "dy.mean(axis=tuple(range(added)))"),
         Mistake("The last axes are summed away. Broadcasting adds axes on the left.",
                 "tuple(range(added))", "tuple(range(dy.ndim - added, dy.ndim))"),

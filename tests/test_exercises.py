@@ -113,6 +113,45 @@ def test_a_wrong_axis_in_all_reductions_is_one_mistake(name, changes):
     assert "two mistakes" not in verdict.text
 
 
+def unbroadcast_by_means(dy, shape):
+    stretched = tuple(i for i, n in enumerate(shape) if n == 1)
+    return dy.mean(axis=tuple(range(dy.ndim - len(shape)))).mean(axis=stretched, keepdims=True)
+
+
+def whole_softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def adamw_with_exchanged_betas(p, g, m, v, t, lr, b1, b2, eps, decay):
+    return TASKS["adamw"].solution(p, g, m, v, t, lr, b2, b1, eps, decay)
+
+
+def mask_with_the_prompt_added(tokens, prompt_lengths, lengths):
+    return TASKS["shift_and_mask"].solution(tokens, prompt_lengths, prompt_lengths + lengths)
+
+
+def dpo_loss_from_the_reference(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
+    return TASKS["dpo_loss"].solution(reference_chosen, reference_rejected, policy_chosen, policy_rejected, beta)
+
+
+@pytest.mark.parametrize("name, function, words", [
+    ("unbroadcast", unbroadcast_by_means, "Means instead of sums"), ("softmax", whole_softmax, "Maximum and sum are"),
+    ("unbroadcast", lambda dy, shape: dy.sum(axis=0), "summed over its first axis, whatever"),
+    ("adamw", adamw_with_exchanged_betas, "b1 and b2 are exchanged"),
+    ("shift_and_mask", mask_with_the_prompt_added, "The prompt's length is added to `lengths`"),
+    ("dpo_loss", dpo_loss_from_the_reference, "delta has the wrong sign: chosen and rejected, or policy and reference"),
+    ("log_sigmoid", lambda z: np.minimum(z, 0) - np.log(1 + np.exp(-np.abs(z))), r"1 \+ exp\(-40\) rounds to 1"),
+    ("rms_norm_backward", lambda x, weight, dy, eps: TASKS["rms_norm_backward"].solution(x, weight, dy, 0.0),
+     "eps is missing"),
+    ("leave_one_out", lambda R: (R - R.mean(axis=1, keepdims=True)) / R.std(axis=1, keepdims=True), "standard deviation"),
+    ("sft_loss", lambda log_probs, mask: -log_probs.mean(), "The mask is left out"),
+    ("categorical", lambda p, u: (p.cumsum(axis=1) <= u[:, None]).sum(axis=1), "u is not scaled by the sum")])
+def test_one_mistake_is_named_once_however_it_is_written(name, function, words):
+    text = grade(TASKS[name], function, reference=REFERENCES[name]).text
+    assert re.search(rf"\nHint: .*{words}", text) and "two mistakes" not in text and "In " not in text, text
+
+
 def test_gradients_equal_finite_differences():
     graded = [task for task in TASKS.values() if task.scalar is not None]
     assert len(graded) >= 8
@@ -157,6 +196,7 @@ def test_numbers_that_are_right_with_a_broken_property_are_not_solved():
     task = TASKS["chunked_log_probs"]
     verdict = grade(task, all_at_once)
     assert not verdict.solved and "all numbers are right, but this does not hold: for 2000 tokens" in verdict.text
+    assert re.search(r"of all logits: memory / memory of all logits is [1-9]\.\d+, and must be at most 0\.2$", verdict.text)
 
 
 def test_a_function_that_overwrites_an_argument_is_told_its_name(task):
@@ -274,9 +314,9 @@ def test_a_number_that_no_mistake_gives_has_finite_differences_and_no_hint():
     task = TASKS["rms_norm_backward"]
     verdict = grade(task, lambda *a: (1.7 * task.solution(*a)[0], *task.solution(*a)[1:]))
     number = r"(0\.\d+)"
-    assert re.search(rf"number \[0, 0\] of dx is {number}; expected {number}\. Finite differences in x: {number}",
-                     verdict.text)
-    got, expected, slope = map(float, re.findall(r"(?:is|expected|x:) (0\.\d+)", verdict.text)[:3])
+    found = re.search(rf"number \[0, 0\] of dx is {number}; expected {number}\. By finite differences, "
+                      rf"\(L\(x \+ h\) - L\(x - h\)\) / 2h, it is {number}", verdict.text)
+    got, expected, slope = map(float, found.groups())
     assert abs(slope - expected) < 1e-7 < 0.1 < abs(got - expected)
     assert "Hint" not in verdict.text and "Perhaps" not in verdict.text
 
@@ -325,6 +365,31 @@ def test_randomness_and_overflow_are_named():
     assert "Two calls with the same arguments give different results" in verdict.text
     verdict = grade(TASKS["log_sigmoid"], lambda z: np.log(np.exp(z) / (1 + np.exp(z))))
     assert "exp of a number above 709 is infinite" in verdict.text
+
+
+def test_a_mask_of_booleans_is_compared_in_booleans_and_one_of_numbers_in_numbers():
+    task = TASKS["shift_and_mask"]
+    for kind, words in ((bool, "of mask is False; expected True"), (float, "of mask is 0.0; expected 1.0")):
+        assert words in grade(task, lambda t, *_, kind=kind: (t[:, 1:], np.zeros(t[:, 1:].shape, kind))).text
+    assert "number [0] of p is False; expected 0.24" in grade(SOFTMAX, lambda x: np.zeros(x.shape, bool)).text
+
+
+def test_a_zero_is_shown_without_a_sign():
+    assert "number [0] of p is 0.0; expected" in grade(SOFTMAX, lambda x: -0.0 * right(x)).text
+    text = grade(TASKS["swiglu_backward"], lambda gate, up, dy: (-0.0 * gate, -0.0 * gate)).text
+    assert "-0." not in re.sub(r"-0\.\d*[1-9]", "", text), text
+
+
+def test_several_changed_arguments_are_told_in_the_plural():
+    task = TASKS["adamw"]
+
+    def in_place(p, g, m, v, *numbers):
+        result = task.solution(p, g, m, v, *numbers)
+        m += 1
+        v += 1
+        return result
+
+    assert "your function changed its arguments m and v: the caller still needs them. Look" in grade(task, in_place).text
 
 
 def test_wrong_numbers_and_a_changed_argument_are_both_said():

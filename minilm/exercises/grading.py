@@ -49,8 +49,8 @@ def _problem(reference, words, outcome):
             place = tuple(map(int, np.argwhere(wrong)[0]))
             return _wrong_number(reference, words, i, place, got) + _of_dtype(got, right)
     if outcome.changed:
-        names = " and ".join(outcome.changed)
-        return (f"{RIGHT_BUT} your function changed its argument {names}: the caller still needs it. "
+        names, them = _changed(outcome)
+        return (f"{RIGHT_BUT} your function changed its {names}: the caller still needs {them}. "
                 "Look for an operation in place (-=, *=, out=, an assignment to a part) and work on a new array")
     return None
 
@@ -59,10 +59,25 @@ def _wrong_number(reference, words, i, place, got):
     task = reference.task
     name = task.returns[i]
     where = f"number [{', '.join(map(str, place))}] of {name}" if place else name
-    text = f"{where} is {got[place].item()!r}; expected {reference.expected[words][i][place].item()!r}"
+    right = reference.expected[words][i][place].item()
+    if got.dtype == bool and right in (0, 1):               # a mask of either kind
+        right = bool(right)
+    text = f"{where} is {_positive_zero(got[place]).item()!r}; expected {right!r}"
     if task.scalar is not None:
-        text += f". Finite differences in {task.wrt[i]}: {reference.slopes[words][i][place]:.8g}"
+        slope = reference.slopes[words][i][place]
+        text += f". By finite differences, (L({task.wrt[i]} + h) - L({task.wrt[i]} - h)) / 2h, it is {slope:.8g}"
     return text
+
+
+def _positive_zero(x):
+    """Numbers to be printed: -0.0 as 0.0."""
+    return np.where(x == 0, np.zeros_like(x), x)
+
+
+def _changed(outcome):
+    """The arguments that a function has overwritten, and their pronoun."""
+    several = len(outcome.changed) > 1
+    return f"argument{'s' * several} {' and '.join(outcome.changed)}", "them" if several else "it"
 
 
 def _of_dtype(got, right):
@@ -82,7 +97,7 @@ def _inputs(task, arguments):
         if not isinstance(x, np.ndarray):
             parts.append(f"{name} = {x!r}")
         elif x.size <= SHOWN:
-            parts.append(f"{name} = {np.array2string(x, separator=', ', precision=4)}".replace("\n", ""))
+            parts.append(f"{name} = {np.array2string(_positive_zero(x), separator=', ', precision=4)}".replace("\n", ""))
         else:
             parts.append(f"{name} {x.shape}")
     return ", ".join(parts)
@@ -127,7 +142,7 @@ class Wrong:
         lines = [f'wrong in the case "{self.case}": {self.problem}']
         lines += [f"NumPy warned: {text}" for text in outcome.warnings]
         if outcome.changed and RIGHT_BUT not in self.problem:
-            lines.append(f"It also changes its argument {' and '.join(outcome.changed)}, which the caller still needs.")
+            lines.append(f"It also changes its {_changed(outcome)[0]}, which the caller still needs.")
         names = ", ".join(task.arguments) + "," * (len(task.arguments) == 1)
         end = [f"The inputs: {_inputs(task, arguments)}",
                f'To try it: from minilm.exercises import inputs; {names} = inputs("{task.name}", "{self.case}")']
@@ -163,6 +178,6 @@ def broken(part: Property) -> str:
     if not wrong.any():
         return ""
     place = tuple(map(int, np.argwhere(wrong)[0]))
-    where = f"number [{', '.join(map(str, place))}]" if place else "it"
+    where = f"number [{', '.join(map(str, place))}]" if place else part.quantity
     return (f"all numbers are right, but this does not hold: {part.statement}: {where} is {got[place].item()!r}, and "
             f"must be {'at most ' * part.at_most}{expected[place].item()!r}")

@@ -42,6 +42,7 @@ class Property:
 
     tolerance  for max|got - expected| / max(max|expected|, 1)
     at_most    got may be smaller
+    quantity   what got is, if it is one number
     """
 
     statement: str
@@ -49,6 +50,7 @@ class Property:
     expected: Any
     tolerance: float = 1e-9
     at_most: bool = False
+    quantity: str = "it"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """python -m minilm.exercises: the commands, and files that loop, end their process, or cannot be read."""
+import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ from unittest import mock
 import pytest
 
 from minilm.exercises import __main__, catalogue, cuda, process, tasks
-from minilm.exercises.grading import grade
+from minilm.exercises.grading import NOT_BEGUN, grade
 from minilm.exercises.task import HOLE, solution_text, student_file
 from minilm.kernels import emulator
 
@@ -88,7 +90,8 @@ def test_a_folder_is_checked_with_one_line_for_each_task_and_the_next_one(run, t
     assert status == 1 and lines[0][2].startswith("solved: right in 3 cases")
     assert lines[1][2].startswith('wrong in the case "one row": number [0] of p is 1.0; expected 0.24')
     assert lines[2][2] == "not begun" and lines[3][2] == "-"
-    assert out.endswith(f"1 of {len(catalogue.NAMES)} solved, 1 wrong. Next: softmax\n")
+    assert out.endswith(f"1 of {len(catalogue.NAMES)} solved, 1 wrong. Next: softmax\n"
+                        f"check TASK {tmp_path} says more about a wrong one, and which mistake it may be\n")
     (tmp_path / "02_softmax.py").unlink()
     status, out = run("check", tmp_path)
     assert status == 0 and out.endswith("0 wrong. Next: softmax\n")
@@ -118,6 +121,87 @@ def test_one_file_is_checked_by_name_or_number_and_under_another_number(run, tmp
     assert status == 1 and out == "2 softmax: not begun: the function still has its hole\n"
 
 
+def test_the_commands_in_a_file_work_from_every_folder_and_with_spaces_in_its_name(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("start", "all", "my dir")
+    for name in ("softmax", "cuda_sums"):
+        text = (tmp_path / "my dir" / catalogue.find(name).file).read_text()
+        command, = re.findall("python -m minilm.exercises (check .*)", text)
+        assert shlex.split(command) == ["check", name, str(tmp_path / "my dir")]
+        assert f"python -m minilm.exercises hint {name} 1" in text and f"exercises solution {name}\n" in text
+    monkeypatch.chdir("/")
+    assert run(*shlex.split(command))[1] == f"{catalogue.find(name).number} {name}: {NOT_BEGUN.text}\n"
+    ast.parse(student_file(SOFTMAX, r"C:\new\x"))            # a backslash is no escape in the docstring
+
+
+def test_a_hole_that_is_still_reached_below_the_code_is_told_by_its_line(run, tmp_path):
+    run("start", "softmax", tmp_path)
+    path = tmp_path / "02_softmax.py"
+    path.write_text(path.read_text().replace("    # YOUR CODE HERE\n", "    p = x / x.sum()\n"))
+    number = path.read_text().splitlines().index("    raise NotImplementedError") + 1
+    words = f"not begun: it raises NotImplementedError in line {number}: this line of the hole is still reached"
+    assert words in " ".join(run("check", "softmax", tmp_path)[1].split())
+    assert words in run("check", tmp_path)[1]
+
+
+def test_the_lines_of_to_try_it_compute_the_wrong_number(run, tmp_path):
+    folder = tmp_path / "my dir"
+    folder.mkdir()
+    (folder / "02_softmax.py").write_text("import numpy as np\ndef softmax(x):\n    return np.exp(x) + 0.25\n")
+    out = run("check", "softmax", folder)[1]
+    command, *lines = [line.strip() for line in out.partition("To try it:\n")[2].splitlines()]
+    assert command == f"python -i '{folder}/02_softmax.py'"
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], input="\n".join([*lines, ""]), text=True,
+                          capture_output=True)
+    assert re.search(r"number \[0\] of p is (1\.25);", out) and "array([1.25" in done.stdout, done
+
+
+def test_a_file_is_checked_by_its_path(run, tmp_path):
+    path = tmp_path / "02_softmax.py"
+    path.write_text(solved_file("softmax"))
+    expected = run("check", "softmax", tmp_path)
+    assert expected[0] == 0
+    for words in ((path,), ("softmax", path), ("2", path)):
+        assert run("check", *words) == expected
+
+
+@pytest.mark.parametrize("words, message", [
+    (("check", "softmax"), "^softmax is a task: in which folder[?] check softmax DIR$"),
+    (("check", "2"), "^2 is a task: in which folder[?] check softmax DIR$"),
+    (("check", "nosuch"), "^there is no folder or file nosuch; expected check TASK DIR, or check DIR, or check FILE$"),
+    (("check", "softmax", "nosuch"), "^there is no folder or file nosuch; "),
+    (("check", "nosuch/02_softmax.py"), "^there is no folder or file nosuch/02_softmax.py; "),
+    (("check", "a", "b", "c"), "^check a b c: expected check TASK DIR, or check DIR$"),
+    (("start", "softmax", "there.py"), "^there.py is a file; start needs a folder: start softmax DIR$"),
+    (("start", "softmax"), "^the following arguments are required: DIR; "),
+    (("hint",), "^the following arguments are required: TASK; "),
+    (("check", "there.py"), "^no task 'there.py'; `list` shows")])
+def test_words_of_another_form_are_told_what_is_missing(run, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.py").write_text("")
+    with pytest.raises((ValueError, OSError, LookupError)) as raised:
+        run(*words)
+    assert re.search(message, str(raised.value.args[0])), raised.value
+
+
+@pytest.mark.parametrize("words, name", [
+    ("softmax", "softmax"), ("Softmax", "softmax"), ("DPO_loss", "dpo_loss"), ("02_softmax", "softmax"),
+    ("77_softmax.py", "softmax"), ("my dir/02_softmax.py", "softmax"), ("29_cuda_sums.cu", "cuda_sums"),
+    ("1", "exp_vjp")])
+def test_a_task_is_found_by_its_name_in_either_case_and_by_the_name_of_its_file(words, name):
+    assert catalogue.find(words).name == name
+
+
+@pytest.mark.parametrize("words, meant", [
+    ("sofmax", " Did you mean softmax or softmax_vjp or cuda_softmax?"),
+    ("dpo", " Did you mean dpo_loss or dpo_gradient?"), ("swiglu", " Did you mean swiglu_backward?"),
+    ("0", ""), ("", ""), ("all", ""), ("32", "")])
+def test_a_name_that_is_near_a_task_is_answered_with_this_task(words, meant):
+    with pytest.raises(LookupError) as raised:
+        catalogue.find(words)
+    assert raised.value.args[0] == f"no task {words!r}; `list` shows the 31 tasks by number and name.{meant}"
+
+
 def test_a_question_is_shown_and_then_its_numbers(run):
     assert "predict N" in run("predict")[1]
     assert run("predict", "8")[1].endswith("Predict, then run: predict 8 --answer\n")
@@ -129,7 +213,7 @@ def test_a_question_is_shown_and_then_its_numbers(run):
 def test_a_loop_without_an_end_is_stopped_and_its_case_is_named(tmp_path):
     started = time.perf_counter()
     verdict = checked(tmp_path, "def softmax(x):\n    while True: pass\n", seconds=10)
-    assert not verdict.solved and "it has not ended after 10 seconds" in verdict.text
+    assert not verdict.solved and "it has not ended after 10 seconds" in verdict.text and "--seconds" in verdict.text
     assert verdict.text.startswith(('wrong in the case "one row": ', "wrong it has not"))
     assert time.perf_counter() - started < 40
 
@@ -154,6 +238,7 @@ def test_a_loop_after_the_first_wrong_number_still_gives_the_verdict(tmp_path):
     ("softmax = 3\n", "the file has no function softmax"), ("", "the file has no function softmax"),
     (b"\xff\xfe", "the file cannot be loaded: UnicodeDecodeError"),
     ("import os\ndef softmax(x):\n    os._exit(3)\n", 'wrong in the case "one row": the process ended with status 3'),
+    ("def softmax(x):\n    breakpoint()\n    return 0 * x\n", "number [0] of p is 0.0; expected"),
     ("def softmax(x):\n    return softmax(x)\n", "it raises RecursionError in line 2"),
     ("def softmax(x):\n    print('x is', x)\n", "It printed:\nx is [ 0.  1. -1.]"),
     ("def softmax(x):\n    for i in range(10 ** 5): print('spam')\n", "It printed:\nspam")])
@@ -269,7 +354,34 @@ def test_a_kernel_that_does_not_compile_shows_the_message(tmp_path):
         pytest.skip(reason)
     path = tmp_path / "x.cu"
     path.write_text("no code")
-    assert "wrong: " in cuda.check("cuda_sums", path).text
+    assert cuda.check("cuda_sums", path).text.startswith("wrong: x.cu:1:")
+
+
+@pytest.mark.parametrize("right, other", [("of_threads[128];", "of_threads[128], b[2];"),
+                                          ("const int t", "cudaError_t e; const int t")])
+def test_right_cuda_that_the_emulator_does_not_support_is_not_called_wrong(tmp_path, right, other):
+    if reason := emulator.available():
+        pytest.skip(reason)
+    path = tmp_path / "x.cu"
+    path.write_text(cuda.solution("cuda_sums").replace(right, other))
+    verdict = cuda.check("cuda_sums", path)
+    number = next(i for i, line in enumerate(path.read_text().splitlines(), 1) if other in line)
+    assert not verdict.solved
+    assert verdict.text.startswith(f"not graded, although it may be right CUDA: x.cu:{number}: "), verdict.text
+
+
+@pytest.mark.parametrize("name, right, wrong, barrier", [
+    ("cuda_sums", "= sum;\n    __syncthreads();", "= sum;", True),
+    ("cuda_sums", "        __syncthreads();\n", "", True), ("cuda_sums", "j < columns", "j < 128", False),
+    ("cuda_attention", "        __syncthreads();\n    }", "    }", True)])
+def test_a_fault_of_a_missing_barrier_names_the_barrier(tmp_path, name, right, wrong, barrier):
+    if reason := emulator.available():
+        pytest.skip(reason)
+    path = tmp_path / "x.cu"
+    assert right in cuda.solution(name)
+    path.write_text(cuda.solution(name).replace(right, wrong))
+    text = cuda.check(name, path).text
+    assert text.startswith("wrong: x.cu:") and ("\nIs a barrier missing? " in text) == barrier, text
 
 
 def test_without_a_compiler_the_command_says_so(run, tmp_path):

@@ -62,6 +62,25 @@ def test_a_wrong_solution_is_told_what_is_wrong(name, old, new, error, message, 
         puzzles.check(name, path)
 
 
+def test_one_thread_that_adds_all_sums_is_a_solution_as_the_task_says(tmp_path):
+    text = (SOLUTIONS / "sums.cu").read_text()
+    loop, end = text.index("    for (int half"), text.index("    if (t == 0)")
+    path = tmp_path / "mine.cu"
+    one_thread = "    if (t == 0) for (int i = 1; i < 128; ++i) of_threads[0] += of_threads[i];\n"
+    path.write_text(text[:loop] + one_thread + text[end:])
+    assert "One thread" in puzzles.task("sums") and puzzles.check("sums", path).startswith("sums: solved. ")
+
+
+def test_numbers_that_nothing_has_written_are_spoken_of_only_if_there_are_some(tmp_path):
+    text = (SOLUTIONS / "sums.cu").read_text()
+    for right, wrong, unwritten in (("int half = 64", "int half = 32", False), ("y[b", "if (columns > 128) y[b", True)):
+        path = tmp_path / "mine.cu"
+        path.write_text(text.replace(right, wrong))
+        with pytest.raises(puzzles.Unsolved) as raised:
+            puzzles.check("sums", path)
+        assert ("nothing has written" in str(raised.value)) == unwritten, raised.value
+
+
 def test_the_task_and_atomics_are_no_solution(tmp_path):
     path = tmp_path / "mine.cu"
     path.write_text(puzzles.task("sums"))
@@ -81,6 +100,9 @@ def test_the_command_writes_the_task_and_then_checks_it(tmp_path, monkeypatch, c
     assert (tmp_path / "mine.cu").read_text() == puzzles.task("softmax")
     with pytest.raises(SystemExit, match="^not solved. mine.cu still has the line YOUR CODE HERE"):
         __main__.main(["puzzle", "softmax", "mine.cu"])
+    (tmp_path / "race.cu").write_text((SOLUTIONS / "sums.cu").read_text().replace("        __syncthreads();\n", ""))
+    with pytest.raises(SystemExit, match="race[^?]*Is a barrier missing[?] "):
+        __main__.main(["puzzle", "sums", "race.cu"])
     (tmp_path / "mine.cu").write_text((SOLUTIONS / "softmax.cu").read_text())
     __main__.main(["puzzle", "softmax", "mine.cu"])
     assert capsys.readouterr().out.startswith("softmax: solved. ")

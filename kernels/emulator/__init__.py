@@ -45,7 +45,7 @@ checkers), tensor_cores.cpp and copies.cpp (tensor.cuh), endless.cpp, build.py, 
 programs.py, puzzles.py.
 """
 
-from minilm.kernels.emulator.build import CompileError, available
+from minilm.kernels.emulator.build import CompileError, Unsupported, available
 from minilm.kernels.emulator.cupy import as_cupy
 from minilm.kernels.emulator.fault import Fault
 from minilm.kernels.emulator.module import RawModule

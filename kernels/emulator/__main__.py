@@ -169,6 +169,8 @@ def _puzzle(words):
         return
     try:
         print(puzzles.check(name, path))
+    except emulator.Fault as fault:
+        raise SystemExit("\n".join(filter(None, [explained(fault), puzzles.advice(fault)]))) from None
     except puzzles.Unsolved as error:
         raise SystemExit(f"not solved. {error}") from None
 

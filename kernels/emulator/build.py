@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from minilm.kernels.emulator.fault import lines_of
 from minilm.kernels.emulator.unsupported import hints
 
 HERE = Path(__file__).resolve().parent
@@ -62,7 +63,11 @@ KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+'
 
 
 class CompileError(RuntimeError):
-    """g++ could not compile the text of a kernel. The message is hints on unsupported CUDA, or the log of g++."""
+    """g++ could not compile the text of a kernel. The message is the log of g++."""
+
+
+class Unsupported(CompileError):
+    """The text may be right CUDA, but has what the emulator does not support. The message names lines and advice."""
 
 
 @functools.lru_cache(maxsize=None)
@@ -139,7 +144,9 @@ def _gxx(*arguments, code=""):
     result = subprocess.run(["g++", *map(str, arguments)], capture_output=True, text=True,
                             env={**os.environ, "LC_ALL": "C"})         # hints() reads the messages in English
     if result.returncode:
-        raise CompileError("\n".join(hints(code, result.stderr) or result.stderr.splitlines()[:40]))
+        if found := hints(code, result.stderr):
+            raise Unsupported("\n".join(found))
+        raise CompileError("\n".join(result.stderr.splitlines()[:40]))
     return result.stdout
 
 
@@ -166,7 +173,7 @@ def _compile(code, definitions, mode, runtime, folder):
 
 
 def rewritten(code: str, mode: str) -> str:
-    """The text with its __shared__ declarations in C++. Raises CompileError for a declaration of another form."""
+    """The text with its __shared__ declarations in C++. Raises Unsupported for a declaration of another form."""
     def dynamic(match):
         kind, name = match.groups()
         return f"{kind}* {name} = ({kind}*)::emulator::dynamic_shared();" + "\n" * match[0].count("\n")
@@ -181,10 +188,10 @@ def rewritten(code: str, mode: str) -> str:
 
     text = STATIC.sub(static, DYNAMIC.sub(dynamic, code))
     bare = COMMENT.sub(lambda comment: "\n" * comment[0].count("\n"), text)
-    for number, line in enumerate(bare.splitlines(), 1):
+    for file, number, line in lines_of(bare):
         if "__shared__" in line:
-            raise CompileError("the emulator needs one __shared__ variable in a declaration: __shared__ type name[n]; "
-                               f"or extern __shared__ type name[];  line {number} of the text is: {line.strip()}")
+            raise Unsupported(f"{file}:{number}: the emulator needs one __shared__ variable in a declaration: "
+                              f"__shared__ type name[n]; or extern __shared__ type name[];  the line is: {line}")
     return text
 
 

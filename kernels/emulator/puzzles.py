@@ -87,6 +87,14 @@ def solution(name: str) -> str:
     return (FOLDER / "solutions" / f"{name}.cu").read_text("utf-8")
 
 
+def advice(fault: emulator.Fault) -> str:
+    """The usual cause of a fault in shared memory, in words; "" for another fault."""
+    if not re.match("data race: |uninitialised: reads shared ", fault.what):
+        return ""
+    return ("Is a barrier missing? Between a write by one thread and an access to the same number by another, all "
+            "threads of the block must wait in __syncthreads().")
+
+
 def check(name: str, path: Path) -> str:
     """The message for a right solution. Raises Unsolved, emulator.Fault, emulator.CompileError, and LookupError for
     another name."""
@@ -123,9 +131,9 @@ def _check_case(name, puzzle, code, sizes, schedule):
     wrong = ~(np.abs(found - expected) <= TOLERANCE * np.abs(expected).max())
     if wrong.any():
         place = tuple(int(i) for i in np.argwhere(wrong)[0])
+        unwritten = " (a number that nothing has written is nan)" * bool(np.isnan(found).any())
         raise Unsolved(f"{where}: number {', '.join(map(str, place))} is {found[place]:.7g}; it must be "
-                       f"{expected[place]:.7g}. {wrong.sum()} of {wrong.size} numbers are wrong (a number that nothing "
-                       "has written is nan)")
+                       f"{expected[place]:.7g}. {wrong.sum()} of {wrong.size} numbers are wrong{unwritten}")
     for i, (one, most) in enumerate(zip(names, puzzle.most_read(*sizes))):
         read = launches[0].traffic[i][0] // 4
         if read > most:

@@ -1,6 +1,6 @@
 """Exercises: write the mathematics of minilm yourself, one function at a time, with a grader.
 
-    python -m minilm.exercises list              the tasks, in order of difficulty
+    python -m minilm.exercises list              the tasks, by topic
     python -m minilm.exercises start all DIR     writes a file for each: specification, shapes, a hole
     python -m minilm.exercises check DIR         grades the files in it
     python -m minilm.exercises predict           questions: predict a number, then run

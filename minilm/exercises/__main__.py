@@ -1,28 +1,32 @@
 """Exercises in the mathematics of language models, with a grader. Each is one function of NumPy arrays.
 
-    python -m minilm.exercises list                     the tasks, in order of difficulty
+    python -m minilm.exercises list                     the tasks, by topic
     python -m minilm.exercises start TASK|all DIR       writes NN_TASK.py: specification, shapes, a hole
-    python -m minilm.exercises check TASK DIR           grades one file
+    python -m minilm.exercises check TASK DIR           grades one file; or check FILE
     python -m minilm.exercises check DIR                grades all files in DIR
     python -m minilm.exercises hint TASK [1|2]          where to begin; then the formula
     python -m minilm.exercises solution TASK            ours
     python -m minilm.exercises predict                  twenty questions: predict a number, then run
     python -m minilm.exercises predict N [--answer]     one question; with --answer the numbers, computed now
 
-TASK is a name or a number of the list. start never writes over a file, unless --overwrite is given. check runs a
-file in a process of its own, for at most --seconds (20). It says which number is wrong first and what it should be,
-and, if it is the number of a well-known mistake, which one. Tasks in CUDA need g++.
+TASK is a name or a number of the list, DIR a folder. start never writes over a file, unless --overwrite is given.
+check runs a file in a process of its own, for at most --seconds (20). It says which number is wrong first and what it
+should be, and, if it is the number of a well-known mistake, which one. Tasks in CUDA need g++.
 
-Exit status: 0; 1 if something is wrong; 2 for a mistake in the command.
+Exit status: 0; 1 if the one file is not solved, or one of all that have been begun is wrong; 2 for a mistake in the
+command.
 """
 
 import argparse
+import contextlib
 import os
+import shlex
 import sys
 import textwrap
 from pathlib import Path
 
 from minilm.exercises import catalogue, predict, process
+from minilm.exercises.grading import NOT_BEGUN
 
 WIDTH = 100
 
@@ -49,17 +53,17 @@ def _parser():
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("list")
     start = commands.add_parser("start")
-    start.add_argument("task")
-    start.add_argument("folder")
+    start.add_argument("task", metavar="TASK|all")
+    start.add_argument("folder", metavar="DIR")
     start.add_argument("--overwrite", action="store_true")
     check = commands.add_parser("check")
     check.add_argument("words", nargs="+", metavar="[TASK] DIR")
     check.add_argument("--seconds", type=float, default=process.SECONDS)
     hint = commands.add_parser("hint")
-    hint.add_argument("task")
+    hint.add_argument("task", metavar="TASK")
     hint.add_argument("number", nargs="?", choices=("1", "2"), default="1")
     solution = commands.add_parser("solution")
-    solution.add_argument("task")
+    solution.add_argument("task", metavar="TASK")
     questions = commands.add_parser("predict")
     questions.add_argument("number", nargs="?")
     questions.add_argument("--answer", action="store_true")
@@ -76,13 +80,15 @@ def _list(given):
 def _start(given):
     folder = Path(given.folder)
     wanted = catalogue.NAMES if given.task == "all" else (catalogue.find(given.task).name,)
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; start needs a folder: start {given.task} DIR")
     folder.mkdir(parents=True, exist_ok=True)
     kept = 0
     for exercise in map(catalogue.find, wanted):
         path = folder / exercise.file
         try:
             with path.open("w" if given.overwrite else "x", encoding="utf-8") as file:
-                file.write(exercise.text(given.folder))
+                file.write(exercise.text(str(folder.resolve())))
             print(f"{path}: written")
         except FileExistsError:
             kept += 1
@@ -96,14 +102,22 @@ def _check(given):
     if len(given.words) > 2:
         raise ValueError(f"check {' '.join(given.words)}: expected check TASK DIR, or check DIR")
     folder = Path(given.words[-1])
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; expected check TASK DIR, or check DIR")
-    if len(given.words) == 1 or given.words[0] == "all":
+    if not folder.exists():
+        raise FileNotFoundError(_no_folder(given.words))
+    if folder.is_dir() and (len(given.words) == 1 or given.words[0] == "all"):
         return _check_all(folder, given.seconds)
     exercise = catalogue.find(given.words[0])
     verdict = exercise.check(folder, given.seconds)
     print(f"{exercise.number} {exercise.name}: {_wrapped(verdict.text)}")
     return 0 if verdict.solved else 1
+
+
+def _no_folder(words):
+    """What is wrong with words whose last one is the path of nothing."""
+    with contextlib.suppress(LookupError):
+        if len(words) == 1 == len(Path(words[0]).parts) and not Path(words[0]).suffix:
+            return f"{words[0]} is a task: in which folder? check {catalogue.find(words[0]).name} DIR"
+    return f"there is no folder or file {words[-1]}; expected check TASK DIR, or check DIR, or check FILE"
 
 
 def _check_all(folder, seconds):
@@ -118,7 +132,7 @@ def _check_all(folder, seconds):
                 raise
             line = "-"
         else:
-            line = verdict.text.split("\n")[0] if verdict.begun else "not begun"
+            line = "not begun" if verdict == NOT_BEGUN else verdict.text.split("\n")[0]
             solved += verdict.solved
             wrong += verdict.begun and not verdict.solved
             if verdict.solved:
@@ -128,14 +142,21 @@ def _check_all(folder, seconds):
         following = following or exercise
     then = f" Next: {following.name}" if following else ""
     print(f"{solved} of {len(catalogue.NAMES)} solved, {wrong} wrong.{then}")
+    if wrong:
+        print(f"check TASK {shlex.quote(str(folder))} says more about a wrong one, and which mistake it may be")
     return 1 if wrong else 0
 
 
 def _wrapped(text):
-    """Long lines broken, the rest of a line indented."""
-    return "\n".join(textwrap.fill(line, WIDTH, initial_indent="  " * (i > 0), subsequent_indent="      ",
-                                   break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
-                     for i, line in enumerate(text.split("\n")))
+    """Long lines broken, the rest of a line indented. Lines of code, which begin with four spaces, stay whole."""
+    first, *others = text.split("\n")
+    return "\n".join([_filled(first), *("  " + line if line.startswith("    ") else _filled(line, "  ")
+                                       for line in others)])
+
+
+def _filled(line, indent=""):
+    return textwrap.fill(line, WIDTH, initial_indent=indent, subsequent_indent="      ", break_long_words=False,
+                         break_on_hyphens=False, replace_whitespace=False)
 
 
 def _hint(given):

@@ -1,6 +1,8 @@
 """All exercises under one interface: the tasks in NumPy, then those in CUDA."""
 
 import dataclasses
+import difflib
+import re
 from pathlib import Path
 
 from minilm import checks
@@ -38,13 +40,16 @@ class Exercise:
 
     def text(self, folder: str = "DIR") -> str:
         """What `start` writes into the file."""
-        return cuda.text(self.name) if self.in_cuda else parts.student_file(tasks.load(self.name), folder)
+        return cuda.text(self.name, folder) if self.in_cuda else parts.student_file(tasks.load(self.name), folder)
 
     def solution(self) -> str:
         return cuda.solution(self.name) if self.in_cuda else parts.solution_text(tasks.load(self.name))
 
     def path(self, folder: Path) -> Path:
-        """The file in the folder, also under another number. Raises FileNotFoundError."""
+        """The file in the folder, also under another number; or `folder` itself, if it is a file. Raises
+        FileNotFoundError."""
+        if not folder.is_dir():
+            return folder
         suffix = Path(self.file).suffix
         found = sorted((*folder.glob(f"[0-9][0-9]_{self.name}{suffix}"), *folder.glob(f"{self.name}{suffix}")))
         if not found:
@@ -54,16 +59,19 @@ class Exercise:
         return found[0]
 
     def check(self, folder: Path, seconds: float) -> Verdict:
-        """The verdict on the file in the folder. Raises FileNotFoundError without one."""
+        """The verdict on the file in the folder, or on the file. Raises FileNotFoundError without one."""
         path = self.path(folder)
         checks.ordinary_file(path)
         return cuda.check(self.name, path) if self.in_cuda else process.check(tasks.load(self.name), path, seconds)
 
 
 def find(words: str) -> Exercise:
-    """The exercise with this name or number. Raises LookupError."""
+    """The exercise with this number, name (in letters of either case), or name of a file. Raises LookupError."""
     if words.isdecimal() and 0 < int(words[:9]) <= len(NAMES):
         return Exercise(NAMES[int(words) - 1])
-    if words not in NAMES:
-        raise LookupError(f"no task {words!r}; `list` shows the {len(NAMES)} tasks by number and name")
-    return Exercise(words)
+    name = re.fullmatch(r"(?:\d\d_)?(.*?)(?:\.py|\.cu)?", Path(words).name.lower(), re.DOTALL)[1]
+    if name not in NAMES:
+        near = [other for other in NAMES if name and name in other] or difflib.get_close_matches(name, NAMES)
+        meant = f" Did you mean {' or '.join(near[:3])}?" if near else ""
+        raise LookupError(f"no task {words!r}; `list` shows the {len(NAMES)} tasks by number and name.{meant}")
+    return Exercise(name)

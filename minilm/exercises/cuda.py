@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from minilm.exercises.grading import NOT_BEGUN, Verdict
+from minilm.exercises.task import commands
 
 TITLES = {"cuda_sums": "Sums of rows in CUDA, in shared memory",
           "cuda_softmax": "An online softmax in CUDA, with shuffles in a warp",
@@ -25,10 +26,11 @@ def _name(task):
     return task.removeprefix("cuda_")
 
 
-def text(task: str) -> str:
-    """The text that `start` writes."""
+def text(task: str, folder: str = "DIR") -> str:
+    """The text that `start` writes: the puzzle, with the commands below its words."""
     from minilm.kernels.emulator import puzzles
-    return puzzles.task(_name(task))
+    words, blank, code = puzzles.task(_name(task)).partition("\n\n")
+    return words + "\n//\n" + "\n".join(f"//     {line}" for line in commands(task, folder)) + blank + code
 
 
 def solution(task: str) -> str:
@@ -49,6 +51,9 @@ def check(task: str, path: Path) -> Verdict:
     try:
         return Verdict(True, puzzles.check(_name(task), path).replace(f"{_name(task)}: ", "", 1))
     except emulator.Fault as fault:
-        return Verdict(False, f"wrong: {explained(fault)}")
+        advice = puzzles.advice(fault)
+        return Verdict(False, f"wrong: {explained(fault)}" + f"\n{advice}" * bool(advice))
+    except emulator.Unsupported as error:
+        return Verdict(False, f"not graded, although it may be right CUDA: {error}")
     except (puzzles.Unsolved, emulator.CompileError) as error:
         return Verdict(False, f"wrong: {error}")

@@ -5,6 +5,7 @@ functions with the same Outcomes in all cases make the same mistake: that is how
 """
 
 import dataclasses
+import shlex
 import warnings
 from collections.abc import Callable
 
@@ -97,7 +98,8 @@ def _inputs(task, arguments):
         if not isinstance(x, np.ndarray):
             parts.append(f"{name} = {x!r}")
         elif x.size <= SHOWN:
-            parts.append(f"{name} = {np.array2string(_positive_zero(x), separator=', ', precision=4)}".replace("\n", ""))
+            numbers = np.array2string(_positive_zero(x), separator=", ", precision=4)
+            parts.append(f"{name} = {numbers}".replace("\n", ""))
         else:
             parts.append(f"{name} {x.shape}")
     return ", ".join(parts)
@@ -123,7 +125,8 @@ def grade(task: Task, function: Callable, path: str = "", at: Callable[[str], No
             for other in [case for case in arguments if case not in outcomes]:
                 outcomes[other] = observe(task, function, arguments[other], path)
             if all(outcome.raised == "NotImplementedError" for outcome in outcomes.values()):
-                return NOT_BEGUN
+                return Verdict(False, f"not begun: {problem}: this line of the hole is still reached. Delete it when "
+                               "your code is written", begun=False)
             hint = recognise(reference, function, outcomes, words)
             return first.verdict(task, outcomes[words], values, hint)
     at("when the properties are computed, after all cases")
@@ -143,9 +146,9 @@ class Wrong:
         lines += [f"NumPy warned: {text}" for text in outcome.warnings]
         if outcome.changed and RIGHT_BUT not in self.problem:
             lines.append(f"It also changes its {_changed(outcome)[0]}, which the caller still needs.")
-        names = ", ".join(task.arguments) + "," * (len(task.arguments) == 1)
         end = [f"The inputs: {_inputs(task, arguments)}",
-               f'To try it: from minilm.exercises import inputs; {names} = inputs("{task.name}", "{self.case}")']
+               f"To try it:\n    python -i {shlex.quote(self.path or 'FILE')}",
+               "    from minilm.exercises import inputs", f'    {task.name}(*inputs("{task.name}", "{self.case}"))']
         return Verdict(False, "\n".join([*lines, *[hint] * bool(hint), *end]))
 
 

@@ -7,6 +7,7 @@ child has ended, or when its time is over.
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -39,9 +40,10 @@ def check(task: Task, path: Path, seconds: float = SECONDS) -> Verdict:
         words = [sys.executable, "-c", CODE, task.name, str(path), str(report), *sys.path]
         try:
             done = subprocess.run(words, input=text, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                  timeout=seconds)
+                                  timeout=seconds, env={**os.environ, "PYTHONBREAKPOINT": "0"})
         except subprocess.TimeoutExpired:
-            return _read(report, f"it has not ended after {seconds:g} seconds. Is there a loop without an end?")
+            return _read(report, f"it has not ended after {seconds:g} seconds. Is there a loop without an end? "
+                                 "(--seconds gives it more time)")
         error = done.stderr.decode(errors="replace").strip()[-500:]
         return _read(report, f"the process ended with status {done.returncode}" + f": {error}" * bool(error))
 

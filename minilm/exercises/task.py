@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import importlib.abc
 import inspect
+import shlex
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -114,15 +115,19 @@ def copies(arguments: tuple) -> tuple:
 
 # The file of a student.
 
+def commands(name: str, folder: str) -> tuple[str, ...]:
+    """The commands that a file names in its first lines."""
+    command = "python -m minilm.exercises"
+    return (f"{command} check {name} {shlex.quote(folder)}", f"{command} hint {name} 1        and 2",
+            f"{command} solution {name}")
+
+
 def student_file(task: Task, folder: str = "DIR") -> str:
     """The text that `start` writes: specification, the given functions, and the function with a hole."""
-    command = "python -m minilm.exercises"
+    lines = "".join(f"    {line}\n" for line in commands(task.name, folder)).replace("\\", r"\\")
     given = "".join(f"{inspect.getsource(function)}\n\n" for function in task.given)
     return (f'"""{(task.module.__doc__ or "").strip()}\n\n'
-            f'    {command} check {task.name} {folder}\n'
-            f'    {command} hint {task.name} 1        and 2\n'
-            f'    {command} solution {task.name}\n'
-            f'"""\n\nimport numpy as np\n\n\n{given}{_head(task)}{HOLE}')
+            f'{lines}"""\n\nimport numpy as np\n\n\n{given}{_head(task)}{HOLE}')
 
 
 def _head(task):

@@ -4,7 +4,8 @@
 // thread for each query, with its row of q and of o in registers. The scores of all keys do not fit: load tiles of 32
 // keys and values into shared memory, and update m, d (puzzle 2) and o for each tile; o shrinks by exp(m - m') too.
 // A block may read each number of k and v once. Think of: a last tile with fewer than 32 keys, threads without a query
-// (they must still load, and still wait), and the barriers before and after a tile is used.
+// (they must still load, and still wait), and the barriers before and after a tile is used. The emulator needs one
+// __shared__ array in a declaration.
 
 extern "C" __global__ void __launch_bounds__(32)
 attention(const float* q, const float* k, const float* v, float* o, int queries, int keys) {

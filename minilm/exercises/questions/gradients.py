@@ -139,6 +139,7 @@ QUESTIONS = (
         "A parameter starts at 0, and the learning rate is 0.1. How far does the first step of Adam move it, if its "
         "gradient is 0.001? And if its gradient is 1000?",
         first_step_of_adam, lambda n: all(abs(value + 0.1) < 1e-5 for value in n.values()),
-        "By 0.1 in both cases. In the first step m / (1 - b1) = g and v / (1 - b2) = g^2, so the direction is g / |g|, "
-        "the sign of the gradient. A loss that is multiplied by a constant therefore trains the same.",
+        "By 0.1 in both cases. In the first step m / (1 - b1) = g and v / (1 - b2) = g^2, so the direction is "
+        "g / (|g| + eps), which is the sign of the gradient as long as |g| is far above eps = 1e-8. A loss that is "
+        "multiplied by a constant therefore trains the same.",
         "minilm/optim.py"))

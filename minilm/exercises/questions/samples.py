@@ -84,7 +84,8 @@ def k3_in_float32() -> dict[str, float]:
     policy, reference = np.array([[-1.0], [-1.0001]], np.float32)
     u = policy - reference
     exact = np.expm1(-np.float64(u)) + np.float64(u)
-    return {"k3, in float64": exact[0], "k3 of minilm, in float32": kl.k3(policy, reference).data[0],
+    return {"u, the difference of two float32 numbers": u[0], "k3, in float64": exact[0],
+            "k3 of minilm, in float32": kl.k3(policy, reference).data[0],
             "exp(-u) - 1 + u, in float32": (np.exp(-u) - np.float32(1) + u)[0]}
 
 
@@ -130,14 +131,15 @@ QUESTIONS = (
         "Rewards 0 and 1, rewards 0 and 0.1",
         "Two prompts with two responses each. The rewards are 0 and 1 for the first prompt, 0 and 0.1 for the "
         "second. How large are the advantages of the better responses with leave-one-out, and how large with GRPO's "
-        "normalisation by the standard deviation of the group?",
+        "normalisation by the standard deviation of the group (of a sample: with K - 1 = 1 in its denominator)?",
         spread_within_a_group,
         lambda n: abs(n["A of the better response, leave_one_out, rewards 0 and 1"]
                       / n["A of the better response, leave_one_out, rewards 0 and 0.1"] - 10) < 1e-9
         and abs(n["A of the better response, group, rewards 0 and 1"]
                 - n["A of the better response, group, rewards 0 and 0.1"]) < 0.01,
-        "With leave-one-out 1 and 0.1. Divided by the standard deviation both are about 0.707: a difference that "
-        "hardly matters weighs as much as a large one. So the expected gradient is not that of the expected reward.",
+        "With leave-one-out 1 and 0.1. Divided by the standard deviation both are about 1 / sqrt(2) = 0.707: a "
+        "difference that hardly matters weighs as much as a large one. So the expected gradient is not that of the "
+        "expected reward.",
         "minilm/objectives/policy_gradient.py, advantages"),
     Question(
         "The log-ratio as a loss",
@@ -151,9 +153,10 @@ QUESTIONS = (
         "minilm/objectives/kl.py"),
     Question(
         "k3 of two almost equal policies",
-        "u = log pi - log pi_ref is 1e-4, and k3 = exp(-u) - 1 + u is about u^2 / 2 = 5e-9. What does float32 give for "
-        "exp(-u) - 1 + u, computed as it stands?",
-        k3_in_float32, lambda n: abs(n["k3 of minilm, in float32"] / n["k3, in float64"] - 1) < 0.01
+        "Two log-probs in float32 differ by about u = log pi - log pi_ref = 1e-4, and k3 = exp(-u) - 1 + u is about "
+        "u^2 / 2 = 5e-9. What does float32 give for exp(-u) - 1 + u, computed as it stands?",
+        k3_in_float32, lambda n: abs(n["u, the difference of two float32 numbers"] - 1e-4) < 1e-7
+        and abs(n["k3 of minilm, in float32"] / n["k3, in float64"] - 1) < 0.01
         and abs(n["exp(-u) - 1 + u, in float32"] / n["k3, in float64"] - 1) > 0.5,
         "Nothing that has a correct digit. exp(-u) is rounded to a multiple of 6e-8, which is ten times the result: "
         "the difference of two such numbers is 0 or wrong by far more than itself. expm1(-u) computes exp(-u) - 1 "

@@ -1,4 +1,4 @@
-"""The tasks, one file each, in order of difficulty. A file is read from the top: specification, solution, grading.
+"""The tasks, one file each, by topic. A file is read from the top: specification, solution, grading.
 
 To add one: copy dpo_gradient.py and put its name into ORDER. The function has the name of the file. The specification
 names every argument. Choose inputs on which no two mistakes give the same numbers:

@@ -64,7 +64,8 @@ TASK = Task(
                 "-beta ** 2 * weight"),
         Mistake("The loss is a mean over the pairs; this is the gradient of the sum.", " / len(delta)", ""),
         Mistake("The weight is sigmoid(beta delta), or delta has the wrong sign. The weight must be large where the "
-                "policy has the order wrong: sigmoid(-beta delta).", "np.logaddexp(0, beta * delta)", "np.logaddexp(0, -beta * delta)"),
+                "policy has the order wrong: sigmoid(-beta delta).", "np.logaddexp(0, beta * delta)",
+                "np.logaddexp(0, -beta * delta)"),
         Mistake("The reference is left out of delta.",
                 "(policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)",
                 "policy_chosen - policy_rejected"),

@@ -59,7 +59,8 @@ TASK = Task(
                 "(pull - push) / B, (pull + push) / B", "(pull + push) / B, (pull - push) / B"),
         Mistake("The centering acts on the difference of the rewards. It squares their sum.",
                 "2 * centering * (chosen + rejected)\n    B = len(chosen)\n    return (pull - push) / B, (pull + push)",
-                "2 * centering * (chosen - rejected)\n    B = len(chosen)\n    return (pull - push) / B, (push - pull)"),
+                "2 * centering * (chosen - rejected)\n    B = len(chosen)\n    "
+                "return (pull - push) / B, (push - pull)"),
         Mistake("Not divided by the number of pairs.",
                 "(pull - push) / B, (pull + push) / B", "pull - push, pull + push"),
         Mistake("The centering has opposite signs for the two rewards, as the comparison has. Its derivative is the "

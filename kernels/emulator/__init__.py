@@ -52,5 +52,5 @@ from minilm.kernels.emulator.module import RawModule
 from minilm.kernels.emulator.running import Launch, checked, contracted, debug, fast, poison, shared_traffic, traffic
 from minilm.kernels.emulator.work import Work, counted
 
-__all__ = ["CompileError", "Fault", "Launch", "RawModule", "Work", "as_cupy", "available", "checked", "contracted",
-           "counted", "debug", "fast", "poison", "shared_traffic", "traffic"]
+__all__ = ["CompileError", "Fault", "Launch", "RawModule", "Unsupported", "Work", "as_cupy", "available", "checked",
+           "contracted", "counted", "debug", "fast", "poison", "shared_traffic", "traffic"]

@@ -69,7 +69,7 @@ def find(words: str) -> Exercise:
     """The exercise with this number, name (in letters of either case), or name of a file. Raises LookupError."""
     if words.isdecimal() and 0 < int(words[:9]) <= len(NAMES):
         return Exercise(NAMES[int(words) - 1])
-    name = re.fullmatch(r"(?:\d\d_)?(.*?)(?:\.py|\.cu)?", Path(words).name.lower(), re.DOTALL)[1]
+    name = re.sub(r"^\d\d_|\.(py|cu)$", "", Path(words).name.lower())
     if name not in NAMES:
         near = [other for other in NAMES if name and name in other] or difflib.get_close_matches(name, NAMES)
         meant = f" Did you mean {' or '.join(near[:3])}?" if near else ""

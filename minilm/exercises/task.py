@@ -118,7 +118,7 @@ def copies(arguments: tuple) -> tuple:
 def commands(name: str, folder: str) -> tuple[str, ...]:
     """The commands that a file names in its first lines."""
     command = "python -m minilm.exercises"
-    return (f"{command} check {name} {shlex.quote(folder)}", f"{command} hint {name} 1        and 2",
+    return (f"{command} check {name} {shlex.quote(folder)}", f"{command} hint {name}", f"{command} hint {name} 2",
             f"{command} solution {name}")
 
 

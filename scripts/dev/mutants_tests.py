@@ -27,7 +27,7 @@ ALSO = {"tensor": ("test_ops",), "backend": ("test_ops", "test_tensor"), "numpy_
                         ("test_tensor_core_checkers", "test_tensor_cores")),
         "stream": ("test_late", "test_chat"), "encoding": ("test_training_data",),
         **dict.fromkeys(("grading", "outcome", "recognise", "task", "differences"), ("test_exercises",)),
-        **dict.fromkeys(("process", "catalogue"), ("test_exercises_command",)),
+        **dict.fromkeys(("process", "catalogue", "cuda", "__main__"), ("test_exercises_command",)),
         "reference": ("test_exercises", "test_exercises_command"),
         "predict": ("test_predictions",)}
 # Tests of many modules. They run first where the likely ones pass.

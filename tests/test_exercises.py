@@ -349,6 +349,12 @@ def test_a_factor_that_one_case_has_is_not_said_of_all(factors, words):
     assert words in verdict.text and verdict.text.count("times the right A") == 1, verdict.text
 
 
+def test_a_factor_of_all_cases_is_surer_than_a_mistake_that_fits_one():
+    task = TASKS["leave_one_out"]               # of three samples, the mean of all gives 2/3 of the right numbers
+    verdict = grade(task, lambda rewards: 2 / 3 * task.solution(rewards), reference=REFERENCES[task.name])
+    assert "In every case A is 0.666667 times the right A" in verdict.text and "Perhaps" not in verdict.text
+
+
 def test_a_case_that_cannot_be_compared_has_no_factor_in_common():
     task = TASKS["leave_one_out"]
     for wrong in (lambda A: A * np.nan, lambda A: A[0], lambda A: None):

@@ -14,9 +14,9 @@
     cuda.py      the puzzles of the CUDA emulator as the last tasks
     predict.py   the questions to predict; questions/ has them
 
-A mistake is known by its number: each task lists wrong variants of its solution (task.Mistake). The grader runs them
-on the same inputs, and a function that gives the numbers of a variant gets the hint of this mistake. The grader checks
-numbers, it does not protect against a file that imports the solution or changes the grader.
+A mistake is known by its number: each task in NumPy lists wrong variants of its solution (task.Mistake). The grader
+runs them on the same inputs, and a function that gives the numbers of a variant gets the hint of this mistake. The
+grader checks numbers, it does not protect against a file that imports the solution or changes the grader.
 Tests: tests/test_exercises.py, tests/test_exercises_command.py, tests/test_predictions.py.
 """
 

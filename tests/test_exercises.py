@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from minilm import check, exercises
-from minilm.exercises import golden, tasks
+from minilm.exercises import golden, grading, tasks
 from minilm.exercises.differences import difference_error, slopes
-from minilm.exercises.grading import broken as is_broken, grade
+from minilm.exercises.grading import broken as is_broken
 from minilm.exercises.outcome import as_arrays, observe, same
 from minilm.exercises.reference import Reference, fit
 from minilm.exercises.task import HOLE, Property, cases, copies, run_text, solution_text, student_file, variant
@@ -23,6 +23,11 @@ MISTAKES = [pytest.param(task, mistake, id=f"{name}-{i}") for name, task in TASK
 @pytest.fixture(params=TASKS)
 def task(request):
     return TASKS[request.param]
+
+
+def grade(task, function, path="", **told):
+    """The verdict on a function, with what our code computes once for all tests."""
+    return grading.grade(task, function, path, reference=REFERENCES[task.name], **told)
 
 
 def of_file(task, text):
@@ -89,7 +94,7 @@ def test_a_task_has_two_hints_and_at_least_five_mistakes_with_words_of_their_own
 
 @pytest.mark.parametrize("task, mistake", MISTAKES)
 def test_a_mistake_is_noticed_and_gets_its_own_hint_and_no_other(task, mistake):
-    verdict = grade(task, variant(task, mistake), reference=REFERENCES[task.name])
+    verdict = grade(task, variant(task, mistake))
     assert not verdict.solved and verdict.begun
     assert {other.hint for other in task.mistakes if other.hint in verdict.text} == {mistake.hint}, verdict.text
     assert f"\nHint: {mistake.hint}\n" in verdict.text
@@ -148,7 +153,7 @@ def dpo_loss_from_the_reference(policy_chosen, policy_rejected, reference_chosen
     ("sft_loss", lambda log_probs, mask: -log_probs.mean(), "The mask is left out"),
     ("categorical", lambda p, u: (p.cumsum(axis=1) <= u[:, None]).sum(axis=1), "u is not scaled by the sum")])
 def test_one_mistake_is_named_once_however_it_is_written(name, function, words):
-    text = grade(TASKS[name], function, reference=REFERENCES[name]).text
+    text = grade(TASKS[name], function).text
     assert re.search(rf"\nHint: .*{words}", text) and "two mistakes" not in text and "In " not in text, text
 
 
@@ -233,7 +238,7 @@ def test_golden_vectors_are_cases_wherever_check_finds_them(tmp_path):
         assert grade(task, task.solution).text.startswith(f"solved: right in {count + 1} cases")
         with mock.patch.object(check, "FOLDERS", (tmp_path,)):
             assert golden.cases(task) == {}
-            assert grade(task, task.solution).text.startswith(f"solved: right in {count} cases")
+            assert grading.grade(task, task.solution).text.startswith(f"solved: right in {count} cases")
 
 
 def test_the_cases_are_the_same_each_time_and_can_be_tried(task):
@@ -351,7 +356,7 @@ def test_a_factor_that_one_case_has_is_not_said_of_all(factors, words):
 
 def test_a_factor_of_all_cases_is_surer_than_a_mistake_that_fits_one():
     task = TASKS["leave_one_out"]               # of three samples, the mean of all gives 2/3 of the right numbers
-    verdict = grade(task, lambda rewards: 2 / 3 * task.solution(rewards), reference=REFERENCES[task.name])
+    verdict = grade(task, lambda rewards: 2 / 3 * task.solution(rewards))
     assert "In every case A is 0.666667 times the right A" in verdict.text and "Perhaps" not in verdict.text
 
 
@@ -415,7 +420,7 @@ def test_two_mistakes_at_once_are_both_named():
         one = task.mistakes[0]
         for other in task.mistakes[1:]:
             if fit(task, one, other):
-                verdict = grade(task, variant(task, one, other), reference=REFERENCES[task.name])
+                verdict = grade(task, variant(task, one, other))
                 named = {mistake.hint for mistake in task.mistakes if mistake.hint in verdict.text}
                 assert verdict.solved or 1 <= len(named) <= 2, (one.hint, other.hint)
     task = TASKS["dpo_gradient"]

@@ -388,6 +388,9 @@ def test_a_mask_of_booleans_is_compared_in_booleans_and_one_of_numbers_in_number
 
 def test_a_zero_is_shown_without_a_sign():
     assert "number [0] of p is 0.0; expected" in grade(SOFTMAX, lambda x: -0.0 * right(x)).text
+    assert np.signbit(TASKS["log_sigmoid"].solution(np.array(1000.0)))
+    text = grade(TASKS["log_sigmoid"], lambda z: TASKS["log_sigmoid"].solution(z) + (z == 1000)).text
+    assert "number [1] of log sigmoid is 1.0; expected 0.0\n" in text
     text = grade(TASKS["swiglu_backward"], lambda gate, up, dy: (-0.0 * gate, -0.0 * gate)).text
     assert "-0." not in re.sub(r"-0\.\d*[1-9]", "", text), text
 

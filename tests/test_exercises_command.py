@@ -173,6 +173,7 @@ def test_a_file_is_checked_by_its_path(run, tmp_path):
     (("check", "nosuch/02_softmax.py"), "^there is no folder or file nosuch/02_softmax.py; "),
     (("check", "a", "b", "c"), "^check a b c: expected check TASK DIR, or check DIR$"),
     (("start", "softmax", "there.py"), "^there.py is a file; start needs a folder: start softmax DIR$"),
+    (("start", "2", "new/02_softmax.py"), "^new/02_softmax.py is a file; start needs a folder: start 2 DIR$"),
     (("start", "softmax"), "^the following arguments are required: DIR; "),
     (("hint",), "^the following arguments are required: TASK; "),
     (("check", "there.py"), "^no task 'there.py'; `list` shows")])

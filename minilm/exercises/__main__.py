@@ -80,7 +80,7 @@ def _list(given):
 def _start(given):
     folder = Path(given.folder)
     wanted = catalogue.NAMES if given.task == "all" else (catalogue.find(given.task).name,)
-    if folder.is_file():
+    if folder.is_file() or folder.suffix in (".py", ".cu"):
         raise NotADirectoryError(f"{folder} is a file; start needs a folder: start {given.task} DIR")
     folder.mkdir(parents=True, exist_ok=True)
     kept = 0

@@ -60,12 +60,12 @@ def _wrong_number(reference, words, i, place, got):
     task = reference.task
     name = task.returns[i]
     where = f"number [{', '.join(map(str, place))}] of {name}" if place else name
-    right = reference.expected[words][i][place].item()
+    right = _positive_zero(reference.expected[words][i][place]).item()
     if got.dtype == bool and right in (0, 1):               # a mask of either kind
         right = bool(right)
     text = f"{where} is {_positive_zero(got[place]).item()!r}; expected {right!r}"
     if task.scalar is not None:
-        slope = reference.slopes[words][i][place]
+        slope = _positive_zero(reference.slopes[words][i][place])
         text += f". By finite differences, (L({task.wrt[i]} + h) - L({task.wrt[i]} - h)) / 2h, it is {slope:.8g}"
     return text
 

@@ -2,7 +2,9 @@
 
 To add one: copy dpo_gradient.py and put its name into ORDER. The function has the name of the file. The specification
 names every argument. Choose inputs on which no two mistakes give the same numbers:
-`python -m pytest tests/test_exercises.py -k NAME` says whether each is noticed, and gets its own hint.
+`python -m pytest tests/test_exercises.py -k NAME` says whether each is noticed, and gets its own hint. A mistake that
+people write in several ways, with different numbers, is task.forms. One that they make in two places at once (both
+factors left out) is a mistake of its own: otherwise they are told of two.
 """
 
 import importlib

@@ -15,7 +15,7 @@ Rafailov et al. 2023, arXiv:2305.18290, (7).
 
 import numpy as np
 
-from minilm.exercises.task import Mistake, Task
+from minilm.exercises.task import Mistake, Task, forms
 from minilm.objectives import dpo
 
 
@@ -54,7 +54,10 @@ TASK = Task(
         Mistake("A sum over the pairs in place of the mean.", ".mean()", ".sum()"),
         Mistake("The sign is reversed: this is the mean of log sigmoid, which is at most 0.",
                 "np.logaddexp(0, -beta * delta)", "-np.logaddexp(0, -beta * delta)"),
-        Mistake("sigmoid rounds to 0 at differences of 1000, and its logarithm is -inf.",
+        *forms("A small number is added within the logarithm. It avoids -inf, and gives a value and a gradient that "
+               "are wrong.", "np.logaddexp(0, -beta * delta)",
+               *(f"-np.log(np.exp(-np.logaddexp(0, -beta * delta)) + {eps})" for eps in (1e-12, 1e-10, 1e-8))),
+        Mistake("exp overflows at differences of 1000: sigmoid rounds to 0, and its logarithm is -inf.",
                 "np.logaddexp(0, -beta * delta)", "-np.log(1 / (1 + np.exp(-beta * delta)))"),
         Mistake("The mean of delta is taken before the logarithm: the loss of the mean is not the mean of the losses.",
                 "np.logaddexp(0, -beta * delta).mean()", "np.logaddexp(0, -beta * delta.mean())"),

@@ -12,7 +12,7 @@ logarithm to -inf; the true value is -1000.
 import numpy as np
 
 from minilm import ops
-from minilm.exercises.task import Mistake, Task
+from minilm.exercises.task import Mistake, Task, forms
 
 
 def log_sigmoid(z) -> np.ndarray:
@@ -45,8 +45,8 @@ TASK = Task(
         Mistake("This is softplus(z), which is -log sigmoid(-z).", "-np.logaddexp(0, -z)", "np.logaddexp(0, z)"),
         Mistake("This is sigmoid(z), without the logarithm.", "-np.logaddexp(0, -z)",
                 "np.exp(-np.logaddexp(0, -z))"),
-        Mistake("A small number is added within the logarithm. It avoids -inf, and gives a value and a gradient that "
-                "are wrong: log(1e-12) is -27.6 where -1000 is right.", "-np.logaddexp(0, -z)",
-                "np.log(np.exp(-np.logaddexp(0, -z)) + 1e-12)"),
+        *forms("A small number is added within the logarithm. It avoids -inf, and gives a value and a gradient that "
+               "are wrong: log(1e-12) is -27.6 where -1000 is right.", "-np.logaddexp(0, -z)",
+               *(f"np.log(np.exp(-np.logaddexp(0, -z)) + {eps})" for eps in (1e-12, 1e-10, 1e-8))),
         Mistake("z is cut to a range, so that exp does not overflow. Beyond it the value is wrong and the gradient 0.",
                 "-np.logaddexp(0, -z)", "-np.logaddexp(0, -z.clip(-30, 30))")))

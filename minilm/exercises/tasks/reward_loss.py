@@ -17,7 +17,7 @@ Ouyang et al. 2022, arXiv:2203.02155, (1); margin: arXiv:2307.09288, (2); center
 
 import numpy as np
 
-from minilm.exercises.task import Mistake, Task
+from minilm.exercises.task import Mistake, Task, forms
 from minilm.objectives import reward
 
 
@@ -44,7 +44,11 @@ TASK = Task(
     hints=("You have written log sigmoid for every number: log_sigmoid. At equal rewards the loss is log 2.",
            "-log sigmoid(z) = log(1 + exp(-z)) = np.logaddexp(0, -z)."),
     mistakes=(
-        Mistake("sigmoid(z) rounds to 0 at z = -1000, and its logarithm is -inf.", "np.logaddexp(0, -z)",
+        *forms("A small number is added within the logarithm. It avoids -inf, and gives a value and a gradient that "
+               "are wrong.", "np.logaddexp(0, -z)",
+               *(f"-np.log(np.exp(-np.logaddexp(0, -z)) + {eps})" for eps in (1e-12, 1e-10, 1e-8))),
+        Mistake("exp(-z) overflows at z = -1000: sigmoid(z) rounds to 0, and its logarithm is -inf.",
+                "np.logaddexp(0, -z)",
                 "-np.log(1 / (1 + np.exp(-z)))"),
         Mistake("chosen and rejected have changed places: the model would learn the reverse of the comparisons.",
                 "chosen - rejected - margin", "rejected - chosen - margin"),

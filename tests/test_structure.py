@@ -203,9 +203,9 @@ def test_plain_stays_under_210_lines_of_code():
 
 
 def test_an_exercise_fits_one_screen_and_the_grader_stays_under_850_lines_of_code():
-    """A task is a text with its grading, so their number has no limit, but the length of each has one, which leaves room
-    for the mistakes of its sibling tasks. Questions have about 20 lines each. The grader runs all of them, and does not
-    grow with them. Its limit includes the messages for a learner: what the numbers have in common, which task was
+    """A task is a text with its grading, so their number has no limit, but the length of each has one. It includes the
+    mistakes of its sibling tasks. Questions have about 20 lines each. The grader runs all of them, and does not grow
+    with them. Its limit includes the messages for a learner: what the numbers have in common, which task was
     meant, the lines to try a case."""
     files = {name: path for name, path in modules().items() if top(name) == "exercises"}
     tasks = {name: lines_of_code(path) for name, path in files.items() if name.startswith("exercises.tasks.")}

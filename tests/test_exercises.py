@@ -335,8 +335,9 @@ def test_a_number_that_no_mistake_gives_has_finite_differences_and_no_hint():
     ("sft_loss", lambda loss: 3 * loss, "\nIn every case loss is 3 times the right loss: look for a factor.\n"),
     ("log_sigmoid", lambda y: y * (1 - 1e-7 * (y < -1)), "\nIn every case log sigmoid is right to about 7 digits. "),
     ("matmul_vjp", lambda results: (results[0], 2 * results[1]), "\nIn every case dw is 2 times the right dw: look"),
-    ("matmul_vjp", lambda results: (3 * results[0], 2 * results[1]), "\nIn every case dx is 3 times the right dx: look"),
-    ("softmax", lambda p: 0 * p, ""), ("softmax", lambda p: np.nan * p, ""), ("categorical", lambda tokens: 1 - tokens, "")])
+    ("matmul_vjp", lambda results: (3 * results[0], 2 * results[1]), "\nIn every case dx is 3 times the right dx: "),
+    ("softmax", lambda p: 0 * p, ""), ("softmax", lambda p: np.nan * p, ""),
+    ("categorical", lambda tokens: 1 - tokens, "")])
 def test_what_the_numbers_show_by_themselves_is_said_where_no_mistake_is_known(name, change, words):
     task = TASKS[name]
     verdict = grade(task, lambda *arguments: change(task.solution(*arguments)))

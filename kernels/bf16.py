@@ -7,6 +7,7 @@ Tests: tests/test_tensor_cores.py.
 import numpy as np
 
 NAN = 0x7FFF                    # of every NaN, as the PTX instruction cvt gives it
+SUMS = {"float32": "float32", "float64": "float64", "uint16": "float32"}    # {dtype of stored numbers: of their sums}
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:

@@ -7,13 +7,12 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from minilm.backend import array_module
-from minilm.kernels.bf16 import to_bf16
+from minilm.kernels.bf16 import SUMS, to_bf16
 from minilm.kernels.launch import Array, Variants, check, function, launch, options, real
 
 WIDTHS = (16, 32, 64, 128)
 GROUPS = range(1, 9)
 THREADS = 128
-STORED = {"float32": "float32", "float64": "float64", "uint16": "float32"}      # {dtype of the cache: of the sums}
 CHUNK = 128             # keys of a block; fixed, so that the results of a row do not depend on the number of rows
 
 
@@ -29,7 +28,7 @@ def decode(q: Array, keys: Array, values: Array, length: int, first: Array | Non
     xp = array_module(q, keys, values)
     B, H, K = q.shape
     _, G, capacity, _ = keys.shape
-    sums = np.dtype(STORED.get(str(q.dtype), q.dtype))
+    sums = np.dtype(SUMS.get(str(q.dtype), q.dtype))
     real(sums)
     if K not in WIDTHS or not G or H % G or H // G not in GROUPS:
         raise ValueError(f"decode: {H} query heads for {G} key/value heads, of width {K}; this kernel supports widths "
@@ -63,10 +62,10 @@ def constants(width: int, group: int, dtype: DTypeLike) -> dict[str, int]:
 
 def variants() -> Variants:
     """(kernel, compiler options, threads of a block, bytes of dynamic shared memory) of every launch configuration."""
-    for dtype, width, group in itertools.product(STORED, WIDTHS, (1, 4, 8)):
-        yield "decode_split", options(STORED[dtype], constants(width, group, dtype)), THREADS, 0
-    for dtype, width in itertools.product(STORED, WIDTHS):
-        yield "decode_combine", options(STORED[dtype], constants(width, 1, dtype)), max(32, width), 0
+    for dtype, width, group in itertools.product(SUMS, WIDTHS, (1, 4, 8)):
+        yield "decode_split", options(SUMS[dtype], constants(width, group, dtype)), THREADS, 0
+    for dtype, width in itertools.product(SUMS, WIDTHS):
+        yield "decode_combine", options(SUMS[dtype], constants(width, 1, dtype)), max(32, width), 0
 
 
 def decode_bytes(B: int, H: int, G: int, K: int, lengths: Sequence[int], longest: int,
@@ -78,7 +77,7 @@ def decode_bytes(B: int, H: int, G: int, K: int, lengths: Sequence[int], longest
     item = np.dtype(dtype).itemsize
     splits = -(-longest // CHUNK)
     keys = G * int(np.sum(lengths)) * K * item
-    partial = splits * B * H * np.dtype(STORED[str(np.dtype(dtype))]).itemsize
+    partial = splits * B * H * np.dtype(SUMS[str(np.dtype(dtype))]).itemsize
     readers = max(32, K)
     return {"decode_split": {"q": (splits * B * H * K * item * (THREADS // 32), 0), "keys": (keys, 0),
                              "values": (keys, 0), "o": (0, partial * K), "m": (0, partial), "l": (0, partial)},

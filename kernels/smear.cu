@@ -12,7 +12,7 @@
 // to row, among the queries and values. Possible and not done: loads of 16 bytes; smearing inside the kernel that
 // rotates.
 //
-// In generation the row before is that of the step before, which the cache keeps: smear_next.
+// smear_next is for generation: there the previous key is kept in the cache.
 //
 // Keys and gradients are of type `stored`: real, or with -DBF16=1 bf16. amount, partial and all sums are real.
 #ifdef BF16

@@ -11,12 +11,11 @@ from numpy.typing import DTypeLike
 
 from minilm.backend import array_module
 from minilm.kernels import fused
-from minilm.kernels.bf16 import to_bf16
+from minilm.kernels.bf16 import SUMS, to_bf16
 from minilm.kernels.launch import Array, Variants, check, counts, function, launch, options, real
 
 BLOCK = 32, 8                   # numbers of a row, rows
 ROW_BLOCKS = 512                # blocks along the rows, at most; each gives a partial sum of the gradient of amount
-SUMS = {"float32": "float32", "float64": "float64", "uint16": "float32"}        # {dtype of the keys: of the sums}
 
 
 class Neighbours:
@@ -59,8 +58,8 @@ def smear_forward(qkv: Array, heads: int, amount: Array, neighbours: Neighbours)
 
 
 def smear_backward(dqkv: Array, heads: int, amount: Array, neighbours: Neighbours, keys: Array) -> Array:
-    """Changes the gradient of the smeared keys, in dqkv (N,X,K), to that of the keys (N,G,K) of smear_forward, in
-    place. Returns the gradient of amount (G,K)."""
+    """The vjp of smear_forward, in place: in dqkv (N,X,K) the gradient of the smeared keys is replaced by the gradient
+    of the keys. keys (N,G,K): the result of smear_forward. Returns the gradient of amount (G,K)."""
     xp, N, G, K, sums = _checked(dqkv, heads, amount)
     for name, shape in (("previous", (N,)), ("starts", (N + 1,)), ("following", (None,))):
         check(name, getattr(neighbours, name), np.int32, shape)
